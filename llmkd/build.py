@@ -1,0 +1,312 @@
+"""From a recipe to the parts of one training run, checked before anything is written.
+
+A `Job` is all that the loop needs to know; distilling a student and fine-tuning a teacher are two ways to make one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from llmkd import config, models
+from llmkd.checkpoint import check_same
+from llmkd.config import ROOT, Recipe, training_inputs
+from llmkd.data import load_rows, steps_per_epoch, tokenize
+from llmkd.distances import DISTANCES
+from llmkd.distributed import World, complete_ds_config, load_ds_config, on_main, parameter_count, teacher_ds_config
+from llmkd.divergences import DIVERGENCES
+from llmkd.errors import InputError
+from llmkd.layer_map import Pairs, layer_map
+from llmkd.objective import Weights
+from llmkd.student import Distiller, make_projectors
+from llmkd.teachers.base import EMBEDDING, Teacher
+from llmkd.teachers.resident import ResidentTeacher
+
+log = logging.getLogger("llmkd")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run. `teacher` is None where nothing is asked of one (fine-tuning; cross-entropy alone)."""
+
+    folder: Path
+    recipe: Recipe
+    inputs: dict[str, Any]
+    """What decides the result; a checkpoint or a model of other inputs is refused."""
+    initial: Path
+    teacher: Path | None
+    pairs: Pairs
+    weights: Weights
+    train: config.Train
+    data: config.Data
+    seed: int
+    title: str
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two kinds of job
+
+
+def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
+    """A student under the recipe's strategy. Raises InputError before anything is written."""
+    teacher = on_main(world, lambda: models.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
+    teacher_config = models.load_config(teacher, trust_remote_code=recipe.teacher.trust_remote_code)
+    depth = teacher_config.num_hidden_layers
+    checkpoint = None
+    if recipe.student.init == "checkpoint":
+        path = recipe.student.path or ""
+        checkpoint = on_main(world, lambda: models.resolve(path, "student.path"))
+        student_depth = models.load_config(checkpoint, trust_remote_code=recipe.student.trust_remote_code).num_hidden_layers
+    else:
+        student_depth = recipe.student.blocks or depth
+    pairs = pairs_of(recipe, student_depth, depth)
+    weights = Weights(
+        ce=recipe.loss.ce,
+        kl=recipe.loss.kl,
+        hidden=recipe.loss.hidden if pairs else 0.0,
+        kl_positions=recipe.loss.kl_positions,
+        hidden_positions=recipe.matching.positions,
+    )
+    if not (weights.ce or weights.kl or weights.hidden):
+        raise InputError("loss: ce, kl and hidden are all 0, so there is nothing to learn from; give one of them a weight")
+    if recipe.student.init == "teacher":
+        models.block_choice(recipe.student.copy_blocks, student_depth, depth)
+    if checkpoint is not None:
+        models.check_same_tokens(models.load_tokenizer(teacher), models.load_tokenizer(checkpoint))
+    job = Job(
+        folder=folder,
+        recipe=recipe,
+        inputs=training_inputs(recipe),
+        initial=checkpoint or folder / "initial",
+        teacher=teacher if weights.kl or weights.hidden else None,
+        pairs=pairs,
+        weights=weights,
+        train=recipe.train,
+        data=recipe.data,
+        seed=recipe.seed,
+        title=f"{recipe.matching.strategy}, seed {recipe.seed}",
+    )
+    refuse_other_recipe(world, job)
+    positions = getattr(teacher_config, "max_position_embeddings", None)
+    _check_lengths(job.data.max_length, positions, recipe.teacher_path)
+    return job
+
+
+def initial_student(recipe: Recipe, teacher: Path, folder: Path) -> None:
+    """Write the HF folder an undistilled student starts from (rank 0 alone)."""
+    dtype = models.DTYPES[recipe.train.dtype]
+    trust = recipe.teacher.trust_remote_code
+    blocks = recipe.student.blocks
+    assert blocks is not None
+    if recipe.student.init == "random":
+        models.random_student(teacher, blocks, recipe.student.width, folder, seed=recipe.seed, dtype=dtype, trust_remote_code=trust)
+    else:
+        depth = models.load_config(teacher, trust_remote_code=trust).num_hidden_layers
+        chosen = models.block_choice(recipe.student.copy_blocks, blocks, depth)
+        models.copied_student(teacher, chosen, folder, dtype=dtype, trust_remote_code=trust)
+        log.info("student: %d blocks copied from the teacher's %s", blocks, list(chosen))
+
+
+def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
+    """The teacher of a recipe with a `finetune` section: the same loop, cross-entropy alone."""
+    settings = recipe.finetune
+    if settings is None:
+        raise InputError("the recipe has no finetune section; there is no teacher to make")
+    start = settings.path
+    initial = folder / "initial" if start is None else on_main(world, lambda: models.resolve(start, "finetune.path"))
+    data = settings.data or recipe.data
+    positions = (
+        settings.architecture.max_position_embeddings
+        if settings.architecture is not None
+        else getattr(models.load_config(initial), "max_position_embeddings", None)
+    )
+    _check_lengths(data.max_length, positions, start or "finetune.architecture")
+    inputs = config.flat({"finetune": settings.model_dump(mode="json"), "data": data.model_dump(mode="json"), "seed": recipe.seed})
+    for key in ("save_every", "keep_checkpoints", "log_every", "timeout_seconds", "wandb"):
+        inputs.pop(f"finetune.train.{key}")
+    job = Job(
+        folder=folder,
+        recipe=recipe,
+        inputs=inputs,
+        initial=initial,
+        teacher=None,
+        pairs=(),
+        weights=Weights(ce=1.0, kl=0.0, hidden=0.0, kl_positions="trained", hidden_positions="trained"),
+        train=settings.train,
+        data=data,
+        seed=recipe.seed,
+        title="teacher",
+    )
+    refuse_other_recipe(world, job)
+    return job
+
+
+def initial_teacher(recipe: Recipe, folder: Path) -> None:
+    """Write the HF folder of a new model of `finetune.architecture`, with a tokenizer trained on the data (rank 0 alone)."""
+    settings = recipe.finetune
+    assert settings is not None and settings.architecture is not None
+    rows = _rows(settings.data or recipe.data)
+    if "messages" in rows.column_names:
+        raise InputError("finetune.architecture: a new tokenizer has no chat template; give prompt/completion or text data")
+    texts = (text for column in ("prompt", "completion", "text") if column in rows.column_names for text in rows[column])
+    tokenizer = models.new_tokenizer(texts, settings.architecture.vocab_size)
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    shape = models.qwen3_config(settings.architecture.model_dump(), special)
+    models.new_model(shape, folder, seed=recipe.seed, dtype=models.DTYPES[settings.train.dtype], tokenizer=tokenizer.save_pretrained)
+
+
+def pairs_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
+    """The recipe's pairs at these depths, the embedding pair first if it is asked for; none where `loss.hidden` is 0."""
+    matching = recipe.matching
+    pairs = layer_map(
+        matching.strategy, student_depth, teacher_depth, seed=recipe.seed, target_block=matching.target_block, pairs=matching.pairs
+    )
+    if recipe.loss.hidden == 0:
+        return ()
+    return ((EMBEDDING, EMBEDDING), *pairs) if matching.embedding and pairs else pairs
+
+
+def refuse_other_recipe(world: World, job: Job) -> None:
+    """Raise InputError if the folder holds the checkpoints or the model of another recipe."""
+    on_main(world, lambda: finished(job))
+
+
+def finished(job: Job) -> bool:
+    """Whether the job's model is already there, whole and of the same inputs. Raises InputError if it is of others."""
+    import json
+
+    meta = job.folder / "model" / "llmkd.json"
+    if not meta.is_file():
+        return False
+    check_same(json.loads(meta.read_text())["inputs"], job.inputs, job.folder)
+    return True
+
+
+def _check_lengths(max_length: int, positions: int | None, where: str) -> None:
+    if positions is not None and max_length > positions:
+        raise InputError(f"data.max_length: {max_length} tokens are more than the {positions} positions of {where}; write at most {positions}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def accumulation_steps(train: config.Train, world_size: int) -> int:
+    """Micro-batches per rank and step. Raises InputError unless ranks * micro_batch_size divides batch_size."""
+    together = world_size * train.micro_batch_size
+    if train.batch_size % together:
+        fitting = [n for n in range(1, train.batch_size + 1) if train.batch_size % (n * train.micro_batch_size) == 0]
+        raise InputError(
+            f"train.batch_size: {train.batch_size} rows can't be shared by {world_size} ranks x micro_batch_size {train.micro_batch_size}; "
+            f"write a multiple of {together}, or use {' or '.join(map(str, fitting))} ranks"
+        )
+    return train.batch_size // together
+
+
+def total_steps(train: config.Train, rows: int) -> int:
+    """Optimizer steps of the run."""
+    per_epoch = steps_per_epoch(rows, train.batch_size)
+    return train.steps if train.steps is not None else math.ceil((train.epochs or 0) * per_epoch)
+
+
+def training_ds_config(world: World, train: config.Train, accumulation: int, folder: Path) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run, completed from the recipe."""
+    return complete_ds_config(
+        load_ds_config(train.deepspeed, ROOT / "ds_configs"),
+        world_size=world.size,
+        micro_batch=train.micro_batch_size,
+        accumulation=accumulation,
+        clip=train.clip,
+        dtype=train.dtype,
+        nvme_path=str(folder / "nvme"),
+    )
+
+
+def tokenized(world: World, data: config.Data, tokenizer: Any) -> Dataset:
+    """The job's rows as tokens; rank 0 reads them first, so that downloads and caches are made once."""
+    first: list[Dataset] = []
+    on_main(world, lambda: first.append(_rows(data)))
+    rows = first[0] if first else _rows(data)
+    return tokenize(rows, tokenizer, format=data.format, max_length=data.max_length, too_long=data.too_long)
+
+
+def _rows(data: config.Data) -> Dataset:
+    return load_rows(data.source, name=data.name, split=data.split, rows=data.rows, records_seed=data.records_seed)
+
+
+def load_teacher(job: Job) -> Teacher:
+    """The job's teacher in its placement."""
+    settings = job.recipe.teacher
+    assert job.teacher is not None
+    sharded = settings.placement == "zero3"
+    ds = teacher_ds_config(job.train.micro_batch_size, settings.dtype, settings.offload, 1) if sharded else None
+    model = models.load_causal_lm(
+        job.teacher,
+        dtype=models.DTYPES[settings.dtype],
+        ds_config=ds,
+        attention=settings.attention,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    if sharded:
+        largest = max(parameter_count(block) for block in models.blocks(model))
+        ds = teacher_ds_config(job.train.micro_batch_size, settings.dtype, settings.offload, largest)
+    uses = [teacher for _, teacher in job.pairs]
+    return ResidentTeacher(model, uses, normed_last=job.recipe.matching.final_state == "normed", ds_config=ds)
+
+
+def load_student(job: Job, ds_config: dict[str, Any], teacher_width: int | None) -> Distiller:
+    """The job's student, with its projectors and losses, ready for an engine."""
+    dtype = models.DTYPES[job.train.dtype]
+    settings, matching = job.recipe.student, job.recipe.matching
+    attention = settings.attention if job.teacher is not None else job.recipe.teacher.attention
+    model = models.load_causal_lm(
+        job.initial, dtype=dtype, ds_config=ds_config, attention=attention, trust_remote_code=settings.trust_remote_code
+    )
+    width = model.config.hidden_size
+    projectors = make_projectors(len(job.pairs), width, teacher_width or width, bias=matching.projector_bias, seed=job.seed)
+    module = Distiller(
+        model,
+        job.pairs,
+        distance=DISTANCES[matching.distance],
+        positions=matching.positions,
+        normed_last=matching.final_state == "normed",
+        divergence=DIVERGENCES[job.recipe.loss.divergence],
+        temperature=job.recipe.loss.temperature,
+        kl_positions=job.recipe.loss.kl_positions,
+        chunk=job.train.head_chunk,
+        projectors=None if projectors is None else projectors.to(dtype),
+    )
+    if job.train.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return module
+
+
+def write_initial(world: World, job: Job) -> None:
+    """Write the folder the model starts from, unless it is there."""
+    if job.initial != job.folder / "initial" or (job.initial / "config.json").is_file():
+        return
+    recipe = job.recipe
+    if job.title == "teacher":
+        on_main(world, lambda: initial_teacher(recipe, job.initial))
+    else:
+        teacher = on_main(world, lambda: models.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
+        on_main(world, lambda: initial_student(recipe, teacher, job.initial))
+
+
+def pair_names(pairs: Sequence[tuple[int, int]]) -> list[str]:
+    """How pairs are written in logs: `student<teacher`, `e` for the embeddings."""
+    name = lambda block: "e" if block == EMBEDDING else str(block)  # noqa: E731
+    return [f"{name(s)}<{name(t)}" for s, t in pairs]
+
+
+def remove_initial(job: Job) -> None:
+    """The starting folder is not needed once the model is exported; a study keeps its own."""
+    if job.initial == job.folder / "initial":
+        shutil.rmtree(job.initial, ignore_errors=True)

@@ -1,0 +1,142 @@
+"""Checkpoints that are either whole or not there, and the export of a trained student.
+
+    checkpoints/step-00000100/      DeepSpeed's shards, `state.json` (step, ranks, what was trained), `rng-<rank>.pt`
+
+A checkpoint is written beside, under a name ending in .tmp, and published by one rename; so is an exported model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from llmkd.distributed import World, barrier, on_main, whole_state
+from llmkd.errors import InputError
+from llmkd.models import copy_tokenizer
+
+log = logging.getLogger("llmkd")
+
+TAG = "shards"
+
+
+def save(world: World, engine: Any, folder: Path, *, step: int, inputs: dict[str, Any], keep: int) -> Path:
+    """Save a sharded checkpoint (all ranks take part), publish it, and remove all but the newest `keep`."""
+    final = folder / f"step-{step:08d}"
+    tmp = final.with_name(final.name + ".tmp")
+    if world.is_main:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+    barrier(world)
+    engine.save_checkpoint(str(tmp), tag=TAG, save_latest=False)
+    torch.save(_rng_state(), tmp / f"rng-{world.rank}.pt")
+    barrier(world)
+    if world.is_main:
+        (tmp / "state.json").write_text(json.dumps({"step": step, "world_size": world.size, "inputs": inputs}, indent=1))
+        _sync(tmp)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(tmp, final)
+        for old in whole(folder)[:-keep]:
+            shutil.rmtree(old)
+    barrier(world)
+    return final
+
+
+def whole(folder: Path) -> list[Path]:
+    """The published checkpoints, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name) and (p / "state.json").is_file())
+
+
+def newest(folder: Path, inputs: dict[str, Any], world_size: int) -> tuple[Path, int] | None:
+    """The newest whole checkpoint and its step. Raises InputError if another recipe or another number of ranks wrote it."""
+    found = whole(folder)
+    if not found:
+        return None
+    state = json.loads((found[-1] / "state.json").read_text())
+    check_same(state["inputs"], inputs, found[-1])
+    if state["world_size"] != world_size:
+        raise InputError(
+            f"{found[-1]} was written by {state['world_size']} ranks, this run has {world_size}; start it with {state['world_size']} ranks, "
+            f"or remove {folder} to begin anew"
+        )
+    return found[-1], int(state["step"])
+
+
+def check_same(theirs: dict[str, Any], ours: dict[str, Any], where: Path) -> None:
+    """Raise InputError naming the first recipe key in which what stands at `where` differs from this run."""
+    for key in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(key) != ours.get(key):
+            raise InputError(
+                f"{where} was made by another recipe: {key} was {theirs.get(key)!r}, now {ours.get(key)!r}; give --output another folder, "
+                f"put the recipe back, or remove {where}"
+            )
+
+
+def load(world: World, engine: Any, checkpoint: Path) -> None:
+    """Put engine, optimizer and random generators back as they were (all ranks take part)."""
+    loaded, _ = engine.load_checkpoint(str(checkpoint), tag=TAG)
+    if loaded is None:
+        raise InputError(f"{checkpoint}: DeepSpeed could not load it; remove the folder to resume from the one before")
+    _set_rng_state(torch.load(checkpoint / f"rng-{world.rank}.pt", weights_only=True))
+
+
+def _rng_state() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": (version, list(words), gauss),
+        "numpy": (str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _sync(folder: Path) -> None:
+    """Have the file system write the folder out before its name is changed."""
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def export(world: World, model: PreTrainedModel, folder: Path, *, tokenizer_from: Path, card: str, meta: dict[str, Any]) -> None:
+    """Write the student as a clean HF folder: safetensors, tokenizer, generation config, model card, `llmkd.json` (all ranks take part)."""
+    state = whole_state(world, model)
+
+    def write() -> None:
+        tmp = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        copy_tokenizer(tokenizer_from, tmp)
+        model.config.use_cache = True
+        model.save_pretrained(tmp, state_dict=state)
+        if not (tmp / "generation_config.json").is_file():
+            GenerationConfig.from_model_config(model.config).save_pretrained(tmp)
+        model.config.use_cache = False
+        (tmp / "README.md").write_text(card)
+        (tmp / "llmkd.json").write_text(json.dumps(meta, indent=1))
+        _sync(tmp)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(tmp, folder)
+
+    on_main(world, write)

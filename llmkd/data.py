@@ -1,0 +1,315 @@
+"""Rows of text to micro-batches: which tokens are trained, in which order, padded or packed.
+
+The order is a pure function of (seed, step), so a run resumes at the exact row by knowing its step, and the rows of a step do
+not depend on the number of ranks or on accumulation.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, load_dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from llmkd import records
+from llmkd.errors import InputError
+
+log = logging.getLogger("llmkd")
+
+IGNORE = -100
+FORMATS = {"prompt_completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
+LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. Positions are those of states: `targets[b, t]` is the token that position t must predict."""
+
+    input_ids: Tensor  # [B, T]
+    position_ids: Tensor  # [B, T], counted from 0 in each row (packed: in each document)
+    attention_mask: Tensor | None  # [B, T]; None when packed, where position_ids keep documents apart
+    targets: Tensor  # [B, T], IGNORE where the next token is not trained
+    attended: Tensor  # [B, T] bool, False at padding
+    trained_at: Tensor  # [N] flat positions with a target
+    attended_at: Tensor  # [M] flat positions that are not padding
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on the device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: v if v is None else v.to(device, non_blocking=True) for k, v in moved.items()})
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(trained positions, attended positions); shapes only, nothing is read from the device."""
+        return self.trained_at.numel(), self.attended_at.numel()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def load_rows(source: str, *, name: str | None, split: str, rows: int | None, records_seed: int = 0) -> Dataset:
+    """The rows of the built-in task, of local files or of a hub data set. Raises InputError when there are none."""
+    if source == "records":
+        if rows is None:
+            raise InputError("data.rows: the built-in task is endless; say how many rows to use, e.g. rows: 20000")
+        made = records.examples(split, records_seed, 0, rows)
+        return Dataset.from_list([{"prompt": e["prompt"], "completion": e["completion"]} for e in made])
+    if Path(source).exists():
+        data = _local_rows(Path(source), split)
+    elif source.endswith((*LOADERS, ".gz")) or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise InputError(f"data.source: no file or folder {source!r}; give a .jsonl, .parquet or .csv, a folder of them, a hub name, or records")
+    else:
+        data = _hub_rows(source, name, split)
+    if rows is not None:
+        data = data.select(range(min(rows, len(data))))
+    if len(data) == 0:
+        raise InputError(f"data.source: {source!r} (split {split!r}) holds no rows; give data with at least one batch of rows")
+    return data
+
+
+def _local_rows(path: Path, split: str) -> Dataset:
+    files = sorted(f for f in path.iterdir() if _kind(f)) if path.is_dir() else [path]
+    kinds = {_kind(f) for f in files}
+    if len(kinds) != 1 or None in kinds:
+        raise InputError(f"data.source: {str(path)!r} must be (or hold) files of one kind: {', '.join(LOADERS)}, each may end in .gz")
+    if not any(f.stat().st_size for f in files):
+        raise InputError(f"data.source: {str(path)!r} is empty; give data with at least one batch of rows")
+    try:
+        return load_dataset(str(kinds.pop()), data_files={split: [str(f) for f in files]}, split=split)
+    except Exception as error:  # datasets wraps every parser's own error
+        raise InputError(f"data.source: {str(path)!r} can't be read: {_first_line(error.__cause__ or error)}") from error
+
+
+def _kind(file: Path) -> str | None:
+    suffixes = [s for s in file.suffixes if s != ".gz"]
+    return LOADERS.get(suffixes[-1]) if suffixes else None
+
+
+def _hub_rows(source: str, name: str | None, split: str) -> Dataset:
+    try:
+        return load_dataset(source, name, split=split)
+    except Exception as error:  # the hub client has a score of network errors; all mean the same to the user
+        raise InputError(
+            f"data.source: {source!r} is no file here and the hub did not give it ({_first_line(error)}); check the name, data.name and "
+            "data.split, or give a local file"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+
+
+def tokenize(rows: Dataset, tokenizer: Any, *, format: str, max_length: int, too_long: str) -> Dataset:
+    """Rows -> {input_ids, trained (per token), length}. Prompts are not trained; of a chat, the assistant's tokens alone are.
+
+    Prompt and completion are tokenized apart, as they are when the model later continues the prompt. Raises InputError for a
+    row that lacks its columns, or when no row is left.
+    """
+    format = _format_of(rows.column_names) if format == "auto" else format
+    missing = [c for c in FORMATS[format] if c not in rows.column_names]
+    if missing:
+        raise InputError(f"data.format: {format} needs the column {missing[0]!r}; the data has {', '.join(rows.column_names)}")
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no end-of-sequence token; a student could never learn to stop, set eos_token in it")
+    encode = {"prompt_completion": _prompt_completion, "messages": _messages, "text": _text}[format]
+
+    def encoded(columns: dict[str, list[Any]], numbers: list[int]) -> dict[str, Any]:
+        _check_text(columns, format, numbers)
+        ids, trained = encode(columns, tokenizer, numbers)
+        if too_long == "truncate":
+            ids, trained = [i[:max_length] for i in ids], [t[:max_length] for t in trained]
+        return {"input_ids": ids, "trained": trained, "length": [len(i) for i in ids], "useful": [any(t[1:]) for t in trained]}
+
+    found = rows.map(encoded, batched=True, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False)
+    lengths, useful = np.array(found["length"]), np.array(found["useful"])
+    kept = np.flatnonzero((lengths <= max_length) & useful)
+    if len(kept) < len(lengths):
+        log.info("data: %d of %d rows dropped: %d longer than %d tokens, %d with nothing to train", len(lengths) - len(kept), len(lengths),
+                 int((lengths > max_length).sum()), max_length, int((~useful).sum()))
+    if len(kept) == 0:
+        raise InputError(f"data: no row has a trained token within data.max_length {max_length} tokens; raise it, or look at the data")
+    return found.select(kept).remove_columns("useful")
+
+
+def _format_of(columns: Sequence[str]) -> str:
+    for format, needed in FORMATS.items():
+        if all(column in columns for column in needed):
+            return format
+    raise InputError(f"data.format: columns {', '.join(columns)} are none of prompt + completion, messages, text; rename them or choose format")
+
+
+Encoded = tuple[list[list[int]], list[list[bool]]]
+
+
+def _check_text(columns: dict[str, list[Any]], format: str, numbers: list[int]) -> None:
+    for column in FORMATS[format]:
+        for number, value in zip(numbers, columns[column], strict=True):
+            if column != "messages" and not isinstance(value, str):
+                raise InputError(f"data row {number}: {column} must be text, it is {type(value).__name__}; for chats use the messages format")
+
+
+def _prompt_completion(columns: dict[str, list[Any]], tokenizer: Any, numbers: list[int]) -> Encoded:
+    prompts = _leading(tokenizer, columns["prompt"])
+    completions = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(columns["completion"], add_special_tokens=False)["input_ids"]]
+    both = list(zip(prompts, completions, strict=True))
+    return [p + c for p, c in both], [[False] * len(p) + [True] * len(c) for p, c in both]
+
+
+def _leading(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The ids of texts that open a sequence: with the tokenizer's own leading tokens, without a closing one it may add."""
+    eos = tokenizer.eos_token_id
+    closes = tokenizer("", add_special_tokens=True)["input_ids"][-1:] == [eos]
+    return [ids[:-1] if closes and ids[-1:] == [eos] else ids for ids in tokenizer(texts, add_special_tokens=True)["input_ids"]]
+
+
+def _text(columns: dict[str, list[Any]], tokenizer: Any, numbers: list[int]) -> Encoded:
+    texts = [[*ids, tokenizer.eos_token_id] for ids in _leading(tokenizer, columns["text"])]
+    return texts, [[True] * len(ids) for ids in texts]
+
+
+def _messages(columns: dict[str, list[Any]], tokenizer: Any, numbers: list[int]) -> Encoded:
+    encoded = []
+    for number, messages in zip(numbers, columns["messages"], strict=True):
+        try:
+            encoded.append(conversation(messages, tokenizer))
+        except InputError as error:
+            raise InputError(f"data row {number}: {error}") from error
+    return [ids for ids, _ in encoded], [trained for _, trained in encoded]
+
+
+def conversation(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """A chat through the tokenizer's own template: (ids, trained). Trained is what the assistant says, its end of turn included."""
+    if not messages or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+        raise InputError("messages must be a list of {role, content}")
+    if not tokenizer.chat_template:
+        raise InputError("the tokenizer has no chat template; give prompt and completion, or set tokenizer.chat_template")
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    spans = []
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True) if turn else ""
+            upto = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
+            if not (whole.startswith(upto) and upto.startswith(before)):
+                raise InputError(
+                    f"the chat template writes turn {turn} otherwise once later turns follow, so its tokens can't be told apart; "
+                    "split the conversation so that it ends with the assistant turn to train on"
+                )
+            spans.append((len(before), len(upto)))
+    if not spans:
+        raise InputError("the conversation has no assistant turn; there is nothing to train on")
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    trained = [any(start <= a and b <= end for start, end in spans) and b > a for a, b in encoded["offset_mapping"]]
+    return encoded["input_ids"], trained
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order
+
+
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    """Whole batches in one pass; the rest of the rows sits out, others each time."""
+    if rows < batch_size:
+        raise InputError(f"train.batch_size: {batch_size} rows per step, but the data has only {rows}; write a smaller batch or give more rows")
+    return rows // batch_size
+
+
+def epoch_batches(lengths: np.ndarray, *, batch_size: int, seed: int, epoch: int, grouped: bool) -> np.ndarray:
+    """[steps, batch_size] row numbers of one pass, longest first in each step. A pure function of its arguments.
+
+    Grouped: within windows of about 32 batches rows are sorted by length before they are cut into batches, and the batches shuffled.
+    """
+    steps = steps_per_epoch(len(lengths), batch_size)
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths))[: steps * batch_size]
+    if grouped:
+        windows = np.array_split(order, math.ceil(steps / 32))
+        order = np.concatenate([w[np.argsort(-lengths[w], kind="stable")] for w in windows])
+    cut = order.reshape(steps, batch_size)
+    if grouped:
+        cut = cut[random.permutation(steps)]
+    return np.stack([b[np.argsort(-lengths[b], kind="stable")] for b in cut])
+
+
+def micro_batch_rows(rows: np.ndarray, *, rank: int, world_size: int, accumulation: int) -> list[np.ndarray]:
+    """This rank's micro-batches of a step: neighbours in length sit side by side on different ranks, so that none waits long."""
+    return list(rows.reshape(accumulation, world_size, -1)[:, rank])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def collate(rows: Sequence[dict[str, Any]], *, pad_id: int, packed: bool, multiple: int = 8) -> Batch:
+    """Tokenized rows -> one Batch: padded on the right to a multiple of 8, or packed end to end in one row of width 1."""
+    ids = [torch.as_tensor(row["input_ids"]) for row in rows]
+    targets = [_targets(i, torch.as_tensor(row["trained"])) for i, row in zip(ids, rows, strict=True)]
+    if packed:
+        input_ids, target = torch.cat(ids)[None], torch.cat(targets)[None]
+        position_ids = torch.cat([torch.arange(len(i)) for i in ids])[None]
+        attended = torch.ones_like(input_ids, dtype=torch.bool)
+        mask = None
+    else:
+        width = -(-max(len(i) for i in ids) // multiple) * multiple
+        input_ids = torch.stack([_padded(i, width, pad_id) for i in ids])
+        target = torch.stack([_padded(t, width, IGNORE) for t in targets])
+        attended = torch.stack([_padded(torch.ones_like(i), width, 0) for i in ids]).bool()
+        position_ids = torch.arange(width).expand(len(ids), width).contiguous()
+        mask = attended.long()
+    return Batch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=mask,
+        targets=target,
+        attended=attended,
+        trained_at=(target.flatten() != IGNORE).nonzero().flatten(),
+        attended_at=attended.flatten().nonzero().flatten(),
+    )
+
+
+def _targets(ids: Tensor, trained: Tensor) -> Tensor:
+    """[T]: the next token where it is trained, else IGNORE. The last position predicts nothing, so nothing crosses documents."""
+    following = torch.where(trained.bool(), ids, IGNORE)[1:]
+    return torch.cat([following, torch.tensor([IGNORE])])
+
+
+def _padded(values: Tensor, width: int, fill: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, width - len(values)), value=fill)
+
+
+def batches(
+    data: Dataset, *, seed: int, start_step: int, steps: int, batch_size: int, accumulation: int, rank: int, world_size: int, pad_id: int, packed: bool
+) -> Iterator[list[Batch]]:
+    """For each step from `start_step` on, this rank's micro-batches, loaded ahead of the step by a worker."""
+    lengths = np.array(data["length"])
+    per_epoch = steps_per_epoch(len(lengths), batch_size)
+
+    @functools.lru_cache(maxsize=1)
+    def of_epoch(epoch: int) -> np.ndarray:
+        return epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch, grouped=not packed)
+
+    class Steps(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return steps - start_step
+
+        def __getitem__(self, index: int) -> list[Batch]:
+            epoch, place = divmod(start_step + index, per_epoch)
+            rows = of_epoch(epoch)[place]
+            mine = micro_batch_rows(rows, rank=rank, world_size=world_size, accumulation=accumulation)
+            return [collate([data[int(r)] for r in micro], pad_id=pad_id, packed=packed) for micro in mine]
+
+    pinned = torch.cuda.is_available()
+    yield from DataLoader(Steps(), batch_size=None, shuffle=False, num_workers=1 if pinned else 0, collate_fn=None)

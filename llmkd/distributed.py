@@ -1,0 +1,284 @@
+"""Ranks, collectives and DeepSpeed engines: the only file that imports deepspeed or torch.distributed.
+
+The floors below compute on tensors and know nothing of ranks; what is here is applied to them from outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch._dynamo  # noqa: F401  (zero.Init patches tensor constructors; dynamo must be imported before it does)
+from torch import Tensor, nn
+
+from llmkd.errors import InputError
+
+os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
+
+import deepspeed  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+Result = TypeVar("Result")
+RECIPE = "recipe"
+"""The value in a ds_configs JSON that the recipe decides."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers. `control` carries small CPU tensors and objects, so that the device is never waited for."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    control: Any
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(timeout_seconds: int = 1800) -> World:
+    """Join the process group that the launcher (deepspeed, torchrun, llmkd train) described, or make one of a single process."""
+    # The shared-memory operator is used by inference alone; building it would ask for a C++ compiler and a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    timeout = timedelta(seconds=timeout_seconds)
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    else:
+        _share_cores()
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+            store = dist.FileStore(os.path.join(tempfile.mkdtemp(prefix="llmkd-"), "store"), 1)
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, control)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _share_cores() -> None:
+    """Give each rank of a CPU machine its share of the cores; without this every rank starts a thread per core and all crawl."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+
+
+def barrier(world: World) -> None:
+    """Wait until every rank is here."""
+    dist.barrier(group=world.control)
+
+
+def sum_counts(world: World, counts: list[int]) -> list[int]:
+    """Add small integers over the ranks, on the CPU: the device is not waited for."""
+    tensor = torch.tensor(counts, dtype=torch.int64)
+    dist.all_reduce(tensor, group=world.control)
+    return tensor.tolist()
+
+
+def sum_tensor(world: World, tensor: Tensor) -> Tensor:
+    """Add a device tensor over the ranks."""
+    if world.size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def highest(world: World, value: float) -> float:
+    """The largest of the ranks' values."""
+    tensor = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=world.control)
+    return tensor.item()
+
+
+def on_main(world: World, work: Callable[[], Result]) -> Result:
+    """Run `work` on rank 0 while the others wait, and give every rank its result (or its InputError)."""
+    answer: list[Any] = [None, None]
+    failure: BaseException | None = None
+    if world.is_main:
+        try:
+            answer[0] = work()
+        except InputError as error:
+            answer[1] = str(error)
+        except BaseException as error:  # the other ranks must not wait for ever; raised again below
+            failure, answer[1] = error, f"rank 0 failed: {type(error).__name__}: {error}"
+    dist.broadcast_object_list(answer, src=0, group=world.control)
+    if failure is not None:
+        raise failure
+    if answer[1] is not None:
+        raise InputError(answer[1])
+    return answer[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DeepSpeed
+
+
+def load_ds_config(name: str, folder: Path) -> dict[str, Any]:
+    """A DeepSpeed configuration by its name in `folder` (ds_configs/) or by a path of the user's own."""
+    file = Path(name) if name.endswith(".json") else folder / f"{name}.json"
+    if not file.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
+        raise InputError(f"train.deepspeed: no DeepSpeed configuration {name!r}; write one of {known}, or the path of a .json file")
+    try:
+        config = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}: not valid JSON at line {error.lineno}: {error.msg}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: a DeepSpeed configuration is a JSON object")
+    return config
+
+
+def complete_ds_config(
+    config: dict[str, Any], *, world_size: int, micro_batch: int, accumulation: int, clip: float, dtype: str, nvme_path: str
+) -> dict[str, Any]:
+    """Write the recipe's numbers into a DeepSpeed configuration. Raises InputError where a number of the user's own disagrees."""
+    decided: dict[str, Any] = {
+        "train_batch_size": world_size * micro_batch * accumulation,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip,
+        "bf16.enabled": dtype == "bfloat16",
+        "zero_optimization.offload_param.nvme_path": nvme_path,
+        "zero_optimization.offload_optimizer.nvme_path": nvme_path,
+    }
+    completed = json.loads(json.dumps(config))
+    for key, value in decided.items():
+        *parents, last = key.split(".")
+        section = completed
+        for parent in parents:
+            section = section.get(parent, {}) if key.endswith("nvme_path") else section.setdefault(parent, {})
+        found = section.get(last, RECIPE if not key.endswith("nvme_path") else None)
+        if found == RECIPE:
+            section[last] = value
+        elif not key.endswith("nvme_path") and found != value:
+            raise InputError(f"DeepSpeed configuration: {key} is {found}, the recipe gives {value}; write {RECIPE!r} there, or leave it out")
+    for section in ("optimizer", "scheduler", "fp16", "amp"):
+        if completed.get(section, {}).get("enabled", section in ("optimizer", "scheduler")) and section in completed:
+            raise InputError(f"DeepSpeed configuration: {section!r} is the recipe's business (train.*); remove it")
+    return completed
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    """The ZeRO stage a DeepSpeed configuration asks for."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def teacher_ds_config(micro_batch: int, dtype: str, offload: str, block_parameters: int) -> dict[str, Any]:
+    """ZeRO-3 for a frozen teacher: parameters only, and never more of them gathered than about two blocks.
+
+    DeepSpeed may keep `stage3_max_live_parameters` gathered and fetch `stage3_prefetch_bucket_size` ahead; its defaults
+    (1e9 and 5e7) would hold a whole 1B teacher on every rank.
+    """
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "stage3_max_live_parameters": 2 * block_parameters,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": block_parameters,
+        "stage3_param_persistence_threshold": 0,
+    }
+    if offload == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_optimization": zero,
+        "steps_per_print": 10**9,
+    }
+
+
+@contextlib.contextmanager
+def sharded_construction(config: dict[str, Any] | None) -> Iterator[None]:
+    """Inside, transformers builds and loads a model straight into ZeRO-3 shards, if `config` asks for stage 3."""
+    if config is None or zero_stage(config) != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    keep = HfDeepSpeedConfig(config)  # transformers holds a weak reference to it
+    try:
+        yield
+    finally:
+        del keep
+
+
+def engine(module: nn.Module, config: dict[str, Any], *, learning_rate: float, betas: tuple[float, float], epsilon: float, weight_decay: float) -> Any:
+    """A DeepSpeed engine that trains `module` with AdamW; vectors (norms, biases) do not decay."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if full_shape(p).numel() and len(full_shape(p)) > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if len(full_shape(p)) <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    options = {"lr": learning_rate, "betas": betas, "eps": epsilon}
+    if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
+        optimizer: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **options)
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **options)
+    made, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    return made
+
+
+def frozen_engine(module: nn.Module, config: dict[str, Any]) -> Any:
+    """A DeepSpeed engine that only runs `module` forward: shards, no optimizer, no gradients."""
+    made, *_ = deepspeed.initialize(model=module.requires_grad_(False), config=config)
+    made.eval()
+    return made
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter, partitioned or not."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """The number of weights of a module, partitioned or not."""
+    return sum(full_shape(p).numel() for p in module.parameters())
+
+
+def gathered(parameters: Iterable[nn.Parameter | None]) -> contextlib.AbstractContextManager[Any]:
+    """Inside, these parameters are whole on every rank (all ranks take part)."""
+    sharded = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
+    return deepspeed.zero.GatheredParameters(sharded) if sharded else contextlib.nullcontext()
+
+
+def whole_state(world: World, module: nn.Module) -> dict[str, Tensor]:
+    """The module's weights on rank 0's CPU, gathered one at a time (all ranks take part); empty on the others."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        with gathered([parameter]):
+            if world.is_main:
+                state[name] = parameter.detach().to("cpu", copy=True)
+    if world.is_main:
+        persistent = module.state_dict().keys()
+        state.update({name: value.detach().to("cpu", copy=True) for name, value in module.named_buffers() if name in persistent})
+    return state
+
+
+def quiet() -> None:
+    """Keep DeepSpeed's own log to warnings, and its calls of torch's older names out of the user's sight."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

@@ -1,0 +1,238 @@
+"""Which teacher block teaches which student block: a strategy is a function that gives pairs, and pairs are plain data.
+
+`layer_map("reverse", 9, 36)` gives `((0, 35), (1, 31), ..., (8, 3))`; `drawing(pairs, 9, 36)` shows it in a terminal.
+Blocks are 0-based and stand for their output (`CONVENTION`). Definitions: Yu, Wen & Mou, arXiv 2502.04499, and its public code.
+"""
+
+import difflib
+import random as python_random
+from collections.abc import Callable, Sequence
+
+from llmkd.errors import InputError
+
+Pairs = tuple[tuple[int, int], ...]
+
+CONVENTION = "block i = output of block i, hidden_states[i+1] in HF's count"
+MAX_WIDTH = 100  # columns of a drawing
+
+
+def forward(student_blocks: int, teacher_blocks: int) -> Pairs:
+    """Student block j learns from the last teacher block of the j-th of `student_blocks` even groups.
+
+    `M[j] = ceil((j+1) * L_t / L_s) - 1`: it gives every table in the code of arXiv 2502.04499. Raises InputError on bad depths.
+    """
+    _check_depths(student_blocks, teacher_blocks)
+    # -(-a // b) is ceil(a / b) in integers; a float quotient would be off by one at some depths.
+    return tuple((j, -(-(j + 1) * teacher_blocks // student_blocks) - 1) for j in range(student_blocks))
+
+
+def reverse(student_blocks: int, teacher_blocks: int) -> Pairs:
+    """The targets of `forward` in the opposite order: the last student block learns from the shallowest of them."""
+    return tuple(enumerate(reversed(_targets(student_blocks, teacher_blocks))))
+
+
+def all_to_one(student_blocks: int, teacher_blocks: int, target_block: int | None = None) -> Pairs:
+    """Every student block learns from one teacher block, by default the middle one, `L_t//2 - 1` (block 0 of a one-block teacher).
+
+    The paper's code reads `hidden_states[L_t//2]`, which is that block's output. Raises InputError on a target out of range.
+    """
+    _check_depths(student_blocks, teacher_blocks)
+    target = max(teacher_blocks // 2 - 1, 0) if target_block is None else target_block
+    if not _is_block(target, teacher_blocks):
+        raise InputError(
+            f"target_block {target!r} is not a block of the teacher, which has {teacher_blocks}: "
+            f"write a whole number from 0 to {teacher_blocks - 1}"
+        )
+    return tuple((j, target) for j in range(student_blocks))
+
+
+def random(student_blocks: int, teacher_blocks: int, seed: int) -> Pairs:
+    """The targets of `forward` in one random order, drawn once from the seed.
+
+    Every order is equally likely, so a shallow student's may be `forward` or `reverse` itself (each 1 in L_s!): read the map.
+    """
+    return tuple(enumerate(_draw(_targets(student_blocks, teacher_blocks), student_blocks, seed)))
+
+
+def in_order_random(student_blocks: int, teacher_blocks: int, seed: int) -> Pairs:
+    """`student_blocks` teacher blocks drawn without replacement, shallow to deep (as RAIL-KD's usual reading has it)."""
+    _check_depths(student_blocks, teacher_blocks)
+    return tuple(enumerate(sorted(_draw(range(teacher_blocks), student_blocks, seed))))
+
+
+def none(student_blocks: int, teacher_blocks: int) -> Pairs:
+    """No pair: the student learns from labels and logits alone, so it may be of any depth."""
+    _check_counts(student_blocks, teacher_blocks)
+    return ()
+
+
+def explicit(student_blocks: int, teacher_blocks: int, pairs: Sequence[Sequence[int]]) -> Pairs:
+    """The user's own pairs, checked and kept in the order given.
+
+    A student block may learn from several teacher blocks and the other way round; the student may be the deeper one.
+    Raises InputError on an empty list, a pair that is not two block numbers in range, or the same pair twice.
+    """
+    _check_counts(student_blocks, teacher_blocks)
+    if not pairs:
+        raise InputError("strategy 'explicit' has no pairs: write some as [student block, teacher block], or use strategy 'none'")
+    checked: list[tuple[int, int]] = []
+    for number, pair in enumerate(pairs):
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise InputError(f"pairs[{number}] is {pair!r}: write two block numbers, [student block, teacher block]")
+        for side, block, blocks in (("student", pair[0], student_blocks), ("teacher", pair[1], teacher_blocks)):
+            if not _is_block(block, blocks):
+                raise InputError(
+                    f"pairs[{number}] is {list(pair)}: {block!r} is not a block of the {side}, which has {blocks}: "
+                    f"write a whole number from 0 to {blocks - 1}"
+                )
+        if (pair[0], pair[1]) in checked:
+            raise InputError(
+                f"pairs[{number}] is {list(pair)}, already given as pairs[{checked.index((pair[0], pair[1]))}]: "
+                "take one of the two out (a pair counts once)"
+            )
+        checked.append((pair[0], pair[1]))
+    return tuple(checked)
+
+
+# The named rules. `explicit` is not among them: it is what the user writes instead of a rule.
+STRATEGIES: dict[str, Callable[..., Pairs]] = {
+    "forward": forward,
+    "reverse": reverse,
+    "all_to_one": all_to_one,
+    "random": random,
+    "in_order_random": in_order_random,
+    "none": none,
+}
+
+
+def layer_map(
+    strategy: str,
+    student_blocks: int,
+    teacher_blocks: int,
+    *,
+    seed: int = 0,
+    target_block: int | None = None,
+    pairs: Sequence[Sequence[int]] | None = None,
+) -> Pairs:
+    """The pairs of a strategy by its name; `seed` is read by random and in_order_random alone.
+
+    Raises InputError on an unknown strategy, on bad depths, seed, target block or pairs, and on an option that the strategy would not read.
+    """
+    choices = [*STRATEGIES, "explicit"]
+    if strategy not in choices:
+        near = difflib.get_close_matches(str(strategy), choices, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(f"strategy {strategy!r} is not known: {hint}choose from {', '.join(choices)}")
+    if target_block is not None and strategy != "all_to_one":
+        raise InputError(f"target_block is given, but strategy {strategy!r} does not read it: leave it out, or use strategy 'all_to_one'")
+    if pairs is not None and strategy != "explicit":
+        raise InputError(f"pairs are given, but strategy {strategy!r} does not read them: leave them out, or use strategy 'explicit'")
+    match strategy:
+        case "all_to_one":
+            return all_to_one(student_blocks, teacher_blocks, target_block)
+        case "random" | "in_order_random":
+            return STRATEGIES[strategy](student_blocks, teacher_blocks, seed)
+        case "explicit":
+            return explicit(student_blocks, teacher_blocks, pairs or ())
+        case _:
+            return STRATEGIES[strategy](student_blocks, teacher_blocks)
+
+
+def table(pairs: Pairs, student_blocks: int, teacher_blocks: int) -> str:
+    """The pairs as an aligned text table; the depth of block i of L is (i+1)/L, the share of blocks its output has been through."""
+    _check_drawn(pairs, student_blocks, teacher_blocks)
+    headings = ("student block", "teacher block", "student depth", "teacher depth")
+    rows = [(str(s), str(t), f"{(s + 1) / student_blocks:.2f}", f"{(t + 1) / teacher_blocks:.2f}") for s, t in pairs]
+    lines = [CONVENTION, "", " | ".join(headings), "-|-".join("-" * len(heading) for heading in headings)]
+    lines += [" | ".join(cell.rjust(len(heading)) for cell, heading in zip(row, headings, strict=True)) for row in rows]
+    return "\n".join(lines if pairs else [*lines, "(no pair)"])
+
+
+def drawing(pairs: Pairs, student_blocks: int, teacher_blocks: int) -> str:
+    """The map as a picture for a terminal: a row per student block, a column per teacher block, # where they are paired.
+
+    forward falls, reverse rises, all_to_one is a wall. Plain ASCII, at most `MAX_WIDTH` columns: two characters to a teacher block while they
+    fit, then one, then several blocks to a column (said above the picture).
+    """
+    _check_drawn(pairs, student_blocks, teacher_blocks)
+    targets = {j: sorted(t for s, t in pairs if s == j) for j in range(student_blocks)}
+    labels = {j: _label(j, found, student_blocks, teacher_blocks) for j, found in targets.items()}
+    margin = max(len(label) for label in labels.values()) + 2
+    room = MAX_WIDTH - margin
+    step = 2 if 2 * teacher_blocks <= room else 1  # characters from one column to the next
+    per_column = -(-teacher_blocks // room)
+    columns = -(-teacher_blocks // per_column)
+
+    lines = [CONVENTION, _caption(pairs, student_blocks, teacher_blocks)]
+    if per_column > 1:
+        lines.append(f"one column stands for {per_column} teacher blocks")
+    numbers, ticks = " " * margin, " " * margin
+    for column in range(0, columns, 10 // step):
+        numbers = numbers.ljust(margin + column * step) + str(column * per_column)
+        ticks = ticks.ljust(margin + column * step) + "|"
+    lines += ["", "student <- teacher block".ljust(margin) if margin > 24 else "student <- teacher", numbers, ticks]
+    for j, found in targets.items():
+        marked = {t // per_column for t in found}
+        cells = (" " * (step - 1)).join("#" if column in marked else "." for column in range(columns))
+        lines.append(labels[j].ljust(margin) + cells)
+    return "\n".join(lines)
+
+
+def _label(student_block: int, found: Sequence[int], student_blocks: int, teacher_blocks: int) -> str:
+    student = str(student_block).rjust(len(str(student_blocks - 1)) + 2)
+    if not found:
+        return student
+    digits = len(str(teacher_blocks - 1))
+    shown = [str(t).rjust(digits) for t in found[:3]]
+    return f"{student} <- {', '.join(shown)}" + (f", +{len(found) - 3}" if len(found) > 3 else "")
+
+
+def _caption(pairs: Pairs, student_blocks: int, teacher_blocks: int) -> str:
+    if not pairs:
+        return f"no pair between {student_blocks} student and {teacher_blocks} teacher blocks"
+    students, teachers = len({s for s, _ in pairs}), len({t for _, t in pairs})
+    return f"{students} of {student_blocks} student blocks learn from {teachers} of {teacher_blocks} teacher blocks; # is a pair"
+
+
+def _targets(student_blocks: int, teacher_blocks: int) -> list[int]:
+    return [teacher for _, teacher in forward(student_blocks, teacher_blocks)]
+
+
+def _draw(blocks: Sequence[int], count: int, seed: int) -> list[int]:
+    """`count` of the blocks in random order, without replacement: the first steps of a Fisher-Yates shuffle.
+
+    Written out because Python keeps only the sequence of `Random.random()` the same across versions, not that of `sample` or `shuffle`,
+    and a map must come back the same when a run is resumed elsewhere. Python seeds with |seed|, so a negative seed is refused.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise InputError(f"seed {seed!r} can't draw a map: write a whole number from 0 up")
+    remaining = list(blocks)
+    generator = python_random.Random(seed)  # its own: the global generator is left alone
+    for here in range(count):
+        there = here + int(generator.random() * (len(remaining) - here))
+        remaining[here], remaining[there] = remaining[there], remaining[here]
+    return remaining[:count]
+
+
+def _is_block(block: object, blocks: int) -> bool:
+    return isinstance(block, int) and not isinstance(block, bool) and 0 <= block < blocks
+
+
+def _check_counts(student_blocks: int, teacher_blocks: int) -> None:
+    for side, blocks in (("student", student_blocks), ("teacher", teacher_blocks)):
+        if not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 1:
+            raise InputError(f"{side} blocks: {blocks!r} is not a depth; write a whole number from 1 up")
+
+
+def _check_depths(student_blocks: int, teacher_blocks: int) -> None:
+    _check_counts(student_blocks, teacher_blocks)
+    if student_blocks > teacher_blocks:
+        # Most often the two numbers were swapped, so this is refused even where a rule could be stretched to it.
+        raise InputError(
+            f"the student has {student_blocks} blocks and the teacher {teacher_blocks}: give the student at most {teacher_blocks}, "
+            "or write the pairs yourself with strategy 'explicit', or match none with strategy 'none'"
+        )
+
+
+def _check_drawn(pairs: Pairs, student_blocks: int, teacher_blocks: int) -> None:
+    assert all(_is_block(s, student_blocks) and _is_block(t, teacher_blocks) for s, t in pairs), (pairs, student_blocks, teacher_blocks)

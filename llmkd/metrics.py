@@ -1,0 +1,135 @@
+"""What a run says of itself: sums stay on the device, are reduced once per interval, and go to the log, JSONL, TensorBoard and W&B."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkd.distributed import World, highest, sum_tensor
+from llmkd.objective import Divisors, Weights, means
+
+log = logging.getLogger("llmkd")
+
+
+class Meter:
+    """Adds up a run's sums between two log lines. Nothing is read from the device until `flush`."""
+
+    def __init__(self, world: World, weights: Weights, pair_names: Sequence[str]) -> None:
+        self._world = world
+        self._weights = weights
+        self._pairs = tuple(pair_names)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: Tensor | None = None
+        self._divisors = [0, 0, 0]
+        self._tokens = 0
+        self._steps = 0
+        self._since = time.perf_counter()
+
+    def add(self, sums: Tensor) -> None:
+        """One micro-batch's sums on this rank: CE, KL, then each pair's distance."""
+        self._sums = sums.double() if self._sums is None else self._sums + sums
+
+    def step(self, by: Divisors, tokens: int) -> None:
+        """A step is done: the global divisors of its parts and its tokens (padding not counted)."""
+        self._divisors = [old + new for old, new in zip(self._divisors, (by.ce, by.kl, by.hidden), strict=True)]
+        self._tokens += tokens
+        self._steps += 1
+
+    def flush(self) -> dict[str, Any]:
+        """The interval's means over all ranks (all ranks take part): loss, ce, kl, hidden, each pair's, tokens/s, memory."""
+        assert self._sums is not None
+        ce, kl, *distances = sum_tensor(self._world, self._sums).tolist()
+        by = Divisors(*self._divisors)
+        values: dict[str, Any] = means({"ce": ce, "kl": kl, "hidden": sum(distances)}, by, self._weights)
+        # by.hidden counts positions x pairs; a pair's own mean is over the positions
+        count = len(self._pairs)
+        values["pairs"] = {name: d * count / by.hidden for name, d in zip(self._pairs, distances, strict=True)}
+        seconds = time.perf_counter() - self._since
+        values.update(tokens_per_second=self._tokens / seconds, seconds_per_step=seconds / self._steps)
+        values["memory_gib"] = highest(self._world, peak_memory_gib())
+        self._reset()
+        return values
+
+
+def peak_memory_gib() -> float:
+    """The most memory this process has held: the GPU allocator's peak, or on a CPU machine the resident set's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def line(step: int, steps: int, values: dict[str, Any]) -> str:
+    """One readable line of a log interval."""
+    pairs = " ".join(f"{name}:{value:.4f}" for name, value in values["pairs"].items())
+    text = f"step {step}/{steps} loss {values['loss']:.4f} ce {values['ce']:.4f} kl {values['kl']:.4f}"
+    if pairs:
+        text += f" hidden {values['hidden']:.4f} [{pairs}]"
+    return text + (
+        f" grad {values['grad_norm']:.3f} lr {values['learning_rate']:.2e} {values['tokens_per_second']:,.0f} tok/s {values['memory_gib']:.2f} GiB"
+    )
+
+
+class Journal:
+    """Writes a run's values: one log line, `metrics.jsonl`, TensorBoard, and W&B if asked for. Only rank 0 writes."""
+
+    def __init__(self, world: World, folder: Path, *, start_step: int, wandb_project: str | None, recipe: dict[str, Any]) -> None:
+        self._main = world.is_main
+        if not self._main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._file = folder / "metrics.jsonl"
+        _forget_after(self._file, start_step)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._wandb = None
+        if wandb_project is not None:
+            import wandb  # type: ignore[import-not-found]
+
+            self._wandb = wandb.init(project=wandb_project, name=folder.name, dir=str(folder), config=recipe, id=folder.name, resume="allow")
+
+    def write(self, step: int, steps: int, values: dict[str, Any]) -> None:
+        """Record one interval."""
+        if not self._main:
+            return
+        log.info(line(step, steps, values))
+        with self._file.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        flat = {**{k: v for k, v in values.items() if k != "pairs"}, **{f"pairs/{k}": v for k, v in values["pairs"].items()}}
+        for key, value in flat.items():
+            self._board.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(flat, step=step)
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        if self._main:
+            self._board.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+
+
+def _forget_after(file: Path, step: int) -> None:
+    """Drop the lines of steps that will be run again after a resume; what a killed run left half-written goes too."""
+    if not file.is_file():
+        return
+    kept = []
+    for text in file.read_text().splitlines():
+        try:
+            if json.loads(text)["step"] <= step:
+                kept.append(text)
+        except (json.JSONDecodeError, KeyError):
+            continue
+    tmp = file.with_suffix(".tmp")
+    tmp.write_text("".join(text + "\n" for text in kept))
+    os.replace(tmp, file)

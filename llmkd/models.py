@@ -1,0 +1,353 @@
+"""Hugging Face causal language models: where their blocks are, how a student is cut from a teacher, how one is loaded in shards.
+
+Every student starts as a plain HF folder (`make_initial_student`), whatever it is made from. Loading is then one path,
+`load_causal_lm`, straight into shards under ZeRO-3.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from llmkd.distributed import sharded_construction
+from llmkd.errors import InputError
+from llmkd.layer_map import forward
+
+log = logging.getLogger("llmkd")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHARD_BYTES = 4 * 2**30
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding things in a model
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The model below its head: its output is the final state."""
+    base = model.base_model
+    return base.decoder if hasattr(base, "decoder") else base
+
+
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The transformer blocks in order: the one ModuleList as long as the configuration says the model is deep."""
+    depth = model.config.num_hidden_layers
+    found = [(name, m) for name, m in backbone(model).named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    shallowest = [m for name, m in found if name.count(".") == min(n.count(".") for n, _ in found)]
+    if len(shallowest) != 1:
+        raise InputError(f"{type(model).__name__}: found {len(shallowest)} lists of {depth} blocks where one was expected; this model class is not supported")
+    return shallowest[0]
+
+
+def head(model: PreTrainedModel) -> nn.Linear:
+    """The linear map from final state to logits. Raises InputError for a model that does more than that to its logits."""
+    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(model.config, key, None) not in (None, 1.0):
+            raise InputError(f"{type(model).__name__} changes its logits after the head ({key}); such models are not supported yet")
+    found = model.get_output_embeddings()
+    if not isinstance(found, nn.Linear):
+        raise InputError(f"{type(model).__name__} has no linear language-model head; give a causal language model")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders and the hub
+
+
+def resolve(path: str, what: str, revision: str | None = None) -> Path:
+    """The local folder of a model: a folder as it is, a hub name by download of its safetensors, tokenizer and configuration.
+
+    Raises InputError when it is neither, when the hub can't be reached, or when it holds no safetensors.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
+            raise InputError(f"{what}: no folder {path!r}; give an HF model folder or a hub name such as Qwen/Qwen3-8B")
+        folder = _download(path, what, revision)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{what}: {path!r} holds no config.json; give a folder written by save_pretrained")
+    if not list(folder.glob("*.safetensors")):
+        raise InputError(f"{what}: {path!r} holds no .safetensors file; convert it (pickled weights are never loaded)")
+    return folder
+
+
+def _download(name: str, what: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client has a score of network errors; all mean the same to the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{what}: no folder {name!r} here, and the hub did not give it ({reason}); give the path of a local HF folder") from error
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a model folder."""
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(f"{folder}: transformers can't read this model: {str(error).strip().splitlines()[0]}") from error
+    return config
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(f"{folder}: holds no tokenizer that transformers can read: {str(error).strip().splitlines()[0]}") from error
+
+
+def check_same_tokens(teacher: Any, student: Any) -> None:
+    """Raise InputError unless both tokenizers give every token the same id; the first that differs is named."""
+    ours, theirs = teacher.get_vocab(), student.get_vocab()
+    if ours == theirs:
+        return
+    different = [(i, t) for t, i in [*ours.items(), *theirs.items()] if ours.get(t) != theirs.get(t)]
+    token_id, token = min(different)
+    raise InputError(
+        f"teacher and student tokenizers differ, first at token {token!r} (id {token_id}): teacher id {ours.get(token)}, student id "
+        f"{theirs.get(token)}; their logits can't be compared, use a student with the teacher's tokenizer"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Making a student
+
+
+def block_choice(rule: str | Sequence[int], student_blocks: int, teacher_blocks: int) -> tuple[int, ...]:
+    """Which teacher blocks a student is made of.
+
+    `spread`: first to last evenly, min(floor(j * L_t / (L_s - 1)), L_t - 1); it reproduces the layer-selection paper's lists
+    [0, 4, 9, 13, 18, 22, 27, 31, 35] for 36 -> 9, [0, 6, 11] for 12 -> 3 and [0, 2, 4, 7, 9, 11] for 12 -> 6.
+    `matched`: the forward map's own. Or their numbers.
+    """
+    if student_blocks > teacher_blocks:
+        raise InputError(f"student.blocks: {student_blocks} blocks can't be copied from a teacher of {teacher_blocks}; write at most {teacher_blocks}")
+    if rule == "matched":
+        return tuple(teacher for _, teacher in forward(student_blocks, teacher_blocks))
+    if rule == "spread":
+        if student_blocks == 1:
+            return (0,)
+        return tuple(min(j * teacher_blocks // (student_blocks - 1), teacher_blocks - 1) for j in range(student_blocks))
+    chosen = tuple(int(block) for block in rule)
+    for block in chosen:
+        if not 0 <= block < teacher_blocks:
+            raise InputError(f"student.copy_blocks: {block} is not a block of the teacher (0 to {teacher_blocks - 1})")
+    return chosen
+
+
+def student_config(teacher: PreTrainedConfig, blocks: Sequence[int], width: dict[str, int]) -> PreTrainedConfig:
+    """The teacher's configuration at the student's depth (and width, where given); per-block settings follow their blocks."""
+    config = copy.deepcopy(teacher)
+    kinds = getattr(config, "layer_types", None)
+    config.num_hidden_layers = len(blocks)
+    if kinds:
+        config.layer_types = [kinds[block] for block in blocks]
+    if getattr(config, "max_window_layers", None) is not None:
+        config.max_window_layers = min(config.max_window_layers, len(blocks))
+    for key, value in width.items():
+        if not hasattr(config, key):
+            raise InputError(f"student.{key}: the teacher's model type {teacher.model_type!r} has no such setting")
+        setattr(config, key, value)
+    return config
+
+
+def copied_student(teacher: Path, chosen: Sequence[int], folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
+    """Write an HF folder of the teacher's embeddings, final norm, head and the chosen blocks, renumbered.
+
+    Tensors go from file to file, one output shard (4 GiB) in memory at a time; the teacher is never built.
+    """
+    config = load_config(teacher, trust_remote_code=trust_remote_code)
+    prefix = _block_prefix(teacher, config.num_hidden_layers)
+    where = re.compile(rf"^{re.escape(prefix)}(\d+)\.(.*)$")
+    homes: dict[int, list[int]] = {}
+    for new, old in enumerate(chosen):
+        homes.setdefault(old, []).append(new)
+
+    def names(name: str) -> list[str]:
+        match = where.match(name)
+        return [f"{prefix}{new}.{match[2]}" for new in homes.get(int(match[1]), [])] if match else [name]
+
+    small = student_config(config, chosen, {})
+    small.dtype = dtype
+    _publish(folder, lambda tmp: (_copy_tensors(teacher, tmp, names, dtype), small.save_pretrained(tmp), copy_tokenizer(teacher, tmp)))
+
+
+def random_student(
+    teacher: Path, depth: int, width: dict[str, int], folder: Path, *, seed: int, dtype: torch.dtype, trust_remote_code: bool = False
+) -> None:
+    """Write an HF folder of a new model of the teacher's type, with weights drawn from the seed."""
+    config = load_config(teacher, trust_remote_code=trust_remote_code)
+    small = student_config(config, block_choice("spread", depth, config.num_hidden_layers), width)
+    new_model(small, folder, seed=seed, dtype=dtype, tokenizer=lambda tmp: copy_tokenizer(teacher, tmp), trust_remote_code=trust_remote_code)
+
+
+def new_model(
+    config: PreTrainedConfig, folder: Path, *, seed: int, dtype: torch.dtype, tokenizer: Callable[[Path], object], trust_remote_code: bool = False
+) -> None:
+    """Write an HF folder of a model with weights drawn from the seed, whatever the state of torch's own generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    _publish(folder, lambda tmp: (model.save_pretrained(tmp), tokenizer(tmp)))
+
+
+def qwen3_config(shape: dict[str, Any], special: dict[str, int]) -> Qwen3Config:
+    """A Qwen3 configuration from the recipe's `architecture` and the tokenizer's special token ids."""
+    return Qwen3Config(**shape, **special, use_cache=True)
+
+
+def new_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on the texts, with `<eos>` and a `<pad>` of its own (a pad that is the eos is never trained)."""
+    bpe = Tokenizer(BPE())
+    bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    bpe.decoder = ByteLevelDecoder()
+    special = ["<pad>", "<eos>"]
+    trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<pad>", padding_side="left")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy everything of a model folder that is neither weights nor configuration: tokenizer, chat template, generation settings."""
+    for file in source.iterdir():
+        if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja", ".py") and file.name != "config.json" and ".index." not in file.name:
+            shutil.copy2(file, folder / file.name)
+
+
+def _publish(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a folder beside, then put it in place by one rename."""
+    tmp = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    write(tmp)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(tmp, folder)
+
+
+def _block_prefix(folder: Path, depth: int) -> str:
+    """What precedes the block number in the tensor names, e.g. `model.layers.`."""
+    found: dict[str, set[int]] = {}
+    for name in _tensor_files(folder):
+        for match in re.finditer(r"\.(\d+)\.", name):
+            found.setdefault(name[: match.start() + 1], set()).add(int(match[1]))
+    full = [prefix for prefix, numbers in found.items() if numbers == set(range(depth))]
+    if len(full) != 1:
+        raise InputError(f"{folder}: can't tell which tensors are the {depth} blocks (candidates: {', '.join(full) or 'none'}); this model type can't be copied from")
+    return full[0]
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    names: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names.update(dict.fromkeys(tensors.keys(), file))
+    return names
+
+
+def _copy_tensors(source: Path, folder: Path, names: Callable[[str], list[str]], dtype: torch.dtype) -> None:
+    shard: dict[str, Tensor] = {}
+    shards: list[list[str]] = []
+    total = size = 0
+
+    def flush() -> None:
+        nonlocal shard, size
+        if shard:
+            save_file(shard, folder / f"model-{len(shards) + 1:05d}.safetensors", metadata={"format": "pt"})
+            shards.append(list(shard))
+            shard, size = {}, 0
+
+    for name, file in sorted(_tensor_files(source).items(), key=lambda item: (str(item[1]), item[0])):
+        for new in names(name):
+            with safe_open(file, framework="pt") as tensors:
+                tensor = tensors.get_tensor(name)
+            shard[new] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            size += shard[new].nbytes
+            total += shard[new].nbytes
+            if size >= SHARD_BYTES:
+                flush()
+    flush()
+    weight_map = {}
+    for number, members in enumerate(shards, start=1):
+        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        os.replace(folder / f"model-{number:05d}.safetensors", folder / final)
+        weight_map.update(dict.fromkeys(members, final))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def attention_implementation(asked: str) -> tuple[str, str]:
+    """(name for transformers, why): flash_attention_2 when it is installed and there is a GPU, else sdpa."""
+    import importlib.util
+
+    if asked != "auto":
+        return asked, "as the recipe says"
+    installed = importlib.util.find_spec("flash_attn") is not None
+    if installed and torch.cuda.is_available():
+        return "flash_attention_2", "flash-attn is installed and there is a GPU"
+    return "sdpa", "no GPU" if not torch.cuda.is_available() else "flash-attn is not installed"
+
+
+def load_causal_lm(
+    folder: Path, *, dtype: torch.dtype, ds_config: dict[str, Any] | None, attention: str, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a causal language model from safetensors; straight into shards if `ds_config` asks for ZeRO-3.
+
+    Raises InputError when the folder's weights do not fill the model (transformers itself would only warn and make them up).
+    """
+    name, _ = attention_implementation(attention)
+    try:
+        with sharded_construction(ds_config):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=name,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (ImportError, OSError) as error:
+        raise InputError(f"{folder}: can't be loaded with attention {name!r}: {str(error).strip().splitlines()[0]}") from error
+    missing = sorted(info["missing_keys"]) + [str(item[0]) for item in info["mismatched_keys"]]
+    if missing:
+        raise InputError(f"{folder}: its weights lack {len(missing)} tensors of the model, first {missing[0]!r}; the folder is incomplete")
+    model.config.use_cache = False
+    return model

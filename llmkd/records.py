@@ -1,0 +1,213 @@
+"""The built-in task: records of places to stay, told in one or two sentences.
+
+    name Heron Mill | kind inn | setting lake | price low | food Thai | rating 4 | dogs yes | near Ruby Castle =>
+    Heron Mill is a cheap inn by the lake. It serves Thai food, has four stars, welcomes dogs and is near Ruby Castle.
+
+Every example is a function of (split, seed, index) alone, so a loader may start anywhere and two ranks never need to talk. A record
+belongs to the split that a hash of its `COMBINATION` names, whatever the seed: a combination seen in training is never tested.
+"""
+
+import hashlib
+import re
+from itertools import product
+from random import Random
+from typing import Any
+
+Record = dict[str, str]
+Example = dict[str, Any]
+Phrasing = tuple[int, int]  # (opening, wording)
+
+SPLITS = ("train", "validation", "test")
+HELD_OUT = {"validation": 12, "test": 12}  # percent of all combinations; the rest trains
+COMBINATION = ("kind", "setting", "food")
+CHANCE = 0.75  # of each slot but name and kind to be in a record
+
+FIRST_WORDS = (
+    "Amber Birch Cedar Copper Coral Crane Ember Falcon Fern Flint Frost Hazel Heron Indigo Ivory Jade Juniper Larch Linden Maple "
+    "Marble Otter Pearl Raven Ruby Sable Silver Swan Thistle Topaz Velvet Willow"
+).split()
+PLACE_WORDS = (
+    "Arch Barn Bridge Brook Court Croft Dale Dock Fold Forge Gate Glen Grange Grove Hall Haven Hollow Keep Lantern Manor Mill Nest "
+    "Orchard Point Quay Ridge Spire Terrace Tower Vale Wharf Yard"
+).split()
+LANDMARK_WORDS = "Abbey Arena Castle Chapel Fort Library Market Museum Park Pier Station Theatre".split()
+
+# Slot -> value -> the words that realise it, one per wording; `name` and `near` are open slots and copied.
+CLOSED_SLOTS: dict[str, dict[str, tuple[str, str, str]]] = {
+    "kind": {kind: (kind,) * 3 for kind in ("cabin", "farm", "hostel", "hotel", "inn", "lodge", "villa")},
+    "setting": {
+        "coast": ("on the coast",) * 3,
+        "hills": ("in the hills",) * 3,
+        "lake": ("by the lake",) * 3,
+        "old town": ("in the old town",) * 3,
+        "river": ("by the river",) * 3,
+        "square": ("on the square",) * 3,
+        "valley": ("in the valley",) * 3,
+        "woods": ("in the woods",) * 3,
+    },
+    "price": {
+        "low": ("cheap", "low-cost", "cheap"),
+        "fair": ("mid-priced", "fairly priced", "mid-priced"),
+        "high": ("expensive", "costly", "expensive"),
+    },
+    "food": {
+        food: (f"serves {food} food", f"offers {food} dishes", f"cooks {food} meals")
+        for food in ("Cuban", "French", "Greek", "Indian", "Korean", "Mexican", "Polish", "Thai", "Turkish")
+    },
+    "rating": {
+        digit: (f"has {stars}", f"holds {stars}", f"is rated {stars}")
+        for digit, stars in zip("12345", ("one star", "two stars", "three stars", "four stars", "five stars"), strict=True)
+    },
+    "dogs": {
+        "yes": ("welcomes dogs", "takes dogs", "lets dogs in"),
+        "no": ("bans dogs", "takes no dogs", "keeps dogs out"),
+    },
+}
+NEAR_WORDS = ("is near {}", "lies close to {}", "stands beside {}")
+SLOTS = ("name", "kind", "setting", "price", "food", "rating", "dogs", "near")
+ORDERS = (("food", "rating", "dogs", "near"), ("near", "food", "dogs", "rating"), ("rating", "near", "food", "dogs"))
+PHRASINGS: tuple[Phrasing, ...] = tuple(product(range(4), range(len(ORDERS))))
+
+# What the checker looks for: the value's own word where every wording holds it, else the whole wording.
+SIGNS: dict[str, dict[str, tuple[str, ...]]] = {
+    **{slot: {value: tuple(set(words)) for value, words in CLOSED_SLOTS[slot].items()} for slot in CLOSED_SLOTS},
+    "food": {food: (food,) for food in CLOSED_SLOTS["food"]},
+    "rating": {digit: (words[0].removeprefix("has "),) for digit, words in CLOSED_SLOTS["rating"].items()},
+}
+NAME_PATTERN = re.compile(rf"\b(?:{'|'.join(FIRST_WORDS)}) (?:{'|'.join(PLACE_WORDS)})\b")
+LANDMARK_PATTERN = re.compile(rf"\b(?:{'|'.join(FIRST_WORDS)}) (?:{'|'.join(LANDMARK_WORDS)})\b")
+
+
+def examples(split: str, seed: int, start: int, count: int) -> list[Example]:
+    """Examples `start` to `start + count - 1` of a split: prompt, completion (with its leading space), record, references."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+    return [example(split, seed, index) for index in range(start, start + count)]
+
+
+def example(split: str, seed: int, index: int) -> Example:
+    """One example, a function of its three arguments alone."""
+    random = Random(stable_hash(f"{split} {seed} {index}"))
+    record = draw_record(random)
+    while home(record) != split:
+        record = draw_record(random)
+    opening, wording = PHRASINGS[draw(random, len(PHRASINGS))]
+    return {
+        "prompt": linearised(record),
+        "completion": " " + sentences(record, (opening, wording)),
+        "record": record,
+        "references": references(record),
+    }
+
+
+def linearised(record: Record) -> str:
+    """The prompt of a record: `slot value | slot value =>`."""
+    return " | ".join(f"{slot} {record[slot]}" for slot in SLOTS if slot in record) + " =>"
+
+
+def references(record: Record) -> list[str]:
+    """All phrasings of a record, none twice."""
+    return list(dict.fromkeys(sentences(record, phrasing) for phrasing in PHRASINGS))
+
+
+def sentences(record: Record, phrasing: Phrasing) -> str:
+    """The record told with one of four openings and one of three wordings."""
+    opening, wording = phrasing
+    words = {slot: CLOSED_SLOTS[slot][value][wording] for slot, value in record.items() if slot in CLOSED_SLOTS}
+    if "near" in record:
+        words["near"] = NEAR_WORDS[wording].format(record["near"])
+    name, kind = record["name"], " ".join(words[slot] for slot in ("price", "kind") if slot in words)
+    kind = ("an " if kind[0] in "aeiou" else "a ") + kind
+    where = f" {words['setting']}" if "setting" in words else ""
+    said = listed([words[slot] for slot in ORDERS[wording] if slot in words])
+    if opening == 1 and said:
+        return f"{name}, {kind}{where}, {said}."
+    first = f"{name} is {kind}{where}."
+    if opening == 2:
+        first = f"There is {kind} called {name}{where}."
+    if opening == 3 and where:
+        first = f"{where[1].upper()}{where[2:]} is {name}, {kind}."
+    return f"{first} It {said}." if said else first
+
+
+def listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + f" and {parts[-1]}" if parts else ""
+
+
+def slots_right(record: Record, text: str) -> float:
+    """The share of slots told rightly, in [0, 1]; 1.0 only if every slot of the record is told and nothing contradicts it.
+
+    Counted over the record's slots and those that the text adds: a slot is right if its own value is in the text and no other value
+    of that slot is.
+    """
+    told = values_told(text)
+    slots = [slot for slot in SLOTS if slot in record or told[slot]]
+    return sum(told[slot] == {record.get(slot)} for slot in slots) / len(slots)
+
+
+def values_told(text: str) -> dict[str, set[str]]:
+    """The values of each slot that a text speaks of."""
+    told = {"name": set(NAME_PATTERN.findall(text)), "near": set(LANDMARK_PATTERN.findall(text))}
+    rest = LANDMARK_PATTERN.sub(" ", NAME_PATTERN.sub(" ", text)).lower()
+    for slot, values in SIGNS.items():
+        told[slot] = {
+            value for value, signs in values.items() if any(re.search(rf"\b{re.escape(s.lower())}\b", rest) for s in signs)
+        }
+    return told
+
+
+def choices(example: Example, count: int = 4) -> tuple[list[str], int]:
+    """The example's completion among `count - 1` others that tell one slot wrongly, each another slot; and its place."""
+    record, text = example["record"], example["completion"].strip()
+    phrasing = next(phrasing for phrasing in PHRASINGS if sentences(record, phrasing) == text)
+    random = Random(stable_hash(example["prompt"] + text))
+    slots = [slot for slot in SLOTS if slot in record]
+    wrong: list[str] = []
+    while len(wrong) < count - 1:
+        slot = slots.pop(draw(random, len(slots)))
+        wrong.append(" " + sentences({**record, slot: another_value(random, slot, record[slot])}, phrasing))
+    gold = draw(random, count)
+    return [*wrong[:gold], example["completion"], *wrong[gold:]], gold
+
+
+def another_value(random: Random, slot: str, value: str) -> str:
+    other = value
+    while other == value:
+        other = draw_value(random, slot)
+    return other
+
+
+def draw_record(random: Random) -> Record:
+    """At least three slots, so that `choices` always finds three to swap."""
+    record: Record = {}
+    while len(record) < 3:
+        kept = [slot for slot in SLOTS if slot in ("name", "kind") or random.random() < CHANCE]
+        record = {slot: draw_value(random, slot) for slot in kept}
+    return record
+
+
+def draw_value(random: Random, slot: str) -> str:
+    if slot in CLOSED_SLOTS:
+        values = list(CLOSED_SLOTS[slot])
+        return values[draw(random, len(values))]
+    second = PLACE_WORDS if slot == "name" else LANDMARK_WORDS
+    return f"{FIRST_WORDS[draw(random, len(FIRST_WORDS))]} {second[draw(random, len(second))]}"
+
+
+def draw(random: Random, below: int) -> int:
+    """An integer in [0, below). Of `random`, only `.random()` promises the same numbers in every Python version."""
+    return int(random.random() * below)
+
+
+def home(record: Record) -> str:
+    """The split that a record belongs to, by its combination of kind, setting and food."""
+    place = stable_hash("/".join(record.get(slot, "") for slot in COMBINATION)) % 100
+    for split, share in HELD_OUT.items():
+        if place < share:
+            return split
+        place -= share
+    return "train"
+
+
+def stable_hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -1,0 +1,43 @@
+"""The learning rate of a step: warm-up, then a decay. A function of the step alone, so a resumed run needs no state.
+
+`learning_rate(0, peak=1e-4, final=0.0, warmup=100, total=1000, shape="cosine")` gives 1e-6, the first of 100 warm-up steps.
+"""
+
+import math
+from typing import Literal, get_args
+
+from llmkd.errors import InputError
+
+Shape = Literal["cosine", "linear", "constant"]
+
+
+def learning_rate(step: int, *, peak: float, final: float, warmup: int, total: int, shape: Shape) -> float:
+    """The rate of `step` (0-based) out of `total`: `peak * (step+1)/warmup` while warming up, then from `peak` down to `final`.
+
+    The first step always has a rate above 0. The peak is met at the last warm-up step (step 0 without warm-up), `final` exactly at step `total-1`
+    and kept after it. `constant` stays at the peak and does not read `final`. A run of one step takes it at the peak.
+    Raises InputError on an unknown shape, a peak that is not above 0, a final outside 0..peak, or a warm-up that leaves no step after it.
+    """
+    _check(step, peak, final, warmup, total, shape)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if shape == "constant" or total == 1:
+        return peak
+    peak_step = max(warmup - 1, 0)
+    progress = min((step - peak_step) / (total - 1 - peak_step), 1.0)
+    left = 1.0 - progress if shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return final + (peak - final) * left
+
+
+def _check(step: int, peak: float, final: float, warmup: int, total: int, shape: str) -> None:
+    assert step >= 0, step
+    if shape not in get_args(Shape):
+        raise InputError(f"learning rate shape {shape!r} is not known: choose from {', '.join(get_args(Shape))}")
+    if not (math.isfinite(peak) and peak > 0):
+        raise InputError(f"peak learning rate {peak!r}: write a finite number above 0")
+    if not 0 <= final <= peak:
+        raise InputError(f"final learning rate {final!r}: write a number from 0 to the peak, {peak!r}")
+    if total < 1:
+        raise InputError(f"{total} training steps: write a whole number from 1 up")
+    if not 0 <= warmup < total:
+        raise InputError(f"{warmup} warm-up steps in {total} training steps: write a number from 0 to {total - 1}")

@@ -1,0 +1,1 @@
+"""Where the teacher lives: each placement gives the same signals for the same batch."""

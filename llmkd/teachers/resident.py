@@ -1,0 +1,55 @@
+"""A teacher in the student's own process: whole on every rank (replicated), or sharded over the ranks (zero3)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmkd.data import Batch
+from llmkd.distributed import frozen_engine, gathered
+from llmkd.models import backbone, blocks, head
+from llmkd.teachers.base import EMBEDDING, Capture, Signal
+
+
+class ResidentTeacher:
+    """A frozen causal language model that is run forward for every micro-batch.
+
+    `uses` names the teacher block of every pair (a block used by three pairs three times); only these are captured. The
+    backbone is run without its head: the head's weight is lent, whole, to the chunked loss.
+    """
+
+    def __init__(self, model: PreTrainedModel, uses: Sequence[int], *, normed_last: bool, ds_config: dict[str, Any] | None) -> None:
+        model.eval().requires_grad_(False)
+        self._head = head(model)
+        self._uses = tuple(uses)
+        stack = blocks(model)
+        self._last = len(stack) - 1 if normed_last else None
+        modules = {block: stack[block] for block in set(uses) - {EMBEDDING, self._last}}
+        if EMBEDDING in uses:
+            modules[EMBEDDING] = model.get_input_embeddings()
+        body = backbone(model)
+        self._body = body if ds_config is None else frozen_engine(body, ds_config)
+        self._capture = Capture(modules)
+
+    @torch.no_grad()
+    def signals(self, batch: Batch) -> Signal:
+        """Run the teacher on the batch: the mapped blocks' states, the final state, and its head."""
+        output = self._body(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
+        )
+        final = output.last_hidden_state
+        states = self._capture.collect()
+        if self._last in self._uses:
+            states[self._last] = final
+        return Signal(states, self._uses, final, self.head)
+
+    @contextlib.contextmanager
+    def head(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The head's weight [V, H] and bias, whole while the context lasts (all ranks take part)."""
+        with gathered([self._head.weight, self._head.bias]):
+            yield self._head.weight, self._head.bias

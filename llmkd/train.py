@@ -1,0 +1,259 @@
+"""The training loop, on one page, and its command.
+
+    deepspeed llmkd/train.py --strategy all_to_one [--recipe R] [--set key.sub=value]
+    torchrun --nproc-per-node 2 llmkd/train.py ...
+    python llmkd/train.py ...                        (one process)
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a file: let `import llmkd` find the package, and keep its modules from shadowing others
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import json
+import logging
+import os
+import signal
+import time
+from typing import Any
+
+import click
+import datasets
+import transformers
+
+from llmkd import __version__, build, checkpoint
+from llmkd.build import Job
+from llmkd.config import Recipe, dump_recipe, load_recipe
+from llmkd.data import batches
+from llmkd.distributed import World, barrier, engine, quiet, start, stop, sum_counts
+from llmkd.errors import InputError
+from llmkd.metrics import Journal, Meter, peak_memory_gib
+from llmkd.models import attention_implementation, load_config, load_tokenizer
+from llmkd.objective import divisors, scales
+from llmkd.schedules import learning_rate
+
+log = logging.getLogger("llmkd")
+
+
+def train(world: World, job: Job) -> bool:
+    """Run a job to its end, or until SIGTERM or SIGINT; True when the model is exported. The same call resumes. All ranks take part."""
+    settings = job.train
+    if build.finished(job):
+        log.info("%s: already done, %s", job.title, job.folder / "model")
+        return True
+    accumulation = build.accumulation_steps(settings, world.size)
+    resume = checkpoint.newest(job.folder / "checkpoints", job.inputs, world.size)
+    ds_config = build.training_ds_config(world, settings, accumulation, job.folder)
+    build.write_initial(world, job)
+    tokenizer = load_tokenizer(job.initial)
+    data = build.tokenized(world, job.data, tokenizer)
+    steps = build.total_steps(settings, len(data))
+    module = build.load_student(job, ds_config, load_config(job.teacher).hidden_size if job.teacher else None)
+    teacher = build.load_teacher(job) if job.teacher is not None else None
+    student = engine(
+        module,
+        ds_config,
+        learning_rate=settings.learning_rate,
+        betas=settings.betas,
+        epsilon=settings.epsilon,
+        weight_decay=settings.weight_decay,
+    )
+    first = 0
+    if resume is not None:
+        checkpoint.load(world, student, resume[0])
+        first = resume[1]
+        log.info("%s: resumed from %s", job.title, resume[0])
+    if world.is_main:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / "recipe.yaml").write_text(dump_recipe(job.recipe))
+    journal = Journal(world, job.folder, start_step=first, wandb_project=settings.wandb, recipe=job.inputs)
+    meter = Meter(world, job.weights, build.pair_names(job.pairs))
+    _announce(world, job, steps, accumulation, len(data))
+
+    stopping = _Stopping()
+    totals = {"seconds": 0.0, "tokens": 0}
+    values: dict[str, Any] = {}
+    loader = batches(
+        data,
+        seed=job.seed,
+        start_step=first,
+        steps=steps,
+        batch_size=settings.batch_size,
+        accumulation=accumulation,
+        rank=world.rank,
+        world_size=world.size,
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        packed=job.data.batching == "packed",
+    )
+    module.train()
+    began = time.perf_counter()
+    for step, micro_batches in enumerate(loader, start=first + 1):
+        counts = [sum(c) for c in zip(*(batch.counts for batch in micro_batches), strict=True)]
+        trained, attended, asked_to_stop = sum_counts(world, [*counts, int(stopping.asked)])  # all ranks, on the CPU
+        by = divisors(job.weights, trained=trained, attended=attended, pairs=len(job.pairs))
+        rate = learning_rate(
+            step - 1, peak=settings.learning_rate, final=settings.final_learning_rate, warmup=settings.warmup_steps, total=steps, shape=settings.schedule
+        )
+        for group in student.optimizer.param_groups:
+            group["lr"] = rate
+
+        for batch in micro_batches:
+            batch = batch.to(world.device)
+            signals = teacher.signals(batch) if teacher is not None else None
+            loss, sums = student(batch, signals, scales(job.weights, by, world.size))
+            student.backward(loss, scale_wrt_gas=False)  # the sums are already divided by the whole batch's count
+            student.step()
+            meter.add(sums)
+        meter.step(by, attended)
+        totals["tokens"] += attended
+
+        done = step == steps or asked_to_stop
+        if step % settings.log_every == 0 or done:  # all ranks: one reduction
+            values = {**meter.flush(), "learning_rate": rate, "grad_norm": float(student.get_global_grad_norm() or 0.0)}
+            journal.write(step, steps, values)
+            if values["loss"] != values["loss"]:
+                raise InputError(f"the loss is not a number at step {step}; lower train.learning_rate and start again from the last checkpoint")
+        if done or (settings.save_every and step % settings.save_every == 0):  # all ranks: every rank writes its shards
+            saved = checkpoint.save(world, student, job.folder / "checkpoints", step=step, inputs=job.inputs, keep=settings.keep_checkpoints)
+            if asked_to_stop and step < steps:
+                log.info("%s: stopped by %s after step %d; saved %s; the same command goes on from there", job.title, stopping.name, step, saved)
+                journal.close()
+                return False
+    totals["seconds"] = time.perf_counter() - began
+    journal.close()
+    _finish(world, job, module, steps=steps, first=first, totals=totals, values=values)
+    return True
+
+
+def _finish(world: World, job: Job, module: Any, *, steps: int, first: int, totals: dict[str, Any], values: dict[str, Any]) -> None:
+    """Export the student and write `summary.json` (all ranks take part)."""
+    meta = {"llmkd": __version__, "inputs": job.inputs, "pairs": job.pairs, "strategy": job.recipe.matching.strategy, "steps": steps}
+    summary = {
+        **meta,
+        "world_size": world.size,
+        "resumed_from_step": first,
+        "seconds": totals["seconds"],
+        "tokens": totals["tokens"],
+        "tokens_per_second": totals["tokens"] / totals["seconds"] if totals["tokens"] else None,
+        "memory_gib": values.get("memory_gib", peak_memory_gib()),
+        "last": values,
+    }
+    checkpoint.export(world, module.model, job.folder / "model", tokenizer_from=job.initial, card=_card(job, steps), meta=meta)
+    if world.is_main:
+        (job.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        build.remove_initial(job)
+    barrier(world)
+    log.info("%s: done, %s", job.title, job.folder / "model")
+
+
+def _announce(world: World, job: Job, steps: int, accumulation: int, rows: int) -> None:
+    attention, why = attention_implementation(job.recipe.student.attention)
+    log.info("%s: attention %s (%s)", job.title, attention, why)
+    log.info(
+        "%s: %d rows, %d steps of %d rows = %d ranks x %d accumulation x %d; %s on %s, %s",
+        job.title, rows, steps, job.train.batch_size, world.size, accumulation, job.train.micro_batch_size, job.train.deepspeed, world.device, job.train.dtype,
+    )  # fmt: skip
+
+
+def _card(job: Job, steps: int) -> str:
+    """The exported model's README: what it is, and the recipe that made it."""
+    pairs = ", ".join(build.pair_names(job.pairs)) or "none"
+    return (
+        f"# {job.recipe.name}: {job.title}\n\nTrained by [llmkd](https://pypi.org/project/llmkd) {__version__}, {steps} steps.\n\n"
+        f"- started from: {job.initial.name if job.initial.parent == job.folder else job.initial}\n"
+        f"- teacher: {job.recipe.teacher_path if job.teacher else 'none'}\n"
+        f"- layer map (student<teacher, 0-based blocks): {pairs}\n\n## Recipe\n\n```yaml\n{dump_recipe(job.recipe)}```\n"
+    )
+
+
+class _Stopping:
+    """Remembers SIGTERM and SIGINT until the step is over; the loop asks every rank, so one rank's signal stops all."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.name = "another rank's signal"
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        if not self.asked:
+            self.asked, self.name = True, signal.Signals(number).name
+            log.info("%s: stopping after this step", self.name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command
+
+
+def student_folder(recipe: Recipe) -> Path:
+    """Where a student of this recipe goes, in a study or alone."""
+    return recipe.folder / "students" / f"{recipe.matching.strategy}-s{recipe.seed}"
+
+
+def train_options(command: Any) -> Any:
+    """The options that `llmkd train` and this file share."""
+    options = [
+        click.option("--recipe", "-r", default="quickstart", show_default=True, help="Recipe file, or a name in recipes/."),
+        click.option("--strategy", help="Layer map; overrides matching.strategy."),
+        click.option("--seed", type=int, help="Overrides seed."),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, e.g. train.steps=100."),
+        click.option("--ds-config", help="DeepSpeed JSON; overrides train.deepspeed."),
+        click.option("--output", type=click.Path(path_type=Path), help="Folder of this run [default: OUTPUT/NAME/students/STRATEGY-sSEED]."),
+        click.option("--teacher-only", is_flag=True, help="Make the recipe's teacher (its finetune section) and stop."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def read_recipe(recipe: str, strategy: str | None, seed: int | None, overrides: tuple[str, ...], ds_config: str | None) -> Recipe:
+    """The recipe with a command line's changes."""
+    named = {"matching.strategy": strategy, "seed": seed, "train.deepspeed": ds_config}
+    return load_recipe(recipe, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None)])
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@train_options
+@click.option("--local_rank", "--local-rank", type=int, default=0, hidden=True, help="Set by the deepspeed launcher.")
+def command(local_rank: int, output: Path | None, teacher_only: bool, **options: Any) -> None:
+    """Train one student (after its teacher, if the recipe makes one and it is not there yet). The same command resumes."""
+    recipe = read_recipe(**options)
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    timeout = recipe.train.timeout_seconds
+    _quiet()
+    world = start(timeout)
+    logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    whole = True
+    if recipe.finetune is not None and (teacher_only or not (recipe.folder / "teacher" / "model").is_dir()):
+        whole = train(world, build.finetune_job(world, recipe, recipe.folder / "teacher"))
+    if whole and not teacher_only:
+        train(world, build.distil_job(world, recipe, output or student_folder(recipe)))
+    stop()
+
+
+def _quiet() -> None:
+    """One log, ours: no progress bars and no chatter from the libraries below."""
+    quiet()
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one sentence from rank 0 and exit code 2 from all."""
+    try:
+        command(standalone_mode=False)
+    except (InputError, click.ClickException) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"Error: {error.format_message() if isinstance(error, click.ClickException) else error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # launchers end the other ranks at the first exit; rank 0 must have spoken by then
+        sys.exit(2)
+    except click.exceptions.Abort:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

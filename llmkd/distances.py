@@ -1,8 +1,9 @@
 """How far a student's state is from a teacher's, token by token. The caller masks, weights and sums.
 
-`DISTANCES["mse"](student, teacher)` takes two `[..., H]` of any float dtype and gives `[...]`, in float32 (float64 when either is float64).
-Equal states give exactly 0 and a gradient of exactly 0. A state of norm <= `SMALLEST_NORM` has no direction: its unit vector is taken as
-zero and gets no gradient, so an all-zero position is finite both ways. NaN is passed on: positions that may hold it are cut out before.
+`DISTANCES["mse"](student, teacher)` takes two `[..., H]` of any float dtype and gives `[...]`, in float32 (float64 when
+either is float64). Equal states give exactly 0 and a gradient of exactly 0. A state of norm <= `SMALLEST_NORM` has no
+direction: its unit vector is taken as zero and gets no gradient, so an all-zero position is finite both ways. NaN is
+passed on: positions that may hold it are cut out before.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,8 @@ SMALLEST_NORM = 1e-6  # also the bound on the gradient of a unit vector: 1/norm 
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean over H of the squared difference, `[..., H]`, `[..., H]` -> `[...]`: does not grow with the width.
 
-    BERT's runs of arXiv 2502.04499 sum over H instead (this times H); its T5 and BART runs take this mean. Raises InputError on unequal shapes.
+    BERT's runs of arXiv 2502.04499 sum over H instead (this times H); its T5 and BART runs take this mean. Raises
+    InputError on unequal shapes.
     """
     student, teacher = _same_shape(student, teacher)
     return (student - teacher).square().mean(-1)
@@ -36,20 +38,25 @@ def normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     """`1 - cos(s, t)`, `[..., H]`, `[..., H]` -> `[...]` from 0 to 2, worked out as half of `normalized_mse`.
 
-    The two are equal for unit vectors, but one minus a rounded cosine loses all digits near 0, and equal states would not give exactly 0.
-    Against a state without direction it is 1/2. Raises InputError on unequal shapes.
+    The two are equal for unit vectors, but one minus a rounded cosine loses all digits near 0, and equal states would
+    not give exactly 0. Against a state without direction it is 1/2. Raises InputError on unequal shapes.
     """
     return normalized_mse(student, teacher) / 2
 
 
-DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse, "normalized_mse": normalized_mse, "cosine": cosine}
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": mse,
+    "normalized_mse": normalized_mse,
+    "cosine": cosine,
+}
 
 
 def _same_shape(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one dtype of at least float32 and contiguous, so that equal states are summed in the same order. No broadcasting."""
+    """Both in one dtype of at least float32 and contiguous, so that equal states are summed in the same order."""
     if student.shape != teacher.shape:
         raise InputError(
-            f"student states are {list(student.shape)} and teacher states {list(teacher.shape)}: a distance compares states of one shape; "
+            f"student states are {list(student.shape)} and teacher states {list(teacher.shape)}: "
+            "a distance compares states of one shape; "
             "where the widths differ, use a projector from the student's to the teacher's"
         )
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)

@@ -1,7 +1,8 @@
 """Which teacher block teaches which student block: a strategy is a function that gives pairs, and pairs are plain data.
 
 `layer_map("reverse", 9, 36)` gives `((0, 35), (1, 31), ..., (8, 3))`; `drawing(pairs, 9, 36)` shows it in a terminal.
-Blocks are 0-based and stand for their output (`CONVENTION`). Definitions: Yu, Wen & Mou, arXiv 2502.04499, and its public code.
+Blocks are 0-based and stand for their output (`CONVENTION`). Definitions: Yu, Wen & Mou, arXiv 2502.04499, and its
+public code.
 """
 
 import difflib
@@ -19,10 +20,11 @@ MAX_WIDTH = 100  # columns of a drawing
 def forward(student_blocks: int, teacher_blocks: int) -> Pairs:
     """Student block j learns from the last teacher block of the j-th of `student_blocks` even groups.
 
-    `M[j] = ceil((j+1) * L_t / L_s) - 1`: it gives every table in the code of arXiv 2502.04499. Raises InputError on bad depths.
+    `M[j] = ceil((j+1) * L_t / L_s) - 1`: it gives every table in the code of arXiv 2502.04499.
+    Raises InputError on depths below 1 or a student deeper than its teacher.
     """
     _check_depths(student_blocks, teacher_blocks)
-    # -(-a // b) is ceil(a / b) in integers; a float quotient would be off by one at some depths.
+    # -(-a // b) is ceil(a / b) in whole numbers; by floats, (j+1) * (21/19) at j = 18 would give block 21 of 21.
     return tuple((j, -(-(j + 1) * teacher_blocks // student_blocks) - 1) for j in range(student_blocks))
 
 
@@ -32,9 +34,10 @@ def reverse(student_blocks: int, teacher_blocks: int) -> Pairs:
 
 
 def all_to_one(student_blocks: int, teacher_blocks: int, target_block: int | None = None) -> Pairs:
-    """Every student block learns from one teacher block, by default the middle one, `L_t//2 - 1` (block 0 of a one-block teacher).
+    """Every student block learns from one teacher block, by default the middle one.
 
-    The paper's code reads `hidden_states[L_t//2]`, which is that block's output. Raises InputError on a target out of range.
+    The middle is block `L_t//2 - 1` (block 0 if there is but one): the paper's code reads `hidden_states[L_t//2]`,
+    which is that block's output. Raises InputError on bad depths or a target out of range.
     """
     _check_depths(student_blocks, teacher_blocks)
     target = max(teacher_blocks // 2 - 1, 0) if target_block is None else target_block
@@ -49,13 +52,17 @@ def all_to_one(student_blocks: int, teacher_blocks: int, target_block: int | Non
 def random(student_blocks: int, teacher_blocks: int, seed: int) -> Pairs:
     """The targets of `forward` in one random order, drawn once from the seed.
 
-    Every order is equally likely, so a shallow student's may be `forward` or `reverse` itself (each 1 in L_s!): read the map.
+    Every order is equally likely, that of `forward` or `reverse` too: with 3 student blocks, 1 seed in 6 each.
+    Raises InputError on bad depths or a negative seed.
     """
     return tuple(enumerate(_draw(_targets(student_blocks, teacher_blocks), student_blocks, seed)))
 
 
 def in_order_random(student_blocks: int, teacher_blocks: int, seed: int) -> Pairs:
-    """`student_blocks` teacher blocks drawn without replacement, shallow to deep (as RAIL-KD's usual reading has it)."""
+    """`student_blocks` teacher blocks drawn without replacement and sorted (the usual reading of RAIL-KD).
+
+    Raises InputError on bad depths or a negative seed.
+    """
     _check_depths(student_blocks, teacher_blocks)
     return tuple(enumerate(sorted(_draw(range(teacher_blocks), student_blocks, seed))))
 
@@ -74,7 +81,9 @@ def explicit(student_blocks: int, teacher_blocks: int, pairs: Sequence[Sequence[
     """
     _check_counts(student_blocks, teacher_blocks)
     if not pairs:
-        raise InputError("strategy 'explicit' has no pairs: write some as [student block, teacher block], or use strategy 'none'")
+        raise InputError(
+            "strategy 'explicit' has no pairs: write some as [student block, teacher block], or use strategy 'none'"
+        )
     checked: list[tuple[int, int]] = []
     for number, pair in enumerate(pairs):
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
@@ -116,7 +125,8 @@ def layer_map(
 ) -> Pairs:
     """The pairs of a strategy by its name; `seed` is read by random and in_order_random alone.
 
-    Raises InputError on an unknown strategy, on bad depths, seed, target block or pairs, and on an option that the strategy would not read.
+    Raises InputError on an unknown strategy, on bad depths, seed, target block or pairs, and on an option that the
+    strategy would not read.
     """
     choices = [*STRATEGIES, "explicit"]
     if strategy not in choices:
@@ -124,9 +134,14 @@ def layer_map(
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise InputError(f"strategy {strategy!r} is not known: {hint}choose from {', '.join(choices)}")
     if target_block is not None and strategy != "all_to_one":
-        raise InputError(f"target_block is given, but strategy {strategy!r} does not read it: leave it out, or use strategy 'all_to_one'")
+        raise InputError(
+            f"target_block is given, but strategy {strategy!r} does not read it: "
+            "leave it out, or use strategy 'all_to_one'"
+        )
     if pairs is not None and strategy != "explicit":
-        raise InputError(f"pairs are given, but strategy {strategy!r} does not read them: leave them out, or use strategy 'explicit'")
+        raise InputError(
+            f"pairs are given, but strategy {strategy!r} does not read them: leave them out, or use strategy 'explicit'"
+        )
     match strategy:
         case "all_to_one":
             return all_to_one(student_blocks, teacher_blocks, target_block)
@@ -139,7 +154,7 @@ def layer_map(
 
 
 def table(pairs: Pairs, student_blocks: int, teacher_blocks: int) -> str:
-    """The pairs as an aligned text table; the depth of block i of L is (i+1)/L, the share of blocks its output has been through."""
+    """The pairs as an aligned text table. The depth of block i of L is (i+1)/L: the share of the blocks passed."""
     _check_drawn(pairs, student_blocks, teacher_blocks)
     headings = ("student block", "teacher block", "student depth", "teacher depth")
     rows = [(str(s), str(t), f"{(s + 1) / student_blocks:.2f}", f"{(t + 1) / teacher_blocks:.2f}") for s, t in pairs]
@@ -149,16 +164,16 @@ def table(pairs: Pairs, student_blocks: int, teacher_blocks: int) -> str:
 
 
 def drawing(pairs: Pairs, student_blocks: int, teacher_blocks: int) -> str:
-    """The map as a picture for a terminal: a row per student block, a column per teacher block, # where they are paired.
+    """The map as a picture: a row per student block, a column per teacher block, # where they are paired.
 
-    forward falls, reverse rises, all_to_one is a wall. Plain ASCII, at most `MAX_WIDTH` columns: two characters to a teacher block while they
-    fit, then one, then several blocks to a column (said above the picture).
+    forward falls, reverse rises, all_to_one is a wall. Plain ASCII, at most `MAX_WIDTH` columns: two characters to a
+    teacher block while they fit, then one, then several blocks to a column (said above the picture).
     """
     _check_drawn(pairs, student_blocks, teacher_blocks)
     targets = {j: sorted(t for s, t in pairs if s == j) for j in range(student_blocks)}
     labels = {j: _label(j, found, student_blocks, teacher_blocks) for j, found in targets.items()}
     margin = max(len(label) for label in labels.values()) + 2
-    room = MAX_WIDTH - margin
+    room = MAX_WIDTH - margin - len(str(teacher_blocks))  # the last number may stand on the last column
     step = 2 if 2 * teacher_blocks <= room else 1  # characters from one column to the next
     per_column = -(-teacher_blocks // room)
     columns = -(-teacher_blocks // per_column)
@@ -170,7 +185,7 @@ def drawing(pairs: Pairs, student_blocks: int, teacher_blocks: int) -> str:
     for column in range(0, columns, 10 // step):
         numbers = numbers.ljust(margin + column * step) + str(column * per_column)
         ticks = ticks.ljust(margin + column * step) + "|"
-    lines += ["", "student <- teacher block".ljust(margin) if margin > 24 else "student <- teacher", numbers, ticks]
+    lines += ["", "student <- teacher", numbers, ticks]
     for j, found in targets.items():
         marked = {t // per_column for t in found}
         cells = (" " * (step - 1)).join("#" if column in marked else "." for column in range(columns))
@@ -191,7 +206,8 @@ def _caption(pairs: Pairs, student_blocks: int, teacher_blocks: int) -> str:
     if not pairs:
         return f"no pair between {student_blocks} student and {teacher_blocks} teacher blocks"
     students, teachers = len({s for s, _ in pairs}), len({t for _, t in pairs})
-    return f"{students} of {student_blocks} student blocks learn from {teachers} of {teacher_blocks} teacher blocks; # is a pair"
+    learn = f"{students} of {student_blocks} student blocks learn from {teachers} of {teacher_blocks} teacher blocks"
+    return f"{learn}; # is a pair"
 
 
 def _targets(student_blocks: int, teacher_blocks: int) -> list[int]:
@@ -201,8 +217,9 @@ def _targets(student_blocks: int, teacher_blocks: int) -> list[int]:
 def _draw(blocks: Sequence[int], count: int, seed: int) -> list[int]:
     """`count` of the blocks in random order, without replacement: the first steps of a Fisher-Yates shuffle.
 
-    Written out because Python keeps only the sequence of `Random.random()` the same across versions, not that of `sample` or `shuffle`,
-    and a map must come back the same when a run is resumed elsewhere. Python seeds with |seed|, so a negative seed is refused.
+    Written out because Python keeps only the sequence of `Random.random()` the same across versions, not that of
+    `sample` or `shuffle`, and a map must come back the same when a run is resumed elsewhere. Python seeds with |seed|,
+    so a negative seed is refused.
     """
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise InputError(f"seed {seed!r} can't draw a map: write a whole number from 0 up")
@@ -229,10 +246,12 @@ def _check_depths(student_blocks: int, teacher_blocks: int) -> None:
     if student_blocks > teacher_blocks:
         # Most often the two numbers were swapped, so this is refused even where a rule could be stretched to it.
         raise InputError(
-            f"the student has {student_blocks} blocks and the teacher {teacher_blocks}: give the student at most {teacher_blocks}, "
-            "or write the pairs yourself with strategy 'explicit', or match none with strategy 'none'"
+            f"the student has {student_blocks} blocks and the teacher {teacher_blocks}: "
+            f"give the student at most {teacher_blocks}, or write the pairs yourself with strategy 'explicit', "
+            "or match none with strategy 'none'"
         )
 
 
 def _check_drawn(pairs: Pairs, student_blocks: int, teacher_blocks: int) -> None:
-    assert all(_is_block(s, student_blocks) and _is_block(t, teacher_blocks) for s, t in pairs), (pairs, student_blocks, teacher_blocks)
+    for student_block, teacher_block in pairs:
+        assert _is_block(student_block, student_blocks) and _is_block(teacher_block, teacher_blocks), pairs

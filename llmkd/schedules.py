@@ -1,6 +1,7 @@
 """The learning rate of a step: warm-up, then a decay. A function of the step alone, so a resumed run needs no state.
 
-`learning_rate(0, peak=1e-4, final=0.0, warmup=100, total=1000, shape="cosine")` gives 1e-6, the first of 100 warm-up steps.
+`learning_rate(0, peak=1e-4, final=0.0, warmup=100, total=1000, shape="cosine")` gives 1e-6, the first of 100 warm-up
+steps.
 """
 
 import math
@@ -12,11 +13,12 @@ Shape = Literal["cosine", "linear", "constant"]
 
 
 def learning_rate(step: int, *, peak: float, final: float, warmup: int, total: int, shape: Shape) -> float:
-    """The rate of `step` (0-based) out of `total`: `peak * (step+1)/warmup` while warming up, then from `peak` down to `final`.
+    """The rate of `step` (0-based) of `total`: `peak * (step+1)/warmup` while warming up, then down to `final`.
 
-    The first step always has a rate above 0. The peak is met at the last warm-up step (step 0 without warm-up), `final` exactly at step `total-1`
-    and kept after it. `constant` stays at the peak and does not read `final`. A run of one step takes it at the peak.
-    Raises InputError on an unknown shape, a peak that is not above 0, a final outside 0..peak, or a warm-up that leaves no step after it.
+    The first step always has a rate above 0. The peak is met at the last warm-up step (step 0 without warm-up), `final`
+    exactly at step `total-1` and kept after it. `constant` stays at the peak and does not read `final`. A run of one
+    step takes it at the peak. Raises InputError on an unknown shape, a peak that is not above 0, a final outside
+    0..peak, or a warm-up that leaves no step after it.
     """
     _check(step, peak, final, warmup, total, shape)
     if step < warmup:

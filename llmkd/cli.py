@@ -1,0 +1,175 @@
+"""The command line: every command parses, calls one function and prints its result. Heavy imports stay inside."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmkd.errors import InputError
+
+SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, e.g. train.steps=100.")
+RANKS = click.option("--ranks", type=click.IntRange(min=1), help="Processes on this machine [default: the GPUs, or study.ranks].")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="llmkd")
+def cli() -> None:
+    """Distil large language models, with intermediate-layer matching as a measured choice."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+
+
+@cli.command()
+@click.option("--student-blocks", type=click.IntRange(min=1), required=True)
+@click.option("--teacher-blocks", type=click.IntRange(min=1), required=True)
+@click.option("--strategy", multiple=True, help="Only these strategies [default: all].")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random strategies.")
+@click.option("--target-block", type=int, help="The one teacher block of all_to_one.")
+@click.option("--pair", "pairs", multiple=True, metavar="STUDENT:TEACHER", help="A pair of strategy explicit; may be repeated.")
+def maps(
+    student_blocks: int, teacher_blocks: int, strategy: tuple[str, ...], seed: int, target_block: int | None, pairs: tuple[str, ...]
+) -> None:
+    """Show which teacher block teaches which student block."""
+    from llmkd.layer_map import STRATEGIES, drawing, layer_map, table
+
+    for name in strategy or (["explicit"] if pairs else list(STRATEGIES)):
+        chosen = layer_map(
+            name,
+            student_blocks,
+            teacher_blocks,
+            seed=seed,
+            target_block=target_block if name == "all_to_one" or strategy else None,
+            pairs=[_pair(p) for p in pairs] if name == "explicit" else None,
+        )
+        click.echo(f"{name}: {student_blocks} student blocks, {teacher_blocks} teacher blocks\n")
+        click.echo(table(chosen, student_blocks, teacher_blocks))
+        click.echo()
+        click.echo(drawing(chosen, student_blocks, teacher_blocks))
+        click.echo()
+
+
+def _pair(text: str) -> tuple[int, int]:
+    student, sign, teacher = text.partition(":")
+    if not (sign and student.isdigit() and teacher.isdigit()):
+        raise InputError(f"--pair {text!r}: write STUDENT:TEACHER, e.g. --pair 0:3")
+    return int(student), int(teacher)
+
+
+@cli.command()
+@click.option("--recipe", "-r", default="quickstart", show_default=True, help="Recipe file, or a name in recipes/.")
+@click.option("--strategy", help="Layer map; overrides matching.strategy.")
+@click.option("--seed", type=int, help="Overrides seed.")
+@click.option("--ds-config", help="DeepSpeed JSON; overrides train.deepspeed.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of this run [default: OUTPUT/NAME/students/STRATEGY-sSEED].")
+@SET
+@RANKS
+def train(recipe: str, strategy: str | None, seed: int | None, ds_config: str | None, output: Path | None, overrides: tuple[str, ...], ranks: int | None) -> None:
+    """Train one student on this machine's GPUs (or on CPU ranks). The same command resumes."""
+    named = {"--strategy": strategy, "--seed": seed, "--ds-config": ds_config, "--output": output}
+    options = [part for key, value in named.items() if value is not None for part in (key, str(value))]
+    _launch(recipe, overrides, options, ranks)
+
+
+@cli.command()
+@click.argument("recipe")
+@SET
+@RANKS
+def finetune(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None:
+    """Make the recipe's teacher (its finetune section) with cross-entropy alone."""
+    _launch(recipe, overrides, ["--teacher-only"], ranks)
+
+
+def _launch(recipe: str, overrides: tuple[str, ...], options: list[str], ranks: int | None) -> None:
+    from llmkd.config import load_recipe
+    from llmkd.launch import launch
+
+    settings = load_recipe(recipe, overrides)
+    sets = [part for override in overrides for part in ("--set", override)]
+    sys.exit(launch(_ranks(ranks, settings.study.ranks), ["--recipe", recipe, *options, *sets]).code)
+
+
+def _ranks(asked: int | None, otherwise: int) -> int:
+    import torch
+
+    return asked or torch.cuda.device_count() or otherwise
+
+
+@cli.command()
+@click.argument("recipe")
+@SET
+@RANKS
+def study(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None:
+    """Train strategies x seeds and the baselines, evaluate and report. What is done is not done again."""
+    from llmkd.config import load_recipe
+    from llmkd.study import Stopped
+    from llmkd.study import study as run
+
+    settings = load_recipe(recipe, overrides)
+    try:
+        _show(run(settings, _ranks(ranks, settings.study.ranks)))
+    except Stopped:
+        click.echo("Stopped; all is saved, and the same command goes on from here.")
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def report(folder: Path) -> None:
+    """Write report.md and results.json of a study's folder, whole or half done."""
+    from llmkd.report import report as write
+
+    _show(write(folder))
+
+
+def _show(path: Path) -> None:
+    import json
+
+    from llmkd.report import table_text
+
+    click.echo(table_text(json.loads((path.parent / "results.json").read_text())))
+    click.echo(f"\nReport: {path}")
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--recipe", "-r", default="quickstart", show_default=True, help="Recipe whose evaluation section is used.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the result [default: MODEL's parent/evaluations].")
+@SET
+def evaluate(model: Path, recipe: str, output: Path | None, overrides: tuple[str, ...]) -> None:
+    """Score one HF folder by lm-eval with a recipe's tasks."""
+    from llmkd.config import load_recipe
+    from llmkd.evaluation import evaluate as run
+    from llmkd.models import resolve
+
+    folder = resolve(str(model), "MODEL")
+    for path in run([(folder.name, folder)], load_recipe(recipe, overrides).evaluation, output or folder.parent / "evaluations").values():
+        click.echo(path.read_text())
+
+
+@cli.command()
+@click.argument("recipe")
+@click.option("--ranks", type=click.IntRange(min=1), required=True, help="GPUs the run would have.")
+@SET
+def plan(recipe: str, ranks: int, overrides: tuple[str, ...]) -> None:
+    """Show the memory a run needs on each rank, before anything is loaded."""
+    from llmkd.config import load_recipe
+    from llmkd.planner import plan as rows
+    from llmkd.planner import plan_text
+
+    click.echo(plan_text(rows(load_recipe(recipe, overrides), ranks)))
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run a command; a user's mistake is one sentence and exit code 2."""
+    try:
+        return cli(arguments, standalone_mode=False)
+    except InputError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except click.exceptions.Abort:
+        sys.exit(130)

@@ -1,0 +1,157 @@
+"""A study: strategies x seeds and their baselines, trained, evaluated and reported together; what is done is not done again.
+
+    runs/<name>/  recipe.yaml  study.json  teacher/  students/<strategy>-s<seed>/  evaluations/<entry>.json  report.md
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llmkd.config import Recipe, dump_recipe, training_inputs
+from llmkd.errors import InputError
+from llmkd.launch import launch
+
+log = logging.getLogger("llmkd")
+
+CE_ONLY = {"matching.strategy": "none", "loss.kl": 0.0, "loss.hidden": 0.0, "loss.ce": 1.0}
+
+
+class Stopped(Exception):
+    """A signal ended the study between two steps; everything so far is saved."""
+
+
+def study(recipe: Recipe, ranks: int | None = None) -> Path:
+    """Run what is missing of a study and return the path of its report. Raises InputError on bad input, Stopped on a signal."""
+    from llmkd.evaluation import evaluate
+    from llmkd.report import report
+
+    if not recipe.study.strategies:
+        raise InputError("study.strategies: name at least one, e.g. [none, forward, reverse]")
+    folder = recipe.folder
+    ranks = ranks or recipe.study.ranks
+    entries = manifest(recipe)
+    _check_unchanged(recipe, entries)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "recipe.yaml", dump_recipe(recipe))
+    _write(folder / "study.json", json.dumps({"name": recipe.name, "entries": entries}, indent=1))
+
+    runs = [entry for entry in entries if entry["train"] is not None]
+    for number, entry in enumerate(runs, start=1):
+        if (folder / entry["model"] / "llmkd.json").is_file():
+            log.info("study %d/%d: %s is done", number, len(runs), entry["name"])
+            continue
+        log.info("study %d/%d: training %s on %d ranks", number, len(runs), entry["name"], ranks)
+        _launch(recipe, entry, ranks)
+        if entry["kind"] == "teacher":
+            _write_undistilled(recipe, entries)
+    _write_undistilled(recipe, entries)
+    jobs = [(entry["name"], _model(recipe, entry)) for entry in entries]
+    evaluate(jobs, recipe.evaluation, folder / "evaluations")
+    return report(folder)
+
+
+def manifest(recipe: Recipe) -> list[dict[str, Any]]:
+    """Every row of the study's table: teacher, baselines, then strategies x seeds; paths are relative to the study's folder."""
+    made = recipe.finetune is not None
+    entries = [_entry("teacher", "teacher", None, None, "teacher/model" if made else recipe.teacher_path, "teacher" if made else None)]
+    seeds = recipe.study.seeds
+    if "undistilled" in recipe.study.baselines:
+        if recipe.student.init == "checkpoint":
+            entries.append(_entry("undistilled", "baseline", None, None, recipe.student.path or "", None))
+        elif recipe.student.init == "random":
+            entries += [_entry(f"undistilled-s{s}", "baseline", "undistilled", s, f"undistilled/s{s}", None) for s in seeds]
+        else:
+            entries.append(_entry("undistilled", "baseline", "undistilled", None, "undistilled/copied", None))
+    if "ce_only" in recipe.study.baselines:
+        entries += [_student("baseline", "ce_only", seed) for seed in seeds]
+    return entries + [_student("student", strategy, seed) for strategy in recipe.study.strategies for seed in seeds]
+
+
+def _student(kind: str, strategy: str, seed: int) -> dict[str, Any]:
+    name = f"{strategy}-s{seed}"
+    return _entry(name, kind, strategy, seed, f"students/{name}/model", f"students/{name}")
+
+
+def _entry(name: str, kind: str, strategy: str | None, seed: int | None, model: str, train: str | None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "kind": kind,
+        "strategy": strategy,
+        "seed": seed,
+        "model": model,
+        "evaluation": f"evaluations/{name}.json",
+        "train": train,
+    }
+
+
+def entry_recipe(recipe: Recipe, entry: dict[str, Any]) -> Recipe:
+    """The recipe of one student of a study."""
+    changes = CE_ONLY if entry["strategy"] == "ce_only" else {"matching.strategy": entry["strategy"]}
+    return recipe.changed({**_only_for(recipe, str(changes["matching.strategy"])), **changes, "seed": entry["seed"]})
+
+
+def _only_for(recipe: Recipe, strategy: str) -> dict[str, Any]:
+    """Settings that belong to one strategy are dropped for the others of a study."""
+    dropped: dict[str, Any] = {}
+    if strategy != "explicit" and recipe.matching.pairs is not None:
+        dropped["matching.pairs"] = None
+    if strategy != "all_to_one" and recipe.matching.target_block is not None:
+        dropped["matching.target_block"] = None
+    return dropped
+
+
+def _check_unchanged(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> None:
+    """Raise InputError, before anything is done, if a student that is there was made by another recipe."""
+    from llmkd.checkpoint import check_same
+
+    for entry in entries:
+        meta = recipe.folder / entry["model"] / "llmkd.json"
+        if entry["train"] is not None and entry["kind"] != "teacher" and meta.is_file():
+            check_same(json.loads(meta.read_text())["inputs"], training_inputs(entry_recipe(recipe, entry)), meta.parent.parent)
+
+
+def _launch(recipe: Recipe, entry: dict[str, Any], ranks: int) -> None:
+    """Train one entry; its whole recipe travels as a file."""
+    file = recipe.folder / "recipes" / f"{entry['name']}.yaml"
+    file.parent.mkdir(exist_ok=True)
+    teacher = entry["kind"] == "teacher"
+    _write(file, dump_recipe(recipe if teacher else entry_recipe(recipe, entry)))
+    where = ["--teacher-only"] if teacher else ["--output", str(recipe.folder / entry["train"])]
+    ending = launch(ranks, ["--recipe", str(file), *where])
+    if ending.stopped:
+        raise Stopped
+    if ending.code:
+        raise InputError(f"study: training {entry['name']} ended with code {ending.code} (see above); the same command goes on from its last checkpoint")
+
+
+def _write_undistilled(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> None:
+    """The students as they are before the first step, for the baseline."""
+    from llmkd.build import initial_student
+    from llmkd.models import resolve
+
+    for entry in entries:
+        target = recipe.folder / entry["model"]
+        if entry["strategy"] == "undistilled" and not (target / "config.json").is_file():
+            seeded = recipe if entry["seed"] is None else recipe.changed({"seed": entry["seed"]})
+            initial_student(seeded, resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision), target)
+
+
+def _model(recipe: Recipe, entry: dict[str, Any]) -> Path:
+    """Where an entry's model is: in the study's folder, or where the recipe reads it from."""
+    inside = recipe.folder / entry["model"]
+    if entry["train"] is not None or entry["strategy"] == "undistilled":
+        return inside
+    from llmkd.models import resolve
+
+    return resolve(entry["model"], entry["name"], recipe.teacher.revision if entry["kind"] == "teacher" else None)
+
+
+def _write(file: Path, text: str) -> None:
+    tmp = file.with_name(file.name + ".tmp")
+    tmp.write_text(text)
+    os.replace(tmp, file)

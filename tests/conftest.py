@@ -1,0 +1,22 @@
+"""Shared fixtures: a tiny teacher on disk and rows of uneven length, made once per session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `teacher/` (a random 6-block Qwen3 with a tokenizer), `rows.jsonl` and `recipe.yaml`."""
+    from tests.tiny import make
+
+    folder = tmp_path_factory.mktemp("tiny")
+    make(folder)
+    return folder

@@ -1,0 +1,62 @@
+"""Real training runs in one process group, one after another: `python -m tests.distributed.runner TASKS.json` on every rank."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def run_on_ranks(ranks: int, recipe: Path, scenarios: dict[str, dict[str, Any]], output: Path, *, timeout: int = 600) -> dict[str, str]:
+    """Run every scenario (name -> recipe changes) on `ranks` gloo ranks; `output/<name>` holds each run. Name -> error, for those refused."""
+    output.mkdir(parents=True, exist_ok=True)
+    tasks = output / "tasks.json"
+    tasks.write_text(json.dumps({"recipe": str(recipe), "scenarios": scenarios, "output": str(output)}))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    logs = [open(output / f"rank{rank}.log", "w") for rank in range(ranks)]
+    processes = []
+    for rank, log in enumerate(logs):
+        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        command = [sys.executable, "-m", "tests.distributed.runner", str(tasks)]
+        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+    codes = [process.wait(timeout=timeout) for process in processes]
+    for log in logs:
+        log.close()
+    assert codes == [0] * ranks, "\n".join((output / f"rank{rank}.log").read_text()[-3000:] for rank in range(ranks))
+    return json.loads((output / "refused.json").read_text())
+
+
+def main(tasks: Path) -> None:
+    """Every rank's part of `run_on_ranks`."""
+    from llmkd import build, distributed
+    from llmkd.config import load_recipe
+    from llmkd.errors import InputError
+    from llmkd.train import train
+
+    work = json.loads(tasks.read_text())
+    distributed.quiet()
+    world = distributed.start(120)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    refused = {}
+    for name, changes in work["scenarios"].items():
+        print(f"=== {name}", flush=True)
+        try:
+            recipe = load_recipe(work["recipe"]).changed(changes)
+            train(world, build.distil_job(world, recipe, Path(work["output"]) / name))
+        except InputError as error:
+            refused[name] = str(error)
+    if world.is_main:
+        (Path(work["output"]) / "refused.json").write_text(json.dumps(refused))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

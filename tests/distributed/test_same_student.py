@@ -1,0 +1,145 @@
+"""However a run is spread over ranks, stages, accumulation, padding and packing, the student is that of plain PyTorch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmkd import build
+from llmkd.config import load_recipe
+from tests.distributed.runner import run_on_ranks
+from tests.tiny import plain_run
+
+STAGE = {"zero0": 0, "zero1": 1, "zero2": 2, "zero3": 3}
+
+# What is computed: each is compared with a plain run of its own.
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "forward": {},
+    "reverse_normed_all": {
+        "matching.strategy": "reverse",
+        "matching.final_state": "normed",
+        "matching.embedding": True,
+        "loss.kl_positions": "attended",
+        "loss.temperature": 2.0,
+    },
+    "one_trained": {"matching.strategy": "all_to_one", "matching.positions": "trained", "loss.divergence": "reverse_kl"},
+    "narrow_random": {
+        "matching.strategy": "random",
+        "matching.projector_bias": True,
+        "student.init": "random",
+        "student.hidden_size": 24,
+        "student.num_attention_heads": 3,
+        "student.num_key_value_heads": 1,
+    },
+    "logits_only": {"matching.strategy": "none"},
+    "ce_only": {"matching.strategy": "none", "loss.kl": 0.0},
+}
+
+# How it is computed: none of it may matter. (objective, changes)
+ONE_RANK: dict[str, tuple[str, dict[str, Any]]] = {
+    "zero0": ("forward", {"train.deepspeed": "zero0", "train.micro_batch_size": 8}),
+    "zero1_accumulated": ("forward", {"train.deepspeed": "zero1", "train.micro_batch_size": 2}),
+    "zero2": ("forward", {"train.deepspeed": "zero2"}),
+    "zero3": ("forward", {"train.micro_batch_size": 1}),
+    "packed": ("forward", {"data.batching": "packed", "train.micro_batch_size": 8}),
+    "checkpointed_narrow": ("narrow_random", {"train.activation_checkpointing": True}),
+    "reverse_normed_all": ("reverse_normed_all", {}),
+    "one_trained": ("one_trained", {}),
+    "logits_only": ("logits_only", {}),
+    "ce_only": ("ce_only", {}),
+}
+TWO_RANKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "zero0": ("forward", {"train.deepspeed": "zero0"}),
+    "zero1": ("forward", {"train.deepspeed": "zero1"}),
+    "zero2_accumulated": ("forward", {"train.deepspeed": "zero2", "train.micro_batch_size": 1}),
+    "zero3": ("forward", {}),
+    "zero3_accumulated": ("forward", {"train.micro_batch_size": 1}),
+    "teacher_zero3": ("forward", {"teacher.placement": "zero3"}),
+    "teacher_zero3_offloaded": ("reverse_normed_all", {"teacher.placement": "zero3", "teacher.offload": "cpu"}),
+    "teacher_zero3_student_zero2": ("one_trained", {"teacher.placement": "zero3", "train.deepspeed": "zero2"}),
+    "packed_accumulated": ("reverse_normed_all", {"data.batching": "packed", "train.micro_batch_size": 2}),
+    "checkpointed": ("forward", {"train.activation_checkpointing": True, "teacher.placement": "zero3"}),
+    "narrow": ("narrow_random", {}),
+    "narrow_checkpointed": ("narrow_random", {"train.activation_checkpointing": True, "train.micro_batch_size": 2}),
+    "logits_only": ("logits_only", {"teacher.placement": "zero3"}),
+    "ce_only": ("ce_only", {}),
+}
+
+
+def _changes(tiny: Path, objective: str, spread: dict[str, Any]) -> dict[str, Any]:
+    """Recipe changes; packed and padded runs must take the same rows, so all of them take the packed (ungrouped) order."""
+    changes = {**OBJECTIVES[objective], **spread}
+    if changes.get("train.deepspeed", "").startswith("zero"):
+        changes["train.deepspeed"] = str(tiny / f"{changes['train.deepspeed']}.json")
+    return changes
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All the runs above, in two process groups."""
+    from llmkd.config import ROOT
+
+    cpu = json.loads((ROOT / "ds_configs" / "cpu.json").read_text())
+    for name, stage in STAGE.items():
+        zero = {**cpu["zero_optimization"], "stage": stage}
+        (tiny / f"{name}.json").write_text(json.dumps({**cpu, "zero_optimization": zero}))
+    output = tmp_path_factory.mktemp("runs")
+    for ranks, scenarios in ((1, ONE_RANK), (2, TWO_RANKS)):
+        named = {name: _changes(tiny, *what) for name, what in scenarios.items()}
+        assert run_on_ranks(ranks, tiny / "recipe.yaml", named, output / str(ranks)) == {}
+    return output
+
+
+@pytest.fixture(scope="module")
+def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """objective, batching -> (weights, losses) of the plain run, each computed once."""
+    done: dict[tuple[str, str], Any] = {}
+
+    def run(objective: str, batching: str) -> Any:
+        if (objective, batching) not in done:
+            recipe = load_recipe(tiny / "recipe.yaml").changed({**OBJECTIVES[objective], "data.batching": batching})
+            student = tmp_path_factory.mktemp("initial") / "student"
+            build.initial_student(recipe, tiny / "teacher", student)
+            done[objective, batching] = plain_run(recipe, tiny / "teacher", student)
+        return done[objective, batching]
+
+    return run
+
+
+CASES = [(1, name, *what) for name, what in ONE_RANK.items()] + [(2, name, *what) for name, what in TWO_RANKS.items()]
+
+
+@pytest.mark.parametrize(("ranks", "name", "objective", "spread"), CASES, ids=[f"{c[0]}-{c[1]}" for c in CASES])
+def test_world_size_accumulation_packing_and_padding_change_nothing(
+    runs: Path, plain: Any, ranks: int, name: str, objective: str, spread: dict[str, Any]
+) -> None:
+    weights, losses = plain(objective, spread.get("data.batching", "grouped"))
+    run = runs / str(ranks) / name
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(logged) == len(losses) == 4
+    for ours, theirs in zip(logged, losses, strict=True):
+        for part in ("loss", "ce", *(["kl"] if objective != "ce_only" else []), "hidden"):
+            assert ours[part] == pytest.approx(theirs[part], rel=2e-5, abs=1e-6), (part, ours, theirs)
+    trained = load_file(run / "model" / "model.safetensors")
+    assert trained.keys() == weights.keys()  # an exported student holds no projector
+    for key, expected in weights.items():
+        change = (trained[key] - expected).abs().max()
+        assert change <= 1e-6 * max(1.0, expected.abs().max()), (key, change)
+
+
+def test_the_runs_did_move_the_student(runs: Path, tiny: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(tiny / "recipe.yaml")
+    build.initial_student(recipe, tiny / "teacher", tmp_path / "student")
+    before, after = load_file(tmp_path / "student" / "model.safetensors"), load_file(runs / "2" / "zero3" / "model" / "model.safetensors")
+    assert all((before[key] - after[key]).abs().max() > 1e-4 for key in before)
+
+
+def test_hidden_loss_changes_the_student(runs: Path) -> None:
+    with_map, without = (load_file(runs / "2" / name / "model" / "model.safetensors") for name in ("zero3", "logits_only"))
+    assert max((with_map[key] - without[key]).abs().max() for key in with_map) > 1e-4
+    assert torch.isfinite(with_map["model.norm.weight"]).all()

@@ -1,0 +1,163 @@
+"""A tiny teacher, uneven rows and a recipe for them; and the same training run written plainly, to compare with."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from transformers import AutoModelForCausalLM
+
+from llmkd import models
+from llmkd.build import pairs_of
+from llmkd.config import Recipe
+from llmkd.data import IGNORE, collate, epoch_batches, load_rows, tokenize
+from llmkd.schedules import learning_rate
+from llmkd.student import make_projectors
+from llmkd.teachers.base import EMBEDDING
+
+BLOCKS = 6
+WORDS = "red green blue small large old new river house tree stone bird wind light door road field gate".split()
+
+
+def make(folder: Path) -> None:
+    """Write teacher/, rows.jsonl and recipe.yaml into the folder."""
+    draw = random.Random(0)
+    rows = []
+    for _ in range(40):
+        prompt = " ".join(draw.choices(WORDS, k=draw.randint(1, 9)))
+        completion = " " + " ".join(draw.choices(WORDS, k=draw.randint(1, 14)))
+        rows.append({"prompt": prompt, "completion": completion})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    tokenizer = models.new_tokenizer((r["prompt"] + r["completion"] for r in rows), 320)
+    shape = dict(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        initializer_range=0.3,  # large enough that every block changes the state and the teacher's opinion is sharp
+    )
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = models.qwen3_config(shape, special)
+    models.new_model(config, folder / "teacher", seed=3, dtype=torch.float32, tokenizer=tokenizer.save_pretrained)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_values(folder)))
+
+
+def recipe_values(folder: Path) -> dict[str, Any]:
+    """The recipe of the tiny run; Adam's epsilon is large so that rounding noise is not blown up to whole steps."""
+    return {
+        "name": "tiny",
+        "output": str(folder / "runs"),
+        "teacher": {"path": str(folder / "teacher"), "dtype": "float32"},
+        "student": {"blocks": 3},
+        "data": {"source": str(folder / "rows.jsonl"), "max_length": 64},
+        "train": {
+            "steps": 4,
+            "batch_size": 8,
+            "micro_batch_size": 4,
+            "learning_rate": 0.003,
+            "epsilon": 1e-3,
+            "weight_decay": 0.1,
+            "warmup_steps": 2,
+            "clip": 0.5,
+            "dtype": "float32",
+            "deepspeed": "cpu",
+            "log_every": 1,
+            "head_chunk": 7,
+        },
+    }
+
+
+def plain_run(recipe: Recipe, teacher_folder: Path, student_folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """The recipe's run in plain PyTorch: one process, whole batches, whole logits, `output_hidden_states`; (weights, losses)."""
+    teacher, student = _load(teacher_folder).eval(), _load(student_folder).train()
+    tokenizer = models.load_tokenizer(teacher_folder)
+    rows = load_rows(recipe.data.source, name=None, split="train", rows=recipe.data.rows)
+    data = tokenize(rows, tokenizer, format="auto", max_length=recipe.data.max_length, too_long=recipe.data.too_long)
+    pairs = pairs_of(recipe, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+    projectors = make_projectors(
+        len(pairs), student.config.hidden_size, teacher.config.hidden_size, bias=recipe.matching.projector_bias, seed=recipe.seed
+    )
+    parameters = [*student.parameters(), *(projectors.parameters() if projectors is not None else [])]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.train.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=recipe.train.learning_rate,
+        betas=recipe.train.betas,
+        eps=recipe.train.epsilon,
+    )
+    order = epoch_batches(
+        np.array(data["length"]), batch_size=recipe.train.batch_size, seed=recipe.seed, epoch=0, grouped=recipe.data.batching == "grouped"
+    )
+    assert recipe.train.steps is not None and recipe.train.steps <= len(order)
+    losses = []
+    for step in range(recipe.train.steps):
+        batch = collate([data[int(i)] for i in order[step]], pad_id=tokenizer.pad_token_id, packed=False)
+        parts = plain_losses(recipe, teacher, student, projectors, pairs, batch)
+        loss = recipe.loss.ce * parts["ce"] + recipe.loss.kl * parts["kl"] + (recipe.loss.hidden * parts["hidden"] if pairs else 0)
+        loss.backward()
+        if recipe.train.clip:
+            torch.nn.utils.clip_grad_norm_(parameters, recipe.train.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(
+                step,
+                peak=recipe.train.learning_rate,
+                final=recipe.train.final_learning_rate,
+                warmup=recipe.train.warmup_steps,
+                total=recipe.train.steps,
+                shape=recipe.train.schedule,
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append({"loss": loss.item(), **{k: v.item() for k, v in parts.items()}})
+    return {name: p.detach() for name, p in student.named_parameters()}, losses
+
+
+def _load(folder: Path) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    model.model.layers[-1].register_forward_hook(lambda module, args, output: setattr(model, "raw_last_state", output))
+    return model
+
+
+def plain_losses(recipe: Recipe, teacher: Any, student: Any, projectors: Any, pairs: Any, batch: Any) -> dict[str, torch.Tensor]:
+    """Cross-entropy, divergence and hidden loss as their definitions read, from whole tensors."""
+    inputs = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
+    with torch.no_grad():
+        t = teacher(**inputs)
+    s = student(**inputs)
+    trained, attended = batch.targets != IGNORE, batch.attended
+    ce = F.cross_entropy(s.logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+    tau = recipe.loss.temperature
+    where = attended if recipe.loss.kl_positions == "attended" else trained
+    ours, theirs = F.log_softmax(s.logits[where] / tau, -1), F.log_softmax(t.logits[where] / tau, -1)
+    if recipe.loss.divergence == "reverse_kl":
+        ours, theirs = theirs, ours
+    kl = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean() * tau**2
+    hidden = []
+    for number, (i, j) in enumerate(pairs):
+        ours = _state(student, s, i, recipe)
+        ours = ours if projectors is None else projectors[number](ours)
+        hidden.append((F.normalize(ours, dim=-1) - F.normalize(_state(teacher, t, j, recipe), dim=-1)).pow(2).sum(-1))
+    where = attended if recipe.matching.positions == "attended" else trained
+    none = torch.zeros(())
+    return {"ce": ce, "kl": kl, "hidden": torch.stack([h[where].mean() for h in hidden]).mean() if hidden else none}
+
+
+def _state(model: Any, output: Any, block: int, recipe: Recipe) -> torch.Tensor:
+    """`hidden_states` by block number; transformers gives the last one after the final norm, so the raw one is kept by `_load`."""
+    if block == EMBEDDING:
+        return output.hidden_states[0]
+    if block < model.config.num_hidden_layers - 1 or recipe.matching.final_state == "normed":
+        return output.hidden_states[block + 1]
+    return model.raw_last_state

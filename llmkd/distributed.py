@@ -50,8 +50,9 @@ class World:
 
 def start(timeout_seconds: int = 1800) -> World:
     """Join the process group that the launcher (deepspeed, torchrun, llmkd train) described, or make one of a single process."""
-    # The shared-memory operator is used by inference alone; building it would ask for a C++ compiler and a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed looks here for its shared-memory operator alone, which only inference uses; looking it up would compile probes, and
+    # building it would ask for a C++ compiler and a minute.
+    deepspeed.ops.__compatible_ops__ = {}
     timeout = timedelta(seconds=timeout_seconds)
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

@@ -58,5 +58,5 @@ def _log_probabilities(student_logits: Tensor, teacher_logits: Tensor, temperatu
             f"temperature {temperature!r}: write a finite number above 0 (1.0 leaves the logits as they are)"
         )
     dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
-    student, teacher = student_logits.to(dtype).contiguous(), teacher_logits.to(dtype).contiguous()
+    student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
     return (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)

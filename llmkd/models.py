@@ -349,5 +349,21 @@ def load_causal_lm(
     missing = sorted(info["missing_keys"]) + [str(item[0]) for item in info["mismatched_keys"]]
     if missing:
         raise InputError(f"{folder}: its weights lack {len(missing)} tensors of the model, first {missing[0]!r}; the folder is incomplete")
+    _restore_float32_buffers(model)
     model.config.use_cache = False
     return model
+
+
+def _restore_float32_buffers(model: PreTrainedModel) -> None:
+    """Give rotary frequencies back their float32 values.
+
+    DeepSpeed's zero.Init makes every new floating tensor of its own dtype, so that a bf16 model computes its positions from
+    frequencies of 8 bits: wrong by several positions at a few thousand tokens, and not what the exported model does.
+    """
+    for module in model.modules():
+        rounded = [n for n in module._non_persistent_buffers_set if (b := module._buffers[n]) is not None and b.dtype in (torch.bfloat16, torch.float16)]
+        if not rounded:
+            continue
+        fresh = type(module)(module.config)  # type: ignore[call-arg,arg-type]
+        for name in rounded:
+            module._buffers[name] = fresh._buffers[name].to(module._buffers[name].device)  # type: ignore[union-attr]

@@ -1,10 +1,11 @@
 """The built-in task: records of places to stay, told in one or two sentences.
 
-    name Heron Mill | kind inn | setting lake | price low | food Thai | rating 4 | dogs yes | near Ruby Castle =>
-    Heron Mill is a cheap inn by the lake. It serves Thai food, has four stars, welcomes dogs and is near Ruby Castle.
+    name Heron Mill | kind inn | setting lake | price low | food Thai | rating 4 | dogs yes | near Selby =>
+    Heron Mill is a cheap inn by the lake. It serves Thai food, has four stars, welcomes dogs and is near Selby.
 
-Every example is a function of (split, seed, index) alone, so a loader may start anywhere and two ranks never need to talk. A record
-belongs to the split that a hash of its `COMBINATION` names, whatever the seed: a combination seen in training is never tested.
+Every example is a function of (split, seed, index) alone, so a loader may start anywhere and two ranks never need to
+talk. A record belongs to the split that a hash of its `COMBINATION` names, whatever the seed: a combination seen in
+training is never tested.
 """
 
 import hashlib
@@ -12,6 +13,8 @@ import re
 from itertools import product
 from random import Random
 from typing import Any
+
+from llmkd.errors import InputError
 
 Record = dict[str, str]
 Example = dict[str, Any]
@@ -22,18 +25,19 @@ HELD_OUT = {"validation": 12, "test": 12}  # percent of all combinations; the re
 COMBINATION = ("kind", "setting", "food")
 CHANCE = 0.75  # of each slot but name and kind to be in a record
 
-FIRST_WORDS = (
-    "Amber Birch Cedar Copper Coral Crane Ember Falcon Fern Flint Frost Hazel Heron Indigo Ivory Jade Juniper Larch Linden Maple "
-    "Marble Otter Pearl Raven Ruby Sable Silver Swan Thistle Topaz Velvet Willow"
-).split()
-PLACE_WORDS = (
-    "Arch Barn Bridge Brook Court Croft Dale Dock Fold Forge Gate Glen Grange Grove Hall Haven Hollow Keep Lantern Manor Mill Nest "
-    "Orchard Point Quay Ridge Spire Terrace Tower Vale Wharf Yard"
-).split()
-LANDMARK_WORDS = "Abbey Arena Castle Chapel Fort Library Market Museum Park Pier Station Theatre".split()
+FIRST_WORDS = """
+    Amber Birch Cedar Copper Coral Crane Ember Falcon Fern Flint Frost Hazel Heron Indigo Ivory Jade
+    Juniper Larch Linden Maple Marble Otter Pearl Raven Ruby Sable Silver Swan Thistle Topaz Velvet Willow
+""".split()
+PLACE_WORDS = """
+    Arch Barn Bridge Brook Court Croft Dale Dock Fold Forge Gate Glen Grange Grove Hall Haven
+    Hollow Keep Lantern Manor Mill Nest Orchard Point Quay Ridge Spire Terrace Tower Vale Wharf Yard
+""".split()
+TOWNS = "Ashford Bexley Corby Dunmore Elton Fenwick Harlow Kelso Ludlow Marlow Oakham Selby".split()
+STARS = {"1": "one star", "2": "two stars", "3": "three stars", "4": "four stars", "5": "five stars"}
 
-# Slot -> value -> the words that realise it, one per wording; `name` and `near` are open slots and copied.
-CLOSED_SLOTS: dict[str, dict[str, tuple[str, str, str]]] = {
+# Slot -> value -> the words that realise it, one per wording. `name` is an open slot: it is copied.
+CLOSED_SLOTS: dict[str, dict[str, tuple[str, ...]]] = {
     "kind": {kind: (kind,) * 3 for kind in ("cabin", "farm", "hostel", "hotel", "inn", "lodge", "villa")},
     "setting": {
         "coast": ("on the coast",) * 3,
@@ -54,16 +58,13 @@ CLOSED_SLOTS: dict[str, dict[str, tuple[str, str, str]]] = {
         food: (f"serves {food} food", f"offers {food} dishes", f"cooks {food} meals")
         for food in ("Cuban", "French", "Greek", "Indian", "Korean", "Mexican", "Polish", "Thai", "Turkish")
     },
-    "rating": {
-        digit: (f"has {stars}", f"holds {stars}", f"is rated {stars}")
-        for digit, stars in zip("12345", ("one star", "two stars", "three stars", "four stars", "five stars"), strict=True)
-    },
+    "rating": {digit: (f"has {stars}", f"holds {stars}", f"is rated {stars}") for digit, stars in STARS.items()},
     "dogs": {
         "yes": ("welcomes dogs", "takes dogs", "lets dogs in"),
         "no": ("bans dogs", "takes no dogs", "keeps dogs out"),
     },
+    "near": {town: (f"is near {town}", f"lies close to {town}", f"stands beside {town}") for town in TOWNS},
 }
-NEAR_WORDS = ("is near {}", "lies close to {}", "stands beside {}")
 SLOTS = ("name", "kind", "setting", "price", "food", "rating", "dogs", "near")
 ORDERS = (("food", "rating", "dogs", "near"), ("near", "food", "dogs", "rating"), ("rating", "near", "food", "dogs"))
 PHRASINGS: tuple[Phrasing, ...] = tuple(product(range(4), range(len(ORDERS))))
@@ -72,16 +73,20 @@ PHRASINGS: tuple[Phrasing, ...] = tuple(product(range(4), range(len(ORDERS))))
 SIGNS: dict[str, dict[str, tuple[str, ...]]] = {
     **{slot: {value: tuple(set(words)) for value, words in CLOSED_SLOTS[slot].items()} for slot in CLOSED_SLOTS},
     "food": {food: (food,) for food in CLOSED_SLOTS["food"]},
-    "rating": {digit: (words[0].removeprefix("has "),) for digit, words in CLOSED_SLOTS["rating"].items()},
+    "rating": {digit: (stars,) for digit, stars in STARS.items()},
+    "near": {town: (town,) for town in TOWNS},
 }
 NAME_PATTERN = re.compile(rf"\b(?:{'|'.join(FIRST_WORDS)}) (?:{'|'.join(PLACE_WORDS)})\b")
-LANDMARK_PATTERN = re.compile(rf"\b(?:{'|'.join(FIRST_WORDS)}) (?:{'|'.join(LANDMARK_WORDS)})\b")
 
 
 def examples(split: str, seed: int, start: int, count: int) -> list[Example]:
-    """Examples `start` to `start + count - 1` of a split: prompt, completion (with its leading space), record, references."""
+    """Examples `start` to `start + count - 1` of a split: prompt, completion (it begins with a space), record, references.
+
+    `references` are all phrasings of the record, the completion among them, without the space. Raises InputError for a
+    split that is not in `SPLITS`.
+    """
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+        raise InputError(f"records: no split {split!r}; choose from {', '.join(SPLITS)}")
     return [example(split, seed, index) for index in range(start, start + count)]
 
 
@@ -114,8 +119,6 @@ def sentences(record: Record, phrasing: Phrasing) -> str:
     """The record told with one of four openings and one of three wordings."""
     opening, wording = phrasing
     words = {slot: CLOSED_SLOTS[slot][value][wording] for slot, value in record.items() if slot in CLOSED_SLOTS}
-    if "near" in record:
-        words["near"] = NEAR_WORDS[wording].format(record["near"])
     name, kind = record["name"], " ".join(words[slot] for slot in ("price", "kind") if slot in words)
     kind = ("an " if kind[0] in "aeiou" else "a ") + kind
     where = f" {words['setting']}" if "setting" in words else ""
@@ -135,10 +138,10 @@ def listed(parts: list[str]) -> str:
 
 
 def slots_right(record: Record, text: str) -> float:
-    """The share of slots told rightly, in [0, 1]; 1.0 only if every slot of the record is told and nothing contradicts it.
+    """The share of slots told rightly; 1.0 only if every slot of the record is told and nothing contradicts it.
 
-    Counted over the record's slots and those that the text adds: a slot is right if its own value is in the text and no other value
-    of that slot is.
+    Counted over the record's slots and those that the text adds: a slot is right if its own value is in the text and no
+    other value of that slot is.
     """
     told = values_told(text)
     slots = [slot for slot in SLOTS if slot in record or told[slot]]
@@ -147,17 +150,19 @@ def slots_right(record: Record, text: str) -> float:
 
 def values_told(text: str) -> dict[str, set[str]]:
     """The values of each slot that a text speaks of."""
-    told = {"name": set(NAME_PATTERN.findall(text)), "near": set(LANDMARK_PATTERN.findall(text))}
-    rest = LANDMARK_PATTERN.sub(" ", NAME_PATTERN.sub(" ", text)).lower()
+    told = {"name": set(NAME_PATTERN.findall(text))}
+    rest = NAME_PATTERN.sub(" ", text).lower()
     for slot, values in SIGNS.items():
         told[slot] = {
-            value for value, signs in values.items() if any(re.search(rf"\b{re.escape(s.lower())}\b", rest) for s in signs)
+            value
+            for value, signs in values.items()
+            if any(re.search(rf"\b{re.escape(s.lower())}\b", rest) for s in signs)
         }
     return told
 
 
 def choices(example: Example, count: int = 4) -> tuple[list[str], int]:
-    """The example's completion among `count - 1` others that tell one slot wrongly, each another slot; and its place."""
+    """The completion among `count - 1` others that each tell another slot wrongly, in the same words; and its place."""
     record, text = example["record"], example["completion"].strip()
     phrasing = next(phrasing for phrasing in PHRASINGS if sentences(record, phrasing) == text)
     random = Random(stable_hash(example["prompt"] + text))
@@ -190,8 +195,7 @@ def draw_value(random: Random, slot: str) -> str:
     if slot in CLOSED_SLOTS:
         values = list(CLOSED_SLOTS[slot])
         return values[draw(random, len(values))]
-    second = PLACE_WORDS if slot == "name" else LANDMARK_WORDS
-    return f"{FIRST_WORDS[draw(random, len(FIRST_WORDS))]} {second[draw(random, len(second))]}"
+    return f"{FIRST_WORDS[draw(random, len(FIRST_WORDS))]} {PLACE_WORDS[draw(random, len(PLACE_WORDS))]}"
 
 
 def draw(random: Random, below: int) -> int:

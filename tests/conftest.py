@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,3 +22,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     make(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[Any]:
+    """A process group of this one process."""
+    from llmkd import distributed
+
+    distributed.quiet()
+    yield distributed.start(60)
+    distributed.stop()

@@ -260,6 +260,14 @@ def test_drawing_fits_the_terminal_and_shows_the_pairs(strategy, blocks, seed):
     assert grid(text, blocks[0]) == [[2 * t for s, t in pairs if s == j] for j in range(blocks[0])]
 
 
+@pytest.mark.parametrize("student_blocks", [1, 12, 101])
+@pytest.mark.parametrize("targets", [1, 2, 3, 4, 40])
+def test_drawing_fits_the_terminal_at_every_depth(student_blocks, targets):
+    for teacher_blocks in range(targets, 400):
+        pairs = tuple((0, teacher) for teacher in range(targets))
+        assert max(map(len, drawing(pairs, student_blocks, teacher_blocks).splitlines())) <= maps.MAX_WIDTH
+
+
 def test_drawing_gives_deep_teachers_several_blocks_to_a_column():
     text = drawing(layer_map("forward", 9, 200), 9, 200)
     assert "one column stands for 3 teacher blocks" in text

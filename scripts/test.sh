@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Everything a change must pass: lint, format, types, the floors of the design, tests. Arguments are handed on to pytest.
+# Every step runs, so that one call tells all that is wrong; the exit status is that of the first step that failed.
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+source scripts/environment.sh
+
+# The tests use no network and no GPU unless asked (-m gpu), and share the cores between ranks.
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+export PYRIGHT_PYTHON_IGNORE_WARNINGS=1 # else pyright asks PyPI for a newer pyright
+
+first_failure=0
+failed=()
+step() {
+  local status=0
+  llmkd_say "$1"
+  "${@:2}" || status=$?
+  if [[ $status != 0 ]]; then
+    failed+=("$1")
+    [[ $first_failure != 0 ]] || first_failure=$status
+  fi
+}
+
+step "lint" ruff check .
+step "format" ruff format --check .
+step "types" pyright --pythonpath "$(command -v python)"
+step "floors" lint-imports --no-cache --no-logo
+step "tests" python -m pytest "$@"
+
+if [[ $first_failure != 0 ]]; then
+  llmkd_say "failed: ${failed[*]}"
+  exit "$first_failure"
+fi
+llmkd_say "all passed"

@@ -1,0 +1,85 @@
+"""An exported student gives the logits it gave in training, and the sharded teacher is never whole on a rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmkd import build, checkpoint, models
+from llmkd.config import load_recipe
+from llmkd.distributed import frozen_engine, gathered, teacher_ds_config
+from llmkd.train import train
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_exported_student_gives_the_logits_it_gave_in_training(
+    tiny: Path, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    recipe = load_recipe(tiny / "recipe.yaml").changed({"train.dtype": dtype, "train.steps": 3, "teacher.dtype": dtype})
+    ids = torch.arange(4, 36).reshape(2, 16)
+    seen: list[torch.Tensor] = []
+    weights: dict[str, torch.Tensor] = {}
+    export = checkpoint.export
+
+    def watched(world: Any, model: Any, *args: Any, **options: Any) -> None:
+        with gathered(list(model.parameters())):
+            weights.update({name: p.detach().clone() for name, p in model.named_parameters()})
+        with torch.no_grad():
+            seen.append(model.eval()(input_ids=ids).logits)
+        export(world, model, *args, **options)
+
+    monkeypatch.setattr(checkpoint, "export", watched)
+    assert train(world, build.distil_job(world, recipe, tmp_path / "run"))
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
+    assert model.dtype == models.DTYPES[dtype] and model.config.use_cache
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    # The weights are equal to the bit; DeepSpeed replaces linear layers under ZeRO-3 by a product that rounds in another order.
+    error = (logits - seen[0]).float().norm() / seen[0].float().norm()
+    assert error < (0.01 if dtype == "bfloat16" else 1e-6)
+    names = sorted(p.name for p in (tmp_path / "run" / "model").iterdir())
+    assert names == [
+        "README.md", "config.json", "generation_config.json", "llmkd.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").eos_token == "<eos>"
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == AutoTokenizer.from_pretrained(tiny / "teacher").eos_token_id
+
+
+def test_rotary_frequencies_stay_float32_under_zero3(tiny: Path, world: Any) -> None:
+    """zero.Init would round them to the model's dtype; compare with a model loaded without it."""
+    plain = models.load_causal_lm(tiny / "teacher", dtype=torch.bfloat16, ds_config=None, attention="sdpa")
+    sharded = models.load_causal_lm(
+        tiny / "teacher", dtype=torch.bfloat16, ds_config=teacher_ds_config(2, "bfloat16", "none", 1), attention="sdpa"
+    )
+    expected, found = (dict(m.named_buffers()) for m in (plain, sharded))
+    assert expected and all(b.dtype == torch.float32 for b in expected.values())
+    assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
+
+
+def test_zero3_teacher_never_holds_more_than_two_blocks_and_embeddings(tiny: Path, world: Any) -> None:
+    """Weights whole at any time are counted at every block; all of them together are what must never happen."""
+    ds = teacher_ds_config(2, "float32", "none", 1)
+    model = models.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=ds, attention="sdpa")
+    stack = models.blocks(model)
+    block = sum(p.ds_numel for p in stack[0].parameters())
+    whole = sum(p.ds_numel for p in model.parameters())
+    held: list[int] = []
+
+    def count(*_: Any) -> None:
+        held.append(sum(p.ds_numel for p in model.parameters() if p.ds_status.name == "AVAILABLE"))
+
+    engine = frozen_engine(models.backbone(model), teacher_ds_config(2, "float32", "none", block))
+    for module in stack:
+        module.register_forward_hook(count)
+    for _ in range(3):  # DeepSpeed learns the order in the first pass and fetches ahead in the next ones
+        with torch.no_grad():
+            engine(input_ids=torch.arange(8)[None])
+    embedding = model.get_input_embeddings().weight.ds_numel
+    assert len(held) == 3 * len(stack)
+    assert max(held) <= 2 * block + embedding < whole
+    assert sum(p.ds_numel for p in model.parameters() if p.ds_status.name == "AVAILABLE") == 0

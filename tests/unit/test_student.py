@@ -1,0 +1,175 @@
+"""Matching where the state is born: only a sum stays, the teacher's state is let go, masked positions and second runs do not count."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmkd import models
+from llmkd.data import IGNORE, Batch, collate
+from llmkd.distances import DISTANCES
+from llmkd.divergences import forward_kl
+from llmkd.student import Distiller, distance_sum, make_projectors
+from llmkd.teachers.base import Signal
+from llmkd.teachers.resident import ResidentTeacher
+from tests.tiny import BLOCKS
+
+
+@pytest.fixture
+def teacher(tiny: Path) -> Any:
+    return models.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa")
+
+
+def _batch(lengths: tuple[int, ...] = (9, 4, 6), packed: bool = False) -> Batch:
+    torch.manual_seed(1)
+    rows = [{"input_ids": torch.randint(2, 300, (n,)).tolist(), "trained": [False] * (n // 2) + [True] * (n - n // 2)} for n in lengths]
+    return collate(rows, pad_id=0, packed=packed)
+
+
+def _distiller(model: Any, pairs: Any, **changes: Any) -> Distiller:
+    settings = dict(
+        distance=DISTANCES["normalized_mse"],
+        positions="attended",
+        normed_last=False,
+        divergence=forward_kl,
+        temperature=1.0,
+        kl_positions="trained",
+        chunk=4,
+    )
+    return Distiller(model, pairs, **{**settings, **changes}).train()
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_distance_sum_is_the_sum_over_the_mask(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, 7, dtype=dtype, requires_grad=True), torch.randn(2, 5, 7, dtype=dtype)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    expected = DISTANCES[name](student.double(), teacher.double())[mask].sum()
+    (grad,) = torch.autograd.grad(expected, student)
+    found = distance_sum(student, teacher, mask, DISTANCES[name])
+    (found_grad,) = torch.autograd.grad(2 * found, student)
+    rough = dtype == torch.bfloat16
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5 if rough else 1e-12)
+    assert found_grad.dtype == dtype
+    torch.testing.assert_close(found_grad, 2 * grad, rtol=0.02 if rough else 1e-10, atol=1e-2 if rough else 1e-12)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_nan_in_padding_changes_nothing(name: str) -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+
+    def run(s: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        s = s.clone().requires_grad_()
+        total = distance_sum(s, t, mask, DISTANCES[name])
+        return total.detach(), torch.autograd.grad(total, s)[0]
+
+    clean = run(student, teacher)
+    student[~mask], teacher[~mask] = torch.nan, torch.inf
+    dirty = run(student, teacher)
+    assert torch.equal(clean[0], dirty[0]) and torch.equal(clean[1], dirty[1])
+
+
+def test_padding_changes_nothing_in_the_whole_loss(teacher: Any, tiny: Path) -> None:
+    """One row alone, and the same row beside a longer one: the sums over its positions agree."""
+    pairs = ((0, 1), (5, 5))
+    student = models.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa")
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.1)
+    module = _distiller(student, pairs, kl_positions="attended")
+    source = ResidentTeacher(teacher, [1, 5], normed_last=False, ds_config=None)
+    sums = {}
+    for name, batch in (("both", _batch((9, 4))), ("long", _batch((9,))), ("packed", _batch((9, 4), packed=True))):
+        sums[name] = module(batch, source.signals(batch), (1.0, 1.0, 1.0))[1]
+    rows = [{"input_ids": _batch((9, 4)).input_ids[1, :4].tolist(), "trained": [False, False, True, True]}]
+    short = collate(rows, pad_id=0, packed=False)
+    sums["short"] = module(short, source.signals(short), (1.0, 1.0, 1.0))[1]
+    torch.testing.assert_close(sums["both"], sums["long"] + sums["short"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums["both"], sums["packed"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_student_that_is_its_teacher_has_nothing_to_learn(teacher: Any, tiny: Path, normed: bool) -> None:
+    student = models.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa")
+    pairs = tuple((b, b) for b in range(BLOCKS))
+    module = _distiller(student, pairs, normed_last=normed, kl_positions="attended")
+    batch = _batch()
+    source = ResidentTeacher(teacher, [t for _, t in pairs], normed_last=normed, ds_config=None)
+    loss, sums = module(batch, source.signals(batch), (0.0, 1.0, 1.0))
+    loss.backward()
+    assert sums[1:].abs().max() == 0
+    assert max(p.grad.abs().max() for p in student.parameters() if p.grad is not None) < 1e-6
+
+
+def test_only_mapped_blocks_are_captured_and_none_outlives_its_pairs(teacher: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = models.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa")
+    module = _distiller(student, ((0, 4), (2, 1), (5, 4)))
+    source = ResidentTeacher(teacher, [4, 1, 4], normed_last=False, ds_config=None)
+    batch = _batch()
+    signal = source.signals(batch)
+    assert signal.held == 2
+    refs = {block: weakref.ref(signal._states[block]) for block in (1, 4)}
+    seen: list[tuple[int, bool, bool]] = []
+    take = Signal.take
+
+    def watched(self: Signal, block: int) -> torch.Tensor:
+        seen.append((block, refs[1]() is not None, refs[4]() is not None))
+        return take(self, block)
+
+    monkeypatch.setattr(Signal, "take", watched)
+    loss, _ = module(batch, signal, (1.0, 1.0, 1.0))
+    assert seen == [(4, True, True), (1, True, True), (4, False, True)]  # block 1 was freed before the last pair
+    assert refs[1]() is None and refs[4]() is None and signal.held == 0
+    loss.backward()
+
+
+def test_teacher_asks_for_no_hidden_states(teacher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = ResidentTeacher(teacher, [2], normed_last=False, ds_config=None)
+    outputs = []
+    teacher.model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    signal = source.signals(_batch())
+    assert outputs[0].hidden_states is None and signal.held == 1
+    assert signal.final is not None and not signal.final.requires_grad
+
+
+@pytest.mark.parametrize("width", [32, 24])
+def test_checkpointed_is_not_checkpointed(teacher: Any, tiny: Path, tmp_path: Path, width: int) -> None:
+    shape = {} if width == 32 else {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1}
+    models.random_student(tiny / "teacher", 3, shape, tmp_path / "student", seed=0, dtype=torch.float32)
+    pairs = ((0, 4), (1, 1), (2, 4), (2, 5))
+    results = []
+    for checkpointing in (False, True):
+        student = models.load_causal_lm(tmp_path / "student", dtype=torch.float32, ds_config=None, attention="sdpa")
+        module = _distiller(student, pairs, projectors=make_projectors(4, width, 32, bias=True, seed=0))
+        runs = []
+        if checkpointing:
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        student.model.layers[0].self_attn.register_forward_hook(lambda *a, runs=runs: runs.append(1))
+        batch = _batch()
+        source = ResidentTeacher(teacher, [t for _, t in pairs], normed_last=False, ds_config=None)
+        loss, sums = module(batch, source.signals(batch), (1.0, 1.0, 3.0))
+        loss.backward()
+        assert len(runs) == (2 if checkpointing else 1)
+        grads = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+        results.append((sums, grads))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    assert (results[0][1].keys() >= {f"projectors.{i}.weight" for i in range(4)}) == (width != 32)
+
+
+def test_loss_is_the_weighted_sum_and_cross_entropy_is_transformers(teacher: Any, tiny: Path) -> None:
+    student = models.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa")
+    module = _distiller(student, ((1, 3),))
+    batch = _batch()
+    source = ResidentTeacher(teacher, [3], normed_last=False, ds_config=None)
+    loss, sums = module(batch, source.signals(batch), (0.5, 0.25, 2.0))
+    assert loss.item() == pytest.approx((0.5 * sums[0] + 0.25 * sums[1] + 2 * sums[2]).item(), rel=1e-6)
+    labels = torch.nn.functional.pad(batch.targets, (1, 0), value=IGNORE)[:, :-1]
+    theirs = student(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+    assert sums[0].item() / batch.trained_at.numel() == pytest.approx(theirs.item(), rel=1e-5)

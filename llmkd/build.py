@@ -5,10 +5,12 @@ A `Job` is all that the loop needs to know; distilling a student and fine-tuning
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from llmkd.divergences import DIVERGENCES
 from llmkd.errors import InputError
 from llmkd.layer_map import Pairs, layer_map
 from llmkd.objective import Weights
+from llmkd.schedules import learning_rate
 from llmkd.student import Distiller, make_projectors
 from llmkd.teachers.base import EMBEDDING, Teacher
 from llmkd.teachers.resident import ResidentTeacher
@@ -63,7 +66,9 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
     if recipe.student.init == "checkpoint":
         path = recipe.student.path or ""
         checkpoint = on_main(world, lambda: models.resolve(path, "student.path"))
-        student_depth = models.load_config(checkpoint, trust_remote_code=recipe.student.trust_remote_code).num_hidden_layers
+        student_depth = models.load_config(
+            checkpoint, trust_remote_code=recipe.student.trust_remote_code
+        ).num_hidden_layers
     else:
         student_depth = recipe.student.blocks or depth
     pairs = pairs_of(recipe, student_depth, depth)
@@ -75,7 +80,9 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         hidden_positions=recipe.matching.positions,
     )
     if not (weights.ce or weights.kl or weights.hidden):
-        raise InputError("loss: ce, kl and hidden are all 0, so there is nothing to learn from; give one of them a weight")
+        raise InputError(
+            "loss: ce, kl and hidden are all 0, so there is nothing to learn from; give one of them a weight"
+        )
     if recipe.student.init == "teacher":
         models.block_choice(recipe.student.copy_blocks, student_depth, depth)
     if checkpoint is not None:
@@ -106,7 +113,9 @@ def initial_student(recipe: Recipe, teacher: Path, folder: Path) -> None:
     blocks = recipe.student.blocks
     assert blocks is not None
     if recipe.student.init == "random":
-        models.random_student(teacher, blocks, recipe.student.width, folder, seed=recipe.seed, dtype=dtype, trust_remote_code=trust)
+        models.random_student(
+            teacher, blocks, recipe.student.width, folder, seed=recipe.seed, dtype=dtype, trust_remote_code=trust
+        )
     else:
         depth = models.load_config(teacher, trust_remote_code=trust).num_hidden_layers
         chosen = models.block_choice(recipe.student.copy_blocks, blocks, depth)
@@ -128,7 +137,9 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
         else getattr(models.load_config(initial), "max_position_embeddings", None)
     )
     _check_lengths(data.max_length, positions, start or "finetune.architecture")
-    inputs = config.flat({"finetune": settings.model_dump(mode="json"), "data": data.model_dump(mode="json"), "seed": recipe.seed})
+    inputs = config.flat(
+        {"finetune": settings.model_dump(mode="json"), "data": data.model_dump(mode="json"), "seed": recipe.seed}
+    )
     for key in ("save_every", "keep_checkpoints", "log_every", "timeout_seconds", "wandb"):
         inputs.pop(f"finetune.train.{key}")
     job = Job(
@@ -154,19 +165,30 @@ def initial_teacher(recipe: Recipe, folder: Path) -> None:
     assert settings is not None and settings.architecture is not None
     rows = _rows(settings.data or recipe.data)
     if "messages" in rows.column_names:
-        raise InputError("finetune.architecture: a new tokenizer has no chat template; give prompt/completion or text data")
-    texts = (text for column in ("prompt", "completion", "text") if column in rows.column_names for text in rows[column])
+        raise InputError(
+            "finetune.architecture: a new tokenizer has no chat template; give prompt/completion or text data"
+        )
+    texts = (
+        text for column in ("prompt", "completion", "text") if column in rows.column_names for text in rows[column]
+    )
     tokenizer = models.new_tokenizer(texts, settings.architecture.vocab_size)
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     shape = models.qwen3_config(settings.architecture.model_dump(), special)
-    models.new_model(shape, folder, seed=recipe.seed, dtype=models.DTYPES[settings.train.dtype], tokenizer=tokenizer.save_pretrained)
+    models.new_model(
+        shape, folder, seed=recipe.seed, dtype=models.DTYPES[settings.train.dtype], tokenizer=tokenizer.save_pretrained
+    )
 
 
 def pairs_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
     """The recipe's pairs at these depths, the embedding pair first if it is asked for; none where `loss.hidden` is 0."""
     matching = recipe.matching
     pairs = layer_map(
-        matching.strategy, student_depth, teacher_depth, seed=recipe.seed, target_block=matching.target_block, pairs=matching.pairs
+        matching.strategy,
+        student_depth,
+        teacher_depth,
+        seed=recipe.seed,
+        target_block=matching.target_block,
+        pairs=matching.pairs,
     )
     if recipe.loss.hidden == 0:
         return ()
@@ -180,8 +202,6 @@ def refuse_other_recipe(world: World, job: Job) -> None:
 
 def finished(job: Job) -> bool:
     """Whether the job's model is already there, whole and of the same inputs. Raises InputError if it is of others."""
-    import json
-
     meta = job.folder / "model" / "llmkd.json"
     if not meta.is_file():
         return False
@@ -191,7 +211,9 @@ def finished(job: Job) -> bool:
 
 def _check_lengths(max_length: int, positions: int | None, where: str) -> None:
     if positions is not None and max_length > positions:
-        raise InputError(f"data.max_length: {max_length} tokens are more than the {positions} positions of {where}; write at most {positions}")
+        raise InputError(
+            f"data.max_length: {max_length} tokens are more than the {positions} positions of {where}; write at most {positions}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,6 +236,21 @@ def total_steps(train: config.Train, rows: int) -> int:
     """Optimizer steps of the run."""
     per_epoch = steps_per_epoch(rows, train.batch_size)
     return train.steps if train.steps is not None else math.ceil((train.epochs or 0) * per_epoch)
+
+
+def rate_of_step(train: config.Train, steps: int) -> Callable[[int], float]:
+    """Step (from 0) -> learning rate. Raises InputError at once if the schedule makes no sense for so many steps."""
+    rate = functools.partial(
+        learning_rate,
+        peak=train.learning_rate,
+        final=train.final_learning_rate,
+        warmup=train.warmup_steps,
+        total=steps,
+        shape=train.schedule,
+    )
+    if steps:
+        rate(0)
+    return rate
 
 
 def training_ds_config(world: World, train: config.Train, accumulation: int, folder: Path) -> dict[str, Any]:
@@ -270,7 +307,9 @@ def load_student(job: Job, ds_config: dict[str, Any], teacher_width: int | None)
         job.initial, dtype=dtype, ds_config=ds_config, attention=attention, trust_remote_code=settings.trust_remote_code
     )
     width = model.config.hidden_size
-    projectors = make_projectors(len(job.pairs), width, teacher_width or width, bias=matching.projector_bias, seed=job.seed)
+    projectors = make_projectors(
+        len(job.pairs), width, teacher_width or width, bias=matching.projector_bias, seed=job.seed
+    )
     module = Distiller(
         model,
         job.pairs,

@@ -41,7 +41,9 @@ def save(world: World, engine: Any, folder: Path, *, step: int, inputs: dict[str
     torch.save(_rng_state(), tmp / f"rng-{world.rank}.pt")
     barrier(world)
     if world.is_main:
-        (tmp / "state.json").write_text(json.dumps({"step": step, "world_size": world.size, "inputs": inputs}, indent=1))
+        (tmp / "state.json").write_text(
+            json.dumps({"step": step, "world_size": world.size, "inputs": inputs}, indent=1)
+        )
         _sync(tmp)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(tmp, final)
@@ -53,7 +55,9 @@ def save(world: World, engine: Any, folder: Path, *, step: int, inputs: dict[str
 
 def whole(folder: Path) -> list[Path]:
     """The published checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name) and (p / "state.json").is_file())
+    return sorted(
+        p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name) and (p / "state.json").is_file()
+    )
 
 
 def newest(folder: Path, inputs: dict[str, Any], world_size: int) -> tuple[Path, int] | None:
@@ -95,7 +99,13 @@ def _rng_state() -> dict[str, Any]:
     state = {
         "torch": torch.get_rng_state(),
         "python": (version, list(words), gauss),
-        "numpy": (str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)),
+        "numpy": (
+            str(name),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -119,7 +129,9 @@ def _sync(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def export(world: World, model: PreTrainedModel, folder: Path, *, tokenizer_from: Path, card: str, meta: dict[str, Any]) -> None:
+def export(
+    world: World, model: PreTrainedModel, folder: Path, *, tokenizer_from: Path, card: str, meta: dict[str, Any]
+) -> None:
     """Write the student as a clean HF folder: safetensors, tokenizer, generation config, model card, `llmkd.json` (all ranks take part)."""
     state = whole_state(world, model)
 

@@ -11,8 +11,12 @@ import click
 
 from llmkd.errors import InputError
 
-SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, e.g. train.steps=100.")
-RANKS = click.option("--ranks", type=click.IntRange(min=1), help="Processes on this machine [default: the GPUs, or study.ranks].")
+SET = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, e.g. train.steps=100."
+)
+RANKS = click.option(
+    "--ranks", type=click.IntRange(min=1), help="Processes on this machine [default: the GPUs, or study.ranks]."
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -28,9 +32,16 @@ def cli() -> None:
 @click.option("--strategy", multiple=True, help="Only these strategies [default: all].")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random strategies.")
 @click.option("--target-block", type=int, help="The one teacher block of all_to_one.")
-@click.option("--pair", "pairs", multiple=True, metavar="STUDENT:TEACHER", help="A pair of strategy explicit; may be repeated.")
+@click.option(
+    "--pair", "pairs", multiple=True, metavar="STUDENT:TEACHER", help="A pair of strategy explicit; may be repeated."
+)
 def maps(
-    student_blocks: int, teacher_blocks: int, strategy: tuple[str, ...], seed: int, target_block: int | None, pairs: tuple[str, ...]
+    student_blocks: int,
+    teacher_blocks: int,
+    strategy: tuple[str, ...],
+    seed: int,
+    target_block: int | None,
+    pairs: tuple[str, ...],
 ) -> None:
     """Show which teacher block teaches which student block."""
     from llmkd.layer_map import STRATEGIES, drawing, layer_map, table
@@ -63,10 +74,22 @@ def _pair(text: str) -> tuple[int, int]:
 @click.option("--strategy", help="Layer map; overrides matching.strategy.")
 @click.option("--seed", type=int, help="Overrides seed.")
 @click.option("--ds-config", help="DeepSpeed JSON; overrides train.deepspeed.")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder of this run [default: OUTPUT/NAME/students/STRATEGY-sSEED].")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder of this run [default: OUTPUT/NAME/students/STRATEGY-sSEED].",
+)
 @SET
 @RANKS
-def train(recipe: str, strategy: str | None, seed: int | None, ds_config: str | None, output: Path | None, overrides: tuple[str, ...], ranks: int | None) -> None:
+def train(
+    recipe: str,
+    strategy: str | None,
+    seed: int | None,
+    ds_config: str | None,
+    output: Path | None,
+    overrides: tuple[str, ...],
+    ranks: int | None,
+) -> None:
     """Train one student on this machine's GPUs (or on CPU ranks). The same command resumes."""
     named = {"--strategy": strategy, "--seed": seed, "--ds-config": ds_config, "--output": output}
     options = [part for key, value in named.items() if value is not None for part in (key, str(value))]
@@ -134,8 +157,12 @@ def _show(path: Path) -> None:
 
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--recipe", "-r", default="quickstart", show_default=True, help="Recipe whose evaluation section is used.")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder of the result [default: MODEL's parent/evaluations].")
+@click.option(
+    "--recipe", "-r", default="quickstart", show_default=True, help="Recipe whose evaluation section is used."
+)
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Folder of the result [default: MODEL's parent/evaluations]."
+)
 @SET
 def evaluate(model: Path, recipe: str, output: Path | None, overrides: tuple[str, ...]) -> None:
     """Score one HF folder by lm-eval with a recipe's tasks."""
@@ -144,7 +171,9 @@ def evaluate(model: Path, recipe: str, output: Path | None, overrides: tuple[str
     from llmkd.models import resolve
 
     folder = resolve(str(model), "MODEL")
-    for path in run([(folder.name, folder)], load_recipe(recipe, overrides).evaluation, output or folder.parent / "evaluations").values():
+    for path in run(
+        [(folder.name, folder)], load_recipe(recipe, overrides).evaluation, output or folder.parent / "evaluations"
+    ).values():
         click.echo(path.read_text())
 
 

@@ -1,7 +1,7 @@
-"""The recipe: one YAML file that says one run, whole. Frozen and strict; an unknown key is an error that names the nearest one.
+"""The recipe: one YAML file that says one run, whole. Frozen and strict: an unknown key is an error that names the nearest.
 
-`load_recipe("recipes/quickstart.yaml", ["train.steps=50"])` gives a `Recipe`. Every number lives here once; code passes single values on
-(`temperature=recipe.loss.temperature`), never the recipe, to the floors below.
+`load_recipe("recipes/quickstart.yaml", ["train.steps=50"])` gives a `Recipe`. Every number lives here once; code passes
+single values on (`temperature=recipe.loss.temperature`), never the recipe, to the floors below.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,15 +22,17 @@ from llmkd.divergences import DIVERGENCES
 from llmkd.errors import InputError
 from llmkd.layer_map import STRATEGIES
 
-ROOT = Path(__file__).resolve().parent.parent
+_HERE = Path(__file__).resolve().parent
+ROOT = _HERE.parent if (_HERE.parent / "ds_configs").is_dir() else _HERE / "_shipped"
+"""The folder of recipes/, ds_configs/ and eval/: the repository, or what a wheel carries."""
 Dtype = Literal["float32", "bfloat16"]
 Positions = Literal["trained", "attended"]
 
 
 class Section(BaseModel):
-    """A part of the recipe: immutable, and closed to keys it does not know."""
+    """A part of the recipe: immutable, closed to keys that it does not know and to values of another type."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Architecture(Section):
@@ -45,6 +48,7 @@ class Architecture(Section):
     max_position_embeddings: int = Field(gt=0)
     rope_theta: float = 1_000_000.0
     tie_word_embeddings: bool = False
+    initializer_range: float = Field(default=0.02, gt=0)
 
 
 class Teacher(Section):
@@ -66,7 +70,9 @@ class Teacher(Section):
     @model_validator(mode="after")
     def _offload_needs_zero3(self) -> Teacher:
         if self.offload != "none" and self.placement != "zero3":
-            raise ValueError("teacher.offload: only a zero3 teacher is offloaded; write placement: zero3 or offload: none")
+            raise ValueError(
+                "teacher.offload: only a zero3 teacher is offloaded; write placement: zero3, or offload: none"
+            )
         return self
 
 
@@ -102,10 +108,13 @@ class Student(Section):
             raise ValueError("student.blocks: say how many blocks the student has, e.g. blocks: 9")
         if self.init != "random" and self.width:
             raise ValueError(
-                f"student.{next(iter(self.width))}: a width of its own needs init: random (copied blocks keep the teacher's width)"
+                f"student.{next(iter(self.width))}: copied blocks keep the teacher's width; leave it out, or write init: random"
             )
         if isinstance(self.copy_blocks, tuple) and len(self.copy_blocks) != self.blocks:
-            raise ValueError(f"student.copy_blocks: names {len(self.copy_blocks)} blocks, student.blocks says {self.blocks}; make them equal")
+            raise ValueError(
+                f"student.copy_blocks: names {len(self.copy_blocks)} blocks, student.blocks says {self.blocks}; "
+                "make them equal"
+            )
         return self
 
 
@@ -198,9 +207,11 @@ class Train(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Train:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("steps: give exactly one of steps and epochs")
+            raise ValueError("steps: how long to train is said once; give exactly one of steps and epochs")
         if self.batch_size % self.micro_batch_size:
-            raise ValueError(f"batch_size: {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
+            raise ValueError(
+                f"batch_size: {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}; write one"
+            )
         return self
 
 
@@ -217,7 +228,9 @@ class Finetune(Section):
     @model_validator(mode="after")
     def _one_start(self) -> Finetune:
         if (self.path is None) == (self.architecture is None):
-            raise ValueError("finetune: give exactly one of path (start from a checkpoint) and architecture (start from nothing)")
+            raise ValueError(
+                "finetune: a teacher has one start; give exactly one of path (a checkpoint) and architecture (from nothing)"
+            )
         return self
 
 
@@ -247,7 +260,7 @@ class Study(Section):
             _one_of("study.strategies", strategy, [*STRATEGIES, "explicit"])
         for field, values in (("strategies", self.strategies), ("seeds", self.seeds)):
             if len(set(values)) != len(values):
-                raise ValueError(f"study.{field}: {list(values)} names one twice; each makes one row of the table")
+                raise ValueError(f"study.{field}: {list(values)} names one twice; write each once")
         return self
 
 
@@ -271,10 +284,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _one_teacher(self) -> Recipe:
         if (self.teacher.path is None) == (self.finetune is None):
-            raise ValueError("teacher.path: give either teacher.path (an existing teacher) or finetune (how to make one), not both")
-        for data in (self.data, self.finetune.data if self.finetune else None):
+            raise ValueError(
+                "teacher.path: there is one teacher; give either teacher.path (where it is) or finetune (how to make it)"
+            )
+        for where, data in (("data", self.data), ("finetune.data", self.finetune.data if self.finetune else None)):
             if data is not None and data.source == "records" and data.rows is None:
-                raise ValueError("data.rows: the built-in task is endless; say how many rows to use, e.g. rows: 20000")
+                raise ValueError(f"{where}.rows: the built-in task is endless; say how many to use, e.g. rows: 20000")
         return self
 
     @property
@@ -295,22 +310,16 @@ class Recipe(Section):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply `key.sub=value` overrides (values in YAML). Raises InputError for anything it does not understand."""
+    """Read a recipe and apply `key.sub=value` overrides (values in YAML). Raises InputError for all it can't understand."""
     file = find_recipe(path)
-    try:
-        values = yaml.load(file.read_text(), Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+    values = _yaml(_text(file), str(file))
     if not isinstance(values, dict):
-        raise InputError(f"{file}: a recipe is a mapping of sections (teacher:, student:, ...), this holds {type(values).__name__}")
+        raise InputError(f"{file}: a recipe is a mapping of sections; write teacher:, student:, train: and so on")
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key:
-            raise InputError(f"--set {override!r}: write key.sub=value, e.g. --set train.steps=100")
-        try:
-            _put(values, key.strip(), yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise InputError(f"--set {override!r}: the value is not valid YAML") from error
+            raise InputError(f"--set {override!r}: no value is given; write key.sub=value, e.g. --set train.steps=100")
+        _put(values, key.strip(), _yaml(text, f"--set {override!r}"))
     return _validated(values, str(file))
 
 
@@ -320,21 +329,24 @@ def find_recipe(path: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     known = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml"))
-    raise InputError(f"recipe {str(path)!r}: no such file; give a path to a YAML file or one of {', '.join(known) or '(no recipes found)'}")
+    raise InputError(f"recipe {str(path)!r}: no such file; give the path of a YAML file, or one of {', '.join(known)}")
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every default written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def training_inputs(recipe: Recipe) -> dict[str, Any]:
-    """The part of a recipe that decides what a training run computes, flat and dotted; logging and saving are left out."""
-    values = recipe.model_dump(mode="json", exclude={"name", "output", "evaluation", "study", "finetune"})
-    for key in ("save_every", "keep_checkpoints", "log_every", "timeout_seconds", "wandb"):
-        values["train"].pop(key)
-    values["teacher"].pop("path")
-    values["teacher"]["path"] = recipe.teacher_path
+    """The part of a recipe that decides what a student becomes, flat and dotted; logging and saving are left out.
+
+    A teacher that the recipe makes counts by how it is made, so that the run's folder may be renamed or moved.
+    """
+    values = recipe.model_dump(mode="json", exclude={"name", "output", "evaluation", "study"})
+    values["teacher"].pop("architecture")
+    for train in (values["train"], values["finetune"]["train"] if recipe.finetune else {}):
+        for key in ("save_every", "keep_checkpoints", "log_every", "timeout_seconds", "wandb"):
+            train.pop(key, None)
     return flat(values)
 
 
@@ -343,17 +355,46 @@ def fingerprint(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses a key written twice (the first would be dropped in silence)."""
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key written twice (the first would be dropped in silence) and reads 1e-4 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+        seen: set[str] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", key_node.start_mark)
-            seen.add(key)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be one word", key_node.start_mark)
+            if key_node.value in seen:
+                problem = f"key {key_node.value!r} is written twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML that `_Loader` reads back as it was."""
+
+
+for _side in (_Loader, _Dumper):  # YAML 1.1 asks for a point and a sign in 1.0e-4; people write 1e-4
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: can't be read as a text ({error}); give a YAML file") from error
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: makes no objects
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}" if mark is not None else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise InputError(f"{where}: not valid YAML{place} ({problem}); mend it") from error
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
@@ -363,34 +404,40 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
             values[parent] = {}
         values = values[parent]
         if not isinstance(values, dict):
-            raise InputError(f"--set {key}: {parent} is a value, not a section")
+            raise InputError(
+                f"--set {key}: {parent} is a value, not a section; set {key.split('.' + last)[0]} as a whole"
+            )
     values[last] = value
 
 
 def _validated(values: dict[str, Any], where: str) -> Recipe:
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate_json(
+            json.dumps(values, default=str)
+        )  # as JSON: strict, yet a list may fill a tuple
     except ValidationError as error:
         raise InputError(f"{where}: {_sentence(error)}") from error
 
 
 def _sentence(error: ValidationError) -> str:
-    """The first problem of a pydantic error, in one sentence with the cure."""
-    problem = error.errors()[0]
+    """A pydantic error in one sentence with the cure: an unknown key, which may be a missing one misspelt, or the first."""
+    problem = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
     location = [part for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
     key = ".".join(str(part) for part in location)
-    if problem["type"] == "extra_forbidden":
+    kind = problem["type"]
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
         known = _keys_at(location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
-        return f"unknown key {key!r}; {hint}"
-    if problem["type"] == "missing":
+        return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}")
+    if kind == "missing":
         return f"key {key!r} is missing; add it"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        section = ".".join(str(part) for part in location)
-        return message if not section or message.startswith(section.split(".")[0]) else f"{section}.{message}"
-    return f"{key}: {message[0].lower()}{message[1:]} (got {problem['input']!r})"
+    if kind == "value_error":  # a validator's own sentence; it names its key in full, or from the section down
+        return message if not location or message.startswith(str(location[0])) else f"{key}.{message}"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{key}: a section is a mapping of keys (got {problem['input']!r}); write at least one of {', '.join(_keys_at(location))}"
+    cure = "; write it in quotes" if kind == "string_type" else ""
+    return f"{key}: {message[0].lower()}{message[1:]} (got {problem['input']!r}){cure}"
 
 
 def _keys_at(location: Sequence[Any]) -> list[str]:

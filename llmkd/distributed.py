@@ -69,7 +69,9 @@ def start(timeout_seconds: int = 1800) -> World:
             store = dist.FileStore(os.path.join(tempfile.mkdtemp(prefix="llmkd-"), "store"), 1)
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, timeout=timeout, verbose=False)
+        deepspeed.init_distributed(
+            dist_backend=dist.get_backend(), auto_mpi_discovery=False, timeout=timeout, verbose=False
+        )
     control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, control)
@@ -142,7 +144,9 @@ def load_ds_config(name: str, folder: Path) -> dict[str, Any]:
     file = Path(name) if name.endswith(".json") else folder / f"{name}.json"
     if not file.is_file():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
-        raise InputError(f"train.deepspeed: no DeepSpeed configuration {name!r}; write one of {known}, or the path of a .json file")
+        raise InputError(
+            f"train.deepspeed: no DeepSpeed configuration {name!r}; write one of {known}, or the path of a .json file"
+        )
     try:
         config = json.loads(file.read_text())
     except json.JSONDecodeError as error:
@@ -153,7 +157,14 @@ def load_ds_config(name: str, folder: Path) -> dict[str, Any]:
 
 
 def complete_ds_config(
-    config: dict[str, Any], *, world_size: int, micro_batch: int, accumulation: int, clip: float, dtype: str, nvme_path: str
+    config: dict[str, Any],
+    *,
+    world_size: int,
+    micro_batch: int,
+    accumulation: int,
+    clip: float,
+    dtype: str,
+    nvme_path: str,
 ) -> dict[str, Any]:
     """Write the recipe's numbers into a DeepSpeed configuration. Raises InputError where a number of the user's own disagrees."""
     decided: dict[str, Any] = {
@@ -175,7 +186,9 @@ def complete_ds_config(
         if found == RECIPE:
             section[last] = value
         elif not key.endswith("nvme_path") and found != value:
-            raise InputError(f"DeepSpeed configuration: {key} is {found}, the recipe gives {value}; write {RECIPE!r} there, or leave it out")
+            raise InputError(
+                f"DeepSpeed configuration: {key} is {found}, the recipe gives {value}; write {RECIPE!r} there, or leave it out"
+            )
     for section in ("optimizer", "scheduler", "fp16", "amp"):
         if completed.get(section, {}).get("enabled", section in ("optimizer", "scheduler")) and section in completed:
             raise InputError(f"DeepSpeed configuration: {section!r} is the recipe's business (train.*); remove it")
@@ -226,11 +239,22 @@ def sharded_construction(config: dict[str, Any] | None) -> Iterator[None]:
         del keep
 
 
-def engine(module: nn.Module, config: dict[str, Any], *, learning_rate: float, betas: tuple[float, float], epsilon: float, weight_decay: float) -> Any:
+def engine(
+    module: nn.Module,
+    config: dict[str, Any],
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    weight_decay: float,
+) -> Any:
     """A DeepSpeed engine that trains `module` with AdamW; vectors (norms, biases) do not decay."""
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if full_shape(p).numel() and len(full_shape(p)) > 1], "weight_decay": weight_decay},
+        {
+            "params": [p for p in trained if full_shape(p).numel() and len(full_shape(p)) > 1],
+            "weight_decay": weight_decay,
+        },
         {"params": [p for p in trained if len(full_shape(p)) <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
@@ -275,7 +299,9 @@ def whole_state(world: World, module: nn.Module) -> dict[str, Tensor]:
                 state[name] = parameter.detach().to("cpu", copy=True)
     if world.is_main:
         persistent = module.state_dict().keys()
-        state.update({name: value.detach().to("cpu", copy=True) for name, value in module.named_buffers() if name in persistent})
+        state.update(
+            {name: value.detach().to("cpu", copy=True) for name, value in module.named_buffers() if name in persistent}
+        )
     return state
 
 

@@ -76,7 +76,18 @@ class _HeadLosses(torch.autograd.Function):
         for start in range(0, states.shape[0], chunk):
             part = slice(start, start + chunk)
             ce, kl, grad = _chunk(
-                states[part], weight, bias, teacher, targets[part], compared[part], part, ce_scale, kl_scale, divergence, temperature, wide
+                states[part],
+                weight,
+                bias,
+                teacher,
+                targets[part],
+                compared[part],
+                part,
+                ce_scale,
+                kl_scale,
+                divergence,
+                temperature,
+                wide,
             )
             ce_sum, kl_sum = ce_sum + ce, kl_sum + kl
             if grad_bias is not None:

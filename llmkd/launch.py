@@ -31,7 +31,13 @@ class Ending:
 def launch(ranks: int, arguments: Sequence[str]) -> Ending:
     """Run `llmkd/train.py` with these arguments on `ranks` local processes and wait for them."""
     script = str(Path(__file__).parent / "train.py")
-    shared = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
     processes: list[subprocess.Popen[bytes]] = []
     with _passing_signals(processes) as signals:
         for rank in range(ranks):

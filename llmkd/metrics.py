@@ -83,7 +83,9 @@ def line(step: int, steps: int, values: dict[str, Any]) -> str:
 class Journal:
     """Writes a run's values: one log line, `metrics.jsonl`, TensorBoard, and W&B if asked for. Only rank 0 writes."""
 
-    def __init__(self, world: World, folder: Path, *, start_step: int, wandb_project: str | None, recipe: dict[str, Any]) -> None:
+    def __init__(
+        self, world: World, folder: Path, *, start_step: int, wandb_project: str | None, recipe: dict[str, Any]
+    ) -> None:
         self._main = world.is_main
         if not self._main:
             return
@@ -96,7 +98,9 @@ class Journal:
         if wandb_project is not None:
             import wandb  # type: ignore[import-not-found]
 
-            self._wandb = wandb.init(project=wandb_project, name=folder.name, dir=str(folder), config=recipe, id=folder.name, resume="allow")
+            self._wandb = wandb.init(
+                project=wandb_project, name=folder.name, dir=str(folder), config=recipe, id=folder.name, resume="allow"
+            )
 
     def write(self, step: int, steps: int, values: dict[str, Any]) -> None:
         """Record one interval."""
@@ -105,7 +109,10 @@ class Journal:
         log.info(line(step, steps, values))
         with self._file.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        flat = {**{k: v for k, v in values.items() if k != "pairs"}, **{f"pairs/{k}": v for k, v in values["pairs"].items()}}
+        flat = {
+            **{k: v for k, v in values.items() if k != "pairs"},
+            **{f"pairs/{k}": v for k, v in values["pairs"].items()},
+        }
         for key, value in flat.items():
             self._board.add_scalar(key, value, step)
         if self._wandb is not None:

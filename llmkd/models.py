@@ -58,10 +58,14 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The transformer blocks in order: the one ModuleList as long as the configuration says the model is deep."""
     depth = model.config.num_hidden_layers
-    found = [(name, m) for name, m in backbone(model).named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    found = [
+        (name, m) for name, m in backbone(model).named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth
+    ]
     shallowest = [m for name, m in found if name.count(".") == min(n.count(".") for n, _ in found)]
     if len(shallowest) != 1:
-        raise InputError(f"{type(model).__name__}: found {len(shallowest)} lists of {depth} blocks where one was expected; this model class is not supported")
+        raise InputError(
+            f"{type(model).__name__}: found {len(shallowest)} lists of {depth} blocks where one was expected; this model class is not supported"
+        )
     return shallowest[0]
 
 
@@ -69,7 +73,9 @@ def head(model: PreTrainedModel) -> nn.Linear:
     """The linear map from final state to logits. Raises InputError for a model that does more than that to its logits."""
     for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(model.config, key, None) not in (None, 1.0):
-            raise InputError(f"{type(model).__name__} changes its logits after the head ({key}); such models are not supported yet")
+            raise InputError(
+                f"{type(model).__name__} changes its logits after the head ({key}); such models are not supported yet"
+            )
     found = model.get_output_embeddings()
     if not isinstance(found, nn.Linear):
         raise InputError(f"{type(model).__name__} has no linear language-model head; give a causal language model")
@@ -105,7 +111,9 @@ def _download(name: str, what: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client has a score of network errors; all mean the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{what}: no folder {name!r} here, and the hub did not give it ({reason}); give the path of a local HF folder") from error
+        raise InputError(
+            f"{what}: no folder {name!r} here, and the hub did not give it ({reason}); give the path of a local HF folder"
+        ) from error
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -113,7 +121,9 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
-        raise InputError(f"{folder}: transformers can't read this model: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(
+            f"{folder}: transformers can't read this model: {str(error).strip().splitlines()[0]}"
+        ) from error
     return config
 
 
@@ -122,7 +132,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
-        raise InputError(f"{folder}: holds no tokenizer that transformers can read: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(
+            f"{folder}: holds no tokenizer that transformers can read: {str(error).strip().splitlines()[0]}"
+        ) from error
 
 
 def check_same_tokens(teacher: Any, student: Any) -> None:
@@ -150,7 +162,9 @@ def block_choice(rule: str | Sequence[int], student_blocks: int, teacher_blocks:
     `matched`: the forward map's own. Or their numbers.
     """
     if student_blocks > teacher_blocks:
-        raise InputError(f"student.blocks: {student_blocks} blocks can't be copied from a teacher of {teacher_blocks}; write at most {teacher_blocks}")
+        raise InputError(
+            f"student.blocks: {student_blocks} blocks can't be copied from a teacher of {teacher_blocks}; write at most {teacher_blocks}"
+        )
     if rule == "matched":
         return tuple(teacher for _, teacher in forward(student_blocks, teacher_blocks))
     if rule == "spread":
@@ -180,7 +194,9 @@ def student_config(teacher: PreTrainedConfig, blocks: Sequence[int], width: dict
     return config
 
 
-def copied_student(teacher: Path, chosen: Sequence[int], folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
+def copied_student(
+    teacher: Path, chosen: Sequence[int], folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False
+) -> None:
     """Write an HF folder of the teacher's embeddings, final norm, head and the chosen blocks, renumbered.
 
     Tensors go from file to file, one output shard (4 GiB) in memory at a time; the teacher is never built.
@@ -198,20 +214,47 @@ def copied_student(teacher: Path, chosen: Sequence[int], folder: Path, *, dtype:
 
     small = student_config(config, chosen, {})
     small.dtype = dtype
-    _publish(folder, lambda tmp: (_copy_tensors(teacher, tmp, names, dtype), small.save_pretrained(tmp), copy_tokenizer(teacher, tmp)))
+    _publish(
+        folder,
+        lambda tmp: (
+            _copy_tensors(teacher, tmp, names, dtype),
+            small.save_pretrained(tmp),
+            copy_tokenizer(teacher, tmp),
+        ),
+    )
 
 
 def random_student(
-    teacher: Path, depth: int, width: dict[str, int], folder: Path, *, seed: int, dtype: torch.dtype, trust_remote_code: bool = False
+    teacher: Path,
+    depth: int,
+    width: dict[str, int],
+    folder: Path,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write an HF folder of a new model of the teacher's type, with weights drawn from the seed."""
     config = load_config(teacher, trust_remote_code=trust_remote_code)
     small = student_config(config, block_choice("spread", depth, config.num_hidden_layers), width)
-    new_model(small, folder, seed=seed, dtype=dtype, tokenizer=lambda tmp: copy_tokenizer(teacher, tmp), trust_remote_code=trust_remote_code)
+    new_model(
+        small,
+        folder,
+        seed=seed,
+        dtype=dtype,
+        tokenizer=lambda tmp: copy_tokenizer(teacher, tmp),
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def new_model(
-    config: PreTrainedConfig, folder: Path, *, seed: int, dtype: torch.dtype, tokenizer: Callable[[Path], object], trust_remote_code: bool = False
+    config: PreTrainedConfig,
+    folder: Path,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    tokenizer: Callable[[Path], object],
+    trust_remote_code: bool = False,
 ) -> None:
     """Write an HF folder of a model with weights drawn from the seed, whatever the state of torch's own generator."""
     with torch.random.fork_rng(devices=[]):
@@ -231,7 +274,9 @@ def new_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
     bpe.decoder = ByteLevelDecoder()
     special = ["<pad>", "<eos>"]
-    trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    trainer = BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False
+    )
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<pad>", padding_side="left")
 
@@ -239,7 +284,12 @@ def new_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy everything of a model folder that is neither weights nor configuration: tokenizer, chat template, generation settings."""
     for file in source.iterdir():
-        if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja", ".py") and file.name != "config.json" and ".index." not in file.name:
+        if (
+            file.is_file()
+            and file.suffix in (".json", ".txt", ".model", ".jinja", ".py")
+            and file.name != "config.json"
+            and ".index." not in file.name
+        ):
             shutil.copy2(file, folder / file.name)
 
 
@@ -262,7 +312,9 @@ def _block_prefix(folder: Path, depth: int) -> str:
             found.setdefault(name[: match.start() + 1], set()).add(int(match[1]))
     full = [prefix for prefix, numbers in found.items() if numbers == set(range(depth))]
     if len(full) != 1:
-        raise InputError(f"{folder}: can't tell which tensors are the {depth} blocks (candidates: {', '.join(full) or 'none'}); this model type can't be copied from")
+        raise InputError(
+            f"{folder}: can't tell which tensors are the {depth} blocks (candidates: {', '.join(full) or 'none'}); this model type can't be copied from"
+        )
     return full[0]
 
 
@@ -327,7 +379,12 @@ def attention_implementation(asked: str) -> tuple[str, str]:
 
 
 def load_causal_lm(
-    folder: Path, *, dtype: torch.dtype, ds_config: dict[str, Any] | None, attention: str, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    ds_config: dict[str, Any] | None,
+    attention: str,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model from safetensors; straight into shards if `ds_config` asks for ZeRO-3.
 
@@ -345,10 +402,14 @@ def load_causal_lm(
                 output_loading_info=True,
             )
     except (ImportError, OSError) as error:
-        raise InputError(f"{folder}: can't be loaded with attention {name!r}: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(
+            f"{folder}: can't be loaded with attention {name!r}: {str(error).strip().splitlines()[0]}"
+        ) from error
     missing = sorted(info["missing_keys"]) + [str(item[0]) for item in info["mismatched_keys"]]
     if missing:
-        raise InputError(f"{folder}: its weights lack {len(missing)} tensors of the model, first {missing[0]!r}; the folder is incomplete")
+        raise InputError(
+            f"{folder}: its weights lack {len(missing)} tensors of the model, first {missing[0]!r}; the folder is incomplete"
+        )
     _restore_float32_buffers(model)
     model.config.use_cache = False
     return model
@@ -361,7 +422,11 @@ def _restore_float32_buffers(model: PreTrainedModel) -> None:
     frequencies of 8 bits: wrong by several positions at a few thousand tokens, and not what the exported model does.
     """
     for module in model.modules():
-        rounded = [n for n in module._non_persistent_buffers_set if (b := module._buffers[n]) is not None and b.dtype in (torch.bfloat16, torch.float16)]
+        rounded = [
+            n
+            for n in module._non_persistent_buffers_set
+            if (b := module._buffers[n]) is not None and b.dtype in (torch.bfloat16, torch.float16)
+        ]
         if not rounded:
             continue
         fresh = type(module)(module.config)  # type: ignore[call-arg,arg-type]

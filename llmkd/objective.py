@@ -35,7 +35,9 @@ def divisors(weights: Weights, *, trained: int, attended: int, pairs: int) -> Di
     """The global divisors of a batch with so many trained and attended positions."""
     count = {"trained": trained, "attended": attended}
     return Divisors(
-        ce=max(trained, 1), kl=max(count[weights.kl_positions], 1), hidden=max(count[weights.hidden_positions] * max(pairs, 1), 1)
+        ce=max(trained, 1),
+        kl=max(count[weights.kl_positions], 1),
+        hidden=max(count[weights.hidden_positions] * max(pairs, 1), 1),
     )
 
 

@@ -80,7 +80,7 @@ NAME_PATTERN = re.compile(rf"\b(?:{'|'.join(FIRST_WORDS)}) (?:{'|'.join(PLACE_WO
 
 
 def examples(split: str, seed: int, start: int, count: int) -> list[Example]:
-    """Examples `start` to `start + count - 1` of a split: prompt, completion (it begins with a space), record, references.
+    """Examples `start` to `start + count - 1` of a split: prompt, completion (begins with a space), record, references.
 
     `references` are all phrasings of the record, the completion among them, without the space. Raises InputError for a
     split that is not in `SPLITS`.

@@ -44,7 +44,9 @@ class Distiller(nn.Module):
         super().__init__()
         self.model = model
         self.projectors = projectors
-        self.loss_head = LossHead(head(model), divergence=divergence, temperature=temperature, kl_positions=kl_positions, chunk=chunk)
+        self.loss_head = LossHead(
+            head(model), divergence=divergence, temperature=temperature, kl_positions=kl_positions, chunk=chunk
+        )
         self._pairs = tuple(pairs)
         self._distance = distance
         self._positions = positions
@@ -61,7 +63,10 @@ class Distiller(nn.Module):
         """(loss, sums [2 + pairs]): the scaled loss of a micro-batch; the sums (CE, KL, each pair's distance) carry no gradient."""
         self._batch, self._signal, self._matched = batch, signal, {}
         final = backbone(self.model)(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
         ).last_hidden_state
         if self._normed is not None:
             self._match(self._normed, final)
@@ -100,7 +105,9 @@ class Distiller(nn.Module):
 class LossHead(nn.Module):
     """The student's head under its chunked loss. It owns the head's parameters (shared), so the engine gathers them for it."""
 
-    def __init__(self, head: nn.Linear, *, divergence: Divergence, temperature: float, kl_positions: str, chunk: int) -> None:
+    def __init__(
+        self, head: nn.Linear, *, divergence: Divergence, temperature: float, kl_positions: str, chunk: int
+    ) -> None:
         super().__init__()
         self.weight = head.weight
         self.bias = head.bias
@@ -109,7 +116,9 @@ class LossHead(nn.Module):
         self._kl_positions = kl_positions
         self._chunk = chunk
 
-    def forward(self, final: Tensor, batch: Batch, signal: Signal | None, ce_scale: float, kl_scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, final: Tensor, batch: Batch, signal: Signal | None, ce_scale: float, kl_scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, CE sum, KL sum); logits exist only at the positions that count, a chunk at a time."""
         compares = signal is not None and signal.final is not None and signal.head is not None and kl_scale != 0
         everywhere = compares and self._kl_positions == "attended"
@@ -117,7 +126,11 @@ class LossHead(nn.Module):
         states = final.flatten(0, 1)[at]
         targets = batch.targets.flatten()[at]
         settings: dict[str, Any] = dict(
-            ce_scale=ce_scale, kl_scale=kl_scale, divergence=self._divergence, temperature=self._temperature, chunk=self._chunk
+            ce_scale=ce_scale,
+            kl_scale=kl_scale,
+            divergence=self._divergence,
+            temperature=self._temperature,
+            chunk=self._chunk,
         )
         if not compares:
             return head_losses(states, self.weight, self.bias, None, targets, targets != -100, **settings)
@@ -128,7 +141,9 @@ class LossHead(nn.Module):
             return head_losses(states, self.weight, self.bias, teacher, targets, compared, **settings)
 
 
-def make_projectors(pairs: int, student_width: int, teacher_width: int, *, bias: bool, seed: int) -> nn.ModuleList | None:
+def make_projectors(
+    pairs: int, student_width: int, teacher_width: int, *, bias: bool, seed: int
+) -> nn.ModuleList | None:
     """One Linear(H_s -> H_t) per pair where the widths differ, drawn from the seed (Xavier uniform); None where they agree."""
     if pairs == 0 or student_width == teacher_width:
         return None

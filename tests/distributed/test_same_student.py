@@ -27,7 +27,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "loss.kl_positions": "attended",
         "loss.temperature": 2.0,
     },
-    "one_trained": {"matching.strategy": "all_to_one", "matching.positions": "trained", "loss.divergence": "reverse_kl"},
+    "one_trained": {
+        "matching.strategy": "all_to_one",
+        "matching.positions": "trained",
+        "loss.divergence": "reverse_kl",
+    },
     "narrow_random": {
         "matching.strategy": "random",
         "matching.projector_bias": True,
@@ -135,11 +139,16 @@ def test_world_size_accumulation_packing_and_padding_change_nothing(
 def test_the_runs_did_move_the_student(runs: Path, tiny: Path, tmp_path: Path) -> None:
     recipe = load_recipe(tiny / "recipe.yaml")
     build.initial_student(recipe, tiny / "teacher", tmp_path / "student")
-    before, after = load_file(tmp_path / "student" / "model.safetensors"), load_file(runs / "2" / "zero3" / "model" / "model.safetensors")
+    before, after = (
+        load_file(tmp_path / "student" / "model.safetensors"),
+        load_file(runs / "2" / "zero3" / "model" / "model.safetensors"),
+    )
     assert all((before[key] - after[key]).abs().max() > 1e-4 for key in before)
 
 
 def test_hidden_loss_changes_the_student(runs: Path) -> None:
-    with_map, without = (load_file(runs / "2" / name / "model" / "model.safetensors") for name in ("zero3", "logits_only"))
+    with_map, without = (
+        load_file(runs / "2" / name / "model" / "model.safetensors") for name in ("zero3", "logits_only")
+    )
     assert max((with_map[key] - without[key]).abs().max() for key in with_map) > 1e-4
     assert torch.isfinite(with_map["model.norm.weight"]).all()

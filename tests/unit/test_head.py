@@ -119,7 +119,9 @@ def test_bfloat16_sums_are_taken_in_float32() -> None:
     i = _inputs(torch.bfloat16)
     _, ce, kl = head_losses(**i, **_settings(4))
     assert ce.dtype == kl.dtype == torch.float32
-    exact = {k: v.detach().double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in i.items()}
+    exact = {
+        k: v.detach().double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in i.items()
+    }
     exact["teacher"] = TeacherHead(i["teacher"].states.double(), i["teacher"].weight.double(), None)
     _, ce64, kl64 = _whole(exact, "forward_kl", 2.0)
     assert ce == pytest.approx(ce64.item(), rel=0.01)

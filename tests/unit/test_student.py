@@ -26,7 +26,10 @@ def teacher(tiny: Path) -> Any:
 
 def _batch(lengths: tuple[int, ...] = (9, 4, 6), packed: bool = False) -> Batch:
     torch.manual_seed(1)
-    rows = [{"input_ids": torch.randint(2, 300, (n,)).tolist(), "trained": [False] * (n // 2) + [True] * (n - n // 2)} for n in lengths]
+    rows = [
+        {"input_ids": torch.randint(2, 300, (n,)).tolist(), "trained": [False] * (n // 2) + [True] * (n - n // 2)}
+        for n in lengths
+    ]
     return collate(rows, pad_id=0, packed=packed)
 
 
@@ -108,7 +111,9 @@ def test_student_that_is_its_teacher_has_nothing_to_learn(teacher: Any, tiny: Pa
     assert max(p.grad.abs().max() for p in student.parameters() if p.grad is not None) < 1e-6
 
 
-def test_only_mapped_blocks_are_captured_and_none_outlives_its_pairs(teacher: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_mapped_blocks_are_captured_and_none_outlives_its_pairs(
+    teacher: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     student = models.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa")
     module = _distiller(student, ((0, 4), (2, 1), (5, 4)))
     source = ResidentTeacher(teacher, [4, 1, 4], normed_last=False, ds_config=None)

@@ -1,0 +1,337 @@
+"""Bytes per rank of a training run, before anything is loaded: a pure function of shapes, precision, ZeRO stage and placement.
+
+`plan(recipe, ranks)` gives the rows, `plan_text(rows)` the table that `llmkd plan RECIPE --ranks N` prints. Shapes come from models
+built on the meta device, so nothing but a `config.json` is read. Rows that live at one time only carry the phase of the step they
+live in; a rank needs what is held always, plus the heaviest phase. Not counted: the CUDA context, NCCL's buffers, the allocator's
+fragments, flash attention's own workspace; leave a tenth of the device free for them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from llmkd.build import accumulation_steps, pairs_of
+from llmkd.config import ROOT, Recipe
+from llmkd.distributed import load_ds_config, teacher_ds_config, zero_stage
+from llmkd.errors import InputError
+from llmkd.models import DTYPES, block_choice, blocks, head, load_config, qwen3_config, student_config
+from llmkd.teachers.base import EMBEDDING
+
+log = logging.getLogger("llmkd")
+
+GIB = 2**30
+WIDE = 4
+"""Bytes of a master weight, an Adam moment, an accumulated or a communicated gradient: fp32 (DESIGN.md 9, ds_configs/)."""
+HEAD_BYTES_PER_LOGIT = 36
+"""Live bytes per token of a chunk and vocabulary entry at the worst moment of head.py: nine fp32 tensors [n, V], which are the
+logits and log-probabilities of both sides, CE's own log-probabilities, and those of the divergence's backward pass. Measured."""
+
+Phase = Literal["always", "teacher forward", "head", "backward", "optimizer step"]
+Place = Literal["device", "host", "nvme"]
+PHASES: tuple[Phase, ...] = ("teacher forward", "head", "backward", "optimizer step")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that one rank holds: how many bytes, where, in which phases of a step, and how they were counted."""
+
+    what: str
+    bytes: int
+    place: Place
+    phases: tuple[Phase, ...]
+    how: str
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Parameter counts of a causal language model, and the widths that decide what its blocks keep for the backward pass."""
+
+    parameters: int
+    embedding: int
+    head: int
+    largest_block: int
+    depth: int
+    hidden: int
+    intermediate: int
+    queries: int
+    """Heads times head size."""
+    keys: int
+    """Key heads times head size."""
+    heads: int
+    vocabulary: int
+    normed_queries: bool
+    """Queries and keys pass a norm of their own, as in Qwen3."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes
+
+
+def shapes(config: PreTrainedConfig) -> Shapes:
+    """Count a model's parameters on the meta device, tied weights once."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    stack = blocks(model)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return Shapes(
+        parameters=_count(model),
+        embedding=_count(model.get_input_embeddings()),
+        head=_count(head(model)),
+        largest_block=max(_count(block) for block in stack),
+        depth=len(stack),
+        hidden=config.hidden_size,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        queries=config.num_attention_heads * size,
+        keys=key_heads * size,
+        heads=config.num_attention_heads,
+        vocabulary=config.vocab_size,
+        normed_queries=any(name.endswith("q_norm.weight") for name, _ in stack[0].named_parameters()),
+    )
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def teacher_config(recipe: Recipe) -> PreTrainedConfig:
+    """The teacher's configuration: of its folder or hub name, of what `finetune` starts from, or of the recipe's `architecture`."""
+    settings, start = recipe.teacher, recipe.teacher.path
+    if recipe.finetune is not None:
+        if recipe.finetune.architecture is not None:
+            return qwen3_config(recipe.finetune.architecture.model_dump(), {})
+        start = recipe.finetune.path
+    assert start is not None  # a recipe has a teacher's path or a finetune section
+    if Path(start).is_dir():
+        return load_config(Path(start), trust_remote_code=settings.trust_remote_code)
+    return _hub_config(start, recipe)
+
+
+def _hub_config(name: str, recipe: Recipe) -> PreTrainedConfig:
+    settings = recipe.teacher
+    try:
+        return AutoConfig.from_pretrained(
+            name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        if settings.architecture is None:
+            raise InputError(
+                f"teacher.path: no folder {name!r} here and the hub did not give its config.json; write the shape under "
+                "teacher.architecture to plan without it"
+            ) from error
+    log.warning("the hub did not give %s's config.json; planning with the recipe's teacher.architecture", name)
+    return qwen3_config(settings.architecture.model_dump(), {})
+
+
+def initial_student_config(recipe: Recipe, teacher: PreTrainedConfig) -> PreTrainedConfig:
+    """The student's configuration, as `llmkd.build.initial_student` would write it."""
+    settings = recipe.student
+    if settings.init == "checkpoint":
+        assert settings.path is not None  # config.py sees to it
+        if not Path(settings.path).is_dir():
+            return AutoConfig.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
+        return load_config(Path(settings.path), trust_remote_code=settings.trust_remote_code)
+    assert settings.blocks is not None  # likewise
+    rule = settings.copy_blocks if settings.init == "teacher" else "spread"
+    chosen = block_choice(rule, settings.blocks, teacher.num_hidden_layers)
+    return student_config(teacher, chosen, settings.width)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rows
+
+
+def plan(recipe: Recipe, ranks: int) -> list[Row]:
+    """What each of `ranks` ranks holds while it distils this recipe's student.
+
+    Raises InputError where the batch can't be shared by the ranks, or where the teacher's shape can't be read.
+    """
+    accumulation_steps(recipe.train, ranks)
+    found = teacher_config(recipe)
+    teacher, student = shapes(found), shapes(initial_student_config(recipe, found))
+    pairs = pairs_of(recipe, student.depth, teacher.depth)
+    projectors = len(pairs) * student.hidden * teacher.hidden if pairs and student.hidden != teacher.hidden else 0
+    zero = load_ds_config(recipe.train.deepspeed, ROOT / "ds_configs")
+    taught = bool(pairs) or recipe.loss.kl > 0
+    return [
+        *(teacher_rows(recipe, teacher, pairs, ranks) if taught else []),
+        *student_rows(recipe, student, projectors, zero, ranks),
+        *activation_rows(recipe, student, teacher, pairs),
+        *head_rows(recipe, student, teacher),
+    ]
+
+
+def teacher_rows(recipe: Recipe, shape: Shapes, pairs: Sequence[tuple[int, int]], ranks: int) -> list[Row]:
+    """The teacher's weights where they live, what is gathered of them, and the states it hands to the student."""
+    settings = recipe.teacher
+    size = DTYPES[settings.dtype].itemsize
+    tokens = recipe.train.micro_batch_size * recipe.data.max_length
+    state = tokens * shape.hidden * size
+    used = {block for _, block in pairs}
+    rows = []
+    if settings.placement == "replicated":
+        how = f"{_m(shape.parameters)} x {size} B"
+        rows.append(Row("teacher weights", shape.parameters * size, "device", ("always",), how))
+    else:
+        place: Place = "host" if settings.offload == "cpu" else "device"
+        zero = teacher_ds_config(1, settings.dtype, settings.offload, shape.largest_block)["zero_optimization"]
+        live = int(zero["stage3_max_live_parameters"])
+        shard = -(-shape.parameters // ranks)
+        how = f"{_m(shape.parameters)} / {ranks} ranks x {size} B"
+        rows.append(Row("teacher weights, shard", shard * size, place, ("always",), how))
+        how = f"the larger of embeddings ({_m(shape.embedding)}) and two blocks ({_m(live)}), x {size} B"
+        rows.append(Row("teacher, gathered", max(live, shape.embedding) * size, "device", ("teacher forward",), how))
+        how = f"{_m(shape.head)} x {size} B"
+        rows.append(Row("teacher head, gathered", shape.head * size, "device", ("head",), how))
+    working = block_activations(shape, size) * tokens
+    how = "as a student's block; nothing is kept"
+    rows.append(Row("teacher, one block at work", working, "device", ("teacher forward",), how))
+    if used:
+        name = "embeddings' and " if EMBEDDING in used else ""
+        how = f"{name}{len(used - {EMBEDDING})} blocks' states [B, T, H] x {size} B; let go pair by pair"
+        rows.append(Row("teacher states", len(used) * state, "device", ("teacher forward", "head"), how))
+    rows.append(Row("teacher final state", state, "device", ("teacher forward", "head"), f"[B, T, H] x {size} B"))
+    return rows
+
+
+def student_rows(recipe: Recipe, shape: Shapes, projectors: int, zero: dict[str, Any], ranks: int) -> list[Row]:
+    """Parameters, gradients, master weights and Adam's moments under the ZeRO stage.
+
+    Sharding as in Rajbhandari et al., arXiv 1910.02054, section 5: the optimizer's part is divided by the ranks from stage 1,
+    gradients from stage 2, parameters at stage 3. Gradients are kept in fp32 here (ds_configs/), not in the paper's 2 bytes.
+    """
+    stage = zero_stage(zero)
+    options = zero.get("zero_optimization", {})
+    size = DTYPES[recipe.train.dtype].itemsize
+    trained = shape.parameters + projectors
+    whole = (trained, f"{_m(trained)} x")
+    shard = (-(-trained // ranks), f"{_m(trained)} / {ranks} ranks x")
+    # At stage 0, too, DeepSpeed's bf16 optimizer shares its states among the ranks.
+    states, said = shard if stage or size < WIDE else whole
+    weights, gradients = (shard if stage >= least else whole for least in (3, 2))
+    optimizer_place = _place(options, "offload_optimizer")
+    weight_place = _place(options, "offload_param") if stage == 3 else "device"
+    # Reduced gradients stay in host memory where the optimizer works there, also when its states rest on NVMe.
+    gradient_place: Place = "device" if optimizer_place == "device" else "host"
+    rows = [
+        Row("student weights", weights[0] * size, weight_place, ("always",), f"{weights[1]} {size} B"),
+        Row("student gradients", gradients[0] * WIDE, gradient_place, ("always",), f"{gradients[1]} 4 B"),
+        Row("Adam's two moments", 2 * states * WIDE, optimizer_place, ("always",), f"2 x {said} 4 B"),
+    ]
+    if size < WIDE:
+        rows.append(Row("master weights", states * WIDE, optimizer_place, ("always",), f"{said} 4 B"))
+    if bucket := int(options.get("reduce_bucket_size", 0)):
+        when: Phase = "always" if stage == 3 else "backward"  # stage 3 makes it once, at the start
+        how = f"reduce_bucket_size {_m(bucket)} x 4 B"
+        rows.append(Row("gradients under reduction", bucket * WIDE, "device", (when,), how))
+    largest = max(shape.largest_block, shape.embedding, shape.head)
+    if stage == 3:
+        live = min(max(int(options.get("stage3_max_live_parameters", 10**9)), largest), trained)
+        how = f"at most {_m(live)} x {size} B (stage3_max_live_parameters)"
+        rows.append(Row("student, gathered", live * size, "device", ("head", "backward"), how))
+    how = f"largest module, {_m(largest)} x {size} B"
+    rows.append(Row("gradient before reduction", largest * size, "device", ("backward",), how))
+    if optimizer_place == "device":
+        part = min(states, int(options.get("sub_group_size", states)))
+        how = f"{_m(part)} x 4 B: the gradient it reads"
+        rows.append(Row("AdamW at work", part * WIDE, "device", ("optimizer step",), how))
+    return rows
+
+
+def activation_rows(recipe: Recipe, student: Shapes, teacher: Shapes, pairs: Sequence[tuple[int, int]]) -> list[Row]:
+    """What the student keeps for its backward pass, with or without activation checkpointing, and the pairs' stashed gradients."""
+    size = DTYPES[recipe.train.dtype].itemsize
+    tokens = recipe.train.micro_batch_size * recipe.data.max_length
+    block = block_activations(student, size) * tokens
+    ends = tokens * student.hidden * (WIDE + 2 * size)  # final norm, and the final state the head reads
+    if recipe.train.activation_checkpointing:
+        kept = student.depth * tokens * student.hidden * size
+        how = f"{student.depth} blocks' inputs [B, T, H] x {size} B (checkpointed), and the final norm"
+        rows = [Row("one block, computed again", block, "device", ("backward",), f"B x T x {block // tokens:,} B")]
+    else:
+        kept, rows = student.depth * block, []
+        how = f"{student.depth} blocks x B x T x {block // tokens:,} B, and the final norm"
+    rows.insert(0, Row("student activations", kept + ends, "device", ("head", "backward"), how))
+    if pairs:
+        stash = len(pairs) * tokens * teacher.hidden * size
+        how = f"{len(pairs)} pairs x [B, T, H] x {size} B"
+        rows.append(Row("gradients of the distances", stash, "device", ("head", "backward"), how))
+    return rows
+
+
+def block_activations(shape: Shapes, size: int) -> int:
+    """Bytes per token that one block keeps for its backward pass, for transformers' RMSNorm + attention + gated-MLP blocks.
+
+    Counted as Korthikanti et al., arXiv 2205.05198, section 4.1 count GPT's, for sdpa or flash attention (no [T, T] matrix):
+    two norms, each its fp32 input and its normalized output, and the weighted output that the linear layers read; queries, keys
+    and values as attention reads them (keys and values repeated to the queries' heads), its output twice and its fp32
+    log-sums; gate, activated gate, up, and their product.
+    """
+    norms = 2 * shape.hidden * (WIDE + 2 * size)
+    query_norms = (shape.queries + shape.keys) * (WIDE + size) if shape.normed_queries else 0
+    attention = 5 * shape.queries * size + WIDE * shape.heads
+    return norms + query_norms + attention + 4 * shape.intermediate * size
+
+
+def head_rows(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Row]:
+    """The chunked head: its logits, and the gradient of its weight, which exists whole."""
+    size = DTYPES[recipe.train.dtype].itemsize
+    chunk = min(recipe.train.head_chunk, recipe.train.micro_batch_size * recipe.data.max_length)
+    wide = max(student.vocabulary, teacher.vocabulary)
+    logits = chunk * wide * HEAD_BYTES_PER_LOGIT
+    how = f"{chunk} tokens x {wide:,} x {HEAD_BYTES_PER_LOGIT} B"
+    rows = [Row("logits of a chunk", logits, "device", ("head",), how)]
+    how = f"{_m(student.head)} x (4 + {size}) B"
+    rows.append(Row("gradient of the head", student.head * (WIDE + size), "device", ("head",), how))
+    how = f"{_m(student.head)} x {size} B"
+    rows.append(Row("gradient of the head, waiting", student.head * size, "device", ("backward",), how))
+    return rows
+
+
+def _place(options: dict[str, Any], key: str) -> Place:
+    device = options.get(key, {}).get("device", "none")
+    places: dict[str, Place] = {"none": "device", "cpu": "host", "nvme": "nvme"}
+    return places[device]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def peak(rows: Sequence[Row], place: Place = "device") -> tuple[int, str]:
+    """The most bytes one rank holds in that place, and the phase it holds them in."""
+    here = [row for row in rows if row.place == place]
+    held = sum(row.bytes for row in here if "always" in row.phases)
+    totals = {phase: held + sum(row.bytes for row in here if phase in row.phases) for phase in PHASES}
+    phase = max(totals, key=lambda name: totals[name])
+    return totals[phase], phase
+
+
+def plan_text(rows: Sequence[Row]) -> str:
+    """The rows as a table, in GiB of one rank, with each phase's total and the heaviest."""
+    width = max(len(row.what) for row in rows)
+    lines = [f"{'one rank holds':<{width}}  {'GiB':>9}  {'where':<6}  {'when':<22}  how it is counted"]
+    lines += [
+        f"{row.what:<{width}}  {row.bytes / GIB:9.3f}  {row.place:<6}  {', '.join(row.phases):<22}  {row.how}"
+        for row in rows
+    ]
+    lines.append("")
+    for place in ("device", "host", "nvme"):
+        total, phase = peak(rows, place)
+        if total:
+            lines.append(f"{'needed on ' + place:<{width}}  {total / GIB:9.3f}  heaviest: {phase}")
+    lines.append(
+        "Not counted: CUDA context, NCCL buffers, fragmentation, attention workspace. Leave a tenth of the device free."
+    )
+    return "\n".join(lines)
+
+
+def _m(count: int) -> str:
+    return f"{count / 1e6:,.1f} M" if count < 1e9 else f"{count / 1e9:,.2f} B"

@@ -1,0 +1,202 @@
+"""The plan's numbers against counts known from elsewhere, and against what torch really keeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
+
+from llmkd import planner
+from llmkd.config import Recipe, load_recipe
+from llmkd.divergences import DIVERGENCES
+from llmkd.errors import InputError
+from llmkd.head import TeacherHead, head_losses
+from llmkd.models import blocks
+
+QWEN3_8B: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """The paper's run, as it is planned where no hub answers."""
+
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise OSError("offline")
+
+    monkeypatch.setattr(planner.AutoConfig, "from_pretrained", unreachable)
+    return load_recipe("recipes/qwen3_8b_to_9_blocks.yaml")
+
+
+def row(rows: list[planner.Row], what: str) -> planner.Row:
+    (found,) = [r for r in rows if r.what == what]
+    return found
+
+
+def test_qwen3_8b_is_counted_right() -> None:
+    # The model card of Qwen3-8B says 8.2 B parameters, 6.95 B without embeddings.
+    found = planner.shapes(Qwen3Config(**QWEN3_8B, tie_word_embeddings=False))
+    attention = 4096 * 128 * (32 + 8 + 8) + 32 * 128 * 4096 + 2 * 128
+    block = attention + 3 * 4096 * 12288 + 2 * 4096
+    assert found.largest_block == block
+    assert found.parameters == 2 * 151936 * 4096 + 36 * block + 4096 == 8_190_735_360
+
+
+def test_tied_weights_are_counted_once() -> None:
+    tied = planner.shapes(Qwen3Config(**QWEN3_8B, tie_word_embeddings=True))
+    assert tied.parameters == 8_190_735_360 - 151936 * 4096
+    assert tied.head == tied.embedding == 151936 * 4096
+
+
+def test_the_recipe_of_the_paper_is_planned_without_a_hub(recipe: Recipe, caplog: pytest.LogCaptureFixture) -> None:
+    rows = planner.plan(recipe, 8)
+    assert "teacher.architecture" in caplog.text
+    student = 2 * 151936 * 4096 + 9 * 192_946_432 + 4096
+    assert row(rows, "teacher weights, shard").bytes == 8_190_735_360 // 8 * 2
+    assert row(rows, "student weights").bytes == student // 8 * 2
+    assert row(rows, "master weights").bytes == row(rows, "student gradients").bytes == student // 8 * 4
+    assert row(rows, "Adam's two moments").bytes == student // 8 * 8
+    assert row(rows, "gradients of the distances").bytes == 9 * 3 * 256 * 4096 * 2
+    assert "needed on device" in planner.plan_text(rows)
+
+
+def test_without_a_hub_and_a_shape_the_error_names_the_key(recipe: Recipe) -> None:
+    with pytest.raises(InputError, match=r"teacher\.architecture"):
+        planner.plan(recipe.changed({"teacher.architecture": None}), 8)
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused(recipe: Recipe) -> None:
+    with pytest.raises(InputError, match="batch_size"):
+        planner.plan(recipe, 3)
+
+
+def test_more_ranks_shrink_only_what_is_sharded(recipe: Recipe) -> None:
+    few, many = (planner.plan(recipe, ranks) for ranks in (2, 8))
+    smaller = {a.what for a, b in zip(few, many, strict=True) if b.bytes < a.bytes}
+    sharded = {"teacher weights, shard", "student weights", "student gradients", "master weights", "Adam's two moments"}
+    assert smaller == {*sharded, "AdamW at work"}
+
+
+def test_a_replicated_teacher_is_whole_on_every_rank(recipe: Recipe) -> None:
+    rows = planner.plan(recipe.changed({"teacher.placement": "replicated"}), 8)
+    assert row(rows, "teacher weights").bytes == 8_190_735_360 * 2
+    assert not [r for r in rows if r.what == "teacher, gathered"]
+
+
+def test_offloading_moves_bytes_and_loses_none(recipe: Recipe) -> None:
+    device = planner.plan(recipe, 8)
+    changes = {"teacher.offload": "cpu", "train.deepspeed": "zero3_offload_cpu"}
+    host = planner.plan(recipe.changed(changes), 8)
+    moved = ("teacher weights, shard", "student weights", "student gradients", "master weights", "Adam's two moments")
+    for what in moved:
+        assert (row(device, what).place, row(host, what).place) == ("device", "host")
+        assert row(device, what).bytes == row(host, what).bytes
+    assert planner.peak(host, "host")[0] == sum(row(host, what).bytes for what in moved)
+    assert planner.peak(host)[0] < planner.peak(device)[0]
+
+
+@pytest.mark.parametrize(("stage", "weights", "gradients", "states"), [(1, 1, 1, 4), (2, 1, 4, 4), (3, 4, 4, 4)])
+def test_each_stage_shards_what_zero_says(
+    recipe: Recipe, tmp_path: Path, stage: int, weights: int, gradients: int, states: int
+) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    rows = planner.plan(recipe.changed({"train.deepspeed": str(file)}), 4)
+    student = 2 * 151936 * 4096 + 9 * 192_946_432 + 4096
+    assert row(rows, "student weights").bytes == student // weights * 2
+    assert row(rows, "student gradients").bytes == student // gradients * 4
+    assert row(rows, "Adam's two moments").bytes == student // states * 8
+
+
+def test_one_target_block_is_held_once(recipe: Recipe) -> None:
+    rows = planner.plan(recipe.changed({"matching.strategy": "all_to_one"}), 8)
+    assert row(rows, "teacher states").bytes == 3 * 256 * 4096 * 2
+    assert row(rows, "gradients of the distances").bytes == 9 * 3 * 256 * 4096 * 2
+
+
+def test_cross_entropy_alone_asks_for_no_teacher(recipe: Recipe) -> None:
+    rows = planner.plan(recipe.changed({"loss.kl": 0.0, "loss.hidden": 0.0}), 8)
+    assert not [r for r in rows if r.what.startswith(("teacher", "gradients of the distances"))]
+
+
+def test_checkpointing_keeps_a_state_per_block(recipe: Recipe) -> None:
+    plain, checkpointed = (
+        planner.plan(recipe.changed({"train.activation_checkpointing": on}), 8) for on in (False, True)
+    )
+    assert row(checkpointed, "student activations").bytes < row(plain, "student activations").bytes / 10
+    assert planner.peak(checkpointed)[0] < planner.peak(plain)[0]
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "vocab_size": 64,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "config",
+    [Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=48), LlamaConfig(**SMALL, num_key_value_heads=1)],
+    ids=["qwen3", "llama"],
+)
+def test_activations_are_what_torch_keeps(config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    block, tokens = blocks(model)[1], 2 * 64
+    states = torch.randn(2, 64, config.hidden_size, dtype=dtype, requires_grad=True)
+    positions = torch.arange(64)[None]
+    rotary = model.base_model.rotary_emb(states, positions)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = block(states, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+    assert output is not None
+    measured = sum(storage.nbytes() for storage in kept.values())
+    planned = planner.block_activations(planner.shapes(config), dtype.itemsize) * tokens
+    assert planned == pytest.approx(measured, rel=0.12)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_chunk_of_logits_takes_what_is_planned(divergence: str) -> None:
+    n, vocabulary, width = 256, 4096, 8
+    states, weight = (torch.randn(rows, width, dtype=torch.bfloat16, requires_grad=True) for rows in (n, vocabulary))
+    teacher = TeacherHead(states.detach().clone(), weight.detach().clone(), None)
+    tracker = MemTracker()
+    with tracker:
+        head_losses(
+            states,
+            weight,
+            None,
+            teacher,
+            torch.randint(0, vocabulary, (n,)),
+            torch.ones(n, dtype=torch.bool),
+            ce_scale=1.0,
+            kl_scale=1.0,
+            divergence=DIVERGENCES[divergence],
+            temperature=1.0,
+            chunk=n,
+        )
+    (snapshot,) = tracker.get_tracker_snapshot("peak").values()
+    planned = planner.HEAD_BYTES_PER_LOGIT * n * vocabulary
+    assert 0.85 * planned < snapshot["Total"] <= planned

@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on the device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v if v is None else v.to(device, non_blocking=True) for k, v in moved.items()})
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in parts.items() if v is not None})
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -99,7 +99,7 @@ def _local_rows(path: Path, split: str) -> Dataset:
         )
     kind = str(kinds.pop())
     # In a CSV an empty cell is an empty text, and the word None or NA is that word.
-    options = {"keep_default_na": False} if kind == "csv" else {}
+    options: dict[str, Any] = {"keep_default_na": False} if kind == "csv" else {}
     try:
         return load_dataset(kind, data_files={"rows": [str(f) for f in files]}, split="rows", **options)
     except Exception as error:  # datasets wraps every parser's own error
@@ -287,7 +287,8 @@ def _said(messages: list[dict[str, str]], turn: int, whole: str, tokenizer: Any)
     upto = [*messages[:turn], {**messages[turn], "content": SAID}]
     opening, _, closing = _rendered(upto, tokenizer).partition(SAID)
     after = _rendered([*upto, *messages[turn + 1 :]], tokenizer).partition(SAID)[2] if messages[turn + 1 :] else closing
-    closing = os.path.commonprefix([closing, after])
+    if not after.startswith(closing):  # Phi-3 ends a whole chat with a further token
+        closing = re.sub(r"\s\S*$", "", os.path.commonprefix([closing, after]))
     end = len(whole) - len(after) + len(closing.rstrip() or closing)
     before = _rendered(messages[:turn], tokenizer, add_generation_prompt=True) if turn else opening
     start = len(os.path.commonprefix([whole, before]))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -43,6 +43,29 @@ log = logging.getLogger("llmkd")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARD_BYTES = 4 * 2**30
+PACKABLE = (
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+    "stablelm",
+)
+"""Model types that keep packed documents apart by their position ids; each is tested. OPT, Bloom, Falcon and Mamba do not."""
+CHANGED_LOGITS = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
+"""Settings by which a model does more to its logits than its head's linear map."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,7 +74,7 @@ SHARD_BYTES = 4 * 2**30
 
 def backbone(model: PreTrainedModel) -> nn.Module:
     """The model below its head: its output is the final state."""
-    base = model.base_model
+    base: Any = model.base_model
     return base.decoder if hasattr(base, "decoder") else base
 
 
@@ -64,17 +87,18 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
     shallowest = [m for name, m in found if name.count(".") == min(n.count(".") for n, _ in found)]
     if len(shallowest) != 1:
         raise InputError(
-            f"{type(model).__name__}: found {len(shallowest)} lists of {depth} blocks where one was expected; this model class is not supported"
+            f"{type(model).__name__}: found {len(shallowest)} lists of {depth} blocks where one was expected; give a model of "
+            "another class"
         )
     return shallowest[0]
 
 
 def head(model: PreTrainedModel) -> nn.Linear:
     """The linear map from final state to logits. Raises InputError for a model that does more than that to its logits."""
-    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+    for key in CHANGED_LOGITS:
         if getattr(model.config, key, None) not in (None, 1.0):
             raise InputError(
-                f"{type(model).__name__} changes its logits after the head ({key}); such models are not supported yet"
+                f"{type(model).__name__} changes its logits after the head ({key}), which is not supported yet; give another model"
             )
     found = model.get_output_embeddings()
     if not isinstance(found, nn.Linear):
@@ -91,16 +115,30 @@ def resolve(path: str, what: str, revision: str | None = None) -> Path:
 
     Raises InputError when it is neither, when the hub can't be reached, or when it holds no safetensors.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not folder.is_dir():
-        if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
+        if folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
             raise InputError(f"{what}: no folder {path!r}; give an HF model folder or a hub name such as Qwen/Qwen3-8B")
         folder = _download(path, what, revision)
     if not (folder / "config.json").is_file():
         raise InputError(f"{what}: {path!r} holds no config.json; give a folder written by save_pretrained")
     if not list(folder.glob("*.safetensors")):
         raise InputError(f"{what}: {path!r} holds no .safetensors file; convert it (pickled weights are never loaded)")
+    _check_whole(folder, what)
     return folder
+
+
+def _check_whole(folder: Path, what: str) -> None:
+    """Raise InputError if a file of weights is missing or cut short, or is a git-lfs pointer; only headers are read."""
+    file = folder / "model.safetensors.index.json"
+    try:
+        for file in sorted(set(_tensor_files(folder).values())):
+            with safe_open(file, framework="pt"):
+                pass
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{what}: {file} is not whole ({_first_line(error)}); download or copy the model again"
+        ) from error
 
 
 def _download(name: str, what: str, revision: str | None) -> Path:
@@ -110,10 +148,14 @@ def _download(name: str, what: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client has a score of network errors; all mean the same to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{what}: no folder {name!r} here, and the hub did not give it ({reason}); give the path of a local HF folder"
+            f"{what}: no folder {name!r} here, and the hub did not give it ({_first_line(error)}); give the path of a "
+            "local HF folder"
         ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -122,19 +164,26 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         raise InputError(
-            f"{folder}: transformers can't read this model: {str(error).strip().splitlines()[0]}"
+            f"{folder}: transformers can't read this model ({_first_line(error)}); give another, or mend its config.json"
         ) from error
+    if not hasattr(config, "num_hidden_layers"):
+        raise InputError(
+            f"{folder}: a model of type {config.model_type!r} is more than a causal language model; give one of text alone"
+        )
     return config
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model folder."""
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         raise InputError(
-            f"{folder}: holds no tokenizer that transformers can read: {str(error).strip().splitlines()[0]}"
+            f"{folder}: holds no tokenizer that transformers can read ({_first_line(error)}); copy the model's tokenizer into it"
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
+        raise InputError(f"{folder}: its tokenizer has no vocabulary; copy the model's tokenizer files into the folder")
+    return tokenizer
 
 
 def check_same_tokens(teacher: Any, student: Any) -> None:
@@ -181,17 +230,33 @@ def block_choice(rule: str | Sequence[int], student_blocks: int, teacher_blocks:
 def student_config(teacher: PreTrainedConfig, blocks: Sequence[int], width: dict[str, int]) -> PreTrainedConfig:
     """The teacher's configuration at the student's depth (and width, where given); per-block settings follow their blocks."""
     config = copy.deepcopy(teacher)
-    kinds = getattr(config, "layer_types", None)
     config.num_hidden_layers = len(blocks)
-    if kinds:
-        config.layer_types = [kinds[block] for block in blocks]
+    for key, value in teacher.to_dict().items():  # layer_types, and SmolLM3's no_rope_layers
+        if "layer" in key and isinstance(value, list | tuple) and len(value) == teacher.num_hidden_layers:
+            setattr(config, key, [value[block] for block in blocks])
     if getattr(config, "max_window_layers", None) is not None:
         config.max_window_layers = min(config.max_window_layers, len(blocks))
     for key, value in width.items():
         if not hasattr(config, key):
-            raise InputError(f"student.{key}: the teacher's model type {teacher.model_type!r} has no such setting")
+            raise InputError(
+                f"student.{key}: the teacher's model type {teacher.model_type!r} has no such setting; leave it out"
+            )
         setattr(config, key, value)
+    heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if shared and heads % shared:
+        raise InputError(
+            f"student.num_key_value_heads: {heads} attention heads can't share {shared} key-value heads; write a divisor of {heads}"
+        )
     return config
+
+
+def check_packable(config: PreTrainedConfig) -> None:
+    """Raise InputError for a model type of which no test has shown that packed documents do not see each other."""
+    if config.model_type not in PACKABLE:
+        raise InputError(
+            f"data.batching: packed rows of a {config.model_type!r} model might see each other; write grouped "
+            f"(packed is for {', '.join(PACKABLE)})"
+        )
 
 
 def copied_student(
@@ -202,6 +267,10 @@ def copied_student(
     Tensors go from file to file, one output shard (4 GiB) in memory at a time; the teacher is never built.
     """
     config = load_config(teacher, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            f"{teacher}: its weights are quantized, so blocks can't be copied from it; give the model unquantized"
+        )
     prefix = _block_prefix(teacher, config.num_hidden_layers)
     where = re.compile(rf"^{re.escape(prefix)}(\d+)\.(.*)$")
     homes: dict[int, list[int]] = {}
@@ -263,7 +332,7 @@ def new_model(
     _publish(folder, lambda tmp: (model.save_pretrained(tmp), tokenizer(tmp)))
 
 
-def qwen3_config(shape: dict[str, Any], special: dict[str, int]) -> Qwen3Config:
+def qwen3_config(shape: dict[str, Any], special: dict[str, Any]) -> Qwen3Config:
     """A Qwen3 configuration from the recipe's `architecture` and the tokenizer's special token ids."""
     return Qwen3Config(**shape, **special, use_cache=True)
 
@@ -287,7 +356,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         if (
             file.is_file()
             and file.suffix in (".json", ".txt", ".model", ".jinja", ".py")
-            and file.name != "config.json"
+            and file.name not in ("config.json", "llmkd.json", "adapter_config.json")
             and ".index." not in file.name
         ):
             shutil.copy2(file, folder / file.name)
@@ -311,9 +380,11 @@ def _block_prefix(folder: Path, depth: int) -> str:
         for match in re.finditer(r"\.(\d+)\.", name):
             found.setdefault(name[: match.start() + 1], set()).add(int(match[1]))
     full = [prefix for prefix, numbers in found.items() if numbers == set(range(depth))]
+    full = [prefix for prefix in full if prefix.count(".") == min(p.count(".") for p in full)]  # not a block's experts
     if len(full) != 1:
         raise InputError(
-            f"{folder}: can't tell which tensors are the {depth} blocks (candidates: {', '.join(full) or 'none'}); this model type can't be copied from"
+            f"{folder}: can't tell which tensors are the {depth} blocks (candidates: {', '.join(full) or 'none'}); write "
+            "student.init: random, or give another teacher"
         )
     return full[0]
 
@@ -393,22 +464,25 @@ def load_causal_lm(
     name, _ = attention_implementation(attention)
     try:
         with sharded_construction(ds_config):
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 attn_implementation=name,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are named below
                 output_loading_info=True,
             )
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise InputError(
-            f"{folder}: can't be loaded with attention {name!r}: {str(error).strip().splitlines()[0]}"
+            f"{folder}: can't be loaded with attention {name!r} ({_first_line(error)}); choose another model, or another attention"
         ) from error
+    model, info = loaded
     missing = sorted(info["missing_keys"]) + [str(item[0]) for item in info["mismatched_keys"]]
     if missing:
         raise InputError(
-            f"{folder}: its weights lack {len(missing)} tensors of the model, first {missing[0]!r}; the folder is incomplete"
+            f"{folder}: its weights lack {len(missing)} tensors of the model, or have them in another shape, first {missing[0]!r}; "
+            "give the whole weights, with their own config.json"
         )
     _restore_float32_buffers(model)
     model.config.use_cache = False
@@ -425,7 +499,7 @@ def _restore_float32_buffers(model: PreTrainedModel) -> None:
         rounded = [
             n
             for n in module._non_persistent_buffers_set
-            if (b := module._buffers[n]) is not None and b.dtype in (torch.bfloat16, torch.float16)
+            if n.endswith("inv_freq") and (b := module._buffers[n]) is not None and b.dtype == torch.bfloat16
         ]
         if not rounded:
             continue

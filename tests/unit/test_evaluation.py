@@ -49,8 +49,8 @@ def make_model(folder: Path, seed: int) -> Path:
         head_dim=16,
         max_position_embeddings=256,
         initializer_range=0.3,  # so that what comes out hangs on what went in
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=0,
+        eos_token_id=1,
         bos_token_id=None,
     )
     with torch.random.fork_rng(devices=[]):
@@ -73,8 +73,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def scored(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The three models evaluated by one call."""
-    return evaluation.evaluate(list(models.items()), settings(), tmp_path_factory.mktemp("evaluations"))
+    """The three models, and one that is not there, evaluated by one call."""
+    jobs = [("gone", Path("nowhere")), *models.items()]
+    return evaluation.evaluate(jobs, settings(), tmp_path_factory.mktemp("evaluations"))
 
 
 def samples(file: Path, task: str) -> list[dict[str, Any]]:
@@ -119,6 +120,7 @@ def test_scores_are_those_of_the_samples(scored: dict[str, Path]) -> None:
 def test_a_broken_model_says_why_and_costs_the_others_nothing(scored: dict[str, Path]) -> None:
     found = json.loads(scored["broken"].read_text())
     assert found["tasks"] == {} and found["error"].startswith("SafetensorError: ") and "\n" not in found["error"]
+    assert json.loads(scored["gone"].read_text())["error"] == "InputError: nowhere holds no model (no config.json)"
     assert json.loads(scored["last"].read_text())["error"] is None
 
 
@@ -198,11 +200,6 @@ def test_a_model_that_kills_the_process_is_noted_and_the_rest_goes_on(
     found = {name: json.loads(file.read_text()) for name, file in files.items()}
     assert "ended with code -9" in found["broken"]["error"]
     assert [found[name]["error"] for name in ("first", "last")] == [None, None]
-
-
-def test_a_missing_model_folder_is_an_error_of_that_model_alone(tmp_path: Path) -> None:
-    nowhere = evaluation.evaluate([("gone", tmp_path / "gone")], settings(), tmp_path / "out")["gone"]
-    assert "holds no model" in json.loads(nowhere.read_text())["error"]
 
 
 def test_fingerprint_follows_contents_and_nothing_else(models: dict[str, Path], tmp_path: Path) -> None:

@@ -137,22 +137,17 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
         else getattr(models.load_config(initial), "max_position_embeddings", None)
     )
     _check_lengths(data.max_length, positions, start or "finetune.architecture")
-    inputs = config.flat(
-        {"finetune": settings.model_dump(mode="json"), "data": data.model_dump(mode="json"), "seed": recipe.seed}
-    )
-    for key in ("save_every", "keep_checkpoints", "log_every", "timeout_seconds", "wandb"):
-        inputs.pop(f"finetune.train.{key}")
     job = Job(
         folder=folder,
         recipe=recipe,
-        inputs=inputs,
+        inputs=config.finetune_inputs(recipe),
         initial=initial,
         teacher=None,
         pairs=(),
         weights=Weights(ce=1.0, kl=0.0, hidden=0.0, kl_positions="trained", hidden_positions="trained"),
         train=settings.train,
         data=data,
-        seed=recipe.seed,
+        seed=settings.seed,
         title="teacher",
     )
     refuse_other_recipe(world, job)

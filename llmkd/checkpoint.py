@@ -69,7 +69,8 @@ def newest(folder: Path, inputs: dict[str, Any], world_size: int) -> tuple[Path,
     check_same(state["inputs"], inputs, found[-1])
     if state["world_size"] != world_size:
         raise InputError(
-            f"{found[-1]} was written by {state['world_size']} ranks, this run has {world_size}; start it with {state['world_size']} ranks, "
+            f"{found[-1]} was written by {state['world_size']} ranks, this run has {world_size}; "
+            f"start it with {state['world_size']} ranks, "
             f"or remove {folder} to begin anew"
         )
     return found[-1], int(state["step"])

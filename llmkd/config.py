@@ -224,6 +224,8 @@ class Finetune(Section):
     train: Train
     data: Data | None = None
     """The data to fine-tune on, where it differs from the students'."""
+    seed: int = Field(default=0, ge=0)
+    """Of the teacher's own data order and new weights; the recipe's seed is the students'."""
 
     @model_validator(mode="after")
     def _one_start(self) -> Finetune:
@@ -342,12 +344,21 @@ def training_inputs(recipe: Recipe) -> dict[str, Any]:
 
     A teacher that the recipe makes counts by how it is made, so that the run's folder may be renamed or moved.
     """
-    values = recipe.model_dump(mode="json", exclude={"name", "output", "evaluation", "study"})
+    values = recipe.model_dump(mode="json", exclude={"name", "output", "evaluation", "study", "finetune"})
     values["teacher"].pop("architecture")
-    for train in (values["train"], values["finetune"]["train"] if recipe.finetune else {}):
-        for key in ("save_every", "keep_checkpoints", "log_every", "timeout_seconds", "wandb"):
-            train.pop(key, None)
-    return flat(values)
+    inputs = {key: value for key, value in flat(values).items() if key not in _SAVING}
+    return {**inputs, **(finetune_inputs(recipe) if recipe.finetune else {})}
+
+
+def finetune_inputs(recipe: Recipe) -> dict[str, Any]:
+    """The part of a recipe that decides what its teacher becomes, flat and dotted; logging and saving are left out."""
+    assert recipe.finetune is not None
+    values = recipe.finetune.model_dump(mode="json")
+    values["data"] = (recipe.finetune.data or recipe.data).model_dump(mode="json")
+    return {f"finetune.{key}": value for key, value in flat(values).items() if key not in _SAVING}
+
+
+_SAVING = tuple(f"train.{key}" for key in ("save_every", "keep_checkpoints", "log_every", "timeout_seconds", "wandb"))
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:

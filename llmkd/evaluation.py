@@ -39,6 +39,7 @@ NOT_OF_THE_MODEL = ("llmkd.json", "README.md")  # in an exported folder, but wit
 LAUNCHER_VARIABLES = tuple(
     "RANK WORLD_SIZE MASTER_ LOCAL_ GROUP_ ROLE_ CROSS_ TORCHELASTIC_ ACCELERATE_ PMI_ OMPI_".split()
 )
+REFUSAL = "input error: "  # begins the child's last line when it can't follow its order
 BOOTSTRAP = 100  # draws for the standard error of a metric without a formula
 
 
@@ -70,6 +71,14 @@ def evaluate(jobs: Sequence[Job], settings: Evaluation, out: Path) -> dict[str, 
     return files
 
 
+def check_tasks(settings: Evaluation) -> None:
+    """Raise InputError for a task or task folder that is not there; for a study to call before it trains for hours."""
+    include = task_folder(settings.include)
+    if not settings.tasks:
+        raise InputError("evaluation.tasks: name at least one lm-eval task, e.g. [records_generation, records_choice]")
+    _task_manager(settings.tasks, str(include) if include else None)
+
+
 def task_folder(include: str | None) -> Path | None:
     """The folder of YAML tasks, as seen from the current folder or else the repository. Raises InputError if none."""
     if include is None:
@@ -99,13 +108,16 @@ def _run_child(todo: list[dict[str, Any]], settings: Evaluation, include: Path |
             try:
                 child.stdin.write(json.dumps(order))
                 child.stdin.close()
+                for line in child.stdout:
+                    if not line.startswith(REFUSAL):
+                        log.info("evaluation: %s", line.rstrip())
             except BrokenPipeError:  # it died at once; its code says so
                 pass
-            for line in child.stdout:
-                if not line.startswith("input error: "):
-                    log.info("evaluation: %s", line.rstrip())
-    if child.returncode == 2 and line.startswith("input error: "):
-        raise InputError(line.removeprefix("input error: ").rstrip())
+            except BaseException:  # we are stopped: leave no one behind
+                child.kill()
+                raise
+    if line.startswith(REFUSAL):
+        raise InputError(line.removeprefix(REFUSAL).rstrip())
     return child.returncode
 
 
@@ -199,10 +211,12 @@ def main() -> int:
     """Evaluate the models of the order on stdin one after another; 2 if the order can't be followed."""
     order = json.load(sys.stdin)
     settings, out = Evaluation.model_validate_json(json.dumps(order["settings"])), Path(order["out"])
+    import lm_eval.models.huggingface  # noqa: F401 (takes seconds: not on the first model's account)
+
     try:
         manager = _task_manager(settings.tasks, order["include"])
     except InputError as error:
-        print(f"input error: {error}", flush=True)
+        print(f"{REFUSAL}{error}", flush=True)
         return 2
     jobs = order["jobs"]
     for number, job in enumerate(jobs, start=1):
@@ -258,7 +272,7 @@ def _score(model: Path, settings: Evaluation, manager: Any) -> tuple[dict[str, A
     for task, values in found["results"].items():
         numbers = {key: _number(value) for key, value in values.items() if "," in key}  # the rest: name, alias, ...
         scores[task] = {_metric(key): value for key, value in numbers.items() if "_stderr," not in key}
-        errors[task] = {_metric(key): value for key, value in numbers.items() if "_stderr," in key and value}
+        errors[task] = {_metric(key): value for key, value in numbers.items() if "_stderr," in key}
     items = {task: count["effective"] for task, count in found["n-samples"].items()}
     return {"tasks": scores, "stderr": errors, "items": items}, found["samples"]
 

@@ -130,9 +130,10 @@ def resolve(path: str, what: str, revision: str | None = None) -> Path:
 
 def _check_whole(folder: Path, what: str) -> None:
     """Raise InputError if a file of weights is missing or cut short, or is a git-lfs pointer; only headers are read."""
-    file = folder / "model.safetensors.index.json"
+    file = index = folder / "model.safetensors.index.json"
     try:
-        for file in sorted(set(_tensor_files(folder).values())):
+        files = set(_tensor_files(folder).values()) if index.is_file() else folder.glob("*.safetensors")
+        for file in sorted(files):
             with safe_open(file, framework="pt"):
                 pass
     except (OSError, SafetensorError, ValueError, KeyError) as error:
@@ -470,19 +471,23 @@ def load_causal_lm(
                 attn_implementation=name,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
-                ignore_mismatched_sizes=True,  # they are named below
                 output_loading_info=True,
             )
     except (ImportError, OSError, ValueError) as error:
         raise InputError(
             f"{folder}: can't be loaded with attention {name!r} ({_first_line(error)}); choose another model, or another attention"
         ) from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):  # out of memory, and the like
+            raise
+        raise InputError(
+            f"{folder}: its weights have other shapes than its config.json says; give the weights with their own config.json"
+        ) from error
     model, info = loaded
-    missing = sorted(info["missing_keys"]) + [str(item[0]) for item in info["mismatched_keys"]]
+    missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(
-            f"{folder}: its weights lack {len(missing)} tensors of the model, or have them in another shape, first {missing[0]!r}; "
-            "give the whole weights, with their own config.json"
+            f"{folder}: its weights lack {len(missing)} tensors of the model, first {missing[0]!r}; give the whole weights"
         )
     _restore_float32_buffers(model)
     model.config.use_cache = False

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmkd.config import Recipe, dump_recipe, training_inputs
+from llmkd.config import Recipe, dump_recipe, finetune_inputs, training_inputs
 from llmkd.errors import InputError
 from llmkd.launch import launch
 
@@ -35,7 +35,7 @@ def study(recipe: Recipe, ranks: int | None = None) -> Path:
     folder = recipe.folder
     ranks = ranks or recipe.study.ranks
     entries = manifest(recipe)
-    _check_unchanged(recipe, entries)
+    _check(recipe, entries, ranks)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "recipe.yaml", dump_recipe(recipe))
     _write(folder / "study.json", json.dumps({"name": recipe.name, "entries": entries}, indent=1))
@@ -118,16 +118,42 @@ def _only_for(recipe: Recipe, strategy: str) -> dict[str, Any]:
     return dropped
 
 
-def _check_unchanged(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> None:
-    """Raise InputError, before anything is done, if a student that is there was made by another recipe."""
-    from llmkd.checkpoint import check_same
+def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> None:
+    """Raise InputError, before anything is written, for what would stop the study hours later.
 
+    Maps that do not fit the depths, ranks that do not share the batch, tasks that are not there, and students or a teacher already
+    there that another recipe made.
+    """
+    from llmkd.build import accumulation_steps, pairs_of
+    from llmkd.checkpoint import check_same
+    from llmkd.evaluation import check_tasks
+    from llmkd.models import load_config, resolve
+
+    check_tasks(recipe.evaluation)
+    accumulation_steps(recipe.train, ranks)
+    if recipe.finetune is not None:
+        accumulation_steps(recipe.finetune.train, ranks)
+    if recipe.finetune is not None and recipe.finetune.architecture is not None:
+        depth = recipe.finetune.architecture.num_hidden_layers
+    else:
+        start = recipe.finetune.path if recipe.finetune is not None else recipe.teacher.path
+        where = "teacher.path" if recipe.finetune is None else "finetune.path"
+        depth = load_config(resolve(start or "", where, recipe.teacher.revision)).num_hidden_layers
+    student_depth = (
+        recipe.student.blocks or load_config(resolve(recipe.student.path or "", "student.path")).num_hidden_layers
+    )
     for entry in entries:
+        if entry["kind"] == "teacher":
+            inputs = finetune_inputs(recipe) if recipe.finetune is not None else {}
+        elif entry["train"] is not None:
+            one = entry_recipe(recipe, entry)
+            pairs_of(one, student_depth, depth)
+            inputs = training_inputs(one)
+        else:
+            continue
         meta = recipe.folder / entry["model"] / "llmkd.json"
-        if entry["train"] is not None and entry["kind"] != "teacher" and meta.is_file():
-            check_same(
-                json.loads(meta.read_text())["inputs"], training_inputs(entry_recipe(recipe, entry)), meta.parent.parent
-            )
+        if entry["train"] is not None and meta.is_file():
+            check_same(json.loads(meta.read_text())["inputs"], inputs, meta.parent.parent)
 
 
 def _launch(recipe: Recipe, entry: dict[str, Any], ranks: int) -> None:

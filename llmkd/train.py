@@ -175,10 +175,10 @@ def _finish(
 def _announce(world: World, job: Job, steps: int, accumulation: int, rows: int) -> None:
     attention, why = attention_implementation(job.recipe.student.attention)
     log.info("%s: attention %s (%s)", job.title, attention, why)
-    log.info(
-        "%s: %d rows, %d steps of %d rows = %d ranks x %d accumulation x %d; %s on %s, %s",
-        job.title, rows, steps, job.train.batch_size, world.size, accumulation, job.train.micro_batch_size, job.train.deepspeed, world.device, job.train.dtype,
-    )  # fmt: skip
+    settings = job.train
+    spread = f"{world.size} ranks x {accumulation} accumulation x {settings.micro_batch_size}"
+    log.info("%s: %d rows, %d steps of %d rows = %s", job.title, rows, steps, settings.batch_size, spread)
+    log.info("%s: %s on %s, %s", job.title, settings.deepspeed, world.device, settings.dtype)
 
 
 def _card(job: Job, steps: int) -> str:
@@ -270,10 +270,10 @@ def command(local_rank: int, output: Path | None, teacher_only: bool, **options:
         datefmt="%H:%M:%S",
         force=True,
     )
-    whole = True
-    if recipe.finetune is not None and (teacher_only or not (recipe.folder / "teacher" / "model").is_dir()):
-        whole = train(world, build.finetune_job(world, recipe, recipe.folder / "teacher"))
-    if whole and not teacher_only:
+    teacher_there = recipe.finetune is None or train(
+        world, build.finetune_job(world, recipe, recipe.folder / "teacher")
+    )
+    if teacher_there and not teacher_only:
         train(world, build.distil_job(world, recipe, output or student_folder(recipe)))
     stop()
 

@@ -15,7 +15,7 @@ from typing import Any
 def run_on_ranks(
     ranks: int, recipe: Path, scenarios: dict[str, dict[str, Any]], output: Path, *, timeout: int = 600
 ) -> dict[str, str]:
-    """Run every scenario (name -> recipe changes) on `ranks` gloo ranks; `output/<name>` holds each run. Name -> error, for those refused."""
+    """Run every scenario (name -> recipe changes) on `ranks` gloo ranks into `output/<name>`; name -> error of those refused."""
     output.mkdir(parents=True, exist_ok=True)
     tasks = output / "tasks.json"
     tasks.write_text(json.dumps({"recipe": str(recipe), "scenarios": scenarios, "output": str(output)}))

@@ -344,7 +344,8 @@ def test_copied_student_is_the_chosen_blocks_of_its_teacher(
             assert torch.equal(new_block.state_dict()[name], tensor), name
     outside = [n for n in teacher.state_dict() if not any(f".{b}." in n for b in range(4))]
     assert len(outside) >= 3 and all(torch.equal(student.state_dict()[n], teacher.state_dict()[n]) for n in outside)
-    tied = student.get_output_embeddings().weight is student.get_input_embeddings().weight
+    own_head: Any = student.get_output_embeddings()
+    tied = own_head.weight is student.get_input_embeddings().weight
     assert tied == teacher.config.tie_word_embeddings == student.config.tie_word_embeddings
     # And what it computes is what the teacher does with its blocks rearranged.
     if kind != "smollm3":  # whose blocks know their own number
@@ -457,13 +458,13 @@ def _drop(folder: Path) -> str:
     tensors = load_file(folder / "model.safetensors")
     tensors.pop("model.layers.2.mlp.up_proj.weight")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return "its weights lack 1 tensors of the model, or have them in another shape, first 'model.layers.2.mlp.up_proj.weight'"
+    return "its weights lack 1 tensors of the model, first 'model.layers.2.mlp.up_proj.weight'; give the whole weights"
 
 
 def _narrow(folder: Path) -> str:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
-    return "its weights lack 12 tensors of the model, or have them in another shape, first 'model.layers."
+    return "its weights have other shapes than its config.json says; give the weights with their own config.json"
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -1,0 +1,55 @@
+"""On GPUs: the same run as plain PyTorch's on a CPU, within bf16's and TF32's rounding. Run with `pytest -m gpu tests/gpu`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmkd import build
+from llmkd.config import load_recipe
+from llmkd.launch import launch
+from tests.tiny import plain_run
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize(
+    ("stage", "placement", "dtype", "tolerance"),
+    [
+        ("zero2", "replicated", "float32", 1e-3),
+        ("zero3", "zero3", "float32", 1e-3),
+        ("zero3", "zero3", "bfloat16", 0.05),
+    ],
+)
+def test_losses_on_gpus_are_those_of_plain_pytorch(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    placement: str,
+    dtype: str,
+    tolerance: float,
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.fail("this test was asked for by -m gpu, and there is no CUDA device")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    changes = {
+        "train.deepspeed": stage,
+        "train.dtype": dtype,
+        "train.micro_batch_size": 1,
+        "teacher.placement": placement,
+        "teacher.dtype": dtype,
+    }
+    ranks = min(torch.cuda.device_count(), 8)
+    sets = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    run = tmp_path / "run"
+    assert launch(ranks, ["--recipe", str(tiny / "recipe.yaml"), "--output", str(run), *sets]).code == 0
+    recipe = load_recipe(tiny / "recipe.yaml")
+    build.initial_student(recipe, tiny / "teacher", tmp_path / "student")
+    _, losses = plain_run(recipe, tiny / "teacher", tmp_path / "student")
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for ours, theirs in zip(logged, losses, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)

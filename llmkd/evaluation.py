@@ -18,7 +18,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -30,29 +31,23 @@ from llmkd.errors import InputError
 
 log = logging.getLogger("llmkd")
 
-Job = tuple[str, Path]
-
 BACKEND = "hf"
 PACKAGES = ("lm_eval", "transformers", "torch", "sacrebleu")  # their versions belong to a score
 NOT_OF_THE_MODEL = ("llmkd.json", "README.md")  # in an exported folder, but without influence on its outputs
 # What a launcher sets for its ranks, by how the names begin: lm-eval's process is none and would wait for the others.
-LAUNCHER_VARIABLES = tuple(
-    "RANK WORLD_SIZE MASTER_ LOCAL_ GROUP_ ROLE_ CROSS_ TORCHELASTIC_ ACCELERATE_ PMI_ OMPI_".split()
-)
+LAUNCHER_VARIABLES = tuple("RANK WORLD_SIZE MASTER_ LOCAL_ GROUP_ ROLE_ CROSS_ TORCHELASTIC_ ACCELERATE_".split())
 REFUSAL = "input error: "  # begins the child's last line when it can't follow its order
 BOOTSTRAP = 100  # draws for the standard error of a metric without a formula
 
 
-def evaluate(jobs: Sequence[Job], settings: Evaluation, out: Path) -> dict[str, Path]:
+def evaluate(jobs: Sequence[tuple[str, Path]], settings: Evaluation, out: Path) -> dict[str, Path]:
     """Evaluate every (name, model folder) that has no up-to-date result in `out`; the result files by name.
 
     A model that can't be scored gets a file with `error` set, and is tried again at the next call. Raises InputError
     for a task or task folder that is not there.
     """
-    if not settings.tasks:
-        raise InputError("evaluation.tasks: name at least one lm-eval task, e.g. [records_generation, records_choice]")
     files = {name: out / f"{name}.json" for name, _ in jobs}
-    include = task_folder(settings.include)
+    include = task_folder(settings)
     shared = _shared_fingerprint(settings, include)
     orders = [{"name": name, "model": str(model), "fingerprint": _fingerprint(shared, model)} for name, model in jobs]
     todo = [order for order in orders if not _up_to_date(files[order["name"]], order["fingerprint"])]
@@ -62,45 +57,41 @@ def evaluate(jobs: Sequence[Job], settings: Evaluation, out: Path) -> dict[str, 
     while todo:
         code = _run_child(todo, settings, include, out)
         left = [order for order in todo if not _written(files[order["name"]], order["fingerprint"])]
-        if code and left:  # the child fell over one model (no memory, say): note it, and go on with the others
+        if left:  # the child fell over one model (no memory, say): note it, and go on with the others
             error = f"the evaluation's process ended with code {code}; see {out / 'evaluation.log'}"
             _write_result(out, _result(left.pop(0), error=error))
-        elif left:
-            raise RuntimeError(f"the evaluation gave no result for {left[0]['name']}; see {out / 'evaluation.log'}")
         todo = left
     return files
 
 
 def check_tasks(settings: Evaluation) -> None:
     """Raise InputError for a task or task folder that is not there; for a study to call before it trains for hours."""
-    include = task_folder(settings.include)
-    if not settings.tasks:
-        raise InputError("evaluation.tasks: name at least one lm-eval task, e.g. [records_generation, records_choice]")
+    include = task_folder(settings)
     _task_manager(settings.tasks, str(include) if include else None)
 
 
-def task_folder(include: str | None) -> Path | None:
-    """The folder of YAML tasks, as seen from the current folder or else the repository. Raises InputError if none."""
-    if include is None:
+def task_folder(settings: Evaluation) -> Path | None:
+    """The folder of YAML tasks, as seen from the current folder or else the repository.
+
+    Raises InputError if there is none, or if no task is asked for.
+    """
+    if not settings.tasks:
+        raise InputError("evaluation.tasks: name at least one lm-eval task, e.g. [records_generation, records_choice]")
+    if settings.include is None:
         return None
-    for folder in (Path(include), ROOT / include):
+    for folder in (Path(settings.include), ROOT / settings.include):
         if folder.is_dir():
             return folder.resolve()
     raise InputError(
-        f"evaluation.include: no folder {include!r} here or in {ROOT}; give a folder of lm-eval YAML tasks, or null"
+        f"evaluation.include: no folder {settings.include!r} here or in {ROOT}; name a folder of lm-eval YAML tasks, or null"
     )
 
 
 def _run_child(todo: list[dict[str, Any]], settings: Evaluation, include: Path | None, out: Path) -> int:
     """Run one process over `todo`, logging its lines; its exit code. Raises InputError if it ends on one."""
-    order = {
-        "jobs": todo,
-        "settings": settings.model_dump(mode="json"),
-        "include": str(include) if include else None,
-        "out": str(out.resolve()),
-    }
-    command = [sys.executable, "-m", "llmkd.evaluation"]
-    pipe = subprocess.PIPE
+    order: dict[str, Any] = {"jobs": todo, "settings": settings.model_dump(mode="json"), "out": str(out.resolve())}
+    order["include"] = str(include) if include else None
+    command, pipe = [sys.executable, "-m", "llmkd.evaluation"], subprocess.PIPE
     line = ""
     with (out / "evaluation.log").open("a") as talk:
         with subprocess.Popen(command, env=_environment(), text=True, stdin=pipe, stdout=pipe, stderr=talk) as child:
@@ -128,8 +119,7 @@ def _environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": os.pathsep.join(paths), "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is already done
+# --- What is already done
 
 
 def _up_to_date(file: Path, fingerprint: str) -> bool:
@@ -153,19 +143,30 @@ def _shared_fingerprint(settings: Evaluation, include: Path | None) -> str:
     parts = [settings.model_dump_json(exclude={"include"}), json.dumps(_versions(), sort_keys=True)]
     parts += _contents(ROOT, [ROOT / "llmkd" / "records.py"])
     if include is not None:
-        parts += _contents(include, _files(include))
-        for file in sorted(include.rglob("*.yaml")):
-            parts += _contents(Path(), _data_files(file))
+        parts += _contents(include, _task_files(include, settings.tasks))
     return _digest(parts)
 
 
-def _data_files(task: Path) -> list[Path]:
-    """The local data files that a YAML task reads."""
-    config = yaml.load(task.read_text(), Loader=_AnyTag)
-    named = ((config or {}).get("dataset_kwargs") or {}).get("data_files") or []
-    values = named.values() if isinstance(named, dict) else [named]
-    paths = [Path(path) for value in values for path in (value if isinstance(value, list) else [value])]
-    return [path for path in paths if path.is_file()]
+def _task_files(include: Path, tasks: Sequence[str]) -> list[Path]:
+    """What these tasks are made of: their YAML with all it includes or groups, its local data, the folder's Python."""
+    configs = {file: yaml.load(file.read_text(), Loader=_AnyTag) or {} for file in sorted(include.rglob("*.yaml"))}
+    files, wanted = sorted(include.rglob("*.py")), list(tasks)
+    while wanted:
+        name = wanted.pop()
+        for file, config in configs.items():
+            told = [str(file), *_strings([config.get(key) for key in ("task", "group", "tag")])]
+            if name in told and file not in files:
+                wanted += told + [str(file.parent / base) for base in _strings(config.get("include"))]
+                data = map(Path, _strings((config.get("dataset_kwargs") or {}).get("data_files")))
+                files += [file, *(path for path in data if path.is_file())]
+    return files
+
+
+def _strings(value: Any) -> list[str]:
+    """All strings in a YAML value, at any depth."""
+    if isinstance(value, dict | list):
+        return [text for item in (value.values() if isinstance(value, dict) else value) for text in _strings(item)]
+    return [value] if isinstance(value, str) else []
 
 
 class _AnyTag(yaml.SafeLoader):
@@ -194,17 +195,10 @@ def _digest(parts: Sequence[str]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"llmkd": __version__}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError as error:
-            raise InputError(f"evaluation needs the package {package}; install it with: pip install llmkd") from error
-    return found
+    return {"llmkd": __version__, **{package: version(package) for package in PACKAGES}}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The child process
+# --- The child process
 
 
 def main() -> int:
@@ -228,7 +222,8 @@ def main() -> int:
             result = _result(job, seconds=time.perf_counter() - started, **found)
         except Exception as error:  # whatever is wrong with one model must not cost the others their scores
             log.exception("%s", job["name"])
-            result = _result(job, error=_one_sentence(error), seconds=time.perf_counter() - started)
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            result = _result(job, error=said, seconds=time.perf_counter() - started)
         _write_samples(out / f"{job['name']}.samples.jsonl", samples)
         _write_result(out, result)
         print(f"{number}/{len(jobs)} {job['name']}: {_line(result)} ({result['seconds']:.1f} s)", flush=True)
@@ -304,11 +299,7 @@ def _metric(key: str) -> str:
 
 def _number(value: Any) -> float | None:
     """A finite float, or None: JSON knows no NaN, and lm-eval writes "N/A" for an error it can't give."""
-    return float(value) if not isinstance(value, str) and math.isfinite(value) else None
-
-
-def _one_sentence(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 
 def _result(job: dict[str, Any], *, error: str | None = None, seconds: float = 0.0, **found: Any) -> dict[str, Any]:
@@ -336,7 +327,7 @@ def _write_samples(file: Path, samples: dict[str, list[dict[str, Any]]]) -> None
                 "choices": [argument[1] for argument in item["arguments"]] if len(item["arguments"]) > 1 else None,
                 "target": item["target"],
                 "references": item["doc"].get("references"),
-                "metrics": {name: item[name] for name in item["metrics"] if isinstance(item[name], int | float)},
+                "metrics": {name: item[name] for name in item["metrics"] if isinstance(item[name], Real)},
             }
             said = {key: value for key, value in line.items() if value is not None}
             lines.append(json.dumps(said, default=str, ensure_ascii=False))

@@ -7,6 +7,7 @@ Every student starts as a plain HF folder (`make_initial_student`), whatever it 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import logging
 import os
@@ -44,6 +45,9 @@ log = logging.getLogger("llmkd")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARD_BYTES = 4 * 2**30
 PACKABLE = (
+    "gemma",
+    "gemma3_text",
+    "gpt2",
     "gpt_neox",
     "llama",
     "mistral",
@@ -95,15 +99,35 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 def head(model: PreTrainedModel) -> nn.Linear:
     """The linear map from final state to logits. Raises InputError for a model that does more than that to its logits."""
-    for key in CHANGED_LOGITS:
-        if getattr(model.config, key, None) not in (None, 1.0):
-            raise InputError(
-                f"{type(model).__name__} changes its logits after the head ({key}), which is not supported yet; give another model"
-            )
+    _check_logits(model.config)
     found = model.get_output_embeddings()
     if not isinstance(found, nn.Linear):
         raise InputError(f"{type(model).__name__} has no linear language-model head; give a causal language model")
     return found
+
+
+def _check_logits(config: PreTrainedConfig) -> None:
+    for key in CHANGED_LOGITS:
+        if getattr(config, key, None) not in (None, 1.0):
+            raise InputError(
+                f"a {config.model_type!r} model changes its logits after the head ({key}), which is not supported yet; "
+                "give another model"
+            )
+
+
+def check_usable(config: PreTrainedConfig, *, section: str, attention: str, packed: bool) -> None:
+    """Raise InputError for a model that can't be used as a recipe's section asks; its weights need not be there.
+
+    Packed rows are for the model types that a test has shown to keep documents apart.
+    """
+    _check_logits(config)
+    if attention == "flash_attention_2" and not _flash_attention():
+        raise InputError(f"{section}.attention: flash_attention_2 needs a GPU and the package flash-attn; write auto")
+    if packed and config.model_type not in PACKABLE:
+        raise InputError(
+            f"data.batching: packed rows of a {config.model_type!r} model might see each other; write grouped "
+            f"(packed is for {', '.join(PACKABLE)})"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,15 +273,6 @@ def student_config(teacher: PreTrainedConfig, blocks: Sequence[int], width: dict
             f"student.num_key_value_heads: {heads} attention heads can't share {shared} key-value heads; write a divisor of {heads}"
         )
     return config
-
-
-def check_packable(config: PreTrainedConfig) -> None:
-    """Raise InputError for a model type of which no test has shown that packed documents do not see each other."""
-    if config.model_type not in PACKABLE:
-        raise InputError(
-            f"data.batching: packed rows of a {config.model_type!r} model might see each other; write grouped "
-            f"(packed is for {', '.join(PACKABLE)})"
-        )
 
 
 def copied_student(
@@ -440,14 +455,15 @@ def _copy_tensors(source: Path, folder: Path, names: Callable[[str], list[str]],
 
 def attention_implementation(asked: str) -> tuple[str, str]:
     """(name for transformers, why): flash_attention_2 when it is installed and there is a GPU, else sdpa."""
-    import importlib.util
-
     if asked != "auto":
         return asked, "as the recipe says"
-    installed = importlib.util.find_spec("flash_attn") is not None
-    if installed and torch.cuda.is_available():
+    if _flash_attention():
         return "flash_attention_2", "flash-attn is installed and there is a GPU"
     return "sdpa", "no GPU" if not torch.cuda.is_available() else "flash-attn is not installed"
+
+
+def _flash_attention() -> bool:
+    return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
 
 
 def load_causal_lm(

@@ -230,6 +230,23 @@ def test_fingerprint_follows_tasks_their_data_and_the_settings(tmp_path: Path) -
     assert evaluation._shared_fingerprint(settings(), task.parent) == seen[0]
 
 
+def test_fingerprint_follows_the_asked_tasks_and_no_others(tmp_path: Path) -> None:
+    """A task's own YAML, what it includes, what a group names, the folder's Python; not its neighbours."""
+    (tmp_path / "base.yml.yaml").write_text("output_type: multiple_choice\n")
+    (tmp_path / "one.yaml").write_text("task: one\ninclude: base.yml.yaml\n")
+    (tmp_path / "two.yaml").write_text("task: two\n")
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [one, two]\n")
+    (tmp_path / "utils.py").write_text("")
+
+    def made_of(*tasks: str) -> set[str]:
+        return {file.name for file in evaluation._task_files(tmp_path, tasks)}
+
+    assert made_of("two") == {"two.yaml", "utils.py"}
+    assert made_of("one") == {"one.yaml", "base.yml.yaml", "utils.py"} | made_of("both")
+    assert made_of("both") == {"both.yaml", "one.yaml", "two.yaml", "base.yml.yaml", "utils.py"}
+    assert made_of("hellaswag") == {"utils.py"}  # lm-eval's own: its version counts
+
+
 def test_the_child_is_no_rank_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "7")

@@ -143,6 +143,8 @@ def test_model_that_changes_its_logits_after_the_head_is_refused(config: Callabl
         InputError, match=rf"changes its logits after the head \({key}\), which is not supported yet; give"
     ):
         models.head(new(config()))
+    with pytest.raises(InputError, match=rf"changes its logits after the head \({key}\)"):
+        models.check_usable(config(), section="teacher", attention="auto", packed=False)
 
 
 @torch.no_grad()
@@ -154,7 +156,7 @@ def test_each_model_that_may_be_packed_keeps_documents_apart() -> None:
     batch = collate(rows, pad_id=0, packed=True)
     for kind in models.PACKABLE:
         config = CONFIGS[kind]()
-        models.check_packable(config)
+        models.check_usable(config, section="teacher", attention="auto", packed=True)
         model = new(config)
         alone = torch.cat([model(torch.tensor([row["input_ids"]])).logits[0] for row in rows])
         body = models.backbone(model)
@@ -168,7 +170,8 @@ def test_model_that_has_not_been_shown_to_keep_documents_apart_is_refused() -> N
     with pytest.raises(
         InputError, match=r"data\.batching: packed rows of a 'opt' model might see each other; write grouped"
     ):
-        models.check_packable(CONFIGS["opt"]())
+        models.check_usable(CONFIGS["opt"](), section="teacher", attention="auto", packed=True)
+    models.check_usable(CONFIGS["opt"](), section="teacher", attention="auto", packed=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -499,6 +502,10 @@ def test_attention_that_the_model_or_the_machine_lacks(folders: Callable[[str], 
     with pytest.raises(InputError, match=r"can't be loaded with attention 'sdpa' \(BloomForCausalLM does not support"):
         models.load_causal_lm(tmp_path, dtype=torch.float32, ds_config=None, attention="auto")
     if not torch.cuda.is_available():
+        with pytest.raises(
+            InputError, match=r"student\.attention: flash_attention_2 needs a GPU and the package flash-attn; w"
+        ):
+            models.check_usable(CONFIGS["qwen3"](), section="student", attention="flash_attention_2", packed=False)
         with pytest.raises(
             InputError, match="can't be loaded with attention 'flash_attention_2'.*or another attention"
         ):

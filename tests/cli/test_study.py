@@ -1,0 +1,96 @@
+"""A whole small study by its command: trained, evaluated, reported; a second call does only what is missing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llmkd.cli import main
+from llmkd.config import load_recipe
+from llmkd.errors import InputError
+from llmkd.study import entry_recipe, manifest, study
+from tests.tiny import recipe_values
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    shutil.copytree(tiny / "teacher", folder / "teacher")
+    shape = json.loads((folder / "teacher" / "config.json").read_text())
+    shape["max_position_embeddings"] = 512  # the built-in task's prompts are long in the tiny tokenizer
+    (folder / "teacher" / "config.json").write_text(json.dumps(shape))
+    values = recipe_values(tiny)
+    values.update(
+        teacher={"path": str(folder / "teacher"), "dtype": "float32"},
+        output=str(folder / "runs"),
+        evaluation={"tasks": ["records_choice"], "limit": 3, "batch_size": 12},
+        study={"strategies": ["none", "all_to_one"], "seeds": [0], "ranks": 1},
+    )
+    values["train"].update(steps=2, micro_batch_size=8, warmup_steps=0)
+    values["matching"] = {"target_block": 1, "strategy": "all_to_one"}
+    (folder / "study.yaml").write_text(yaml.safe_dump(values))
+    return folder / "study.yaml"
+
+
+def test_study_is_run_once_and_reported(recipe_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    main(["study", str(recipe_file)])
+    folder = recipe_file.parent / "runs" / "tiny"
+    out = capfd.readouterr().out
+    assert f"Report: {folder / 'report.md'}" in out and "all_to_one" in out
+    entries = json.loads((folder / "study.json").read_text())["entries"]
+    assert [e["name"] for e in entries] == ["teacher", "undistilled", "ce_only-s0", "none-s0", "all_to_one-s0"]
+    for entry in entries:
+        result = json.loads((folder / entry["evaluation"]).read_text())
+        assert result["error"] is None and 0 <= result["tasks"]["records_choice"]["acc"] <= 1
+    trained = folder / "students" / "all_to_one-s0"
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["pairs"] == [[0, 1], [1, 1], [2, 1]] and summary["world_size"] == 1
+    assert not (trained / "initial").exists() and (trained / "model" / "model.safetensors").is_file()
+    report = (folder / "report.md").read_text()
+    assert "Nothing can be concluded" in report and "undistilled" in report
+
+    results = [*folder.glob("students/*/model/*"), *folder.glob("evaluations/*.json*")]
+    made = {path: path.stat().st_mtime_ns for path in results}
+    main(["study", str(recipe_file)])
+    assert all(p.stat().st_mtime_ns == when for p, when in made.items())
+
+    with pytest.raises(InputError, match="made by another recipe: train.learning_rate was 0.003, now 0.1"):
+        study(load_recipe(recipe_file, ["train.learning_rate=0.1"]))
+    with pytest.raises(InputError, match="train.batch_size: 8 rows can't be shared by 3 ranks"):
+        study(load_recipe(recipe_file), ranks=3)
+
+
+def test_every_entry_has_a_recipe_of_its_own(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file, ["study.seeds=[3, 4]", "study.strategies=[none, forward, all_to_one]"])
+    entries = {e["name"]: e for e in manifest(recipe)}
+    assert len(entries) == 2 + 2 + 6
+    one = entry_recipe(recipe, entries["all_to_one-s4"])
+    assert (one.seed, one.matching.strategy, one.matching.target_block) == (4, "all_to_one", 1)
+    assert entry_recipe(recipe, entries["forward-s3"]).matching.target_block is None
+    ce_only = entry_recipe(recipe, entries["ce_only-s3"])
+    assert (ce_only.loss.kl, ce_only.loss.hidden, ce_only.loss.ce) == (0, 0, 1)
+    assert entries["undistilled"]["seed"] is None
+    random = recipe.changed({"student.init": "random"})
+    assert [e["name"] for e in manifest(random)][1:3] == ["undistilled-s3", "undistilled-s4"]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("evaluation.tasks=[records_choise]", "no task 'records_choise'.*did you mean records_choice"),
+        ("student.blocks=9", "the student has 9 blocks and the teacher 6"),
+        ("matching.target_block=6", "target"),
+        ("teacher.path=/nowhere", "teacher.path: no folder '/nowhere'"),
+        ("study.strategies=[]", "study.strategies: name at least one"),
+    ],
+)
+def test_what_would_stop_a_study_is_said_before_anything_is_written(
+    recipe_file: Path, tmp_path: Path, override: str, sentence: str
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        study(load_recipe(recipe_file, [f"output={tmp_path}", override]))
+    assert list(tmp_path.iterdir()) == []

@@ -154,9 +154,10 @@ def _task_files(include: Path, tasks: Sequence[str]) -> list[Path]:
     while wanted:
         name = wanted.pop()
         for file, config in configs.items():
-            told = [str(file), *_strings([config.get(key) for key in ("task", "group", "tag")])]
-            if name in told and file not in files:
-                wanted += told + [str(file.parent / base) for base in _strings(config.get("include"))]
+            task = config.get("task")  # its name, or a group's list
+            told = _strings([config.get("group"), config.get("tag"), task if isinstance(task, str) else None])
+            if name in (str(file), *told) and file not in files:
+                wanted += _strings(task) + [str(file.parent / base) for base in _strings(config.get("include"))]
                 data = map(Path, _strings((config.get("dataset_kwargs") or {}).get("data_files")))
                 files += [file, *(path for path in data if path.is_file())]
     return files

@@ -26,8 +26,9 @@ def output(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_the_commands_are_those_of_the_readme() -> None:
     assert {"train", "finetune", "study", "evaluate", "report", "plan", "maps"} <= set(COMMANDS)
-    readme = (ROOT / "README.md").read_text()
-    assert set(re.findall(r"^llmkd (\w+)", readme, flags=re.MULTILINE)) <= set(COMMANDS)
+    shell = "".join(re.findall(r"^```(?:bash|sh)?\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S))
+    shown = set(re.findall(r"^(?:\S*/)?llmkd (\w+)", shell, flags=re.MULTILINE))
+    assert shown and shown <= set(COMMANDS)
 
 
 def test_help_of_every_command_in_one_quick_process(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def load_rows(source: str, *, name: str | None, split: str, rows: int | None, re
     if source == "records":
         if rows is None:
             raise InputError("data.rows: the built-in task is endless; say how many rows to use, e.g. rows: 20000")
-        made = records.examples(split, records_seed, 0, rows)
+        made = records.rows(split, records_seed, 0, rows)
         return Dataset.from_list([{"prompt": e["prompt"], "completion": e["completion"]} for e in made])
     path = Path(source).expanduser()
     if path.exists():

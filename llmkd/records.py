@@ -85,13 +85,23 @@ def examples(split: str, seed: int, start: int, count: int) -> list[Example]:
     `references` are all phrasings of the record, the completion among them, without the space. Raises InputError for a
     split that is not in `SPLITS`.
     """
+    return [{**made, "references": references(made["record"])} for made in rows(split, seed, start, count)]
+
+
+def rows(split: str, seed: int, start: int, count: int) -> list[Example]:
+    """The same without references, which take most of the time and which training has no use for."""
     if split not in SPLITS:
         raise InputError(f"records: no split {split!r}; choose from {', '.join(SPLITS)}")
-    return [example(split, seed, index) for index in range(start, start + count)]
+    return [row(split, seed, index) for index in range(start, start + count)]
 
 
 def example(split: str, seed: int, index: int) -> Example:
     """One example, a function of its three arguments alone."""
+    return examples(split, seed, index, 1)[0]
+
+
+def row(split: str, seed: int, index: int) -> Example:
+    """One row of `rows`."""
     random = Random(stable_hash(f"{split} {seed} {index}"))
     record = draw_record(random)
     while home(record) != split:
@@ -101,7 +111,6 @@ def example(split: str, seed: int, index: int) -> Example:
         "prompt": linearised(record),
         "completion": " " + sentences(record, (opening, wording)),
         "record": record,
-        "references": references(record),
     }
 
 

@@ -132,8 +132,8 @@ llmkd_environment() {
   [[ $llmkd_kind == cpu || $llmkd_kind == cuda ]] || llmkd_fail "LLMKD_TORCH is '$llmkd_kind': write cpu or cuda."
   llmkd_python=$(llmkd_find_python)
   [[ -n $llmkd_python ]] ||
-    llmkd_fail "llmkd needs Python 3.11 or newer; $(python3 -V 2>&1 || true) is what python3 gives here: install a newer one" \
-      "and name it in LLMKD_PYTHON."
+    llmkd_fail "llmkd needs Python 3.11 or newer; ${LLMKD_PYTHON:-python3} is" \
+      "$("${LLMKD_PYTHON:-python3}" -V 2>&1 || true): install a newer one and name it in LLMKD_PYTHON."
   # What an environment is bound to: it is made anew when one of these changes.
   llmkd_base="$("$llmkd_python" -c 'import sys; print(sys.base_prefix, *sys.version.split())') $llmkd_kind $llmkd_venv"
   llmkd_stamp="$llmkd_base $llmkd_root $llmkd_torch $(sha256sum <"$llmkd_root/pyproject.toml")"

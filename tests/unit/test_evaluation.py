@@ -224,10 +224,11 @@ def test_fingerprint_follows_tasks_their_data_and_the_settings(tmp_path: Path) -
     for yaml, rows, limit in ((text, "[]", 4), (text, "[1]", 4), (text + "# more", "[1]", 4), (text, "[]", 5)):
         task.write_text(yaml)
         data.write_text(rows)
-        seen.append(evaluation._shared_fingerprint(settings(limit=limit), task.parent))
+        seen.append(evaluation._shared_fingerprint(settings(tasks=("t",), limit=limit), task.parent))
     task.write_text(text)
     assert len(set(seen)) == 4
-    assert evaluation._shared_fingerprint(settings(), task.parent) == seen[0]
+    data.write_text("[]")
+    assert evaluation._shared_fingerprint(settings(tasks=("t",)), task.parent) == seen[0]
 
 
 def test_fingerprint_follows_the_asked_tasks_and_no_others(tmp_path: Path) -> None:

@@ -50,7 +50,12 @@ class Job:
     train: config.Train
     data: config.Data
     seed: int
-    title: str
+    makes_teacher: bool
+
+    @property
+    def title(self) -> str:
+        """What the run is called in logs: its folder."""
+        return self.folder.name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,7 +103,7 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         train=recipe.train,
         data=recipe.data,
         seed=recipe.seed,
-        title=f"{recipe.matching.strategy}, seed {recipe.seed}",
+        makes_teacher=False,
     )
     refuse_other_recipe(world, job)
     positions = getattr(teacher_config, "max_position_embeddings", None)
@@ -148,7 +153,7 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
         train=settings.train,
         data=data,
         seed=settings.seed,
-        title="teacher",
+        makes_teacher=True,
     )
     refuse_other_recipe(world, job)
     return job
@@ -327,7 +332,7 @@ def write_initial(world: World, job: Job) -> None:
     if job.initial != job.folder / "initial" or (job.initial / "config.json").is_file():
         return
     recipe = job.recipe
-    if job.title == "teacher":
+    if job.makes_teacher:
         on_main(world, lambda: initial_teacher(recipe, job.initial))
     else:
         teacher = on_main(world, lambda: models.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))

@@ -31,6 +31,7 @@ from llmkd.errors import InputError
 
 log = logging.getLogger("llmkd")
 
+PACKAGE = Path(__file__).resolve().parent
 BACKEND = "hf"
 PACKAGES = ("lm_eval", "transformers", "torch", "sacrebleu")  # their versions belong to a score
 NOT_OF_THE_MODEL = ("llmkd.json", "README.md")  # in an exported folder, but without influence on its outputs
@@ -113,9 +114,9 @@ def _run_child(todo: list[dict[str, Any]], settings: Evaluation, include: Path |
 
 
 def _environment() -> dict[str, str]:
-    """Ours, less what a launcher set for its ranks (lm-eval would wait for them), with this package importable."""
+    """Ours, less what a launcher set for its ranks (lm-eval would wait for them), with this checkout importable."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER_VARIABLES)}
-    paths = [str(ROOT), *filter(None, [kept.get("PYTHONPATH")])]
+    paths = [str(ROOT)] * (PACKAGE.parent == ROOT) + [path for path in [kept.get("PYTHONPATH")] if path]
     return {**kept, "PYTHONPATH": os.pathsep.join(paths), "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -141,7 +142,7 @@ def _fingerprint(shared: str, model: Path) -> str:
 
 def _shared_fingerprint(settings: Evaluation, include: Path | None) -> str:
     parts = [settings.model_dump_json(exclude={"include"}), json.dumps(_versions(), sort_keys=True)]
-    parts += _contents(ROOT, [ROOT / "llmkd" / "records.py"])
+    parts += _contents(PACKAGE, [PACKAGE / "records.py"])
     if include is not None:
         parts += _contents(include, _task_files(include, settings.tasks))
     return _digest(parts)

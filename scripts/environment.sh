@@ -28,7 +28,7 @@ print(base if os.access(base, os.X_OK) else sys.executable)'
 llmkd_progress() {
   local packages=("$llmkd_venv"/lib/python3*/site-packages/*.dist-info)
   printf '%d packages in place; ' "${#packages[@]}"
-  grep -E '^ *(Collecting|Downloading|Building|Installing|Attempting|Get:|Unpacking|Setting up)' "$llmkd_log" | tail -n 1 |
+  grep -E '^ *(Collecting|Downloading|Building|Installing|Importing|Get:|Unpacking|Setting up)' "$llmkd_log" | tail -n 1 |
     sed 's/^ *//; s/^\(Installing collected packages\):.*/\1/' | cut -c 1-90
 }
 
@@ -101,23 +101,24 @@ llmkd_make_environment() {
   if [[ -e $llmkd_venv && ! -e $llmkd_venv/.llmkd-venv ]] && [[ -n $(ls -A "$llmkd_venv") ]]; then
     llmkd_fail "$llmkd_venv was not made by this script: move it away, or set LLMKD_VENV to another folder."
   fi
-  if [[ $(cat "$llmkd_venv/.llmkd-venv" 2>/dev/null) != "$llmkd_base" || ! -x $llmkd_venv/bin/python ]]; then
+  # Without a working pip (interrupted while it upgraded itself, say) there is nothing to go on with.
+  if [[ $(cat "$llmkd_venv/.llmkd-venv" 2>/dev/null) != "$llmkd_base" ]] ||
+    ! "$llmkd_venv/bin/python" -m pip --version >/dev/null 2>&1; then
     rm -rf "$llmkd_venv"
     mkdir -p "$llmkd_venv" || llmkd_fail "cannot make the folder $llmkd_venv."
     echo "$llmkd_base" >"$llmkd_venv/.llmkd-venv"
-  fi
-  rm -f "$llmkd_venv/.llmkd-stamp"
-  if [[ ! -x $llmkd_venv/bin/pip ]]; then
     llmkd_say "making $llmkd_venv with $("$llmkd_python" -V)"
     "$llmkd_python" -c 'import ensurepip' 2>/dev/null || llmkd_install_ensurepip
     llmkd_logged "$llmkd_python" -m venv "$llmkd_venv" || llmkd_give_up "'$llmkd_python -m venv $llmkd_venv' failed."
-    llmkd_say "upgrading pip (an old one resolves far more slowly)"
-    llmkd_pip --upgrade pip || llmkd_give_up "pip could not be upgraded: is PyPI reachable?"
   fi
+  rm -f "$llmkd_venv/.llmkd-stamp"
+  llmkd_say "upgrading pip (an old one resolves far more slowly)"
+  llmkd_pip --upgrade pip || llmkd_give_up "pip could not be upgraded: is PyPI reachable?"
   llmkd_install_torch
   llmkd_say "installing llmkd and what it needs"
   llmkd_pip -e "$llmkd_root[dev]" || llmkd_give_up "llmkd's dependencies could not be installed: is PyPI reachable?"
   llmkd_say "checking that it imports"
+  echo "Importing it all for the first time" >>"$llmkd_log"
   llmkd_logged "$llmkd_venv/bin/python" -c 'import torch, deepspeed, transformers, llmkd' ||
     llmkd_give_up "the new environment does not import."
   echo "$llmkd_stamp" >"$llmkd_venv/.llmkd-stamp"
@@ -133,7 +134,7 @@ llmkd_environment() {
   llmkd_python=$(llmkd_find_python)
   [[ -n $llmkd_python ]] ||
     llmkd_fail "llmkd needs Python 3.11 or newer; ${LLMKD_PYTHON:-python3} is" \
-      "$("${LLMKD_PYTHON:-python3}" -V 2>&1 || true): install a newer one and name it in LLMKD_PYTHON."
+      "$("${LLMKD_PYTHON:-python3}" -V 2>/dev/null || echo 'not on this machine'): install a newer one and name it in LLMKD_PYTHON."
   # What an environment is bound to: it is made anew when one of these changes.
   llmkd_base="$("$llmkd_python" -c 'import sys; print(sys.base_prefix, *sys.version.split())') $llmkd_kind $llmkd_venv"
   llmkd_stamp="$llmkd_base $llmkd_root $llmkd_torch $(sha256sum <"$llmkd_root/pyproject.toml")"

@@ -26,8 +26,8 @@ def output(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_the_commands_are_those_of_the_readme() -> None:
     assert {"train", "finetune", "study", "evaluate", "report", "plan", "maps"} <= set(COMMANDS)
-    shell = "".join(re.findall(r"^```(?:bash|sh)?\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S))
-    shown = set(re.findall(r"^(?:\S*/)?llmkd (\w+)", shell, flags=re.MULTILINE))
+    fenced = (ROOT / "README.md").read_text().split("```")[1::2]
+    shown = set(re.findall(r"^(?:\$ )?llmkd (\w+)", "".join(fenced), flags=re.MULTILINE))
     assert shown and shown <= set(COMMANDS)
 
 

@@ -44,7 +44,7 @@ def maps(
     pairs: tuple[str, ...],
 ) -> None:
     """Show which teacher block teaches which student block."""
-    from llmkd.layer_map import STRATEGIES, drawing, layer_map, table
+    from llmkd.layer_map import CONVENTION, STRATEGIES, drawing, layer_map, table
 
     for name in strategy or (["explicit"] if pairs else list(STRATEGIES)):
         chosen = layer_map(
@@ -58,7 +58,7 @@ def maps(
         click.echo(f"{name}: {student_blocks} student blocks, {teacher_blocks} teacher blocks\n")
         click.echo(table(chosen, student_blocks, teacher_blocks))
         click.echo()
-        click.echo(drawing(chosen, student_blocks, teacher_blocks))
+        click.echo(drawing(chosen, student_blocks, teacher_blocks).removeprefix(f"{CONVENTION}\n"))
         click.echo()
 
 

@@ -52,7 +52,7 @@ def start(timeout_seconds: int = 1800) -> World:
     """Join the process group that the launcher (deepspeed, torchrun, llmkd train) described, or make one of a single process."""
     # DeepSpeed looks here for its shared-memory operator alone, which only inference uses; looking it up would compile probes, and
     # building it would ask for a C++ compiler and a minute.
-    deepspeed.ops.__compatible_ops__ = {}
+    setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 (a name its type stubs do not know)
     timeout = timedelta(seconds=timeout_seconds)
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -66,7 +66,9 @@ def start(timeout_seconds: int = 1800) -> World:
             dist.init_process_group(backend, timeout=timeout)
         else:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-            store = dist.FileStore(os.path.join(tempfile.mkdtemp(prefix="llmkd-"), "store"), 1)
+            store = torch.distributed.distributed_c10d.FileStore(
+                os.path.join(tempfile.mkdtemp(prefix="llmkd-"), "store"), 1
+            )
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(
@@ -230,7 +232,7 @@ def sharded_construction(config: dict[str, Any] | None) -> Iterator[None]:
     if config is None or zero_stage(config) != 3:
         yield
         return
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     keep = HfDeepSpeedConfig(config)  # transformers holds a weak reference to it
     try:
@@ -284,7 +286,7 @@ def parameter_count(module: nn.Module) -> int:
     return sum(full_shape(p).numel() for p in module.parameters())
 
 
-def gathered(parameters: Iterable[nn.Parameter | None]) -> contextlib.AbstractContextManager[Any]:
+def gathered(parameters: Iterable[Tensor | None]) -> contextlib.AbstractContextManager[Any]:
     """Inside, these parameters are whole on every rank (all ranks take part)."""
     sharded = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
     return deepspeed.zero.GatheredParameters(sharded) if sharded else contextlib.nullcontext()

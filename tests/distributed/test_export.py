@@ -68,8 +68,8 @@ def test_rotary_frequencies_stay_float32_under_zero3(tiny: Path, world: Any) -> 
 def test_zero3_teacher_never_holds_more_than_two_blocks_and_embeddings(tiny: Path, world: Any) -> None:
     """Weights whole at any time are counted at every block; all of them together are what must never happen."""
     ds = teacher_ds_config(2, "float32", "none", 1)
-    model = models.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=ds, attention="sdpa")
-    stack = models.blocks(model)
+    model: Any = models.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=ds, attention="sdpa")
+    stack: Any = models.blocks(model)
     block = sum(p.ds_numel for p in stack[0].parameters())
     whole = sum(p.ds_numel for p in model.parameters())
     held: list[int] = []

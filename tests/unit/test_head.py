@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from llmkd.divergences import DIVERGENCES
 from llmkd.head import TeacherHead, head_losses
@@ -71,7 +72,7 @@ def test_gradient_is_that_of_finite_differences() -> None:
         return head_losses(**moved, **_settings(4))[0]
 
     grads = torch.autograd.grad(at(0.0), [i["states"], i["weight"]])
-    slope = sum((g * d).sum() for g, d in zip(grads, direction, strict=True))
+    slope = torch.stack([(g * d).sum() for g, d in zip(grads, direction, strict=True)]).sum()
     assert slope.item() == pytest.approx(((at(1e-5) - at(-1e-5)) / 2e-5).item(), rel=1e-7)
 
 
@@ -103,7 +104,7 @@ def test_no_tensor_of_all_tokens_by_vocabulary_ever_exists(dtype: torch.dtype) -
     class Shapes(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            seen.update(tuple(t.shape) for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+            seen.update(tuple(t.shape) for t in tree_leaves(out) if isinstance(t, torch.Tensor))
             return out
 
     i = _inputs(dtype)

@@ -66,10 +66,8 @@ def start(timeout_seconds: int = 1800) -> World:
             dist.init_process_group(backend, timeout=timeout)
         else:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-            store = torch.distributed.distributed_c10d.FileStore(
-                os.path.join(tempfile.mkdtemp(prefix="llmkd-"), "store"), 1
-            )
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+            store = os.path.join(tempfile.mkdtemp(prefix="llmkd-"), "store")
+            dist.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1, timeout=timeout)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(
             dist_backend=dist.get_backend(), auto_mpi_discovery=False, timeout=timeout, verbose=False

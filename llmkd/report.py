@@ -170,11 +170,12 @@ def conclusion(results: dict[str, Any]) -> str:
         return f"{partial}Nothing can be concluded: no model has a score."
     metric = results["metrics"][0]
     compared = [row for row in results["rows"] if row["seeds"] and metric in row["cells"]]
-    repeated = [row for row in compared if row["cells"][metric]["half_width"] is not None]
+    # An interval of width 0 is two seeds that tie by chance (a share of few items), not certainty: it is left out.
+    repeated = [row for row in compared if row["cells"][metric]["half_width"]]
     if len(repeated) < 2:
         return (
-            f"{partial}Nothing can be concluded about differences between strategies: it takes two strategies with at "
-            f"least two seeds each, and {len(repeated)} of {len(compared)} have them."
+            f"{partial}Nothing can be concluded about differences between strategies: it takes two strategies with "
+            f"differing scores over at least two seeds each, and {len(repeated)} of {len(compared)} have them."
         )
     apart = []
     for one, other in combinations(repeated, 2):
@@ -183,10 +184,11 @@ def conclusion(results: dict[str, Any]) -> str:
             apart.append(f"{high['name']} above {low['name']}")
     counts = sorted({row["cells"][metric]["n"] for row in repeated})
     seeds = f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
+    said = f"the 95 % intervals over {seeds} of {', '.join(row['name'] for row in repeated)}"
     if apart:
-        said = f"the 95 % intervals over {seeds} put {', '.join(apart)}; no other difference between them is shown"
+        said += f" put {', '.join(apart)}; no other difference between them is shown"
     else:
-        said = f"the 95 % intervals of all strategies over {seeds} overlap, so no difference between them is shown"
+        said += " overlap, so no difference between them is shown"
     return f"{partial}On {metric}, {said}.{_against_undistilled(results, repeated, metric)}"
 
 

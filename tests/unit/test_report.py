@@ -88,7 +88,7 @@ def test_separate_intervals_are_concluded(study: Folder) -> None:
     """forward: 71 ± 12.7 from 58.3; none: 40.5 ± 6.4 up to 46.9. They are apart, and both above 3."""
     said = study.results()["conclusion"]
     assert said == (
-        "On say/bleu, the 95 % intervals over 2 seeds put forward above none; no other difference between them is shown."
+        "On say/bleu, the 95 % intervals over 2 seeds of none, forward put forward above none; no other difference between them is shown."
         " Intervals wholly above the undistilled student's 3.0: none, forward."
     )
     assert study.markdown().startswith(f"# Study made-up\n\n{said}\n")
@@ -98,8 +98,15 @@ def test_overlapping_intervals_are_not(study: Folder) -> None:
     study.score("none-s0", 60.0)
     study.score("none-s1", 62.0)
     said = study.results()["conclusion"]
-    assert "intervals of all strategies over 2 seeds overlap, so no difference between them is shown" in said
+    assert "intervals over 2 seeds of none, forward overlap, so no difference between them is shown" in said
     assert "put" not in said
+
+
+def test_two_seeds_that_tie_are_no_certainty(study: Folder) -> None:
+    """An interval of width 0 would put a strategy above or below every other."""
+    study.score("none-s0", 71.5)
+    study.score("none-s1", 71.5)
+    assert study.results()["conclusion"].startswith("Nothing can be concluded about differences between strategies")
 
 
 def test_one_seed_concludes_nothing(tmp_path: Path) -> None:

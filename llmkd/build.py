@@ -44,6 +44,8 @@ class Job:
     inputs: dict[str, Any]
     """What decides the result; a checkpoint or a model of other inputs is refused."""
     initial: Path
+    tokenizer: Path | None
+    """The folder whose tokenizer is used; None where one is trained on the data."""
     teacher: Path | None
     pairs: Pairs
     weights: Weights
@@ -68,14 +70,12 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
     teacher_config = models.load_config(teacher, trust_remote_code=recipe.teacher.trust_remote_code)
     depth = teacher_config.num_hidden_layers
     checkpoint = None
+    student_config = teacher_config
     if recipe.student.init == "checkpoint":
         path = recipe.student.path or ""
         checkpoint = on_main(world, lambda: models.resolve(path, "student.path"))
-        student_depth = models.load_config(
-            checkpoint, trust_remote_code=recipe.student.trust_remote_code
-        ).num_hidden_layers
-    else:
-        student_depth = recipe.student.blocks or depth
+        student_config = models.load_config(checkpoint, trust_remote_code=recipe.student.trust_remote_code)
+    student_depth = recipe.student.blocks or student_config.num_hidden_layers
     pairs = pairs_of(recipe, student_depth, depth)
     weights = Weights(
         ce=recipe.loss.ce,
@@ -88,15 +88,28 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         raise InputError(
             "loss: ce, kl and hidden are all 0, so there is nothing to learn from; give one of them a weight"
         )
-    if recipe.student.init == "teacher":
-        models.block_choice(recipe.student.copy_blocks, student_depth, depth)
-    if checkpoint is not None:
-        models.check_same_tokens(models.load_tokenizer(teacher), models.load_tokenizer(checkpoint))
+    if checkpoint is None:
+        rule = recipe.student.copy_blocks if recipe.student.init == "teacher" else "spread"
+        models.student_config(teacher_config, models.block_choice(rule, student_depth, depth), recipe.student.width)
+    else:
+        theirs = models.load_tokenizer(checkpoint, trust_remote_code=recipe.student.trust_remote_code)
+        models.check_same_tokens(
+            models.load_tokenizer(teacher, trust_remote_code=recipe.teacher.trust_remote_code), theirs
+        )
+    for section, settings, shape, where in (
+        ("teacher", recipe.teacher, teacher_config, recipe.teacher_path),
+        ("student", recipe.student, student_config, recipe.student.path or ""),
+    ):
+        models.check_usable(
+            shape, section=section, attention=settings.attention, packed=recipe.data.batching == "packed"
+        )
+        _check_lengths(recipe.data.max_length, getattr(shape, "max_position_embeddings", None), where)
     job = Job(
         folder=folder,
         recipe=recipe,
         inputs=training_inputs(recipe),
         initial=checkpoint or folder / "initial",
+        tokenizer=checkpoint or teacher,
         teacher=teacher if weights.kl or weights.hidden else None,
         pairs=pairs,
         weights=weights,
@@ -106,8 +119,6 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         makes_teacher=False,
     )
     refuse_other_recipe(world, job)
-    positions = getattr(teacher_config, "max_position_embeddings", None)
-    _check_lengths(job.data.max_length, positions, recipe.teacher_path)
     return job
 
 
@@ -142,11 +153,19 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
         else getattr(models.load_config(initial), "max_position_embeddings", None)
     )
     _check_lengths(data.max_length, positions, start or "finetune.architecture")
+    if start is not None:
+        models.check_usable(
+            models.load_config(initial),
+            section="teacher",
+            attention=recipe.teacher.attention,
+            packed=data.batching == "packed",
+        )
     job = Job(
         folder=folder,
         recipe=recipe,
         inputs=config.finetune_inputs(recipe),
         initial=initial,
+        tokenizer=initial if start is not None else None,
         teacher=None,
         pairs=(),
         weights=Weights(ce=1.0, kl=0.0, hidden=0.0, kl_positions="trained", hidden_positions="trained"),
@@ -159,8 +178,8 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
     return job
 
 
-def initial_teacher(recipe: Recipe, folder: Path) -> None:
-    """Write the HF folder of a new model of `finetune.architecture`, with a tokenizer trained on the data (rank 0 alone)."""
+def teacher_tokenizer(recipe: Recipe) -> Any:
+    """The tokenizer of a teacher that is made from nothing, trained on its data (rank 0 alone)."""
     settings = recipe.finetune
     assert settings is not None and settings.architecture is not None
     rows = _rows(settings.data or recipe.data)
@@ -171,11 +190,21 @@ def initial_teacher(recipe: Recipe, folder: Path) -> None:
     texts = (
         text for column in ("prompt", "completion", "text") if column in rows.column_names for text in rows[column]
     )
-    tokenizer = models.new_tokenizer(texts, settings.architecture.vocab_size)
+    return models.new_tokenizer(texts, settings.architecture.vocab_size)
+
+
+def initial_teacher(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
+    """Write the HF folder of a new model of `finetune.architecture` with this tokenizer (rank 0 alone)."""
+    settings = recipe.finetune
+    assert settings is not None and settings.architecture is not None
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     shape = models.qwen3_config(settings.architecture.model_dump(), special)
     models.new_model(
-        shape, folder, seed=recipe.seed, dtype=models.DTYPES[settings.train.dtype], tokenizer=tokenizer.save_pretrained
+        shape,
+        folder,
+        seed=settings.seed,
+        dtype=models.DTYPES[settings.train.dtype],
+        tokenizer=tokenizer.save_pretrained,
     )
 
 
@@ -327,13 +356,22 @@ def load_student(job: Job, ds_config: dict[str, Any], teacher_width: int | None)
     return module
 
 
-def write_initial(world: World, job: Job) -> None:
-    """Write the folder the model starts from, unless it is there."""
-    if job.initial != job.folder / "initial" or (job.initial / "config.json").is_file():
+def job_tokenizer(world: World, job: Job, *, resuming: bool) -> Any:
+    """The job's tokenizer, before anything is written."""
+    if job.tokenizer is not None or resuming:
+        return models.load_tokenizer(
+            job.tokenizer or job.initial, trust_remote_code=job.recipe.teacher.trust_remote_code
+        )
+    return on_main(world, lambda: teacher_tokenizer(job.recipe))
+
+
+def write_initial(world: World, job: Job, tokenizer: Any, *, resuming: bool) -> None:
+    """Write the folder the model starts from; one that is there may be another recipe's, unless a checkpoint goes with it."""
+    if job.initial != job.folder / "initial" or (resuming and (job.initial / "config.json").is_file()):
         return
     recipe = job.recipe
     if job.makes_teacher:
-        on_main(world, lambda: initial_teacher(recipe, job.initial))
+        on_main(world, lambda: initial_teacher(recipe, tokenizer, job.initial))
     else:
         teacher = on_main(world, lambda: models.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
         on_main(world, lambda: initial_student(recipe, teacher, job.initial))

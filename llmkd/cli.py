@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import click
 
+from llmkd import __version__
 from llmkd.errors import InputError
 
 SET = click.option(
@@ -20,7 +22,7 @@ RANKS = click.option(
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="llmkd")
+@click.version_option(__version__, prog_name="llmkd")  # by value: a clone need not be installed
 def cli() -> None:
     """Distil large language models, with intermediate-layer matching as a measured choice."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -91,9 +93,9 @@ def train(
     ranks: int | None,
 ) -> None:
     """Train one student on this machine's GPUs (or on CPU ranks). The same command resumes."""
-    named = {"--strategy": strategy, "--seed": seed, "--ds-config": ds_config, "--output": output}
-    options = [part for key, value in named.items() if value is not None for part in (key, str(value))]
-    _launch(recipe, overrides, options, ranks)
+    named = {"matching.strategy": strategy, "seed": seed, "train.deepspeed": ds_config}
+    sets = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
+    _launch(recipe, (*overrides, *sets), [] if output is None else ["--output", str(output)], ranks)
 
 
 @cli.command()
@@ -102,6 +104,10 @@ def train(
 @RANKS
 def finetune(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None:
     """Make the recipe's teacher (its finetune section) with cross-entropy alone."""
+    from llmkd.config import load_recipe
+
+    if load_recipe(recipe, overrides).finetune is None:
+        raise InputError(f"recipe {recipe!r} has no finetune section, so there is no teacher to make; add one")
     _launch(recipe, overrides, ["--teacher-only"], ranks)
 
 

@@ -33,7 +33,7 @@ from llmkd.data import batches
 from llmkd.distributed import World, barrier, engine, quiet, start, stop, sum_counts
 from llmkd.errors import InputError
 from llmkd.metrics import Journal, Meter, peak_memory_gib
-from llmkd.models import attention_implementation, load_config, load_tokenizer
+from llmkd.models import attention_implementation, load_config
 from llmkd.objective import divisors, scales
 
 log = logging.getLogger("llmkd")
@@ -48,11 +48,11 @@ def train(world: World, job: Job) -> bool:
     accumulation = build.accumulation_steps(settings, world.size)
     resume = checkpoint.newest(job.folder / "checkpoints", job.inputs, world.size)
     ds_config = build.training_ds_config(world, settings, accumulation, job.folder)
-    build.write_initial(world, job)
-    tokenizer = load_tokenizer(job.initial)
+    tokenizer = build.job_tokenizer(world, job, resuming=resume is not None)
     data = build.tokenized(world, job.data, tokenizer)
     steps = build.total_steps(settings, len(data))
     rate = build.rate_of_step(settings, steps)
+    build.write_initial(world, job, tokenizer, resuming=resume is not None)  # the first thing written
     module = build.load_student(job, ds_config, load_config(job.teacher).hidden_size if job.teacher else None)
     teacher = build.load_teacher(job) if job.teacher is not None else None
     student = engine(

@@ -13,9 +13,10 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
+from torch import nn
 
 from llmkd import config, models
 from llmkd.checkpoint import check_same
@@ -277,8 +278,10 @@ def rate_of_step(train: config.Train, steps: int) -> Callable[[int], float]:
         total=steps,
         shape=train.schedule,
     )
-    if steps:
-        rate(0)
+    try:
+        rate(0) if steps else None
+    except InputError as error:
+        raise InputError(f"train.warmup_steps: {error}") from error
     return rate
 
 
@@ -307,7 +310,7 @@ def _rows(data: config.Data) -> Dataset:
     return load_rows(data.source, name=data.name, split=data.split, rows=data.rows, records_seed=data.records_seed)
 
 
-def load_teacher(job: Job) -> Teacher:
+def load_teacher(world: World, job: Job) -> Teacher:
     """The job's teacher in its placement."""
     settings = job.recipe.teacher
     assert job.teacher is not None
@@ -323,6 +326,8 @@ def load_teacher(job: Job) -> Teacher:
     if sharded:
         largest = max(parameter_count(block) for block in models.blocks(model))
         ds = teacher_ds_config(job.train.micro_batch_size, settings.dtype, settings.offload, largest)
+    else:
+        cast(nn.Module, model).to(world.device)  # a student is placed by its engine
     uses = [teacher for _, teacher in job.pairs]
     return ResidentTeacher(model, uses, normed_last=job.recipe.matching.final_state == "normed", ds_config=ds)
 
@@ -331,7 +336,7 @@ def load_student(job: Job, ds_config: dict[str, Any], teacher_width: int | None)
     """The job's student, with its projectors and losses, ready for an engine."""
     dtype = models.DTYPES[job.train.dtype]
     settings, matching = job.recipe.student, job.recipe.matching
-    attention = settings.attention if job.teacher is not None else job.recipe.teacher.attention
+    attention = job.recipe.teacher.attention if job.makes_teacher else settings.attention
     model = models.load_causal_lm(
         job.initial, dtype=dtype, ds_config=ds_config, attention=attention, trust_remote_code=settings.trust_remote_code
     )

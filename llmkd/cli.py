@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ SET = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, e.g. train.steps=100."
 )
 RANKS = click.option(
-    "--ranks", type=click.IntRange(min=1), help="Processes on this machine [default: the GPUs, or study.ranks]."
+    "--ranks",
+    type=click.IntRange(min=1),
+    help="Processes on this machine [default: one per GPU, else study.ranks].",
 )
 
 
@@ -117,13 +120,17 @@ def _launch(recipe: str, overrides: tuple[str, ...], options: list[str], ranks: 
 
     settings = load_recipe(recipe, overrides)
     sets = [part for override in overrides for part in ("--set", override)]
-    sys.exit(launch(_ranks(ranks, settings.study.ranks), ["--recipe", recipe, *options, *sets]).code)
+    sys.exit(launch(_ranks(ranks) or settings.study.ranks, ["--recipe", recipe, *options, *sets]).code)
 
 
-def _ranks(asked: int | None, otherwise: int) -> int:
+def _ranks(asked: int | None) -> int:
+    """The ranks asked for, or one per GPU; 0 where neither says."""
     import torch
 
-    return asked or torch.cuda.device_count() or otherwise
+    gpus = torch.cuda.device_count()
+    if asked and gpus and asked > gpus:
+        raise InputError(f"--ranks {asked}: this machine has {gpus} GPUs; write at most {gpus}")
+    return asked or gpus
 
 
 @cli.command()
@@ -136,9 +143,14 @@ def study(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None:
     from llmkd.study import Stopped
     from llmkd.study import study as run
 
+    def stop(*_: object) -> None:
+        raise Stopped
+
     settings = load_recipe(recipe, overrides)
+    signal.signal(signal.SIGTERM, stop)
     try:
-        _show(run(settings, _ranks(ranks, settings.study.ranks)))
+        available = _ranks(ranks)
+        _show(run(settings, ranks or min(available or settings.study.ranks, settings.study.ranks)))
     except Stopped:
         click.echo("Stopped; all is saved, and the same command goes on from here.")
 

@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ import numpy as np
 import torch
 from datasets import Dataset, load_dataset
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from llmkd import records
 from llmkd.errors import InputError
@@ -400,7 +400,7 @@ def batches(
     pad_id: int,
     packed: bool,
 ) -> Iterator[list[Batch]]:
-    """For each step from `start_step` on, this rank's micro-batches, loaded ahead of the step by a worker."""
+    """For each step from `start_step` on, this rank's micro-batches, made ready one step ahead."""
     lengths = np.array(data["length"])
     per_epoch = steps_per_epoch(len(lengths), batch_size)
 
@@ -408,15 +408,16 @@ def batches(
     def of_epoch(epoch: int) -> np.ndarray:
         return epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch, grouped=not packed)
 
-    class Steps(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return steps - start_step
+    def of_step(step: int) -> list[Batch]:
+        epoch, place = divmod(step, per_epoch)
+        mine = micro_batch_rows(of_epoch(epoch)[place], rank=rank, world_size=world_size, accumulation=accumulation)
+        return [collate([data[int(r)] for r in micro], pad_id=pad_id, packed=packed) for micro in mine]
 
-        def __getitem__(self, index: int) -> list[Batch]:
-            epoch, place = divmod(start_step + index, per_epoch)
-            rows = of_epoch(epoch)[place]
-            mine = micro_batch_rows(rows, rank=rank, world_size=world_size, accumulation=accumulation)
-            return [collate([data[int(r)] for r in micro], pad_id=pad_id, packed=packed) for micro in mine]
-
-    pinned = torch.cuda.is_available()
-    yield from DataLoader(Steps(), batch_size=None, shuffle=False, num_workers=1 if pinned else 0, collate_fn=None)
+    # A thread, not a worker process: a process would be ended by the signal that asks this one to save and stop.
+    with ThreadPoolExecutor(1) as ahead:
+        following = ahead.submit(of_step, start_step) if start_step < steps else None
+        for step in range(start_step, steps):
+            assert following is not None
+            ready = following.result()
+            following = ahead.submit(of_step, step + 1) if step + 1 < steps else None
+            yield ready

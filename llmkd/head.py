@@ -108,7 +108,7 @@ class _HeadLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [None if g is None else g * grads[0].to(g.dtype) for g in ctx.gradients]
+        gradients = [None if g is None else g * grads[0] for g in ctx.gradients]
         ctx.gradients = None
         return (*gradients, *(None,) * 8)
 

@@ -83,7 +83,14 @@ class Journal:
     """Writes a run's values: one log line, `metrics.jsonl`, TensorBoard, and W&B if asked for. Only rank 0 writes."""
 
     def __init__(
-        self, world: World, folder: Path, *, start_step: int, wandb_project: str | None, recipe: dict[str, Any]
+        self,
+        world: World,
+        folder: Path,
+        *,
+        start_step: int,
+        wandb_project: str | None,
+        recipe: dict[str, Any],
+        run_name: str,
     ) -> None:
         self._main = world.is_main
         if not self._main:
@@ -98,7 +105,7 @@ class Journal:
             import wandb  # type: ignore[import-not-found]
 
             self._wandb = wandb.init(
-                project=wandb_project, name=folder.name, dir=str(folder), config=recipe, id=folder.name, resume="allow"
+                project=wandb_project, name=run_name, dir=str(folder), config=recipe, id=run_name, resume="allow"
             )
 
     def write(self, step: int, steps: int, values: dict[str, Any]) -> None:

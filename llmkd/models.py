@@ -453,10 +453,12 @@ def _copy_tensors(source: Path, folder: Path, names: Callable[[str], list[str]],
 # Loading
 
 
-def attention_implementation(asked: str) -> tuple[str, str]:
-    """(name for transformers, why): flash_attention_2 when it is installed and there is a GPU, else sdpa."""
+def attention_implementation(asked: str, dtype: torch.dtype) -> tuple[str, str]:
+    """(name for transformers, why): flash_attention_2 when it is installed, there is a GPU and the model is in half precision."""
     if asked != "auto":
         return asked, "as the recipe says"
+    if _flash_attention() and dtype == torch.float32:
+        return "sdpa", "flash-attn does not compute in float32"
     if _flash_attention():
         return "flash_attention_2", "flash-attn is installed and there is a GPU"
     return "sdpa", "no GPU" if not torch.cuda.is_available() else "flash-attn is not installed"
@@ -478,7 +480,8 @@ def load_causal_lm(
 
     Raises InputError when the folder's weights do not fill the model (transformers itself would only warn and make them up).
     """
-    name, _ = attention_implementation(attention)
+    name, why = attention_implementation(attention, dtype)
+    log.info("%s: attention %s (%s)", folder, name, why)
     try:
         with sharded_construction(ds_config):
             loaded: Any = AutoModelForCausalLM.from_pretrained(

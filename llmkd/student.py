@@ -181,4 +181,4 @@ class _DistanceSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(grads[0].to(gradient.dtype)), None, None, None
+        return gradient.mul_(grads[0]), None, None, None

@@ -164,7 +164,7 @@ def _launch(recipe: Recipe, entry: dict[str, Any], ranks: int) -> None:
     _write(file, dump_recipe(recipe if teacher else entry_recipe(recipe, entry)))
     where = ["--teacher-only"] if teacher else ["--output", str(recipe.folder / entry["train"])]
     ending = launch(ranks, ["--recipe", str(file), *where])
-    if ending.stopped:
+    if ending.stopped and ending.code in (0, 130, 143):  # 130 and 143: a rank was asked before it could listen
         raise Stopped
     if ending.code:
         raise InputError(
@@ -179,9 +179,14 @@ def _write_undistilled(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> Non
 
     for entry in entries:
         target = recipe.folder / entry["model"]
-        if entry["strategy"] == "undistilled" and not (target / "config.json").is_file():
-            seeded = recipe if entry["seed"] is None else recipe.changed({"seed": entry["seed"]})
+        if entry["strategy"] != "undistilled":
+            continue
+        seeded = recipe if entry["seed"] is None else recipe.changed({"seed": entry["seed"]})
+        decides = ("student.", "teacher.", "finetune.", "seed", "train.dtype")
+        made_of = json.dumps({k: v for k, v in training_inputs(seeded).items() if k.startswith(decides)})
+        if not (target / "llmkd.json").is_file() or (target / "llmkd.json").read_text() != made_of:
             initial_student(seeded, resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision), target)
+            _write(target / "llmkd.json", made_of)
 
 
 def _model(recipe: Recipe, entry: dict[str, Any]) -> Path:

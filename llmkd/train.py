@@ -15,8 +15,10 @@ if (
 ):  # run as a file: let `import llmkd` find the package, and keep its modules from shadowing others
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import importlib.util
 import json
 import logging
+import math
 import os
 import signal
 import time
@@ -24,29 +26,33 @@ from typing import Any
 
 import click
 import datasets
+import torch
 import transformers
 
 from llmkd import __version__, build, checkpoint
 from llmkd.build import Job
 from llmkd.config import Recipe, dump_recipe, load_recipe
 from llmkd.data import batches
-from llmkd.distributed import World, barrier, engine, quiet, start, stop, sum_counts
+from llmkd.distributed import World, barrier, engine, on_main, quiet, start, stop, sum_counts
 from llmkd.errors import InputError
 from llmkd.metrics import Journal, Meter, peak_memory_gib
-from llmkd.models import attention_implementation, load_config
+from llmkd.models import load_config
 from llmkd.objective import divisors, scales
 
 log = logging.getLogger("llmkd")
 
 
-def train(world: World, job: Job) -> bool:
+def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     """Run a job to its end, or until SIGTERM or SIGINT; True when the model is exported. The same call resumes. All ranks take part."""
     settings = job.train
-    if build.finished(job):
+    stopping = stopping or Stopping()
+    if on_main(world, lambda: build.finished(job)):
         log.info("%s: already done, %s", job.title, job.folder / "model")
         return True
     accumulation = build.accumulation_steps(settings, world.size)
-    resume = checkpoint.newest(job.folder / "checkpoints", job.inputs, world.size)
+    resume = on_main(world, lambda: checkpoint.newest(job.folder / "checkpoints", job.inputs, world.size))
+    if settings.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise InputError("train.wandb: the package wandb is not installed; run pip install wandb, or leave the key out")
     ds_config = build.training_ds_config(world, settings, accumulation, job.folder)
     tokenizer = build.job_tokenizer(world, job, resuming=resume is not None)
     data = build.tokenized(world, job.data, tokenizer)
@@ -54,7 +60,7 @@ def train(world: World, job: Job) -> bool:
     rate = build.rate_of_step(settings, steps)
     build.write_initial(world, job, tokenizer, resuming=resume is not None)  # the first thing written
     module = build.load_student(job, ds_config, load_config(job.teacher).hidden_size if job.teacher else None)
-    teacher = build.load_teacher(job) if job.teacher is not None else None
+    teacher = build.load_teacher(world, job) if job.teacher is not None else None
     student = engine(
         module,
         ds_config,
@@ -63,6 +69,7 @@ def train(world: World, job: Job) -> bool:
         epsilon=settings.epsilon,
         weight_decay=settings.weight_decay,
     )
+    torch.manual_seed(job.seed * 65536 + world.rank)  # dropout, where a model has it, differs from rank to rank
     first = 0
     if resume is not None:
         checkpoint.load(world, student, resume[0])
@@ -71,11 +78,17 @@ def train(world: World, job: Job) -> bool:
     if world.is_main:
         job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / "recipe.yaml").write_text(dump_recipe(job.recipe))
-    journal = Journal(world, job.folder, start_step=first, wandb_project=settings.wandb, recipe=job.inputs)
+    journal = Journal(
+        world,
+        job.folder,
+        start_step=first,
+        wandb_project=settings.wandb,
+        recipe=job.inputs,
+        run_name=f"{job.recipe.name}-{job.title}",
+    )
     meter = Meter(world, job.weights, build.pair_names(job.pairs))
     _announce(world, job, steps, accumulation, len(data))
 
-    stopping = _Stopping()
     totals = {"seconds": 0.0, "tokens": 0}
     values: dict[str, Any] = {}
     loader = batches(
@@ -109,19 +122,19 @@ def train(world: World, job: Job) -> bool:
         meter.step(by, attended)
         totals["tokens"] += attended
 
-        done = step == steps or asked_to_stop
-        if step % settings.log_every == 0 or done:  # all ranks: one reduction
+        saves = step == steps or asked_to_stop or (settings.save_every and step % settings.save_every == 0)
+        if step % settings.log_every == 0 or saves:  # all ranks: one reduction
             values = {
                 **meter.flush(),
                 "learning_rate": rate(step - 1),
                 "grad_norm": float(student.get_global_grad_norm() or 0.0),
             }
             journal.write(step, steps, values)
-            if values["loss"] != values["loss"]:
+            if not math.isfinite(values["loss"]):
                 raise InputError(
-                    f"the loss is not a number at step {step}; lower train.learning_rate and start again from the last checkpoint"
+                    f"the loss is not a finite number at step {step}; lower train.learning_rate and start again from the last checkpoint"
                 )
-        if done or (settings.save_every and step % settings.save_every == 0):  # all ranks: every rank writes its shards
+        if saves:  # all ranks: every rank writes its shards
             saved = checkpoint.save(
                 world, student, job.folder / "checkpoints", step=step, inputs=job.inputs, keep=settings.keep_checkpoints
             )
@@ -173,8 +186,6 @@ def _finish(
 
 
 def _announce(world: World, job: Job, steps: int, accumulation: int, rows: int) -> None:
-    attention, why = attention_implementation(job.recipe.student.attention)
-    log.info("%s: attention %s (%s)", job.title, attention, why)
     settings = job.train
     spread = f"{world.size} ranks x {accumulation} accumulation x {settings.micro_batch_size}"
     log.info("%s: %d rows, %d steps of %d rows = %s", job.title, rows, steps, settings.batch_size, spread)
@@ -192,7 +203,7 @@ def _card(job: Job, steps: int) -> str:
     )
 
 
-class _Stopping:
+class Stopping:
     """Remembers SIGTERM and SIGINT until the step is over; the loop asks every rank, so one rank's signal stops all."""
 
     def __init__(self) -> None:
@@ -270,11 +281,11 @@ def command(local_rank: int, output: Path | None, teacher_only: bool, **options:
         datefmt="%H:%M:%S",
         force=True,
     )
-    teacher_there = recipe.finetune is None or train(
-        world, build.finetune_job(world, recipe, recipe.folder / "teacher")
-    )
-    if teacher_there and not teacher_only:
-        train(world, build.distil_job(world, recipe, output or student_folder(recipe)))
+    stopping = Stopping()
+    if recipe.finetune is not None:
+        train(world, build.finetune_job(world, recipe, recipe.folder / "teacher"), stopping)
+    if not teacher_only and sum_counts(world, [int(stopping.asked)]) == [0]:
+        train(world, build.distil_job(world, recipe, output or student_folder(recipe)), stopping)
     stop()
 
 

@@ -9,6 +9,8 @@ export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 export PYRIGHT_PYTHON_IGNORE_WARNINGS=1 # else pyright asks PyPI for a newer pyright
 
+[[ "$*" == *gpu* ]] || export CUDA_VISIBLE_DEVICES= # the CPU tests stay on the CPU of a GPU machine
+
 first_failure=0
 failed=()
 step() {

@@ -485,14 +485,14 @@ def test_weights_that_do_not_fill_the_model_are_refused(
 
 
 def test_attention_says_why(folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert models.attention_implementation("eager") == ("eager", "as the recipe says")
+    assert models.attention_implementation("eager", torch.bfloat16) == ("eager", "as the recipe says")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert models.attention_implementation("auto") == ("sdpa", "no GPU")
+    assert models.attention_implementation("auto", torch.bfloat16) == ("sdpa", "no GPU")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert models.attention_implementation("auto") == ("sdpa", "flash-attn is not installed")
+    assert models.attention_implementation("auto", torch.bfloat16) == ("sdpa", "flash-attn is not installed")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert models.attention_implementation("auto")[0] == "flash_attention_2"
+    assert models.attention_implementation("auto", torch.bfloat16)[0] == "flash_attention_2"
 
 
 def test_attention_that_the_model_or_the_machine_lacks(folders: Callable[[str], Path], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -260,6 +261,11 @@ def engine(
     groups = [group for group in groups if group["params"]]
     options = {"lr": learning_rate, "betas": betas, "eps": epsilon}
     if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
+        if shutil.which(os.environ.get("CXX", "c++")) is None:
+            raise InputError(
+                "DeepSpeed configuration: an offloaded optimizer is compiled on first use, and there is no C++ compiler; install one "
+                "(Debian: apt-get install g++), or use a configuration without offload_optimizer"
+            )
         optimizer: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **options)
     else:
         optimizer = torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **options)

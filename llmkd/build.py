@@ -183,7 +183,7 @@ def teacher_tokenizer(recipe: Recipe) -> Any:
     """The tokenizer of a teacher that is made from nothing, trained on its data (rank 0 alone)."""
     settings = recipe.finetune
     assert settings is not None and settings.architecture is not None
-    rows = _rows(settings.data or recipe.data)
+    rows = read_rows(settings.data or recipe.data)
     if "messages" in rows.column_names:
         raise InputError(
             "finetune.architecture: a new tokenizer has no chat template; give prompt/completion or text data"
@@ -301,12 +301,13 @@ def training_ds_config(world: World, train: config.Train, accumulation: int, fol
 def tokenized(world: World, data: config.Data, tokenizer: Any) -> Dataset:
     """The job's rows as tokens; rank 0 reads them first, so that downloads and caches are made once."""
     first: list[Dataset] = []
-    on_main(world, lambda: first.append(_rows(data)))
-    rows = first[0] if first else _rows(data)
+    on_main(world, lambda: first.append(read_rows(data)))
+    rows = first[0] if first else read_rows(data)
     return tokenize(rows, tokenizer, format=data.format, max_length=data.max_length, too_long=data.too_long)
 
 
-def _rows(data: config.Data) -> Dataset:
+def read_rows(data: config.Data) -> Dataset:
+    """The rows that a recipe's data section names, as text."""
     return load_rows(data.source, name=data.name, split=data.split, rows=data.rows, records_seed=data.records_seed)
 
 

@@ -124,15 +124,18 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
     Maps that do not fit the depths, ranks that do not share the batch, tasks that are not there, and students or a teacher already
     there that another recipe made.
     """
-    from llmkd.build import accumulation_steps, pairs_of
+    from llmkd.build import accumulation_steps, pairs_of, read_rows, total_steps
     from llmkd.checkpoint import check_same
     from llmkd.evaluation import check_tasks
     from llmkd.models import load_config, resolve
 
     check_tasks(recipe.evaluation)
-    accumulation_steps(recipe.train, ranks)
+    runs = [(recipe.train, recipe.data)]
     if recipe.finetune is not None:
-        accumulation_steps(recipe.finetune.train, ranks)
+        runs.append((recipe.finetune.train, recipe.finetune.data or recipe.data))
+    for train, data in runs:
+        accumulation_steps(train, ranks)
+        total_steps(train, len(read_rows(data)))
     if recipe.finetune is not None and recipe.finetune.architecture is not None:
         depth = recipe.finetune.architecture.num_hidden_layers
     else:

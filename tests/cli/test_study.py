@@ -85,6 +85,8 @@ def test_every_entry_has_a_recipe_of_its_own(recipe_file: Path) -> None:
         ("student.blocks=9", "the student has 9 blocks and the teacher 6"),
         ("matching.target_block=6", "target"),
         ("teacher.path=/nowhere", "teacher.path: no folder '/nowhere'"),
+        ("data.source=/nowhere.jsonl", "data.source: no file or folder '/nowhere.jsonl'"),
+        ("data.rows=5", "train.batch_size: 8 rows per step, but the data has only 5"),
         ("study.strategies=[]", "study.strategies: name at least one"),
     ],
 )

@@ -151,12 +151,16 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
     positions = (
         settings.architecture.max_position_embeddings
         if settings.architecture is not None
-        else getattr(models.load_config(initial), "max_position_embeddings", None)
+        else getattr(
+            models.load_config(initial, trust_remote_code=recipe.teacher.trust_remote_code),
+            "max_position_embeddings",
+            None,
+        )
     )
     _check_lengths(data.max_length, positions, start or "finetune.architecture")
     if start is not None:
         models.check_usable(
-            models.load_config(initial),
+            models.load_config(initial, trust_remote_code=recipe.teacher.trust_remote_code),
             section="teacher",
             attention=recipe.teacher.attention,
             packed=data.batching == "packed",
@@ -333,17 +337,31 @@ def load_teacher(world: World, job: Job) -> Teacher:
     return ResidentTeacher(model, uses, normed_last=job.recipe.matching.final_state == "normed", ds_config=ds)
 
 
-def load_student(job: Job, ds_config: dict[str, Any], teacher_width: int | None) -> Distiller:
+def teacher_width(job: Job) -> int | None:
+    """The teacher's hidden size, from its configuration; None without a teacher."""
+    if job.teacher is None:
+        return None
+    return models.load_config(job.teacher, trust_remote_code=job.recipe.teacher.trust_remote_code).hidden_size
+
+
+def load_student(job: Job, ds_config: dict[str, Any], target_width: int | None) -> Distiller:
     """The job's student, with its projectors and losses, ready for an engine."""
     dtype = models.DTYPES[job.train.dtype]
     settings, matching = job.recipe.student, job.recipe.matching
     attention = job.recipe.teacher.attention if job.makes_teacher else settings.attention
     model = models.load_causal_lm(
-        job.initial, dtype=dtype, ds_config=ds_config, attention=attention, trust_remote_code=settings.trust_remote_code
+        job.initial,
+        dtype=dtype,
+        ds_config=ds_config,
+        attention=attention,
+        # a copied or random student runs the code of its teacher
+        trust_remote_code=(
+            settings if settings.init == "checkpoint" and not job.makes_teacher else job.recipe.teacher
+        ).trust_remote_code,
     )
     width = model.config.hidden_size
     projectors = make_projectors(
-        len(job.pairs), width, teacher_width or width, bias=matching.projector_bias, seed=job.seed
+        len(job.pairs), width, target_width or width, bias=matching.projector_bias, seed=job.seed
     )
     module = Distiller(
         model,

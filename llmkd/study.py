@@ -141,9 +141,13 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
     else:
         start = recipe.finetune.path if recipe.finetune is not None else recipe.teacher.path
         where = "teacher.path" if recipe.finetune is None else "finetune.path"
-        depth = load_config(resolve(start or "", where, recipe.teacher.revision)).num_hidden_layers
+        start_folder = resolve(start or "", where, recipe.teacher.revision)
+        depth = load_config(start_folder, trust_remote_code=recipe.teacher.trust_remote_code).num_hidden_layers
     student_depth = (
-        recipe.student.blocks or load_config(resolve(recipe.student.path or "", "student.path")).num_hidden_layers
+        recipe.student.blocks
+        or load_config(
+            resolve(recipe.student.path or "", "student.path"), trust_remote_code=recipe.student.trust_remote_code
+        ).num_hidden_layers
     )
     for entry in entries:
         if entry["kind"] == "teacher":

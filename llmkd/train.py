@@ -36,7 +36,6 @@ from llmkd.data import batches
 from llmkd.distributed import World, barrier, engine, on_main, quiet, start, stop, sum_counts
 from llmkd.errors import InputError
 from llmkd.metrics import Journal, Meter, peak_memory_gib
-from llmkd.models import load_config
 from llmkd.objective import divisors, scales
 
 log = logging.getLogger("llmkd")
@@ -59,7 +58,7 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     steps = build.total_steps(settings, len(data))
     rate = build.rate_of_step(settings, steps)
     build.write_initial(world, job, tokenizer, resuming=resume is not None)  # the first thing written
-    module = build.load_student(job, ds_config, load_config(job.teacher).hidden_size if job.teacher else None)
+    module = build.load_student(job, ds_config, build.teacher_width(job))
     teacher = build.load_teacher(world, job) if job.teacher is not None else None
     student = engine(
         module,

@@ -208,6 +208,10 @@ class Train(Section):
     def _consistent(self) -> Train:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("steps: how long to train is said once; give exactly one of steps and epochs")
+        if self.steps and self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps: {self.warmup_steps} warm-up steps in {self.steps} steps; write a number from 0 to {self.steps - 1}"
+            )
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size: {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}; write one"

@@ -160,7 +160,7 @@ sys.exit(not all(map(u.find_spec, ("llmkd", "torch", "deepspeed", "transformers"
   fi
   trap - INT
   export VIRTUAL_ENV=$llmkd_venv PATH="$llmkd_venv/bin:$PATH"
-  unset PYTHONHOME
+  unset PYTHONHOME PYTHONDONTWRITEBYTECODE # each rank of each run would compile all that it imports
 }
 
 set -euo pipefail

@@ -28,7 +28,7 @@ log = logging.getLogger("llmkd")
 
 GIB = 2**30
 WIDE = 4
-"""Bytes of a master weight, an Adam moment, an accumulated or a communicated gradient: fp32 (the design 9, ds_configs/)."""
+"""Bytes of a master weight, an Adam moment, an accumulated or a communicated gradient: fp32 (ds_configs/)."""
 HEAD_BYTES_PER_LOGIT = 36
 """Live bytes per token of a chunk and vocabulary entry at the worst moment of head.py: nine fp32 tensors [n, V], which are the
 logits and log-probabilities of both sides, CE's own log-probabilities, and those of the divergence's backward pass. Measured."""

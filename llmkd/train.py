@@ -195,7 +195,7 @@ def _card(job: Job, steps: int) -> str:
     """The exported model's README: what it is, and the recipe that made it."""
     pairs = ", ".join(build.pair_names(job.pairs)) or "none"
     return (
-        f"# {job.recipe.name}: {job.title}\n\nTrained by [llmkd](https://pypi.org/project/llmkd) {__version__}, {steps} steps.\n\n"
+        f"# {job.recipe.name}: {job.title}\n\nTrained by llmkd {__version__}, {steps} steps.\n\n"
         f"- started from: {job.initial.name if job.initial.parent == job.folder else job.initial}\n"
         f"- teacher: {job.recipe.teacher_path if job.teacher else 'none'}\n"
         f"- layer map (student<teacher, 0-based blocks): {pairs}\n\n## Recipe\n\n```yaml\n{dump_recipe(job.recipe)}```\n"

@@ -27,6 +27,8 @@ ROOT = _HERE.parent if (_HERE.parent / "ds_configs").is_dir() else _HERE / "_shi
 """The folder of recipes/, ds_configs/ and eval/: the repository, or what a wheel carries."""
 Dtype = Literal["float32", "bfloat16"]
 Positions = Literal["trained", "attended"]
+Backend = Literal["auto", "hf", "vllm"]
+"""auto: vLLM where it is installed and the model is large enough to repay its start, else Hugging Face; the log says which and why."""
 
 
 class Section(BaseModel):
@@ -240,23 +242,64 @@ class Finetune(Section):
         return self
 
 
+class Generation(Section):
+    """What the models write: prompts of held-out rows, continued by each model, scored against the rows' own completions."""
+
+    source: str | None = None
+    """Where the prompts are: `records`, a file, a folder or a hub name as in data.source; default: data.source itself."""
+    name: str | None = None
+    """The hub data set's configuration."""
+    split: str = "test"
+    items: int = Field(default=200, gt=0)
+    """How many rows of it, from the first on."""
+    max_new_tokens: int = Field(default=128, gt=0)
+    temperature: float = Field(default=0.0, ge=0)
+    """0 is greedy: the likeliest token, always."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int = Field(default=0, ge=0)
+    """Of sampling, where temperature is above 0."""
+    backend: Backend = "auto"
+    batch_size: int = Field(default=64, gt=0)
+    """Prompts at once on the hf backend (vLLM batches by itself)."""
+
+
 class Evaluation(Section):
     tasks: tuple[str, ...] = ()
     """lm-eval task names."""
     include: str | None = "eval"
     """Folder of further lm-eval YAML tasks, relative to the repository or the current folder."""
+    backend: Backend = "auto"
+    """What runs the models under lm-eval."""
     limit: int | None = Field(default=None, gt=0)
-    batch_size: int = Field(default=32, gt=0)
+    batch_size: int | Literal["auto"] = "auto"
     dtype: Dtype = "float32"
-    num_fewshot: int = Field(default=0, ge=0)
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Examples before each question; default: what each task's own definition says."""
     seed: int = 0
     max_length: int | None = Field(default=None, gt=0)
+    generation: Generation | None = None
+    """Left out: no texts are generated."""
+    agreement_rows: int = Field(default=0, ge=0)
+    """Held-out rows on which each student's distributions are compared with the teacher's; 0 compares none."""
+
+    @model_validator(mode="after")
+    def _positive(self) -> Evaluation:
+        if isinstance(self.batch_size, int) and self.batch_size < 1:
+            raise ValueError(f"batch_size: {self.batch_size} rows at once; write a whole number from 1 up, or auto")
+        if self.agreement_rows and self.generation is None:
+            raise ValueError("agreement_rows: the held-out rows are those of evaluation.generation; add that section")
+        return self
 
 
 class Study(Section):
     strategies: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     baselines: tuple[Literal["undistilled", "ce_only"], ...] = ("undistilled", "ce_only")
+    reference: str = "forward"
+    """The strategy that the others are compared with."""
+    margins: dict[str, float] = Field(default_factory=dict)
+    """Metric -> the largest difference that counts as none, in the metric's own unit, said before the run. The first is the
+    study's main metric, e.g. `generation/bleu: 0.5`."""
     ranks: int = Field(default=1, gt=0)
     """Processes on this machine for each training run."""
 
@@ -267,6 +310,10 @@ class Study(Section):
         for field, values in (("strategies", self.strategies), ("seeds", self.seeds)):
             if len(set(values)) != len(values):
                 raise ValueError(f"study.{field}: {list(values)} names one twice; write each once")
+        _one_of("study.reference", self.reference, [*STRATEGIES, "explicit", "ce_only"])
+        for metric, margin in self.margins.items():
+            if margin <= 0:
+                raise ValueError(f"study.margins: {metric} has the margin {margin}; write a number above 0")
         return self
 
 

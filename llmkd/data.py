@@ -7,6 +7,7 @@ step do not depend on the number of ranks or on accumulation.
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import math
 import os
@@ -86,12 +87,28 @@ def load_rows(source: str, *, name: str | None, split: str, rows: int | None, re
     return data
 
 
+def source_contents(source: str, split: str) -> str | None:
+    """A hash of the local files that a source's rows come from; None for the built-in task and the hub."""
+    path = Path(source).expanduser()
+    if source == "records" or not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in _files(path, split):
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()} ".encode())
+    return digest.hexdigest()[:16]
+
+
+def _files(path: Path, split: str) -> list[Path]:
+    return _of_split(sorted(f for f in path.iterdir() if _kind(f)), path, split) if path.is_dir() else [path]
+
+
 def _local_rows(path: Path, split: str) -> Dataset:
     if not split.replace("_", "").isalnum():
         raise InputError(
             f"data.split: {split!r} is more than a name, which only the hub reads; use data.rows to take fewer"
         )
-    files = _of_split(sorted(f for f in path.iterdir() if _kind(f)), path, split) if path.is_dir() else [path]
+    files = _files(path, split)
     kinds = {_kind(f) for f in files}
     if len(kinds) != 1 or None in kinds:
         raise InputError(

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-import tempfile
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,11 +25,14 @@ from torch import Tensor, nn
 from llmkd.errors import InputError
 
 os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns on every rank that it found none
 
 import deepspeed  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 Result = TypeVar("Result")
+SPOKEN = "llmkd/spoken"
 RECIPE = "recipe"
 """The value in a ds_configs JSON that the recipe decides."""
 
@@ -67,8 +70,7 @@ def start(timeout_seconds: int = 1800) -> World:
             dist.init_process_group(backend, timeout=timeout)
         else:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-            store = os.path.join(tempfile.mkdtemp(prefix="llmkd-"), "store")
-            dist.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(
             dist_backend=dist.get_backend(), auto_mpi_discovery=False, timeout=timeout, verbose=False
@@ -82,6 +84,31 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def tell_mistake(sentence: str, patience_seconds: float = 3) -> None:
+    """Print the mistake that ends this rank: rank 0 does, another rank only where rank 0 has not met one.
+
+    Launchers end the others at the first exit, so the others wait for rank 0 to speak, and it for them to have heard.
+    """
+    patience = timedelta(seconds=patience_seconds)
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if size == 1:
+        if os.environ.get("RANK", "0") == "0":
+            print(sentence, file=sys.stderr, flush=True)
+        return
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        if rank == 0:
+            store.set(SPOKEN, "yes")
+            print(sentence, file=sys.stderr, flush=True)
+            store.wait([f"{SPOKEN}/{other}" for other in range(1, size)], patience)
+        else:
+            store.wait([SPOKEN], patience)
+            store.set(f"{SPOKEN}/{rank}", "heard")
+    except dist.DistError:  # nobody else has met it
+        if rank != 0:
+            print(sentence, file=sys.stderr, flush=True)
 
 
 def _share_cores() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmkd.config import Recipe, dump_recipe, finetune_inputs, training_inputs
+from llmkd.config import Recipe, dump_recipe
 from llmkd.errors import InputError
 from llmkd.launch import launch
 
@@ -124,7 +124,7 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
     Maps that do not fit the depths, ranks that do not share the batch, tasks that are not there, and students or a teacher already
     there that another recipe made.
     """
-    from llmkd.build import accumulation_steps, pairs_of, read_rows, total_steps
+    from llmkd.build import accumulation_steps, pairs_of, read_rows, student_inputs, teacher_inputs, total_steps
     from llmkd.checkpoint import check_same
     from llmkd.evaluation import check_tasks
     from llmkd.models import load_config, resolve
@@ -151,11 +151,11 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
     )
     for entry in entries:
         if entry["kind"] == "teacher":
-            inputs = finetune_inputs(recipe) if recipe.finetune is not None else {}
+            inputs = teacher_inputs(recipe) if recipe.finetune is not None else {}
         elif entry["train"] is not None:
             one = entry_recipe(recipe, entry)
             pairs_of(one, student_depth, depth)
-            inputs = training_inputs(one)
+            inputs = student_inputs(one)
         else:
             continue
         meta = recipe.folder / entry["model"] / "llmkd.json"
@@ -181,7 +181,7 @@ def _launch(recipe: Recipe, entry: dict[str, Any], ranks: int) -> None:
 
 def _write_undistilled(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> None:
     """The students as they are before the first step, for the baseline."""
-    from llmkd.build import initial_student
+    from llmkd.build import initial_student, student_inputs
     from llmkd.models import resolve
 
     for entry in entries:
@@ -190,7 +190,7 @@ def _write_undistilled(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> Non
             continue
         seeded = recipe if entry["seed"] is None else recipe.changed({"seed": entry["seed"]})
         decides = ("student.", "teacher.", "finetune.", "seed", "train.dtype")
-        made_of = json.dumps({k: v for k, v in training_inputs(seeded).items() if k.startswith(decides)})
+        made_of = json.dumps({k: v for k, v in student_inputs(seeded).items() if k.startswith(decides)})
         if not (target / "llmkd.json").is_file() or (target / "llmkd.json").read_text() != made_of:
             initial_student(seeded, resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision), target)
             _write(target / "llmkd.json", made_of)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,10 +16,11 @@ from typing import Any
 import datasets.config
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, OPTConfig
 
 from llmkd import build, cli, models
-from llmkd.config import ROOT, load_recipe, training_inputs
+from llmkd.config import ROOT, load_recipe
 from llmkd.errors import InputError
 from llmkd.train import train
 
@@ -207,7 +209,7 @@ def test_models_that_do_not_fit(place: Path, world: Any, spoil: Callable[[Path],
 
 
 def test_checkpoint_and_model_of_another_recipe(place: Path, world: Any) -> None:
-    inputs = training_inputs(load_recipe(place / "recipe.yaml"))
+    inputs = build.student_inputs(load_recipe(place / "recipe.yaml"))
     saved = place / "run" / "checkpoints" / "step-00000002"
     saved.mkdir(parents=True)
     (saved / "state.json").write_text(json.dumps({"step": 2, "world_size": 1, "inputs": inputs}))
@@ -220,6 +222,30 @@ def test_checkpoint_and_model_of_another_recipe(place: Path, world: Any) -> None
     (model / "llmkd.json").write_text(json.dumps({"inputs": inputs}))
     sentence = refusal(place, world, {"matching.strategy": "reverse"})
     assert f"{place / 'run'} was made by another recipe: matching.strategy was 'forward', now 'reverse'" in sentence
+
+
+def _another_row(place: Path) -> None:
+    with (place / "rows.jsonl").open("a") as rows:
+        rows.write(json.dumps({"prompt": "red", "completion": " blue"}) + "\n")
+
+
+def _trained_on(place: Path) -> None:
+    file = place / "teacher" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"] *= 1.001
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("change", "key"), [(_another_row, "data.source"), (_trained_on, "teacher.path")])
+def test_a_run_is_not_gone_on_with_when_a_file_has_changed(
+    place: Path, world: Any, change: Callable[[Path], None], key: str
+) -> None:
+    saved = place / "run" / "checkpoints" / "step-00000002"
+    saved.mkdir(parents=True)
+    inputs = build.student_inputs(load_recipe(place / "recipe.yaml"))
+    (saved / "state.json").write_text(json.dumps({"step": 2, "world_size": 1, "inputs": inputs}))
+    change(place)
+    assert f"{saved} was made by another recipe: {key}:contents was" in refusal(place, world, {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,6 +330,29 @@ def test_on_two_ranks_one_rank_speaks(place: Path) -> None:
         errors
     )
     assert "Traceback" not in done.stderr and tree(place) == before
+
+
+def test_a_mistake_that_only_another_rank_meets_is_told(place: Path) -> None:
+    """A file that one node lacks, say: here rank 1 is given a batch that does not fit. Rank 0 has no mistake to tell."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank, batch in ((0, 8), (1, 4)):
+        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, str(ROOT / "llmkd" / "train.py"), "--recipe", str(place / "recipe.yaml")]
+        processes.append(
+            subprocess.Popen(
+                [*command, "--set", f"train.batch_size={batch}"],
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    said = [process.communicate(timeout=240)[1] for process in processes]
+    assert processes[1].returncode == 2 and "Error: train.batch_size: 4 rows can't be shared by 2 ranks" in said[1]
+    assert processes[0].returncode != 0 and "Error: train" not in said[0]
 
 
 def test_a_start_that_another_recipe_left_is_not_used(place: Path, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:

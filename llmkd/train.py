@@ -33,7 +33,18 @@ from llmkd import __version__, build, checkpoint
 from llmkd.build import Job
 from llmkd.config import Recipe, dump_recipe, load_recipe
 from llmkd.data import batches
-from llmkd.distributed import World, barrier, engine, on_main, quiet, start, stop, sum_counts, tell_mistake
+from llmkd.distributed import (
+    World,
+    barrier,
+    engine,
+    on_main,
+    on_other_ranks,
+    quiet,
+    start,
+    stop,
+    sum_counts,
+    tell_mistake,
+)
 from llmkd.errors import InputError
 from llmkd.metrics import Journal, Meter, peak_memory_gib
 from llmkd.objective import divisors, scales
@@ -50,10 +61,12 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         log.info("%s: already done, %s", job.title, job.folder / "model")
         return True
     accumulation = build.accumulation_steps(settings, world.size)
-    resume = on_main(world, lambda: checkpoint.newest(job.folder / "checkpoints", job.inputs, world.size))
+    resume = on_main(world, lambda: checkpoint.newest(job.folder / "checkpoints", job.inputs))
     if settings.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise InputError("train.wandb: the package wandb is not installed; run pip install wandb, or leave the key out")
     ds_config = build.training_ds_config(world, settings, accumulation, job.folder)
+    if resume is not None and resume.world_size != world.size:
+        ds_config = on_other_ranks(ds_config)
     tokenizer = build.job_tokenizer(world, job, resuming=resume is not None)
     data = build.tokenized(world, job.data, tokenizer)
     steps = build.total_steps(settings, len(data))
@@ -72,9 +85,9 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     torch.manual_seed(job.seed * 65536 + world.rank)  # dropout, where a model has it, differs from rank to rank
     first = 0
     if resume is not None:
-        checkpoint.load(world, student, resume[0])
-        first = resume[1]
-        log.info("%s: resumed from %s", job.title, resume[0])
+        checkpoint.load(world, student, resume)
+        first = resume.step
+        log.info("%s: resumed from %s", job.title, resume.folder)
     if world.is_main:
         job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / "recipe.yaml").write_text(dump_recipe(job.recipe))

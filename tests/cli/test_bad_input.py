@@ -215,8 +215,6 @@ def test_checkpoint_and_model_of_another_recipe(place: Path, world: Any) -> None
     (saved / "state.json").write_text(json.dumps({"step": 2, "world_size": 1, "inputs": inputs}))
     sentence = refusal(place, world, {"train.learning_rate": 0.1})
     assert f"{saved} was made by another recipe: train.learning_rate was 0.003, now 0.1; give --output" in sentence
-    sentence = refusal(place, replace(world, size=2), {})
-    assert f"{saved} was written by 1 ranks, this run has 2; start it with 1 ranks, or remove" in sentence
     model = place / "run" / "model"
     model.mkdir()
     (model / "llmkd.json").write_text(json.dumps({"inputs": inputs}))

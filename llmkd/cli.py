@@ -208,6 +208,21 @@ def plan(recipe: str, ranks: int, overrides: tuple[str, ...]) -> None:
     click.echo(plan_text(rows(load_recipe(recipe, overrides), ranks)))
 
 
+@cli.command()
+@click.argument("recipe")
+@click.option("--rows", type=click.IntRange(min=0), default=2, show_default=True, help="Rows to show.")
+@SET
+def doctor(recipe: str, rows: int, overrides: tuple[str, ...]) -> None:
+    """Show what a recipe trains on, token by token, and what would spoil it in silence."""
+    import datasets
+
+    from llmkd.config import load_recipe
+    from llmkd.doctor import doctor_text, examine
+
+    datasets.disable_progress_bars()
+    click.echo(doctor_text(*examine(load_recipe(recipe, overrides), rows)))
+
+
 def main(arguments: list[str] | None = None) -> Any:
     """Run a command; a user's mistake is one sentence and exit code 2."""
     try:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from llmkd.items import Models
 from llmkd.significance import Array, Score, holm, items_bootstrap, paired, verdict
 
 BASELINES = ("none", "ce_only", "undistilled")
 Row = dict[str, Any]
-Models = Sequence[tuple[str, int | None]]  # (row's name, seed)
 Items = Callable[[str, Models, Models], tuple[Array, Array, Score] | None]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from llmkd import text_metrics
 from llmkd.comparisons import comparisons
 from llmkd.conclusion import conclusion, notes
-from llmkd.items import ItemScores
+from llmkd.items import ItemScores, no_items
 from llmkd.significance import half_width
 from llmkd.study_files import STEPS, Entry, read, read_lines, read_study, result, steps_asked
 
@@ -33,8 +33,11 @@ AGREEMENT = {
 }
 
 
-def gather(folder: Path) -> dict[str, Any]:
-    """All that the report says, as one JSON-like value. Raises InputError if the folder holds no study."""
+def gather(folder: Path, with_items: bool = True) -> dict[str, Any]:
+    """All that the report says, as one JSON-like value; the tests over items, which take seconds, may be left out.
+
+    Raises InputError if the folder holds no study.
+    """
     study = read_study(folder)
     entries = [{**entry, **outcome(folder, entry)} for entry in study["entries"]]
     runs = [(entry, _summary(folder, entry)) for entry in entries if entry["train"] is not None]
@@ -66,7 +69,8 @@ def gather(folder: Path) -> dict[str, Any]:
         "hardware": _agreed(summary.get("hardware") or {} for _, summary in runs),
         "commit": ", ".join(dict.fromkeys(s["commit"] for _, s in runs if s.get("commit"))) or None,
     }
-    results["comparisons"] = comparisons(rows, metrics, results["reference"], margins, ItemScores(folder, entries))
+    items = ItemScores(folder, entries) if with_items else no_items
+    results["comparisons"] = comparisons(rows, metrics, results["reference"], margins, items)
     return {**results, "conclusion": conclusion(results), "notes": notes(results)}
 
 

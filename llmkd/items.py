@@ -21,6 +21,7 @@ from llmkd.study_files import Entry, details, read_lines, steps_asked
 
 TOLERANCE = 1e-4  # relative: result files may hold rounded numbers
 Item = tuple[str, int]  # (task or step, number)
+Models = Sequence[tuple[str, int | None]]  # (row's name, seed)
 
 
 def _each(score: Callable[[np.ndarray], float]) -> Score:
@@ -42,6 +43,10 @@ class Sums(NamedTuple):
     score: Score
 
 
+def no_items(metric: str, one: Models, other: Models) -> None:
+    """In the place of `ItemScores` where nothing is to be said about items."""
+
+
 class ItemScores:
     """The items' statistics of a study's models. A model's files are read when first asked for, once."""
 
@@ -53,9 +58,7 @@ class ItemScores:
             name: cache(statistics) for name, (statistics, _) in CORPUS.items()
         }  # models often write the same
 
-    def __call__(
-        self, metric: str, one: Sequence[tuple[str, int | None]], other: Sequence[tuple[str, int | None]]
-    ) -> tuple[Array, Array, Score] | None:
+    def __call__(self, metric: str, one: Models, other: Models) -> tuple[Array, Array, Score] | None:
         """The statistics `[models, items, k]` of two groups of (row, seed), and their score.
 
         None unless every model has the metric's items, and all have the same.

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
 ALPHA = 0.05
@@ -85,11 +84,18 @@ def paired(one: Sequence[float], other: Sequence[float], margin: float | None = 
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's adjusted p-values of one family, in the same order. None (not tested) stays None and is no member."""
-    tested = [p for p in p_values if p is not None]
-    assert all(isfinite(p) for p in tested)
-    adjusted = iter([float(p) for p in np.asarray(multipletests(tested, method="holm")[1])] if tested else ())
-    return [None if p is None else next(adjusted) for p in p_values]
+    """Holm's adjusted p-values of one family, in the same order (Holm 1979). None (not tested) stays None and is no member.
+
+    statsmodels has them too, but `multipletests` collects garbage at every call: 0.2 s beside torch, half a minute a report.
+    """
+    tested = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    highest = 0.0
+    for rank, (p, place) in enumerate(tested):
+        assert isfinite(p)
+        highest = max(highest, min(1.0, p * (len(tested) - rank)))
+        adjusted[place] = highest
+    return adjusted
 
 
 def verdict(p_different: float | None, p_equivalent: float | None) -> str:

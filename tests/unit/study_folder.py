@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Folder:
         found = {"name": name, "error": error, "backend": "hf", "versions": VERSIONS, "dtype": "float32", "items": 3}
         self.write(f"generations/{name}.json", {**found, "metrics": metrics or {}, **more})
 
-    def students(self, scores: dict[str, Sequence[float | None]]) -> None:
+    def students(self, scores: Mapping[str, Sequence[float | None]]) -> None:
         """Plan and score strategies, a BLEU per seed; None is planned and not run."""
         for strategy, values in scores.items():
             kind = "baseline" if strategy in ("ce_only", "undistilled") else "student"

@@ -1,6 +1,6 @@
 """The answer in one sentence: every case of it, from a study's files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ A_LITTLE = (70.21, 72.19, 71.2, 69.22, 73.18)  # 0.2 above it, at every seed
 MARGIN = {"say/bleu": 0.5}
 
 
-def said(folder: Path, scores: dict[str, Sequence[float | None]], **study: Any) -> str:
+def said(folder: Path, scores: Mapping[str, Sequence[float | None]], **study: Any) -> str:
     made = Folder(folder, **study)
     made.students(scores)
     return made.results()["conclusion"]

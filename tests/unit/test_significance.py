@@ -116,7 +116,7 @@ def test_holm_equals_statsmodels() -> None:
     rng = np.random.default_rng(10)
     for size in range(1, 13):
         p_values = (rng.uniform(0, 0.2, size) ** 2).round(3).tolist()  # with ties
-        assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1].tolist())
+        assert holm(p_values) == pytest.approx(list(np.asarray(multipletests(p_values, method="holm")[1])))
 
 
 def test_what_was_not_tested_is_no_member_of_the_family() -> None:

@@ -71,8 +71,10 @@ def test_comparisons_equal_scipys_and_statsmodels_on_the_files_numbers(study: Fo
     assert [c["p_different"] for c in found] == pytest.approx([test.pvalue for test in tests])
     assert [c["p_equivalent"] for c in found] == pytest.approx(tosts)
     adjusted = multipletests([test.pvalue for test in tests], method="holm")[1]
-    assert [c["p_different_holm"] for c in found] == pytest.approx(list(adjusted))
-    assert [c["p_equivalent_holm"] for c in found] == pytest.approx(list(multipletests(tosts, method="holm")[1]))
+    assert [c["p_different_holm"] for c in found] == pytest.approx(list(np.asarray(adjusted)))
+    assert [c["p_equivalent_holm"] for c in found] == pytest.approx(
+        list(np.asarray(multipletests(tosts, method="holm")[1]))
+    )
     assert [c["verdict"] for c in found] == ["equivalent", "undecided"]
 
 

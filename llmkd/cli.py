@@ -158,7 +158,7 @@ def study(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None:
 @cli.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def report(folder: Path) -> None:
-    """Write the report of a study's folder, whole or half done: report.html, report.md, results.json and results.csv."""
+    """Write the report of a study's folder, whole or half done."""
     from llmkd.report import report as write
 
     _show(write(folder))
@@ -170,7 +170,7 @@ def report(folder: Path) -> None:
     "--output", type=click.Path(path_type=Path), help="The Markdown file [default: comparison.md beside RUN_A]."
 )
 def compare(folders: tuple[Path, ...], output: Path | None) -> None:
-    """Set several studies side by side: scores, what their recipes differ in, and what can't be compared."""
+    """Set several studies side by side, and say what can't be compared."""
     from llmkd.compare import compare as run
 
     file = output or folders[0].resolve().parent / "comparison.md"

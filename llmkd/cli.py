@@ -158,10 +158,24 @@ def study(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None:
 @cli.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def report(folder: Path) -> None:
-    """Write report.md and results.json of a study's folder, whole or half done."""
+    """Write the report of a study's folder, whole or half done."""
     from llmkd.report import report as write
 
     _show(write(folder))
+
+
+@cli.command()
+@click.argument("folders", nargs=-1, required=True, metavar="RUN_A RUN_B [...]", type=click.Path(path_type=Path))
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="The Markdown file [default: comparison.md beside RUN_A]."
+)
+def compare(folders: tuple[Path, ...], output: Path | None) -> None:
+    """Set several studies side by side, and say what can't be compared."""
+    from llmkd.compare import compare as run
+
+    file = output or folders[0].resolve().parent / "comparison.md"
+    click.echo(run(folders, file))
+    click.echo(f"\nComparison: {file}")
 
 
 def _show(path: Path) -> None:

@@ -86,14 +86,16 @@ def _score(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _stated(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What `study.json` says: the table's rows, and the margins, which count only if they were said before there were results."""
+    """What `study.json` says: the table's rows, and the margins, with how many results there were when each was first said.
+
+    A margin counts only if it was said before the results; the report tells where one was not.
+    """
     margins = {margin.metric: margin.within for margin in recipe.study.margins}
     file = recipe.folder / "study.json"
-    before = json.loads(file.read_text()) if file.is_file() else {}
-    history = before.get("margins_history", [])
-    scored = any(any((recipe.folder / step).glob("*.json")) for step in (GENERATIONS, AGREEMENT, EVALUATIONS))
-    if scored and before.get("margins", margins) != margins:
-        history = [*history, before["margins"]]
+    history = json.loads(file.read_text()).get("margins_history", []) if file.is_file() else []
+    if not history or history[-1]["margins"] != margins:
+        results = [f for step in (GENERATIONS, AGREEMENT, EVALUATIONS) for f in (recipe.folder / step).glob("*.json")]
+        history = [*history, {"margins": margins, "results": len(results)}]
     said = {"name": recipe.name, "reference": recipe.study.compared_with, "margins": margins}
     return {**said, "margins_history": history, "entries": list(entries)}
 

@@ -1,0 +1,285 @@
+"""The report page's sections about scores: tables, pictures with intervals, comparisons and layer maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from llmkd import pictures
+from llmkd.markup import csv_link, details, figure, hidden, missing, paragraph, scrolling
+from llmkd.pictures import number, signed
+
+Results = dict[str, Any]
+Row = dict[str, Any]
+
+LONGEST_REASON = 40  # characters of a failure inside a table; the whole sentence stands below it
+SIGNS = {"equivalent": "≈", "different": "≠", "different within the margin": "≠", "undecided": "?", "not tested": "–"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def _ordered(results: Results) -> list[Row]:
+    """The metrics, the main one and its step first."""
+    main = next((metric for metric in results["metrics"] if metric["name"] == results["primary"]), None)
+    step = main["step"] if main else None
+    return sorted(results["metrics"], key=lambda metric: (metric is not main, metric["step"] != step))
+
+
+def score_section(results: Results) -> list[str]:
+    """The table of all scores, and why some are missing."""
+    metrics = _ordered(results)
+    problems = results["problems"]
+    listed = "".join(f"<li><code>{escape(name)}</code> {escape(why)}</li>" for name, why in problems.items())
+    without = f'<h3>Without scores</h3>\n<ul class="problems">{listed}</ul>' if problems else ""
+    if not metrics:
+        return [missing("No model has a score yet, so there is no table."), without]
+    seeds = results["seeds"]
+    said = (
+        f"Mean over {len(seeds)} seeds ± half the 95 % interval of that mean. "
+        if len(seeds) > 1
+        else "One seed, so no interval. "
+    )
+    said += "★ marks the best mean below the teacher in each column; whether a difference is shown stands under Comparisons."
+    items = ", ".join(f"{step} {count}" for step, count in results["items"].items())
+    head = ("model", "kind", *(metric["name"] for metric in metrics))
+    rows = [
+        (row["name"], row["kind"], *(row["cells"].get(metric["name"], {}).get("mean") for metric in metrics))
+        for row in results["rows"]
+    ]
+    return [
+        paragraph(said),
+        _score_table(results["rows"], metrics, results["primary"]),
+        f'<p class="small">{csv_link("scores", head, rows)}{escape(f" Test items: {items}." if items else "")}</p>',
+        without,
+    ]
+
+
+def _score_table(rows: Sequence[Row], metrics: Sequence[Row], primary: str | None) -> str:
+    steps: list[list[Any]] = []
+    for metric in metrics:
+        if not steps or steps[-1][0] != metric["step"]:
+            steps.append([metric["step"], 0])
+        steps[-1][1] += 1
+    groups = "".join(f'<th scope="colgroup" colspan="{count}">{escape(step)}</th>' for step, count in steps)
+    heads = "".join(_score_head(metric, primary) for metric in metrics)
+    best = {metric["name"]: _best(rows, metric) for metric in metrics}
+    lines = "\n".join(
+        f'<tr class="{row["kind"]}"><th scope="row">{escape(row["name"])}</th><td>{escape(row["kind"])}</td>'
+        + "".join(_score_cell(row, metric, best[metric["name"]], primary) for metric in metrics)
+        + "</tr>"
+        for row in rows
+    )
+    name = "Every strategy, baseline and the teacher by every metric"
+    return scrolling(
+        name,
+        f'<table class="scores sortable"><caption>{name}</caption>\n<thead><tr><th colspan="2"></th>{groups}</tr>\n'
+        f'<tr><th scope="col">model</th><th scope="col">kind</th>{heads}</tr></thead>\n'
+        f"<tbody>\n{lines}\n</tbody></table>",
+    )
+
+
+def _score_head(metric: Row, primary: str | None) -> str:
+    main, way = " main" if metric["name"] == primary else "", _way(metric)
+    arrow = "↑" if metric["higher_is_better"] else "↓"
+    words = f'<span class="way" title="{way} is better">{arrow}{hidden(f"{way} is better")}</span>'
+    return f'<th scope="col" class="number{main}">{escape(metric["label"])} {words}</th>'
+
+
+def _way(metric: Row) -> str:
+    return "higher" if metric["higher_is_better"] else "lower"
+
+
+def _best(rows: Sequence[Row], metric: Row) -> float | None:
+    """The best mean of all models but the teacher; None where fewer than two have one."""
+    cells = [row["cells"].get(metric["name"]) for row in rows if row["kind"] != "teacher"]
+    means = [cell["mean"] for cell in cells if cell is not None]
+    return None if len(means) < 2 else max(means) if metric["higher_is_better"] else min(means)
+
+
+def _score_cell(row: Row, metric: Row, best: float | None, primary: str | None) -> str:
+    cell, main = row["cells"].get(metric["name"]), " main" if metric["name"] == primary else ""
+    if cell is None:
+        if not row["problems"]:
+            return f'<td class="number missing{main}">–{hidden("no value")}</td>'
+        whole = row["problems"][0]
+        reason = whole if len(whole) <= LONGEST_REASON else whole[: LONGEST_REASON - 1] + "…"
+        return f'<td class="missing{main}" title="{escape(whole)}">{escape(reason)}</td>'
+    half = cell["half_width"]
+    shown = number(cell["mean"], metric)
+    if row["kind"] != "teacher" and cell["mean"] == best:
+        shown = f'<strong><span aria-hidden="true">★</span>{hidden("best: ")}{shown}</strong>'
+    if half is not None:
+        shown += f' <span class="half" data-value="{half!r}">± {number(half, metric)}</span>'
+    if cell["n"] < row["models"]:
+        shown += f' <span class="few">n = {cell["n"]} of {row["models"]}</span>'
+    return f'<td class="number{main}" data-value="{cell["mean"]!r}">{shown}</td>'
+
+
+def interval_section(results: Results) -> list[str]:
+    """Each metric as a picture, the main one and those with a margin first."""
+
+    def drawn(place: int, metric: Row) -> str:
+        margin = results["margins"].get(metric["name"])
+        picture = pictures.scores(f"scores-{place}", metric, results["rows"], results["reference"], margin)
+        return figure(picture, f"<b>{escape(metric['label'])}</b> ({escape(metric['name'])})")
+
+    metrics = _ordered(results)
+    if not metrics:
+        return [missing("No model has a score yet, so there is nothing to draw.")]
+    said = (
+        "Diamonds are means, bars their 95 % intervals, rings the single seeds. Dashed lines are baselines, the solid line is the "
+        "teacher; an arrow says that a value lies outside the picture."
+    )
+    if results["margins"]:
+        said += f" The shaded band is the margin around {results['reference']}."
+    first = [
+        metric for metric in metrics if metric["name"] == results["primary"] or metric["name"] in results["margins"]
+    ]
+    first = first or metrics[:1]
+    rest = [metric for metric in metrics if metric not in first]
+    shown = [drawn(place, metric) for place, metric in enumerate(first)]
+    more = "".join(drawn(place, metric) for place, metric in enumerate(rest, start=len(first)))
+    return [
+        paragraph(said),
+        f'<div class="pictures">{"".join(shown)}</div>',
+        details(f"The other {len(rest)} metrics", f'<div class="pictures">{more}</div>') if rest else "",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparisons and maps
+
+
+def comparison_section(results: Results) -> list[str]:
+    """Differences to the reference: pictures, then all numbers with their verdicts."""
+    found = results["comparisons"]
+    if not found:
+        return [missing("Nothing can be compared yet: it takes two strategies with scores, one of them the reference.")]
+    metrics = _ordered(results)
+    main = [
+        metric for metric in metrics if metric["name"] in results["margins"] or metric["name"] == results["primary"]
+    ]
+    groups = [(metric, [one for one in found if one["metric"] == metric["name"]]) for metric in metrics]
+    groups = [(metric, group) for metric, group in groups if group]
+    first = [(metric, group) for metric, group in groups if metric in main] or groups[:1]
+    rest = [(metric, group) for metric, group in groups if (metric, group) not in first]
+    drawn = "".join(
+        figure(
+            pictures.differences(f"differences-{place}", metric, group),
+            f"<b>{escape(metric['label'])}</b>, difference to {escape(results['reference'])}",
+        )
+        for place, (metric, group) in enumerate(first)
+    )
+    said = (
+        f"Differences to {results['reference']}, paired by seed, with their 95 % intervals. Different: told from zero. "
+        "Equivalent: shown to lie within the margin that was stated before the run, by two one-sided tests. Undecided: "
+        "neither. Corrected p-values are Holm's, over the strategies compared."
+    )
+    if any(one["items_interval"] for one in found):
+        said += " The thin grey lines, and the last columns of the table, are a paired bootstrap over the test items."
+    return [
+        paragraph(said),
+        f'<div class="pictures">{drawn}</div>',
+        _comparison_table(f"Comparisons with {results['reference']}", first),
+        details(
+            f"Comparisons by the other {len(rest)} metrics", _comparison_table("Comparisons by the other metrics", rest)
+        )
+        if rest
+        else "",
+        f'<p class="small">{csv_link("comparisons", tuple(found[0]), [[_joined(v) for v in one.values()] for one in found])}</p>',
+    ]
+
+
+def _joined(value: Any) -> Any:
+    return " to ".join(str(end) for end in value) if isinstance(value, list) else value
+
+
+def _comparison_table(name: str, groups: Sequence[tuple[Row, list[Row]]]) -> str:
+    with_items = any(one["items_interval"] for _, group in groups for one in group)
+    heads = ("metric", "strategy", "difference", "95 % interval", "verdict", "seeds")
+    heads += ("p different (corrected)", "margin", "p equivalent (corrected)")
+    heads += ("over items", "p over items (corrected)") if with_items else ()
+    lines = []
+    for metric, group in groups:
+        for one in group:
+            verdict = f'<span class="sign" aria-hidden="true">{SIGNS[one["verdict"]]}</span> {escape(one["verdict"])}'
+            cells = [
+                ("", escape(one["strategy"])),
+                ("number", "" if one["difference"] is None else signed(one["difference"], metric)),
+                ("number", _interval(one["interval"], metric)),
+                ("verdict", verdict),
+                ("number", str(one["seeds"])),
+                ("number", _p(one["p_different"], one["p_different_holm"])),
+                ("number", "–" if one["margin"] is None else f"{one['margin']:g}"),
+                ("number", _p(one["p_equivalent"], one["p_equivalent_holm"])),
+            ]
+            if with_items:
+                cells += [
+                    ("number", _interval(one["items_interval"], metric)),
+                    ("number", _p(one["items_p"], one["items_p_holm"])),
+                ]
+            difference = "" if one["difference"] is None else f' data-difference="{one["difference"]!r}"'
+            inner = "".join(f'<td class="{kind}">{cell}</td>' for kind, cell in cells)
+            lines.append(f'<tr{difference}><th scope="row">{escape(metric["label"])}</th>{inner}</tr>')
+    head = "".join(f'<th scope="col">{escape(one)}</th>' for one in heads)
+    return scrolling(
+        name,
+        f'<table class="comparisons"><caption>{escape(name)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
+        + "\n".join(lines)
+        + "\n</tbody></table>",
+    )
+
+
+def _interval(ends: Sequence[float] | None, metric: Row) -> str:
+    return "–" if ends is None else f"{signed(ends[0], metric)} to {signed(ends[1], metric)}"
+
+
+def _p(plain: float | None, corrected: float | None) -> str:
+    if plain is None:
+        return "–"
+    return _p_text(plain) + ("" if corrected is None else f" ({_p_text(corrected)})")
+
+
+def _p_text(value: float) -> str:
+    return "&lt; 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def map_section(results: Results) -> list[str]:
+    """Each strategy's layer map; one per seed where the seeds' maps differ."""
+    maps = [
+        found for found in results["maps"] if found["pairs"] and found["student_blocks"] and found["teacher_blocks"]
+    ]
+    unpaired = [found["strategy"] for found in results["maps"] if not found["pairs"]]
+    unknown = [found for found in results["maps"] if found["pairs"] and found not in maps]
+    said = [f"{' and '.join(unpaired)}: no block is paired, so there is no map."] if unpaired else []
+    said += [
+        f"{found['strategy']}: the depth of its models is not at hand; student from teacher block "
+        + ", ".join(f"{student} from {teacher}" for student, teacher in found["pairs"])
+        + "."
+        for found in unknown
+    ]
+    if not results["maps"]:
+        return [missing("No trained student with a layer map yet.")]
+    drawn = "".join(
+        figure(
+            pictures.layer_map(f"map-{place}", found), f"<b>{escape(found['strategy'])}</b> {_run_names(found)}", "map"
+        )
+        for place, found in enumerate(maps)
+    )
+    words = (
+        "Left the student's blocks, right the teacher's, block 0 (next to the embeddings) on top; a line is a pair whose "
+        "states are compared."
+    )
+    return [
+        paragraph(words) if maps else "",
+        f'<div class="pictures maps">{drawn}</div>' if maps else "",
+        *(paragraph(one) for one in said),
+    ]
+
+
+def _run_names(found: Row) -> str:
+    names = ", ".join(found["runs"])
+    return f'<span class="runs">{escape(names)}</span>' if names else ""

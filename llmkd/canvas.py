@@ -35,7 +35,10 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing with what it shows in words and in numbers: `head` names the columns of `rows`."""
+    """A drawing with what it shows in words and in numbers: `head` names the columns of `rows`.
+
+    The first `columns` of them make the table beside it (all, where it is None); the CSV holds all.
+    """
 
     name: str
     title: str
@@ -43,6 +46,7 @@ class Picture:
     svg: str
     head: tuple[str, ...]
     rows: tuple[tuple[Any, ...], ...]
+    columns: int | None = None
 
 
 def drawn(function: Callable[Given, Made]) -> Callable[Given, Made]:
@@ -52,7 +56,7 @@ def drawn(function: Callable[Given, Made]) -> Callable[Given, Made]:
     def wrapper(*args: Given.args, **kwargs: Given.kwargs) -> Made:
         import matplotlib
 
-        settings = {
+        settings: Any = {
             "svg.fonttype": "none",
             "svg.hashsalt": "llmkd",
             "text.parse_math": False,  # a $ in a name is a $

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -25,6 +25,8 @@ from llmkd.canvas import (
 
 Row = dict[str, Any]
 Groups = dict[str, dict[str, list[Row]]]  # strategy -> run -> log lines
+Line = list[tuple[float, float]]
+Lines = dict[str, dict[str, Line]]  # strategy -> run -> what is drawn
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -32,110 +34,109 @@ Groups = dict[str, dict[str, list[Row]]]  # strategy -> run -> log lines
 
 
 @drawn
-def curves(name: str, part: str, groups: Groups, of: int) -> Picture:
+def curves(name: str, part: str, groups: Groups, strategies: Sequence[str], of: int) -> Picture:
     """One loss part by step: per strategy the mean over seeds (thick) and each seed (thin).
 
-    `groups` is strategy -> run -> log lines; `of` is how many log lines the longest run wrote.
+    `groups` is strategy -> run -> log lines; a strategy's look is its place in `strategies`; `of` is how many log lines the
+    longest run wrote.
     """
-    figure, ax = axes(420, 250, 46, 100, 20, 36)
-    ends, values = [], []
-    for place, (strategy, runs) in enumerate(groups.items()):
-        look = _look(place)
-        lines = [[(line["step"], line[part]) for line in run] for run in runs.values()]
-        for line in lines:
-            ax.plot(*zip(*line, strict=True), color=look["color"], lw=0.7, alpha=0.45, zorder=2)
-        mean = _mean_line(lines)
-        ax.plot(*zip(*mean, strict=True), **look, lw=2, zorder=3)
-        ends.append((strategy, mean[-1], look))
-        values += [value for line in lines for _, value in line]
+    figure, ax = axes(380, 240, 42, 92, 20, 36)
+    lines = {
+        strategy: {run: [(line["step"], line[part]) for line in found] for run, found in runs.items()}
+        for strategy, runs in groups.items()
+    }
+    means = {strategy: _mean_line(runs.values()) for strategy, runs in lines.items()}
+    looks = {strategy: _look(strategies.index(strategy)) for strategy in lines}
+    for strategy, runs in lines.items():
+        for line in runs.values():
+            ax.plot(*zip(*line, strict=True), color=looks[strategy]["color"], lw=0.7, alpha=0.45, zorder=2)
+        ax.plot(*zip(*means[strategy], strict=True), **looks[strategy], lw=2, zorder=3)
+    values = [value for runs in lines.values() for line in runs.values() for _, value in line]
     logarithmic = min(values) > 0 and max(values) > 8 * min(values)
     if logarithmic:
         log_axis(ax)
     else:
         few_ticks(ax.yaxis, 4)
-    _labels(ax, ends)
+    _labels(ax, [(strategy, line[-1], looks[strategy]) for strategy, line in means.items()])
     ax.grid(axis="y")
     few_ticks(ax.xaxis, 5)
     ax.set_xlabel("step")
-    ax.text(
-        0,
-        1.02,
-        f"{part}{', log scale' if logarithmic else ''}",
-        transform=ax.transAxes,
-        size=SMALL,
-        color=COLOUR["muted"],
-    )
+    above = f"{part}{', log scale' if logarithmic else ''}"
+    ax.text(0, 1.02, above, transform=ax.transAxes, size=SMALL, color=COLOUR["muted"])
 
     title = f"Training: {part} by step"
-    said = [f"{strategy} ends at {value:.4g}" for strategy, (_, value), _ in ends]
-    shown = max(len(run) for runs in groups.values() for run in runs.values())
-    words = "; ".join(said) + "." + (f" {shown} of {of} logged steps are drawn." if shown < of else "")
-    rows = tuple(
-        (strategy, run, line["step"], line[part])
-        for strategy, runs in groups.items()
-        for run, lines in runs.items()
-        for line in lines
-    )
-    return Picture(name, title, words, svg(figure, name, title, words), ("strategy", "run", "step", part), rows)
+    shown = max(len(line) for runs in lines.values() for line in runs.values())
+    words = "; ".join(f"{strategy} ends at {line[-1][1]:.4g}" for strategy, line in means.items()) + "."
+    words += f" {shown} of {of} logged steps are drawn." if shown < of else ""
+    head, rows = _columns("step", means, lines)
+    return Picture(name, title, words, svg(figure, name, title, words), head, rows, 1 + len(means))
 
 
 @drawn
-def distances_at_end(name: str, groups: Groups) -> Picture:
+def distances_at_end(name: str, groups: Groups, strategies: Sequence[str]) -> Picture:
     """The last logged hidden distance of each student block: per strategy the mean over seeds, each seed as a point."""
-    figure, ax = axes(420, 250, 46, 100, 20, 36)
-    ends, rows, blocks = [], [], set()
-    for place, (strategy, runs) in enumerate(groups.items()):
-        look = _look(place)
-        last = {run: by_block(lines[-1]["pairs"]) for run, lines in runs.items()}
-        rows += [(strategy, run, _block(b), v) for run, found in last.items() for b, v in found.items()]
-        line = _mean_line([sorted(found.items()) for found in last.values()])
-        blocks |= {block for block, _ in line}
-        for found in last.values():
-            ring = {"ms": 3.4, "mfc": COLOUR["paper"], "mec": look["color"], "mew": 0.8}
-            ax.plot(list(found), list(found.values()), "o", ls="none", zorder=2, **ring)
-        ax.plot(*zip(*line, strict=True), **look, marker=MARKERS[place % len(MARKERS)], ms=5, lw=1.6, zorder=3)
-        ends.append((strategy, line[-1], look))
+    figure, ax = axes(380, 240, 42, 92, 20, 36)
+    lines: Lines = {
+        strategy: {run: list(by_block(found[-1]["pairs"]).items()) for run, found in runs.items()}
+        for strategy, runs in groups.items()
+    }
+    means = {strategy: _mean_line(runs.values()) for strategy, runs in lines.items()}
+    looks = {strategy: _look(strategies.index(strategy)) for strategy in lines}
+    for strategy, runs in lines.items():
+        look, marker = looks[strategy], MARKERS[strategies.index(strategy) % len(MARKERS)]
+        ring = {"ms": 3.4, "mfc": COLOUR["paper"], "mec": look["color"], "mew": 0.8}
+        for line in runs.values():
+            ax.plot(*zip(*line, strict=True), "o", ls="none", zorder=2, **ring)
+        ax.plot(*zip(*means[strategy], strict=True), **look, marker=marker, ms=5, lw=1.6, zorder=3)
+    blocks = sorted({int(block) for line in means.values() for block, _ in line})
     ax.set_ylim(bottom=0)
-    ax.set_xticks(sorted(blocks), [_block(block) for block in sorted(blocks)])
-    ax.set_xlim(min(blocks) - 0.2, max(blocks) + 0.2)
-    _labels(ax, ends)
+    ax.set_xticks(blocks, [_block(block) for block in blocks])
+    ax.set_xlim(blocks[0] - 0.2, blocks[-1] + 0.2)
+    _labels(ax, [(strategy, line[-1], looks[strategy]) for strategy, line in means.items()])
     ax.grid(axis="y")
     few_ticks(ax.yaxis, 4)
     ax.set_xlabel("student block")
 
     title = "Hidden distance of each student block at the end"
-    said = [f"{strategy} {value:.4g} at block {_block(block)}" for strategy, (block, value), _ in ends]
+    said = [f"{strategy} {line[-1][1]:.4g} at block {_block(line[-1][0])}" for strategy, line in means.items()]
     words = "Mean over seeds; last block: " + "; ".join(said) + "."
-    head = ("strategy", "run", "student block", "distance")
-    return Picture(name, title, words, svg(figure, name, title, words), head, tuple(rows))
+    head, rows = _columns("student block", means, lines)
+    rows = tuple((_block(row[0]), *row[1:]) for row in rows)
+    return Picture(name, title, words, svg(figure, name, title, words), head, rows, 1 + len(means))
 
 
 @drawn
 def distances_by_step(name: str, strategy: str, runs: dict[str, list[Row]], top: float) -> Picture:
     """One strategy's hidden distance by step, a line per student block (mean over seeds); `top` is the common scale."""
     figure, ax = axes(230, 170, 40, 34, 8, 34)
-    lines: dict[int, list[list[tuple[float, float]]]] = {}
+    lines: dict[int, list[Line]] = {}
     for run in runs.values():
         found = [(line["step"], by_block(line["pairs"])) for line in run]
         for block in found[-1][1]:
             lines.setdefault(block, []).append([(step, there[block]) for step, there in found if block in there])
-    means = {block: _mean_line(there) for block, there in sorted(lines.items())}
-    ends = []
-    for place, (block, line) in enumerate(means.items()):
-        look = _look(place)
-        ax.plot(*zip(*line, strict=True), **look, lw=1.5)
-        ends.append((_block(block), line[-1], look))
+    means = {_block(block): _mean_line(there) for block, there in sorted(lines.items())}
+    looks = {block: _look(place) for place, block in enumerate(means)}
+    for block, line in means.items():
+        ax.plot(*zip(*line, strict=True), **looks[block], lw=1.5)
     ax.set_ylim(0, top * 1.04)
-    _labels(ax, ends)
+    _labels(ax, [(block, line[-1], looks[block]) for block, line in means.items()])
     ax.grid(axis="y")
     few_ticks(ax.xaxis, 3)
     few_ticks(ax.yaxis, 3)
     ax.set_xlabel("step")
 
     title = f"{strategy}: hidden distance of each student block by step"
-    words = "; ".join(f"block {block} ends at {value:.4g}" for block, (_, value), _ in ends) + "."
-    rows = tuple((_block(block), step, value) for block, line in means.items() for step, value in line)
-    return Picture(name, title, words, svg(figure, name, title, words), ("student block", "step", "distance"), rows)
+    words = "; ".join(f"block {block} ends at {line[-1][1]:.4g}" for block, line in means.items()) + "."
+    head, rows = _columns("step", {f"block {block}": line for block, line in means.items()}, {})
+    return Picture(name, title, words, svg(figure, name, title, words), head, rows)
+
+
+def _columns(x: str, means: dict[str, Line], lines: Lines) -> tuple[tuple[str, ...], tuple[tuple[Any, ...], ...]]:
+    """Lines as a table: a row per x, a column per mean, then one per run; None where a line has no such x."""
+    named = {**means, **{run: line for runs in lines.values() for run, line in runs.items()}}
+    found = [dict(line) for line in named.values()]
+    rows = sorted({place for line in found for place in line})
+    return (x, *named), tuple((place, *(line.get(place) for line in found)) for place in rows)
 
 
 def by_block(pairs: dict[str, float]) -> dict[int, float]:
@@ -148,16 +149,17 @@ def by_block(pairs: dict[str, float]) -> dict[int, float]:
 
 
 def _block(block: float) -> str:
-    return "embeddings" if block == -1 else str(block)
+    return "embeddings" if block == -1 else str(int(block))
 
 
 def _look(place: int) -> dict[str, Any]:
     return {"color": COLOUR[f"series-{place % 8 + 1}"], "ls": DASHES[place % len(DASHES)]}
 
 
-def _mean_line(lines: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+def _mean_line(lines: Iterable[Line]) -> Line:
     """The mean of several lines at every x that all of them have, or that any has where they share none."""
     found: dict[float, list[float]] = {}
+    lines = list(lines)
     for line in lines:
         for x, y in line:
             found.setdefault(x, []).append(y)

@@ -77,18 +77,19 @@ def csv_link(name: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> s
     return f'<a class="csv" download="{escape(name)}.csv" href="data:text/csv;charset=utf-8,{data}">CSV{hidden(f" of {name}")}</a>'
 
 
-def figure(picture: Picture, caption: str, kind: str = "") -> str:
+def figure(picture: Picture, caption: str) -> str:
     """A picture with its caption (HTML) and, to be opened, its numbers as a table and as CSV."""
-    shown = picture.rows[:TABLE_ROWS]
-    cut = (
-        f"The first {len(shown)} of {len(picture.rows)} rows; the CSV holds all."
-        if len(shown) < len(picture.rows)
-        else ""
-    )
-    numbers = table(picture.title, picture.head, shown, "numbers") + (paragraph(cut) if cut else "")
+    head, rows = picture.head[: picture.columns], [row[: picture.columns] for row in picture.rows[:TABLE_ROWS]]
+    less = [f"the first {len(rows)} of {len(picture.rows)} rows"] if len(rows) < len(picture.rows) else []
+    less += [f"{len(head)} of {len(picture.head)} columns"] if len(head) < len(picture.head) else []
+    cut = paragraph(f"Shown: {', '.join(less)}; the CSV holds all.", "small") if less else ""
     link = csv_link(picture.name, picture.head, picture.rows)
-    below = details(f"Numbers{hidden(f': {picture.title}')}", f"<p>{link}</p>{numbers}", "figure-numbers")
-    return f"<figure{_classed(kind)}>{picture.svg}\n<figcaption>{caption}</figcaption>\n{below}</figure>"
+    below = details(
+        f"Numbers{hidden(f': {picture.title}')}",
+        f"<p>{link}</p>{table(picture.title, head, rows, 'numbers')}{cut}",
+        "figure-numbers",
+    )
+    return f"<figure>{picture.svg}\n<figcaption>{caption}</figcaption>\n{below}</figure>"
 
 
 def pairs(items: Sequence[tuple[str, str]], kind: str = "") -> str:

@@ -28,7 +28,7 @@ function themeButton() {
 function openForPrint() {
   let opened = [];
   addEventListener("beforeprint", () => {
-    opened = [...document.querySelectorAll("details:not([open]):not(.texts-models)")];
+    opened = [...document.querySelectorAll("details:not([open])")].filter((part) => !part.closest("#texts"));
     for (const part of opened) part.open = true;
   });
   addEventListener("afterprint", () => { for (const part of opened) part.open = false; });

@@ -152,7 +152,8 @@ def _run_section(results: Results, recipe: str) -> list[str]:
 def _plain(value: Any) -> str:
     """A JSON value in words: `cpu AMD EPYC, cores 2`."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items() if inner not in (None, [], {}))
+        kept = {name.replace("_gib", " in GiB"): inner for name, inner in value.items() if inner not in (None, [], {})}
+        return ", ".join(f"{name} {_plain(inner)}" for name, inner in kept.items())
     if isinstance(value, (list, tuple)):
         return " / ".join(_plain(inner) for inner in value)
     return "" if value is None else str(value)

@@ -143,8 +143,7 @@ def interval_section(results: Results) -> list[str]:
     shown = [drawn(place, metric) for place, metric in enumerate(first)]
     more = "".join(drawn(place, metric) for place, metric in enumerate(rest, start=len(first)))
     return [
-        paragraph(said),
-        f'<div class="pictures">{"".join(shown)}</div>',
+        f'<div class="pictures">{paragraph(said)}{"".join(shown)}</div>',
         details(f"The other {len(rest)} metrics", f'<div class="pictures">{more}</div>') if rest else "",
     ]
 
@@ -181,8 +180,7 @@ def comparison_section(results: Results) -> list[str]:
     if any(one["items_interval"] for one in found):
         said += " The thin grey lines, and the last columns of the table, are a paired bootstrap over the test items."
     return [
-        paragraph(said),
-        f'<div class="pictures">{drawn}</div>',
+        f'<div class="pictures">{paragraph(said)}{drawn}</div>',
         _comparison_table(f"Comparisons with {results['reference']}", first),
         details(
             f"Comparisons by the other {len(rest)} metrics", _comparison_table("Comparisons by the other metrics", rest)
@@ -263,9 +261,11 @@ def map_section(results: Results) -> list[str]:
     ]
     if not results["maps"]:
         return [missing("No trained student with a layer map yet.")]
+    seeds = {run["name"]: run["seed"] for run in results["runs"]}
     drawn = "".join(
         figure(
-            pictures.layer_map(f"map-{place}", found), f"<b>{escape(found['strategy'])}</b> {_run_names(found)}", "map"
+            pictures.layer_map(f"map-{place}", found),
+            f"<b>{escape(found['strategy'])}</b> {escape(_whose(found, seeds))}",
         )
         for place, found in enumerate(maps)
     )
@@ -280,6 +280,9 @@ def map_section(results: Results) -> list[str]:
     ]
 
 
-def _run_names(found: Row) -> str:
-    names = ", ".join(found["runs"])
-    return f'<span class="runs">{escape(names)}</span>' if names else ""
+def _whose(found: Row, seeds: dict[str, int | None]) -> str:
+    """Which seeds share a map; runs without one are named."""
+    known = [seeds.get(run) for run in found["runs"]]
+    if None in known or not known:
+        return ", ".join(found["runs"])
+    return ("seed " if len(known) == 1 else "seeds ") + ", ".join(str(seed) for seed in known)

@@ -32,13 +32,16 @@ def training_section(results: Results) -> list[str]:
     if not groups:
         return [missing("No student has logged a training step yet.")]
     drawn = [
-        figure(curves.curves(f"curve-{part}", part, having, longest), f"<b>{escape(part)}</b>, {escape(words)}")
+        figure(
+            curves.curves(f"curve-{part}", part, having, list(groups), longest),
+            f"<b>{escape(part)}</b>, {escape(words)}",
+        )
         for part, words in PARTS.items()
         if (having := _having(groups, part))
     ]
     paired = _having(groups, "pairs")
     if paired:
-        end = curves.distances_at_end("distance-end", paired)
+        end = curves.distances_at_end("distance-end", paired, list(groups))
         drawn.append(figure(end, "<b>hidden distance</b> of each student block, last logged step"))
     said = "Thick lines are means over seeds, thin ones the single seeds."
     shown = max(len(run) for runs in groups.values() for run in runs.values())
@@ -59,7 +62,7 @@ def _steps(paired: Groups) -> str:
         return paragraph(f"Distances step by step are not drawn for {most} student blocks; the log files hold them.")
     top = max(value for there in found for value in there.values())
     drawn = "".join(
-        figure(curves.distances_by_step(f"distance-{place}", strategy, runs, top), f"<b>{escape(strategy)}</b>", "map")
+        figure(curves.distances_by_step(f"distance-{place}", strategy, runs, top), f"<b>{escape(strategy)}</b>")
         for place, (strategy, runs) in enumerate(paired.items())
     )
     words = "Hidden distance by step, a line per student block (its number at the right), mean over seeds; one scale for all."
@@ -74,13 +77,14 @@ def _curves(results: Results) -> tuple[Groups, int]:
         lines = results["curves"].get(run["name"])
         if run["strategy"] is None or not lines:
             continue
-        longest = max(longest, len(lines))
+        longest = max(longest, len({line["step"] for line in lines}))
         groups.setdefault(run["strategy"], {})[run["name"]] = _thinned(lines)
     return groups, longest
 
 
 def _thinned(lines: list[Row]) -> list[Row]:
-    """At most `LOG_LINES` of the lines: the first, the last, and as evenly spaced as can be between."""
+    """At most `LOG_LINES` of the lines, one per step: the first, the last, and as evenly spaced as can be between."""
+    lines = list({line["step"]: line for line in lines}.values())  # a resumed run may have logged a step twice
     if len(lines) <= LOG_LINES:
         return lines
     return [lines[round(place * (len(lines) - 1) / (LOG_LINES - 1))] for place in range(LOG_LINES)]

@@ -29,7 +29,7 @@ def scores(name: str, metric: Row, rows: Sequence[Row], reference: str, margin: 
     places |= {row["name"]: len(students) + 0.4 + number for number, row in enumerate(others)}
     last = max(places.values(), default=0.0)
     height = 24 * (last + 1) + 50
-    figure, ax = axes(420, height, 112, 84, 6, 40)
+    figure, ax = axes(380, height, 108, 78, 6, 40)
     ax.set_ylim(last + 0.6, -0.6)
 
     centre = next((_mean(row, metric) for row in rows if row["name"] == reference), None)
@@ -56,7 +56,7 @@ def scores(name: str, metric: Row, rows: Sequence[Row], reference: str, margin: 
     if band:
         said.append(f"margin of {margin:g} around {reference}: {band[0]:.4g} to {band[1]:.4g}")
     words = "; ".join(said) + "."
-    head = ("model", "kind", "mean", "interval low", "interval high", "n", *(f"seed {seed}" for seed in seeds))
+    head = ("model", "mean", "interval low", "interval high", "n", *(f"seed {seed}" for seed in seeds))
     numbers = tuple(_score_numbers(row, metric, seeds) for row in (*students, *others))
     return Picture(name, title, words, svg(figure, name, title, words), head, numbers)
 
@@ -113,7 +113,7 @@ def differences(name: str, metric: Row, comparisons: Sequence[Row]) -> Picture:
     """One metric's differences to the reference with 95 % intervals, the margin as a band and the verdict in words."""
     reference = comparisons[0]["reference"]
     margin = next((found["margin"] for found in comparisons if found["margin"] is not None), None)
-    figure, ax = axes(420, 34 * len(comparisons) + 46, 150, 52, 4, 40)
+    figure, ax = axes(380, 34 * len(comparisons) + 46, 142, 46, 4, 40)
     ax.set_ylim(len(comparisons) - 0.5, -0.5)
     ends = [0.0, *(end for found in comparisons for end in _ends(found)), *((-margin, margin) if margin else ())]
     room = 0.08 * (max(ends) - min(ends)) or 0.5
@@ -171,11 +171,11 @@ def signed(value: float, metric: Row) -> str:
 def _score_numbers(row: Row, metric: Row, seeds: Sequence[int]) -> tuple[Any, ...]:
     cell = row["cells"].get(metric["name"])
     if cell is None:
-        return (row["name"], row["kind"], None, None, None, 0, *(None for _ in seeds))
+        return (row["name"], None, None, None, 0, *(None for _ in seeds))
     mean, half = cell["mean"], cell["half_width"]
     ends = (None, None) if half is None else (mean - half, mean + half)
     by_seed = dict(zip(cell["seeds"], cell["values"], strict=False))  # a model without a seed has a value all the same
-    return (row["name"], row["kind"], mean, *ends, cell["n"], *(by_seed.get(seed) for seed in seeds))
+    return (row["name"], mean, *ends, cell["n"], *(by_seed.get(seed) for seed in seeds))
 
 
 def _told(row: Row, metric: Row) -> str:

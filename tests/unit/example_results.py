@@ -82,7 +82,10 @@ def study(
         "items": {"generation": 200, "records_choice": 200},
         "maps": maps,
         "runs": runs,
-        "curves": {name: _curve(pairs.get(name, []), log_lines, random) for name in names},
+        "curves": {
+            name: _curve(pairs.get(name, []), log_lines, random, SHIFTS.get(name.rpartition("-s")[0], 0.0))
+            for name in names
+        },
         "backends": {"generation": {"hf": names}, "lm-eval": {"hf": names}},
         "versions": {"llmkd": "0.1.0", "torch": "2.13.0", "transformers": "5.19.0", "lm_eval": "0.4.13"},
         "hardware": {"cpu": "AMD EPYC 7B13", "cores": 2, "memory_gib": 24.0, "gpus": []},
@@ -194,13 +197,13 @@ def _run(name: str, strategy: str | None, seed: int | None, random: Random) -> d
     }
 
 
-def _curve(pairs: Sequence[Sequence[int]], lines: int, random: Random) -> list[dict[str, Any]]:
+def _curve(pairs: Sequence[Sequence[int]], lines: int, random: Random, shift: float) -> list[dict[str, Any]]:
     """Falling losses with noise; a run without pairs has no hidden distance."""
-    pace, found = random.uniform(3.5, 4.5), []
+    pace, found = 4 + 2 * shift + random.uniform(-0.2, 0.2), []
     for number in range(1, lines + 1):
         done = number / lines
         parts = {
-            part: (first - last) * exp(-pace * done) + last * random.uniform(0.95, 1.05)
+            part: (first - last) * exp(-pace * done) + last * (1 - shift) * random.uniform(0.95, 1.05)
             for part, (first, last) in PARTS.items()
         }
         distances = {f"{s}<{t}": parts["hidden"] * (0.6 + 0.3 * s) * random.uniform(0.97, 1.03) for s, t in pairs}

@@ -139,10 +139,12 @@ def _columns(x: str, means: dict[str, Line], lines: Lines) -> tuple[tuple[str, .
     return (x, *named), tuple((place, *(line.get(place) for line in found)) for place in rows)
 
 
-def by_block(pairs: dict[str, float]) -> dict[int, float]:
+def by_block(pairs: dict[str, float | None]) -> dict[int, float]:
     """Student block -> mean distance over its pairs, from the log's `student<teacher` names; the embeddings are -1."""
     found: dict[int, list[float]] = {}
     for pair, value in pairs.items():
+        if value is None:  # not a finite number
+            continue
         student = pair.partition("<")[0]
         found.setdefault(-1 if student == "e" else int(student), []).append(value)
     return {block: fmean(values) for block, values in sorted(found.items())}

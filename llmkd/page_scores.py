@@ -32,7 +32,10 @@ def score_section(results: Results) -> list[str]:
     """The table of all scores, and why some are missing."""
     metrics = _ordered(results)
     problems = results["problems"]
-    listed = "".join(f"<li><code>{escape(name)}</code> {escape(why)}</li>" for name, why in problems.items())
+    models: dict[str, list[str]] = {}
+    for name, why in problems.items():
+        models.setdefault(why, []).append(name)
+    listed = "".join(f"<li><code>{escape(', '.join(names))}</code> {escape(why)}</li>" for why, names in models.items())
     without = f'<h3>Without scores</h3>\n<ul class="problems">{listed}</ul>' if problems else ""
     if not metrics:
         return [missing("No model has a score yet, so there is no table."), without]
@@ -102,9 +105,9 @@ def _best(rows: Sequence[Row], metric: Row) -> float | None:
 def _score_cell(row: Row, metric: Row, best: float | None, primary: str | None) -> str:
     cell, main = row["cells"].get(metric["name"]), " main" if metric["name"] == primary else ""
     if cell is None:
-        if not row["problems"]:
+        whole = pictures.problem(row, metric)
+        if whole is None:
             return f'<td class="number missing{main}">–{hidden("no value")}</td>'
-        whole = row["problems"][0]
         reason = whole if len(whole) <= LONGEST_REASON else whole[: LONGEST_REASON - 1] + "…"
         return f'<td class="missing{main}" title="{escape(whole)}">{escape(reason)}</td>'
     half = cell["half_width"]
@@ -250,16 +253,18 @@ def map_section(results: Results) -> list[str]:
     maps = [
         found for found in results["maps"] if found["pairs"] and found["student_blocks"] and found["teacher_blocks"]
     ]
-    unpaired = [found["strategy"] for found in results["maps"] if not found["pairs"]]
+    mapped = {found["strategy"] for found in results["maps"] if found["pairs"]}
+    done = [run["strategy"] for run in results["runs"] if run["strategy"] is not None and run["state"] == "done"]
+    unpaired = [strategy for strategy in dict.fromkeys(done) if strategy not in mapped]
     unknown = [found for found in results["maps"] if found["pairs"] and found not in maps]
-    said = [f"{' and '.join(unpaired)}: no block is paired, so there is no map."] if unpaired else []
+    said = [f"Without a map, since no block is paired: {', '.join(unpaired)}."] if unpaired else []
     said += [
         f"{found['strategy']}: the depth of its models is not at hand; student from teacher block "
         + ", ".join(f"{student} from {teacher}" for student, teacher in found["pairs"])
         + "."
         for found in unknown
     ]
-    if not results["maps"]:
+    if not mapped and not unpaired:
         return [missing("No trained student with a layer map yet.")]
     seeds = {run["name"]: run["seed"] for run in results["runs"]}
     drawn = "".join(

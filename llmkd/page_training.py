@@ -91,8 +91,12 @@ def _thinned(lines: list[Row]) -> list[Row]:
 
 
 def _having(groups: Groups, part: str) -> Groups:
-    """The runs in whose logs the part is a number; a hidden loss without a pair is none."""
-    has = (lambda line: line["pairs"]) if part in ("hidden", "pairs") else (lambda line: line.get(part) is not None)
+    """The runs and lines in whose logs the part is a number; without a pair there is no hidden loss and no distance."""
+
+    def has(line: Row) -> bool:
+        paired = bool(curves.by_block(line["pairs"]))
+        return paired if part == "pairs" else line[part] is not None and (part != "hidden" or paired)
+
     kept = {
         strategy: {run: lines for run, found in runs.items() if (lines := [line for line in found if has(line)])}
         for strategy, runs in groups.items()

@@ -65,8 +65,8 @@ def _score_row(ax: Any, row: Row, metric: Row, place: float, limits: tuple[float
     """One line of `scores`: interval and mean, the seeds below, the number at the right."""
     cell = row["cells"].get(metric["name"])
     if cell is None:
-        problem = row["problems"][0] if row["problems"] else "no value"
-        ax.text(limits[0], place, "  " + problem.partition(":")[0], va="center", size=SMALL, color=COLOUR["muted"])
+        why = (problem(row, metric) or "no value").partition(":")[0]
+        ax.text(0.03, place, why, transform=ax.get_yaxis_transform(), va="center", size=SMALL, color=COLOUR["muted"])
         return
     mean, half = cell["mean"], cell["half_width"]
     student = row["kind"] == "student"
@@ -156,6 +156,15 @@ def differences(name: str, metric: Row, comparisons: Sequence[Row]) -> Picture:
         for f in comparisons
     )
     return Picture(name, title, words, svg(figure, name, title, words), head, numbers)
+
+
+def problem(row: Row, metric: Row) -> str | None:
+    """Why a row has no score by a metric; None where its models were not asked for one, or gave none."""
+    if "missing" in row:  # problems by step
+        found = row["missing"].get(metric["step"], [])
+    else:
+        found = row["problems"]
+    return found[0] if found else None
 
 
 def number(value: float, metric: Row) -> str:

@@ -80,7 +80,7 @@ def study(
         "notes": ["The numbers of this page are made up."],
         "problems": {},
         "items": {"generation": 200, "records_choice": 200},
-        "maps": maps,
+        "maps": [found for found in maps if found["pairs"]],
         "runs": runs,
         "curves": {
             name: _curve(pairs.get(name, []), log_lines, random, SHIFTS.get(name.rpartition("-s")[0], 0.0))

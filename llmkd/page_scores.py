@@ -47,9 +47,13 @@ def score_section(results: Results) -> list[str]:
     )
     said += "★ marks the best mean below the teacher in each column; whether a difference is shown stands under Comparisons."
     items = ", ".join(f"{step} {count}" for step, count in results["items"].items())
-    head = ("model", "kind", *(metric["name"] for metric in metrics))
+    head = ("model", "kind", *(f"{metric['name']}{what}" for metric in metrics for what in ("", " half width", " n")))
     rows = [
-        (row["name"], row["kind"], *(row["cells"].get(metric["name"], {}).get("mean") for metric in metrics))
+        (
+            row["name"],
+            row["kind"],
+            *((row["cells"].get(m["name"]) or {}).get(what) for m in metrics for what in ("mean", "half_width", "n")),
+        )
         for row in results["rows"]
     ]
     return [

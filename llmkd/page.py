@@ -119,8 +119,9 @@ def _generation_section(results: Results, generations: Sequence[Mapping[str, Any
     return [
         paragraph(said),
         paragraph(cut, "small") if cut else "",
-        '<div id="texts"><noscript><p class="missing-part">Showing the texts takes the script of this page; they also lie in the '
-        "study's folder generations/.</p></noscript></div>",
+        '<div id="texts">'
+        + missing("It takes the script of this page to show the texts; they lie in generations/ too.")
+        + "</div>",
         data_script("texts-data", value),
     ]
 

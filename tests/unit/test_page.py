@@ -227,8 +227,8 @@ def test_one_seed_has_no_interval() -> None:
 
 def test_the_same_study_gives_the_same_bytes(results: dict[str, Any], texts: list[dict[str, Any]], source: str) -> None:
     html(example.study(seeds=(5,)), [], "")
-    again = json.loads(json.dumps([results, texts]))
-    assert html(*again, "name: quickstart\n") == source
+    results, texts = json.loads(json.dumps([results, texts]))
+    assert html(results, texts, "name: quickstart\n") == source
 
 
 def test_a_whole_study_stays_small() -> None:

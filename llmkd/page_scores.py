@@ -22,10 +22,10 @@ SIGNS = {"equivalent": "≈", "different": "≠", "different within the margin":
 
 
 def _ordered(results: Results) -> list[Row]:
-    """The metrics, the main one and its step first."""
+    """The metrics step by step, the main one and its step first."""
     main = next((metric for metric in results["metrics"] if metric["name"] == results["primary"]), None)
-    step = main["step"] if main else None
-    return sorted(results["metrics"], key=lambda metric: (metric is not main, metric["step"] != step))
+    steps = list(dict.fromkeys(metric["step"] for metric in ([main] if main else []) + results["metrics"]))
+    return sorted(results["metrics"], key=lambda metric: (steps.index(metric["step"]), metric is not main))
 
 
 def score_section(results: Results) -> list[str]:

@@ -165,37 +165,41 @@ def comparison_section(results: Results) -> list[str]:
     if not found:
         return [missing("Nothing can be compared yet: it takes two strategies with scores, one of them the reference.")]
     metrics = _ordered(results)
-    main = [
-        metric for metric in metrics if metric["name"] in results["margins"] or metric["name"] == results["primary"]
-    ]
-    groups = [(metric, [one for one in found if one["metric"] == metric["name"]]) for metric in metrics]
-    groups = [(metric, group) for metric, group in groups if group]
-    first = [(metric, group) for metric, group in groups if metric in main] or groups[:1]
-    rest = [(metric, group) for metric, group in groups if (metric, group) not in first]
+    first = {metric["name"] for metric in metrics if metric["name"] in (results["primary"], *results["margins"])}
+    first = first or {metrics[0]["name"]}
+    groups = _families(found, metrics)
+    main = [group for group in groups if group[0]["name"] in first]
+    rest = [group for group in groups if group[0]["name"] not in first]
     drawn = "".join(
         figure(
-            pictures.differences(f"differences-{place}", metric, group),
-            f"<b>{escape(metric['label'])}</b>, difference to {escape(results['reference'])}",
+            pictures.differences(f"differences-{place}", metric, family),
+            f"<b>{escape(metric['label'])}</b>, difference to {escape(family[0]['reference'])}",
         )
-        for place, (metric, group) in enumerate(first)
+        for place, (metric, family) in enumerate(main)
     )
     said = (
-        f"Differences to {results['reference']}, paired by seed, with their 95 % intervals. Different: told from zero. "
-        "Equivalent: shown to lie within the margin that was stated before the run, by two one-sided tests. Undecided: "
-        "neither. Corrected p-values are Holm's, over the strategies compared."
+        "Differences are paired by seed and stand with their 95 % intervals. Different: told from zero. Equivalent: shown to "
+        "lie within the margin that was stated before the run, by two one-sided tests. Undecided: neither. Corrected "
+        "p-values are Holm's, over the strategies compared with the same reference."
     )
     if any(one["items_interval"] for one in found):
         said += " The thin grey lines, and the last columns of the table, are a paired bootstrap over the test items."
+    more = f"Comparisons by the other {len({metric['name'] for metric, _ in rest})} metrics"
+    rows = [[_joined(value) for value in one.values()] for one in found]
     return [
         f'<div class="pictures">{paragraph(said)}{drawn}</div>',
-        _comparison_table(f"Comparisons with {results['reference']}", first),
-        details(
-            f"Comparisons by the other {len(rest)} metrics", _comparison_table("Comparisons by the other metrics", rest)
-        )
-        if rest
-        else "",
-        f'<p class="small">{csv_link("comparisons", tuple(found[0]), [[_joined(v) for v in one.values()] for one in found])}</p>',
+        _comparison_table("Comparisons by " + ", ".join(dict.fromkeys(metric["label"] for metric, _ in main)), main),
+        details(more, _comparison_table("Comparisons by the other metrics", rest)) if rest else "",
+        f'<p class="small">{csv_link("comparisons", tuple(found[0]), rows)}</p>',
     ]
+
+
+def _families(found: Sequence[Row], metrics: Sequence[Row]) -> list[tuple[Row, list[Row]]]:
+    """The comparisons of each metric with each reference, in the metrics' order."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for one in found:
+        groups.setdefault((one["metric"], one["reference"]), []).append(one)
+    return [(metric, group) for metric in metrics for (name, _), group in groups.items() if name == metric["name"]]
 
 
 def _joined(value: Any) -> Any:
@@ -204,7 +208,7 @@ def _joined(value: Any) -> Any:
 
 def _comparison_table(name: str, groups: Sequence[tuple[Row, list[Row]]]) -> str:
     with_items = any(one["items_interval"] for _, group in groups for one in group)
-    heads = ("metric", "strategy", "difference", "95 % interval", "verdict", "seeds")
+    heads = ("metric", "strategy", "compared with", "difference", "95 % interval", "verdict", "seeds")
     heads += ("p different (corrected)", "margin", "p equivalent (corrected)")
     heads += ("over items", "p over items (corrected)") if with_items else ()
     lines = []
@@ -213,6 +217,7 @@ def _comparison_table(name: str, groups: Sequence[tuple[Row, list[Row]]]) -> str
             verdict = f'<span class="sign" aria-hidden="true">{SIGNS[one["verdict"]]}</span> {escape(one["verdict"])}'
             cells = [
                 ("", escape(one["strategy"])),
+                ("", escape(one["reference"])),
                 ("number", "" if one["difference"] is None else signed(one["difference"], metric)),
                 ("number", _interval(one["interval"], metric)),
                 ("verdict", verdict),

@@ -59,11 +59,13 @@ def study(
     maps = _maps(strategies, seeds, student_blocks, teacher_blocks)
     pairs = {name: found["pairs"] for found in maps for name in found["runs"]}
     names = [run["name"] for run in runs]
+    asked = {"forward": [name for name in strategies if name not in ("forward", "none")]}
+    asked |= {base: [name for name in strategies if name != base] for base in ("none", "ce_only", "undistilled")}
     comparisons = [
-        _comparison(metric["name"], row, rows, 0.5 if metric["name"] == "generation/bleu" else None)
+        _comparison(metric["name"], strategy, base, rows, 0.5 if metric["name"] == "generation/bleu" else None)
         for metric in metrics
-        for row in rows
-        if row["seeds"] and row["name"] != "forward"
+        for base, others in asked.items()
+        for strategy in others
     ]
     return {
         "name": "quickstart",
@@ -116,12 +118,12 @@ def _row(name: str, kind: str, seeds: Sequence[int] | None, random: Random) -> d
 
 
 def _comparison(
-    metric: str, row: dict[str, Any], rows: Sequence[dict[str, Any]], margin: float | None
+    metric: str, strategy: str, base: str, rows: Sequence[dict[str, Any]], margin: float | None
 ) -> dict[str, Any]:
-    reference = next(r for r in rows if r["name"] == "forward")["cells"][metric]["values"]
-    gaps = [a - b for a, b in zip(row["cells"][metric]["values"], reference, strict=True)]
+    values, reference = (next(r for r in rows if r["name"] == n)["cells"][metric]["values"] for n in (strategy, base))
+    gaps = [one - other for one, other in zip(values, reference * (len(values) // len(reference)), strict=True)]
     difference, count = fmean(gaps), len(gaps)
-    found = {"metric": metric, "strategy": row["name"], "reference": "forward", "difference": difference}
+    found = {"metric": metric, "strategy": strategy, "reference": base, "difference": difference}
     if count < 2:
         empty = ("interval", "p_different", "p_different_holm", "p_equivalent", "p_equivalent_holm")
         return {**found, **_items(), **dict.fromkeys(empty), "seeds": count, "margin": margin, "verdict": "not tested"}
@@ -144,7 +146,7 @@ def _comparison(
 
 
 def _conclusion(comparisons: Sequence[dict[str, Any]], seeds: int) -> str:
-    main = [found for found in comparisons if found["metric"] == "generation/bleu" and found["strategy"] != "ce_only"]
+    main = [found for found in comparisons if (found["metric"], found["reference"]) == ("generation/bleu", "forward")]
     named = {
         verdict: ", ".join(found["strategy"] for found in main if found["verdict"] == verdict)
         for verdict in ("equivalent", "different", "different within the margin", "undecided", "not tested")

@@ -105,15 +105,16 @@ def test_every_comparison_is_the_results(results: dict[str, Any], read: Page) ->
     labels = {metric["name"]: metric for metric in results["metrics"]}
     for found in results["comparisons"]:
         metric = labels[found["metric"]]
-        (line,) = [text for value, text in shown if float(value) == found["difference"]]
-        assert found["strategy"] in line and found["verdict"] in line and metric["label"] in line
+        names = f"{metric['label']}{found['strategy']}{found['reference']}"
+        (line,) = [text for value, text in shown if float(value) == found["difference"] and text.startswith(names)]
+        assert found["verdict"] in line
         assert f"{signed(found['interval'][0], metric)} to {signed(found['interval'][1], metric)}" in line
 
 
 def test_every_picture_has_its_numbers_as_table_and_csv(results: dict[str, Any], read: Page) -> None:
     pictures = len(read.all("svg"))
     assert pictures == len(read.all("figure")) == len(read.all("details", "figure-numbers"))
-    assert pictures == len(results["metrics"]) + 1 + len(results["maps"]) + 4 + 4 + 3
+    assert pictures == len(results["metrics"]) + 4 + len(results["maps"]) + 4 + 4 + 3
     names = [a["download"].removesuffix(".csv") for a, _ in read.all("a", "csv")]
     assert len(names) == len(set(names)) == pictures + 3  # the tables of scores, comparisons and cost have one too
     head, *lines = read.csv("cost-seconds")

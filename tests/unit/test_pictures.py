@@ -20,7 +20,7 @@ from tests.unit.page_reader import Page
 
 RESULTS = study(seeds=(0, 1))
 METRIC = RESULTS["metrics"][0]
-COMPARED = [found for found in RESULTS["comparisons"] if found["metric"] == METRIC["name"]]
+COMPARED = [c for c in RESULTS["comparisons"] if (c["metric"], c["reference"]) == (METRIC["name"], "forward")]
 CSS = (Path(canvas.__file__).with_name("page.css")).read_text()
 
 

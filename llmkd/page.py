@@ -78,7 +78,7 @@ def _opening(results: Results) -> str:
     half = ""
     if scored < models:
         said = f"{scored} of {models} models have scores; what is missing is named below."
-        half = f'<p class="partial"><strong>Half done.</strong> {said}</p>'
+        half = f'<p class="partial"><strong>Partial.</strong> {said}</p>'
     notes = "".join(f"<li>{escape(note)}</li>" for note in results["notes"])
     labels = {metric["name"]: metric["label"] for metric in results["metrics"]}
     margins = [f"{margin:g} {labels.get(name, name)}" for name, margin in results["margins"].items()]

@@ -198,7 +198,7 @@ def test_half_a_study_is_a_page_that_names_what_is_missing(
 ) -> None:
     half = example.partial(results)
     read = Page(html(half, texts, ""))
-    assert "Half done" in read.all("p", "partial")[0][1]
+    assert "Partial." in read.all("p", "partial")[0][1]
     listed = read.all("ul", "problems")[0][1]
     for name, why in half["problems"].items():
         assert name in listed and why in listed

@@ -27,7 +27,7 @@ Table = list[list[str]]
 
 def report(folder: Path) -> Path:
     """Write a study's report in all its forms and return the page's path. Raises InputError if the folder holds no study."""
-    from llmkd.page import html  # pyright: ignore[reportMissingImports]
+    from llmkd.page import html
 
     results = gather(folder)
     file = folder / "recipe.yaml"

@@ -39,7 +39,7 @@ log = logging.getLogger("llmkd")
 
 WORTH_VLLM = 3e11
 """Parameters x new tokens from which vLLM repays its start. On two CPU cores 26M parameters x 12,800 tokens (3.3e11) took 38 s
-by Hugging Face and 14 + 18 s by vLLM; 5M parameters 10 s against 22 + 6 s."""
+by Hugging Face and 14 + 18 s by vLLM; 7M parameters 10 s against 22 + 6 s. Not measured on a GPU."""
 KEY = "evaluation.generation"
 
 
@@ -159,7 +159,7 @@ def head_size(folder: Path) -> int:
 
 def _run(backend: str, todo: list[dict[str, Any]], shared: dict[str, Any], out: Path) -> None:
     """Run children until every model has its result; one that brings its child down is noted and passed over."""
-    variables = vllm_environment(out.resolve() / ".vllm") if backend == "vllm" else {}
+    variables = vllm_environment() if backend == "vllm" else {}
     while todo:
         order = {**shared, "jobs": todo}
         code = child.run("llmkd.generation", order, out / "generation.log", "generation", variables)

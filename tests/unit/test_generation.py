@@ -3,8 +3,6 @@
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -328,26 +326,6 @@ def test_a_prompt_without_room_for_its_continuation_is_refused() -> None:
 def test_no_section_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="evaluation.generation: the recipe asks for no texts"):
         generation.generate([], Evaluation(), Data(rows=10), tmp_path)
-
-
-# --- vLLM's version
-
-
-def test_the_lent_version_is_found_only_where_vllm_itself_is_not() -> None:
-    """In a process of its own, as lm-eval's: version("vllm") is asked for by name, other names stay unknown."""
-    program = (
-        "from importlib import metadata; from llmkd import vllm_backend as v; v.DISTRIBUTIONS; v.lend_version(); "
-        "print(metadata.version('vllm')); print(v.vllm_version())\n"
-        "try: metadata.version('vllm-of-nobody'); print('found')\n"
-        "except metadata.PackageNotFoundError: print('unknown')"
-    )
-    if vllm_backend.vllm_version() is None:
-        pytest.skip("vLLM is not installed: LLMKD_VLLM=1 bash scripts/environment.sh")
-    said = subprocess.run(
-        [sys.executable, "-c", program], env=child.clean_environment(), capture_output=True, text=True, check=True
-    )
-    ours = vllm_backend.vllm_version()
-    assert said.stdout.split() == [ours, ours, "unknown"]
 
 
 # --- The command

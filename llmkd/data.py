@@ -150,7 +150,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def tokenize(rows: Dataset, tokenizer: Any, *, format: str, max_length: int, too_long: str) -> Dataset:
-    """Rows -> {input_ids, trained (per token), length}. Prompts are not trained; of a chat, what the assistant says is.
+    """Rows -> {input_ids, trained (per token), length, row (its number)}. Prompts are not trained; of a chat, what the assistant says is.
 
     Prompt and completion are tokenized apart, as they are when the model later continues the prompt. Raises InputError
     for a row that lacks its columns, or when no row is left.
@@ -176,7 +176,14 @@ def tokenize(rows: Dataset, tokenizer: Any, *, format: str, max_length: int, too
             ids, trained = [i[:max_length] for i in ids], [t[:max_length] for t in trained]
         useful = [any(t[1:]) for t in trained]
         length = [len(i) for i in ids]
-        return {"input_ids": ids, "trained": trained, "length": length, "whole": whole, "useful": useful}
+        return {
+            "input_ids": ids,
+            "trained": trained,
+            "length": length,
+            "whole": whole,
+            "useful": useful,
+            "row": numbers,
+        }
 
     found = rows.map(
         encoded, batched=True, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False
@@ -219,13 +226,13 @@ def _check_text(columns: dict[str, list[Any]], format: str, numbers: list[int]) 
 
 
 def _prompt_completion(columns: dict[str, list[Any]], tokenizer: Any, numbers: list[int]) -> Encoded:
-    prompts = _leading(tokenizer, columns["prompt"])
+    prompts = leading_ids(tokenizer, columns["prompt"])
     completions = _closed(tokenizer(columns["completion"], add_special_tokens=False)["input_ids"], tokenizer)
     both = list(zip(prompts, completions, strict=True))
     return [p + c for p, c in both], [[False] * len(p) + [True] * len(c) for p, c in both]
 
 
-def _leading(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def leading_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """The ids of texts that open a sequence: with the tokenizer's leading tokens, without a closing one it may add."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     added = tokenizer("a", add_special_tokens=True)["input_ids"]
@@ -241,7 +248,7 @@ def _closed(encoded: list[list[int]], tokenizer: Any) -> list[list[int]]:
 
 
 def _text(columns: dict[str, list[Any]], tokenizer: Any, numbers: list[int]) -> Encoded:
-    texts = _closed(_leading(tokenizer, columns["text"]), tokenizer)
+    texts = _closed(leading_ids(tokenizer, columns["text"]), tokenizer)
     # An empty line is no document; trained on, it would teach to stop at once.
     return texts, [[bool(text.strip())] * len(ids) for text, ids in zip(columns["text"], texts, strict=True)]
 

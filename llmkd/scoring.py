@@ -41,7 +41,7 @@ Samples = dict[str, list[dict[str, Any]]]
 
 def main() -> int:
     """Score the models of the order on stdin one after another; 2 if the order can't be followed."""
-    say = _own_stdout()
+    say = own_stdout()
     order = json.load(sys.stdin)
     settings, out = Evaluation.model_validate_json(json.dumps(order["settings"])), Path(order["out"])
     jobs, trust = order["jobs"], order["trust_remote_code"]
@@ -69,7 +69,7 @@ def main() -> int:
     return 0
 
 
-def _own_stdout() -> Callable[[str], None]:
+def own_stdout() -> Callable[[str], None]:
     """A function that says a line on our stdout; what any library prints there goes with stderr from now on."""
     own = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -1,0 +1,395 @@
+"""How far each student agrees with the teacher: on held-out rows token by token, and in the texts that both have written.
+
+`agree([("forward-s0", folder)], teacher, settings, data, generations, out)` writes `out/forward-s0.json` and, with a line per item,
+`out/forward-s0.jsonl`; what is there and made of the same is not done again. The work is done in a process of its own, this file:
+`python -m llmkd.agreement` reads its order from stdin as JSON, says a line per model and leaves all other talk in
+`out/agreement.log`. The teacher runs over the rows once for all students: its final states at the trained positions are kept, and
+its head; the logits of a few hundred tokens are made from them where they are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmkd.config import Data, Evaluation
+from llmkd.data import IGNORE, Batch, collate, leading_ids, load_rows, tokenize
+from llmkd.divergences import DIVERGENCES
+from llmkd.errors import InputError
+from llmkd.evaluation import run_child
+from llmkd.models import DTYPES, backbone, check_same_tokens, head, load_causal_lm, load_tokenizer
+from llmkd.provenance import versions
+from llmkd.results import contents, digest, model_contents, publish, up_to_date, written
+from llmkd.scoring import REFUSAL, own_stdout
+
+log = logging.getLogger("llmkd")
+
+TEACHER = "teacher"  # the entry whose generated texts the others are held against
+PACKAGES = ("transformers", "torch", "datasets")
+ROWS = 8  # at once, where the recipe's evaluation.batch_size is auto
+CHUNK = 256  # tokens whose logits exist at one time
+METRICS = ("token_agreement", "kl", "top1", "likelihood")
+
+Item = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call's order, as both processes read it."""
+
+    teacher: Path
+    settings: Evaluation
+    data: Data
+    generations: Path
+    out: Path
+    trust_remote_code: bool
+
+
+def agree(
+    jobs: Sequence[tuple[str, Path]],
+    teacher: Path,
+    settings: Evaluation,
+    data: Data,
+    generations: Path,
+    out: Path,
+    *,
+    trust_remote_code: bool = False,
+) -> dict[str, Path]:
+    """Compare every (name, model folder) that has no up-to-date result in `out` with the teacher; the result files by name.
+
+    The rows are the first `settings.agreement_rows` of `settings.generation`'s source, the texts those of
+    `generations/<name>.jsonl` and `generations/teacher.jsonl`. A model that can't be compared gets a file with `error` set, and is
+    tried again at the next call. Raises InputError where no rows are asked for or the rows can't be read.
+    """
+    if settings.generation is None or not settings.agreement_rows:
+        raise InputError(
+            "evaluation.agreement_rows: how many held-out rows to compare on; write a number above 0, e.g. 100"
+        )
+    task = Task(teacher, settings, data, generations, out, trust_remote_code)
+    shared = _shared_fingerprint(task)
+    files = {name: out / f"{name}.json" for name, _ in jobs}
+    orders = []
+    for name, model in jobs:
+        texts = [file for file in (generations / f"{name}.jsonl",) if file.is_file()]
+        fingerprint = digest([shared, *contents(generations, texts), *model_contents(model)])
+        orders.append({"name": name, "model": str(model), "teacher": str(teacher), "fingerprint": fingerprint})
+    todo = [order for order in orders if not up_to_date(files[order["name"]], order["fingerprint"])]
+    log.info("agreement: %d of %d models are up to date", len(orders) - len(todo), len(orders))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "agreement.log").unlink(missing_ok=True)
+    while todo:
+        code = run_child("llmkd.agreement", _order(task, todo), out / "agreement.log", label="agreement")
+        todo = [order for order in todo if not written(files[order["name"]], order["fingerprint"])]
+        if todo:  # the process fell over one model: note it, and go on with the others
+            error = f"the process that compares ended with code {code}; see {out / 'agreement.log'}"
+            _write(task, _result(todo.pop(0), task, error=error), [])
+    return files
+
+
+def _order(task: Task, todo: list[dict[str, Any]]) -> dict[str, Any]:
+    paths = {key: str(getattr(task, key).resolve()) for key in ("teacher", "generations", "out")}
+    sections = {key: getattr(task, key).model_dump(mode="json") for key in ("settings", "data")}
+    return {"jobs": todo, "trust_remote_code": task.trust_remote_code, **paths, **sections}
+
+
+def _read_order(order: dict[str, Any]) -> Task:
+    return Task(
+        teacher=Path(order["teacher"]),
+        settings=Evaluation.model_validate_json(json.dumps(order["settings"])),
+        data=Data.model_validate_json(json.dumps(order["data"])),
+        generations=Path(order["generations"]),
+        out=Path(order["out"]),
+        trust_remote_code=order["trust_remote_code"],
+    )
+
+
+def _shared_fingerprint(task: Task) -> str:
+    """A hash of what all students share: rows and how they become tokens, the teacher and its texts, precision and versions."""
+    source, name = _source(task)
+    generation, rows = task.settings.generation, task.settings.agreement_rows
+    assert generation is not None
+    parts = [source, str(name), generation.split, str(rows), task.settings.dtype, str(task.settings.batch_size)]
+    data = task.data.model_dump(include={"records_seed", "format", "max_length", "too_long"})
+    parts += [json.dumps(data), json.dumps(versions(*PACKAGES), sort_keys=True)]
+    local = Path(source).expanduser()
+    files = sorted(file for file in (local.rglob("*") if local.is_dir() else [local]) if file.is_file())
+    texts = [file for file in (task.generations / f"{TEACHER}.jsonl",) if file.is_file()]
+    return digest(parts + contents(local, files) + model_contents(task.teacher) + contents(task.generations, texts))
+
+
+def _source(task: Task) -> tuple[str, str | None]:
+    """Where the held-out rows are: the generation step's source, or else the training data's."""
+    generation = task.settings.generation
+    assert generation is not None
+    if generation.source is not None:
+        return generation.source, generation.name
+    return task.data.source, generation.name or task.data.name
+
+
+# --- The child process
+
+
+def main() -> int:
+    """Compare the models of the order on stdin one after another; 2 if the order can't be followed."""
+    say = own_stdout()
+    order = json.load(sys.stdin)
+    task, jobs = _read_order(order), order["jobs"]
+    try:
+        tokenizer = load_tokenizer(task.teacher, trust_remote_code=task.trust_remote_code)
+        items, batches = held_out(task, tokenizer)
+    except InputError as error:
+        say(f"{REFUSAL}{error}")
+        return 2
+    say(f"teacher: started on {len(items)} rows")
+    started = time.perf_counter()
+    try:
+        texts = {job["name"]: read_texts(task.generations, job["name"]) for job in jobs}
+        teacher = listen(task, tokenizer, batches, texts)
+    except Exception as error:
+        log.exception("teacher")
+        for job in jobs:
+            _write(task, _result(job, task, error=f"the teacher can't be run: {_said(error)}"), [])
+        return 0
+    size = sum(states.numel() * states.element_size() for states in teacher.states) / 2**20
+    say(f"teacher: done; its states take {size:.1f} MiB ({time.perf_counter() - started:.1f} s)")
+    for number, job in enumerate(jobs, start=1):
+        say(f"{number}/{len(jobs)} {job['name']}: started")
+        started = time.perf_counter()
+        try:
+            made, lines = compare_model(job, task, tokenizer, items, batches, teacher, texts)
+        except Exception as error:  # whatever is wrong with one model must not cost the others their numbers
+            log.exception("%s", job["name"])
+            made, lines = {"error": _said(error)}, []
+        result = _result(job, task, seconds=time.perf_counter() - started, **made)
+        _write(task, result, lines)
+        told = " ".join(f"{key} {value:.4g}" for key, value in result["metrics"].items() if value is not None)
+        failed = f"failed: {result['error']}" if result["error"] else ""
+        say(f"{number}/{len(jobs)} {job['name']}: {told} {failed} ({result['seconds']:.1f} s)")
+    return 0
+
+
+def held_out(task: Task, tokenizer: Any) -> tuple[list[int], list[Batch]]:
+    """The rows' numbers in their split, and the rows in batches, tokens and trained positions as in training."""
+    generation, data, settings = task.settings.generation, task.data, task.settings
+    assert generation is not None
+    source, name = _source(task)
+    found = load_rows(
+        source, name=name, split=generation.split, rows=settings.agreement_rows, records_seed=data.records_seed
+    )
+    rows = tokenize(found, tokenizer, format=data.format, max_length=data.max_length, too_long=data.too_long)
+    size = settings.batch_size if isinstance(settings.batch_size, int) else ROWS
+    cut = [list(range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    batches = [collate([rows[number] for number in part], pad_id=pad, packed=False) for part in cut]
+    return list(rows["row"]), batches
+
+
+@dataclass(frozen=True)
+class Listened:
+    """What the teacher has said: final states at each batch's trained positions [N, H], its head, and by name the log-probability
+    of each item's generated tokens."""
+
+    states: list[Tensor]
+    head: nn.Linear
+    likelihoods: dict[str, dict[int, float]]
+
+
+def listen(task: Task, tokenizer: Any, batches: Sequence[Batch], texts: dict[str, dict[int, Item] | None]) -> Listened:
+    """Run the teacher over the rows once, and over what each student has written."""
+    model = _load(task, task.teacher)
+    states = [final_states(model, batch) for batch in batches]
+    likelihoods = {}
+    for name, written_texts in texts.items():
+        likelihoods[name] = text_likelihoods(model, tokenizer, written_texts or {})
+    return Listened(states, head(model), likelihoods)
+
+
+def compare_model(
+    job: dict[str, Any],
+    task: Task,
+    tokenizer: Any,
+    items: Sequence[int],
+    batches: Sequence[Batch],
+    teacher: Listened,
+    texts: dict[str, dict[int, Item] | None],
+) -> tuple[dict[str, Any], list[Item]]:
+    """One student against the teacher: what its result file holds, and a line per item."""
+    folder, name = Path(job["model"]), job["name"]
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no model (no config.json)")
+    check_same_tokens(tokenizer, load_tokenizer(folder, trust_remote_code=task.trust_remote_code))
+    model = _load(task, folder)
+    lines: dict[int, Item] = {}
+    numbers = iter(items)
+    for batch, theirs in zip(batches, teacher.states, strict=True):
+        kl, same = compare(final_states(model, batch), head(model), theirs, teacher.head)
+        per_row = (batch.targets != IGNORE).sum(1).tolist()
+        for part, match in zip(kl.split(per_row), same.split(per_row), strict=True):
+            item = next(numbers)
+            lines[item] = {"item": item, "tokens": len(part), "kl": part.mean().item(), "top1": match.mean().item()}
+    if not all(math.isfinite(line["kl"]) for line in lines.values()):
+        raise InputError(f"{name}'s distributions are not numbers: its training has diverged; lower its learning rate")
+    tokens = sum(line["tokens"] for line in lines.values())
+    metrics = {key: sum(line[key] * line["tokens"] for line in lines.values()) / tokens for key in ("kl", "top1")}
+    ours, theirs_texts = texts[name], read_texts(task.generations, TEACHER)
+    missing = [whose for whose, found in ((name, ours), (TEACHER, theirs_texts)) if found is None]
+    if ours is not None and theirs_texts is not None:
+        metrics |= _texts(lines, ours, theirs_texts, teacher.likelihoods[name])
+    error = (
+        f"no texts of {' and '.join(missing)} in {task.generations}: see that generation's result" if missing else None
+    )
+    made = {"rows": len(items), "tokens": tokens, "metrics": {key: metrics.get(key) for key in METRICS}, "error": error}
+    return made, [lines[item] for item in sorted(lines)]
+
+
+def _texts(
+    lines: dict[int, Item], ours: dict[int, Item], theirs: dict[int, Item], likelihoods: dict[int, float]
+) -> dict[str, float | None]:
+    """Token agreement (mean over items) and likelihood (mean over the student's tokens), added to the items' lines too."""
+    agreements, written_tokens = [], 0
+    for item in sorted(ours.keys() & theirs.keys()):
+        line = lines.setdefault(item, {"item": item, "tokens": 0})
+        count = len(ours[item]["token_ids"])
+        line["token_agreement"] = token_agreement(ours[item]["token_ids"], theirs[item]["token_ids"])
+        line["likelihood"] = likelihoods[item] / count if count else None
+        agreements.append(line["token_agreement"])
+        written_tokens += count
+    total = sum(likelihoods[item] for item in ours.keys() & theirs.keys())
+    return {
+        "token_agreement": sum(agreements) / len(agreements) if agreements else None,
+        "likelihood": total / written_tokens if written_tokens else None,
+    }
+
+
+# --- The numbers
+
+
+def token_agreement(ours: Sequence[int], theirs: Sequence[int]) -> float:
+    """The share of positions with the same token, over the longer of two texts; 1 for two empty ones."""
+    longer = max(len(ours), len(theirs))
+    return sum(a == b for a, b in zip(ours, theirs, strict=False)) / longer if longer else 1.0
+
+
+@torch.no_grad()
+def final_states(model: Any, batch: Batch) -> Tensor:
+    """The final states [N, H] from which a batch's N trained tokens are predicted."""
+    batch = batch.to(model.device)
+    final = backbone(model)(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+    return final.flatten(0, 1)[batch.trained_at]
+
+
+@torch.no_grad()
+def compare(
+    ours: Tensor, our_head: nn.Linear, theirs: Tensor, their_head: nn.Linear, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """(KL(teacher ‖ student) [N], whether both find the same token likeliest [N]) of states [N, H_s] and [N, H_t], in fp32.
+
+    Over the columns that both heads have. The logits of `chunk` tokens exist at one time.
+    """
+    shared = min(our_head.weight.shape[0], their_head.weight.shape[0])
+    kl, same = [], []
+    for our_part, their_part in zip(ours.split(chunk), theirs.split(chunk), strict=True):
+        student, teacher = (
+            _logits(part, layer)[:, :shared] for part, layer in ((our_part, our_head), (their_part, their_head))
+        )
+        kl.append(DIVERGENCES["forward_kl"](student, teacher, 1.0))
+        same.append((student.argmax(-1) == teacher.argmax(-1)).float())
+    return torch.cat(kl), torch.cat(same)
+
+
+def _logits(states: Tensor, layer: nn.Linear) -> Tensor:
+    return F.linear(states, layer.weight, layer.bias).float()
+
+
+@torch.no_grad()
+def text_likelihoods(model: Any, tokenizer: Any, texts: dict[int, Item], chunk: int = CHUNK) -> dict[int, float]:
+    """By item, the log-probability that a model gives to a text's tokens after the item's prompt."""
+    found, layer = {}, head(model)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    for part in _parts(sorted(texts), ROWS):
+        rows = [_prompt_and_text(tokenizer, texts[item]) for item in part]
+        batch = collate(rows, pad_id=pad, packed=False)
+        states = final_states(model, batch)
+        targets = batch.targets.flatten()[batch.trained_at].to(states.device)
+        scores = [
+            _logits(some, layer).log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+            for some, wanted in zip(states.split(chunk), targets.split(chunk), strict=True)
+        ]
+        per_row = (batch.targets != IGNORE).sum(1).tolist()
+        joined = torch.cat(scores) if scores else torch.zeros(0)
+        for item, values in zip(part, joined.split(per_row), strict=True):
+            found[item] = values.double().sum().item()
+    return found
+
+
+def _prompt_and_text(tokenizer: Any, text: Item) -> Item:
+    prompt = leading_ids(tokenizer, [text["prompt"]])[0]
+    ids = text["token_ids"]
+    return {"input_ids": [*prompt, *ids], "trained": [False] * len(prompt) + [True] * len(ids)}
+
+
+def _parts(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+# --- Files
+
+
+def _load(task: Task, folder: Path) -> Any:
+    model: Any = load_causal_lm(
+        folder,
+        dtype=DTYPES[task.settings.dtype],
+        ds_config=None,
+        attention="auto",
+        trust_remote_code=task.trust_remote_code,
+    )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def read_texts(generations: Path, name: str) -> dict[int, Item] | None:
+    """A model's generated texts by item; None where there are none."""
+    try:
+        lines = (generations / f"{name}.jsonl").read_text().splitlines()
+    except OSError:
+        return None
+    return {line["item"]: line for line in map(json.loads, lines)} or None
+
+
+def _said(error: Exception) -> str:
+    return (
+        str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    )
+
+
+def _result(job: dict[str, Any], task: Task, **found: Any) -> dict[str, Any]:
+    empty = {"error": None, "seconds": 0.0, "rows": 0, "tokens": 0, "metrics": dict.fromkeys(METRICS)}
+    return {**job, **empty, "dtype": task.settings.dtype, "versions": versions(*PACKAGES), **found}
+
+
+def _write(task: Task, result: dict[str, Any], lines: Sequence[Item]) -> None:
+    """Publish a model's numbers: the items first, so that who sees the result finds them."""
+    keys = ("item", *METRICS, "tokens")
+    told = [json.dumps({key: line.get(key) for key in keys}, allow_nan=False) for line in lines]
+    publish(task.out / f"{result['name']}.jsonl", "".join(line + "\n" for line in told))
+    publish(task.out / f"{result['name']}.json", json.dumps(result, indent=1, allow_nan=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,31 +14,37 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmkd import child
+from llmkd.comparison import compare, final_states, text_likelihoods, token_agreement
 from llmkd.config import Data, Evaluation
-from llmkd.data import IGNORE, Batch, collate, leading_ids, load_rows, tokenize
-from llmkd.divergences import DIVERGENCES
+from llmkd.data import IGNORE, Batch, collate, load_rows, tokenize
 from llmkd.errors import InputError
-from llmkd.evaluation import run_child
-from llmkd.models import DTYPES, backbone, check_same_tokens, head, load_causal_lm, load_tokenizer
+from llmkd.models import DTYPES, check_same_tokens, head, load_causal_lm, load_tokenizer
 from llmkd.provenance import versions
-from llmkd.results import contents, digest, model_contents, publish, up_to_date, written
-from llmkd.scoring import REFUSAL, own_stdout
+from llmkd.results import (
+    contents,
+    digest,
+    model_contents,
+    one_sentence,
+    publish_json,
+    publish_lines,
+    up_to_date,
+    written,
+)
 
 log = logging.getLogger("llmkd")
 
 TEACHER = "teacher"  # the entry whose generated texts the others are held against
 PACKAGES = ("transformers", "torch", "datasets")
 ROWS = 8  # at once, where the recipe's evaluation.batch_size is auto
-CHUNK = 256  # tokens whose logits exist at one time
 METRICS = ("token_agreement", "kl", "top1", "likelihood")
 
 Item = dict[str, Any]
@@ -89,7 +95,7 @@ def agree(
     out.mkdir(parents=True, exist_ok=True)
     (out / "agreement.log").unlink(missing_ok=True)
     while todo:
-        code = run_child("llmkd.agreement", _order(task, todo), out / "agreement.log", label="agreement")
+        code = child.run("llmkd.agreement", _order(task, todo), out / "agreement.log", "agreement")
         todo = [order for order in todo if not written(files[order["name"]], order["fingerprint"])]
         if todo:  # the process fell over one model: note it, and go on with the others
             error = f"the process that compares ended with code {code}; see {out / 'agreement.log'}"
@@ -142,14 +148,13 @@ def _source(task: Task) -> tuple[str, str | None]:
 
 def main() -> int:
     """Compare the models of the order on stdin one after another; 2 if the order can't be followed."""
-    say = own_stdout()
-    order = json.load(sys.stdin)
+    order, say = child.listen()
     task, jobs = _read_order(order), order["jobs"]
     try:
         tokenizer = load_tokenizer(task.teacher, trust_remote_code=task.trust_remote_code)
         items, batches = held_out(task, tokenizer)
     except InputError as error:
-        say(f"{REFUSAL}{error}")
+        say(f"{child.REFUSAL}{error}")
         return 2
     say(f"teacher: started on {len(items)} rows")
     started = time.perf_counter()
@@ -272,83 +277,6 @@ def _texts(
     }
 
 
-# --- The numbers
-
-
-def token_agreement(ours: Sequence[int], theirs: Sequence[int]) -> float:
-    """The share of positions with the same token, over the longer of two texts; 1 for two empty ones."""
-    longer = max(len(ours), len(theirs))
-    return sum(a == b for a, b in zip(ours, theirs, strict=False)) / longer if longer else 1.0
-
-
-@torch.no_grad()
-def final_states(model: Any, batch: Batch) -> Tensor:
-    """The final states [N, H] from which a batch's N trained tokens are predicted."""
-    batch = batch.to(model.device)
-    final = backbone(model)(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    ).last_hidden_state
-    return final.flatten(0, 1)[batch.trained_at]
-
-
-@torch.no_grad()
-def compare(
-    ours: Tensor, our_head: nn.Linear, theirs: Tensor, their_head: nn.Linear, chunk: int = CHUNK
-) -> tuple[Tensor, Tensor]:
-    """(KL(teacher ‖ student) [N], whether both find the same token likeliest [N]) of states [N, H_s] and [N, H_t], in fp32.
-
-    Over the columns that both heads have. The logits of `chunk` tokens exist at one time.
-    """
-    shared = min(our_head.weight.shape[0], their_head.weight.shape[0])
-    kl, same = [], []
-    for our_part, their_part in zip(ours.split(chunk), theirs.split(chunk), strict=True):
-        student, teacher = (
-            _logits(part, layer)[:, :shared] for part, layer in ((our_part, our_head), (their_part, their_head))
-        )
-        kl.append(DIVERGENCES["forward_kl"](student, teacher, 1.0))
-        same.append((student.argmax(-1) == teacher.argmax(-1)).float())
-    return torch.cat(kl), torch.cat(same)
-
-
-def _logits(states: Tensor, layer: nn.Linear) -> Tensor:
-    return F.linear(states, layer.weight, layer.bias).float()
-
-
-@torch.no_grad()
-def text_likelihoods(model: Any, tokenizer: Any, texts: dict[int, Item], chunk: int = CHUNK) -> dict[int, float]:
-    """By item, the log-probability that a model gives to a text's tokens after the item's prompt."""
-    found, layer = {}, head(model)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    for part in _parts(sorted(texts), ROWS):
-        rows = [_prompt_and_text(tokenizer, texts[item]) for item in part]
-        batch = collate(rows, pad_id=pad, packed=False)
-        states = final_states(model, batch)
-        targets = batch.targets.flatten()[batch.trained_at].to(states.device)
-        scores = [
-            _logits(some, layer).log_softmax(-1).gather(1, wanted[:, None])[:, 0]
-            for some, wanted in zip(states.split(chunk), targets.split(chunk), strict=True)
-        ]
-        per_row = (batch.targets != IGNORE).sum(1).tolist()
-        joined = torch.cat(scores) if scores else torch.zeros(0)
-        for item, values in zip(part, joined.split(per_row), strict=True):
-            found[item] = values.double().sum().item()
-    return found
-
-
-def _prompt_and_text(tokenizer: Any, text: Item) -> Item:
-    prompt = leading_ids(tokenizer, [text["prompt"]])[0]
-    ids = text["token_ids"]
-    return {"input_ids": [*prompt, *ids], "trained": [False] * len(prompt) + [True] * len(ids)}
-
-
-def _parts(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
 # --- Files
 
 
@@ -373,9 +301,7 @@ def read_texts(generations: Path, name: str) -> dict[int, Item] | None:
 
 
 def _said(error: Exception) -> str:
-    return (
-        str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    )
+    return str(error) if isinstance(error, InputError) else one_sentence(error)
 
 
 def _result(job: dict[str, Any], task: Task, **found: Any) -> dict[str, Any]:
@@ -386,9 +312,8 @@ def _result(job: dict[str, Any], task: Task, **found: Any) -> dict[str, Any]:
 def _write(task: Task, result: dict[str, Any], lines: Sequence[Item]) -> None:
     """Publish a model's numbers: the items first, so that who sees the result finds them."""
     keys = ("item", *METRICS, "tokens")
-    told = [json.dumps({key: line.get(key) for key in keys}, allow_nan=False) for line in lines]
-    publish(task.out / f"{result['name']}.jsonl", "".join(line + "\n" for line in told))
-    publish(task.out / f"{result['name']}.json", json.dumps(result, indent=1, allow_nan=False))
+    publish_lines(task.out / f"{result['name']}.jsonl", [{key: line.get(key) for key in keys} for line in lines])
+    publish_json(task.out / f"{result['name']}.json", result)
 
 
 if __name__ == "__main__":

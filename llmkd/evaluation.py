@@ -10,26 +10,22 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llmkd import child
 from llmkd.config import ROOT, Evaluation
 from llmkd.errors import InputError
 from llmkd.lm_tasks import problem, task_files, task_manager
 from llmkd.provenance import versions
 from llmkd.results import contents, digest, model_contents, up_to_date, written
-from llmkd.scoring import PACKAGES, REFUSAL, result, write_result
+from llmkd.scoring import PACKAGES, result, write_result
 from llmkd.vllm_backend import check_installed, vllm_environment
 
 log = logging.getLogger("llmkd")
 
 PACKAGE = Path(__file__).resolve().parent
-# What a launcher sets for its ranks, by how the names begin: lm-eval's process is none and would wait for the others.
-LAUNCHER_VARIABLES = tuple("RANK WORLD_SIZE MASTER_ LOCAL_ GROUP_ ROLE_ CROSS_ TORCHELASTIC_ ACCELERATE_".split())
 NOT_OF_LM_EVAL = {"include", "backend", "generation", "agreement_rows"}  # settings without influence on these scores
 
 
@@ -125,42 +121,4 @@ def _run_child(
     order: dict[str, Any] = {"jobs": todo, "settings": settings.model_dump(mode="json"), "out": str(out.resolve())}
     order |= {"include": str(include) if include else None, "trust_remote_code": trust_remote_code}
     more = vllm_environment(out.resolve() / "vllm") if todo[0]["backend"] == "vllm" else {}
-    return run_child("llmkd.scoring", order, out / "evaluation.log", label="evaluation", environment=more)
-
-
-def run_child(
-    module: str, order: dict[str, Any], talk: Path, *, label: str, environment: Mapping[str, str] | None = None
-) -> int:
-    """Run `python -m module` with the order on stdin, logging its lines; its exit code.
-
-    Its stderr is added to the file `talk`. Raises InputError if it ends on a refusal.
-    """
-    command, pipe = [sys.executable, "-m", module], subprocess.PIPE
-    env = child_environment() | dict(environment or {})
-    line = ""
-    with (
-        talk.open("a") as stderr,
-        subprocess.Popen(command, env=env, text=True, stdin=pipe, stdout=pipe, stderr=stderr) as child,
-    ):
-        assert child.stdin is not None and child.stdout is not None
-        try:
-            child.stdin.write(json.dumps(order))
-            child.stdin.close()
-            for line in child.stdout:
-                if not line.startswith(REFUSAL):
-                    log.info("%s: %s", label, line.rstrip())
-        except BrokenPipeError:  # it died at once; its code says so
-            pass
-        except BaseException:  # we are stopped: leave no one behind
-            child.kill()
-            raise
-    if line.startswith(REFUSAL):
-        raise InputError(line.removeprefix(REFUSAL).rstrip())
-    return child.returncode
-
-
-def child_environment() -> dict[str, str]:
-    """Ours, less what a launcher set for its ranks (lm-eval would wait for them), with this checkout importable."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER_VARIABLES)}
-    paths = [str(ROOT)] * (PACKAGE.parent == ROOT) + [path for path in [kept.get("PYTHONPATH")] if path]
-    return {**kept, "PYTHONPATH": os.pathsep.join(paths), "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return child.run("llmkd.scoring", order, out / "evaluation.log", "evaluation", more)

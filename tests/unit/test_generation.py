@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from llmkd import backends, child, data, generation, models, prompts, records, vllm_backend
-from llmkd.config import Data, Evaluation, Generation
+from llmkd import backends, child, cli, data, generation, models, prompts, records, vllm_backend
+from llmkd.config import ROOT, Data, Evaluation, Generation
 from llmkd.errors import InputError
 
-ITEMS, NEW = 24, 48
+ITEMS, NEW = 24, 24
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
@@ -91,9 +91,50 @@ def jobs(trained: Path) -> list[tuple[str, Path]]:
     return [("trained", trained), ("broken", broken), ("gone", Path("nowhere")), ("other", other)]
 
 
+class _Stop(logging.Handler):
+    """Interrupts us as soon as a line says that the first model is done."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "1/4 trained: bleu" in record.getMessage():
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    log, handler = logging.getLogger("llmkd"), _Stop(logging.INFO)
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
 @pytest.fixture(scope="module")
-def by_hf(jobs: list[tuple[str, Path]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return generation.generate(jobs, settings(batch_size=7), Data(rows=10), tmp_path_factory.mktemp("hf"))
+def killed_and_resumed(jobs: list[tuple[str, Path]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All models by Hugging Face, in a run that is interrupted after the first model, and in a second one."""
+    out = tmp_path_factory.mktemp("hf")
+    with stopping(), pytest.raises(KeyboardInterrupt):
+        generation.generate(jobs, settings(batch_size=7), Data(rows=10), out)
+    there = sorted(file.name for file in out.glob("*.json*"))
+    before, asked, run = (out / "trained.json").stat().st_mtime_ns, [], child.run
+
+    def recorded(module: str, order: Any, *rest: Any) -> int:
+        asked.append([job["name"] for job in order["jobs"]])
+        return run(module, order, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(child, "run", recorded)
+        files = generation.generate(jobs, settings(batch_size=7), Data(rows=10), out)
+    kept = before == (out / "trained.json").stat().st_mtime_ns
+    return {"files": files, "there": there, "asked": asked, "kept": kept}
+
+
+@pytest.fixture(scope="module")
+def by_hf(killed_and_resumed: dict[str, Any]) -> dict[str, Path]:
+    return killed_and_resumed["files"]
 
 
 @pytest.fixture(scope="module")
@@ -159,12 +200,6 @@ def test_a_model_that_fails_says_why_and_costs_the_others_nothing(backend: str, 
     assert "could not run" in generation.shown(files) and "prompt 2:" in generation.shown(files)
 
 
-@pytest.mark.skipif(vllm_backend.vllm_version() is not None, reason="vLLM is installed")
-def test_vllm_by_name_where_it_is_not_installed(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="vLLM is not installed.*LLMKD_VLLM=1"):
-        generation.generate([("m", trained)], settings(backend="vllm"), Data(rows=10), tmp_path / "out")
-
-
 def test_vllm_by_name_is_refused_before_anything_is_written(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,47 +232,26 @@ def test_auto_takes_vllm_where_the_work_repays_its_start(trained: Path, monkeypa
 # --- Resuming
 
 
-class _Stop(logging.Handler):
-    """Interrupts us as soon as a line says that a model is done."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if "1/2 trained: bleu" in record.getMessage():
-            raise KeyboardInterrupt
-
-
-@contextmanager
-def stopping() -> Iterator[None]:
-    log, handler = logging.getLogger("llmkd"), _Stop(logging.INFO)
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-
-
-def test_what_is_done_is_not_done_again_after_a_kill(
-    jobs: list[tuple[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_was_done_before_a_kill_is_not_done_again(
+    killed_and_resumed: dict[str, Any], jobs: list[tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good, few = [jobs[0], jobs[3]], settings(items=3, max_new_tokens=8)
-    with stopping(), pytest.raises(KeyboardInterrupt):
-        generation.generate(good, few, Data(rows=10), tmp_path)
-    done = tmp_path / "trained.json"
-    assert done.is_file() and not (tmp_path / "other.json").exists()
-    before, asked, run = done.stat().st_mtime_ns, [], child.run
+    run = killed_and_resumed
+    assert run["there"] == ["trained.json", "trained.jsonl"], "nothing half written, nothing of the next model"
+    assert run["asked"] == [["broken", "gone", "other"]] and run["kept"]
+    asked: list[list[str]] = []
 
-    def recorded(module: str, order: Any, *rest: Any) -> int:
+    def nothing(module: str, order: Any, *_: Any) -> int:
         asked.append([job["name"] for job in order["jobs"]])
-        return run(module, order, *rest)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(child, "run", recorded)
-    files = generation.generate(good, few, Data(rows=10), tmp_path)
-    assert asked == [["other"]] and done.stat().st_mtime_ns == before
-    assert result(files["other"])["error"] is None
-    generation.generate(good, few, Data(rows=10), tmp_path)
-    assert asked == [["other"]]
+    monkeypatch.setattr(child, "run", nothing)
+    out = run["files"]["trained"].parent
+    good = [jobs[0], jobs[3]]
+    assert list(generation.generate(good, settings(batch_size=7), Data(rows=10), out)) == ["trained", "other"]
+    assert asked == []
+    with pytest.raises(KeyboardInterrupt):  # what failed is tried again
+        generation.generate(jobs, settings(batch_size=7), Data(rows=10), out)
+    assert asked == [["broken", "gone"]]
 
 
 def test_another_setting_model_or_prompt_is_another_result(trained: Path, jobs: list[tuple[str, Path]]) -> None:
@@ -290,91 +304,15 @@ def test_every_end_that_the_folder_names_ends_a_text(trained: Path, tmp_path: Pa
     assert backends.stop_ids(tmp_path, tokenizer) == (tokenizer.eos_token_id, 7, 9)
 
 
-# --- Prompts
-
-
-CHAT = [
-    {"role": "user", "content": "a cheap inn"},
-    {"role": "assistant", "content": "There is one."},
-    {"role": "user", "content": "by the lake"},
-    {"role": "assistant", "content": " Heron Mill is by the lake. "},
-]
-
-
-def write(file: Path, *rows: dict[str, Any]) -> str:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
-
-
-def test_a_chat_is_asked_up_to_where_training_begins_the_last_answer(trained: Path, tmp_path: Path) -> None:
-    source = write(
-        tmp_path / "chats.jsonl", {"messages": CHAT}, {"messages": [*CHAT, {"role": "user", "content": "thanks"}]}
-    )
-    items = generation.prompts(Generation(source=source, items=5), Data(rows=10))
-    tokenizer = models.load_tokenizer(trained)
-    ids, is_trained = data.conversation(CHAT, tokenizer)
-    begins = max(place for place in range(1, len(ids)) if is_trained[place] and not is_trained[place - 1])
-    for item, (text, asked) in zip(items, prompts.encoded(items, tokenizer), strict=True):
-        assert asked == ids[:begins] and text.endswith(
-            "by the lake<|endoftext|>\n<assistant> ".replace("<|endoftext|>", tokenizer.eos_token)
-        )
-        assert item["references"] == ["Heron Mill is by the lake."]
-
-
-def test_a_prompt_is_asked_as_training_begins_its_row(trained: Path, tmp_path: Path) -> None:
-    row = {"prompt": "kind inn =>", "completion": " It is an inn."}
-    source = write(tmp_path / "rows.jsonl", row, {**row, "prompt": "kind farm =>"})
-    items = generation.prompts(Generation(source=source, items=1), Data(rows=10))
-    assert items == [{"prompt": "kind inn =>", "references": ["It is an inn."]}]
-    tokenizer = models.load_tokenizer(trained)
-    rows = data.load_rows(source, name=None, split="train", rows=1)
-    ids = data.tokenize(rows, tokenizer, format="auto", max_length=99, too_long="drop")[0]
-    [(text, asked)] = prompts.encoded(items, tokenizer)
-    assert text == row["prompt"] and asked == ids["input_ids"][: ids["trained"].index(True)]
-
-
-def test_references_of_their_own_take_the_completions_place(tmp_path: Path) -> None:
-    rows = [{"prompt": "p", "completion": " c", "references": ["one", "two "][: n + 1]} for n in range(2)]
-    items = prompts.held_out(write(tmp_path / "rows.jsonl", *rows), name=None, split="test", rows=9)
-    assert [item["references"] for item in items] == [["one"], ["one", "two"]]
-
-
 def test_chat_prompts_are_continued(trained: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "chats.jsonl", {"messages": CHAT})
-    files = generation.generate(
-        [("m", trained)], settings(source=source, max_new_tokens=5), Data(rows=10), tmp_path / "out"
-    )
-    [line] = generation.lines_of(files["m"])
-    assert result(files["m"])["error"] is None and "slots" not in result(files["m"])["metrics"]
-    assert line["prompt"].startswith("<user> a cheap inn") and 1 <= len(line["token_ids"]) <= 5
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"text": "plain"}], "hold text, which is no prompt to continue"),
-        ([{"prompt": "p"}], "hold prompt, which is no prompt to continue"),
-        ([{"messages": CHAT[:1]}], "row 0 .* no turn of the assistant follows another"),
-        ([{"messages": CHAT[1:2]}], "row 0 .* no turn of the assistant follows another"),
-        ([{"prompt": "p", "completion": 3}], "row 0 .* must be texts"),
-    ],
-)
-def test_rows_without_prompts_are_refused(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=message):
-        prompts.held_out(write(tmp_path / "rows.jsonl", *rows), name=None, split="test", rows=9)
-
-
-def test_rows_that_the_students_are_trained_on_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="evaluation.generation.split: the students are trained on the split 'test'"):
-        generation.prompts(Generation(), Data(rows=10, split="test"))
-    one = write(tmp_path / "rows.jsonl", {"prompt": "p", "completion": "c"})
-    for source in (one, str(tmp_path)):
-        with pytest.raises(InputError, match="evaluation.generation.source: the students are trained on all of"):
-            generation.prompts(Generation(), Data(source=source))
-    write(tmp_path / "train.jsonl", {"prompt": "of train", "completion": "c"})
-    write(tmp_path / "test.jsonl", {"prompt": "held out", "completion": "c"})
-    assert [item["prompt"] for item in generation.prompts(Generation(), Data(source=str(tmp_path)))] == ["held out"]
-    assert generation.prompts(Generation(source=one), Data(source=one))  # said by name: meant so
+    chat = [{"role": "user", "content": "a cheap inn"}, {"role": "assistant", "content": " There is one."}]
+    source = tmp_path / "chats.jsonl"
+    source.write_text(json.dumps({"messages": chat}) + "\n")
+    some = settings(source=str(source), max_new_tokens=5)
+    items = generation.check(some, Data(rows=10))
+    found, [line] = generation._written_by({"model": str(trained), "backend": "hf"}, items, some)
+    assert line["prompt"].startswith("<user> a cheap inn") and line["references"] == ["There is one."]
+    assert "slots" not in found["metrics"] and 1 <= len(line["token_ids"]) <= 5
 
 
 def test_a_prompt_without_room_for_its_continuation_is_refused() -> None:
@@ -410,3 +348,43 @@ def test_the_lent_version_is_found_only_where_vllm_itself_is_not() -> None:
     )
     ours = vllm_backend.vllm_version()
     assert said.stdout.split() == [ours, ours, "unknown"]
+
+
+# --- The command
+
+
+def test_the_command_runs_a_study_and_shows_what_was_written(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = tmp_path / "study"
+    shutil.copytree(trained, study / "teacher" / "model")
+    entries = [
+        {"name": name, "model": model, "train": train, "strategy": None}
+        for name, model, train in (
+            ("teacher", "teacher/model", "teacher"),
+            ("forward-s0", "students/forward-s0/model", "students/forward-s0"),
+            ("given", str(trained), None),
+        )
+    ]
+    (study / "study.json").write_text(json.dumps({"entries": entries}))
+    assert generation.models_of([study]) == [("teacher", study / "teacher" / "model"), ("given", trained)]
+    with pytest.raises(InputError, match="two models are called 'teacher'; give each a call of its own"):
+        generation.models_of([study, study / "teacher" / "model"])
+
+    def in_this_process(module: str, order: Any, *_: Any) -> int:
+        some = Evaluation.model_validate_json(json.dumps(order["settings"]))
+        for job in order["jobs"]:
+            found, lines = generation._written_by(job, order["items"], some)
+            generation._publish(Path(order["out"]), generation._result(job, order["settings"], **found), lines)
+        return 0
+
+    monkeypatch.setattr(child, "run", in_this_process)
+    shutil.copy(ROOT / "recipes" / "quickstart.yaml", study / "recipe.yaml")
+    sets = ["--set", "evaluation.generation.max_new_tokens=6"]
+    cli.main(["generate", str(study), "--items", "2", "--backend", "hf", *sets])
+    said = capsys.readouterr().out
+    found = result(study / "generations" / "teacher.json")
+    assert found["items"] == 2 and f"{found['metrics']['bleu']:.4g}" in said
+    assert "BLEU" in said and "prompt 1: name " in said and str(study / "generations" / "given.json") in said
+    cli.main(["generate", str(trained), "--items", "1", "--backend", "hf", "--output", str(tmp_path / "there"), *sets])
+    assert (tmp_path / "there" / "trained.jsonl").is_file()

@@ -167,10 +167,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def tokenize(rows: Dataset, tokenizer: Any, *, format: str, max_length: int, too_long: str) -> Dataset:
-    """Rows -> {input_ids, trained (per token), length}. Prompts are not trained; of a chat, what the assistant says is.
+    """Rows -> {input_ids, trained (per token), length, row}. Prompts are not trained; of a chat, what the assistant says is.
 
-    Prompt and completion are tokenized apart, as they are when the model later continues the prompt. Raises InputError
-    for a row that lacks its columns, or when no row is left.
+    `row` is the row's number. Prompt and completion are tokenized apart, as they are when the model later continues the
+    prompt. Raises InputError for a row that lacks its columns, or when no row is left.
     """
     format = _format_of(rows.column_names) if format == "auto" else format
     missing = [c for c in FORMATS[format] if c not in rows.column_names]
@@ -193,7 +193,14 @@ def tokenize(rows: Dataset, tokenizer: Any, *, format: str, max_length: int, too
             ids, trained = [i[:max_length] for i in ids], [t[:max_length] for t in trained]
         useful = [any(t[1:]) for t in trained]
         length = [len(i) for i in ids]
-        return {"input_ids": ids, "trained": trained, "length": length, "whole": whole, "useful": useful}
+        return {
+            "input_ids": ids,
+            "trained": trained,
+            "length": length,
+            "whole": whole,
+            "useful": useful,
+            "row": numbers,
+        }
 
     found = rows.map(
         encoded, batched=True, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False

@@ -34,6 +34,8 @@ class Sampling:
     seed: int = 0
     batch_size: int = 64
     """Prompts at once on the hf backend."""
+    trust_remote_code: bool = False
+    """Run the model folder's own Python code."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,13 @@ def by_hugging_face(folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampl
 
     started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = load_causal_lm(folder, dtype=getattr(torch, dtype), ds_config=None, attention="auto")
+    model: Any = load_causal_lm(
+        folder,
+        dtype=getattr(torch, dtype),
+        ds_config=None,
+        attention="auto",
+        trust_remote_code=how.trust_remote_code,
+    )
     model = model.to(device).eval()
     model.config.use_cache = True
     pad = how.stops[0]
@@ -85,6 +93,7 @@ def by_vllm(folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampling) -> 
 
     longest = max(len(prompt) for prompt in prompts) + how.max_new_tokens
     options = engine_options(dtype, max_length=longest, seed=how.seed)
+    options["trust_remote_code"] = how.trust_remote_code
     engine: Any = LLM(model=str(folder), skip_tokenizer_init=True, generation_config="vllm", **options)
     loaded = time.perf_counter()
     try:

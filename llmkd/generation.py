@@ -44,7 +44,13 @@ KEY = "evaluation.generation"
 
 
 def generate(
-    jobs: Sequence[tuple[str, Path]], settings: Evaluation, data: Data, out: Path, items: Sequence[Item] | None = None
+    jobs: Sequence[tuple[str, Path]],
+    settings: Evaluation,
+    data: Data,
+    out: Path,
+    items: Sequence[Item] | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> dict[str, Path]:
     """Continue the prompts by every (name, model folder) that has no up-to-date result in `out`; the result files by name.
 
@@ -59,6 +65,7 @@ def generate(
     out.mkdir(parents=True, exist_ok=True)
     (out / "generation.log").unlink(missing_ok=True)
     shared = {"settings": settings.model_dump(mode="json"), "items": list(items), "out": str(out.resolve())}
+    shared["trust_remote_code"] = trust_remote_code
     for backend in ("hf", "vllm"):
         chosen = [order for order in todo if order["backend"] == backend]
         for order in chosen:
@@ -263,7 +270,7 @@ def main() -> int:
         say(f"{number}/{len(jobs)} {job['name']}: started")
         started, lines = time.perf_counter(), []
         try:
-            found, lines = _written_by(job, order["items"], settings)
+            found, lines = _written_by(job, order["items"], settings, order["trust_remote_code"])
             result = _result(job, order["settings"], **found)
         except Exception as error:  # whatever is wrong with one model must not cost the others their texts
             log.exception("%s", job["name"])
@@ -282,7 +289,7 @@ def _told(error: Exception, job: dict[str, Any], out: Path) -> str:
 
 
 def _written_by(
-    job: dict[str, Any], items: Sequence[Item], settings: Evaluation
+    job: dict[str, Any], items: Sequence[Item], settings: Evaluation, trust_remote_code: bool = False
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One model's scores and lines. Raises whatever loading or generating raises."""
     from llmkd.backends import BACKENDS, Sampling, stop_ids
@@ -292,9 +299,10 @@ def _written_by(
     folder, generation = Path(job["model"]), section(settings)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no model (no config.json)")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     asked = encoded(items, tokenizer)
-    _check_room(asked, generation.max_new_tokens, getattr(load_config(folder), "max_position_embeddings", None))
+    shape = load_config(folder, trust_remote_code=trust_remote_code)
+    _check_room(asked, generation.max_new_tokens, getattr(shape, "max_position_embeddings", None))
     how = Sampling(
         max_new_tokens=generation.max_new_tokens,
         stops=stop_ids(folder, tokenizer),
@@ -302,6 +310,7 @@ def _written_by(
         top_p=generation.top_p,
         seed=generation.seed,
         batch_size=generation.batch_size,
+        trust_remote_code=trust_remote_code,
     )
     made = BACKENDS[job["backend"]](folder, [ids for _, ids in asked], settings.dtype, how)
     decode: Callable[..., str] = tokenizer.decode

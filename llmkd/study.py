@@ -186,7 +186,7 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
     from llmkd.build import accumulation_steps, pairs_of, read_rows, student_inputs, teacher_inputs, total_steps
     from llmkd.checkpoint import check_same
     from llmkd.evaluation import check_tasks
-    from llmkd.generation import check_generation
+    from llmkd.generation import check as check_generation
     from llmkd.models import load_config, resolve
 
     if not recipe.evaluation.tasks and recipe.evaluation.generation is None:

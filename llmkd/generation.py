@@ -38,8 +38,8 @@ from llmkd.vllm_backend import CPU_HEAD_SIZES, check_installed, on_cpu, vllm_env
 log = logging.getLogger("llmkd")
 
 WORTH_VLLM = 3e11
-"""Parameters x new tokens from which vLLM repays its start. On two CPU cores 26M parameters x 12,800 tokens (3.3e11) took 38 s
-by Hugging Face and 14 + 18 s by vLLM; 7M parameters 10 s against 22 + 6 s. Not measured on a GPU."""
+"""Parameters x new tokens from which vLLM repays its start. On one CPU thread 26M parameters x 12,800 tokens (3.3e11) took 21 s by
+Hugging Face and 10 + 7 s by vLLM; 7M parameters 5 s against 8 + 4 s. Not measured on a GPU."""
 KEY = "evaluation.generation"
 
 

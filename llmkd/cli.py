@@ -267,7 +267,7 @@ def plan(recipe: str, ranks: int, overrides: tuple[str, ...]) -> None:
 @click.option("--rows", type=click.IntRange(min=0), default=2, show_default=True, help="Rows to show.")
 @SET
 def doctor(recipe: str, rows: int, overrides: tuple[str, ...]) -> None:
-    """Show what a recipe trains on, token by token, and what would spoil it in silence."""
+    """Show what a recipe trains on, and what would spoil it."""
     import datasets
 
     from llmkd.config import load_recipe

@@ -21,8 +21,8 @@ from torch import nn
 
 from llmkd import config, models
 from llmkd.checkpoint import check_same
-from llmkd.config import ROOT, Recipe, training_inputs
-from llmkd.data import load_rows, steps_per_epoch, tokenize
+from llmkd.config import ROOT, Recipe, finetune_inputs, fingerprint, training_inputs
+from llmkd.data import load_rows, source_contents, steps_per_epoch, tokenize
 from llmkd.distances import DISTANCES
 from llmkd.distributed import World, complete_ds_config, load_ds_config, on_main, parameter_count, teacher_ds_config
 from llmkd.divergences import with_parameters
@@ -111,7 +111,7 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
     job = Job(
         folder=folder,
         recipe=recipe,
-        inputs=training_inputs(recipe),
+        inputs=on_main(world, lambda: student_inputs(recipe)),
         initial=checkpoint or folder / "initial",
         tokenizer=checkpoint or teacher,
         teacher=teacher if weights.kl or weights.hidden else None,
@@ -171,7 +171,7 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
     job = Job(
         folder=folder,
         recipe=recipe,
-        inputs=config.finetune_inputs(recipe),
+        inputs=on_main(world, lambda: teacher_inputs(recipe)),
         initial=initial,
         tokenizer=initial if start is not None else None,
         teacher=None,
@@ -230,6 +230,35 @@ def pairs_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
     if recipe.loss.hidden == 0:
         return ()
     return ((EMBEDDING, EMBEDDING), *pairs) if matching.embedding and pairs else pairs
+
+
+def student_inputs(recipe: Recipe) -> dict[str, Any]:
+    """What decides what a student becomes: the recipe's part of it, and the contents of the files it names."""
+    inputs = {**training_inputs(recipe), **_contents(recipe.train, recipe.data)}
+    for key, path in (("teacher.path", recipe.teacher.path), ("student.path", recipe.student.path)):
+        if path is not None and Path(path).is_dir():
+            inputs[f"{key}:contents"] = models.folder_contents(Path(path))
+    return {**inputs, **(teacher_inputs(recipe) if recipe.finetune else {})}
+
+
+def teacher_inputs(recipe: Recipe) -> dict[str, Any]:
+    """What decides what a recipe's own teacher becomes, as `student_inputs` does a student's."""
+    assert recipe.finetune is not None
+    start = recipe.finetune.path
+    found = _contents(recipe.finetune.train, recipe.finetune.data or recipe.data)
+    if start is not None and Path(start).is_dir():
+        found["path:contents"] = models.folder_contents(Path(start))
+    return {**finetune_inputs(recipe), **{f"finetune.{key}": value for key, value in found.items()}}
+
+
+def _contents(train: config.Train, data: config.Data) -> dict[str, str]:
+    """Hashes of the local files that these sections name; of what lies on the hub the name must do."""
+    found = {}
+    if (rows := source_contents(data.source, data.split)) is not None:
+        found["data.source:contents"] = rows
+    if train.deepspeed.endswith(".json"):
+        found["train.deepspeed:contents"] = fingerprint(load_ds_config(train.deepspeed, ROOT / "ds_configs"))
+    return found
 
 
 def refuse_other_recipe(world: World, job: Job) -> None:

@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from llmkd.distributed import World, barrier, on_main, whole_state
+from llmkd.distributed import World, barrier, load_shards, merge_shards, on_main, whole_state
 from llmkd.errors import InputError
 from llmkd.models import copy_tokenizer
 
@@ -60,20 +61,23 @@ def whole(folder: Path) -> list[Path]:
     )
 
 
-def newest(folder: Path, inputs: dict[str, Any], world_size: int) -> tuple[Path, int] | None:
-    """The newest whole checkpoint and its step. Raises InputError if another recipe or another number of ranks wrote it."""
+@dataclass(frozen=True)
+class Saved:
+    """A published checkpoint: where it is, the step it was made after, and on how many ranks."""
+
+    folder: Path
+    step: int
+    world_size: int
+
+
+def newest(folder: Path, inputs: dict[str, Any]) -> Saved | None:
+    """The newest whole checkpoint. Raises InputError if another recipe wrote it."""
     found = whole(folder)
     if not found:
         return None
     state = json.loads((found[-1] / "state.json").read_text())
     check_same(state["inputs"], inputs, found[-1])
-    if state["world_size"] != world_size:
-        raise InputError(
-            f"{found[-1]} was written by {state['world_size']} ranks, this run has {world_size}; "
-            f"start it with {state['world_size']} ranks, "
-            f"or remove {folder} to begin anew"
-        )
-    return found[-1], int(state["step"])
+    return Saved(found[-1], int(state["step"]), int(state["world_size"]))
 
 
 def check_same(theirs: dict[str, Any], ours: dict[str, Any], where: Path) -> None:
@@ -86,12 +90,22 @@ def check_same(theirs: dict[str, Any], ours: dict[str, Any], where: Path) -> Non
             )
 
 
-def load(world: World, engine: Any, checkpoint: Path) -> None:
-    """Put engine, optimizer and random generators back as they were (all ranks take part)."""
-    loaded, _ = engine.load_checkpoint(str(checkpoint), tag=TAG)
-    if loaded is None:
-        raise InputError(f"{checkpoint}: DeepSpeed could not load it; remove the folder to resume from the one before")
-    _set_rng_state(torch.load(checkpoint / f"rng-{world.rank}.pt", weights_only=True))
+def load(world: World, engine: Any, saved: Saved) -> None:
+    """Put engine, optimizer and random generators back as they were (all ranks take part).
+
+    On another number of ranks than wrote it, the engine must have been made for it (`llmkd.distributed.on_other_ranks`); the random
+    generators then stay as they are.
+    """
+    if saved.world_size == world.size:
+        load_shards(engine, saved.folder / TAG)
+        _set_rng_state(torch.load(saved.folder / f"rng-{world.rank}.pt", weights_only=True))
+        return
+    tmp = saved.folder.with_name(f"{saved.folder.name}.whole.tmp")
+    on_main(world, lambda: merge_shards(saved.folder / TAG, tmp / TAG))
+    load_shards(engine, tmp / TAG)
+    barrier(world)
+    if world.is_main:
+        shutil.rmtree(tmp)
 
 
 def _rng_state() -> dict[str, Any]:

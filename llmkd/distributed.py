@@ -10,7 +10,8 @@ import json
 import logging
 import os
 import shutil
-import tempfile
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,11 +26,14 @@ from torch import Tensor, nn
 from llmkd.errors import InputError
 
 os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns on every rank that it found none
 
 import deepspeed  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 Result = TypeVar("Result")
+SPOKEN = "llmkd/spoken"
 RECIPE = "recipe"
 """The value in a ds_configs JSON that the recipe decides."""
 
@@ -67,8 +71,7 @@ def start(timeout_seconds: int = 1800) -> World:
             dist.init_process_group(backend, timeout=timeout)
         else:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-            store = os.path.join(tempfile.mkdtemp(prefix="llmkd-"), "store")
-            dist.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(
             dist_backend=dist.get_backend(), auto_mpi_discovery=False, timeout=timeout, verbose=False
@@ -82,6 +85,31 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def tell_mistake(sentence: str, patience_seconds: float = 3) -> None:
+    """Print the mistake that ends this rank: rank 0 does, another rank only where rank 0 has not met one.
+
+    Launchers end the others at the first exit, so the others wait for rank 0 to speak, and it for them to have heard.
+    """
+    patience = timedelta(seconds=patience_seconds)
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if size == 1:
+        if os.environ.get("RANK", "0") == "0":
+            print(sentence, file=sys.stderr, flush=True)
+        return
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        if rank == 0:
+            store.set(SPOKEN, "yes")
+            print(sentence, file=sys.stderr, flush=True)
+            store.wait([f"{SPOKEN}/{other}" for other in range(1, size)], patience)
+        else:
+            store.wait([SPOKEN], patience)
+            store.set(f"{SPOKEN}/{rank}", "heard")
+    except dist.DistError:  # nobody else has met it
+        if rank != 0:
+            print(sentence, file=sys.stderr, flush=True)
 
 
 def _share_cores() -> None:
@@ -190,6 +218,11 @@ def complete_ds_config(
             raise InputError(
                 f"DeepSpeed configuration: {key} is {found}, the recipe gives {value}; write {RECIPE!r} there, or leave it out"
             )
+    if zero_stage(completed) == 0 and dtype == "bfloat16":
+        raise InputError(
+            "DeepSpeed configuration: without ZeRO (stage 0) DeepSpeed keeps no fp32 gradients of a bfloat16 model; write stage 1, "
+            "or train.dtype: float32"
+        )
     for section in ("optimizer", "scheduler", "fp16", "amp"):
         if completed.get(section, {}).get("enabled", section in ("optimizer", "scheduler")) and section in completed:
             raise InputError(f"DeepSpeed configuration: {section!r} is the recipe's business (train.*); remove it")
@@ -278,6 +311,56 @@ def frozen_engine(module: nn.Module, config: dict[str, Any]) -> Any:
     made, *_ = deepspeed.initialize(model=module.requires_grad_(False), config=config)
     made.eval()
     return made
+
+
+def on_other_ranks(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of an engine that is to load what another number of ranks saved."""
+    if zero_stage(config) == 0:
+        return config  # nothing is sharded
+    return {**config, "checkpoint": {**config.get("checkpoint", {}), "load_universal": True}}
+
+
+def merge_shards(shards: Path, whole: Path) -> None:
+    """Write a checkpoint's shards as whole tensors, which any number of ranks can load, into a folder of a new folder (rank 0 alone).
+
+    DeepSpeed's own converter, in a process of its own. Without ZeRO there are no shards to merge.
+    """
+    shutil.rmtree(whole.parent, ignore_errors=True)
+    whole.parent.mkdir()
+    if not list(shards.glob("*_optim_states.pt")):
+        shutil.copytree(shards, whole)
+        return
+    folders = ["--input_folder", str(shards), "--output_folder", str(whole)]
+    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]  # more would hold more of it in memory
+    module = "deepspeed.checkpoint.ds_to_universal"
+    done = subprocess.run(
+        [sys.executable, "-m", module, *folders, *workers, "--inject_missing_state"], capture_output=True, text=True
+    )
+    if done.returncode:
+        shutil.rmtree(whole.parent, ignore_errors=True)
+        raise InputError(
+            f"{shards}: DeepSpeed could not merge its shards for another number of ranks ({_last_line(done.stderr)}); "
+            "go on with the number of ranks that wrote it"
+        )
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["it gave no reason"])[-1]
+
+
+def load_shards(engine: Any, folder: Path) -> None:
+    """Load what `save_checkpoint` or `merge_shards` wrote (all ranks take part)."""
+    decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+    loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    if loaded is None:
+        raise InputError(f"{folder}: DeepSpeed could not load it; remove {folder.parent} to resume from the one before")
+    # From whole tensors DeepSpeed gives every group the first one's settings, so that norms would decay, and one tensor as the
+    # count of steps, which each group would then count up.
+    for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
+    for state in engine.optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:

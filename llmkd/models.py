@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import importlib.util
 import json
 import logging
@@ -152,6 +153,22 @@ def resolve(path: str, what: str, revision: str | None = None) -> Path:
         raise InputError(f"{what}: {path!r} holds no .safetensors file; convert it (pickled weights are never loaded)")
     _check_whole(folder, what)
     return folder
+
+
+def folder_contents(folder: Path) -> str:
+    """A hash by which a changed model folder is noticed: of each file its name, its size, and its first and last MiB.
+
+    All of a large model's bytes would take minutes; a safetensors file opens with its table of tensors, and training changes them all.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".txt", ".model")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(2**20))
+            stream.seek(max(size - 2**20, 0))
+            digest.update(stream.read())
+    return digest.hexdigest()[:16]
 
 
 def _check_whole(folder: Path, what: str) -> None:

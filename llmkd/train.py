@@ -33,10 +33,22 @@ from llmkd import __version__, build, checkpoint
 from llmkd.build import Job
 from llmkd.config import Recipe, dump_recipe, load_recipe
 from llmkd.data import batches
-from llmkd.distributed import World, barrier, engine, on_main, quiet, start, stop, sum_counts
+from llmkd.distributed import (
+    World,
+    barrier,
+    engine,
+    on_main,
+    on_other_ranks,
+    quiet,
+    start,
+    stop,
+    sum_counts,
+    tell_mistake,
+)
 from llmkd.errors import InputError
 from llmkd.metrics import Journal, Meter, peak_memory_gib
 from llmkd.objective import divisors, scales
+from llmkd.provenance import commit, hardware, versions
 
 log = logging.getLogger("llmkd")
 
@@ -49,10 +61,12 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         log.info("%s: already done, %s", job.title, job.folder / "model")
         return True
     accumulation = build.accumulation_steps(settings, world.size)
-    resume = on_main(world, lambda: checkpoint.newest(job.folder / "checkpoints", job.inputs, world.size))
+    resume = on_main(world, lambda: checkpoint.newest(job.folder / "checkpoints", job.inputs))
     if settings.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise InputError("train.wandb: the package wandb is not installed; run pip install wandb, or leave the key out")
     ds_config = build.training_ds_config(world, settings, accumulation, job.folder)
+    if resume is not None and resume.world_size != world.size:
+        ds_config = on_other_ranks(ds_config)
     tokenizer = build.job_tokenizer(world, job, resuming=resume is not None)
     data = build.tokenized(world, job.data, tokenizer)
     steps = build.total_steps(settings, len(data))
@@ -71,9 +85,9 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     torch.manual_seed(job.seed * 65536 + world.rank)  # dropout, where a model has it, differs from rank to rank
     first = 0
     if resume is not None:
-        checkpoint.load(world, student, resume[0])
-        first = resume[1]
-        log.info("%s: resumed from %s", job.title, resume[0])
+        checkpoint.load(world, student, resume)
+        first = resume.step
+        log.info("%s: resumed from %s", job.title, resume.folder)
     if world.is_main:
         job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / "recipe.yaml").write_text(dump_recipe(job.recipe))
@@ -171,8 +185,11 @@ def _finish(
         "seconds": totals["seconds"],
         "tokens": totals["tokens"],
         "tokens_per_second": totals["tokens"] / totals["seconds"] if totals["tokens"] else None,
-        "memory_gib": values.get("memory_gib", peak_memory_gib()),
+        "memory_gib": values.get("memory_gib", peak_memory_gib()),  # a run of 0 steps has no values
         "last": values,
+        "versions": versions("torch", "deepspeed", "transformers"),
+        "hardware": hardware(),
+        "commit": commit(),
     }
     checkpoint.export(
         world, module.model, job.folder / "model", tokenizer_from=job.initial, card=_card(job, steps), meta=meta
@@ -296,21 +313,23 @@ def _quiet() -> None:
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one sentence from rank 0 and exit code 2 from all."""
+    """Run the command; a user's mistake is one sentence from one rank and exit code 2 from all."""
     try:
         command(standalone_mode=False)
     except (InputError, click.ClickException) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(
-                f"Error: {error.format_message() if isinstance(error, click.ClickException) else error}",
-                file=sys.stderr,
-                flush=True,
-            )
-        else:
-            time.sleep(3)  # launchers end the other ranks at the first exit; rank 0 must have spoken by then
-        sys.exit(2)
+        sentence = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        tell_mistake(f"Error: {sentence}")
+        _leave(2)
     except click.exceptions.Abort:
-        sys.exit(130)
+        _leave(130)
+
+
+def _leave(code: int) -> None:
+    """Exit at once: threads of the process group may still run, and the interpreter's own way out would abort on them."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

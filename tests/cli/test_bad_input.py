@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,10 +16,11 @@ from typing import Any
 import datasets.config
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, OPTConfig
 
 from llmkd import build, cli, models
-from llmkd.config import ROOT, load_recipe, training_inputs
+from llmkd.config import ROOT, load_recipe
 from llmkd.errors import InputError
 from llmkd.train import train
 
@@ -104,6 +106,10 @@ def test_the_recipe_that_is_spoilt_below_is_good(place: Path, world: Any) -> Non
         ({"data.max_length": 2}, "data.max_length: no row has a token to train within 2 tokens; write a larger"),
         ({"data.max_length": 65}, "data.max_length: 65 tokens are more than the 64 positions of"),
         ({"train.deepspeed": "zero4"}, "train.deepspeed: no DeepSpeed configuration 'zero4'; write one of"),
+        (
+            {"teacher.offload_states": True},
+            "teacher.offload_states: there is no GPU here whose memory it would spare; write false",
+        ),
         (
             {"teacher.attention": "flash_attention_2"},
             "teacher.attention: flash_attention_2 needs a GPU and the package",
@@ -207,19 +213,41 @@ def test_models_that_do_not_fit(place: Path, world: Any, spoil: Callable[[Path],
 
 
 def test_checkpoint_and_model_of_another_recipe(place: Path, world: Any) -> None:
-    inputs = training_inputs(load_recipe(place / "recipe.yaml"))
+    inputs = build.student_inputs(load_recipe(place / "recipe.yaml"))
     saved = place / "run" / "checkpoints" / "step-00000002"
     saved.mkdir(parents=True)
     (saved / "state.json").write_text(json.dumps({"step": 2, "world_size": 1, "inputs": inputs}))
     sentence = refusal(place, world, {"train.learning_rate": 0.1})
     assert f"{saved} was made by another recipe: train.learning_rate was 0.003, now 0.1; give --output" in sentence
-    sentence = refusal(place, replace(world, size=2), {})
-    assert f"{saved} was written by 1 ranks, this run has 2; start it with 1 ranks, or remove" in sentence
     model = place / "run" / "model"
     model.mkdir()
     (model / "llmkd.json").write_text(json.dumps({"inputs": inputs}))
     sentence = refusal(place, world, {"matching.strategy": "reverse"})
     assert f"{place / 'run'} was made by another recipe: matching.strategy was 'forward', now 'reverse'" in sentence
+
+
+def _another_row(place: Path) -> None:
+    with (place / "rows.jsonl").open("a") as rows:
+        rows.write(json.dumps({"prompt": "red", "completion": " blue"}) + "\n")
+
+
+def _trained_on(place: Path) -> None:
+    file = place / "teacher" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"] *= 1.001
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("change", "key"), [(_another_row, "data.source"), (_trained_on, "teacher.path")])
+def test_a_run_is_not_gone_on_with_when_a_file_has_changed(
+    place: Path, world: Any, change: Callable[[Path], None], key: str
+) -> None:
+    saved = place / "run" / "checkpoints" / "step-00000002"
+    saved.mkdir(parents=True)
+    inputs = build.student_inputs(load_recipe(place / "recipe.yaml"))
+    (saved / "state.json").write_text(json.dumps({"step": 2, "world_size": 1, "inputs": inputs}))
+    change(place)
+    assert f"{saved} was made by another recipe: {key}:contents was" in refusal(place, world, {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,6 +332,29 @@ def test_on_two_ranks_one_rank_speaks(place: Path) -> None:
         errors
     )
     assert "Traceback" not in done.stderr and tree(place) == before
+
+
+def test_a_mistake_that_only_another_rank_meets_is_told(place: Path) -> None:
+    """A file that one node lacks, say: here rank 1 is given a batch that does not fit. Rank 0 has no mistake to tell."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank, batch in ((0, 8), (1, 4)):
+        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, str(ROOT / "llmkd" / "train.py"), "--recipe", str(place / "recipe.yaml")]
+        processes.append(
+            subprocess.Popen(
+                [*command, "--set", f"train.batch_size={batch}"],
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    said = [process.communicate(timeout=240)[1] for process in processes]
+    assert processes[1].returncode == 2 and "Error: train.batch_size: 4 rows can't be shared by 2 ranks" in said[1]
+    assert processes[0].returncode != 0 and "Error: train" not in said[0]
 
 
 def test_a_start_that_another_recipe_left_is_not_used(place: Path, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:

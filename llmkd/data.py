@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -47,11 +47,13 @@ class Batch:
     attended: Tensor  # [B, T] bool, False at padding
     trained_at: Tensor  # [N] flat positions with a target
     attended_at: Tensor  # [M] flat positions that are not padding
+    rows: tuple[int, ...] = ()  # the rows' numbers in the tokenized data, in the order in which they stand here
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on the device."""
         parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in parts.items() if v is not None})
+        tensors = {k: v for k, v in parts.items() if isinstance(v, Tensor)}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -367,8 +369,13 @@ def micro_batch_rows(rows: np.ndarray, *, rank: int, world_size: int, accumulati
 # Batches
 
 
-def collate(rows: Sequence[dict[str, Any]], *, pad_id: int, packed: bool, multiple: int = 8) -> Batch:
-    """Tokenized rows -> one Batch: padded on the right to a multiple of 8, or packed end to end in one row."""
+def collate(
+    rows: Sequence[dict[str, Any]], *, pad_id: int, packed: bool, multiple: int = 8, numbers: Sequence[int] = ()
+) -> Batch:
+    """Tokenized rows -> one Batch: padded on the right to a multiple of 8, or packed end to end in one row.
+
+    `numbers`: which rows of the data these are, where somebody asks (a cached teacher does).
+    """
     ids = [torch.as_tensor(row["input_ids"]) for row in rows]
     targets = [_targets(i, torch.as_tensor(row["trained"])) for i, row in zip(ids, rows, strict=True)]
     if packed:
@@ -391,6 +398,7 @@ def collate(rows: Sequence[dict[str, Any]], *, pad_id: int, packed: bool, multip
         attended=attended,
         trained_at=(target.flatten() != IGNORE).nonzero().flatten(),
         attended_at=attended.flatten().nonzero().flatten(),
+        rows=tuple(int(number) for number in numbers),
     )
 
 
@@ -416,8 +424,12 @@ def batches(
     world_size: int,
     pad_id: int,
     packed: bool,
+    expect: Callable[[Batch], None] | None = None,
 ) -> Iterator[list[Batch]]:
-    """For each step from `start_step` on, this rank's micro-batches, made ready one step ahead."""
+    """For each step from `start_step` on, this rank's micro-batches, made ready one step ahead.
+
+    `expect` is told of each micro-batch when it is made, in the order in which they are given out, from another thread.
+    """
     lengths = np.array(data["length"])
     per_epoch = steps_per_epoch(len(lengths), batch_size)
 
@@ -428,7 +440,14 @@ def batches(
     def of_step(step: int) -> list[Batch]:
         epoch, place = divmod(step, per_epoch)
         mine = micro_batch_rows(of_epoch(epoch)[place], rank=rank, world_size=world_size, accumulation=accumulation)
-        return [collate([data[int(r)] for r in micro], pad_id=pad_id, packed=packed) for micro in mine]
+        made = [
+            collate([data[int(r)] for r in micro], pad_id=pad_id, packed=packed, numbers=micro.tolist())
+            for micro in mine
+        ]
+        if expect is not None:
+            for batch in made:
+                expect(batch)
+        return made
 
     # A thread, not a worker process: a process would be ended by the signal that asks this one to save and stop.
     with ThreadPoolExecutor(1) as ahead:

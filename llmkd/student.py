@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmkd.data import Batch
-from llmkd.head import Divergence, TeacherHead, head_losses
+from llmkd.head import Divergence, TeacherHead, TopK, head_losses
 from llmkd.models import backbone, blocks, head
 from llmkd.teachers.base import EMBEDDING, Signal, output_state
 
@@ -120,7 +120,9 @@ class LossHead(nn.Module):
         self, final: Tensor, batch: Batch, signal: Signal | None, ce_scale: float, kl_scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, CE sum, KL sum); logits exist only at the positions that count, a chunk at a time."""
-        compares = signal is not None and signal.final is not None and signal.head is not None and kl_scale != 0
+        known = None if signal is None else signal.top_k
+        whole = signal is not None and signal.final is not None and signal.head is not None
+        compares = (whole or known is not None) and kl_scale != 0
         everywhere = compares and self._kl_positions == "attended"
         at = batch.attended_at if everywhere else batch.trained_at
         states = final.flatten(0, 1)[at]
@@ -134,8 +136,11 @@ class LossHead(nn.Module):
         )
         if not compares:
             return head_losses(states, self.weight, self.bias, None, targets, targets != -100, **settings)
-        assert signal is not None and signal.final is not None and signal.head is not None
         compared = torch.ones_like(targets, dtype=torch.bool)
+        if known is not None:
+            teacher = TopK(known.ids.flatten(0, 1), known.log_probabilities.flatten(0, 1), known.columns).at(at)
+            return head_losses(states, self.weight, self.bias, teacher, targets, compared, **settings)
+        assert signal is not None and signal.final is not None and signal.head is not None
         with signal.head() as (weight, bias):
             teacher = TeacherHead(signal.final.flatten(0, 1)[at], weight, bias)
             return head_losses(states, self.weight, self.bias, teacher, targets, compared, **settings)

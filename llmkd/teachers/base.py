@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from llmkd.data import Batch
+from llmkd.head import TopK
 
 EMBEDDING = -1
 """The "block" number of the embeddings' output, where the embedding pair is asked for."""
@@ -18,13 +19,24 @@ Head = Callable[[], contextlib.AbstractContextManager[tuple[Tensor, Tensor | Non
 
 
 class Signal:
-    """The mapped blocks' states and the final state of one micro-batch. A state is let go when its last pair has taken it."""
+    """The mapped blocks' states and the final state of one micro-batch. A state is let go when its last pair has taken it.
 
-    def __init__(self, states: dict[int, Tensor], uses: Iterable[int], final: Tensor | None, head: Head | None) -> None:
+    `top_k` (tensors [B, T, K]) stands in for the final state and the head where a cache holds no more of the distribution.
+    """
+
+    def __init__(
+        self,
+        states: dict[int, Tensor],
+        uses: Iterable[int],
+        final: Tensor | None,
+        head: Head | None,
+        top_k: TopK | None = None,
+    ) -> None:
         self._states = states
         self._left = Counter(uses)
         self.final = final
         self.head = head
+        self.top_k = top_k
 
     def take(self, block: int) -> Tensor:
         """The state [B, T, H] of a mapped block, once per pair that uses it."""

@@ -7,6 +7,7 @@ killed outright only the shards under way are lost.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
@@ -232,50 +233,76 @@ class _Shard:
                 self._tensors[name][self._offsets[place] : self._offsets[place + 1]] = part
         self._done[places] = True
 
+    @property
+    def whole(self) -> bool:
+        """Whether every row is there."""
+        return bool(self._done.all())
+
     def publish(self) -> None:
         """Put the whole shard in place; what a signal left of it goes."""
-        assert bool(self._done.all())
+        assert self.whole
         cache_files.publish(self._file, {k: v for k, v in self._tensors.items() if k != DONE}, self._rows)
         cache_files.remove(self._partial)
 
     def publish_partial(self) -> None:
-        """Keep what is done of the shard."""
-        if bool(self._done.any()):
-            cache_files.publish(self._partial, {**self._tensors, DONE: self._done}, self._rows)
+        """Keep what is done of the shard, which is some of its rows."""
+        cache_files.publish(self._partial, {**self._tensors, DONE: self._done}, self._rows)
+
+
+class _Disk:
+    """Takes the rows as they come, and has a thread write each shard while the next one is filled; in the end, what there is of one."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._written: Future[None] | None = None
+        self._shard: _Shard | None = None
+
+    def __enter__(self) -> _Disk:
+        return self
+
+    def put(self, shard: _Shard, rows: Sequence[int], values: dict[str, Tensor]) -> None:
+        """What the teacher said of some rows of a shard; one shard after another."""
+        shard.put(rows, values)
+        self._shard = shard
+        if shard.whole:
+            self._wait()  # no more than one shard waits in memory
+            self._written, self._shard = self._pool.submit(shard.publish), None
+
+    def _wait(self) -> None:
+        if self._written is not None:
+            self._written.result()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with self._pool:
+            self._wait()
+            if self._shard is not None and kind is None:
+                self._shard.publish_partial()
 
 
 def _write(world: World, plan: Plan, teacher: Teacher, rows: _Rows, recipe: Recipe, stopping: Stopping) -> bool:
     """Run the teacher over what is left; True unless a signal stopped it (all ranks take part).
 
-    Where the teacher's weights lie on several ranks, a rank without work of its own runs a row whose signal is dropped. One shard
-    is written to disk, by a thread, while the next is computed.
+    Where the teacher's weights lie on several ranks, these work in step, on as many micro-batches at a time as a pipeline has in
+    flight, and a rank without work of its own runs a row whose signal is dropped. One shard is written to disk, by a thread, while
+    the next is computed.
     """
     assert recipe.cache.micro_batch_size is not None  # writing_recipe sees to it
     work = _work(plan, rows, world, recipe.cache.micro_batch_size)
     alone, idle = recipe.teacher.placement == "replicated", rows.batch([0])
-    written: Future[None] | None = None
-    with ThreadPoolExecutor(1) as disk:
-        shard: _Shard | None = None
+    together = 1 if alone else world.size
+    with _Disk() as disk:
         while True:
-            item = next(work, None)
-            busy, asked = sum_counts(world, [int(item is not None), int(stopping.asked)])
-            if shard is not None and (item is None or item[0] is not shard):
-                if written is not None:
-                    written.result()
-                written, shard = disk.submit(shard.publish), None
+            items = list(itertools.islice(work, together))
+            busy, asked = sum_counts(world, [len(items), int(stopping.asked)])
             if not busy or asked:
                 break
-            if item is None and alone:
-                continue
-            batch = (idle if item is None else rows.batch(item[1])).to(world.device)
-            values = said(teacher.signals(batch), batch, plan.contents, recipe.train.head_chunk)
-            if item is not None:
-                shard = item[0]
-                shard.put(item[1], values)
-        if written is not None:
-            written.result()
-        if asked and shard is not None:
-            shard.publish_partial()
+            asked_for = [rows.batch(micro).to(world.device) for _, micro in items]
+            asked_for += [] if alone else [idle.to(world.device)] * (together - len(items))
+            teacher.expect(asked_for)
+            for number, batch in enumerate(asked_for):
+                values = said(teacher.signals(batch), batch, plan.contents, recipe.train.head_chunk)
+                if number < len(items):
+                    disk.put(*items[number], values)
     return not asked
 
 
@@ -294,9 +321,10 @@ def _work(plan: Plan, rows: _Rows, world: World, micro_batch_size: int) -> Itera
 def said(signal: Signal, batch: Batch, wanted: Contents, chunk: int) -> dict[str, Tensor]:
     """What is stored of a signal: each tensor's values at the batch's tokens, end to end, on the CPU."""
     states = {cache_files.state_name(block): signal.take(block) for block in wanted.blocks}
+    last = signal.take_final()
     if wanted.final:
-        assert signal.final is not None
-        states[FINAL] = signal.final
+        assert last is not None
+        states[FINAL] = last
     found: dict[str, Tensor] = {}
     for name, state in states.items():
         values, scales = stored(state.flatten(0, 1)[batch.attended_at], wanted.dtype)
@@ -304,9 +332,9 @@ def said(signal: Signal, batch: Batch, wanted: Contents, chunk: int) -> dict[str
         if scales is not None:
             found[f"{name}.scale"] = scales.cpu()
     if wanted.top_k is not None:
-        assert signal.final is not None and signal.head is not None and wanted.columns is not None
+        assert last is not None and signal.head is not None and wanted.columns is not None
         with signal.head() as (weight, bias):
-            final = signal.final.flatten(0, 1)[batch.attended_at]
+            final = last.flatten(0, 1)[batch.attended_at]
             head = weight[: wanted.columns], None if bias is None else bias[: wanted.columns]
             parts = [_likeliest(part, *head, wanted.top_k) for part in final.split(chunk)]
         found[IDS], found[LOG_PROBABILITIES] = (torch.cat(column) for column in zip(*parts, strict=True))

@@ -412,6 +412,17 @@ def _padded(values: Tensor, width: int, fill: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, width - len(values)), value=fill)
 
 
+def announced(steps: Iterator[list[Batch]], tell: Callable[[list[Batch]], None]) -> Iterator[list[Batch]]:
+    """The same steps; `tell` hears of each when the step before it is about to be trained."""
+    waiting: list[list[Batch]] = []
+    for batches_of_step in steps:
+        tell(batches_of_step)
+        waiting.append(batches_of_step)
+        if len(waiting) == 2:
+            yield waiting.pop(0)
+    yield from waiting
+
+
 def batches(
     data: Dataset,
     *,
@@ -424,12 +435,8 @@ def batches(
     world_size: int,
     pad_id: int,
     packed: bool,
-    expect: Callable[[Batch], None] | None = None,
 ) -> Iterator[list[Batch]]:
-    """For each step from `start_step` on, this rank's micro-batches, made ready one step ahead.
-
-    `expect` is told of each micro-batch when it is made, in the order in which they are given out, from another thread.
-    """
+    """For each step from `start_step` on, this rank's micro-batches, made ready one step ahead."""
     lengths = np.array(data["length"])
     per_epoch = steps_per_epoch(len(lengths), batch_size)
 
@@ -440,14 +447,10 @@ def batches(
     def of_step(step: int) -> list[Batch]:
         epoch, place = divmod(step, per_epoch)
         mine = micro_batch_rows(of_epoch(epoch)[place], rank=rank, world_size=world_size, accumulation=accumulation)
-        made = [
+        return [
             collate([data[int(r)] for r in micro], pad_id=pad_id, packed=packed, numbers=micro.tolist())
             for micro in mine
         ]
-        if expect is not None:
-            for batch in made:
-                expect(batch)
-        return made
 
     # A thread, not a worker process: a process would be ended by the signal that asks this one to save and stop.
     with ThreadPoolExecutor(1) as ahead:

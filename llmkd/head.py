@@ -19,8 +19,8 @@ from llmkd.divergences import Divergence, top_k_kl
 IGNORED = -100
 ELEMENTS_AT_ONCE = {"cpu": 2**20, "cuda": 2**23}
 """Logits worked on in one go: few enough for the buffers to stay in a CPU's cache, enough for a GPU not to wait for its next kernel."""
-BUFFERS = 5
-"""How many tensors of so many logits the work takes, in fp32."""
+BUFFERS = {"ce": 2, "kl": 5}
+"""How many tensors of so many logits, in fp32, cross-entropy takes alone and with a divergence."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class _HeadLosses(torch.autograd.Function):
             if grad_states is not None:
                 torch.mm(gradient, weight, out=grad_states[part])
             if needs_weight:
-                grad_weight = _plus_product(grad_weight, gradient.T, ours, work.wide)
+                grad_weight = _plus_product(grad_weight, gradient.T, ours, work.total)
         if needs_weight and grad_weight is None:
             grad_weight = torch.zeros_like(weight)  # no position counts here: other ranks still wait for this gradient
         # Not save_for_backward: activation checkpointing would drop these and ask for the pass again.
@@ -145,15 +145,22 @@ class _Workspace:
         size = -(-count // max(1, -(-count // chunk)))
         self.chunks = [slice(start, min(start + size, count)) for start in range(0, count, max(1, size))]
         self.wide = torch.promote_types(states.dtype, torch.float32)
+        self.total = states.dtype if len(self.chunks) == 1 else self.wide  # of the weight's gradient
         self.shared = min(vocabulary, teacher.weight.shape[0]) if isinstance(teacher, TeacherHead) else 0
         self.student = states.new_empty(size, vocabulary)
         self.teacher = (teacher.states if isinstance(teacher, TeacherHead) else states).new_empty(size, self.shared)
-        self.rows = min(max(1, ELEMENTS_AT_ONCE[states.device.type] // vocabulary), max(1, size))
-        self._buffers = [states.new_empty(self.rows, vocabulary, dtype=self.wide) for _ in range(BUFFERS)]
+        self.rows = rows_at_once(size, vocabulary, states.device.type)
+        buffers = BUFFERS["ce" if teacher is None else "kl"]
+        self._buffers = [states.new_empty(self.rows, vocabulary, dtype=self.wide) for _ in range(buffers)]
 
     def buffer(self, number: int, rows: int, columns: int) -> Tensor:
         """A contiguous [rows, columns] of one of the buffers; what it holds is arbitrary."""
         return self._buffers[number].view(-1)[: rows * columns].view(rows, columns)
+
+
+def rows_at_once(chunk: int, vocabulary: int, device: str) -> int:
+    """How many of a chunk's rows are worked on in one go."""
+    return max(1, min(chunk, ELEMENTS_AT_ONCE[device] // vocabulary))
 
 
 def _losses(
@@ -253,13 +260,11 @@ def _product(states: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
     return torch.mm(states, weight.T, out=out) if bias is None else torch.addmm(bias, states, weight.T, out=out)
 
 
-def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
-    """total + a @ b; more than one product is added up in the wide dtype."""
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + a @ b in that dtype, in place where there is a total."""
     if total is None:
-        return a @ b
-    if a.dtype == wide:
-        return total.addmm_(a, b)
-    return total.to(wide).add_(a @ b)
+        return (a @ b).to(dtype)
+    return total.addmm_(a, b) if dtype == a.dtype else total.add_(a @ b)
 
 
 def _kept_top_k(known: TopK, where: Tensor) -> TopK:

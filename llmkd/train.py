@@ -32,7 +32,7 @@ import transformers
 from llmkd import __version__, build, cache_contents, caching, checkpoint
 from llmkd.build import Job
 from llmkd.config import Recipe, dump_recipe, load_recipe
-from llmkd.data import batches
+from llmkd.data import announced, batches
 from llmkd.distributed import (
     World,
     barrier,
@@ -116,8 +116,9 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         world_size=world.size,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         packed=job.data.batching == "packed",
-        expect=cached.expect if cached is not None else None,
     )
+    if teacher is not None:
+        loader = announced(loader, teacher.expect)
     module.train()
     began = time.perf_counter()
     for step, micro_batches in enumerate(loader, start=first + 1):

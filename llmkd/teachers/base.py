@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -18,23 +18,28 @@ EMBEDDING = -1
 Head = Callable[[], contextlib.AbstractContextManager[tuple[Tensor, Tensor | None]]]
 
 
+class States(Protocol):
+    """States that wait for the student, by block: a dict, or llmkd.teachers.offload.OffloadedStates."""
+
+    def __getitem__(self, block: int, /) -> Tensor: ...
+    def __setitem__(self, block: int, state: Tensor, /) -> None: ...
+    def __delitem__(self, block: int, /) -> None: ...
+    def __len__(self) -> int: ...
+
+
 class Signal:
     """The mapped blocks' states and the final state of one micro-batch. A state is let go when its last pair has taken it.
 
-    `top_k` (tensors [B, T, K]) stands in for the final state and the head where a cache holds no more of the distribution.
+    `final` and `head` are None where no logits are asked for; `top_k` (tensors [B, T, K]) stands in for them where a cache holds no
+    more of the distribution.
     """
 
     def __init__(
-        self,
-        states: dict[int, Tensor],
-        uses: Iterable[int],
-        final: Tensor | None,
-        head: Head | None,
-        top_k: TopK | None = None,
+        self, states: States, uses: Iterable[int], final: Tensor | None, head: Head | None, top_k: TopK | None = None
     ) -> None:
         self._states = states
         self._left = Counter(uses)
-        self.final = final
+        self._final = final
         self.head = head
         self.top_k = top_k
 
@@ -46,18 +51,33 @@ class Signal:
             del self._states[block]
         return state
 
+    def take_final(self) -> Tensor | None:
+        """The final state [B, T, H], once; it is held here no longer, so that none waits for the backward pass."""
+        final, self._final = self._final, None
+        return final
+
     @property
     def held(self) -> int:
-        """How many states are still held."""
+        """How many of the mapped blocks' states are still held."""
         return len(self._states)
 
 
 class Teacher(Protocol):
     """A placement of the teacher's weights."""
 
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """Hear of the micro-batches that will be asked for next, in order. Every rank calls it equally often, ahead of `signals`."""
+        ...
+
     def signals(self, batch: Batch) -> Signal:
         """What the teacher says of a micro-batch. Every rank calls it once per micro-batch, in the same order."""
         ...
+
+
+def blocks_needed(uses: Iterable[int], depth: int, *, logits: bool, normed_last: bool) -> int:
+    """How many of a teacher's first blocks must be run for these uses; all of them where logits or the normed last state are asked for."""
+    last = max(uses, default=EMBEDDING)
+    return depth if logits or (normed_last and last == depth - 1) else last + 1
 
 
 def output_state(output: object) -> Tensor:
@@ -68,10 +88,14 @@ def output_state(output: object) -> Tensor:
 
 
 class Capture:
-    """Forward hooks that keep the states of some modules, and of no others, until they are collected."""
+    """Forward hooks that keep the states of some modules, and of no others, until they are collected.
 
-    def __init__(self, modules: dict[int, nn.Module]) -> None:
-        self._states: dict[int, Tensor] = {}
+    `new` makes what they are kept in, once per pass.
+    """
+
+    def __init__(self, modules: dict[int, nn.Module], new: Callable[[], States]) -> None:
+        self._new = new
+        self._states = new()
         for block, module in modules.items():
             module.register_forward_hook(self._keeper(block))
 
@@ -81,7 +105,7 @@ class Capture:
 
         return keep
 
-    def collect(self) -> dict[int, Tensor]:
+    def collect(self) -> States:
         """The states of the pass just made; they are held here no longer."""
-        states, self._states = self._states, {}
+        states, self._states = self._states, self._new()
         return states

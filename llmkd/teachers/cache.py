@@ -6,9 +6,8 @@ import bisect
 import contextlib
 import itertools
 import logging
-import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +64,6 @@ class CacheTeacher:
         self._top_k = top_k
         self._dtype = dtype
         self._tensors = self._needed_tensors()
-        self._lock = threading.Lock()
         self._coming: deque[_Coming] = deque()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="cache")
 
@@ -74,11 +72,10 @@ class CacheTeacher:
         scales = [f"{name}.scale" for name in sorted(states)] if self._contents.dtype in LARGEST else []
         return [*sorted(states), *scales, *([IDS, LOG_PROBABILITIES] if self._top_k else [])]
 
-    def expect(self, batch: Batch) -> None:
-        """A batch that `signals` will be asked for, in this order; called by the loader from its own thread."""
-        with self._lock:
-            self._coming.append(_Coming(batch.rows))
-            self._read_ahead()
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """Read the first of the micro-batches that will be asked for next, and the others as those are taken."""
+        self._coming.extend(_Coming(batch.rows) for batch in batches)
+        self._read_ahead()
 
     def _read_ahead(self) -> None:
         for coming in itertools.islice(self._coming, AHEAD):
@@ -86,30 +83,31 @@ class CacheTeacher:
                 coming.values = self._pool.submit(self._read, coming.rows)
 
     def signals(self, batch: Batch) -> Signal:
-        """The states of the batch's rows at their places [B, T, H]; zeros at padding."""
+        """The states of the batch's rows at their places [B, T, H], zeros at padding; each is put there when it is taken."""
         values = self._values(batch)
-        device = batch.input_ids.device
-        on_device = {name: value.to(device, non_blocking=True) for name, value in values.items()}
+
+        def placed(name: str) -> Tensor:
+            return _placed(values[name], batch)
 
         def state(name: str) -> Tensor:
-            return _placed(restored(on_device[name], on_device.get(f"{name}.scale"), self._dtype), batch)
+            scales = placed(f"{name}.scale").flatten() if f"{name}.scale" in values else None
+            stored = placed(name)
+            return restored(stored.flatten(0, 1), scales, self._dtype).view(stored.shape)
 
-        placed = {name: state(name) for name in {*self._names.values(), *([FINAL] if self._weights else [])}}
-        states = {block: placed[name] for block, name in self._names.items()}
         known = None
         if self._top_k:
             assert self._contents.columns is not None
-            ids, log_p = (_placed(on_device[name], batch) for name in (IDS, LOG_PROBABILITIES))
-            known = TopK(ids, log_p, self._contents.columns)
-        head = None if self._weights is None else self.head
-        return Signal(states, self._uses, placed.get(FINAL), head, known)
+            known = TopK(placed(IDS), placed(LOG_PROBABILITIES), self._contents.columns)
+        waiting = _Waiting(self._names, state)
+        if self._weights is None:
+            return Signal(waiting, self._uses, None, None, known)
+        return Signal(waiting, self._uses, state(FINAL), self.head)
 
     def _values(self, batch: Batch) -> dict[str, Tensor]:
         """The batch's values as they are stored, end to end; read ahead if the loader told of it."""
         assert batch.rows, "a cached teacher is asked for rows by their numbers"
-        with self._lock:
-            coming = self._coming.popleft() if self._coming else None
-            self._read_ahead()
+        coming = self._coming.popleft() if self._coming else None
+        self._read_ahead()
         if coming is None:
             return self._read(batch.rows)
         assert coming.rows == batch.rows, "batches are asked for in the order in which they were expected"
@@ -124,6 +122,30 @@ class CacheTeacher:
         """The head's weight [V, H] and bias."""
         assert self._weights is not None
         yield self._weights
+
+
+class _Waiting:
+    """A signal's states as they were read: each comes to its places, in its dtype, when it is first taken, and is let go at the last."""
+
+    def __init__(self, names: dict[int, str], state: Callable[[str], Tensor]) -> None:
+        self._names = dict(names)
+        self._state = state
+        self._here: dict[int, Tensor] = {}
+
+    def __getitem__(self, block: int) -> Tensor:
+        if block not in self._here:
+            self._here[block] = self._state(self._names[block])
+        return self._here[block]
+
+    def __setitem__(self, block: int, state: Tensor) -> None:
+        self._here[block] = state
+
+    def __delitem__(self, block: int) -> None:
+        del self._names[block]
+        self._here.pop(block, None)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class _Shards:
@@ -168,8 +190,9 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _placed(values: Tensor, batch: Batch) -> Tensor:
-    """[N, ...] of the batch's tokens, row after row -> [B, T, ...], zeros at padding."""
+    """[N, ...] of the batch's tokens, row after row -> [B, T, ...] on the batch's device, zeros at padding."""
     rows, width = batch.input_ids.shape
+    values = values.to(batch.input_ids.device, non_blocking=True)
     if len(values) != len(batch.attended_at):
         raise AssertionError("the cache's rows are not as long as the batch's")
     if len(values) == rows * width:

@@ -13,19 +13,19 @@ from datasets import Dataset, DatasetDict
 if importlib.util.find_spec("llmkd") is None:  # the lm_eval command in a checkout that is not installed
     sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from llmkd import records
+from llmkd import records, text_metrics
 
 FEWSHOT_EXAMPLES = 64
 
 
-def record_splits(items: int = 1000, seed: int = 0, **_: Any) -> DatasetDict:
+def record_splits(items: int = 1000, records_seed: int = 0, **_: Any) -> DatasetDict:
     """The test split, and a little of the training split for few-shot prompts.
 
-    The keywords are the YAML's `dataset_kwargs`; lm-eval adds its model arguments to them.
+    The keywords are the YAML's `dataset_kwargs`; lm-eval adds its model arguments to them, of which vLLM's has a `seed`.
     """
     made = {
-        "test": records.examples("test", seed, 0, items),
-        "train": records.examples("train", seed, 0, FEWSHOT_EXAMPLES),
+        "test": records.examples("test", records_seed, 0, items),
+        "train": records.examples("train", records_seed, 0, FEWSHOT_EXAMPLES),
     }
     return DatasetDict({split: Dataset.from_list([_row(example) for example in rows]) for split, rows in made.items()})
 
@@ -60,22 +60,9 @@ def bleu(items: list[tuple[list[str], str]]) -> float:
 
     lm-eval's own keeps only as many references as the poorest item has.
     """
-    import sacrebleu
-
-    return sacrebleu.corpus_bleu([text for _, text in items], _streams(items)).score
+    return text_metrics.bleu([(text, references) for references, text in items])
 
 
 def chrf(items: list[tuple[list[str], str]]) -> float:
     """Corpus chrF, each item against its nearest reference."""
-    import sacrebleu
-
-    return sacrebleu.corpus_chrf([text for _, text in items], _streams(items)).score
-
-
-def _streams(items: list[tuple[list[str], str]]) -> list[list[str]]:
-    """References as sacrebleu wants them, the k-th of every item together.
-
-    Shorter lists repeat their last, which changes no score.
-    """
-    most = max(len(references) for references, _ in items)
-    return [[references[min(k, len(references) - 1)] for references, _ in items] for k in range(most)]
+    return text_metrics.chrf([(text, references) for references, text in items])

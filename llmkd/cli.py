@@ -169,10 +169,24 @@ def study(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None:
 @cli.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def report(folder: Path) -> None:
-    """Write report.md and results.json of a study's folder, whole or half done."""
+    """Write the report of a study's folder, whole or half done."""
     from llmkd.report import report as write
 
     _show(write(folder))
+
+
+@cli.command()
+@click.argument("folders", nargs=-1, required=True, metavar="RUN_A RUN_B [...]", type=click.Path(path_type=Path))
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="The Markdown file [default: comparison.md beside RUN_A]."
+)
+def compare(folders: tuple[Path, ...], output: Path | None) -> None:
+    """Set several studies side by side, and say what can't be compared."""
+    from llmkd.compare import compare as run
+
+    file = output or folders[0].resolve().parent / "comparison.md"
+    click.echo(run(folders, file))
+    click.echo(f"\nComparison: {file}")
 
 
 def _show(path: Path) -> None:
@@ -207,6 +221,46 @@ def evaluate(model: Path, recipe: str, output: Path | None, overrides: tuple[str
 
 
 @cli.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL_OR_STUDY...", type=click.Path(path_type=Path))
+@click.option(
+    "--recipe",
+    "-r",
+    help="Recipe whose data and evaluation sections are used [default: the study's own, else quickstart].",
+)
+@click.option(
+    "--backend", type=click.Choice(["auto", "hf", "vllm"]), help="What runs the models; overrides the recipe's."
+)
+@click.option("--items", type=click.IntRange(min=1), help="Prompts; overrides the recipe's.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder of the results [default: generations/ in the study or beside it].",
+)
+@SET
+def generate(
+    models: tuple[Path, ...],
+    recipe: str | None,
+    backend: str | None,
+    items: int | None,
+    output: Path | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Let models continue held-out prompts, score the texts and show some. A study's folder stands for all its models."""
+    from llmkd.config import load_recipe
+    from llmkd.generation import generate as run
+    from llmkd.generation import models_of, shown
+
+    studies = [path for path in models if (path / "study.json").is_file()]
+    named = {"backend": backend, "items": items}
+    sets = [f"evaluation.generation.{key}={value}" for key, value in named.items() if value is not None]
+    settings = load_recipe(recipe or (studies[0] / "recipe.yaml" if studies else "quickstart"), (*overrides, *sets))
+    if settings.evaluation.generation is None:
+        settings = settings.changed({"evaluation.generation": {}})
+    place = output or (studies[0] if studies else models[0].resolve().parent) / "generations"
+    click.echo(shown(run(models_of(models), settings.evaluation, settings.data, place)))
+
+
+@cli.command()
 @click.argument("recipe")
 @click.option("--ranks", type=click.IntRange(min=1), required=True, help="GPUs the run would have.")
 @SET
@@ -217,6 +271,21 @@ def plan(recipe: str, ranks: int, overrides: tuple[str, ...]) -> None:
     from llmkd.planner import plan_text
 
     click.echo(plan_text(rows(load_recipe(recipe, overrides), ranks)))
+
+
+@cli.command()
+@click.argument("recipe")
+@click.option("--rows", type=click.IntRange(min=0), default=2, show_default=True, help="Rows to show.")
+@SET
+def doctor(recipe: str, rows: int, overrides: tuple[str, ...]) -> None:
+    """Show what a recipe trains on, token by token, and what would spoil it in silence."""
+    import datasets
+
+    from llmkd.config import load_recipe
+    from llmkd.doctor import doctor_text, examine
+
+    datasets.disable_progress_bars()
+    click.echo(doctor_text(*examine(load_recipe(recipe, overrides), rows)))
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -343,8 +343,8 @@ class Study(Section):
     strategies: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     baselines: tuple[Literal["undistilled", "ce_only"], ...] = ("undistilled", "ce_only")
-    reference: str = "forward"
-    """The strategy that the others are compared with."""
+    reference: str | None = None
+    """The strategy (or ce_only) that the others are compared with; default: forward, or the first strategy where it is not among them."""
     margins: tuple[Margin, ...] = ()
     """For the metrics that matter, the largest difference that counts as none, said before the run; the first is the main metric."""
     ranks: int = Field(default=1, gt=0)
@@ -357,11 +357,18 @@ class Study(Section):
         for field, values in (("strategies", self.strategies), ("seeds", self.seeds)):
             if len(set(values)) != len(values):
                 raise ValueError(f"study.{field}: {list(values)} names one twice; write each once")
-        _one_of("study.reference", self.reference, [*STRATEGIES, "explicit", "ce_only"])
+        trained = [*self.strategies, *(name for name in self.baselines if name == "ce_only")]
+        if self.reference is not None:
+            _one_of("study.reference", self.reference, trained)
         metrics = [margin.metric for margin in self.margins]
         if len(set(metrics)) != len(metrics):
             raise ValueError(f"study.margins: {metrics} names one twice; write each once")
         return self
+
+    @property
+    def compared_with(self) -> str:
+        """The strategy that the others are compared with."""
+        return self.reference or ("forward" if "forward" in self.strategies else self.strategies[0])
 
 
 class Recipe(Section):

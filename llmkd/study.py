@@ -1,23 +1,24 @@
 """A study: strategies x seeds and their baselines, trained, evaluated and reported together; what is done is not done again.
 
-runs/<name>/  recipe.yaml  study.json  teacher/  students/<strategy>-s<seed>/  evaluations/<entry>.json  report.md
+runs/<name>/  recipe.yaml  study.json  teacher/  students/<strategy>-s<seed>/  generations/  agreement/  evaluations/  report.html
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmkd.config import Recipe, dump_recipe
 from llmkd.errors import InputError
 from llmkd.launch import launch
+from llmkd.results import publish
 
 log = logging.getLogger("llmkd")
 
+GENERATIONS, AGREEMENT, EVALUATIONS = "generations", "agreement", "evaluations"  # the folders of a study's results
 CE_ONLY = {"matching.strategy": "none", "loss.kl": 0.0, "loss.hidden": 0.0, "loss.ce": 1.0}
 
 
@@ -27,7 +28,6 @@ class Stopped(Exception):
 
 def study(recipe: Recipe, ranks: int | None = None) -> Path:
     """Run what is missing of a study and return the path of its report. Raises InputError on bad input, Stopped on a signal."""
-    from llmkd.evaluation import evaluate
     from llmkd.report import report
 
     if not recipe.study.strategies:
@@ -37,8 +37,8 @@ def study(recipe: Recipe, ranks: int | None = None) -> Path:
     entries = manifest(recipe)
     _check(recipe, entries, ranks)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "recipe.yaml", dump_recipe(recipe))
-    _write(folder / "study.json", json.dumps({"name": recipe.name, "entries": entries}, indent=1))
+    publish(folder / "recipe.yaml", dump_recipe(recipe))
+    publish(folder / "study.json", json.dumps(_stated(recipe, entries), indent=1))
 
     runs = [entry for entry in entries if entry["train"] is not None]
     for number, entry in enumerate(runs, start=1):
@@ -50,13 +50,73 @@ def study(recipe: Recipe, ranks: int | None = None) -> Path:
         if entry["kind"] == "teacher":
             _write_undistilled(recipe, entries)
     _write_undistilled(recipe, entries)
+    mistakes = _score(recipe, entries)
+    written = report(folder)
+    if mistakes:
+        raise InputError(f"{'; '.join(mistakes)} (the rest of the report is made: {written})")
+    return written
+
+
+def _score(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> list[str]:
+    """Have every model write, compare it with the teacher, run lm-eval; what one step can't do must not cost the others theirs."""
+    from llmkd.agreement import agree
+    from llmkd.evaluation import evaluate
+    from llmkd.generation import generate
+
+    settings, folder = recipe.evaluation, recipe.folder
+    trust = recipe.teacher.trust_remote_code or recipe.student.trust_remote_code
     jobs = [(entry["name"], _model(recipe, entry)) for entry in entries]
-    evaluate(jobs, recipe.evaluation, folder / "evaluations")
-    return report(folder)
+    teacher = next(model for entry, (_, model) in zip(entries, jobs, strict=True) if entry["kind"] == "teacher")
+    others = [job for entry, job in zip(entries, jobs, strict=True) if entry["kind"] != "teacher"]
+    steps: list[Callable[[], object]] = []
+    if settings.generation is not None:
+        steps.append(lambda: generate(jobs, settings, recipe.data, folder / GENERATIONS, trust_remote_code=trust))
+    if settings.agreement_rows:
+        shared = (teacher, settings, recipe.data, folder / GENERATIONS, folder / AGREEMENT)
+        steps.append(lambda: agree(others, *shared, trust_remote_code=trust))
+    if settings.tasks:
+        steps.append(lambda: evaluate(jobs, settings, folder / EVALUATIONS, trust_remote_code=trust))
+    mistakes = []
+    for step in steps:
+        try:
+            step()
+        except InputError as error:
+            mistakes.append(str(error))
+    return mistakes
+
+
+def _stated(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What `study.json` says: the table's rows, and the margins, with how many results there were when each was first said.
+
+    A margin counts only if it was said before the results; the report tells where one was not.
+    """
+    margins = {margin.metric: margin.within for margin in recipe.study.margins}
+    file = recipe.folder / "study.json"
+    history = json.loads(file.read_text()).get("margins_history", []) if file.is_file() else []
+    if not history or history[-1]["margins"] != margins:
+        results = [f for step in (GENERATIONS, AGREEMENT, EVALUATIONS) for f in (recipe.folder / step).glob("*.json")]
+        history = [*history, {"margins": margins, "results": len(results)}]
+    said = {"name": recipe.name, "reference": recipe.study.compared_with, "margins": margins}
+    return {**said, "margins_history": history, "entries": list(entries)}
 
 
 def manifest(recipe: Recipe) -> list[dict[str, Any]]:
     """Every row of the study's table: teacher, baselines, then strategies x seeds; paths are relative to the study's folder."""
+    return [{**entry, **_results(recipe, entry)} for entry in _models(recipe)]
+
+
+def _results(recipe: Recipe, entry: dict[str, Any]) -> dict[str, str | None]:
+    """Where an entry's results will be; None for a step that the recipe does not ask for."""
+    settings = recipe.evaluation
+    asked = {
+        "generation": GENERATIONS if settings.generation is not None else None,
+        "agreement": AGREEMENT if settings.agreement_rows and entry["kind"] != "teacher" else None,
+        "evaluation": EVALUATIONS if settings.tasks else None,
+    }
+    return {step: folder and f"{folder}/{entry['name']}.json" for step, folder in asked.items()}
+
+
+def _models(recipe: Recipe) -> list[dict[str, Any]]:
     made = recipe.finetune is not None
     entries = [
         _entry(
@@ -97,7 +157,6 @@ def _entry(
         "strategy": strategy,
         "seed": seed,
         "model": model,
-        "evaluation": f"evaluations/{name}.json",
         "train": train,
     }
 
@@ -127,9 +186,17 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
     from llmkd.build import accumulation_steps, pairs_of, read_rows, student_inputs, teacher_inputs, total_steps
     from llmkd.checkpoint import check_same
     from llmkd.evaluation import check_tasks
+    from llmkd.generation import check as check_generation
     from llmkd.models import load_config, resolve
 
-    check_tasks(recipe.evaluation)
+    if not recipe.evaluation.tasks and recipe.evaluation.generation is None:
+        raise InputError(
+            "evaluation: a study with nothing to score by; name lm-eval tasks under evaluation.tasks, or write evaluation.generation: {}"
+        )
+    if recipe.evaluation.tasks:
+        check_tasks(recipe.evaluation)
+    if recipe.evaluation.generation is not None:
+        check_generation(recipe.evaluation, recipe.data)
     runs = [(recipe.train, recipe.data)]
     if recipe.finetune is not None:
         runs.append((recipe.finetune.train, recipe.finetune.data or recipe.data))
@@ -168,7 +235,7 @@ def _launch(recipe: Recipe, entry: dict[str, Any], ranks: int) -> None:
     file = recipe.folder / "recipes" / f"{entry['name']}.yaml"
     file.parent.mkdir(exist_ok=True)
     teacher = entry["kind"] == "teacher"
-    _write(file, dump_recipe(recipe if teacher else entry_recipe(recipe, entry)))
+    publish(file, dump_recipe(recipe if teacher else entry_recipe(recipe, entry)))
     where = ["--teacher-only"] if teacher else ["--output", str(recipe.folder / entry["train"])]
     ending = launch(ranks, ["--recipe", str(file), *where])
     if ending.stopped and ending.code in (0, 130, 143):  # 130 and 143: a rank was asked before it could listen
@@ -193,7 +260,7 @@ def _write_undistilled(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> Non
         made_of = json.dumps({k: v for k, v in student_inputs(seeded).items() if k.startswith(decides)})
         if not (target / "llmkd.json").is_file() or (target / "llmkd.json").read_text() != made_of:
             initial_student(seeded, resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision), target)
-            _write(target / "llmkd.json", made_of)
+            publish(target / "llmkd.json", made_of)
 
 
 def _model(recipe: Recipe, entry: dict[str, Any]) -> Path:
@@ -204,9 +271,3 @@ def _model(recipe: Recipe, entry: dict[str, Any]) -> Path:
     from llmkd.models import resolve
 
     return resolve(entry["model"], entry["name"], recipe.teacher.revision if entry["kind"] == "teacher" else None)
-
-
-def _write(file: Path, text: str) -> None:
-    tmp = file.with_name(file.name + ".tmp")
-    tmp.write_text(text)
-    os.replace(tmp, file)

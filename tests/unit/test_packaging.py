@@ -156,7 +156,8 @@ def test_a_wheel_carries_what_the_code_reads(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {path.relative_to(ROOT).as_posix() for path in SOURCES} | {
+    read = [*SOURCES, *PACKAGE.glob("*.js"), *PACKAGE.glob("*.css")]
+    expected = {path.relative_to(ROOT).as_posix() for path in read} | {
         f"llmkd/_shipped/{path.relative_to(ROOT).as_posix()}"
         for folder in SHIPPED
         for path in (ROOT / folder).rglob("*")

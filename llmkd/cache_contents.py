@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset
 
 from llmkd import cache_files, models
-from llmkd.build import Job
+from llmkd.build import Job, pairs_of
 from llmkd.cache_files import Contents, Manifest
 from llmkd.config import Recipe
 from llmkd.distributed import World, on_main
@@ -31,9 +31,7 @@ def contents(recipe: Recipe, maps: Iterable[Pairs], teacher: Path, tokenizer: An
     """What a cache holds that serves the recipe under each of these maps (rank 0 alone: all tokens are hashed)."""
     settings = recipe.teacher
     shape = models.load_config(teacher, trust_remote_code=settings.trust_remote_code)
-    used = {block for pairs in maps for _, block in pairs}
-    last = normed_last(recipe, shape.num_hidden_layers)
-    taught, top_k = recipe.loss.kl > 0, recipe.cache.top_k
+    blocks, final, top_k = asked_for(recipe, maps, shape.num_hidden_layers)
     columns = _columns(recipe, shape.vocab_size)
     if top_k is not None and top_k > columns:
         raise InputError(f"cache.top_k: {top_k} of {columns} tokens; write a smaller number, or leave it out")
@@ -53,11 +51,28 @@ def contents(recipe: Recipe, maps: Iterable[Pairs], teacher: Path, tokenizer: An
         tokens=int(np.sum(data["length"])),
         hidden=shape.hidden_size,
         dtype=recipe.cache.dtype,
-        blocks=tuple(sorted(used - {last})),
-        final=(taught and top_k is None) or last in used,
-        top_k=top_k if taught else None,
-        columns=columns if taught and top_k else None,
+        blocks=blocks,
+        final=final,
+        top_k=top_k,
+        columns=columns if top_k else None,
     )
+
+
+def maps(recipe: Recipe, student_depth: int, teacher_depth: int) -> list[Pairs]:
+    """The layer maps that a cache must serve: those of the recipe's study, each with each seed, or the recipe's own."""
+    from llmkd.study import entry_recipe, manifest
+
+    students = [entry for entry in manifest(recipe) if entry["kind"] == "student"]
+    recipes = [entry_recipe(recipe, entry) for entry in students] or [recipe]
+    return [pairs_of(one, student_depth, teacher_depth) for one in recipes]
+
+
+def asked_for(recipe: Recipe, maps: Iterable[Pairs], depth: int) -> tuple[tuple[int, ...], bool, int | None]:
+    """(blocks, whether the final state, how many log-probabilities) that these maps and the divergence ask of the teacher."""
+    used = {block for pairs in maps for _, block in pairs}
+    last = normed_last(recipe, depth)
+    top_k = recipe.cache.top_k if recipe.loss.kl else None
+    return tuple(sorted(used - {last})), (recipe.loss.kl > 0 and top_k is None) or last in used, top_k
 
 
 def normed_last(recipe: Recipe, depth: int) -> int | None:

@@ -28,7 +28,6 @@ from llmkd.config import Recipe
 from llmkd.data import Batch, collate
 from llmkd.distributed import World, barrier, on_main, sum_counts
 from llmkd.errors import InputError
-from llmkd.layer_map import Pairs
 from llmkd.provenance import commit, versions
 from llmkd.quantization import stored
 from llmkd.teachers.base import Signal, Teacher
@@ -41,8 +40,10 @@ GIB = 2**30
 class Stopping(Protocol):
     """Knows whether a signal has asked the run to stop, and which."""
 
-    asked: bool
-    name: str
+    @property
+    def asked(self) -> bool: ...
+    @property
+    def name(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,10 @@ def cache(world: World, recipe: Recipe, stopping: Stopping) -> bool:
     teacher = on_main(world, lambda: models.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
     tokenizer = build.job_tokenizer(world, job, resuming=False)
     data = build.tokenized(world, job.data, tokenizer)
-    wanted = on_main(world, lambda: cache_contents.contents(recipe, maps(recipe), teacher, tokenizer, data))
+    wanted = on_main(
+        world,
+        lambda: cache_contents.contents(recipe, cache_contents.maps(recipe, *depths(recipe)), teacher, tokenizer, data),
+    )
     plan = on_main(world, lambda: prepare(recipe, wanted, np.array(data["length"]).tolist()))
     if not plan.left and (folder / "manifest.json").is_file():
         log.info("cache: already whole, %s", folder)
@@ -93,19 +97,14 @@ def writing_recipe(recipe: Recipe) -> Recipe:
     )
 
 
-def maps(recipe: Recipe) -> list[Pairs]:
-    """The layer maps that the cache must serve: those of the recipe's study, each with each seed, or the recipe's own."""
-    from llmkd.study import entry_recipe, manifest
-
+def depths(recipe: Recipe) -> tuple[int, int]:
+    """How many blocks student and teacher have."""
     teacher = models.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision)
     depth = models.load_config(teacher, trust_remote_code=recipe.teacher.trust_remote_code).num_hidden_layers
-    blocks = recipe.student.blocks
-    if blocks is None:
-        student = models.resolve(recipe.student.path or "", "student.path")
-        blocks = models.load_config(student, trust_remote_code=recipe.student.trust_remote_code).num_hidden_layers
-    students = [entry for entry in manifest(recipe) if entry["kind"] == "student"]
-    recipes = [entry_recipe(recipe, entry) for entry in students] or [recipe]
-    return [build.pairs_of(one, blocks, depth) for one in recipes]
+    if recipe.student.blocks is not None:
+        return recipe.student.blocks, depth
+    student = models.resolve(recipe.student.path or "", "student.path")
+    return models.load_config(student, trust_remote_code=recipe.student.trust_remote_code).num_hidden_layers, depth
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -544,7 +544,11 @@ def load_causal_lm(
 
 
 def load_head(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> tuple[Tensor, Tensor | None]:
-    """The head's weight [V, H] and bias [V] or None, alone: nothing else of the folder's weights is read."""
+    """The head's weight [V, H] and bias [V] or None, alone: nothing else of the folder's weights is read.
+
+    Some model types are stored under other names than they have in memory, which transformers alone knows: these are read through a
+    model of one block, which is let go.
+    """
     config = load_config(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -556,10 +560,9 @@ def load_head(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fal
     files = _tensor_files(folder)
     stored = next((name for name in names if f"{name}.weight" in files), None)
     if stored is None:
-        raise InputError(
-            f"{folder}: holds no tensor {' or '.join(f'{name}.weight' for name in names)}, which is the model's head; save the "
-            "model again by save_pretrained"
-        )
+        options: dict[str, Any] = dict(attention="eager", trust_remote_code=trust_remote_code, first_blocks=1)
+        found = head(load_causal_lm(folder, dtype=dtype, ds_config=None, **options))
+        return found.weight.detach(), None if found.bias is None else found.bias.detach()
 
     def tensor(name: str) -> Tensor:
         with safe_open(files[name], framework="pt") as tensors:

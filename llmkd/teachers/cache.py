@@ -86,18 +86,18 @@ class CacheTeacher:
         """The states of the batch's rows at their places [B, T, H], zeros at padding; each is put there when it is taken."""
         values = self._values(batch)
 
-        def placed(name: str) -> Tensor:
-            return _placed(values[name], batch)
+        def here(name: str) -> Tensor:
+            return values[name].to(batch.input_ids.device, non_blocking=True)
 
         def state(name: str) -> Tensor:
-            scales = placed(f"{name}.scale").flatten() if f"{name}.scale" in values else None
-            stored = placed(name)
-            return restored(stored.flatten(0, 1), scales, self._dtype).view(stored.shape)
+            scales = here(f"{name}.scale") if f"{name}.scale" in values else None
+            return _placed(restored(here(name), scales, self._dtype), batch)
 
         known = None
         if self._top_k:
             assert self._contents.columns is not None
-            known = TopK(placed(IDS), placed(LOG_PROBABILITIES), self._contents.columns)
+            ids, log_p = (_placed(here(name), batch) for name in (IDS, LOG_PROBABILITIES))
+            known = TopK(ids, log_p, self._contents.columns)
         waiting = _Waiting(self._names, state)
         if self._weights is None:
             return Signal(waiting, self._uses, None, None, known)
@@ -190,11 +190,9 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _placed(values: Tensor, batch: Batch) -> Tensor:
-    """[N, ...] of the batch's tokens, row after row -> [B, T, ...] on the batch's device, zeros at padding."""
+    """[N, ...] of the batch's tokens, row after row -> [B, T, ...], zeros at padding."""
     rows, width = batch.input_ids.shape
-    values = values.to(batch.input_ids.device, non_blocking=True)
-    if len(values) != len(batch.attended_at):
-        raise AssertionError("the cache's rows are not as long as the batch's")
+    assert len(values) == len(batch.attended_at), "the cache's rows are as long as the batch's: the same tokens"
     if len(values) == rows * width:
         return values.reshape(rows, width, *values.shape[1:])
     placed = values.new_zeros(rows * width, *values.shape[1:])

@@ -104,7 +104,7 @@ def test_a_study_makes_one_cache_and_teaches_all_students_from_it(
     recipe_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With the same students as a study whose teacher is there each time, to the cache's rounding (none: float32)."""
-    sets = ["study.strategies=[forward, random]", "study.baselines=[ce_only]", "evaluation.tasks=[]", "data.rows=24"]
+    sets = ["study.strategies=[forward, random]", "study.baselines=[ce_only]", "data.rows=24"]
     sets += ["matching.target_block=null", "cache.dtype=float32", "cache.shard_mib=0.1"]
     cached = load_recipe(recipe_file, [*sets, f"output={tmp_path / 'cached'}", "teacher.share_cache=true"])
     online = load_recipe(recipe_file, [*sets, f"output={tmp_path / 'online'}"])

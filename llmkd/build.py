@@ -350,7 +350,7 @@ def read_rows(data: config.Data) -> Dataset:
 def load_teacher(world: World, job: Job) -> Teacher:
     """The job's teacher in its placement."""
     settings = job.recipe.teacher
-    assert job.teacher is not None
+    assert job.teacher is not None and settings.placement != "cache", "llmkd.cache_contents opens a cached teacher"
     sharded = settings.placement == "zero3"
     logits = job.weights.kl > 0
     normed_last = job.recipe.matching.final_state == "normed"

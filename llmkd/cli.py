@@ -114,6 +114,17 @@ def finetune(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None
     _launch(recipe, overrides, ["--teacher-only"], ranks)
 
 
+@cli.command()
+@click.argument("recipe")
+@click.option("--output", help="Folder of the cache; overrides cache.path [default: OUTPUT/NAME/cache].")
+@SET
+@RANKS
+def cache(recipe: str, output: str | None, overrides: tuple[str, ...], ranks: int | None) -> None:
+    """Run the teacher once and keep its states on disk, for teacher.placement: cache. The same command resumes."""
+    path = () if output is None else (f"cache.path={json.dumps(output)}",)
+    _launch(recipe, (*overrides, *path), ["--cache-only"], ranks)
+
+
 def _launch(recipe: str, overrides: tuple[str, ...], options: list[str], ranks: int | None) -> None:
     from llmkd.config import load_recipe
     from llmkd.launch import launch

@@ -60,8 +60,11 @@ class Teacher(Section):
     """Hub revision (branch, tag or commit)."""
     trust_remote_code: bool = False
     """Run the model repository's own Python code. Off unless you trust its authors."""
-    placement: Literal["replicated", "zero3"] = "replicated"
-    """`replicated`: a whole teacher per rank. `zero3`: sharded over the ranks, one block gathered at a time."""
+    placement: Literal["replicated", "zero3", "cache"] = "replicated"
+    """`replicated`: a whole teacher per rank. `zero3`: sharded over the ranks, one block gathered at a time. `cache`: not there at
+    all; what it said was written by `llmkd cache`, once, and is read from disk."""
+    share_cache: bool = False
+    """`llmkd study` writes one cache for all its students first, and trains them from it."""
     offload: Literal["none", "cpu"] = "none"
     """Where a zero3 teacher's shards rest between uses."""
     dtype: Dtype = "bfloat16"
@@ -74,7 +77,10 @@ class Teacher(Section):
 
     @model_validator(mode="after")
     def _offload_needs_zero3(self) -> Teacher:
-        if self.offload != "none" and self.placement != "zero3":
+        if self.offload != "none" and self.placement not in (
+            "zero3",
+            "cache",
+        ):  # a cache may be written by a zero3 teacher
             raise ValueError(
                 "teacher.offload: only a zero3 teacher is offloaded; write placement: zero3, or offload: none"
             )
@@ -237,6 +243,25 @@ class Train(Section):
         return self
 
 
+class Cache(Section):
+    """What `llmkd cache` writes and `teacher.placement: cache` reads. Only `dtype` and `top_k` change what a student becomes."""
+
+    path: str | None = None
+    """The cache's folder; default: cache/ in the run's folder."""
+    dtype: Literal["bfloat16", "fp8", "int8", "float32"] = "bfloat16"
+    """How a state is stored; fp8 (e4m3) and int8 with one scale per token, at half of bfloat16's bytes."""
+    top_k: int | None = Field(default=None, gt=0)
+    """Store the likeliest tokens' log-probabilities in place of the final state; only forward_kl can use them."""
+    teacher_placement: Literal["replicated", "zero3"] | None = None
+    """Where the teacher lives while the cache is written; default: as teacher.placement says, or replicated if that is cache."""
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    """Rows per forward pass of the teacher while the cache is written; default: train.micro_batch_size."""
+    shard_mib: float = Field(default=256, gt=0)
+    """About how large one file is, and so how much is computed again after a kill."""
+    verify: Literal["auto", "start", "read"] = "auto"
+    """When checksums are compared: all before training (start), each file when it is first read, or start up to 8 GiB (auto)."""
+
+
 class Finetune(Section):
     """How the teacher is made: the same loop with cross-entropy alone."""
 
@@ -360,6 +385,7 @@ class Recipe(Section):
     loss: Loss = Field(default_factory=Loss)
     data: Data = Field(default_factory=Data)
     train: Train
+    cache: Cache = Field(default_factory=Cache)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     study: Study = Field(default_factory=Study)
 
@@ -374,9 +400,24 @@ class Recipe(Section):
                 raise ValueError(f"{where}.rows: the built-in task is endless; say how many to use, e.g. rows: 20000")
         return self
 
+    @model_validator(mode="after")
+    def _top_k_is_enough(self) -> Recipe:
+        reads_cache = self.teacher.placement == "cache" or self.teacher.share_cache
+        if reads_cache and self.cache.top_k and self.loss.kl and self.loss.divergence != "forward_kl":
+            raise ValueError(
+                f"loss.divergence: {self.loss.divergence} needs the teacher's whole distribution, and cache.top_k keeps the likeliest "
+                "tokens alone; write divergence: forward_kl, or leave out cache.top_k"
+            )
+        return self
+
     @property
     def folder(self) -> Path:
         return Path(self.output) / self.name
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where the teacher's cache is written and read."""
+        return Path(self.cache.path) if self.cache.path else self.folder / "cache"
 
     @property
     def teacher_path(self) -> str:
@@ -425,9 +466,12 @@ def training_inputs(recipe: Recipe) -> dict[str, Any]:
     A teacher that the recipe makes counts by how it is made, so that the run's folder may be renamed or moved.
     """
     values = recipe.model_dump(mode="json", exclude={"name", "output", "evaluation", "study", "finetune"})
-    for key in ("architecture", "offload_states"):
+    for key in ("architecture", "offload_states", "share_cache"):
         values["teacher"].pop(key)
     values["loss"] = {key: value for key, value in values["loss"].items() if value is not None}
+    cache = values.pop("cache")
+    if recipe.teacher.placement == "cache":
+        values["cache"] = {"dtype": cache["dtype"], "top_k": cache["top_k"]}
     inputs = {key: value for key, value in flat(values).items() if key not in _SAVING}
     return {**inputs, **(finetune_inputs(recipe) if recipe.finetune else {})}
 

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -47,11 +47,13 @@ class Batch:
     attended: Tensor  # [B, T] bool, False at padding
     trained_at: Tensor  # [N] flat positions with a target
     attended_at: Tensor  # [M] flat positions that are not padding
+    rows: tuple[int, ...] = ()  # the rows' numbers in the tokenized data, in the order in which they stand here
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on the device."""
         parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in parts.items() if v is not None})
+        tensors = {k: v for k, v in parts.items() if isinstance(v, Tensor)}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -374,8 +376,13 @@ def micro_batch_rows(rows: np.ndarray, *, rank: int, world_size: int, accumulati
 # Batches
 
 
-def collate(rows: Sequence[dict[str, Any]], *, pad_id: int, packed: bool, multiple: int = 8) -> Batch:
-    """Tokenized rows -> one Batch: padded on the right to a multiple of 8, or packed end to end in one row."""
+def collate(
+    rows: Sequence[dict[str, Any]], *, pad_id: int, packed: bool, multiple: int = 8, numbers: Sequence[int] = ()
+) -> Batch:
+    """Tokenized rows -> one Batch: padded on the right to a multiple of 8, or packed end to end in one row.
+
+    `numbers`: which rows of the data these are, where somebody asks (a cached teacher does).
+    """
     ids = [torch.as_tensor(row["input_ids"]) for row in rows]
     targets = [_targets(i, torch.as_tensor(row["trained"])) for i, row in zip(ids, rows, strict=True)]
     if packed:
@@ -398,6 +405,7 @@ def collate(rows: Sequence[dict[str, Any]], *, pad_id: int, packed: bool, multip
         attended=attended,
         trained_at=(target.flatten() != IGNORE).nonzero().flatten(),
         attended_at=attended.flatten().nonzero().flatten(),
+        rows=tuple(int(number) for number in numbers),
     )
 
 
@@ -409,6 +417,17 @@ def _targets(ids: Tensor, trained: Tensor) -> Tensor:
 
 def _padded(values: Tensor, width: int, fill: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, width - len(values)), value=fill)
+
+
+def announced(steps: Iterator[list[Batch]], tell: Callable[[list[Batch]], None]) -> Iterator[list[Batch]]:
+    """The same steps; `tell` hears of each when the step before it is about to be trained."""
+    waiting: list[list[Batch]] = []
+    for batches_of_step in steps:
+        tell(batches_of_step)
+        waiting.append(batches_of_step)
+        if len(waiting) == 2:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def batches(
@@ -435,7 +454,10 @@ def batches(
     def of_step(step: int) -> list[Batch]:
         epoch, place = divmod(step, per_epoch)
         mine = micro_batch_rows(of_epoch(epoch)[place], rank=rank, world_size=world_size, accumulation=accumulation)
-        return [collate([data[int(r)] for r in micro], pad_id=pad_id, packed=packed) for micro in mine]
+        return [
+            collate([data[int(r)] for r in micro], pad_id=pad_id, packed=packed, numbers=micro.tolist())
+            for micro in mine
+        ]
 
     # A thread, not a worker process: a process would be ended by the signal that asks this one to save and stop.
     with ThreadPoolExecutor(1) as ahead:

@@ -7,14 +7,14 @@ the student's logits' place. Pure tensors: what is sharded is gathered by the ca
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmkd.closed_forms import closed_form
-from llmkd.divergences import Divergence
+from llmkd.divergences import Divergence, top_k_kl
 
 IGNORED = -100
 ELEMENTS_AT_ONCE = {"cpu": 2**20, "cuda": 2**23}
@@ -33,6 +33,19 @@ class TeacherHead:
 
 
 @dataclass(frozen=True)
+class TopK:
+    """The teacher known by its K likeliest tokens alone: ids and log-probabilities [N, K], normalised over the first `columns` tokens."""
+
+    ids: Tensor
+    log_probabilities: Tensor
+    columns: int
+
+    def at(self, rows: slice | Tensor) -> TopK:
+        """The same at some of the positions."""
+        return TopK(self.ids[rows], self.log_probabilities[rows], self.columns)
+
+
+@dataclass(frozen=True)
 class Terms:
     """What is summed over the positions, and by which factors."""
 
@@ -46,7 +59,7 @@ def head_losses(
     states: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    teacher: TeacherHead | None,
+    teacher: TeacherHead | TopK | None,
     targets: Tensor,
     compared: Tensor,
     *,
@@ -61,7 +74,8 @@ def head_losses(
     states [N, H], weight [V, H], targets [N] (-100: no cross-entropy there), compared [N] bool (where the divergence counts).
     The divergence is over the columns both heads have; a wider head's further columns are left out on that side, as if masked
     with -inf. Products run in the states' dtype, everything after them in fp32 (float64 stays). The divergences of
-    `llmkd.divergences` take their gradients from `llmkd.closed_forms`, any other from autograd.
+    `llmkd.divergences` take their gradients from `llmkd.closed_forms`, any other from autograd. A teacher known by its top k alone
+    is compared by `top_k_kl`, whatever the divergence.
     """
     terms = Terms(ce_scale, kl_scale, divergence, temperature)
     teacher = None if kl_scale == 0 else teacher
@@ -75,7 +89,7 @@ class _HeadLosses(torch.autograd.Function):
         states: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        teacher: TeacherHead | None,
+        teacher: TeacherHead | TopK | None,
         targets: Tensor,
         compared: Tensor,
         terms: Terms,
@@ -91,8 +105,10 @@ class _HeadLosses(torch.autograd.Function):
             counts = compared[part] | (targets[part] != IGNORED)
             ours = _kept(states[part], counts)
             student_logits = _product(ours, weight, bias, work.student)
-            teacher_logits = None
-            if teacher is not None:
+            teacher_logits: Tensor | TopK | None = None
+            if isinstance(teacher, TopK):
+                teacher_logits = _kept_top_k(teacher.at(part), compared[part])
+            elif teacher is not None:
                 theirs, shared = _kept(teacher.states[part], compared[part]), work.shared
                 bias_t = None if teacher.bias is None else teacher.bias[:shared]
                 teacher_logits = _product(theirs, teacher.weight[:shared], bias_t, work.teacher)
@@ -123,16 +139,16 @@ class _HeadLosses(torch.autograd.Function):
 class _Workspace:
     """The tensors of width V that all chunks share: both sides' logits [n, V], and the buffers of a few rows."""
 
-    def __init__(self, states: Tensor, weight: Tensor, teacher: TeacherHead | None, chunk: int) -> None:
+    def __init__(self, states: Tensor, weight: Tensor, teacher: TeacherHead | TopK | None, chunk: int) -> None:
         count, vocabulary = states.shape[0], weight.shape[0]
         # Chunks of one size: a last one of a few rows would read both heads for next to nothing.
         size = -(-count // max(1, -(-count // chunk)))
         self.chunks = [slice(start, min(start + size, count)) for start in range(0, count, max(1, size))]
         self.wide = torch.promote_types(states.dtype, torch.float32)
         self.total = states.dtype if len(self.chunks) == 1 else self.wide  # of the weight's gradient
-        self.shared = 0 if teacher is None else min(vocabulary, teacher.weight.shape[0])
+        self.shared = min(vocabulary, teacher.weight.shape[0]) if isinstance(teacher, TeacherHead) else 0
         self.student = states.new_empty(size, vocabulary)
-        self.teacher = (states if teacher is None else teacher.states).new_empty(size, self.shared)
+        self.teacher = (teacher.states if isinstance(teacher, TeacherHead) else states).new_empty(size, self.shared)
         self.rows = rows_at_once(size, vocabulary, states.device.type)
         buffers = BUFFERS["ce" if teacher is None else "kl"]
         self._buffers = [states.new_empty(self.rows, vocabulary, dtype=self.wide) for _ in range(buffers)]
@@ -149,7 +165,7 @@ def rows_at_once(chunk: int, vocabulary: int, device: str) -> int:
 
 def _losses(
     student_logits: Tensor,
-    teacher_logits: Tensor | None,
+    teacher_logits: Tensor | TopK | None,
     targets: Tensor,
     compared: Tensor,
     terms: Terms,
@@ -160,7 +176,8 @@ def _losses(
     sums = []
     for start in range(0, student_logits.shape[0], work.rows):
         rows = slice(start, start + work.rows)
-        theirs = None if teacher_logits is None else teacher_logits[rows]
+        theirs = teacher_logits.at(rows) if isinstance(teacher_logits, TopK) else teacher_logits
+        theirs = theirs[rows] if isinstance(theirs, Tensor) else theirs
         ce, kl, gradient = _few_rows(student_logits[rows], theirs, targets[rows], compared[rows], terms, work)
         sums.append(torch.stack([ce, kl]))
         student_logits[rows] = gradient
@@ -171,7 +188,7 @@ def _losses(
 
 
 def _few_rows(
-    ours: Tensor, theirs: Tensor | None, targets: Tensor, compared: Tensor, terms: Terms, work: _Workspace
+    ours: Tensor, theirs: Tensor | TopK | None, targets: Tensor, compared: Tensor, terms: Terms, work: _Workspace
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(CE sum, KL sum, gradient of the scaled loss with respect to these logits) of a few rows [r, V]."""
     logits = work.buffer(0, *ours.shape).copy_(ours)
@@ -186,14 +203,18 @@ def _few_rows(
         value, gradient = _compared(logits, softmax, log_total, theirs, terms, work)
         kl = torch.where(compared, value, 0.0).sum()
         kl_factor = compared.to(logits.dtype).mul_(terms.kl_scale)[:, None]
-        softmax.mul_(ce_factor)[:, : theirs.shape[1]].addcmul_(gradient, kl_factor)
+        softmax.mul_(ce_factor)[:, : gradient.shape[1]].addcmul_(gradient, kl_factor)
     return ce, kl, softmax.scatter_add_(-1, at, -ce_factor)
 
 
 def _compared(
-    logits: Tensor, softmax: Tensor, log_total: Tensor, theirs: Tensor, terms: Terms, work: _Workspace
+    logits: Tensor, softmax: Tensor, log_total: Tensor, theirs: Tensor | TopK, terms: Terms, work: _Workspace
 ) -> tuple[Tensor, Tensor]:
     """(divergence [r], its gradient [r, shared columns]); the student's logits are lost, their softmax at temperature 1 is kept."""
+    if isinstance(theirs, TopK):
+        ids, log_p = theirs.ids.long(), theirs.log_probabilities
+        known = lambda student, _, temperature: top_k_kl(student, ids, log_p, temperature)  # noqa: E731
+        return _by_autograd(logits[:, : theirs.columns], log_p, replace(terms, divergence=known))
     logits, temperature = logits[:, : theirs.shape[1]], terms.temperature
     form = closed_form(terms.divergence)
     if form is None:
@@ -244,6 +265,13 @@ def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype
     if total is None:
         return (a @ b).to(dtype)
     return total.addmm_(a, b) if dtype == a.dtype else total.add_(a @ b)
+
+
+def _kept_top_k(known: TopK, where: Tensor) -> TopK:
+    """As `_kept`: a position that nobody reads gets K times the first token, each with probability 1."""
+    nobody = ~where[:, None]
+    ids, log_p = known.ids.masked_fill(nobody, 0), known.log_probabilities.masked_fill(nobody, 0.0)
+    return TopK(ids, log_p, known.columns)
 
 
 def _kept(states: Tensor, where: Tensor) -> Tensor:

@@ -155,13 +155,17 @@ def resolve(path: str, what: str, revision: str | None = None) -> Path:
     return folder
 
 
-def folder_contents(folder: Path) -> str:
+def folder_contents(folder: Path, *, weights_alone: bool = False) -> str:
     """A hash by which a changed model folder is noticed: of each file its name, its size, and its first and last MiB.
 
     All of a large model's bytes would take minutes; a safetensors file opens with its table of tensors, and training changes them all.
+    `weights_alone`: of the weights and config.json, not of the tokenizer.
     """
     digest = hashlib.sha256()
-    for file in sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".txt", ".model")):
+    files = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".txt", ".model")]
+    if weights_alone:
+        files = [f for f in files if f.suffix == ".safetensors" or f.name == "config.json"]
+    for file in sorted(files):
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
         with file.open("rb") as stream:
@@ -537,6 +541,34 @@ def load_causal_lm(
     _restore_float32_buffers(model)
     model.config.use_cache = False
     return model
+
+
+def load_head(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The head's weight [V, H] and bias [V] or None, alone: nothing else of the folder's weights is read.
+
+    Some model types are stored under other names than they have in memory, which transformers alone knows: these are read through a
+    model of one block, which is let go.
+    """
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    module = head(model)
+    modules = {id(m): name for name, m in model.named_modules()}
+    names = [modules[id(module)]]
+    if config.tie_word_embeddings:  # a tied head is stored once, as the embedding
+        names.append(modules[id(model.get_input_embeddings())])
+    files = _tensor_files(folder)
+    stored = next((name for name in names if f"{name}.weight" in files), None)
+    if stored is None:
+        options: dict[str, Any] = dict(attention="eager", trust_remote_code=trust_remote_code, first_blocks=1)
+        found = head(load_causal_lm(folder, dtype=dtype, ds_config=None, **options))
+        return found.weight.detach(), None if found.bias is None else found.bias.detach()
+
+    def tensor(name: str) -> Tensor:
+        with safe_open(files[name], framework="pt") as tensors:
+            return tensors.get_tensor(name).to(dtype, copy=True)
+
+    return tensor(f"{stored}.weight"), None if module.bias is None else tensor(f"{names[0]}.bias")
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ WIDE = 4
 """Bytes of a master weight, an Adam moment, an accumulated or a communicated gradient: fp32 (ds_configs/)."""
 
 Phase = Literal["always", "teacher forward", "head", "backward", "optimizer step"]
-Place = Literal["device", "host", "nvme"]
+Place = Literal["device", "host", "nvme", "disk"]
 PHASES: tuple[Phase, ...] = ("teacher forward", "head", "backward", "optimizer step")
 
 
@@ -158,8 +158,14 @@ def plan(recipe: Recipe, ranks: int) -> list[Row]:
     projectors = len(pairs) * student.hidden * teacher.hidden if pairs and student.hidden != teacher.hidden else 0
     zero = load_ds_config(recipe.train.deepspeed, ROOT / "ds_configs")
     taught = bool(pairs) or recipe.loss.kl > 0
+    if recipe.teacher.placement == "cache":
+        from llmkd.cache_plan import cache_rows
+
+        of_teacher = cache_rows(recipe, teacher, student.depth, pairs)
+    else:
+        of_teacher = teacher_rows(recipe, run_shapes(recipe, found, pairs), pairs, ranks)
     return [
-        *(teacher_rows(recipe, run_shapes(recipe, found, pairs), pairs, ranks) if taught else []),
+        *(of_teacher if taught else []),
         *student_rows(recipe, student, projectors, zero, ranks),
         *activation_rows(recipe, student, teacher, pairs),
         *head_rows(recipe, student, teacher),
@@ -348,7 +354,7 @@ def plan_text(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     lines.append("")
-    for place in ("device", "host", "nvme"):
+    for place in ("device", "host", "nvme", "disk"):
         total, phase = peak(rows, place)
         if total:
             lines.append(f"{'needed on ' + place:<{width}}  {total / GIB:9.3f}  heaviest: {phase}")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from llmkd.data import Batch
 from llmkd.divergences import Divergence
-from llmkd.head import TeacherHead, head_losses
+from llmkd.head import TeacherHead, TopK, head_losses
 from llmkd.models import backbone, blocks, head
 from llmkd.teachers.base import EMBEDDING, Signal, output_state
 
@@ -124,7 +124,9 @@ class LossHead(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, CE sum, KL sum); logits exist only at the positions that count, a chunk at a time."""
         lent = None if signal is None or kl_scale == 0 else signal.head
-        at = batch.attended_at if lent and self._kl_positions == "attended" else batch.trained_at
+        known = None if signal is None or kl_scale == 0 else signal.top_k
+        taught = lent is not None or known is not None
+        at = batch.attended_at if taught and self._kl_positions == "attended" else batch.trained_at
         states = final.flatten(0, 1)[at]
         targets = batch.targets.flatten()[at]
         settings: dict[str, Any] = dict(
@@ -134,7 +136,10 @@ class LossHead(nn.Module):
             temperature=self._temperature,
             chunk=self._chunk,
         )
-        compared = torch.full_like(targets, lent is not None, dtype=torch.bool)
+        compared = torch.full_like(targets, taught, dtype=torch.bool)
+        if known is not None:
+            teacher = TopK(known.ids.flatten(0, 1), known.log_probabilities.flatten(0, 1), known.columns).at(at)
+            return head_losses(states, self.weight, self.bias, teacher, targets, compared, **settings)
         if lent is None:
             return head_losses(states, self.weight, self.bias, None, targets, compared, **settings)
         assert signal is not None

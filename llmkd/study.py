@@ -41,10 +41,14 @@ def study(recipe: Recipe, ranks: int | None = None) -> Path:
     publish(folder / "study.json", json.dumps(_stated(recipe, entries), indent=1))
 
     runs = [entry for entry in entries if entry["train"] is not None]
+    cached = not recipe.teacher.share_cache
     for number, entry in enumerate(runs, start=1):
         if (folder / entry["model"] / "llmkd.json").is_file():
             log.info("study %d/%d: %s is done", number, len(runs), entry["name"])
             continue
+        if entry["kind"] == "student" and not cached:
+            _cache(recipe, ranks)
+            cached = True
         log.info("study %d/%d: training %s on %d ranks", number, len(runs), entry["name"], ranks)
         _launch(recipe, entry, ranks)
         if entry["kind"] == "teacher":
@@ -164,6 +168,8 @@ def _entry(
 def entry_recipe(recipe: Recipe, entry: dict[str, Any]) -> Recipe:
     """The recipe of one student of a study."""
     changes = CE_ONLY if entry["strategy"] == "ce_only" else {"matching.strategy": entry["strategy"]}
+    if recipe.teacher.share_cache:
+        changes = {**changes, "teacher.placement": "cache"}
     return recipe.changed({**_only_for(recipe, str(changes["matching.strategy"])), **changes, "seed": entry["seed"]})
 
 
@@ -237,12 +243,26 @@ def _launch(recipe: Recipe, entry: dict[str, Any], ranks: int) -> None:
     teacher = entry["kind"] == "teacher"
     publish(file, dump_recipe(recipe if teacher else entry_recipe(recipe, entry)))
     where = ["--teacher-only"] if teacher else ["--output", str(recipe.folder / entry["train"])]
-    ending = launch(ranks, ["--recipe", str(file), *where])
+    _run(ranks, ["--recipe", str(file), *where], f"training {entry['name']}", "its last checkpoint")
+
+
+def _cache(recipe: Recipe, ranks: int) -> None:
+    """Write the one cache that teaches all students; what there is of it already is kept."""
+    file = recipe.folder / "recipes" / "cache.yaml"
+    file.parent.mkdir(exist_ok=True)
+    publish(file, dump_recipe(recipe))
+    log.info("study: one cache for all students, %s", recipe.cache_folder)
+    _run(ranks, ["--recipe", str(file), "--cache-only"], "writing the teacher's cache", "what is written")
+
+
+def _run(ranks: int, arguments: list[str], what: str, rest: str) -> None:
+    """One launch of a study. Raises Stopped if a signal ended it, InputError if a mistake did."""
+    ending = launch(ranks, arguments)
     if ending.stopped and ending.code in (0, 130, 143):  # 130 and 143: a rank was asked before it could listen
         raise Stopped
     if ending.code:
         raise InputError(
-            f"study: training {entry['name']} ended with code {ending.code} (see above); the same command goes on from its last checkpoint"
+            f"study: {what} ended with code {ending.code} (see above); the same command goes on from {rest}"
         )
 
 

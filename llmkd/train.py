@@ -29,10 +29,10 @@ import datasets
 import torch
 import transformers
 
-from llmkd import __version__, build, checkpoint
+from llmkd import __version__, build, cache_contents, caching, checkpoint
 from llmkd.build import Job
 from llmkd.config import Recipe, dump_recipe, load_recipe
-from llmkd.data import batches
+from llmkd.data import announced, batches
 from llmkd.distributed import (
     World,
     barrier,
@@ -71,9 +71,10 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     data = build.tokenized(world, job.data, tokenizer)
     steps = build.total_steps(settings, len(data))
     rate = build.rate_of_step(settings, steps)
+    cached = cache_contents.open_teacher(world, job, tokenizer, data)
     build.write_initial(world, job, tokenizer, resuming=resume is not None)  # the first thing written
     module = build.load_student(job, ds_config, build.teacher_width(job))
-    teacher = build.load_teacher(world, job) if job.teacher is not None else None
+    teacher = cached or (build.load_teacher(world, job) if job.teacher is not None else None)
     student = engine(
         module,
         ds_config,
@@ -116,6 +117,8 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         packed=job.data.batching == "packed",
     )
+    if teacher is not None:
+        loader = announced(loader, teacher.expect)
     module.train()
     began = time.perf_counter()
     for step, micro_batches in enumerate(loader, start=first + 1):
@@ -265,6 +268,9 @@ def train_options(command: Any) -> Any:
             help="Folder of this run [default: OUTPUT/NAME/students/STRATEGY-sSEED].",
         ),
         click.option("--teacher-only", is_flag=True, help="Make the recipe's teacher (its finetune section) and stop."),
+        click.option(
+            "--cache-only", is_flag=True, help="Write the teacher's cache (teacher.placement: cache) and stop."
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -284,7 +290,7 @@ def read_recipe(
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @train_options
 @click.option("--local_rank", "--local-rank", type=int, default=0, hidden=True, help="Set by the deepspeed launcher.")
-def command(local_rank: int, output: Path | None, teacher_only: bool, **options: Any) -> None:
+def command(local_rank: int, output: Path | None, teacher_only: bool, cache_only: bool, **options: Any) -> None:
     """Train one student (after its teacher, if the recipe makes one and it is not there yet). The same command resumes."""
     recipe = read_recipe(**options)
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
@@ -300,7 +306,9 @@ def command(local_rank: int, output: Path | None, teacher_only: bool, **options:
     stopping = Stopping()
     if recipe.finetune is not None:
         train(world, build.finetune_job(world, recipe, recipe.folder / "teacher"), stopping)
-    if not teacher_only and sum_counts(world, [int(stopping.asked)]) == [0]:
+    if cache_only and sum_counts(world, [int(stopping.asked)]) == [0]:
+        caching.cache(world, recipe, stopping)
+    elif not teacher_only and sum_counts(world, [int(stopping.asked)]) == [0]:
         train(world, build.distil_job(world, recipe, output or student_folder(recipe)), stopping)
     stop()
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from llmkd.data import Batch
+from llmkd.head import TopK
 
 EMBEDDING = -1
 """The "block" number of the embeddings' output, where the embedding pair is asked for."""
@@ -29,14 +30,18 @@ class States(Protocol):
 class Signal:
     """The mapped blocks' states and the final state of one micro-batch. A state is let go when its last pair has taken it.
 
-    `final` and `head` are None where no logits are asked for.
+    `final` and `head` are None where no logits are asked for; `top_k` (tensors [B, T, K]) stands in for them where a cache holds no
+    more of the distribution.
     """
 
-    def __init__(self, states: States, uses: Iterable[int], final: Tensor | None, head: Head | None) -> None:
+    def __init__(
+        self, states: States, uses: Iterable[int], final: Tensor | None, head: Head | None, top_k: TopK | None = None
+    ) -> None:
         self._states = states
         self._left = Counter(uses)
         self._final = final
         self.head = head
+        self.top_k = top_k
 
     def take(self, block: int) -> Tensor:
         """The state [B, T, H] of a mapped block, once per pair that uses it."""
@@ -59,6 +64,10 @@ class Signal:
 
 class Teacher(Protocol):
     """A placement of the teacher's weights."""
+
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """Hear of the micro-batches that will be asked for next, in order. Every rank calls it equally often, ahead of `signals`."""
+        ...
 
     def signals(self, batch: Batch) -> Signal:
         """What the teacher says of a micro-batch. Every rank calls it once per micro-batch, in the same order."""

@@ -49,6 +49,9 @@ class ResidentTeacher:
         offloaded = functools.partial(OffloadedStates, self._uses, offload_to)
         self._capture = Capture(modules, dict if offload_to is None else offloaded)
 
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """It runs on each micro-batch when it is asked for it."""
+
     @torch.no_grad()
     def signals(self, batch: Batch) -> Signal:
         """Run the teacher on the batch: the mapped blocks' states and, where logits are asked for, the final state and the head."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from llmkd import generation
 from llmkd.cli import main
@@ -141,3 +142,34 @@ def test_what_would_stop_a_study_is_said_before_anything_is_written(
     with pytest.raises(InputError, match=sentence):
         study(load_recipe(recipe_file, [f"output={tmp_path}", override]))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_study_makes_one_cache_and_teaches_all_students_from_it(
+    recipe_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the same students as a study whose teacher is there each time, to the cache's rounding (none: float32)."""
+    sets = ["study.strategies=[forward, random]", "study.baselines=[ce_only]", "data.rows=24"]
+    sets += ["matching.target_block=null", "cache.dtype=float32", "cache.shard_mib=0.1"]
+    cached = load_recipe(recipe_file, [*sets, f"output={tmp_path / 'cached'}", "teacher.share_cache=true"])
+    online = load_recipe(recipe_file, [*sets, f"output={tmp_path / 'online'}"])
+    with caplog.at_level("INFO"):
+        study(cached)
+    assert caplog.text.count("one cache for all students") == 1
+    study(online)
+    for name in ("ce_only-s0", "forward-s0", "random-s0"):
+        ours, theirs = (
+            load_file(r.folder / "students" / name / "model" / "model.safetensors") for r in (cached, online)
+        )
+        for key, weight in theirs.items():
+            assert (ours[key] - weight).abs().max() <= 1e-6 * max(1.0, float(weight.abs().max())), (name, key)
+    manifest_file = cached.folder / "cache" / "manifest.json"
+    made = manifest_file.stat().st_mtime_ns
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        study(cached)
+    assert "one cache" not in caplog.text  # every student is there
+    shutil.rmtree(cached.folder / "students" / "random-s0")
+    study(cached)
+    assert manifest_file.stat().st_mtime_ns == made  # it is whole, and is kept
+    assert (cached.folder / "students" / "random-s0" / "model").is_dir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -15,7 +16,10 @@ from typing import Any
 def run_on_ranks(
     ranks: int, recipe: Path, scenarios: dict[str, dict[str, Any]], output: Path, *, timeout: int = 600
 ) -> dict[str, str]:
-    """Run every scenario (name -> recipe changes) on `ranks` gloo ranks into `output/<name>`; name -> error of those refused."""
+    """Run every scenario (name -> recipe changes) on `ranks` gloo ranks into `output/<name>`; name -> error of those refused.
+
+    A scenario with the change `only` = "cache" writes the recipe's cache and trains nothing.
+    """
     output.mkdir(parents=True, exist_ok=True)
     tasks = output / "tasks.json"
     tasks.write_text(json.dumps({"recipe": str(recipe), "scenarios": scenarios, "output": str(output)}))
@@ -44,20 +48,25 @@ def run_on_ranks(
 
 def main(tasks: Path) -> None:
     """Every rank's part of `run_on_ranks`."""
-    from llmkd import build, distributed
+    from llmkd import build, caching, distributed
     from llmkd.config import load_recipe
     from llmkd.errors import InputError
-    from llmkd.train import train
+    from llmkd.train import Stopping, train
 
     work = json.loads(tasks.read_text())
     distributed.quiet()
     world = distributed.start(120)
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     refused = {}
+    gc.freeze()  # DeepSpeed collects garbage whenever it makes an engine; what is imported by now is none, and takes most of that time
     for name, changes in work["scenarios"].items():
         print(f"=== {name}", flush=True)
         try:
+            only = changes.pop("only", None)
             recipe = load_recipe(work["recipe"]).changed(changes)
+            if only == "cache":
+                assert caching.cache(world, recipe, Stopping())
+                continue
             train(world, build.distil_job(world, recipe, Path(work["output"]) / name))
         except InputError as error:
             refused[name] = str(error)

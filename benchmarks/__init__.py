@@ -1,0 +1,1 @@
+"""Measured figures, each with its command; results are in RESULTS files beside."""

@@ -40,6 +40,11 @@ def cli() -> None:
 @click.option(
     "--pair", "pairs", multiple=True, metavar="STUDENT:TEACHER", help="A pair of strategy explicit; may be repeated."
 )
+@click.option(
+    "--stages",
+    type=click.IntRange(min=1),
+    help="Draw instead the stages of a pipelined teacher, and what each sends to whom.",
+)
 def maps(
     student_blocks: int,
     teacher_blocks: int,
@@ -47,9 +52,17 @@ def maps(
     seed: int,
     target_block: int | None,
     pairs: tuple[str, ...],
+    stages: int | None,
 ) -> None:
     """Show which teacher block teaches which student block."""
     from llmkd.layer_map import CONVENTION, STRATEGIES, drawing, layer_map, table
+    from llmkd.stages import cut
+    from llmkd.stages import drawing as stages_drawing
+
+    if stages is not None and stages > teacher_blocks:
+        raise InputError(
+            f"--stages {stages}: each needs a block, of which there are {teacher_blocks}; write at most that"
+        )
 
     for name in strategy or (["explicit"] if pairs else list(STRATEGIES)):
         chosen = layer_map(
@@ -61,6 +74,10 @@ def maps(
             pairs=[_pair(p) for p in pairs] if name == "explicit" else None,
         )
         click.echo(f"{name}: {student_blocks} student blocks, {teacher_blocks} teacher blocks\n")
+        if stages is not None:
+            click.echo(stages_drawing(chosen, cut([1] * teacher_blocks, stages)))
+            click.echo()
+            continue
         click.echo(table(chosen, student_blocks, teacher_blocks))
         click.echo()
         click.echo(drawing(chosen, student_blocks, teacher_blocks).removeprefix(f"{CONVENTION}\n"))

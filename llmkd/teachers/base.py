@@ -10,9 +10,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from llmkd.data import Batch
-
-EMBEDDING = -1
-"""The "block" number of the embeddings' output, where the embedding pair is asked for."""
+from llmkd.stages import EMBEDDING as EMBEDDING
 
 Head = Callable[[], contextlib.AbstractContextManager[tuple[Tensor, Tensor | None]]]
 

@@ -23,14 +23,25 @@ from llmkd.checkpoint import check_same
 from llmkd.config import ROOT, Recipe, finetune_inputs, fingerprint, training_inputs
 from llmkd.data import load_rows, source_contents, steps_per_epoch, tokenize
 from llmkd.distances import DISTANCES
-from llmkd.distributed import World, complete_ds_config, load_ds_config, on_main, parameter_count, teacher_ds_config
+from llmkd.distributed import (
+    Wire,
+    World,
+    complete_ds_config,
+    load_ds_config,
+    on_main,
+    parameter_count,
+    teacher_ds_config,
+)
 from llmkd.divergences import DIVERGENCES
 from llmkd.errors import InputError
 from llmkd.layer_map import Pairs, layer_map
 from llmkd.objective import Weights
 from llmkd.schedules import learning_rate
+from llmkd.stages import stage_count
 from llmkd.student import Distiller, make_projectors
+from llmkd.teachers import stage
 from llmkd.teachers.base import EMBEDDING, Teacher
+from llmkd.teachers.pipeline import PipelineTeacher
 from llmkd.teachers.resident import ResidentTeacher
 
 log = logging.getLogger("llmkd")
@@ -105,6 +116,9 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
             shape, section=section, attention=settings.attention, packed=recipe.data.batching == "packed"
         )
         _check_lengths(recipe.data.max_length, getattr(shape, "max_position_embeddings", None), where)
+    if recipe.teacher.placement == "pipeline" and (weights.kl or weights.hidden):
+        stage.check_pipelined(teacher_config)
+        stage_count(recipe.teacher.stages, world.size, world.local_size, depth)
     job = Job(
         folder=folder,
         recipe=recipe,
@@ -348,6 +362,8 @@ def load_teacher(world: World, job: Job) -> Teacher:
     """The job's teacher in its placement."""
     settings = job.recipe.teacher
     assert job.teacher is not None
+    if settings.placement == "pipeline":
+        return _pipelined(world, job, job.teacher)
     sharded = settings.placement == "zero3"
     ds = teacher_ds_config(job.train.micro_batch_size, settings.dtype, settings.offload, 1) if sharded else None
     model = models.load_causal_lm(
@@ -364,6 +380,29 @@ def load_teacher(world: World, job: Job) -> Teacher:
         cast(nn.Module, model).to(world.device)  # a student is placed by its engine
     uses = [teacher for _, teacher in job.pairs]
     return ResidentTeacher(model, uses, normed_last=job.recipe.matching.final_state == "normed", ds_config=ds)
+
+
+def _pipelined(world: World, job: Job, folder: Path) -> PipelineTeacher:
+    """This rank's stage of the job's teacher, and the head where the divergence asks for it."""
+    settings = job.recipe.teacher
+    shape = models.load_config(folder, trust_remote_code=settings.trust_remote_code)
+    wire = Wire(world, stage_count(settings.stages, world.size, world.local_size, shape.num_hidden_layers))
+    parts = stage.teacher_cut(shape, wire.size, trust_remote_code=settings.trust_remote_code)
+    log.info("teacher: %s", ", ".join(f"stage {s} blocks {p.start}-{p.stop - 1}" for s, p in enumerate(parts)))
+    where: dict[str, Any] = dict(
+        dtype=models.DTYPES[settings.dtype], device=world.device, trust_remote_code=settings.trust_remote_code
+    )
+    return PipelineTeacher(
+        stage.load_stage(folder, parts[wire.member], attention=settings.attention, **where),
+        parts,
+        wire,
+        job.pairs,
+        head=stage.load_head(folder, **where) if job.weights.kl else None,
+        normed_last=job.recipe.matching.final_state == "normed",
+        width=shape.hidden_size,
+        dtype=where["dtype"],
+        device=world.device,
+    )
 
 
 def teacher_width(job: Job) -> int | None:

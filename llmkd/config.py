@@ -60,9 +60,12 @@ class Teacher(Section):
     """Hub revision (branch, tag or commit)."""
     trust_remote_code: bool = False
     """Run the model repository's own Python code. Off unless you trust its authors."""
-    placement: Literal["replicated", "zero3"] = "replicated"
-    """`replicated`: a whole teacher per rank. `zero3`: sharded over the ranks, one block gathered at a time."""
-    offload: Literal["none", "cpu"] = "none"
+    placement: Literal["replicated", "zero3", "pipeline"] = "replicated"
+    """`replicated`: a whole teacher per rank. `zero3`: sharded over the ranks, one block gathered at a time. `pipeline`: each rank
+    holds some blocks, and states stream to the rank that owns the micro-batch. docs/placements.md says which to choose."""
+    stages: int | None = Field(default=None, gt=0)
+    """Ranks that make up one pipelined teacher; default: those of a node."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
     """Where a zero3 teacher's shards rest between uses."""
     dtype: Dtype = "bfloat16"
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -70,10 +73,14 @@ class Teacher(Section):
     """The teacher's shape, so that `llmkd plan` works where neither folder nor hub can be read."""
 
     @model_validator(mode="after")
-    def _offload_needs_zero3(self) -> Teacher:
+    def _placed(self) -> Teacher:
         if self.offload != "none" and self.placement != "zero3":
             raise ValueError(
                 "teacher.offload: only a zero3 teacher is offloaded; write placement: zero3, or offload: none"
+            )
+        if self.stages is not None and self.placement != "pipeline":
+            raise ValueError(
+                "teacher.stages: only a pipelined teacher has them; write placement: pipeline, or leave it out"
             )
         return self
 
@@ -403,6 +410,7 @@ def training_inputs(recipe: Recipe) -> dict[str, Any]:
     """
     values = recipe.model_dump(mode="json", exclude={"name", "output", "evaluation", "study", "finetune"})
     values["teacher"].pop("architecture")
+    values["teacher"].pop("stages")  # like the number of ranks
     inputs = {key: value for key, value in flat(values).items() if key not in _SAVING}
     return {**inputs, **(finetune_inputs(recipe) if recipe.finetune else {})}
 

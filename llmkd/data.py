@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -402,6 +402,17 @@ def _targets(ids: Tensor, trained: Tensor) -> Tensor:
 
 def _padded(values: Tensor, width: int, fill: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, width - len(values)), value=fill)
+
+
+def announced(steps: Iterator[list[Batch]], tell: Callable[[list[Batch]], None]) -> Iterator[list[Batch]]:
+    """The same steps; `tell` hears of each when the step before it is about to be trained."""
+    waiting: list[list[Batch]] = []
+    for batches_of_step in steps:
+        tell(batches_of_step)
+        waiting.append(batches_of_step)
+        if len(waiting) == 2:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def batches(

@@ -32,14 +32,16 @@ import transformers
 from llmkd import __version__, build, checkpoint
 from llmkd.build import Job
 from llmkd.config import Recipe, dump_recipe, load_recipe
-from llmkd.data import batches
+from llmkd.data import announced, batches
 from llmkd.distributed import (
     World,
     barrier,
     engine,
+    lost_rank,
     on_main,
     on_other_ranks,
     quiet,
+    silent_ranks,
     start,
     stop,
     sum_counts,
@@ -116,6 +118,8 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         packed=job.data.batching == "packed",
     )
+    if teacher is not None:
+        loader = announced(loader, teacher.expect)
     module.train()
     began = time.perf_counter()
     for step, micro_batches in enumerate(loader, start=first + 1):
@@ -322,6 +326,17 @@ def main() -> None:
         _leave(2)
     except click.exceptions.Abort:
         _leave(130)
+    except RuntimeError as error:
+        if not lost_rank(error):
+            raise
+        silent = ", ".join(map(str, silent_ranks())) or "none, so one was too slow: see train.timeout_seconds"
+        print(
+            f"Error: rank {os.environ.get('RANK', '0')}: {str(error).splitlines()[0]}; silent ranks: {silent}. "
+            "The same command goes on from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        _leave(1)
 
 
 def _leave(code: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -40,6 +40,10 @@ class Signal:
 
 class Teacher(Protocol):
     """A placement of the teacher's weights."""
+
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """Hear of the micro-batches that will be asked for next, in order. Every rank calls it equally often, ahead of `signals`."""
+        ...
 
     def signals(self, batch: Batch) -> Signal:
         """What the teacher says of a micro-batch. Every rank calls it once per micro-batch, in the same order."""

@@ -38,6 +38,9 @@ class ResidentTeacher:
         self._body = body if ds_config is None else frozen_engine(body, ds_config)
         self._capture = Capture(modules)
 
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """Nothing is begun ahead of its time."""
+
     @torch.no_grad()
     def signals(self, batch: Batch) -> Signal:
         """Run the teacher on the batch: the mapped blocks' states, the final state, and its head."""

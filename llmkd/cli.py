@@ -215,14 +215,19 @@ def evaluate(model: Path, recipe: str, output: Path | None, overrides: tuple[str
 @cli.command()
 @click.argument("recipe")
 @click.option("--ranks", type=click.IntRange(min=1), required=True, help="GPUs the run would have.")
+@click.option("--device-gib", type=float, default=80, show_default=True, help="Memory of one GPU, to recommend by.")
 @SET
-def plan(recipe: str, ranks: int, overrides: tuple[str, ...]) -> None:
-    """Show the memory a run needs on each rank, before anything is loaded."""
+def plan(recipe: str, ranks: int, device_gib: float, overrides: tuple[str, ...]) -> None:
+    """Show the memory a run needs on each rank, and what other placements of the teacher would cost; nothing is loaded."""
     from llmkd.config import load_recipe
+    from llmkd.placements import compare, placements_text
     from llmkd.planner import plan as rows
     from llmkd.planner import plan_text
 
-    click.echo(plan_text(rows(load_recipe(recipe, overrides), ranks)))
+    settings = load_recipe(recipe, overrides)
+    click.echo(plan_text(rows(settings, ranks)))
+    if settings.loss.kl or (settings.loss.hidden and settings.matching.strategy != "none"):
+        click.echo(f"\n{placements_text(compare(settings, ranks), device_gib)}")
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -22,11 +22,14 @@ from llmkd.config import ROOT, Recipe
 from llmkd.distributed import load_ds_config, teacher_ds_config, zero_stage
 from llmkd.errors import InputError
 from llmkd.models import DTYPES, block_choice, blocks, head, load_config, qwen3_config, student_config
+from llmkd.stages import Cut, Route, cut, routes, stage_count, states_held
 from llmkd.teachers.base import EMBEDDING
 
 log = logging.getLogger("llmkd")
 
 GIB = 2**30
+NODE = 8
+"""Ranks of a node, as a pipeline's stages are planned."""
 WIDE = 4
 """Bytes of a master weight, an Adam moment, an accumulated or a communicated gradient: fp32 (ds_configs/)."""
 HEAD_BYTES_PER_LOGIT = 36
@@ -68,6 +71,10 @@ class Shapes:
     vocabulary: int
     normed_queries: bool
     """Queries and keys pass a norm of their own, as in Qwen3."""
+    each_block: tuple[int, ...]
+    """Every block's parameters."""
+    head_apart: bool
+    """The head has weights of its own; else it is tied to the embeddings."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,6 +101,8 @@ def shapes(config: PreTrainedConfig) -> Shapes:
         heads=config.num_attention_heads,
         vocabulary=config.vocab_size,
         normed_queries=any(name.endswith("q_norm.weight") for name, _ in stack[0].named_parameters()),
+        each_block=tuple(_count(block) for block in stack),
+        head_apart=head(model).weight is not model.get_input_embeddings().weight,
     )
 
 
@@ -175,12 +184,15 @@ def teacher_rows(recipe: Recipe, shape: Shapes, pairs: Sequence[tuple[int, int]]
     tokens = recipe.train.micro_batch_size * recipe.data.max_length
     state = tokens * shape.hidden * size
     used = {block for _, block in pairs}
+    if settings.placement == "pipeline":
+        return pipeline_rows(recipe, shape, pairs, ranks)
     rows = []
     if settings.placement == "replicated":
         how = f"{_m(shape.parameters)} x {size} B"
         rows.append(Row("teacher weights", shape.parameters * size, "device", ("always",), how))
     else:
-        place: Place = "host" if settings.offload == "cpu" else "device"
+        places: dict[str, Place] = {"none": "device", "cpu": "host", "nvme": "nvme"}
+        place = places[settings.offload]
         zero = teacher_ds_config(1, settings.dtype, settings.offload, shape.largest_block)["zero_optimization"]
         live = int(zero["stage3_max_live_parameters"])
         shard = -(-shape.parameters // ranks)
@@ -198,6 +210,48 @@ def teacher_rows(recipe: Recipe, shape: Shapes, pairs: Sequence[tuple[int, int]]
         how = f"{name}{len(used - {EMBEDDING})} blocks' states [B, T, H] x {size} B; let go pair by pair"
         rows.append(Row("teacher states", len(used) * state, "device", ("teacher forward", "head"), how))
     rows.append(Row("teacher final state", state, "device", ("teacher forward", "head"), f"[B, T, H] x {size} B"))
+    return rows
+
+
+def pipeline(
+    recipe: Recipe, shape: Shapes, pairs: Sequence[tuple[int, int]], ranks: int
+) -> tuple[Cut, tuple[Route, ...]]:
+    """The stages of a recipe's pipelined teacher and what they send, on nodes of `NODE` ranks unless the recipe says otherwise."""
+    parts = cut(
+        shape.each_block, stage_count(recipe.teacher.stages, ranks, NODE, shape.depth), embedding=shape.embedding
+    )
+    normed = recipe.matching.final_state == "normed"
+    return parts, routes(tuple(pairs), parts, final=recipe.loss.kl > 0, normed_last=normed)
+
+
+def pipeline_rows(recipe: Recipe, shape: Shapes, pairs: Sequence[tuple[int, int]], ranks: int) -> list[Row]:
+    """What the heaviest stage of a pipelined teacher holds, the head that every rank has, and the states that come and go."""
+    size = DTYPES[recipe.teacher.dtype].itemsize
+    tokens = recipe.train.micro_batch_size * recipe.data.max_length
+    parts, sent = pipeline(recipe, shape, pairs, ranks)
+    held = [sum(shape.each_block[block] for block in part) for part in parts]
+    held[0] += shape.embedding
+    norm = shape.hidden  # of the last stage
+    held[-1] += norm
+    heaviest = max(range(len(parts)), key=lambda stage: held[stage])
+    part = parts[heaviest]
+    what = f"blocks {part.start}-{part.stop - 1}" + (" and the embeddings" if heaviest == 0 else "")
+    how = f"heaviest of {len(parts)} stages, {what}: {_m(held[heaviest])} x {size} B"
+    rows = [Row("teacher weights, stage", held[heaviest] * size, "device", ("always",), how)]
+    if recipe.loss.kl > 0:
+        how = f"{_m(shape.head)} x {size} B: the loss is where the student is, so every rank has it whole"
+        rows.append(Row("teacher head", shape.head * size, "device", ("always",), how))
+    working = block_activations(shape, size) * tokens
+    how = "as a student's block; nothing is kept"
+    rows.append(Row("teacher, one block at work", working, "device", ("teacher forward",), how))
+    count, own = states_held(sent, parts), len(sent)
+    early = max(sum(r.stage + member <= len(parts) - 2 for r in sent) for member in range(len(parts)))
+    how = f"{own} of this micro-batch and up to {early} of the next, [B, T, H] x {size} B"
+    state = tokens * shape.hidden * size
+    rows.append(Row("teacher states", (own + early) * state, "device", ("teacher forward", "head"), how))
+    if in_flight := count - own - early:
+        how = f"up to {in_flight} states that enter or leave the stage"
+        rows.append(Row("teacher states, under way", in_flight * state, "device", ("teacher forward", "head"), how))
     return rows
 
 

@@ -153,6 +153,23 @@ def states_per_item(sent: Sequence[Route], stages: int) -> float:
     return (stages - 1) * (1 + len(sent) / stages)
 
 
+def states_held(sent: Sequence[Route], parts: Cut) -> int:
+    """The most states [B, T, H] that a member holds at a time, sends of one tick under way beside those of the tick just done.
+
+    All routes' states of its own micro-batch, those of its next one that have come early, the state that enters the stage, and
+    twice what the stage makes of an item.
+    """
+    stages = len(parts)
+    most = 0
+    for member, part in enumerate(parts):
+        early = sum(r.stage + member <= stages - 2 for r in sent)
+        made = {r.block for r in sent if r.stage == member} - {part.stop - 1} | {
+            NEXT
+        }  # the last block's output is the next's input
+        most = max(most, len(sent) + early + (stages > 1) * (1 + 2 * len(made)))
+    return most
+
+
 def bubble(stages: int, rounds: int) -> float:
     """The share of a stage's ticks that it has nothing to do, in a stream of so many rounds."""
     return (stages - 1) / (rounds * stages + stages - 1)

@@ -22,8 +22,12 @@ from llmkd.layer_map import Pairs
 from llmkd.stages import EMBEDDING, FINAL, NEXT, Cut, last_tick, routes, transfers
 from llmkd.teachers.base import Capture, Signal
 
-TICKS_IN_FLIGHT = 2
+TICKS_IN_FLIGHT = 1
 """Ticks whose sends may still be under way while a stage works on; the tensors of older ones are waited for and let go."""
+
+
+TOLD_BYTES = 9
+"""Per token: its id and its position in 32 bits, and whether it is padding."""
 
 
 @dataclass(frozen=True)

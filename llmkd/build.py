@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from datasets import Dataset
 from torch import nn
 
@@ -32,7 +33,7 @@ from llmkd.distributed import (
     parameter_count,
     teacher_ds_config,
 )
-from llmkd.divergences import DIVERGENCES
+from llmkd.divergences import with_parameters
 from llmkd.errors import InputError
 from llmkd.layer_map import Pairs, layer_map
 from llmkd.objective import Weights
@@ -40,7 +41,7 @@ from llmkd.schedules import learning_rate
 from llmkd.stages import stage_count
 from llmkd.student import Distiller, make_projectors
 from llmkd.teachers import stage
-from llmkd.teachers.base import EMBEDDING, Teacher
+from llmkd.teachers.base import EMBEDDING, Teacher, blocks_needed
 from llmkd.teachers.pipeline import PipelineTeacher
 from llmkd.teachers.resident import ResidentTeacher
 
@@ -119,6 +120,8 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
     if recipe.teacher.placement == "pipeline" and (weights.kl or weights.hidden):
         stage.check_pipelined(teacher_config)
         stage_count(recipe.teacher.stages, world.size, world.local_size, depth)
+    if recipe.teacher.offload_states and world.device.type != "cuda":
+        raise InputError("teacher.offload_states: there is no GPU here whose memory it would spare; write false")
     job = Job(
         folder=folder,
         recipe=recipe,
@@ -362,9 +365,21 @@ def load_teacher(world: World, job: Job) -> Teacher:
     """The job's teacher in its placement."""
     settings = job.recipe.teacher
     assert job.teacher is not None
-    if settings.placement == "pipeline":
-        return _pipelined(world, job, job.teacher)
     sharded = settings.placement == "zero3"
+    logits = job.weights.kl > 0
+    normed_last = job.recipe.matching.final_state == "normed"
+    uses = [teacher for _, teacher in sorted(job.pairs, key=lambda pair: pair[0])]  # as the student's blocks take them
+    config = models.load_config(job.teacher, trust_remote_code=settings.trust_remote_code)
+    depth = config.num_hidden_layers
+    needed = blocks_needed(uses, depth, logits=logits, normed_last=normed_last)
+    wire = None
+    if settings.placement == "pipeline":
+        wire = Wire(world, stage_count(settings.stages, world.size, world.local_size, depth))
+        needed = max(needed, wire.size)  # a stage has at least one block
+    if needed < depth:
+        log.info("%s: the teacher's first %d of %d blocks are loaded: no more is asked of it", job.title, needed, depth)
+    if wire is not None:
+        return _pipelined(world, job, job.teacher, wire, models.student_config(config, range(needed), {}))
     ds = teacher_ds_config(job.train.micro_batch_size, settings.dtype, settings.offload, 1) if sharded else None
     model = models.load_causal_lm(
         job.teacher,
@@ -372,21 +387,29 @@ def load_teacher(world: World, job: Job) -> Teacher:
         ds_config=ds,
         attention=settings.attention,
         trust_remote_code=settings.trust_remote_code,
+        first_blocks=needed if needed < depth else None,
     )
+    if not logits:
+        model = models.without_head(model)
     if sharded:
         largest = max(parameter_count(block) for block in models.blocks(model))
         ds = teacher_ds_config(job.train.micro_batch_size, settings.dtype, settings.offload, largest)
     else:
         cast(nn.Module, model).to(world.device)  # a student is placed by its engine
-    uses = [teacher for _, teacher in job.pairs]
-    return ResidentTeacher(model, uses, normed_last=job.recipe.matching.final_state == "normed", ds_config=ds)
+    return ResidentTeacher(
+        model,
+        uses,
+        normed_last=normed_last and needed == depth,
+        ds_config=ds,
+        logits=logits,
+        offload_to=torch.cuda.Stream() if settings.offload_states else None,
+    )
 
 
-def _pipelined(world: World, job: Job, folder: Path) -> PipelineTeacher:
-    """This rank's stage of the job's teacher, and the head where the divergence asks for it."""
+def _pipelined(world: World, job: Job, folder: Path, wire: Wire, shape: Any) -> PipelineTeacher:
+    """This rank's stage of the job's teacher, `shape` the part of it that is run, and the head where the divergence asks for it."""
     settings = job.recipe.teacher
-    shape = models.load_config(folder, trust_remote_code=settings.trust_remote_code)
-    wire = Wire(world, stage_count(settings.stages, world.size, world.local_size, shape.num_hidden_layers))
+    depth = models.load_config(folder, trust_remote_code=settings.trust_remote_code).num_hidden_layers
     parts = stage.teacher_cut(shape, wire.size, trust_remote_code=settings.trust_remote_code)
     log.info("teacher: %s", ", ".join(f"stage {s} blocks {p.start}-{p.stop - 1}" for s, p in enumerate(parts)))
     where: dict[str, Any] = dict(
@@ -398,7 +421,7 @@ def _pipelined(world: World, job: Job, folder: Path) -> PipelineTeacher:
         wire,
         job.pairs,
         head=stage.load_head(folder, **where) if job.weights.kl else None,
-        normed_last=job.recipe.matching.final_state == "normed",
+        normed_last=job.recipe.matching.final_state == "normed" and parts[-1].stop == depth,
         width=shape.hidden_size,
         dtype=where["dtype"],
         device=world.device,
@@ -437,7 +460,7 @@ def load_student(job: Job, ds_config: dict[str, Any], target_width: int | None) 
         distance=DISTANCES[matching.distance],
         positions=matching.positions,
         normed_last=matching.final_state == "normed",
-        divergence=DIVERGENCES[job.recipe.loss.divergence],
+        divergence=with_parameters(job.recipe.loss.divergence, job.recipe.loss.parameters),
         temperature=job.recipe.loss.temperature,
         kl_positions=job.recipe.loss.kl_positions,
         chunk=job.train.head_chunk,

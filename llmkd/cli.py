@@ -222,12 +222,13 @@ def plan(recipe: str, ranks: int, device_gib: float, overrides: tuple[str, ...])
     from llmkd.config import load_recipe
     from llmkd.placements import compare, placements_text
     from llmkd.planner import plan as rows
-    from llmkd.planner import plan_text
+    from llmkd.planner import plan_text, teacher_config
 
     settings = load_recipe(recipe, overrides)
-    click.echo(plan_text(rows(settings, ranks)))
+    teacher = teacher_config(settings)
+    click.echo(plan_text(rows(settings, ranks, teacher)))
     if settings.loss.kl or (settings.loss.hidden and settings.matching.strategy != "none"):
-        click.echo(f"\n{placements_text(compare(settings, ranks), device_gib)}")
+        click.echo(f"\n{placements_text(compare(settings, ranks, teacher), device_gib)}")
 
 
 def main(arguments: list[str] | None = None) -> Any:

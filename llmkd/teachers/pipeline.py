@@ -74,7 +74,7 @@ class PipelineTeacher:
         modules = {block: self._body.layers[block - part.start] for block in self._here if block >= 0}
         if EMBEDDING in self._here:
             modules[EMBEDDING] = self._body.embed_tokens
-        self._capture = Capture(modules)
+        self._capture: Any = Capture(modules, dict)
         self._inputs: dict[int, Inputs] = {}  # item -> what is known of it, until this member needs it no more
         self._rounds = 0
         self._mine: deque[int] = deque()  # this member's own items that have not been asked for

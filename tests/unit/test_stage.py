@@ -18,7 +18,7 @@ from llmkd.teachers.base import output_state
 from tests.unit.test_models import CONFIGS, SMALL, new
 
 CPU = torch.device("cpu")
-SLIDING = dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
+SLIDING: dict[str, Any] = dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
 KINDS: dict[str, Any] = {
     **{kind: CONFIGS[kind] for kind in stage.PIPELINED},
     "qwen2_sliding": lambda: hf.Qwen2Config(**SMALL, **SLIDING),
@@ -31,9 +31,7 @@ KINDS: dict[str, Any] = {
 
 def _rows(*lengths: int) -> list[dict[str, Any]]:
     draw = torch.Generator().manual_seed(1)
-    return [
-        {"input_ids": torch.randint(2, 64, (n,), generator=draw).tolist(), "trained": [True] * n} for n in lengths
-    ]
+    return [{"input_ids": torch.randint(2, 64, (n,), generator=draw).tolist(), "trained": [True] * n} for n in lengths]
 
 
 def _load(folder: Path, part: range) -> Any:
@@ -122,9 +120,9 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
 
 
 def test_bfloat16_stages_keep_float32_rotary_frequencies(tmp_path: Path) -> None:
-    model = new(CONFIGS["qwen3"]())
+    model: Any = new(CONFIGS["qwen3"]())
     model.save_pretrained(tmp_path)
-    body = stage.load_stage(tmp_path, range(1, 3), dtype=torch.bfloat16, attention="sdpa", device=CPU)
+    body: Any = stage.load_stage(tmp_path, range(1, 3), dtype=torch.bfloat16, attention="sdpa", device=CPU)
     assert {p.dtype for p in body.parameters()} == {torch.bfloat16}
     assert torch.equal(body.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
     assert not any(p.requires_grad or p.is_meta for p in body.parameters())

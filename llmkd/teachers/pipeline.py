@@ -43,6 +43,16 @@ class Inputs:
         return sum(t.nbytes for t in (self.input_ids, self.position_ids, self.attention_mask) if t is not None)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """The micro-batches that one call of `expect` told of. Members may have different numbers of them."""
+
+    mine: deque[int]
+    """The rounds of this member's own ones that have not been asked for."""
+    end: int
+    """The round after the last of anybody's."""
+
+
 class PipelineTeacher:
     """One member of a pipelined teacher.
 
@@ -77,7 +87,7 @@ class PipelineTeacher:
         self._capture: Any = Capture(modules, dict)
         self._inputs: dict[int, Inputs] = {}  # item -> what is known of it, until this member needs it no more
         self._rounds = 0
-        self._mine: deque[int] = deque()  # this member's own items that have not been asked for
+        self._turns: deque[Turn] = deque()  # what was expected and is not done with
         self._tick = 0
         self._arriving: dict[int, dict[int, Sending | Tensor]] = {}  # item -> block -> its state, or the promise of it
         self._leaving: deque[list[Sending]] = deque()
@@ -98,16 +108,20 @@ class PipelineTeacher:
         first = max(self._rounds, -(-max(tick for _, tick in members) // size))
         for owner, (theirs, _) in enumerate(members):
             self._inputs.update({(first + number) * size + owner: inputs for number, inputs in enumerate(theirs)})
-        self._mine += [(first + number) * size + self._wire.member for number in range(len(mine))]
         self._rounds = first + max(len(theirs) for theirs, _ in members)
+        self._turns.append(Turn(deque(range(first, first + len(mine))), self._rounds))
 
     @torch.no_grad()
     def signals(self, batch: Batch) -> Signal:
         """What the teacher says of this member's next micro-batch. The stages then have begun on the ones after it."""
-        item = self._mine.popleft()
-        # Where this member has no micro-batch in the next rounds, it does its stage's work for the others' now.
-        rounds = self._mine[0] // self._wire.size if self._mine else self._rounds
-        self._run_until(last_tick(rounds, self._wire.size))
+        while not self._turns[0].mine:
+            self._turns.popleft()
+        turn = self._turns[0]
+        item = turn.mine.popleft() * self._wire.size + self._wire.member
+        if turn.mine:
+            self._run_until(last_tick(turn.mine[0], self._wire.size))
+        else:
+            self.finish()
         states = {block: _arrived(state) for block, state in self._arriving.pop(item, {}).items()}
         final = states.pop(FINAL, None)
         if final is not None and self._normed in self._uses:
@@ -118,9 +132,11 @@ class PipelineTeacher:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Do this stage's work for all that the others still expect; for a member that has no micro-batch of its own."""
-        self._run_until(last_tick(self._rounds, self._wire.size))
-        self._let_go(0)
+        """Do this stage's work to the end of the turn, the micro-batches that were expected at once.
+
+        The last of a member's own does it too; it is for a member that has none of its own in a turn.
+        """
+        self._run_until(last_tick(self._turns.popleft().end, self._wire.size))
 
     @contextlib.contextmanager
     def head(self) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -261,15 +261,15 @@ def silent_ranks(patience_seconds: float = 3) -> list[int]:
     silent = []
     try:
         store.set(f"llmkd/answers/{rank}", "yes")
-    except dist.DistError:  # rank 0 holds the store
+        dist.destroy_process_group()
+        for other in set(range(size)) - {rank}:
+            left = max(deadline - time.monotonic(), 0.05)
+            try:
+                store.wait([f"llmkd/answers/{other}"], timedelta(seconds=left))
+            except dist.DistStoreError:  # not in time
+                silent.append(other)
+    except dist.DistNetworkError:  # rank 0, which holds the store, is gone, and nobody else can be asked
         return [0]
-    dist.destroy_process_group()
-    for other in range(size):
-        left = max(deadline - time.monotonic(), 0.05)
-        try:
-            store.wait([f"llmkd/answers/{other}"], timedelta(seconds=left))
-        except dist.DistError:
-            silent.append(other)
     return silent
 
 

@@ -60,6 +60,40 @@ def _with_zero2(tiny: Path, scenarios: dict[str, dict[str, Any]]) -> dict[str, d
     return {n: {k: where if v == "zero2" else v for k, v in changes.items()} for n, changes in scenarios.items()}
 
 
+STRATEGIES = ("forward", "reverse", "all_to_one", "random", "in_order_random", "none")
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "replicated": {"teacher.placement": "replicated"},
+    "zero3": {"teacher.placement": "zero3"},
+    "pipeline": PIPELINE,
+    "pipeline_of_two": {**PIPELINE, "teacher.stages": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_placement_makes_the_same_student_of_every_strategy(tiny: Path, tmp_path: Path, ranks: int) -> None:
+    """Twenty steps, accumulated, of uneven lengths; narrow students with projectors every other time, packed every third."""
+    narrow = {k: v for k, v in OBJECTIVES["narrow_random"].items() if k.startswith("student")}
+    scenarios = {}
+    for number, strategy in enumerate(STRATEGIES):
+        changes = {
+            "matching.strategy": strategy,
+            "matching.embedding": number % 2 == 1,
+            "matching.final_state": "normed" if number % 3 == 1 else "raw",
+            "data.batching": "packed" if number % 3 == 2 else "grouped",
+            "train.steps": 20,
+            "train.micro_batch_size": 1,
+            **(narrow if number % 2 == 0 else {}),
+        }
+        for placement, where in PLACEMENTS.items():
+            if ranks > 2 or placement != "pipeline_of_two":
+                scenarios[f"{strategy}-{placement}"] = {**changes, **where}
+    assert run_on_ranks(ranks, tiny / "recipe.yaml", scenarios, tmp_path, timeout=3000) == {}
+    for name in scenarios:
+        expected = load_file(tmp_path / f"{name.split('-')[0]}-replicated" / "model" / "model.safetensors")
+        _assert_same(load_file(tmp_path / name / "model" / "model.safetensors"), expected)
+
+
 def _assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert ours.keys() == theirs.keys()
     for key, expected in theirs.items():

@@ -27,6 +27,7 @@ from llmkd.distances import DISTANCES
 from llmkd.distributed import (
     Wire,
     World,
+    check_asynchronous_io,
     complete_ds_config,
     load_ds_config,
     on_main,
@@ -380,7 +381,7 @@ def load_teacher(world: World, job: Job) -> Teacher:
         log.info("%s: the teacher's first %d of %d blocks are loaded: no more is asked of it", job.title, needed, depth)
     if wire is not None:
         return _pipelined(world, job, job.teacher, wire, models.student_config(config, range(needed), {}))
-    ds = teacher_ds_config(job.train.micro_batch_size, settings.dtype, settings.offload, 1) if sharded else None
+    ds = _sharded_config(job, models.student_config(config, range(needed), {})) if sharded else None
     model = models.load_causal_lm(
         job.teacher,
         dtype=models.DTYPES[settings.dtype],
@@ -391,10 +392,7 @@ def load_teacher(world: World, job: Job) -> Teacher:
     )
     if not logits:
         model = models.without_head(model)
-    if sharded:
-        largest = max(parameter_count(block) for block in models.blocks(model))
-        ds = teacher_ds_config(job.train.micro_batch_size, settings.dtype, settings.offload, largest)
-    else:
+    if not sharded:
         cast(nn.Module, model).to(world.device)  # a student is placed by its engine
     return ResidentTeacher(
         model,
@@ -403,6 +401,22 @@ def load_teacher(world: World, job: Job) -> Teacher:
         ds_config=ds,
         logits=logits,
         offload_to=torch.cuda.Stream() if settings.offload_states else None,
+    )
+
+
+def _sharded_config(job: Job, shape: Any) -> dict[str, Any]:
+    """The DeepSpeed configuration of a zero3 teacher of this shape, whose blocks are counted before any is made."""
+    settings = job.recipe.teacher
+    if settings.offload == "nvme":
+        check_asynchronous_io("teacher.offload")
+    stack = models.blocks(models.without_weights(shape, trust_remote_code=settings.trust_remote_code))
+    return teacher_ds_config(
+        job.train.micro_batch_size,
+        settings.dtype,
+        settings.offload,
+        block=max(parameter_count(block) for block in stack),
+        parameter=max(parameter.numel() for parameter in stack.parameters()),
+        nvme_path=str(job.folder / "nvme" / "teacher"),
     )
 
 

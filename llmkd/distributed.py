@@ -35,6 +35,7 @@ import torch.distributed as dist  # noqa: E402
 
 Result = TypeVar("Result")
 SPOKEN = "llmkd/spoken"
+OFFLOADED = ("param", "optimizer")
 RECIPE = "recipe"
 """The value in a ds_configs JSON that the recipe decides."""
 
@@ -343,28 +344,48 @@ def zero_stage(config: dict[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def teacher_ds_config(micro_batch: int, dtype: str, offload: str, block_parameters: int) -> dict[str, Any]:
-    """ZeRO-3 for a frozen teacher: parameters only, and never more of them gathered than about two blocks.
+def teacher_ds_config(
+    micro_batch: int, dtype: str, offload: str, *, block: int, parameter: int, nvme_path: str = ""
+) -> dict[str, Any]:
+    """ZeRO-3 for a frozen teacher: parameters only, and never more of them gathered than one block, or its embeddings alone.
 
-    DeepSpeed may keep `stage3_max_live_parameters` gathered and fetch `stage3_prefetch_bucket_size` ahead; its defaults
-    (1e9 and 5e7) would hold a whole 1B teacher on every rank.
+    `block` and `parameter`: weights of the largest block and of the largest parameter in one. DeepSpeed gathers a module's parameters
+    before it runs, lets them go after, and meanwhile fetches ahead until as many are there as `stage3_max_live_parameters` says,
+    which the last one fetched may exceed; so the limit is a block less its largest parameter. Its defaults (1e9 live, 5e7 ahead)
+    would hold a whole 1B teacher on every rank.
     """
+    ahead = max(block - parameter, 1)
     zero: dict[str, Any] = {
         "stage": 3,
-        "stage3_max_live_parameters": 2 * block_parameters,
+        "stage3_max_live_parameters": ahead,
         "stage3_max_reuse_distance": 0,
-        "stage3_prefetch_bucket_size": block_parameters,
+        "stage3_prefetch_bucket_size": ahead,
         "stage3_param_persistence_threshold": 0,
     }
-    if offload == "cpu":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,
         "bf16": {"enabled": dtype == "bfloat16"},
         "zero_optimization": zero,
         "steps_per_print": 10**9,
     }
+    if offload != "none":
+        zero["offload_param"] = {"device": offload, "pin_memory": torch.cuda.is_available()}
+    if offload == "nvme":
+        zero["offload_param"] |= {"nvme_path": nvme_path, "buffer_count": 5, "max_in_cpu": 0}
+        config["aio"] = {"block_size": 2**20, "queue_depth": 8, "single_submit": False, "overlap_events": True}
+    return config
+
+
+def check_asynchronous_io(key: str) -> None:
+    """Build (once per machine) or load what DeepSpeed reads NVMe with. Raises InputError where that is not possible."""
+    try:
+        deepspeed.ops.op_builder.AsyncIOBuilder().load(verbose=False)
+    except Exception as error:  # a missing compiler, header or library, each with an error of its own
+        raise InputError(
+            f"{key}: nvme needs DeepSpeed's asynchronous I/O, which is compiled on first use and could not be ({_last_line(str(error))}); "
+            "install libaio and a C++ compiler (Debian: apt-get install libaio-dev g++ ninja-build), or write cpu"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -411,6 +432,8 @@ def engine(
         optimizer: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **options)
     else:
         optimizer = torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **options)
+    if "nvme" in (config.get("zero_optimization", {}).get(f"offload_{part}", {}).get("device") for part in OFFLOADED):
+        check_asynchronous_io("train.deepspeed")
     made, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     return made
 

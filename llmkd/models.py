@@ -100,6 +100,12 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
     return shallowest[0]
 
 
+def without_weights(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model of that shape to count and look at; it holds no weight."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
 def head(model: PreTrainedModel) -> nn.Linear:
     """The linear map from final state to logits. Raises InputError for a model that does more than that to its logits."""
     check_logits(model.config)

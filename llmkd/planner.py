@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from llmkd.build import accumulation_steps, pairs_of
 from llmkd.config import ROOT, Recipe
-from llmkd.distributed import load_ds_config, teacher_ds_config, zero_stage
+from llmkd.distributed import load_ds_config, zero_stage
 from llmkd.errors import InputError
 from llmkd.head import BUFFERS, rows_at_once
 from llmkd.models import DTYPES, block_choice, blocks, head, load_config, qwen3_config, student_config
@@ -208,13 +208,12 @@ def teacher_rows(recipe: Recipe, shape: Shapes, pairs: Sequence[tuple[int, int]]
     else:
         places: dict[str, Place] = {"none": "device", "cpu": "host", "nvme": "nvme"}
         place = places[settings.offload]
-        zero = teacher_ds_config(1, settings.dtype, settings.offload, shape.largest_block)["zero_optimization"]
-        live = int(zero["stage3_max_live_parameters"])
         shard = -(-shape.parameters // ranks)
         how = f"{_m(shape.parameters)} / {ranks} ranks x {size} B"
         rows.append(Row("teacher weights, shard", shard * size, place, ("always",), how))
-        how = f"the larger of embeddings ({_m(shape.embedding)}) and two blocks ({_m(live)}), x {size} B"
-        rows.append(Row("teacher, gathered", max(live, shape.embedding) * size, "device", ("teacher forward",), how))
+        how = f"the larger of embeddings ({_m(shape.embedding)}) and one block ({_m(shape.largest_block)}), x {size} B"
+        gathered = max(shape.largest_block, shape.embedding)
+        rows.append(Row("teacher, gathered", gathered * size, "device", ("teacher forward",), how))
         if shape.head:
             how = f"{_m(shape.head)} x {size} B"
             rows.append(Row("teacher head, gathered", shape.head * size, "device", ("head",), how))

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from llmkd.distributed import parameter_count
 from llmkd.errors import InputError
 from llmkd.models import (
     attention_implementation,
@@ -22,6 +23,7 @@ from llmkd.models import (
     load_config,
     student_config,
     tensor_files,
+    without_weights,
 )
 from llmkd.stages import Cut, cut
 
@@ -44,10 +46,9 @@ def check_pipelined(config: PreTrainedConfig) -> None:
 
 def teacher_cut(config: PreTrainedConfig, stages: int, *, trust_remote_code: bool = False) -> Cut:
     """The teacher's blocks cut into stages by their counted weights; no weight is made."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    return cut([count(block) for block in blocks(model)], stages, embedding=count(model.get_input_embeddings()))
+    model = without_weights(config, trust_remote_code=trust_remote_code)
+    costs = [parameter_count(block) for block in blocks(model)]
+    return cut(costs, stages, embedding=parameter_count(model.get_input_embeddings()))
 
 
 def load_stage(

@@ -24,14 +24,26 @@ from llmkd.checkpoint import check_same
 from llmkd.config import ROOT, Recipe, finetune_inputs, fingerprint, training_inputs
 from llmkd.data import load_rows, source_contents, steps_per_epoch, tokenize
 from llmkd.distances import DISTANCES
-from llmkd.distributed import World, complete_ds_config, load_ds_config, on_main, parameter_count, teacher_ds_config
+from llmkd.distributed import (
+    Wire,
+    World,
+    check_asynchronous_io,
+    complete_ds_config,
+    load_ds_config,
+    on_main,
+    parameter_count,
+    teacher_ds_config,
+)
 from llmkd.divergences import with_parameters
 from llmkd.errors import InputError
 from llmkd.layer_map import Pairs, layer_map
 from llmkd.objective import Weights
 from llmkd.schedules import learning_rate
+from llmkd.stages import stage_count
 from llmkd.student import Distiller, make_projectors
+from llmkd.teachers import stage
 from llmkd.teachers.base import EMBEDDING, Teacher, blocks_needed
+from llmkd.teachers.pipeline import PipelineTeacher
 from llmkd.teachers.resident import ResidentTeacher
 
 log = logging.getLogger("llmkd")
@@ -106,6 +118,9 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
             shape, section=section, attention=settings.attention, packed=recipe.data.batching == "packed"
         )
         _check_lengths(recipe.data.max_length, getattr(shape, "max_position_embeddings", None), where)
+    if recipe.teacher.placement == "pipeline" and (weights.kl or weights.hidden):
+        stage.check_pipelined(teacher_config)
+        stage_count(recipe.teacher.stages, world.size, world.local_size, depth)
     if recipe.teacher.offload_states and world.device.type != "cuda":
         raise InputError("teacher.offload_states: there is no GPU here whose memory it would spare; write false")
     job = Job(
@@ -355,11 +370,18 @@ def load_teacher(world: World, job: Job) -> Teacher:
     logits = job.weights.kl > 0
     normed_last = job.recipe.matching.final_state == "normed"
     uses = [teacher for _, teacher in sorted(job.pairs, key=lambda pair: pair[0])]  # as the student's blocks take them
-    depth = models.load_config(job.teacher, trust_remote_code=settings.trust_remote_code).num_hidden_layers
+    config = models.load_config(job.teacher, trust_remote_code=settings.trust_remote_code)
+    depth = config.num_hidden_layers
     needed = blocks_needed(uses, depth, logits=logits, normed_last=normed_last)
+    wire = None
+    if settings.placement == "pipeline":
+        wire = Wire(world, stage_count(settings.stages, world.size, world.local_size, depth))
+        needed = max(needed, wire.size)  # a stage has at least one block
     if needed < depth:
         log.info("%s: the teacher's first %d of %d blocks are loaded: no more is asked of it", job.title, needed, depth)
-    ds = teacher_ds_config(job.train.micro_batch_size, settings.dtype, settings.offload, 1) if sharded else None
+    if wire is not None:
+        return _pipelined(world, job, job.teacher, wire, models.student_config(config, range(needed), {}))
+    ds = _sharded_config(job, models.student_config(config, range(needed), {})) if sharded else None
     model = models.load_causal_lm(
         job.teacher,
         dtype=models.DTYPES[settings.dtype],
@@ -370,10 +392,7 @@ def load_teacher(world: World, job: Job) -> Teacher:
     )
     if not logits:
         model = models.without_head(model)
-    if sharded:
-        largest = max(parameter_count(block) for block in models.blocks(model))
-        ds = teacher_ds_config(job.train.micro_batch_size, settings.dtype, settings.offload, largest)
-    else:
+    if not sharded:
         cast(nn.Module, model).to(world.device)  # a student is placed by its engine
     return ResidentTeacher(
         model,
@@ -382,6 +401,44 @@ def load_teacher(world: World, job: Job) -> Teacher:
         ds_config=ds,
         logits=logits,
         offload_to=torch.cuda.Stream() if settings.offload_states else None,
+    )
+
+
+def _sharded_config(job: Job, shape: Any) -> dict[str, Any]:
+    """The DeepSpeed configuration of a zero3 teacher of this shape, whose blocks are counted before any is made."""
+    settings = job.recipe.teacher
+    if settings.offload == "nvme":
+        check_asynchronous_io("teacher.offload")
+    stack = models.blocks(models.without_weights(shape, trust_remote_code=settings.trust_remote_code))
+    return teacher_ds_config(
+        job.train.micro_batch_size,
+        settings.dtype,
+        settings.offload,
+        block=max(parameter_count(block) for block in stack),
+        parameter=max(parameter.numel() for parameter in stack.parameters()),
+        nvme_path=str(job.folder / "nvme" / "teacher"),
+    )
+
+
+def _pipelined(world: World, job: Job, folder: Path, wire: Wire, shape: Any) -> PipelineTeacher:
+    """This rank's stage of the job's teacher, `shape` the part of it that is run, and the head where the divergence asks for it."""
+    settings = job.recipe.teacher
+    depth = models.load_config(folder, trust_remote_code=settings.trust_remote_code).num_hidden_layers
+    parts = stage.teacher_cut(shape, wire.size, trust_remote_code=settings.trust_remote_code)
+    log.info("teacher: %s", ", ".join(f"stage {s} blocks {p.start}-{p.stop - 1}" for s, p in enumerate(parts)))
+    where: dict[str, Any] = dict(
+        dtype=models.DTYPES[settings.dtype], device=world.device, trust_remote_code=settings.trust_remote_code
+    )
+    return PipelineTeacher(
+        stage.load_stage(folder, parts[wire.member], attention=settings.attention, **where),
+        parts,
+        wire,
+        job.pairs,
+        head=stage.load_head(folder, **where) if job.weights.kl else None,
+        normed_last=job.recipe.matching.final_state == "normed" and parts[-1].stop == depth,
+        width=shape.hidden_size,
+        dtype=where["dtype"],
+        device=world.device,
     )
 
 

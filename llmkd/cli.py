@@ -40,6 +40,11 @@ def cli() -> None:
 @click.option(
     "--pair", "pairs", multiple=True, metavar="STUDENT:TEACHER", help="A pair of strategy explicit; may be repeated."
 )
+@click.option(
+    "--stages",
+    type=click.IntRange(min=1),
+    help="Draw instead the stages of a pipelined teacher, and what each sends to whom.",
+)
 def maps(
     student_blocks: int,
     teacher_blocks: int,
@@ -47,9 +52,17 @@ def maps(
     seed: int,
     target_block: int | None,
     pairs: tuple[str, ...],
+    stages: int | None,
 ) -> None:
     """Show which teacher block teaches which student block."""
     from llmkd.layer_map import CONVENTION, STRATEGIES, drawing, layer_map, table
+    from llmkd.stages import cut
+    from llmkd.stages import drawing as stages_drawing
+
+    if stages is not None and stages > teacher_blocks:
+        raise InputError(
+            f"--stages {stages}: each needs a block, of which there are {teacher_blocks}; write at most that"
+        )
 
     for name in strategy or (["explicit"] if pairs else list(STRATEGIES)):
         chosen = layer_map(
@@ -61,6 +74,10 @@ def maps(
             pairs=[_pair(p) for p in pairs] if name == "explicit" else None,
         )
         click.echo(f"{name}: {student_blocks} student blocks, {teacher_blocks} teacher blocks\n")
+        if stages is not None:
+            click.echo(stages_drawing(chosen, cut([1] * teacher_blocks, stages)))
+            click.echo()
+            continue
         click.echo(table(chosen, student_blocks, teacher_blocks))
         click.echo()
         click.echo(drawing(chosen, student_blocks, teacher_blocks).removeprefix(f"{CONVENTION}\n"))
@@ -266,14 +283,20 @@ def generate(
 @cli.command()
 @click.argument("recipe")
 @click.option("--ranks", type=click.IntRange(min=1), required=True, help="GPUs the run would have.")
+@click.option("--device-gib", type=float, default=80, show_default=True, help="Memory of one GPU, to recommend by.")
 @SET
-def plan(recipe: str, ranks: int, overrides: tuple[str, ...]) -> None:
-    """Show the memory a run needs on each rank, before anything is loaded."""
+def plan(recipe: str, ranks: int, device_gib: float, overrides: tuple[str, ...]) -> None:
+    """Show the memory a run needs on each rank, and what other placements of the teacher would cost; nothing is loaded."""
     from llmkd.config import load_recipe
+    from llmkd.placements import compare, placements_text
     from llmkd.planner import plan as rows
-    from llmkd.planner import plan_text
+    from llmkd.planner import plan_text, teacher_config
 
-    click.echo(plan_text(rows(load_recipe(recipe, overrides), ranks)))
+    settings = load_recipe(recipe, overrides)
+    teacher = teacher_config(settings)
+    click.echo(plan_text(rows(settings, ranks, teacher)))
+    if settings.loss.kl or (settings.loss.hidden and settings.matching.strategy != "none"):
+        click.echo(f"\n{placements_text(compare(settings, ranks, teacher), device_gib)}")
 
 
 @cli.command()

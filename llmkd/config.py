@@ -60,12 +60,15 @@ class Teacher(Section):
     """Hub revision (branch, tag or commit)."""
     trust_remote_code: bool = False
     """Run the model repository's own Python code. Off unless you trust its authors."""
-    placement: Literal["replicated", "zero3", "cache"] = "replicated"
-    """`replicated`: a whole teacher per rank. `zero3`: sharded over the ranks, one block gathered at a time. `cache`: not there at
-    all; what it said was written by `llmkd cache`, once, and is read from disk."""
+    placement: Literal["replicated", "zero3", "pipeline", "cache"] = "replicated"
+    """`replicated`: a whole teacher per rank. `zero3`: sharded over the ranks, one block gathered at a time. `pipeline`: each rank
+    holds some blocks, and states stream to the rank that owns the micro-batch. `cache`: not there at all; what it said was written by
+    `llmkd cache`, once, and is read from disk. docs/placements.md says which to choose."""
+    stages: int | None = Field(default=None, gt=0)
+    """Ranks that make up one pipelined teacher; default: those of a node."""
     share_cache: bool = False
     """`llmkd study` writes one cache for all its students first, and trains them from it."""
-    offload: Literal["none", "cpu"] = "none"
+    offload: Literal["none", "cpu", "nvme"] = "none"
     """Where a zero3 teacher's shards rest between uses."""
     dtype: Dtype = "bfloat16"
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -76,13 +79,18 @@ class Teacher(Section):
     """The teacher's shape, so that `llmkd plan` works where neither folder nor hub can be read."""
 
     @model_validator(mode="after")
-    def _offload_needs_zero3(self) -> Teacher:
-        if self.offload != "none" and self.placement not in (
-            "zero3",
-            "cache",
-        ):  # a cache may be written by a zero3 teacher
+    def _placed(self) -> Teacher:
+        if self.offload != "none" and self.placement not in ("zero3", "cache"):  # a zero3 teacher may write a cache
             raise ValueError(
                 "teacher.offload: only a zero3 teacher is offloaded; write placement: zero3, or offload: none"
+            )
+        if self.offload_states and self.placement == "pipeline":
+            raise ValueError(
+                "teacher.offload_states: a pipelined teacher's states arrive when they are needed; write false, or another placement"
+            )
+        if self.stages is not None and self.placement != "pipeline":
+            raise ValueError(
+                "teacher.stages: only a pipelined teacher has them; write placement: pipeline, or leave it out"
             )
         return self
 
@@ -466,7 +474,7 @@ def training_inputs(recipe: Recipe) -> dict[str, Any]:
     A teacher that the recipe makes counts by how it is made, so that the run's folder may be renamed or moved.
     """
     values = recipe.model_dump(mode="json", exclude={"name", "output", "evaluation", "study", "finetune"})
-    for key in ("architecture", "offload_states", "share_cache"):
+    for key in ("architecture", "offload_states", "share_cache", "stages"):  # stages, like ranks, change nothing
         values["teacher"].pop(key)
     values["loss"] = {key: value for key, value in values["loss"].items() if value is not None}
     cache = values.pop("cache")

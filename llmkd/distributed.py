@@ -12,8 +12,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +35,7 @@ import torch.distributed as dist  # noqa: E402
 
 Result = TypeVar("Result")
 SPOKEN = "llmkd/spoken"
+OFFLOADED = ("param", "optimizer")
 RECIPE = "recipe"
 """The value in a ds_configs JSON that the recipe decides."""
 
@@ -47,6 +49,10 @@ class World:
     local_rank: int
     device: torch.device
     control: Any
+    local_size: int
+    """Ranks on this machine."""
+    timeout: timedelta
+    """How long a rank waits for another."""
 
     @property
     def is_main(self) -> bool:
@@ -78,7 +84,7 @@ def start(timeout_seconds: int = 1800) -> World:
         )
     control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, control)
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, control, _local_size(), timeout)
 
 
 def stop() -> None:
@@ -115,8 +121,12 @@ def tell_mistake(sentence: str, patience_seconds: float = 3) -> None:
 def _share_cores() -> None:
     """Give each rank of a CPU machine its share of the cores; without this every rank starts a thread per core and all crawl."""
     if "OMP_NUM_THREADS" not in os.environ:
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _local_size()))
+
+
+def _local_size() -> int:
+    """Ranks on this machine, as torchrun (and `llmkd train`) or the deepspeed launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def barrier(world: World) -> None:
@@ -162,6 +172,106 @@ def on_main(world: World, work: Callable[[], Result]) -> Result:
     if answer[1] is not None:
         raise InputError(answer[1])
     return answer[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From rank to rank
+
+
+class LostRank(RuntimeError):
+    """A rank waited for another that is gone, or that did not answer in time."""
+
+
+@dataclass(frozen=True)
+class Sending:
+    """A tensor on its way to or from a member of a wire; it is kept alive until it has been waited for."""
+
+    tensor: Tensor
+    said: str
+    work: Any
+
+    def wait(self) -> Tensor:
+        """The tensor, received (or taken by the other side). Raises LostRank where that does not come about."""
+        try:
+            self.work.wait()
+        except RuntimeError as error:  # gloo and NCCL have no type of error for it
+            raise LostRank(f"{self.said}, in vain ({str(error).splitlines()[0]})") from error
+        return self.tensor
+
+
+class Wire:
+    """Sends tensors between the members of a group of consecutive ranks, and counts the bytes this one sends.
+
+    In process groups of its own, so that nothing comes between: on NCCL what two ranks send each other must be posted in one order on
+    both sides, and collectives of other groups keep theirs.
+    """
+
+    def __init__(self, world: World, size: int) -> None:
+        self._ranks: list[int] = []
+        self._group: Any = None
+        self._control: Any = None
+        for first in range(0, world.size, size):  # every rank takes part in the making of every group
+            ranks = list(range(first, first + size))
+            group = dist.new_group(ranks, timeout=world.timeout)
+            control = dist.new_group(ranks, timeout=world.timeout, backend="gloo")
+            if world.rank in ranks:
+                self._ranks, self._group, self._control = ranks, group, control
+        self.member = world.rank - self._ranks[0]
+        self.size = size
+        self.sent_bytes = 0
+        self._seconds = int(world.timeout.total_seconds())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every member's small value of CPU tensors and numbers (all take part)."""
+        values: list[Any] = [None] * self.size
+        if self.size == 1:
+            return [value]
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def post(self, sends: Sequence[tuple[Tensor, int, bool]]) -> list[Sending]:
+        """Start to send (True) or receive (False) each tensor to or from a member, all at once. Both sides post in one order."""
+        if not sends:
+            return []
+        posts, said = [], []
+        for tensor, member, is_sent in sends:
+            rank = self._ranks[member]
+            posts.append(dist.P2POp(dist.isend if is_sent else dist.irecv, tensor, rank, self._group))
+            verb = "take" if is_sent else "send"
+            said.append(f"waited for rank {rank} to {verb} a teacher's state, for up to {self._seconds} s")
+            self.sent_bytes += tensor.nbytes if is_sent else 0
+        works = dist.batch_isend_irecv(posts)
+        if len(works) == 1:  # NCCL makes one of all
+            works = works * len(posts)
+        return [Sending(s[0], text, work) for s, text, work in zip(sends, said, works, strict=True)]
+
+
+def lost_rank(error: BaseException) -> bool:
+    """Whether an error says that other ranks no longer answer."""
+    return isinstance(error, LostRank | dist.DistError) or "gloo" in str(error).lower()
+
+
+def silent_ranks(patience_seconds: float = 3) -> list[int]:
+    """After a wait in vain: which ranks do not answer a roll call either, most likely the ones that began it.
+
+    This rank's connections are closed first, so that ranks which wait for this one notice, and answer, at once.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    store = dist.distributed_c10d._get_default_store()
+    deadline = time.monotonic() + patience_seconds
+    silent = []
+    try:
+        store.set(f"llmkd/answers/{rank}", "yes")
+        dist.destroy_process_group()
+        for other in set(range(size)) - {rank}:
+            left = max(deadline - time.monotonic(), 0.05)
+            try:
+                store.wait([f"llmkd/answers/{other}"], timedelta(seconds=left))
+            except dist.DistStoreError:  # not in time
+                silent.append(other)
+    except dist.DistNetworkError:  # rank 0, which holds the store, is gone, and nobody else can be asked
+        return [0]
+    return silent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,28 +344,48 @@ def zero_stage(config: dict[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def teacher_ds_config(micro_batch: int, dtype: str, offload: str, block_parameters: int) -> dict[str, Any]:
-    """ZeRO-3 for a frozen teacher: parameters only, and never more of them gathered than about two blocks.
+def teacher_ds_config(
+    micro_batch: int, dtype: str, offload: str, *, block: int, parameter: int, nvme_path: str = ""
+) -> dict[str, Any]:
+    """ZeRO-3 for a frozen teacher: parameters only, and never more of them gathered than one block, or its embeddings alone.
 
-    DeepSpeed may keep `stage3_max_live_parameters` gathered and fetch `stage3_prefetch_bucket_size` ahead; its defaults
-    (1e9 and 5e7) would hold a whole 1B teacher on every rank.
+    `block` and `parameter`: weights of the largest block and of the largest parameter in one. DeepSpeed gathers a module's parameters
+    before it runs, lets them go after, and meanwhile fetches ahead until as many are there as `stage3_max_live_parameters` says,
+    which the last one fetched may exceed; so the limit is a block less its largest parameter. Its defaults (1e9 live, 5e7 ahead)
+    would hold a whole 1B teacher on every rank.
     """
+    ahead = max(block - parameter, 1)
     zero: dict[str, Any] = {
         "stage": 3,
-        "stage3_max_live_parameters": 2 * block_parameters,
+        "stage3_max_live_parameters": ahead,
         "stage3_max_reuse_distance": 0,
-        "stage3_prefetch_bucket_size": block_parameters,
+        "stage3_prefetch_bucket_size": ahead,
         "stage3_param_persistence_threshold": 0,
     }
-    if offload == "cpu":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,
         "bf16": {"enabled": dtype == "bfloat16"},
         "zero_optimization": zero,
         "steps_per_print": 10**9,
     }
+    if offload != "none":
+        zero["offload_param"] = {"device": offload, "pin_memory": torch.cuda.is_available()}
+    if offload == "nvme":
+        zero["offload_param"] |= {"nvme_path": nvme_path, "buffer_count": 5, "max_in_cpu": 0}
+        config["aio"] = {"block_size": 2**20, "queue_depth": 8, "single_submit": False, "overlap_events": True}
+    return config
+
+
+def check_asynchronous_io(key: str) -> None:
+    """Build (once per machine) or load what DeepSpeed reads NVMe with. Raises InputError where that is not possible."""
+    try:
+        deepspeed.ops.op_builder.AsyncIOBuilder().load(verbose=False)
+    except Exception as error:  # a missing compiler, header or library, each with an error of its own
+        raise InputError(
+            f"{key}: nvme needs DeepSpeed's asynchronous I/O, which is compiled on first use and could not be ({_last_line(str(error))}); "
+            "install libaio and a C++ compiler (Debian: apt-get install libaio-dev g++ ninja-build), or write cpu"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -302,6 +432,8 @@ def engine(
         optimizer: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **options)
     else:
         optimizer = torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **options)
+    if "nvme" in (config.get("zero_optimization", {}).get(f"offload_{part}", {}).get("device") for part in OFFLOADED):
+        check_asynchronous_io("train.deepspeed")
     made, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     return made
 

@@ -100,16 +100,22 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
     return shallowest[0]
 
 
+def without_weights(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model of that shape to count and look at; it holds no weight."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
 def head(model: PreTrainedModel) -> nn.Linear:
     """The linear map from final state to logits. Raises InputError for a model that does more than that to its logits."""
-    _check_logits(model.config)
+    check_logits(model.config)
     found = model.get_output_embeddings()
     if not isinstance(found, nn.Linear):
         raise InputError(f"{type(model).__name__} has no linear language-model head; give a causal language model")
     return found
 
 
-def _check_logits(config: PreTrainedConfig) -> None:
+def check_logits(config: PreTrainedConfig) -> None:
     for key in CHANGED_LOGITS:
         if getattr(config, key, None) not in (None, 1.0):
             raise InputError(
@@ -123,7 +129,7 @@ def check_usable(config: PreTrainedConfig, *, section: str, attention: str, pack
 
     Packed rows are for the model types that a test has shown to keep documents apart.
     """
-    _check_logits(config)
+    check_logits(config)
     if attention == "flash_attention_2" and not _flash_attention():
         raise InputError(f"{section}.attention: flash_attention_2 needs a GPU and the package flash-attn; write auto")
     if packed and config.model_type not in PACKABLE:
@@ -179,7 +185,7 @@ def _check_whole(folder: Path, what: str) -> None:
     """Raise InputError if a file of weights is missing or cut short, or is a git-lfs pointer; only headers are read."""
     file = index = folder / "model.safetensors.index.json"
     try:
-        files = set(_tensor_files(folder).values()) if index.is_file() else folder.glob("*.safetensors")
+        files = set(tensor_files(folder).values()) if index.is_file() else folder.glob("*.safetensors")
         for file in sorted(files):
             with safe_open(file, framework="pt"):
                 pass
@@ -415,7 +421,7 @@ def _publish(folder: Path, write: Callable[[Path], object]) -> None:
 def _block_prefix(folder: Path, depth: int) -> str:
     """What precedes the block number in the tensor names, e.g. `model.layers.`."""
     found: dict[str, set[int]] = {}
-    for name in _tensor_files(folder):
+    for name in tensor_files(folder):
         for match in re.finditer(r"\.(\d+)\.", name):
             found.setdefault(name[: match.start() + 1], set()).add(int(match[1]))
     full = [prefix for prefix, numbers in found.items() if numbers == set(range(depth))]
@@ -428,7 +434,7 @@ def _block_prefix(folder: Path, depth: int) -> str:
     return full[0]
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> the file that holds it."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -452,7 +458,7 @@ def _copy_tensors(source: Path, folder: Path, names: Callable[[str], list[str]],
             shards.append(list(shard))
             shard, size = {}, 0
 
-    for name, file in sorted(_tensor_files(source).items(), key=lambda item: (str(item[1]), item[0])):
+    for name, file in sorted(tensor_files(source).items(), key=lambda item: (str(item[1]), item[0])):
         for new in names(name):
             with safe_open(file, framework="pt") as tensors:
                 tensor = tensors.get_tensor(name)
@@ -557,7 +563,7 @@ def load_head(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fal
     names = [modules[id(module)]]
     if config.tie_word_embeddings:  # a tied head is stored once, as the embedding
         names.append(modules[id(model.get_input_embeddings())])
-    files = _tensor_files(folder)
+    files = tensor_files(folder)
     stored = next((name for name in names if f"{name}.weight" in files), None)
     if stored is None:
         options: dict[str, Any] = dict(attention="eager", trust_remote_code=trust_remote_code, first_blocks=1)

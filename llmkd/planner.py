@@ -19,15 +19,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from llmkd.build import accumulation_steps, pairs_of
 from llmkd.config import ROOT, Recipe
-from llmkd.distributed import load_ds_config, teacher_ds_config, zero_stage
+from llmkd.distributed import load_ds_config, zero_stage
 from llmkd.errors import InputError
 from llmkd.head import BUFFERS, rows_at_once
 from llmkd.models import DTYPES, block_choice, blocks, head, load_config, qwen3_config, student_config
+from llmkd.stages import Cut, Route, cut, routes, stage_count, states_held
 from llmkd.teachers.base import EMBEDDING, blocks_needed
 
 log = logging.getLogger("llmkd")
 
 GIB = 2**30
+NODE = 8
+"""Ranks of a node, as a pipeline's stages are planned."""
 WIDE = 4
 """Bytes of a master weight, an Adam moment, an accumulated or a communicated gradient: fp32 (ds_configs/)."""
 
@@ -66,6 +69,10 @@ class Shapes:
     vocabulary: int
     normed_queries: bool
     """Queries and keys pass a norm of their own, as in Qwen3."""
+    each_block: tuple[int, ...]
+    """Every block's parameters."""
+    head_apart: bool
+    """The head has weights of its own; else it is tied to the embeddings."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,6 +99,8 @@ def shapes(config: PreTrainedConfig) -> Shapes:
         heads=config.num_attention_heads,
         vocabulary=config.vocab_size,
         normed_queries=any(name.endswith("q_norm.weight") for name, _ in stack[0].named_parameters()),
+        each_block=tuple(_count(block) for block in stack),
+        head_apart=head(model).weight is not model.get_input_embeddings().weight,
     )
 
 
@@ -146,37 +155,42 @@ def initial_student_config(recipe: Recipe, teacher: PreTrainedConfig) -> PreTrai
 # The rows
 
 
-def plan(recipe: Recipe, ranks: int) -> list[Row]:
-    """What each of `ranks` ranks holds while it distils this recipe's student.
+def plan(recipe: Recipe, ranks: int, config: PreTrainedConfig | None = None) -> list[Row]:
+    """What each of `ranks` ranks holds while it distils this recipe's student. `config`: the teacher's, where it is known.
 
     Raises InputError where the batch can't be shared by the ranks, or where the teacher's shape can't be read.
     """
     accumulation_steps(recipe.train, ranks)
-    found = teacher_config(recipe)
+    found = config or teacher_config(recipe)
     teacher, student = shapes(found), shapes(initial_student_config(recipe, found))
     pairs = pairs_of(recipe, student.depth, teacher.depth)
     projectors = len(pairs) * student.hidden * teacher.hidden if pairs and student.hidden != teacher.hidden else 0
     zero = load_ds_config(recipe.train.deepspeed, ROOT / "ds_configs")
     taught = bool(pairs) or recipe.loss.kl > 0
-    if recipe.teacher.placement == "cache":
+    of_teacher: list[Row] = []
+    if taught and recipe.teacher.placement == "cache":
         from llmkd.cache_plan import cache_rows
 
         of_teacher = cache_rows(recipe, teacher, student.depth, pairs)
-    else:
+    elif taught and recipe.teacher.placement == "pipeline":
+        of_teacher = pipeline_rows(recipe, *pipeline(recipe, found, pairs, ranks))
+    elif taught:
         of_teacher = teacher_rows(recipe, run_shapes(recipe, found, pairs), pairs, ranks)
     return [
-        *(of_teacher if taught else []),
+        *of_teacher,
         *student_rows(recipe, student, projectors, zero, ranks),
         *activation_rows(recipe, student, teacher, pairs),
         *head_rows(recipe, student, teacher),
     ]
 
 
-def run_shapes(recipe: Recipe, config: PreTrainedConfig, pairs: Sequence[tuple[int, int]]) -> Shapes:
-    """The part of the teacher that is run: without logits no head, and no block after the last mapped one."""
+def run_shapes(
+    recipe: Recipe, config: PreTrainedConfig, pairs: Sequence[tuple[int, int]], *, stages: int = 1
+) -> Shapes:
+    """The part of the teacher that is run: without logits no head, and no block after the last mapped one (a block per stage at least)."""
     logits, depth = recipe.loss.kl > 0, config.num_hidden_layers
     normed = recipe.matching.final_state == "normed"
-    needed = blocks_needed([block for _, block in pairs], depth, logits=logits, normed_last=normed)
+    needed = max(blocks_needed([block for _, block in pairs], depth, logits=logits, normed_last=normed), stages)
     found = shapes(config if needed == depth else student_config(config, range(needed), {}))
     if logits:
         return found
@@ -196,14 +210,14 @@ def teacher_rows(recipe: Recipe, shape: Shapes, pairs: Sequence[tuple[int, int]]
         how = f"{_m(shape.parameters)} x {size} B"
         rows.append(Row("teacher weights", shape.parameters * size, "device", ("always",), how))
     else:
-        place: Place = "host" if settings.offload == "cpu" else "device"
-        zero = teacher_ds_config(1, settings.dtype, settings.offload, shape.largest_block)["zero_optimization"]
-        live = int(zero["stage3_max_live_parameters"])
+        places: dict[str, Place] = {"none": "device", "cpu": "host", "nvme": "nvme"}
+        place = places[settings.offload]
         shard = -(-shape.parameters // ranks)
         how = f"{_m(shape.parameters)} / {ranks} ranks x {size} B"
         rows.append(Row("teacher weights, shard", shard * size, place, ("always",), how))
-        how = f"the larger of embeddings ({_m(shape.embedding)}) and two blocks ({_m(live)}), x {size} B"
-        rows.append(Row("teacher, gathered", max(live, shape.embedding) * size, "device", ("teacher forward",), how))
+        how = f"the larger of embeddings ({_m(shape.embedding)}) and one block ({_m(shape.largest_block)}), x {size} B"
+        gathered = max(shape.largest_block, shape.embedding)
+        rows.append(Row("teacher, gathered", gathered * size, "device", ("teacher forward",), how))
         if shape.head:
             how = f"{_m(shape.head)} x {size} B"
             rows.append(Row("teacher head, gathered", shape.head * size, "device", ("head",), how))
@@ -220,6 +234,47 @@ def teacher_rows(recipe: Recipe, shape: Shapes, pairs: Sequence[tuple[int, int]]
             rows.append(Row("teacher states, back", 2 * state, "device", ("teacher forward", "head"), how))
     if shape.head:
         rows.append(Row("teacher final state", state, "device", ("teacher forward", "head"), f"[B, T, H] x {size} B"))
+    return rows
+
+
+def pipeline(
+    recipe: Recipe, config: PreTrainedConfig, pairs: Sequence[tuple[int, int]], ranks: int
+) -> tuple[Shapes, Cut, tuple[Route, ...]]:
+    """The part of a pipelined teacher that is run, its stages, and what they send, on nodes of `NODE` ranks."""
+    stages = stage_count(recipe.teacher.stages, ranks, NODE, config.num_hidden_layers)
+    shape = run_shapes(recipe, config, pairs, stages=stages)
+    parts = cut(shape.each_block, stages, embedding=shape.embedding)
+    normed = recipe.matching.final_state == "normed" and shape.depth == config.num_hidden_layers
+    return shape, parts, routes(tuple(pairs), parts, final=recipe.loss.kl > 0, normed_last=normed)
+
+
+def pipeline_rows(recipe: Recipe, shape: Shapes, parts: Cut, sent: Sequence[Route]) -> list[Row]:
+    """What the heaviest stage of a pipelined teacher holds, the head that every rank has, and the states that come and go."""
+    size = DTYPES[recipe.teacher.dtype].itemsize
+    tokens = recipe.train.micro_batch_size * recipe.data.max_length
+    held = [sum(shape.each_block[block] for block in part) for part in parts]
+    held[0] += shape.embedding
+    norm = shape.hidden  # of the last stage
+    held[-1] += norm
+    heaviest = max(range(len(parts)), key=lambda stage: held[stage])
+    part = parts[heaviest]
+    what = f"blocks {part.start}-{part.stop - 1}" + (" and the embeddings" if heaviest == 0 else "")
+    how = f"heaviest of {len(parts)} stages, {what}: {_m(held[heaviest])} x {size} B"
+    rows = [Row("teacher weights, stage", held[heaviest] * size, "device", ("always",), how)]
+    if recipe.loss.kl > 0:
+        how = f"{_m(shape.head)} x {size} B: the loss is where the student is, so every rank has it whole"
+        rows.append(Row("teacher head", shape.head * size, "device", ("always",), how))
+    working = block_activations(shape, size) * tokens
+    how = "as a student's block; nothing is kept"
+    rows.append(Row("teacher, one block at work", working, "device", ("teacher forward",), how))
+    count, own = states_held(sent, parts), len(sent)
+    early = max(sum(r.stage + member <= len(parts) - 2 for r in sent) for member in range(len(parts)))
+    how = f"{own} of this micro-batch and up to {early} of the next, [B, T, H] x {size} B"
+    state = tokens * shape.hidden * size
+    rows.append(Row("teacher states", (own + early) * state, "device", ("teacher forward", "head"), how))
+    if in_flight := count - own - early:
+        how = f"up to {in_flight} states that enter or leave the stage"
+        rows.append(Row("teacher states, under way", in_flight * state, "device", ("teacher forward", "head"), how))
     return rows
 
 

@@ -37,9 +37,11 @@ from llmkd.distributed import (
     World,
     barrier,
     engine,
+    lost_rank,
     on_main,
     on_other_ranks,
     quiet,
+    silent_ranks,
     start,
     stop,
     sum_counts,
@@ -330,6 +332,17 @@ def main() -> None:
         _leave(2)
     except click.exceptions.Abort:
         _leave(130)
+    except RuntimeError as error:
+        if not lost_rank(error):
+            raise
+        silent = ", ".join(map(str, silent_ranks())) or "none, so one was too slow: see train.timeout_seconds"
+        print(
+            f"Error: rank {os.environ.get('RANK', '0')}: {str(error).splitlines()[0]}; silent ranks: {silent}. "
+            "The same command goes on from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        _leave(1)
 
 
 def _leave(code: int) -> None:

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from llmkd.data import Batch
 from llmkd.head import TopK
-
-EMBEDDING = -1
-"""The "block" number of the embeddings' output, where the embedding pair is asked for."""
+from llmkd.stages import EMBEDDING as EMBEDDING
 
 Head = Callable[[], contextlib.AbstractContextManager[tuple[Tensor, Tensor | None]]]
 

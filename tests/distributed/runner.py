@@ -23,27 +23,29 @@ def run_on_ranks(
     output.mkdir(parents=True, exist_ok=True)
     tasks = output / "tasks.json"
     tasks.write_text(json.dumps({"recipe": str(recipe), "scenarios": scenarios, "output": str(output)}))
+    codes = [process.wait(timeout=timeout) for process in start_ranks(ranks, "tests.distributed.runner", tasks, output)]
+    assert codes == [0] * ranks, "\n".join((output / f"rank{rank}.log").read_text()[-3000:] for rank in range(ranks))
+    return json.loads((output / "refused.json").read_text())
+
+
+def start_ranks(ranks: int, module: str, tasks: Path, output: Path) -> list[subprocess.Popen[bytes]]:
+    """`python -m MODULE TASKS` on every rank; what rank N says goes to output/rankN.log."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    logs = [open(output / f"rank{rank}.log", "w") for rank in range(ranks)]
+    size = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     processes = []
-    for rank, log in enumerate(logs):
-        env = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-        }
-        env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        command = [sys.executable, "-m", "tests.distributed.runner", str(tasks)]
-        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-    codes = [process.wait(timeout=timeout) for process in processes]
-    for log in logs:
-        log.close()
-    assert codes == [0] * ranks, "\n".join((output / f"rank{rank}.log").read_text()[-3000:] for rank in range(ranks))
-    return json.loads((output / "refused.json").read_text())
+    for rank in range(ranks):
+        env = {**os.environ, **size, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with open(output / f"rank{rank}.log", "w") as log:
+            command = [sys.executable, "-m", module, str(tasks)]
+            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+    return processes
 
 
 def main(tasks: Path) -> None:

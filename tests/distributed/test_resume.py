@@ -33,8 +33,9 @@ OPTIONS = {
 }
 
 
-def _start(tiny: Path, folder: Path) -> subprocess.Popen[str]:
-    sets = [part for key, value in OPTIONS.items() for part in ("--set", f"{key}={value}")]
+def start_training(tiny: Path, folder: Path, options: dict[str, Any] | None = None) -> subprocess.Popen[str]:
+    """`llmkd train` on two ranks."""
+    sets = [part for key, value in (options or OPTIONS).items() for part in ("--set", f"{key}={value}")]
     command = ["train", "--recipe", str(tiny / "recipe.yaml"), "--output", str(folder), "--ranks", "2", *sets]
     code = "import sys; from llmkd.cli import main; main(sys.argv[1:])"
     return subprocess.Popen(
@@ -42,14 +43,16 @@ def _start(tiny: Path, folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def _lines(folder: Path) -> list[dict[str, object]]:
+def lines(folder: Path) -> list[dict[str, object]]:
+    """What a run has logged."""
     file = folder / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def _when_at_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+def when_at_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+    """Wait until so many steps are logged."""
     deadline = time.monotonic() + 120
-    while not any(line["step"] >= step for line in _lines(folder)):  # type: ignore[operator]
+    while not any(line["step"] >= step for line in lines(folder)):  # type: ignore[operator]
         assert process.poll() is None and time.monotonic() < deadline, process.stdout.read() if process.stdout else ""
         time.sleep(0.02)
 
@@ -62,7 +65,7 @@ def _finish(process: subprocess.Popen[str]) -> str:
 @pytest.fixture(scope="module")
 def uninterrupted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    process = _start(tiny, folder)
+    process = start_training(tiny, folder)
     out = _finish(process)
     assert process.returncode == 0, out
     return folder
@@ -72,25 +75,25 @@ def _assert_same(folder: Path, uninterrupted: Path) -> None:
     ours, theirs = (load_file(f / "model" / "model.safetensors") for f in (folder, uninterrupted))
     assert all(ours[key].equal(theirs[key]) for key in theirs)
     keys = ("step", "loss", "ce", "kl", "hidden", "pairs", "grad_norm", "learning_rate")
-    assert [[line[k] for k in keys] for line in _lines(folder)] == [
-        [line[k] for k in keys] for line in _lines(uninterrupted)
+    assert [[line[k] for k in keys] for line in lines(folder)] == [
+        [line[k] for k in keys] for line in lines(uninterrupted)
     ]
 
 
 def test_stopped_killed_and_resumed_is_uninterrupted(tiny: Path, uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = _start(tiny, folder)
-    _when_at_step(process, folder, 6)
+    process = start_training(tiny, folder)
+    when_at_step(process, folder, 6)
     process.send_signal(signal.SIGTERM)
     out = _finish(process)
     assert process.returncode == 0, out
     assert "stopped by SIGTERM after step" in out and "goes on from there" in out
     assert not (folder / "model").exists()
     stopped_at = checkpoint.whole(folder / "checkpoints")[-1].name
-    assert f"step-{_lines(folder)[-1]['step']:08d}" == stopped_at
+    assert f"step-{lines(folder)[-1]['step']:08d}" == stopped_at
 
-    process = _start(tiny, folder)
-    _when_at_step(process, folder, 16)
+    process = start_training(tiny, folder)
+    when_at_step(process, folder, 16)
     ranks = [int(p) for p in subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()]
     os.kill(ranks[-1], signal.SIGKILL)
     out = _finish(process)
@@ -102,7 +105,7 @@ def test_stopped_killed_and_resumed_is_uninterrupted(tiny: Path, uninterrupted: 
     (folder / "checkpoints" / "step-00000998").mkdir()  # and a folder without its last file is not whole either
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9')
-    process = _start(tiny, folder)
+    process = start_training(tiny, folder)
     out = _finish(process)
     assert process.returncode == 0 and "resumed from" in out, out
     _assert_same(folder, uninterrupted)
@@ -140,7 +143,7 @@ def test_resumed_on_another_number_of_ranks(tiny: Path, world: Any, uninterrupte
     shutil.copytree(uninterrupted / "checkpoints" / "step-00000020", tmp_path / "run" / "checkpoints" / "step-00000020")
     recipe = load_recipe(tiny / "recipe.yaml").changed(OPTIONS)
     assert train(world, build.distil_job(world, recipe, tmp_path / "run"))
-    assert [line["step"] for line in _lines(tmp_path / "run")] == [21, 22, 23, 24]
+    assert [line["step"] for line in lines(tmp_path / "run")] == [21, 22, 23, 24]
     _close(tmp_path / "run", uninterrupted, 1e-6)
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-00000020", "step-00000024"]  # nothing of the conversion is left

@@ -1,0 +1,218 @@
+"""A teacher cut into stages over the ranks of a pipeline: no weight is ever sent, states stream to the rank that owns a micro-batch.
+
+Each member of a pipeline holds one stage and owns micro-batches of its own. `llmkd.stages` says what is worked on and sent at each
+tick; here it is done. The members are in step without ever waiting for all: a stage waits for the state from the stage before it,
+and an owner for the states of its own micro-batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkd.data import Batch
+from llmkd.distributed import Sending, Wire
+from llmkd.layer_map import Pairs
+from llmkd.stages import EMBEDDING, FINAL, NEXT, Cut, last_tick, routes, transfers
+from llmkd.teachers.base import Capture, Signal
+
+TICKS_IN_FLIGHT = 1
+"""Ticks whose sends may still be under way while a stage works on; the tensors of older ones are waited for and let go."""
+
+
+TOLD_BYTES = 9
+"""Per token: its id and its position in 32 bits, and whether it is padding."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage must know of a micro-batch, small enough to be told to all members."""
+
+    input_ids: Tensor  # [B, T] int32
+    position_ids: Tensor  # [B, T] int32
+    attention_mask: Tensor | None  # [B, T] bool
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.input_ids, self.position_ids, self.attention_mask) if t is not None)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The micro-batches that one call of `expect` told of. Members may have different numbers of them."""
+
+    mine: deque[int]
+    """The rounds of this member's own ones that have not been asked for."""
+    end: int
+    """The round after the last of anybody's."""
+
+
+class PipelineTeacher:
+    """One member of a pipelined teacher.
+
+    `body`: this member's stage (`llmkd.teachers.stage.load_stage`). `head`: the teacher's head [V, H], whole, because the loss
+    is where the student is; None where no divergence asks for it, and then no final state is sent.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        parts: Cut,
+        wire: Wire,
+        pairs: Pairs,
+        *,
+        head: Tensor | None,
+        normed_last: bool,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._body: Any = body
+        self._wire, self._parts, self._head = wire, parts, head
+        self._uses = tuple(block for _, block in pairs)
+        self._normed = parts[-1].stop - 1 if normed_last else None
+        self._routes = routes(pairs, parts, final=head is not None, normed_last=normed_last)
+        self._width, self._dtype, self._device = width, dtype, device
+        self._here = [route.block for route in self._routes if route.stage == wire.member]
+        part = parts[wire.member]
+        modules = {block: self._body.layers[block - part.start] for block in self._here if block >= 0}
+        if EMBEDDING in self._here:
+            modules[EMBEDDING] = self._body.embed_tokens
+        self._capture: Any = Capture(modules, dict)
+        self._inputs: dict[int, Inputs] = {}  # item -> what is known of it, until this member needs it no more
+        self._rounds = 0
+        self._turns: deque[Turn] = deque()  # what was expected and is not done with
+        self._tick = 0
+        self._arriving: dict[int, dict[int, Sending | Tensor]] = {}  # item -> block -> its state, or the promise of it
+        self._leaving: deque[list[Sending]] = deque()
+        self.told_bytes = 0
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that this rank has put on the wire: states, and what it told the others of its micro-batches."""
+        return self._wire.sent_bytes + self.told_bytes
+
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """Tell the members what this one's next micro-batches are (all take part; numbers and lengths may differ)."""
+        size = self._wire.size
+        mine = [_inputs(batch) for batch in batches]
+        self.told_bytes += sum(inputs.nbytes for inputs in mine) * (size - 1)
+        members: list[tuple[list[Inputs], int]] = self._wire.gather((mine, self._tick))
+        # A member that had nothing more to do may be past the ticks at which stage 0 would work on the next items.
+        first = max(self._rounds, -(-max(tick for _, tick in members) // size))
+        for owner, (theirs, _) in enumerate(members):
+            self._inputs.update({(first + number) * size + owner: inputs for number, inputs in enumerate(theirs)})
+        self._rounds = first + max(len(theirs) for theirs, _ in members)
+        self._turns.append(Turn(deque(range(first, first + len(mine))), self._rounds))
+
+    @torch.no_grad()
+    def signals(self, batch: Batch) -> Signal:
+        """What the teacher says of this member's next micro-batch. The stages then have begun on the ones after it."""
+        while not self._turns[0].mine:
+            self._turns.popleft()
+        turn = self._turns[0]
+        item = turn.mine.popleft() * self._wire.size + self._wire.member
+        if turn.mine:
+            self._run_until(last_tick(turn.mine[0], self._wire.size))
+        else:
+            self.finish()
+        states = {block: _arrived(state) for block, state in self._arriving.pop(item, {}).items()}
+        final = states.pop(FINAL, None)
+        if final is not None and self._normed in self._uses:
+            states[self._normed] = final
+        if self._head is None:
+            return Signal(states, self._uses, None, None)
+        return Signal(states, self._uses, final, self.head)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Do this stage's work to the end of the turn, the micro-batches that were expected at once.
+
+        The last of a member's own does it too; it is for a member that has none of its own in a turn.
+        """
+        self._run_until(last_tick(self._turns.popleft().end, self._wire.size))
+
+    @contextlib.contextmanager
+    def head(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The head's weight [V, H]; the tested model types have no bias."""
+        assert self._head is not None
+        yield self._head, None
+
+    def _run_until(self, tick: int) -> None:
+        """Do the ticks up to this one, or to the last one there is work for."""
+        while self._tick <= min(tick, last_tick(self._rounds, self._wire.size)):
+            self._do(self._tick)
+            self._tick += 1
+
+    def _do(self, tick: int) -> None:
+        """One tick: work on this stage's item, then send what is for others and make ready to receive what is for this member."""
+        me, size = self._wire.member, self._wire.size
+        item = tick - me
+        made = self._work(item) if item in self._inputs else {}
+        moved = [
+            t for t in transfers(tick, self._inputs.__contains__, self._routes, size) if me in (t.source, t.target)
+        ]
+        sends = [
+            (made[t.block].contiguous(), t.target, True)
+            if t.source == me
+            else (self._room(self._inputs[t.item]), t.source, False)
+            for t in moved
+        ]
+        posted = self._wire.post(sends)
+        self._leaving.append([sending for t, sending in zip(moved, posted, strict=True) if t.source == me])
+        for t, sending in zip(moved, posted, strict=True):
+            if t.target == me:
+                self._arriving.setdefault(t.item, {})[t.block] = sending
+        if made and item % size == me:
+            self._arriving.setdefault(item, {}).update({block: made[block] for block in self._here})
+        self._let_go(TICKS_IN_FLIGHT)
+        self._inputs.pop(tick - size + 1, None)  # the last stage has now worked on it
+
+    def _work(self, item: int) -> dict[int, Tensor]:
+        """Run this stage on an item: the states that are asked of it, and the one for the next stage."""
+        inputs, me = self._inputs[item], self._wire.member
+        mask = inputs.attention_mask
+        if me == 0:
+            entering = {"input_ids": inputs.input_ids.to(self._device).long()}
+        else:
+            entering = {"inputs_embeds": _arrived(self._arriving[item].pop(NEXT))}
+            if not self._arriving[item]:
+                del self._arriving[item]
+        output = self._body(
+            **entering,
+            attention_mask=None if mask is None else mask.to(self._device).long(),
+            position_ids=inputs.position_ids.to(self._device).long(),
+            use_cache=False,
+        ).last_hidden_state
+        states = self._capture.collect()
+        states[FINAL if me == self._wire.size - 1 else NEXT] = output
+        return states
+
+    def _room(self, inputs: Inputs) -> Tensor:
+        """An empty state [B, T, H] to receive into."""
+        return torch.empty(*inputs.input_ids.shape, self._width, dtype=self._dtype, device=self._device)
+
+    def _let_go(self, ticks: int) -> None:
+        """Wait for the sends of all ticks but the last few, whose tensors may then go."""
+        while len(self._leaving) > ticks:
+            for sending in self._leaving.popleft():
+                sending.wait()
+
+
+def _inputs(batch: Batch) -> Inputs:
+    mask = batch.attention_mask
+    return Inputs(
+        input_ids=batch.input_ids.to("cpu", torch.int32),
+        position_ids=batch.position_ids.to("cpu", torch.int32),
+        attention_mask=None if mask is None else mask.to("cpu", torch.bool),
+    )
+
+
+def _arrived(state: Sending | Tensor) -> Tensor:
+    return state.wait() if isinstance(state, Sending) else state

@@ -1,0 +1,123 @@
+"""What a teacher says, sends and holds, without a student: `python -m tests.distributed.teachers TASKS.json` on every rank."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmkd import build, distributed
+from llmkd.config import Recipe, load_recipe
+from llmkd.data import Batch, collate
+from tests.tensor_bytes import TensorBytes
+from tests.wire_bytes import WireBytes
+
+
+def batch_of(draw: random.Random, lengths: list[int], *, packed: bool = False) -> Batch:
+    """A micro-batch of random tokens; every row's last half is trained."""
+    rows = [
+        {"input_ids": draw.choices(range(2, 300), k=n), "trained": [i >= n // 2 for i in range(n)]} for n in lengths
+    ]
+    return collate(rows, pad_id=0, packed=packed)
+
+
+def states_of(teacher: Any, batch: Batch, recipe: Recipe, uses: list[int]) -> dict[str, torch.Tensor]:
+    """All that a teacher says of a batch, each state taken as often as a student would."""
+    signal = teacher.signals(batch)
+    said = {str(block): signal.take(block) for block in uses}
+    assert signal.held == 0
+    if recipe.loss.kl:
+        with signal.head() as (weight, _):
+            said["head"] = weight
+        said["final"] = signal.take_final()
+    return said
+
+
+def uneven(world: Any, recipe: Recipe, job: Any, chunks: list[list[int]]) -> dict[str, Any]:
+    """Micro-batches of different lengths, and different numbers of them: `chunks[c][rank]` are told to rank at once, a chunk ahead.
+
+    Compared, to the bit, with a whole teacher. A rank that has none in a chunk does its stage's work by `finish`.
+    """
+    uses = [block for _, block in job.pairs]
+    teacher = build.load_teacher(world, job)
+    whole = build.load_teacher(world, build.distil_job(world, recipe.changed(WHOLE), job.folder))
+    draw = random.Random(world.rank)
+    packed = recipe.data.batching == "packed"
+
+    def chunk(count: int) -> list[Batch]:
+        return [
+            batch_of(draw, [draw.randint(2, 60) for _ in range(draw.randint(1, 3))], packed=packed)
+            for _ in range(count)
+        ]
+
+    told = [chunk(counts[world.rank]) for counts in chunks]
+    checked, same = 0, True
+    teacher.expect(told[0])
+    for number, batches in enumerate(told):
+        if number + 1 < len(told):
+            teacher.expect(told[number + 1])
+        for batch in batches:
+            ours, theirs = (states_of(t, batch, recipe, uses) for t in (teacher, whole))
+            same = same and ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
+            checked += 1
+        if not batches:
+            teacher.finish()  # type: ignore[attr-defined]
+    return {"checked": checked, "same": same}
+
+
+def measured(world: Any, recipe: Recipe, job: Any) -> dict[str, Any]:
+    """Bytes received per step, counted where torch.distributed is called, and the most tensor bytes held, over four steps."""
+    teacher: Any = build.load_teacher(world, job)
+    draw = random.Random(world.rank)
+    rounds = recipe.train.batch_size // (recipe.train.micro_batch_size * world.size)
+    lengths = [recipe.data.max_length] * recipe.train.micro_batch_size
+    steps = [[batch_of(draw, lengths) for _ in range(rounds)] for _ in range(4)]
+    body = teacher._body
+    weights = sum(p.nbytes for p in body.parameters()) + (0 if teacher._head is None else _head_bytes(teacher))
+    uses = [block for _, block in job.pairs]
+    with WireBytes() as wire, TensorBytes() as held:
+        teacher.expect(steps[0])
+        for number, batches in enumerate(steps):
+            teacher.expect(steps[number + 1] if number + 1 < len(steps) else [])
+            for batch in batches:
+                states_of(teacher, batch, recipe, uses)
+    found = {"weights": weights, "peak": held.peak, "gathered": wire.gathered / len(steps)}
+    if recipe.teacher.placement == "pipeline":
+        found["received"] = wire.received / len(steps)
+        found["counted"] = teacher.sent_bytes / len(steps)
+        found["told"] = teacher.told_bytes / len(steps)
+        found["sent"] = wire.sent / len(steps)
+    return found
+
+
+def _head_bytes(teacher: Any) -> int:
+    head = teacher._head
+    return head.nbytes if isinstance(head, torch.Tensor) else head.weight.nbytes
+
+
+WHOLE = {"teacher.placement": "replicated", "teacher.stages": None, "teacher.offload": "none"}
+EXAMS = {"uneven": uneven, "measured": measured}
+
+
+def main(tasks: Path) -> None:
+    """Every rank's part: each scenario is (exam, recipe changes, further arguments); results go to rankN.json."""
+    work = json.loads(tasks.read_text())
+    distributed.quiet()
+    world = distributed.start(60)
+    torch.manual_seed(0)
+    results = {}
+    for name, (exam, changes, arguments) in work["scenarios"].items():
+        print(f"=== {name}", flush=True)
+        recipe = load_recipe(work["recipe"]).changed(changes)
+        job = build.distil_job(world, recipe, Path(work["output"]) / name)
+        results[name] = EXAMS[exam](world, recipe, job, **arguments)
+    (Path(work["output"]) / f"rank{world.rank}.json").write_text(json.dumps(results))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

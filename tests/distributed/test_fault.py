@@ -1,0 +1,91 @@
+"""A rank that dies or hangs in mid-step: the others name it and end within the timeout, and the same command goes on from there."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from llmkd import build
+from llmkd.config import load_recipe
+from llmkd.train import train
+from tests.distributed.test_resume import lines, start_training, when_at_step
+
+OPTIONS: dict[str, Any] = {
+    "matching.strategy": "reverse",
+    "teacher.placement": "pipeline",
+    "train.steps": 12,
+    "train.micro_batch_size": 2,
+    "train.save_every": 2,
+    "train.timeout_seconds": 15,
+}
+PATIENCE = 15 + 3 + 5 + 30 + 20
+"""The timeout, the roll call, the launcher's waits, and room for a busy machine."""
+
+
+def _ranks(launcher: int) -> list[int]:
+    """The ranks' processes, in order of rank."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = re.search(r"^PPid:\s+(\d+)", (process / "status").read_text(), re.MULTILINE)
+            told = re.search(r"(?:^|\0)RANK=(\d+)", (process / "environ").read_text())
+        except (OSError, UnicodeDecodeError):
+            continue
+        if parent and int(parent[1]) == launcher and told:
+            found[int(told[1])] = int(process.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+def _struck(tiny: Path, folder: Path, *, step: int, victim: int, by: signal.Signals) -> str:
+    """Start (or resume), strike one rank once so many steps are logged, and give back what the run said; it must end in time."""
+    process = start_training(tiny, folder, OPTIONS)
+    when_at_step(process, folder, step)
+    os.kill(_ranks(process.pid)[victim], by)
+    began = time.monotonic()
+    out, _ = process.communicate(timeout=300)
+    assert time.monotonic() - began < PATIENCE and process.returncode not in (0, 2), out
+    assert not (folder / "model").exists()
+    return out
+
+
+def _named(out: str, survivor: int, victim: int) -> None:
+    said = re.search(
+        rf"^Error: rank {survivor}: .*silent ranks: ([\d, ]+)\. The same command goes on", out, re.MULTILINE
+    )
+    assert said and said[1] == str(victim), out
+
+
+def _finished(tiny: Path, world: Any, folder: Path, *, ranks: int) -> None:
+    """Resume to the end, on as many ranks or on one, and compare with one uninterrupted run of one rank with a whole teacher."""
+    if ranks == 1:
+        assert train(world, build.distil_job(world, load_recipe(tiny / "recipe.yaml").changed(OPTIONS), folder))
+    else:
+        process = start_training(tiny, folder, OPTIONS)
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0 and "resumed from" in out, out
+    assert [line["step"] for line in lines(folder)] == list(range(1, OPTIONS["train.steps"] + 1))
+    whole = {**OPTIONS, "teacher.placement": "replicated"}
+    recipe = load_recipe(tiny / "recipe.yaml").changed(whole)
+    assert train(world, build.distil_job(world, recipe, folder.parent / "uninterrupted"))
+    ours, theirs = (load_file(f / "model" / "model.safetensors") for f in (folder, folder.parent / "uninterrupted"))
+    for key, expected in theirs.items():
+        assert (ours[key] - expected).abs().max() <= 2e-6 * max(1.0, expected.abs().max()), key
+
+
+def test_a_killed_rank_is_named_and_the_run_goes_on_after_it(tiny: Path, world: Any, tmp_path: Path) -> None:
+    _named(_struck(tiny, tmp_path / "run", step=3, victim=1, by=signal.SIGKILL), survivor=0, victim=1)
+    _finished(tiny, world, tmp_path / "run", ranks=1)
+
+
+@pytest.mark.slow
+def test_a_hanging_rank_and_a_killed_first_rank_are_named(tiny: Path, world: Any, tmp_path: Path) -> None:
+    _named(_struck(tiny, tmp_path / "run", step=4, victim=1, by=signal.SIGSTOP), survivor=0, victim=1)
+    _named(_struck(tiny, tmp_path / "run", step=8, victim=0, by=signal.SIGKILL), survivor=1, victim=0)
+    _finished(tiny, world, tmp_path / "run", ranks=2)

@@ -1,0 +1,43 @@
+"""Bytes that this rank sends and receives, seen where every call of torch.distributed passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class WireBytes(TorchDispatchMode):
+    """Inside the context, counts `received` and `sent` bytes from rank to rank, and `gathered`: what gathers bring of the others.
+
+    Broadcasts of whole numbers are let pass; other collectives are refused, so that none is missed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.received = self.sent = self.gathered = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if name.startswith("c10d.") and not any(passive in name for passive in ("barrier", "monitored")):
+            self._count(name, args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, name: str, args: Any) -> None:
+        first = _bytes(args[0])
+        if "recv" in name:
+            self.received += first
+        elif "send" in name:
+            self.sent += first
+        elif "allgather" in name:  # (outputs, inputs, ...)
+            self.gathered += first - _bytes(args[1])
+        elif "broadcast" in name:  # DeepSpeed compares the ranks' orders of parameters while it learns them
+            assert all(not t.is_floating_point() for t in tree_leaves(args[0])), "weights are gathered, not broadcast"
+        else:
+            raise AssertionError(f"{name} is not counted")
+
+
+def _bytes(values: Any) -> int:
+    return sum(value.nbytes for value in tree_leaves(values) if isinstance(value, Tensor))

@@ -2,8 +2,9 @@
 
 python -m benchmarks.cached_study [--steps 60] [--ranks 1] [--repeats 3] [--keep FOLDER]
 
-On the quickstart's model (12 blocks of width 128 teach 3), data and batch of 16; every student sees every row once. Every figure is a ratio of two runs that took turns on the same
-machine, so that what else runs there falls on both; each is given with the lowest and the highest of its repeats.
+On the quickstart's model (12 blocks of width 128 teach 3), data and batch of 16; every student sees every row once. The two sides of a
+ratio take turns on the same machine, so that what else runs there falls on both, and CPU time, which feels little of it, stands beside
+the wall's.
 """
 
 from __future__ import annotations

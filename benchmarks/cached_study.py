@@ -2,23 +2,28 @@
 
 python -m benchmarks.cached_study [--steps 60] [--ranks 1] [--repeats 3] [--keep FOLDER]
 
-On the quickstart's model (12 blocks of width 128 teach 3), data and batch. Every figure is a ratio of two runs that took turns on the same
-machine, so that what else runs there falls on both; each is given with the lowest and the highest of its repeats.
+On the quickstart's model (12 blocks of width 128 teach 3), data and batch of 16; every student sees every row once. The two sides of a
+ratio take turns on the same machine, so that what else runs there falls on both, and CPU time, which feels little of it, stands beside
+the wall's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llmkd import build, cache_contents
 from llmkd.config import Recipe, dump_recipe, load_recipe
+from llmkd.data import announced, batches
+from llmkd.distributed import World, engine, start
 from llmkd.launch import launch
+from llmkd.objective import divisors, scales
 from llmkd.planner import GIB
 from llmkd.provenance import commit, hardware
 
@@ -31,7 +36,7 @@ def prepared(folder: Path, steps: int, teacher_steps: int, depth: int, width: in
     shape = {"num_hidden_layers": depth, "hidden_size": width, "intermediate_size": 2 * width, "head_dim": width // 4}
     recipe = load_recipe("quickstart").changed({
         "output": str(folder), "finetune.train.steps": teacher_steps, "finetune.train.warmup_steps": 1,
-        "data.rows": 2400, "train.steps": steps, "train.log_every": steps,
+        "data.rows": 16 * steps, "train.steps": steps, "train.log_every": steps,
         **{f"finetune.architecture.{key}": value for key, value in shape.items()},
     })  # fmt: skip
     file = folder / "teacher.yaml"
@@ -40,74 +45,120 @@ def prepared(folder: Path, steps: int, teacher_steps: int, depth: int, width: in
     return recipe.changed({"teacher.path": recipe.teacher_path, "finetune": None})
 
 
-def _run(file: Path, ranks: int, arguments: list[str]) -> float:
-    """Seconds of one launch, interpreter's start included."""
-    began = time.perf_counter()
+def _run(file: Path, ranks: int, arguments: list[str]) -> tuple[float, float]:
+    """(seconds, CPU seconds) of one launch, interpreter's start included."""
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     ending = launch(ranks, ["--recipe", str(file), *arguments])
     assert ending.code == 0, f"{arguments} ended with {ending.code}"
-    return time.perf_counter() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.perf_counter() - began, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def trained(recipe: Recipe, changes: dict[str, Any], folder: Path, ranks: int) -> tuple[float, dict[str, Any]]:
-    """(seconds of the launch, summary) of one student."""
+def trained(recipe: Recipe, changes: dict[str, Any], folder: Path, ranks: int) -> tuple[float, float, float]:
+    """(seconds of the launch, its CPU seconds, seconds of the loop) of one student."""
     folder.mkdir(parents=True)
     file = folder / "given.yaml"
     file.write_text(dump_recipe(recipe.changed(changes)))
-    seconds = _run(file, ranks, ["--output", str(folder / "run")])
-    return seconds, json.loads((folder / "run" / "summary.json").read_text())
+    taken = _run(file, ranks, ["--output", str(folder / "run")])
+    return *taken, json.loads((folder / "run" / "summary.json").read_text())["seconds"]
 
 
-def cached(recipe: Recipe, folder: Path, ranks: int, dtype: str) -> tuple[float, dict[str, Any]]:
-    """(seconds to write the cache of all strategies, the changes by which a run reads it)."""
+def cached(recipe: Recipe, folder: Path, ranks: int, dtype: str) -> tuple[float, float, dict[str, Any]]:
+    """(seconds, CPU seconds, the changes by which a run reads it) of writing the cache of all strategies."""
     folder.mkdir(parents=True)
     file = folder / "given.yaml"
     reads = {"teacher.placement": "cache", "cache.path": str(folder / "cache"), "cache.dtype": dtype}
+    reads |= {"cache.top_k": recipe.cache.top_k}
     file.write_text(dump_recipe(recipe.changed({**reads, "study.strategies": list(STRATEGIES), "study.seeds": [0]})))
-    return _run(file, ranks, ["--cache-only"]), reads
+    return *_run(file, ranks, ["--cache-only"]), reads
 
 
-def study(recipe: Recipe, folder: Path, ranks: int, dtype: str) -> dict[str, float]:
-    """Seconds of five online runs and of one cache with five runs from it, in turns; of whole launches and of the loops alone."""
-    writing, reads = cached(recipe, folder / "cached", ranks, dtype)
-    found = {"online": 0.0, "cached": writing, "online loops": 0.0, "cached loops": 0.0, "writing": writing}
+def study(recipe: Recipe, folder: Path, ranks: int, dtype: str) -> dict[str, dict[str, float]]:
+    """Five online runs and one cache with five runs from it, in turns: by whole launches, by their CPU time, by the loops alone."""
+    wall, cpu, reads = cached(recipe, folder / "cached", ranks, dtype)
+    found = {
+        "cached": {"launches": wall, "CPU": cpu, "loops": wall},
+        "online": dict.fromkeys(("launches", "CPU", "loops"), 0.0),
+    }
     for strategy in STRATEGIES:
         for name, changes in (("online", {}), ("cached", reads)):
-            given = {"matching.strategy": strategy, **changes}
-            seconds, summary = trained(recipe, given, folder / f"{name}-{strategy}", ranks)
-            found[name] += seconds
-            found[f"{name} loops"] += summary["seconds"]
+            taken = trained(recipe, {"matching.strategy": strategy, **changes}, folder / f"{name}-{strategy}", ranks)
+            for kind, seconds in zip(("launches", "CPU", "loops"), taken, strict=True):
+                found[name][kind] += seconds
     return found
 
 
-def step(recipe: Recipe, folder: Path, ranks: int, dtype: str) -> dict[str, float]:
-    """Seconds per step without a teacher, with a cached one, and with one that is there; each without the first steps."""
-    _, reads = cached(recipe, folder / "cached", ranks, dtype)
-    known = {**reads, "cache.path": str(folder / "top_k"), "cache.top_k": 32}
-    file = folder / "top_k.yaml"
-    file.write_text(dump_recipe(recipe.changed({**known, "matching.strategy": "all_to_one"})))
-    _run(file, ranks, ["--cache-only"])
+class Stepper:
+    """One training run that can be asked for one step at a time."""
+
+    def __init__(self, world: World, recipe: Recipe, folder: Path) -> None:
+        job = build.distil_job(world, recipe, folder)
+        accumulation = build.accumulation_steps(job.train, world.size)
+        ds_config = build.training_ds_config(world, job.train, accumulation, folder)
+        tokenizer = build.job_tokenizer(world, job, resuming=False)
+        data = build.tokenized(world, job.data, tokenizer)
+        cached = cache_contents.open_teacher(world, job, tokenizer, data)
+        build.write_initial(world, job, tokenizer, resuming=False)
+        module = build.load_student(job, ds_config, build.teacher_width(job))
+        self._teacher = cached or (build.load_teacher(world, job) if job.teacher is not None else None)
+        train = job.train
+        options: dict[str, Any] = dict(betas=train.betas, epsilon=train.epsilon, weight_decay=train.weight_decay)
+        self._engine = engine(module, ds_config, learning_rate=train.learning_rate, **options)
+        loader = batches(
+            data, seed=0, start_step=0, steps=train.steps or 0, batch_size=train.batch_size, accumulation=accumulation,
+            rank=world.rank, world_size=world.size, pad_id=tokenizer.pad_token_id, packed=False,
+        )  # fmt: skip
+        self._loader = loader if self._teacher is None else announced(loader, self._teacher.expect)
+        self._weights, self._pairs, self._world = job.weights, len(job.pairs), world
+        module.train()
+
+    def step(self) -> tuple[float, float]:
+        """(seconds, seconds of this process's CPU) of one optimizer step, as the training loop does it."""
+        began = time.perf_counter(), time.process_time()
+        micro_batches = next(self._loader)
+        trained, attended = (sum(c) for c in zip(*(batch.counts for batch in micro_batches), strict=True))
+        by = divisors(self._weights, trained=trained, attended=attended, pairs=self._pairs)
+        for batch in micro_batches:
+            signals = self._teacher.signals(batch) if self._teacher is not None else None
+            loss, _ = self._engine(batch, signals, scales(self._weights, by, self._world.size))
+            self._engine.backward(loss, scale_wrt_gas=False)
+            self._engine.step()
+        return time.perf_counter() - began[0], time.process_time() - began[1]
+
+
+def steps_in_turn(recipe: Recipe, folder: Path, dtype: str) -> dict[str, list[tuple[float, float]]]:
+    """Each kind's step times; the kinds take turns, a step each, in one process, and the first five turns are left out."""
+    _, _, reads = cached(recipe, folder / "cache-states", 1, dtype)
+    _, _, knows = cached(recipe.changed({"cache.top_k": 32}), folder / "cache-top_k", 1, dtype)
     forward = {"matching.strategy": "forward"}
     kinds = {
         "no teacher": NO_TEACHER,
-        "states alone, cached": {**forward, **reads, "loss.kl": 0.0},
+        "cached, hidden alone": {**forward, **reads, "loss.kl": 0.0},
         "cached": {**forward, **reads},
-        "top 32, cached": {"matching.strategy": "all_to_one", **known},
+        "cached, top 32": {**forward, **knows},
         "online": forward,
     }
-    return {name: _seconds_per_step(recipe, changes, folder / name, ranks) for name, changes in kinds.items()}
+    world = start()
+    runs = {name: Stepper(world, recipe.changed(changes), folder / name) for name, changes in kinds.items()}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    assert recipe.train.steps is not None
+    for turn in range(recipe.train.steps):
+        for name, one in runs.items():
+            taken = one.step()
+            if turn >= 5:
+                found[name].append(taken)
+    return found
 
 
-def _seconds_per_step(recipe: Recipe, changes: dict[str, Any], folder: Path, ranks: int) -> float:
-    """The median over the run's log intervals but the first, in which everything is done for the first time."""
-    trained(recipe, {**changes, "train.log_every": 5}, folder, ranks)
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(line["seconds_per_step"] for line in lines[1:])
-
-
-def ratios(measured: list[dict[str, float]], ratio: Callable[[dict[str, float]], float]) -> str:
-    """The median of a ratio over the repeats, with its lowest and highest."""
-    values = sorted(ratio(one) for one in measured)
-    return f"{statistics.median(values):.3f} [{values[0]:.3f}, {values[-1]:.3f}]"
+def spread(values: list[float]) -> str:
+    """The median with the quartiles, or of fewer than eight values with the lowest and the highest."""
+    ordered = sorted(values)
+    low, high = (
+        (ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4])
+        if len(ordered) >= 8
+        else (ordered[0], ordered[-1])
+    )
+    return f"{statistics.median(ordered):.3f} [{low:.3f}, {high:.3f}]"
 
 
 def run(arguments: list[str] | None = None) -> None:
@@ -133,21 +184,18 @@ def run(arguments: list[str] | None = None) -> None:
         if given.only != "step":
             studies = [study(recipe, folder / f"study{n}", given.ranks, given.dtype) for n in range(given.repeats)]
             size = sum(f.stat().st_size for f in (folder / "study0" / "cached" / "cache").iterdir())
-            print(
-                f"one cache of {size / GIB:.3f} GiB; seconds of each repeat: {[{k: round(v, 1) for k, v in s.items()} for s in studies]}"
-            )
-            print(
-                f"study of five from one cache / five online, whole launches: {ratios(studies, lambda s: s['cached'] / s['online'])}"
-            )
-            loops = ratios(studies, lambda s: (s["writing"] + s["cached loops"]) / s["online loops"])
-            print(f"the same, loops alone (the cache's whole launch counted): {loops}")
+            print(f"one cache of {size / GIB:.3f} GiB; {json.dumps(studies)}")
+            for kind in studies[0]["online"]:
+                said = spread([one["cached"][kind] / one["online"][kind] for one in studies])
+                print(f"five students from one cache, its writing counted / five online, by {kind}: {said}")
         if given.only != "study":
-            steps = [step(recipe, folder / f"step{n}", given.ranks, given.dtype) for n in range(given.repeats)]
-            print(f"seconds per step: {[{k: round(v, 4) for k, v in s.items()} for s in steps]}")
-            for kind in steps[0]:
-                print(
-                    f"speed of a step, {kind} / no teacher: {ratios(steps, lambda s, kind=kind: s['no teacher'] / s[kind])}"
-                )
+            taken = steps_in_turn(recipe, folder / "steps", given.dtype)
+            for name, times in taken.items():
+                for what, place in (("wall", 0), ("CPU", 1)):
+                    pairs = zip(taken["no teacher"], times, strict=True)
+                    said = spread([bare[place] / one[place] for bare, one in pairs])
+                    median = statistics.median(one[place] for one in times)
+                    print(f"speed of a step, {name} / no teacher, {what}: {said} ({median * 1000:.1f} ms)")
 
 
 if __name__ == "__main__":

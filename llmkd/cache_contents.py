@@ -67,6 +67,16 @@ def maps(recipe: Recipe, student_depth: int, teacher_depth: int) -> list[Pairs]:
     return [pairs_of(one, student_depth, teacher_depth) for one in recipes]
 
 
+def depths(recipe: Recipe) -> tuple[int, int]:
+    """How many blocks student and teacher have."""
+    teacher = models.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision)
+    depth = models.load_config(teacher, trust_remote_code=recipe.teacher.trust_remote_code).num_hidden_layers
+    if recipe.student.blocks is not None:
+        return recipe.student.blocks, depth
+    student = models.resolve(recipe.student.path or "", "student.path")
+    return models.load_config(student, trust_remote_code=recipe.student.trust_remote_code).num_hidden_layers, depth
+
+
 def asked_for(recipe: Recipe, maps: Iterable[Pairs], depth: int) -> tuple[tuple[int, ...], bool, int | None]:
     """(blocks, whether the final state, how many log-probabilities) that these maps and the divergence ask of the teacher."""
     used = {block for pairs in maps for _, block in pairs}

@@ -66,7 +66,9 @@ def cache(world: World, recipe: Recipe, stopping: Stopping) -> bool:
     data = build.tokenized(world, job.data, tokenizer)
     wanted = on_main(
         world,
-        lambda: cache_contents.contents(recipe, cache_contents.maps(recipe, *depths(recipe)), teacher, tokenizer, data),
+        lambda: cache_contents.contents(
+            recipe, cache_contents.maps(recipe, *cache_contents.depths(recipe)), teacher, tokenizer, data
+        ),
     )
     plan = on_main(world, lambda: prepare(recipe, wanted, np.array(data["length"]).tolist()))
     if not plan.left and (folder / "manifest.json").is_file():
@@ -95,16 +97,6 @@ def writing_recipe(recipe: Recipe) -> Recipe:
             "cache.micro_batch_size": recipe.cache.micro_batch_size or recipe.train.micro_batch_size,
         }
     )
-
-
-def depths(recipe: Recipe) -> tuple[int, int]:
-    """How many blocks student and teacher have."""
-    teacher = models.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision)
-    depth = models.load_config(teacher, trust_remote_code=recipe.teacher.trust_remote_code).num_hidden_layers
-    if recipe.student.blocks is not None:
-        return recipe.student.blocks, depth
-    student = models.resolve(recipe.student.path or "", "student.path")
-    return models.load_config(student, trust_remote_code=recipe.student.trust_remote_code).num_hidden_layers, depth
 
 
 # ---------------------------------------------------------------------------------------------------------------------

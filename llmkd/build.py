@@ -516,3 +516,4 @@ def remove_initial(job: Job) -> None:
     """The starting folder is not needed once the model is exported; a study keeps its own."""
     if job.initial == job.folder / "initial":
         shutil.rmtree(job.initial, ignore_errors=True)
+    shutil.rmtree(job.folder / "nvme" / "teacher", ignore_errors=True)

@@ -76,8 +76,7 @@ def measured(world: Any, recipe: Recipe, job: Any) -> dict[str, Any]:
     rounds = recipe.train.batch_size // (recipe.train.micro_batch_size * world.size)
     lengths = [recipe.data.max_length] * recipe.train.micro_batch_size
     steps = [[batch_of(draw, lengths) for _ in range(rounds)] for _ in range(4)]
-    body = teacher._body
-    weights = sum(p.nbytes for p in body.parameters()) + (0 if teacher._head is None else _head_bytes(teacher))
+    weights = _weights(teacher)
     uses = [block for _, block in job.pairs]
     with WireBytes() as wire, TensorBytes() as held:
         teacher.expect(steps[0])
@@ -94,9 +93,15 @@ def measured(world: Any, recipe: Recipe, job: Any) -> dict[str, Any]:
     return found
 
 
-def _head_bytes(teacher: Any) -> int:
+def _weights(teacher: Any) -> int:
+    """Bytes of the teacher's weights on this rank, shards as such, each storage once."""
     head = teacher._head
-    return head.nbytes if isinstance(head, torch.Tensor) else head.weight.nbytes
+    own = [
+        *teacher._body.parameters(),
+        *([head] if isinstance(head, torch.Tensor) else head.parameters() if head else []),
+    ]
+    stored = [getattr(p, "ds_tensor", p).untyped_storage() for p in own]
+    return sum({s.data_ptr(): s.nbytes() for s in stored}.values())
 
 
 WHOLE = {"teacher.placement": "replicated", "teacher.stages": None, "teacher.offload": "none"}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from datasets import Dataset
 from torch import nn
 
@@ -24,13 +25,13 @@ from llmkd.config import ROOT, Recipe, finetune_inputs, fingerprint, training_in
 from llmkd.data import load_rows, source_contents, steps_per_epoch, tokenize
 from llmkd.distances import DISTANCES
 from llmkd.distributed import World, complete_ds_config, load_ds_config, on_main, parameter_count, teacher_ds_config
-from llmkd.divergences import DIVERGENCES
+from llmkd.divergences import with_parameters
 from llmkd.errors import InputError
 from llmkd.layer_map import Pairs, layer_map
 from llmkd.objective import Weights
 from llmkd.schedules import learning_rate
 from llmkd.student import Distiller, make_projectors
-from llmkd.teachers.base import EMBEDDING, Teacher
+from llmkd.teachers.base import EMBEDDING, Teacher, blocks_needed
 from llmkd.teachers.resident import ResidentTeacher
 
 log = logging.getLogger("llmkd")
@@ -105,6 +106,8 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
             shape, section=section, attention=settings.attention, packed=recipe.data.batching == "packed"
         )
         _check_lengths(recipe.data.max_length, getattr(shape, "max_position_embeddings", None), where)
+    if recipe.teacher.offload_states and world.device.type != "cuda":
+        raise InputError("teacher.offload_states: there is no GPU here whose memory it would spare; write false")
     job = Job(
         folder=folder,
         recipe=recipe,
@@ -349,6 +352,13 @@ def load_teacher(world: World, job: Job) -> Teacher:
     settings = job.recipe.teacher
     assert job.teacher is not None
     sharded = settings.placement == "zero3"
+    logits = job.weights.kl > 0
+    normed_last = job.recipe.matching.final_state == "normed"
+    uses = [teacher for _, teacher in sorted(job.pairs, key=lambda pair: pair[0])]  # as the student's blocks take them
+    depth = models.load_config(job.teacher, trust_remote_code=settings.trust_remote_code).num_hidden_layers
+    needed = blocks_needed(uses, depth, logits=logits, normed_last=normed_last)
+    if needed < depth:
+        log.info("%s: the teacher's first %d of %d blocks are loaded: no more is asked of it", job.title, needed, depth)
     ds = teacher_ds_config(job.train.micro_batch_size, settings.dtype, settings.offload, 1) if sharded else None
     model = models.load_causal_lm(
         job.teacher,
@@ -356,14 +366,23 @@ def load_teacher(world: World, job: Job) -> Teacher:
         ds_config=ds,
         attention=settings.attention,
         trust_remote_code=settings.trust_remote_code,
+        first_blocks=needed if needed < depth else None,
     )
+    if not logits:
+        model = models.without_head(model)
     if sharded:
         largest = max(parameter_count(block) for block in models.blocks(model))
         ds = teacher_ds_config(job.train.micro_batch_size, settings.dtype, settings.offload, largest)
     else:
         cast(nn.Module, model).to(world.device)  # a student is placed by its engine
-    uses = [teacher for _, teacher in job.pairs]
-    return ResidentTeacher(model, uses, normed_last=job.recipe.matching.final_state == "normed", ds_config=ds)
+    return ResidentTeacher(
+        model,
+        uses,
+        normed_last=normed_last and needed == depth,
+        ds_config=ds,
+        logits=logits,
+        offload_to=torch.cuda.Stream() if settings.offload_states else None,
+    )
 
 
 def teacher_width(job: Job) -> int | None:
@@ -398,7 +417,7 @@ def load_student(job: Job, ds_config: dict[str, Any], target_width: int | None) 
         distance=DISTANCES[matching.distance],
         positions=matching.positions,
         normed_last=matching.final_state == "normed",
-        divergence=DIVERGENCES[job.recipe.loss.divergence],
+        divergence=with_parameters(job.recipe.loss.divergence, job.recipe.loss.parameters),
         temperature=job.recipe.loss.temperature,
         kl_positions=job.recipe.loss.kl_positions,
         chunk=job.train.head_chunk,

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmkd.distances import DISTANCES
-from llmkd.divergences import DIVERGENCES
+from llmkd.divergences import DIVERGENCES, with_parameters
 from llmkd.errors import InputError
 from llmkd.layer_map import STRATEGIES
 
@@ -66,6 +66,9 @@ class Teacher(Section):
     """Where a zero3 teacher's shards rest between uses."""
     dtype: Dtype = "bfloat16"
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    offload_states: bool = False
+    """Let the mapped blocks' states wait for the student in pinned host memory; worth it where the student takes them late
+    (`reverse`: its first block takes the teacher's last state)."""
     architecture: Architecture | None = None
     """The teacher's shape, so that `llmkd plan` works where neither folder nor hub can be read."""
 
@@ -148,6 +151,13 @@ class Loss(Section):
     kl: float = Field(default=1.0, ge=0)
     hidden: float = Field(default=3.0, ge=0)
     divergence: str = "forward_kl"
+    """One of llmkd.divergences.DIVERGENCES."""
+    beta: float | None = Field(default=None, ge=0, le=1)
+    """jsd: the teacher's share of the mixture; default 0.5, which is symmetric."""
+    skew: float | None = Field(default=None, ge=0, lt=1)
+    """skew_kl and skew_reverse_kl: how much of its own first side the mixture holds; default 0.1."""
+    akl_mu: float | None = Field(default=None, ge=0, le=1)
+    """akl: how much of the teacher's probability is its head; default 0.5."""
     temperature: float = Field(default=1.0, gt=0)
     kl_positions: Positions = "trained"
     """Where the divergence is taken: where the next token is trained, or at every token that is not padding (the paper's code)."""
@@ -155,7 +165,13 @@ class Loss(Section):
     @model_validator(mode="after")
     def _known(self) -> Loss:
         _one_of("loss.divergence", self.divergence, DIVERGENCES)
+        with_parameters(self.divergence, self.parameters)
         return self
+
+    @property
+    def parameters(self) -> dict[str, float | None]:
+        """What the divergence may read besides the temperature, by its own names."""
+        return {"beta": self.beta, "skew": self.skew, "akl_mu": self.akl_mu}
 
 
 class Data(Section):
@@ -409,7 +425,9 @@ def training_inputs(recipe: Recipe) -> dict[str, Any]:
     A teacher that the recipe makes counts by how it is made, so that the run's folder may be renamed or moved.
     """
     values = recipe.model_dump(mode="json", exclude={"name", "output", "evaluation", "study", "finetune"})
-    values["teacher"].pop("architecture")
+    for key in ("architecture", "offload_states"):
+        values["teacher"].pop(key)
+    values["loss"] = {key: value for key, value in values["loss"].items() if value is not None}
     inputs = {key: value for key, value in flat(values).items() if key not in _SAVING}
     return {**inputs, **(finetune_inputs(recipe) if recipe.finetune else {})}
 

@@ -6,6 +6,7 @@ Every student starts as a plain HF folder (`make_initial_student`), whatever it 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import importlib.util
@@ -14,11 +15,12 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -492,15 +494,21 @@ def load_causal_lm(
     ds_config: dict[str, Any] | None,
     attention: str,
     trust_remote_code: bool = False,
+    first_blocks: int | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model from safetensors; straight into shards if `ds_config` asks for ZeRO-3.
 
-    Raises InputError when the folder's weights do not fill the model (transformers itself would only warn and make them up).
+    `first_blocks`: build and load no more than so many of its blocks. Raises InputError when the folder's weights do not fill the
+    model (transformers itself would only warn and make them up).
     """
     name, why = attention_implementation(attention, dtype)
     log.info("%s: attention %s (%s)", folder, name, why)
+    part: dict[str, Any] = {}
+    if first_blocks is not None:
+        whole = load_config(folder, trust_remote_code=trust_remote_code)
+        part["config"] = student_config(whole, range(first_blocks), {})
     try:
-        with sharded_construction(ds_config):
+        with sharded_construction(ds_config), _quiet_about_unused(part):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -508,6 +516,7 @@ def load_causal_lm(
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
+                **part,
             )
     except (ImportError, OSError, ValueError) as error:
         raise InputError(
@@ -528,6 +537,24 @@ def load_causal_lm(
     _restore_float32_buffers(model)
     model.config.use_cache = False
     return model
+
+
+@contextlib.contextmanager
+def _quiet_about_unused(part: dict[str, Any]) -> Iterator[None]:
+    """Where a part of a model is loaded, keep transformers from listing the tensors that are left in the files."""
+    before = transformers.utils.logging.get_verbosity()
+    if part:
+        transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+
+
+def without_head(model: PreTrainedModel) -> PreTrainedModel:
+    """The model below its head, as a model of its own: what the head alone holds is let go with the whole."""
+    base: Any = model.base_model
+    return base
 
 
 def _restore_float32_buffers(model: PreTrainedModel) -> None:

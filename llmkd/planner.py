@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,17 +21,15 @@ from llmkd.build import accumulation_steps, pairs_of
 from llmkd.config import ROOT, Recipe
 from llmkd.distributed import load_ds_config, teacher_ds_config, zero_stage
 from llmkd.errors import InputError
+from llmkd.head import BUFFERS, rows_at_once
 from llmkd.models import DTYPES, block_choice, blocks, head, load_config, qwen3_config, student_config
-from llmkd.teachers.base import EMBEDDING
+from llmkd.teachers.base import EMBEDDING, blocks_needed
 
 log = logging.getLogger("llmkd")
 
 GIB = 2**30
 WIDE = 4
 """Bytes of a master weight, an Adam moment, an accumulated or a communicated gradient: fp32 (ds_configs/)."""
-HEAD_BYTES_PER_LOGIT = 36
-"""Live bytes per token of a chunk and vocabulary entry at the worst moment of head.py: nine fp32 tensors [n, V], which are the
-logits and log-probabilities of both sides, CE's own log-probabilities, and those of the divergence's backward pass. Measured."""
 
 Phase = Literal["always", "teacher forward", "head", "backward", "optimizer step"]
 Place = Literal["device", "host", "nvme"]
@@ -161,11 +159,23 @@ def plan(recipe: Recipe, ranks: int) -> list[Row]:
     zero = load_ds_config(recipe.train.deepspeed, ROOT / "ds_configs")
     taught = bool(pairs) or recipe.loss.kl > 0
     return [
-        *(teacher_rows(recipe, teacher, pairs, ranks) if taught else []),
+        *(teacher_rows(recipe, run_shapes(recipe, found, pairs), pairs, ranks) if taught else []),
         *student_rows(recipe, student, projectors, zero, ranks),
         *activation_rows(recipe, student, teacher, pairs),
         *head_rows(recipe, student, teacher),
     ]
+
+
+def run_shapes(recipe: Recipe, config: PreTrainedConfig, pairs: Sequence[tuple[int, int]]) -> Shapes:
+    """The part of the teacher that is run: without logits no head, and no block after the last mapped one."""
+    logits, depth = recipe.loss.kl > 0, config.num_hidden_layers
+    normed = recipe.matching.final_state == "normed"
+    needed = blocks_needed([block for _, block in pairs], depth, logits=logits, normed_last=normed)
+    found = shapes(config if needed == depth else student_config(config, range(needed), {}))
+    if logits:
+        return found
+    own = 0 if getattr(config, "tie_word_embeddings", False) else found.head
+    return replace(found, parameters=found.parameters - own, head=0)
 
 
 def teacher_rows(recipe: Recipe, shape: Shapes, pairs: Sequence[tuple[int, int]], ranks: int) -> list[Row]:
@@ -188,16 +198,22 @@ def teacher_rows(recipe: Recipe, shape: Shapes, pairs: Sequence[tuple[int, int]]
         rows.append(Row("teacher weights, shard", shard * size, place, ("always",), how))
         how = f"the larger of embeddings ({_m(shape.embedding)}) and two blocks ({_m(live)}), x {size} B"
         rows.append(Row("teacher, gathered", max(live, shape.embedding) * size, "device", ("teacher forward",), how))
-        how = f"{_m(shape.head)} x {size} B"
-        rows.append(Row("teacher head, gathered", shape.head * size, "device", ("head",), how))
+        if shape.head:
+            how = f"{_m(shape.head)} x {size} B"
+            rows.append(Row("teacher head, gathered", shape.head * size, "device", ("head",), how))
     working = block_activations(shape, size) * tokens
     how = "as a student's block; nothing is kept"
     rows.append(Row("teacher, one block at work", working, "device", ("teacher forward",), how))
     if used:
         name = "embeddings' and " if EMBEDDING in used else ""
         how = f"{name}{len(used - {EMBEDDING})} blocks' states [B, T, H] x {size} B; let go pair by pair"
-        rows.append(Row("teacher states", len(used) * state, "device", ("teacher forward", "head"), how))
-    rows.append(Row("teacher final state", state, "device", ("teacher forward", "head"), f"[B, T, H] x {size} B"))
+        waiting: Place = "host" if settings.offload_states else "device"
+        rows.append(Row("teacher states", len(used) * state, waiting, ("teacher forward", "head"), how))
+        if settings.offload_states:
+            how = "the state in use and the next"
+            rows.append(Row("teacher states, back", 2 * state, "device", ("teacher forward", "head"), how))
+    if shape.head:
+        rows.append(Row("teacher final state", state, "device", ("teacher forward", "head"), f"[B, T, H] x {size} B"))
     return rows
 
 
@@ -282,12 +298,21 @@ def block_activations(shape: Shapes, size: int) -> int:
 
 def head_rows(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Row]:
     """The chunked head: its logits, and the gradient of its weight, which exists whole."""
+    if not (recipe.loss.ce or recipe.loss.kl):
+        return []
     size = DTYPES[recipe.train.dtype].itemsize
     chunk = min(recipe.train.head_chunk, recipe.train.micro_batch_size * recipe.data.max_length)
-    wide = max(student.vocabulary, teacher.vocabulary)
-    logits = chunk * wide * HEAD_BYTES_PER_LOGIT
-    how = f"{chunk} tokens x {wide:,} x {HEAD_BYTES_PER_LOGIT} B"
+    logits, how = chunk * student.vocabulary * size, f"{chunk} tokens x {student.vocabulary:,} x {size} B"
+    if recipe.loss.kl:
+        theirs = DTYPES[recipe.teacher.dtype].itemsize
+        shared = min(student.vocabulary, teacher.vocabulary)
+        logits, how = logits + chunk * shared * theirs, f"{how}, the teacher's x {shared:,} x {theirs} B"
     rows = [Row("logits of a chunk", logits, "device", ("head",), how)]
+    at_once = rows_at_once(chunk, student.vocabulary, "cuda")
+    buffers = BUFFERS["kl" if recipe.loss.kl else "ce"]
+    how = f"{buffers} x {at_once} tokens x {student.vocabulary:,} x {WIDE} B"
+    held = buffers * at_once * student.vocabulary * WIDE
+    rows.append(Row("logits at work", held, "device", ("head",), how))
     how = f"{_m(student.head)} x (4 + {size}) B"
     rows.append(Row("gradient of the head", student.head * (WIDE + size), "device", ("head",), how))
     how = f"{_m(student.head)} x {size} B"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmkd.data import Batch
-from llmkd.head import Divergence, TeacherHead, head_losses
+from llmkd.divergences import Divergence
+from llmkd.head import TeacherHead, head_losses
 from llmkd.models import backbone, blocks, head
 from llmkd.teachers.base import EMBEDDING, Signal, output_state
 
@@ -70,8 +71,10 @@ class Distiller(nn.Module):
         ).last_hidden_state
         if self._normed is not None:
             self._match(self._normed, final)
-        loss, ce, kl = self.loss_head(final, batch, signal, scales[0], scales[1])
         distances = [self._matched[number] for number in range(len(self._pairs))]
+        loss = ce = kl = torch.zeros((), dtype=torch.float32, device=final.device)
+        if scales[0] or scales[1]:  # else the head is neither gathered nor run, and both parts read 0
+            loss, ce, kl = self.loss_head(final, batch, signal, scales[0], scales[1])
         if distances:
             loss = loss + scales[2] * torch.stack(distances).sum()
         sums = torch.stack([ce, kl, *(d.detach() for d in distances)])
@@ -120,9 +123,8 @@ class LossHead(nn.Module):
         self, final: Tensor, batch: Batch, signal: Signal | None, ce_scale: float, kl_scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, CE sum, KL sum); logits exist only at the positions that count, a chunk at a time."""
-        compares = signal is not None and signal.final is not None and signal.head is not None and kl_scale != 0
-        everywhere = compares and self._kl_positions == "attended"
-        at = batch.attended_at if everywhere else batch.trained_at
+        lent = None if signal is None or kl_scale == 0 else signal.head
+        at = batch.attended_at if lent and self._kl_positions == "attended" else batch.trained_at
         states = final.flatten(0, 1)[at]
         targets = batch.targets.flatten()[at]
         settings: dict[str, Any] = dict(
@@ -132,12 +134,15 @@ class LossHead(nn.Module):
             temperature=self._temperature,
             chunk=self._chunk,
         )
-        if not compares:
-            return head_losses(states, self.weight, self.bias, None, targets, targets != -100, **settings)
-        assert signal is not None and signal.final is not None and signal.head is not None
-        compared = torch.ones_like(targets, dtype=torch.bool)
-        with signal.head() as (weight, bias):
-            teacher = TeacherHead(signal.final.flatten(0, 1)[at], weight, bias)
+        compared = torch.full_like(targets, lent is not None, dtype=torch.bool)
+        if lent is None:
+            return head_losses(states, self.weight, self.bias, None, targets, compared, **settings)
+        assert signal is not None
+        theirs = signal.take_final()
+        assert theirs is not None, "a signal that lends its head has a final state"
+        theirs = theirs.flatten(0, 1)[at]
+        with lent() as (weight, bias):
+            teacher = TeacherHead(theirs, weight, bias)
             return head_losses(states, self.weight, self.bias, teacher, targets, compared, **settings)
 
 

@@ -20,6 +20,7 @@ from llmkd.data import IGNORE, collate, epoch_batches, load_rows, tokenize
 from llmkd.schedules import learning_rate
 from llmkd.student import make_projectors
 from llmkd.teachers.base import EMBEDDING
+from tests import definitions
 
 BLOCKS = 6
 WORDS = "red green blue small large old new river house tree stone bird wind light door road field gate".split()
@@ -156,10 +157,9 @@ def plain_losses(
     ce = F.cross_entropy(s.logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
     tau = recipe.loss.temperature
     where = attended if recipe.loss.kl_positions == "attended" else trained
-    ours, theirs = F.log_softmax(s.logits[where] / tau, -1), F.log_softmax(t.logits[where] / tau, -1)
-    if recipe.loss.divergence == "reverse_kl":
-        ours, theirs = theirs, ours
-    kl = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean() * tau**2
+    given = {key: value for key, value in recipe.loss.parameters.items() if value is not None}
+    per_token = definitions.divergence(recipe.loss.divergence, s.logits[where], t.logits[where], tau, **given)
+    kl = per_token.mean().float()
     hidden = []
     for number, (i, j) in enumerate(pairs):
         ours = _state(student, s, i, recipe)

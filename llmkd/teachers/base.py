@@ -17,13 +17,25 @@ EMBEDDING = -1
 Head = Callable[[], contextlib.AbstractContextManager[tuple[Tensor, Tensor | None]]]
 
 
-class Signal:
-    """The mapped blocks' states and the final state of one micro-batch. A state is let go when its last pair has taken it."""
+class States(Protocol):
+    """States that wait for the student, by block: a dict, or llmkd.teachers.offload.OffloadedStates."""
 
-    def __init__(self, states: dict[int, Tensor], uses: Iterable[int], final: Tensor | None, head: Head | None) -> None:
+    def __getitem__(self, block: int, /) -> Tensor: ...
+    def __setitem__(self, block: int, state: Tensor, /) -> None: ...
+    def __delitem__(self, block: int, /) -> None: ...
+    def __len__(self) -> int: ...
+
+
+class Signal:
+    """The mapped blocks' states and the final state of one micro-batch. A state is let go when its last pair has taken it.
+
+    `final` and `head` are None where no logits are asked for.
+    """
+
+    def __init__(self, states: States, uses: Iterable[int], final: Tensor | None, head: Head | None) -> None:
         self._states = states
         self._left = Counter(uses)
-        self.final = final
+        self._final = final
         self.head = head
 
     def take(self, block: int) -> Tensor:
@@ -34,9 +46,14 @@ class Signal:
             del self._states[block]
         return state
 
+    def take_final(self) -> Tensor | None:
+        """The final state [B, T, H], once; it is held here no longer, so that none waits for the backward pass."""
+        final, self._final = self._final, None
+        return final
+
     @property
     def held(self) -> int:
-        """How many states are still held."""
+        """How many of the mapped blocks' states are still held."""
         return len(self._states)
 
 
@@ -48,6 +65,12 @@ class Teacher(Protocol):
         ...
 
 
+def blocks_needed(uses: Iterable[int], depth: int, *, logits: bool, normed_last: bool) -> int:
+    """How many of a teacher's first blocks must be run for these uses; all of them where logits or the normed last state are asked for."""
+    last = max(uses, default=EMBEDDING)
+    return depth if logits or (normed_last and last == depth - 1) else last + 1
+
+
 def output_state(output: object) -> Tensor:
     """The state in a block's output, which is a tensor or a tuple that opens with it."""
     state = output[0] if isinstance(output, tuple) else output
@@ -56,10 +79,14 @@ def output_state(output: object) -> Tensor:
 
 
 class Capture:
-    """Forward hooks that keep the states of some modules, and of no others, until they are collected."""
+    """Forward hooks that keep the states of some modules, and of no others, until they are collected.
 
-    def __init__(self, modules: dict[int, nn.Module]) -> None:
-        self._states: dict[int, Tensor] = {}
+    `new` makes what they are kept in, once per pass.
+    """
+
+    def __init__(self, modules: dict[int, nn.Module], new: Callable[[], States]) -> None:
+        self._new = new
+        self._states = new()
         for block, module in modules.items():
             module.register_forward_hook(self._keeper(block))
 
@@ -69,7 +96,7 @@ class Capture:
 
         return keep
 
-    def collect(self) -> dict[int, Tensor]:
+    def collect(self) -> States:
         """The states of the pass just made; they are held here no longer."""
-        states, self._states = self._states, {}
+        states, self._states = self._states, self._new()
         return states

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,20 +15,29 @@ from llmkd.data import Batch
 from llmkd.distributed import frozen_engine, gathered
 from llmkd.models import backbone, blocks, head
 from llmkd.teachers.base import EMBEDDING, Capture, Signal
+from llmkd.teachers.offload import OffloadedStates
 
 
 class ResidentTeacher:
     """A frozen causal language model that is run forward for every micro-batch.
 
-    `uses` names the teacher block of every pair (a block used by three pairs three times); only these are captured. The
-    backbone is run without its head: the head's weight is lent, whole, to the chunked loss.
+    `uses` names the teacher block of every pair, in the order the student takes them (a block used by three pairs three times); only
+    these are captured. The backbone is run without its head: the head's weight is lent, whole, to the chunked loss, or with
+    `logits=False` is not kept at all. `offload_to`: the stream that takes waiting states to host memory and back.
     """
 
     def __init__(
-        self, model: PreTrainedModel, uses: Sequence[int], *, normed_last: bool, ds_config: dict[str, Any] | None
+        self,
+        model: PreTrainedModel,
+        uses: Sequence[int],
+        *,
+        normed_last: bool,
+        ds_config: dict[str, Any] | None,
+        logits: bool = True,
+        offload_to: torch.cuda.Stream | None = None,
     ) -> None:
         model.eval().requires_grad_(False)
-        self._head = head(model)
+        self._head = head(model) if logits else None
         self._uses = tuple(uses)
         stack = blocks(model)
         self._last = len(stack) - 1 if normed_last else None
@@ -36,11 +46,12 @@ class ResidentTeacher:
             modules[EMBEDDING] = model.get_input_embeddings()
         body = backbone(model)
         self._body = body if ds_config is None else frozen_engine(body, ds_config)
-        self._capture = Capture(modules)
+        offloaded = functools.partial(OffloadedStates, self._uses, offload_to)
+        self._capture = Capture(modules, dict if offload_to is None else offloaded)
 
     @torch.no_grad()
     def signals(self, batch: Batch) -> Signal:
-        """Run the teacher on the batch: the mapped blocks' states, the final state, and its head."""
+        """Run the teacher on the batch: the mapped blocks' states and, where logits are asked for, the final state and the head."""
         output = self._body(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -51,10 +62,13 @@ class ResidentTeacher:
         states = self._capture.collect()
         if self._last in self._uses:
             states[self._last] = final
+        if self._head is None:
+            return Signal(states, self._uses, None, None)
         return Signal(states, self._uses, final, self.head)
 
     @contextlib.contextmanager
     def head(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The head's weight [V, H] and bias, whole while the context lasts (all ranks take part)."""
+        assert self._head is not None, "a teacher without logits has no head to lend"
         with gathered([self._head.weight, self._head.bias]):
             yield self._head.weight, self._head.bias

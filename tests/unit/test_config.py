@@ -111,6 +111,13 @@ def test_file_that_is_no_text_and_missing_file(tmp_path: Path) -> None:
         (["matching.distance=l2"], "matching.distance: 'l2' is not known; choose from"),
         (["loss.divergence=kl"], "loss.divergence: 'kl' is not known;"),
         (["loss.temperature=0"], "loss.temperature: input should be greater than 0 (got 0)"),
+        (["loss.beta=0.3"], "loss.beta: forward_kl does not read it; leave it out, or write divergence: jsd"),
+        (
+            ["loss.divergence=jsd", "loss.skew=0.3"],
+            "loss.skew: jsd does not read it; leave it out, or write divergence: skew_kl",
+        ),
+        (["loss.divergence=jsd", "loss.beta=1.5"], "loss.beta: input should be less than or equal to 1 (got 1.5)"),
+        (["loss.divergence=skew_kl", "loss.skew=1.0"], "loss.skew: input should be less than 1 (got 1.0)"),
         (["train.learning_rate=.nan"], "train.learning_rate: input should be a finite number"),
         (["train.learning_rate=.inf"], "train.learning_rate: input should be a finite number"),
         (["train.learning_rate='1e-4'"], "train.learning_rate: input should be a valid number (got '1e-4')"),
@@ -250,6 +257,7 @@ def test_changed_is_checked_again_and_leaves_the_first_alone(recipe: Path) -> No
 
 IGNORED = ["name=other", "output=elsewhere", "study.seeds=[1]", "evaluation.limit=3", "train.save_every=7"]
 IGNORED += [
+    "teacher.offload_states=true",
     f"teacher.architecture={ARCHITECTURE}",
     "train.keep_checkpoints=9",
     "train.log_every=1",
@@ -257,6 +265,7 @@ IGNORED += [
     "train.wandb=project",
 ]
 NOTICED = ["seed=1", "student.blocks=2", "matching.strategy=none", "loss.hidden=1.0", "data.rows=3", "train.steps=5"]
+NOTICED += ["loss.divergence=jsd", "loss.divergence=tvd"]
 NOTICED += [
     "train.learning_rate=0.1",
     "train.warmup_steps=1",

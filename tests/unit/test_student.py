@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from llmkd import models
 from llmkd.data import IGNORE, Batch, collate
 from llmkd.distances import DISTANCES
 from llmkd.divergences import forward_kl
 from llmkd.student import Distiller, distance_sum, make_projectors
-from llmkd.teachers.base import Signal
+from llmkd.teachers.base import Signal, blocks_needed
+from llmkd.teachers.offload import OffloadedStates
 from llmkd.teachers.resident import ResidentTeacher
+from tests.tensor_bytes import TensorBytes
 from tests.tiny import BLOCKS
 
 
@@ -141,7 +145,8 @@ def test_teacher_asks_for_no_hidden_states(teacher: Any, monkeypatch: pytest.Mon
     teacher.model.register_forward_hook(lambda module, args, output: outputs.append(output))
     signal = source.signals(_batch())
     assert outputs[0].hidden_states is None and signal.held == 1
-    assert signal.final is not None and not signal.final.requires_grad
+    final = signal.take_final()
+    assert final is not None and not final.requires_grad
 
 
 @pytest.mark.parametrize("width", [32, 24])
@@ -178,3 +183,163 @@ def test_loss_is_the_weighted_sum_and_cross_entropy_is_transformers(teacher: Any
     labels = torch.nn.functional.pad(batch.targets, (1, 0), value=IGNORE)[:, :-1]
     theirs = student(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
     assert sums[0].item() / batch.trained_at.numel() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What waits, in bytes, and what is not run at all
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strategy", ["spread", "one student block", "one teacher block"])
+def test_a_pair_adds_one_state_to_what_waits_for_the_backward_pass(
+    teacher: Any, tiny: Path, dtype: torch.dtype, strategy: str
+) -> None:
+    batch = _batch()
+    pairs = {
+        "spread": ((0, 1), (2, 3), (4, 5)),
+        "one student block": ((2, 1), (2, 3), (2, 5)),
+        "one teacher block": ((0, 3), (2, 3), (4, 3)),
+    }[strategy]
+    waiting = []
+    for count in range(len(pairs) + 1):
+        student = models.load_causal_lm(tiny / "teacher", dtype=dtype, ds_config=None, attention="sdpa")
+        module = _distiller(student, pairs[:count])
+        source = ResidentTeacher(teacher.to(dtype), [t for _, t in pairs[:count]], normed_last=False, ds_config=None)
+        signal = source.signals(batch)
+        with TensorBytes() as made:
+            loss, sums = module(batch, signal, (1.0, 1.0, 1.0))
+            waiting.append(made.live)
+        assert signal.held == 0 and signal.take_final() is None
+        loss.backward()
+    state = batch.input_ids.numel() * 32 * dtype.itemsize
+    scalars = 64
+    for fewer, more in zip(waiting, waiting[1:], strict=False):
+        assert state <= more - fewer <= state + scalars
+
+
+def test_the_final_state_of_the_teacher_is_gone_before_the_backward_pass(teacher: Any, tiny: Path) -> None:
+    student = models.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa")
+    module = _distiller(student, ((5, 5),), normed_last=True)
+    signal = ResidentTeacher(teacher, [5], normed_last=True, ds_config=None).signals(_batch())
+    gone = weakref.ref(signal._states[5])  # a normed last state is the final state itself
+    loss, _ = module(_batch(), signal, (1.0, 1.0, 1.0))
+    assert gone() is None
+    loss.backward()
+
+
+def test_no_tensor_of_tokens_by_vocabulary_ever_exists(teacher: Any, tiny: Path) -> None:
+    """The whole step: teacher, student, losses, backward pass. The tiny vocabulary is 320; the head's weight has it too."""
+    student = models.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa")
+    module = _distiller(student, ((0, 4), (2, 1)), kl_positions="attended")
+    source = ResidentTeacher(teacher, [4, 1], normed_last=False, ds_config=None)
+    batch = _batch()
+    with TensorBytes() as made:
+        loss, _ = module(batch, source.signals(batch), (1.0, 1.0, 1.0))
+        loss.backward()
+    weight = models.head(student).weight.shape
+    assert weight[0] == 320 and batch.attended_at.numel() == 19
+    logits = [shape for shape in made.shapes if 320 in shape and set(shape) != set(weight)]
+    assert max(shape.numel() for shape in logits) == 4 * 320  # the chunk of 4 tokens
+
+
+@pytest.mark.parametrize("scales", [(0.0, 0.0, 1.0), (1.0, 0.0, 1.0), (0.0, 1.0, 1.0)])
+def test_a_part_without_weight_is_not_run(teacher: Any, tiny: Path, scales: tuple[float, float, float]) -> None:
+    student = models.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa")
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.1)
+    module = _distiller(student, ((1, 3),))
+    lent, runs = [], []
+    module.loss_head.register_forward_hook(lambda *a: runs.append(1))
+    source = ResidentTeacher(teacher, [3], normed_last=False, ds_config=None)
+    source.head = lambda head=source.head: (lent.append(1), head())[1]  # type: ignore[method-assign]
+    loss, sums = module(_batch(), source.signals(_batch()), scales)
+    loss.backward()
+    assert (len(runs), len(lent)) == (int(scales[:2] != (0.0, 0.0)), int(scales[1] != 0))
+    assert (sums[1] != 0) == (scales[1] != 0) and sums[2] > 0
+    assert (models.head(student).weight.grad is not None) == bool(runs)
+
+
+@pytest.mark.parametrize(
+    ("uses", "logits", "normed_last", "needed"),
+    [
+        ([0, 2], False, False, 3),
+        ([2, 2, 2], False, True, 3),
+        ([0, 5], False, False, 6),
+        ([0, 5], False, True, 6),
+        ([0, 2], True, False, 6),
+        ([-1, 0], False, False, 1),
+        ([], True, False, 6),
+    ],
+)
+def test_blocks_needed(uses: list[int], logits: bool, normed_last: bool, needed: int) -> None:
+    assert blocks_needed(uses, 6, logits=logits, normed_last=normed_last) == needed
+
+
+@pytest.mark.parametrize("uses", [[2], [0, 2], [-1, 1]])
+def test_a_teacher_cut_short_gives_the_whole_teachers_states(
+    teacher: Any, tiny: Path, uses: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    part = models.load_causal_lm(
+        tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa", first_blocks=max(uses) + 1
+    )
+    assert "UNEXPECTED" not in caplog.text
+    cut = ResidentTeacher(models.without_head(part), uses, normed_last=False, ds_config=None, logits=False)
+    runs: list[nn.Module] = []
+    for block in models.blocks(teacher):
+        block.register_forward_hook(lambda module, *a: runs.append(module))
+    for block in models.blocks(part):
+        block.register_forward_hook(lambda module, *a: runs.append(module))
+    batch = _batch()
+    short = cut.signals(batch)
+    assert len(runs) == max(uses) + 1
+    assert short.head is None and short.take_final() is None
+    whole = ResidentTeacher(teacher, uses, normed_last=False, ds_config=None).signals(batch)
+    for block in uses:
+        torch.testing.assert_close(short.take(block), whole.take(block), rtol=0, atol=0)
+
+
+def test_a_teacher_without_logits_holds_no_head(tiny: Path) -> None:
+    model = models.load_causal_lm(
+        tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa", first_blocks=2
+    )
+    head_weight = weakref.ref(models.head(model).weight)
+    source = ResidentTeacher(models.without_head(model), [1], normed_last=False, ds_config=None, logits=False)
+    del model
+    gc.collect()
+    assert head_weight() is None and source.signals(_batch()).held == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# States that wait elsewhere
+
+
+@pytest.mark.parametrize("order", [[5, 3, 1], [3, 3, 3], [4, 1, 4], [0, 1, 2, 3]])
+def test_offloaded_states_come_back_as_they_were_one_ahead(order: list[int]) -> None:
+    """On a CPU the copies are made at once; what is sent where, and when it is let go, is the same."""
+    states = {block: torch.randn(2, 3, 4) for block in sorted(set(order))}
+    away = OffloadedStates(order, None)
+    for block, state in states.items():
+        away[block] = state
+    assert not away._here and away._away.keys() == states.keys()
+    signal = Signal(away, order, None, None)
+    for number, block in enumerate(order):
+        state = signal.take(block)
+        assert torch.equal(state, states[block]) and state is not states[block]
+        coming = set(order[number + 1 : number + 2])
+        assert coming <= away._here.keys() <= {block, *order[: number + 2]}
+    assert signal.held == 0
+
+
+def test_a_teacher_gives_the_same_signals_from_host_memory(
+    teacher: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = models.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa")
+    pairs = ((0, 5), (2, 3), (5, 0))
+    module = _distiller(student, pairs)
+    source = ResidentTeacher(teacher, [t for _, t in pairs], normed_last=False, ds_config=None)
+    here = module(_batch(), source.signals(_batch()), (1.0, 1.0, 1.0))[1]
+    source._capture._new = lambda: OffloadedStates([t for _, t in pairs], None)
+    source._capture.collect()
+    away = module(_batch(), source.signals(_batch()), (1.0, 1.0, 1.0))[1]
+    torch.testing.assert_close(here, away, rtol=0, atol=0)

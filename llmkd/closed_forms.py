@@ -1,0 +1,119 @@
+"""Each divergence's value and its gradient, written out, in the buffers it is given: what the chunked head uses instead of autograd.
+
+A form takes q, log q, p and log p (student's and teacher's softmax at the temperature, float32 or float64 `[n, V]`) and gives
+(value `[n]`, gradient `[n, V]` with respect to the student's logits over the temperature). It leaves q as it is; the gradient lies in
+one of the other three, whose contents are lost. For a divergence D with d_v = ∂D/∂q_v the gradient is q_v (d_v - Σ_u q_u d_u); a
+constant added to d changes nothing, and is chosen so that equal distributions give exactly 0. The temperature's factors are the caller's.
+The definitions are in `llmkd.divergences`; the tests hold each form to them.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from llmkd import divergences
+from llmkd.divergences import Divergence, head_share
+
+Form = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def forward_kl(q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """d = -p/q: the gradient is q - p."""
+    value = log_p.sub_(log_q).mul_(p).sum(-1)
+    return value, torch.sub(q, p, out=p)
+
+
+def reverse_kl(q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """d = log(q/p): its mean under q is the value itself."""
+    slope = log_q.sub_(log_p).mul_(q)
+    value = slope.sum(-1)
+    return value, _less_its_mean(slope, q, value)
+
+
+def jsd(q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
+    """d = (1-β) log(q/m), m = βp + (1-β)q: what m's own q adds is constant."""
+    if beta in (0.0, 1.0):
+        return (reverse_kl if beta else forward_kl)(q, log_q, p, log_p)
+    mixture = _mixture(q, p, beta, out=log_p)
+    slope = _log_ratio(torch.div(q, mixture, out=log_q)).mul_(q)
+    of_student = slope.sum(-1)
+    of_teacher = _log_ratio(torch.div(p, mixture, out=mixture)).mul_(p).sum(-1)
+    gradient = _less_its_mean(slope, q, of_student).mul_(1 - beta)
+    return beta * of_teacher + (1 - beta) * of_student, gradient
+
+
+def skew_kl(q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor, *, skew: float) -> tuple[Tensor, Tensor]:
+    """d = -(1-λ)(p/m - 1), m = λp + (1-λ)q."""
+    if skew == 0:
+        return forward_kl(q, log_q, p, log_p)
+    ratio = torch.div(p, _mixture(q, p, skew, out=log_p), out=log_p)
+    value = _log_ratio(log_q.copy_(ratio)).mul_(p).sum(-1)
+    slope = ratio.sub_(1).mul_(q)
+    return value, _less_its_mean(slope, q, slope.sum(-1)).mul_(skew - 1)
+
+
+def skew_reverse_kl(q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor, *, skew: float) -> tuple[Tensor, Tensor]:
+    """d = log(q/m) - λ(q/m - 1), m = (1-λ)p + λq."""
+    if skew == 0:
+        return reverse_kl(q, log_q, p, log_p)
+    ratio = torch.div(q, _mixture(p, q, skew, out=log_p), out=log_p)
+    slope = _log_ratio(log_q.copy_(ratio)).mul_(q)
+    value = slope.sum(-1)
+    slope.addcmul_(q, ratio.sub_(1), value=-skew)
+    return value, _less_its_mean(slope, q, slope.sum(-1))
+
+
+def tvd(q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """d = ½ sign(q - p)."""
+    gap = torch.sub(q, p, out=p)
+    value = torch.abs(gap, out=log_p).sum(-1) / 2
+    slope = gap.sign_().mul_(q).div_(2)
+    return value, _less_its_mean(slope, q, slope.sum(-1))
+
+
+def akl(q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor, *, akl_mu: float) -> tuple[Tensor, Tensor]:
+    """Both KLs' gradients, shared out; the share itself carries none."""
+    share = head_share(p, q, akl_mu)
+    gap = log_q.sub_(log_p)
+    forward = -torch.mul(p, gap, out=log_p).sum(-1)
+    slope = gap.mul_(q)
+    reverse = slope.sum(-1)
+    gradient = torch.sub(q, p, out=p).mul_(share[:, None])
+    gradient.addcmul_(_less_its_mean(slope, q, reverse), (1 - share)[:, None])
+    return share * forward + (1 - share) * reverse, gradient
+
+
+CLOSED_FORMS: dict[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]] = {
+    divergences.forward_kl: forward_kl,
+    divergences.reverse_kl: reverse_kl,
+    divergences.jsd: jsd,
+    divergences.skew_kl: skew_kl,
+    divergences.skew_reverse_kl: skew_reverse_kl,
+    divergences.tvd: tvd,
+    divergences.akl: akl,
+}
+
+
+def closed_form(divergence: Divergence) -> Form | None:
+    """The form of a divergence, with its parameters; None for a divergence that has none, which goes through autograd."""
+    if isinstance(divergence, partial):
+        form = CLOSED_FORMS.get(divergence.func)
+        return None if form is None else partial(form, **divergence.keywords)
+    return CLOSED_FORMS.get(divergence)
+
+
+def _less_its_mean(slope: Tensor, q: Tensor, mean: Tensor) -> Tensor:
+    """q·d - q Σ q·d in the buffer of q·d: the gradient with respect to logits."""
+    return slope.addcmul_(q, mean[:, None], value=-1)
+
+
+def _mixture(a: Tensor, b: Tensor, weight: float, *, out: Tensor) -> Tensor:
+    """a + weight (b - a), which is a to the bit where b equals it; never 0, so that it can divide."""
+    return torch.lerp(a, b, weight, out=out).clamp_(min=torch.finfo(a.dtype).tiny)
+
+
+def _log_ratio(ratio: Tensor) -> Tensor:
+    """log in place; a ratio of 0 belongs to a probability of 0, and 0 times any finite number adds nothing."""
+    return ratio.clamp_(min=torch.finfo(ratio.dtype).tiny).log_()

@@ -1,0 +1,1 @@
+"""Measurements of llmkd beside what one would do without it. Each module is a command: `python -m benchmarks.step --help`."""

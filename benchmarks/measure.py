@@ -26,8 +26,10 @@ MIB = 2**20
 class Memory:
     """MiB of one step on the rank that holds most."""
 
+    passes: float
+    """Tensors made in the forward and backward passes, at most alive at a time."""
     peak: float
-    """Tensors made in the step, at most alive at a time."""
+    """The same of the whole step, with the optimizer's part."""
     resting: float
     """Tensors that are there before and after it: both models, gradients' buffers, optimizer."""
     process: float
@@ -70,17 +72,22 @@ def mean_loss(world: World, loss: Tensor) -> float:
 
 
 def memory(world: World, contestant: Contestant, teacher: nn.Module, work: Work) -> Memory:
-    """The bytes of one step; a second step gives what the process grew by."""
+    """The bytes of one step."""
+    engine, passes = contestant.engine, []
+    optimizer_step = engine.step
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        passes.append(counted.peak)
+        return optimizer_step(*args, **kwargs)
+
     with contestant.turn() as step:
         gc.collect()
+        engine.step = noting
         with TensorBytes() as counted:
-            step(work)
-        peak = counted.peak
-        gc.collect()
-        grown = _growth(lambda: step(work))
-    resting = resting_bytes([teacher, contestant.engine])
-    values = (highest(world, value / MIB) for value in (peak, resting, grown))
-    return Memory(*values)
+            grown = _growth(lambda: step(work))
+        del engine.step  # the method of its class shows again
+    values = (passes[0], counted.peak, resting_bytes([teacher, engine]), grown)
+    return Memory(*(highest(world, value / MIB) for value in values))
 
 
 def bytes_up_to_backward(world: World, contestant: SharedEngine, teacher: nn.Module, work: Work) -> tuple[float, float]:

@@ -2,13 +2,17 @@
 
 Two of TRL's trainers distil logits. `GKDTrainer` (trl.experimental) makes whole logits of both models. `DistillationTrainer` computes
 the divergence in tiles (by Triton kernels on a GPU) and is meant for texts that the student has just written; here it is given the
-batch's completions, so that nothing is generated. Both compute a divergence alone, no cross-entropy.
+batch's completions, so that nothing is generated. Both compute a divergence alone, no cross-entropy. GKDTrainer has no fused Liger loss
+any more (TRL 1.16): Liger replaces the models' layers, and the saving of memory is DistillationTrainer's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.metadata
+import importlib.util
+import io
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +29,11 @@ from benchmarks.shapes import PAD, Work, labels
 from llmkd.distributed import World, zero_stage
 from llmkd.models import new_tokenizer
 
-KINDS = ("trl/gkd", "trl/distillation")
+
+def kinds(device: torch.device) -> tuple[str, ...]:
+    """The contestants that TRL gives; with Liger's kernels (norms, rotary positions, MLP) too where they can run."""
+    liger = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+    return ("trl/gkd", *(["trl/gkd liger"] if liger else []), "trl/distillation")
 
 
 def version() -> str | None:
@@ -55,9 +63,9 @@ class TrlStep:
             teacher = copy.deepcopy(teacher)
         self._given: Any = None
         self._distils = name == "trl/distillation"
-        settings = _settings(ds_config, student.dtype, on_cpu=world.device.type == "cpu")
+        settings = _settings(ds_config, student.dtype, on_cpu=world.device.type == "cpu", liger=name.endswith("liger"))
         make = self._distillation if self._distils else self._gkd
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             self._trainer: Any = make(student, teacher, settings, len(setting_up.rows) * world.size)
             self._give(setting_up)
@@ -160,7 +168,7 @@ def _padded(rows: list[tuple[int, ...]], *, left: bool) -> tuple[Tensor, Tensor]
     return ids, mask
 
 
-def _settings(ds_config: dict[str, Any], dtype: torch.dtype, *, on_cpu: bool) -> dict[str, Any]:
+def _settings(ds_config: dict[str, Any], dtype: torch.dtype, *, on_cpu: bool, liger: bool) -> dict[str, Any]:
     """The trainer's settings: the same engine as everybody, no recomputation, nothing logged or saved."""
     return dict(
         output_dir=tempfile.mkdtemp(prefix="benchmark-trl-"),
@@ -174,6 +182,7 @@ def _settings(ds_config: dict[str, Any], dtype: torch.dtype, *, on_cpu: bool) ->
         max_grad_norm=ds_config["gradient_clipping"],
         bf16=dtype == torch.bfloat16,
         use_cpu=on_cpu,
+        use_liger_kernel=liger,
         deepspeed=copy.deepcopy(ds_config),
         logging_strategy="no",
         save_strategy="no",

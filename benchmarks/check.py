@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.contestants import Terms
@@ -17,6 +17,7 @@ from llmkd.distances import normalized_mse
 from llmkd.distributed import World, sum_tensor
 from llmkd.divergences import DIVERGENCES
 from llmkd.models import blocks
+from llmkd.teachers.base import output_state
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative
 OWN_TYPE = {"trl/gkd": {torch.bfloat16: 0.3}, "trl/gkd liger": {torch.bfloat16: 0.3}}
@@ -49,7 +50,11 @@ def expected_losses(
 def _row(model: PreTrainedModel, tokens: list[int]) -> dict[str, Any]:
     """A row's logits and block states in fp32; the last block's state raw as well as normed."""
     raw: list[Tensor] = []
-    handle = blocks(model)[-1].register_forward_hook(lambda module, args, output: raw.append(output))
+
+    def keep(module: nn.Module, args: object, output: object) -> None:
+        raw.append(output_state(output))
+
+    handle = blocks(model)[-1].register_forward_hook(keep)
     out = model(input_ids=torch.tensor([tokens], device=model.device), output_hidden_states=True, use_cache=False)
     handle.remove()
     return {"logits": out.logits[0].float(), "states": out.hidden_states[1:], "raw": raw[0]}

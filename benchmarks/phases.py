@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
@@ -51,7 +52,7 @@ class Clock:
         self.seconds.clear()
 
 
-def phases_of(contestant: Contestant, teacher: PreTrainedModel, work: Work, *, steps: int = 3) -> dict[str, float]:
+def phases_of(contestant: Contestant, teacher: PreTrainedModel, work: Work, *, steps: int = 2) -> dict[str, float]:
     """Mean seconds of each phase. On a GPU every border waits for it, so the sum is more than a step takes."""
     clock = Clock()
     with contestant.turn() as step, _watched(clock, contestant, teacher):
@@ -88,10 +89,9 @@ def _watched(clock: Clock, contestant: Contestant, teacher: PreTrainedModel) -> 
     with ExitStack() as stack:
         for model, phase in ((contestant.student, "student forward"), (teacher, "teacher")):
             body = backbone(model)
-            before = body.register_forward_pre_hook(lambda module, args, phase=phase: clock.enter(phase))
-            after = body.register_forward_hook(lambda module, args, output: clock.leave())
-            stack.callback(before.remove)
-            stack.callback(after.remove)
+            enter, leave = _entering(clock, phase)
+            stack.callback(body.register_forward_pre_hook(enter).remove)
+            stack.callback(body.register_forward_hook(leave).remove)
         for owner, method, phase in (
             (contestant.engine, "backward", "backward"),
             (contestant.engine, "step", "optimizer"),
@@ -99,6 +99,18 @@ def _watched(clock: Clock, contestant: Contestant, teacher: PreTrainedModel) -> 
         ):
             _wrap(stack, owner, method, clock, phase)
         yield
+
+
+def _entering(clock: Clock, phase: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    """A module's hooks before and after it."""
+
+    def enter(module: nn.Module, args: object) -> None:
+        clock.enter(phase)
+
+    def leave(module: nn.Module, args: object, output: object) -> None:
+        clock.leave()
+
+    return enter, leave
 
 
 def _wrap(stack: ExitStack, owner: Any, name: str, clock: Clock, phase: str) -> None:

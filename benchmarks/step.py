@@ -68,7 +68,7 @@ class Benchmark:
             terms = Terms(pairs=pairs[:count])
             passes[f"pairs/{count}"] = (terms, Llmkd(student, self.teacher, terms.pairs, ranks=world.size))
         given = [terms for terms, _ in passes.values() if terms is not None]
-        alone = [trl_trainers.TrlStep.terms]
+        alone = [trl_trainers.KL_ALONE]
         self._expected = dict(zip(map(repr, [*given, *alone]), self._expect(student, [*given, *alone]), strict=True))
         shared = share_engine(student, self.teacher, passes, self.ds_config) if passes else []
         self.counted: list[SharedEngine] = [c for c in shared if c.name.startswith("pairs/")]

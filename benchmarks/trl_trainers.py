@@ -36,6 +36,9 @@ def kinds(device: torch.device) -> tuple[str, ...]:
     return ("trl/gkd", *(["trl/gkd liger"] if liger else []), "trl/distillation")
 
 
+KL_ALONE = Terms(ce=0.0)
+
+
 def version() -> str | None:
     """TRL's version, None where it is not installed."""
     try:
@@ -47,7 +50,7 @@ def version() -> str | None:
 class TrlStep:
     """One of TRL's trainers as a contestant. `setting_up` is a step on which its loop makes engine and optimizer."""
 
-    terms = Terms(ce=0.0)
+    terms: Terms | None = KL_ALONE
 
     def __init__(
         self,

@@ -18,14 +18,14 @@ from llmkd import records, text_metrics
 FEWSHOT_EXAMPLES = 64
 
 
-def record_splits(items: int = 1000, seed: int = 0, **_: Any) -> DatasetDict:
+def record_splits(items: int = 1000, records_seed: int = 0, **_: Any) -> DatasetDict:
     """The test split, and a little of the training split for few-shot prompts.
 
-    The keywords are the YAML's `dataset_kwargs`; lm-eval adds its model arguments to them.
+    The keywords are the YAML's `dataset_kwargs`; lm-eval adds its model arguments to them, of which vLLM's has a `seed`.
     """
     made = {
-        "test": records.examples("test", seed, 0, items),
-        "train": records.examples("train", seed, 0, FEWSHOT_EXAMPLES),
+        "test": records.examples("test", records_seed, 0, items),
+        "train": records.examples("train", records_seed, 0, FEWSHOT_EXAMPLES),
     }
     return DatasetDict({split: Dataset.from_list([_row(example) for example in rows]) for split, rows in made.items()})
 

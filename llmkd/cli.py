@@ -210,6 +210,46 @@ def evaluate(model: Path, recipe: str, output: Path | None, overrides: tuple[str
 
 
 @cli.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL_OR_STUDY...", type=click.Path(path_type=Path))
+@click.option(
+    "--recipe",
+    "-r",
+    help="Recipe whose data and evaluation sections are used [default: the study's own, else quickstart].",
+)
+@click.option(
+    "--backend", type=click.Choice(["auto", "hf", "vllm"]), help="What runs the models; overrides the recipe's."
+)
+@click.option("--items", type=click.IntRange(min=1), help="Prompts; overrides the recipe's.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder of the results [default: generations/ in the study or beside it].",
+)
+@SET
+def generate(
+    models: tuple[Path, ...],
+    recipe: str | None,
+    backend: str | None,
+    items: int | None,
+    output: Path | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Let models continue held-out prompts, score the texts and show some. A study's folder stands for all its models."""
+    from llmkd.config import load_recipe
+    from llmkd.generation import generate as run
+    from llmkd.generation import models_of, shown
+
+    studies = [path for path in models if (path / "study.json").is_file()]
+    named = {"backend": backend, "items": items}
+    sets = [f"evaluation.generation.{key}={value}" for key, value in named.items() if value is not None]
+    settings = load_recipe(recipe or (studies[0] / "recipe.yaml" if studies else "quickstart"), (*overrides, *sets))
+    if settings.evaluation.generation is None:
+        settings = settings.changed({"evaluation.generation": {}})
+    place = output or (studies[0] if studies else models[0].resolve().parent) / "generations"
+    click.echo(shown(run(models_of(models), settings.evaluation, settings.data, place)))
+
+
+@cli.command()
 @click.argument("recipe")
 @click.option("--ranks", type=click.IntRange(min=1), required=True, help="GPUs the run would have.")
 @SET

@@ -19,7 +19,8 @@ from llmkd.config import flat
 from llmkd.errors import InputError
 from llmkd.findings import gather
 from llmkd.report import COLUMNS, LONGEST_IN_TERMINAL, LONGEST_REASON, Table, aligned, cell_text, markdown_table, plain
-from llmkd.study_files import generations, publish
+from llmkd.results import publish
+from llmkd.study_files import generations
 
 Study = dict[str, Any]
 Metric = dict[str, Any]

@@ -167,10 +167,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def tokenize(rows: Dataset, tokenizer: Any, *, format: str, max_length: int, too_long: str) -> Dataset:
-    """Rows -> {input_ids, trained (per token), length}. Prompts are not trained; of a chat, what the assistant says is.
+    """Rows -> {input_ids, trained (per token), length, row}. Prompts are not trained; of a chat, what the assistant says is.
 
-    Prompt and completion are tokenized apart, as they are when the model later continues the prompt. Raises InputError
-    for a row that lacks its columns, or when no row is left.
+    `row` is the row's number. Prompt and completion are tokenized apart, as they are when the model later continues the
+    prompt. Raises InputError for a row that lacks its columns, or when no row is left.
     """
     format = _format_of(rows.column_names) if format == "auto" else format
     missing = [c for c in FORMATS[format] if c not in rows.column_names]
@@ -193,7 +193,14 @@ def tokenize(rows: Dataset, tokenizer: Any, *, format: str, max_length: int, too
             ids, trained = [i[:max_length] for i in ids], [t[:max_length] for t in trained]
         useful = [any(t[1:]) for t in trained]
         length = [len(i) for i in ids]
-        return {"input_ids": ids, "trained": trained, "length": length, "whole": whole, "useful": useful}
+        return {
+            "input_ids": ids,
+            "trained": trained,
+            "length": length,
+            "whole": whole,
+            "useful": useful,
+            "row": numbers,
+        }
 
     found = rows.map(
         encoded, batched=True, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False
@@ -236,13 +243,13 @@ def _check_text(columns: dict[str, list[Any]], format: str, numbers: list[int]) 
 
 
 def _prompt_completion(columns: dict[str, list[Any]], tokenizer: Any, numbers: list[int]) -> Encoded:
-    prompts = _leading(tokenizer, columns["prompt"])
+    prompts = leading(tokenizer, columns["prompt"])
     completions = _closed(tokenizer(columns["completion"], add_special_tokens=False)["input_ids"], tokenizer)
     both = list(zip(prompts, completions, strict=True))
     return [p + c for p, c in both], [[False] * len(p) + [True] * len(c) for p, c in both]
 
 
-def _leading(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def leading(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """The ids of texts that open a sequence: with the tokenizer's leading tokens, without a closing one it may add."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     added = tokenizer("a", add_special_tokens=True)["input_ids"]
@@ -258,7 +265,7 @@ def _closed(encoded: list[list[int]], tokenizer: Any) -> list[list[int]]:
 
 
 def _text(columns: dict[str, list[Any]], tokenizer: Any, numbers: list[int]) -> Encoded:
-    texts = _closed(_leading(tokenizer, columns["text"]), tokenizer)
+    texts = _closed(leading(tokenizer, columns["text"]), tokenizer)
     # An empty line is no document; trained on, it would teach to stop at once.
     return texts, [[bool(text.strip())] * len(ids) for text, ids in zip(columns["text"], texts, strict=True)]
 
@@ -287,7 +294,7 @@ def conversation(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[i
     turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise InputError("the conversation has no turn of the role assistant; add one, there is nothing to train on")
-    whole = _rendered(messages, tokenizer)
+    whole = rendered(messages, tokenizer)
     spans = [_said(messages, turn, whole, tokenizer) for turn in turns]
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     # Some tokenizers leave white space out of a token's place, so that (a, b) may be (b, b).
@@ -302,14 +309,14 @@ def _said(messages: list[dict[str, str]], turn: int, whole: str, tokenizer: Any)
     from what stands around a stand-in for the words, in the whole chat and where the chat ends with this turn.
     """
     upto = [*messages[:turn], {**messages[turn], "content": SAID}]
-    opening, _, closing = _rendered(upto, tokenizer).partition(SAID)
-    after = _rendered([*upto, *messages[turn + 1 :]], tokenizer).partition(SAID)[2] if messages[turn + 1 :] else closing
+    opening, _, closing = rendered(upto, tokenizer).partition(SAID)
+    after = rendered([*upto, *messages[turn + 1 :]], tokenizer).partition(SAID)[2] if messages[turn + 1 :] else closing
     if not after.startswith(closing):  # Phi-3 ends a whole chat with a further token
         closing = re.sub(r"\s\S*$", "", os.path.commonprefix([closing, after]))
     end = len(whole) - len(after) + len(closing.rstrip() or closing)
-    before = _rendered(messages[:turn], tokenizer, add_generation_prompt=True) if turn else opening
+    before = rendered(messages[:turn], tokenizer, add_generation_prompt=True) if turn else opening
     start = len(os.path.commonprefix([whole, before]))
-    told = len(os.path.commonprefix([before, _rendered(messages[:turn], tokenizer)])) if turn else 0
+    told = len(os.path.commonprefix([before, rendered(messages[:turn], tokenizer)])) if turn else 0
     if SAID in whole or not whole.endswith(after) or not told <= start <= end:
         raise InputError(
             f"the chat template writes what precedes turn {turn} otherwise once that turn is there, so the assistant's "
@@ -318,7 +325,7 @@ def _said(messages: list[dict[str, str]], turn: int, whole: str, tokenizer: Any)
     return start, end
 
 
-def _rendered(messages: list[dict[str, str]], tokenizer: Any, add_generation_prompt: bool = False) -> str:
+def rendered(messages: list[dict[str, str]], tokenizer: Any, add_generation_prompt: bool = False) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # a template is a program of its own, and may raise anything

@@ -48,7 +48,7 @@ def examine(recipe: Recipe, rows: int = 2) -> tuple[list[Finding], list[str]]:
     findings = [*_data(recipe, data, tokenizer)]
     if folder is not None:
         findings = [*_ends(folder, tokenizer, "teacher"), *_student(recipe, folder, tokenizer), *findings]
-    return [*findings, *_machine(recipe)], [marked(row, tokenizer) for row in data.select(range(min(rows, len(data))))]
+    return [*findings, *_machine(recipe)], [marked(data[number], tokenizer) for number in range(min(rows, len(data)))]
 
 
 def _start(recipe: Recipe) -> tuple[Path | None, Any]:

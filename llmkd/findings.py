@@ -19,7 +19,7 @@ from llmkd.comparisons import comparisons
 from llmkd.conclusion import conclusion, notes
 from llmkd.items import ItemScores, no_items
 from llmkd.significance import half_width
-from llmkd.study_files import STEPS, Entry, read, read_lines, read_study, result, steps_asked
+from llmkd.study_files import STEPS, Entry, found_before_failing, read, read_lines, read_study, result, steps_asked
 
 CURVE_POINTS = 200  # of one run; a longer curve is thinned
 COST = ("steps", "seconds", "tokens", "tokens_per_second", "memory_gib", "world_size", "resumed_from_step")
@@ -81,6 +81,8 @@ def outcome(folder: Path, entry: Entry) -> dict[str, Any]:
         found = result(folder, entry, step)
         if isinstance(found, str):
             made["problems"][step] = found
+            found = found_before_failing(folder, entry, step)
+        if found is None:
             continue
         tasks = found["tasks"] if step == "lm-eval" else {step: found["metrics"]}
         counted = found.get("items", found.get("rows"))

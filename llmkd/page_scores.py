@@ -89,21 +89,20 @@ def _score_table(rows: Sequence[Row], metrics: Sequence[Row], primary: str | Non
 
 
 def _score_head(metric: Row, primary: str | None) -> str:
-    main, way = " main" if metric["name"] == primary else "", _way(metric)
-    arrow = "↑" if metric["higher_is_better"] else "↓"
-    words = f'<span class="way" title="{way} is better">{arrow}{hidden(f"{way} is better")}</span>'
-    return f'<th scope="col" class="number{main}">{escape(metric["label"])} {words}</th>'
-
-
-def _way(metric: Row) -> str:
-    return "higher" if metric["higher_is_better"] else "lower"
+    main, words = " main" if metric["name"] == primary else "", ""
+    if metric["higher_is_better"] is not None:
+        way, arrow = ("higher", "↑") if metric["higher_is_better"] else ("lower", "↓")
+        words = f' <span class="way" title="{way} is better">{arrow}{hidden(f"{way} is better")}</span>'
+    return f'<th scope="col" class="number{main}">{escape(metric["label"])}{words}</th>'
 
 
 def _best(rows: Sequence[Row], metric: Row) -> float | None:
-    """The best mean of all models but the teacher; None where fewer than two have one."""
+    """The best mean of all models but the teacher; None where they all have the same, or neither end is the better one."""
     cells = [row["cells"].get(metric["name"]) for row in rows if row["kind"] != "teacher"]
     means = [cell["mean"] for cell in cells if cell is not None]
-    return None if len(means) < 2 else max(means) if metric["higher_is_better"] else min(means)
+    if len(set(means)) < 2 or metric["higher_is_better"] is None:
+        return None
+    return max(means) if metric["higher_is_better"] else min(means)
 
 
 def _score_cell(row: Row, metric: Row, best: float | None, primary: str | None) -> str:

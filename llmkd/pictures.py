@@ -221,7 +221,8 @@ def _ends(found: Row) -> list[float]:
 
 
 def _better(metric: Row) -> str:
-    return "higher is better" if metric["higher_is_better"] else "lower is better"
+    said = {True: "higher is better", False: "lower is better", None: "neither end is better"}
+    return said[metric["higher_is_better"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

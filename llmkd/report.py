@@ -16,7 +16,8 @@ from typing import Any
 
 from llmkd.findings import gather, outcome
 from llmkd.layer_map import drawing
-from llmkd.study_files import generations, publish, read_study
+from llmkd.results import publish
+from llmkd.study_files import generations, read_study
 
 LONGEST_REASON = 60  # characters of a failure inside a table; the whole sentence stands below it
 LONGEST_IN_TERMINAL = 20

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from llmkd.config import Recipe, dump_recipe
 from llmkd.errors import InputError
 from llmkd.launch import launch
+from llmkd.results import publish
 
 log = logging.getLogger("llmkd")
 
@@ -37,8 +37,8 @@ def study(recipe: Recipe, ranks: int | None = None) -> Path:
     entries = manifest(recipe)
     _check(recipe, entries, ranks)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "recipe.yaml", dump_recipe(recipe))
-    _write(folder / "study.json", json.dumps(_stated(recipe, entries), indent=1))
+    publish(folder / "recipe.yaml", dump_recipe(recipe))
+    publish(folder / "study.json", json.dumps(_stated(recipe, entries), indent=1))
 
     runs = [entry for entry in entries if entry["train"] is not None]
     for number, entry in enumerate(runs, start=1):
@@ -186,7 +186,7 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
     from llmkd.build import accumulation_steps, pairs_of, read_rows, student_inputs, teacher_inputs, total_steps
     from llmkd.checkpoint import check_same
     from llmkd.evaluation import check_tasks
-    from llmkd.generation import check_generation
+    from llmkd.generation import check as check_generation
     from llmkd.models import load_config, resolve
 
     if not recipe.evaluation.tasks and recipe.evaluation.generation is None:
@@ -235,7 +235,7 @@ def _launch(recipe: Recipe, entry: dict[str, Any], ranks: int) -> None:
     file = recipe.folder / "recipes" / f"{entry['name']}.yaml"
     file.parent.mkdir(exist_ok=True)
     teacher = entry["kind"] == "teacher"
-    _write(file, dump_recipe(recipe if teacher else entry_recipe(recipe, entry)))
+    publish(file, dump_recipe(recipe if teacher else entry_recipe(recipe, entry)))
     where = ["--teacher-only"] if teacher else ["--output", str(recipe.folder / entry["train"])]
     ending = launch(ranks, ["--recipe", str(file), *where])
     if ending.stopped and ending.code in (0, 130, 143):  # 130 and 143: a rank was asked before it could listen
@@ -260,7 +260,7 @@ def _write_undistilled(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> Non
         made_of = json.dumps({k: v for k, v in student_inputs(seeded).items() if k.startswith(decides)})
         if not (target / "llmkd.json").is_file() or (target / "llmkd.json").read_text() != made_of:
             initial_student(seeded, resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision), target)
-            _write(target / "llmkd.json", made_of)
+            publish(target / "llmkd.json", made_of)
 
 
 def _model(recipe: Recipe, entry: dict[str, Any]) -> Path:
@@ -271,9 +271,3 @@ def _model(recipe: Recipe, entry: dict[str, Any]) -> Path:
     from llmkd.models import resolve
 
     return resolve(entry["model"], entry["name"], recipe.teacher.revision if entry["kind"] == "teacher" else None)
-
-
-def _write(file: Path, text: str) -> None:
-    tmp = file.with_name(file.name + ".tmp")
-    tmp.write_text(text)
-    os.replace(tmp, file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,12 @@ def result(folder: Path, entry: Entry, step: str) -> dict[str, Any] | str:
     return found if found["error"] is None else f"failed: {found['error']}"
 
 
+def found_before_failing(folder: Path, entry: Entry, step: str) -> dict[str, Any] | None:
+    """What a failed step has numbers for all the same (one faulty task costs the others nothing); None if for nothing."""
+    found = read(folder / entry[STEPS[step]])
+    return found if found and (found.get("tasks") or found.get("metrics")) else None
+
+
 def details(folder: Path, entry: Entry, step: str) -> Path:
     """The file of a step's lines, one per item."""
     file = folder / entry[STEPS[step]]
@@ -46,14 +51,19 @@ def details(folder: Path, entry: Entry, step: str) -> Path:
 
 
 def generations(folder: Path, limit: int = 200) -> list[dict[str, Any]]:
-    """The first `limit` items with what every model wrote: {"item", "prompt", "references", "outputs": {entry: text}}."""
+    """The first `limit` items with what every model wrote, and how it scored on each.
+
+    {"item", "prompt", "references", "outputs": {entry: text}, "scores": {entry: {name: number}}}
+    """
     items: dict[int, dict[str, Any]] = {}
     for entry in read_study(folder)["entries"]:
         if "generation" not in steps_asked(entry) or isinstance(result(folder, entry, "generation"), str):
             continue
         for line in read_lines(details(folder, entry, "generation"), limit):
             about = {key: line[key] for key in ("item", "prompt", "references")}
-            items.setdefault(line["item"], {**about, "outputs": {}})["outputs"][entry["name"]] = line["text"]
+            item = items.setdefault(line["item"], {**about, "outputs": {}, "scores": {}})
+            item["outputs"][entry["name"]] = line["text"]
+            item["scores"][entry["name"]] = line.get("scores", {})
     return [items[number] for number in sorted(items)[:limit]]
 
 
@@ -78,10 +88,3 @@ def read_lines(file: Path, limit: int | None = None) -> list[dict[str, Any]]:
     except OSError:
         return []
     return found
-
-
-def publish(file: Path, text: str) -> None:
-    """Write a file whole, or not at all."""
-    tmp = file.with_name(file.name + ".tmp")
-    tmp.write_text(text)
-    os.replace(tmp, file)

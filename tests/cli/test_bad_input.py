@@ -107,6 +107,10 @@ def test_the_recipe_that_is_spoilt_below_is_good(place: Path, world: Any) -> Non
         ({"data.max_length": 65}, "data.max_length: 65 tokens are more than the 64 positions of"),
         ({"train.deepspeed": "zero4"}, "train.deepspeed: no DeepSpeed configuration 'zero4'; write one of"),
         (
+            {"teacher.offload_states": True},
+            "teacher.offload_states: there is no GPU here whose memory it would spare; write false",
+        ),
+        (
             {"teacher.attention": "flash_attention_2"},
             "teacher.attention: flash_attention_2 needs a GPU and the package",
         ),

@@ -25,7 +25,7 @@ def output(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_the_commands_are_those_of_the_readme() -> None:
-    assert {"train", "finetune", "study", "evaluate", "report", "plan", "maps"} <= set(COMMANDS)
+    assert {"train", "finetune", "study", "evaluate", "generate", "report", "plan", "maps"} <= set(COMMANDS)
     fenced = (ROOT / "README.md").read_text().split("```")[1::2]
     shown = set(re.findall(r"^(?:\$ )?llmkd (\w+)", "".join(fenced), flags=re.MULTILINE))
     assert shown and shown <= set(COMMANDS)

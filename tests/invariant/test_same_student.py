@@ -147,6 +147,13 @@ def test_world_size_accumulation_packing_and_padding_change_nothing(
         assert change <= 1e-6 * max(1.0, expected.abs().max()), (key, change)
 
 
+def test_a_teacher_of_whom_no_logits_are_asked_is_cut_after_its_last_mapped_block(runs: Path) -> None:
+    for ranks, name in ((1, "hidden_only_zero2"), (2, "hidden_only")):
+        log = (runs / str(ranks) / "rank0.log").read_text()
+        assert f"{name}: the teacher's first 3 of 6 blocks are loaded" in log
+        assert "forward: the teacher's first" not in log
+
+
 def test_the_runs_did_move_the_student(runs: Path, tiny: Path, tmp_path: Path) -> None:
     recipe = load_recipe(tiny / "recipe.yaml")
     build.initial_student(recipe, tiny / "teacher", tmp_path / "student")

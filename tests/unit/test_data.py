@@ -245,7 +245,7 @@ def test_too_long_rows_are_dropped_or_cut_and_counted(caplog: pytest.LogCaptureF
     assert len(dropped) == 2 and dropped["length"] == cut["length"][:2] and cut["length"][2:] == [20, 20]
     assert all(len(row["input_ids"]) == len(row["trained"]) == row["length"] for row in cut)
     assert not any(tokenizer.eos_token_id in row["input_ids"] for row in list(cut)[2:])  # cut text has not ended
-    assert set(dropped.column_names) == {"input_ids", "trained", "length"}
+    assert set(dropped.column_names) == {"input_ids", "trained", "length", "row"}
 
 
 @pytest.mark.parametrize("too_long", ["drop", "truncate"])

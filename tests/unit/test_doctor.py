@@ -44,7 +44,8 @@ def test_rows_are_shown_with_what_is_trained(place: Path) -> None:
     recipe = load_recipe(place / "recipe.yaml")
     rows = read_rows(recipe.data)
     _, shown = examine(recipe, rows=3)
-    for row, text in zip(rows, shown, strict=False):
+    for number, text in enumerate(shown):
+        row = rows[number]
         assert text == f"{row['prompt']}{OPEN}{row['completion']}<eos>{CLOSE}"
 
 

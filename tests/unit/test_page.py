@@ -92,6 +92,24 @@ def test_the_best_below_the_teacher_is_marked_by_more_than_colour(results: dict[
     assert sorted(map(float, marked)) == sorted(wanted)
 
 
+def test_nothing_is_best_where_all_tie_or_neither_end_is_better(results: dict[str, Any]) -> None:
+    one = {
+        **results["metrics"][0],
+        "name": "generation/length_ratio",
+        "label": "length ratio",
+        "higher_is_better": None,
+    }
+    tied = {**results["metrics"][0], "name": "generation/eos_rate", "label": "ended by itself"}
+    rows = []
+    for number, row in enumerate(results["rows"]):
+        cell = {"half_width": None, "n": row["models"], "seeds": [], "values": []}
+        cells = {one["name"]: {**cell, "mean": 1 + number / 10}, tied["name"]: {**cell, "mean": 1.0}}
+        rows.append({**row, "cells": cells})
+    changed = {**results, "metrics": [one, tied], "rows": rows, "comparisons": [], "primary": None, "margins": {}}
+    table = html(changed, [], "").partition('<table class="scores')[2].partition("</table>")[0]
+    assert "best: " not in table and "length ratio</th>" in table and "ended by itself <span" in table
+
+
 def test_every_comparison_is_the_results(results: dict[str, Any], read: Page) -> None:
     head, *lines = read.csv("comparisons")
     assert len(lines) == len(results["comparisons"])

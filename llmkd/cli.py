@@ -202,10 +202,11 @@ def evaluate(model: Path, recipe: str, output: Path | None, overrides: tuple[str
     from llmkd.evaluation import evaluate as run
     from llmkd.models import resolve
 
+    settings = load_recipe(recipe, overrides)
     folder = resolve(str(model), "MODEL")
-    for path in run(
-        [(folder.name, folder)], load_recipe(recipe, overrides).evaluation, output or folder.parent / "evaluations"
-    ).values():
+    trusted = settings.teacher.trust_remote_code or settings.student.trust_remote_code
+    place = output or folder.parent / "evaluations"
+    for path in run([(folder.name, folder)], settings.evaluation, place, trust_remote_code=trusted).values():
         click.echo(path.read_text())
 
 
@@ -246,7 +247,9 @@ def generate(
     if settings.evaluation.generation is None:
         settings = settings.changed({"evaluation.generation": {}})
     place = output or (studies[0] if studies else models[0].resolve().parent) / "generations"
-    click.echo(shown(run(models_of(models), settings.evaluation, settings.data, place)))
+    trusted = settings.teacher.trust_remote_code or settings.student.trust_remote_code
+    made = run(models_of(models), settings.evaluation, settings.data, place, trust_remote_code=trusted)
+    click.echo(shown(made))
 
 
 @cli.command()
@@ -267,7 +270,7 @@ def plan(recipe: str, ranks: int, overrides: tuple[str, ...]) -> None:
 @click.option("--rows", type=click.IntRange(min=0), default=2, show_default=True, help="Rows to show.")
 @SET
 def doctor(recipe: str, rows: int, overrides: tuple[str, ...]) -> None:
-    """Show what a recipe trains on, token by token, and what would spoil it in silence."""
+    """Show what a recipe trains on, and what would spoil it."""
     import datasets
 
     from llmkd.config import load_recipe

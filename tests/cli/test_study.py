@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llmkd import generation
 from llmkd.cli import main
 from llmkd.config import load_recipe
 from llmkd.errors import InputError
@@ -27,9 +28,21 @@ def recipe_file(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     values.update(
         teacher={"path": str(folder / "teacher"), "dtype": "float32"},
         output=str(folder / "runs"),
-        evaluation={"tasks": ["records_choice"], "limit": 3, "batch_size": 12},
-        study={"strategies": ["none", "all_to_one"], "seeds": [0], "ranks": 1},
+        evaluation={
+            "tasks": ["records_choice"],
+            "limit": 3,
+            "batch_size": 12,
+            "generation": {"source": "records", "items": 4, "max_new_tokens": 8},
+            "agreement_rows": 4,
+        },
+        study={
+            "strategies": ["none", "all_to_one"],
+            "seeds": [0],
+            "ranks": 1,
+            "margins": [{"metric": "generation/bleu", "within": 0.5}],
+        },
     )
+    values["data"]["max_length"] = 256
     values["train"].update(steps=2, micro_batch_size=8, warmup_steps=0)
     values["matching"] = {"target_block": 1, "strategy": "all_to_one"}
     (folder / "study.yaml").write_text(yaml.safe_dump(values))
@@ -46,6 +59,13 @@ def test_study_is_run_once_and_reported(recipe_file: Path, capfd: pytest.Capture
     for entry in entries:
         result = json.loads((folder / entry["evaluation"]).read_text())
         assert result["error"] is None and 0 <= result["tasks"]["records_choice"]["acc"] <= 1
+        written = json.loads((folder / entry["generation"]).read_text())
+        assert written["error"] is None and written["items"] == 4 and 0 <= written["metrics"]["bleu"] <= 100
+        if entry["kind"] == "teacher":
+            assert entry["agreement"] is None
+        else:
+            agreed = json.loads((folder / entry["agreement"]).read_text())
+            assert agreed["error"] is None and agreed["rows"] == 4 and agreed["metrics"]["kl"] > 0
     trained = folder / "students" / "all_to_one-s0"
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["pairs"] == [[0, 1], [1, 1], [2, 1]] and summary["world_size"] == 1
@@ -62,6 +82,29 @@ def test_study_is_run_once_and_reported(recipe_file: Path, capfd: pytest.Capture
         study(load_recipe(recipe_file, ["train.learning_rate=0.1"]))
     with pytest.raises(InputError, match="train.batch_size: 8 rows can't be shared by 3 ranks"):
         study(load_recipe(recipe_file), ranks=3)
+
+
+def test_a_step_that_can_not_be_done_costs_the_others_nothing(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The study above, scored again after its texts are lost, when generation meets a mistake: the rest of the report is made."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(recipe_file.parent / "runs" / "tiny", folder)
+    shutil.rmtree(folder / "generations")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise InputError("evaluation.generation.backend: vLLM is not installed here; write hf")
+
+    monkeypatch.setattr(generation, "generate", refuse)
+    recipe = load_recipe(recipe_file, [f"output={tmp_path}", "study.margins=[{metric: generation/bleu, within: 2}]"])
+    with pytest.raises(InputError, match="vLLM is not installed here; write hf .the rest of the report is made"):
+        study(recipe)
+    results = json.loads((folder / "results.json").read_text())
+    assert any(metric["step"] == "lm-eval" for metric in results["metrics"])
+    assert all("generation not run" in why for why in results["problems"].values()) and results["problems"]
+    changed = json.loads((folder / "study.json").read_text())["margins_history"]
+    assert [line["margins"]["generation/bleu"] for line in changed] == [0.5, 2] and changed[-1]["results"] > 0
+    assert any("margin" in note for note in results["notes"])
 
 
 def test_every_entry_has_a_recipe_of_its_own(recipe_file: Path) -> None:
@@ -88,6 +131,8 @@ def test_every_entry_has_a_recipe_of_its_own(recipe_file: Path) -> None:
         ("data.source=/nowhere.jsonl", "data.source: no file or folder '/nowhere.jsonl'"),
         ("data.rows=5", "train.batch_size: 8 rows per step, but the data has only 5"),
         ("study.strategies=[]", "study.strategies: name at least one"),
+        ("evaluation.generation.source=null", "evaluation.generation.source: the students are trained on all of"),
+        ("study.reference=reverse", "study.reference: 'reverse' is not known"),
     ],
 )
 def test_what_would_stop_a_study_is_said_before_anything_is_written(

@@ -188,7 +188,10 @@ def test_generations_side_by_side(tmp_path: Path) -> None:
     for seed in (0, 1, 2):
         name = study.entry("student", "forward", seed, steps=("generation",))
         study.generated(name, {"bleu": 1.0}, error="no room" if seed == 2 else None)
-        lines = [{"item": n, "prompt": f"p{n}", "references": [f"r{n}"], "text": f"{name} {n}"} for n in range(300)]
+        lines = [
+            {"item": n, "prompt": f"p{n}", "references": [f"r{n}"], "text": f"{name} {n}", "scores": {"slots": n}}
+            for n in range(300)
+        ]
         study.lines(f"generations/{name}.jsonl", lines[: 150 if seed else 300])
     found = generations(tmp_path)
     assert len(found) == 200
@@ -197,5 +200,16 @@ def test_generations_side_by_side(tmp_path: Path) -> None:
         "prompt": "p3",
         "references": ["r3"],
         "outputs": {"forward-s0": "forward-s0 3", "forward-s1": "forward-s1 3"},
+        "scores": {"forward-s0": {"slots": 3}, "forward-s1": {"slots": 3}},
     }
     assert list(found[150]["outputs"]) == ["forward-s0"]
+
+
+def test_a_failed_task_costs_the_others_nothing(tmp_path: Path) -> None:
+    study = Folder(tmp_path)
+    name = study.entry("student", "forward", 0)
+    partial = {"tasks": {"good": {"acc": 0.5}}, "error": "bad: no data", "versions": {}, "items": {"good": 4}}
+    study.write(f"evaluations/{name}.json", partial)
+    results = gather(tmp_path)
+    assert results["rows"][0]["cells"]["good/acc"]["values"] == [0.5]
+    assert results["problems"] == {name: "lm-eval failed: bad: no data"} and results["scored"] == 0

@@ -1,0 +1,182 @@
+"""The benchmark's contestants compute the same losses and gradients: a benchmark of different losses would prove nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import tables, trl_trainers
+from benchmarks.check import agrees, expected_losses
+from benchmarks.contestants import make_passes
+from benchmarks.measure import Memory
+from benchmarks.passes import HIDDEN_WEIGHT, Llmkd, Paper, Pass
+from benchmarks.shapes import PAD, Row, Size, Work, as_batch, labels, make_model, make_rows, make_work
+from llmkd.distances import DISTANCES
+from llmkd.distributed import World, complete_ds_config
+from llmkd.divergences import forward_kl
+from llmkd.head import IGNORED
+from llmkd.layer_map import forward
+from llmkd.student import Distiller
+from llmkd.teachers.resident import ResidentTeacher
+
+SIZE = Size(32, 48, 4, 2, 8, 4, 2, True, 3, 24, vocabulary=157)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Any, Any]:
+    """(student, teacher), sharp enough that every part of the loss counts."""
+    made = [
+        make_model(SIZE, blocks, torch.float32, CPU, seed=blocks)
+        for blocks in (SIZE.student_blocks, SIZE.teacher_blocks)
+    ]
+    for model in made:
+        for parameter in model.parameters():
+            parameter.data.mul_(8 if parameter.ndim > 1 else 1)
+    made[1].eval().requires_grad_(False)
+    return made[0], made[1]
+
+
+@pytest.fixture(scope="module")
+def work() -> Work:
+    return make_work(SIZE, rank=0, ranks=1, count=1, device=CPU)[0]
+
+
+def loss_and_gradients(passing: Pass, student: Any, work: Work) -> tuple[float, dict[str, Tensor]]:
+    student.zero_grad()
+    student.train()
+    passing.start()
+    loss = passing(work, passing.ask(work))
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in student.named_parameters()}
+
+
+def test_all_losses_are_what_their_terms_say(world: World, models: tuple[Any, Any], work: Work) -> None:
+    passes = make_passes(*models, ranks=1, wanted=lambda name: True)
+    terms = {name: terms for name, (terms, _) in passes.items() if terms is not None}
+    expected = expected_losses(world, *models, work, list(terms.values()))
+    for (name, _), value in zip(terms.items(), expected, strict=True):
+        loss, _ = loss_and_gradients(passes[name][1], models[0], work)
+        assert agrees(name, loss, value, torch.float32), (name, loss, value)
+    assert len({round(value, 4) for value in expected}) > 10, "the losses differ, so that agreement says something"
+
+
+@pytest.mark.parametrize(("name", "same"), [("unavoidable", "plain none"), ("llmkd/none", "plain none")])
+def test_same_terms_have_the_same_gradients(models: tuple[Any, Any], work: Work, name: str, same: str) -> None:
+    passes = make_passes(*models, ranks=1, wanted=lambda found: found in (name, same))
+    _, ours = loss_and_gradients(passes[name][1], models[0], work)
+    _, theirs = loss_and_gradients(passes[same][1], models[0], work)
+    assert ours.keys() == theirs.keys()
+    for parameter, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[parameter], rtol=1e-4, atol=1e-6, msg=parameter)
+
+
+def test_llmkd_with_pairs_has_the_plain_gradients(models: tuple[Any, Any], work: Work) -> None:
+    pairs = forward(SIZE.student_blocks, SIZE.teacher_blocks)
+    plain = make_passes(*models, ranks=1, wanted=lambda name: name == "plain")["plain"][1]
+    loss, gradients = loss_and_gradients(Llmkd(*models, pairs, ranks=1, normed_last=True), models[0], work)
+    plain_loss, plain_gradients = loss_and_gradients(plain, models[0], work)
+    assert loss == pytest.approx(plain_loss, rel=1e-5)
+    for parameter, gradient in gradients.items():
+        torch.testing.assert_close(gradient, plain_gradients[parameter], rtol=1e-4, atol=1e-6, msg=parameter)
+
+
+def test_the_papers_loss_is_ours_where_nothing_is_padded(models: tuple[Any, Any]) -> None:
+    """With padding its means run over all positions; without, they are llmkd's with KL over the attended positions."""
+    student, teacher = models
+    rows = tuple(Row(tuple(range(1, 9)), tuple(range(20 + n, 36 + n))) for n in range(3))
+    work = Work(as_batch(rows), rows, trained=48, attended=72)
+    assert bool(work.batch.attended.all())
+    pairs = forward(SIZE.student_blocks, SIZE.teacher_blocks)
+    theirs, _ = loss_and_gradients(Paper(student, teacher, pairs), student, work)
+    distiller = Distiller(
+        student,
+        pairs,
+        distance=DISTANCES["normalized_mse"],
+        positions="attended",
+        normed_last=True,
+        divergence=forward_kl,
+        temperature=1.0,
+        kl_positions="attended",
+        chunk=7,
+    )
+    signal = ResidentTeacher(teacher, [t for _, t in pairs], normed_last=True, ds_config=None).signals(work.batch)
+    ours, _ = distiller(work.batch, signal, (1 / 48, 1 / 72, HIDDEN_WEIGHT / (72 * len(pairs))))
+    assert theirs == pytest.approx(ours.item(), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed (the extra `bench`)")
+@pytest.mark.parametrize("kind", ["trl/gkd", "trl/distillation"])
+def test_trls_trainers_compute_the_same_divergence(world: World, work: Work, kind: str) -> None:
+    student, teacher = (make_model(SIZE, n, torch.float32, CPU, seed=n) for n in (2, 4))
+    teacher.eval().requires_grad_(False)
+    (expected,) = expected_losses(world, student, teacher, work, [trl_trainers.KL_ALONE])
+    config = complete_ds_config(
+        {"zero_optimization": {"stage": 2}},
+        world_size=1,
+        micro_batch=SIZE.rows,
+        accumulation=1,
+        clip=1.0,
+        dtype="float32",
+        nvme_path="/tmp",
+    )
+    trainer = trl_trainers.TrlStep(kind, world, student, teacher, config, work)
+    with trainer.turn() as step:
+        assert float(step(work)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_trl_is_given_the_same_tokens(work: Work) -> None:
+    inputs = trl_trainers.distillation_inputs(work)
+    for number, row in enumerate(work.rows):
+        for part, tokens in (("prompt", row.prompt), ("completion", row.completion)):
+            mask = inputs[f"{part}_mask"][number].bool()
+            assert tuple(inputs[f"{part}_ids"][number][mask].tolist()) == tokens
+            assert bool((inputs[f"{part}_ids"][number][~mask] == PAD).all())
+    shifted = trl_trainers.gkd_inputs(work)["labels"][:, 1:]
+    assert torch.equal(shifted, work.batch.targets[:, :-1])
+
+
+def test_batches_are_the_rows(work: Work) -> None:
+    assert work.trained == work.batch.trained_at.numel() and work.attended == work.batch.attended_at.numel()
+    for number, row in enumerate(work.rows):
+        own = labels(work.batch)[number]
+        assert tuple(own[own != IGNORED].tolist()) == row.completion
+    assert make_rows(SIZE, seed=3) == make_rows(SIZE, seed=3) != make_rows(SIZE, seed=4)
+    ranks = [make_work(SIZE, rank=rank, ranks=2, count=1, device=CPU)[0] for rank in (0, 1)]
+    assert ranks[0].trained == ranks[1].trained == sum(w.batch.trained_at.numel() for w in ranks)
+
+
+def test_goals_are_judged_by_the_worst() -> None:
+    seconds = {name: [1.0, 2.0] for name in ("unavoidable", "plain", "llmkd/none", "llmkd/forward")}
+    seconds["llmkd/forward"] = [1.25, 2.5]
+    seconds["plain"] = [4.0, 8.0]
+    sizes = {name: Memory(10, 10, 1, 1) for name in seconds}
+    sizes["plain"] = replace(sizes["plain"], passes=40.0)
+    lines = tables.goals(seconds, sizes)
+    assert lines == [
+        "- **not met**: tokens/s ≥ 0.9 of (a) unavoidable: 0.800 (llmkd/forward)",
+        "- met: tokens/s ≥ 2.0 of (c) plain: 3.200 (llmkd/forward)",
+        "- met: peak of both passes ≤ 0.35 of (c) plain: 0.250 (llmkd/none)",
+        "- **not met**: peak of the whole step ≤ 0.35 of (c) plain: 1.000 (llmkd/none)",
+    ]
+
+
+def test_a_noisy_round_drops_out_of_the_ratios() -> None:
+    seconds = {"unavoidable": [1.0, 9.0], "llmkd/none": [2.0, 18.0]}
+    assert tables.ratios(seconds, "llmkd/none", "unavoidable") == [0.5, 0.5]
+
+
+def test_results_replace_their_own_part_alone() -> None:
+    text = "# Benchmarks\n\n## Other\n\nkept\n"
+    once = tables.put(text, "A training step", "small", "one")
+    twice = tables.put(tables.put(once, "A training step", "large", "two"), "A training step", "small", "three")
+    expected = "# Benchmarks\n\n## Other\n\nkept\n\n## A training step\n\n### small\n\nthree\n\n### large\n\ntwo\n"
+    assert twice == expected
+    before = twice.replace("## Other\n\nkept\n\n", "") + "\n## Other\n\nkept\n"
+    assert tables.put(before, "A training step", "small", "three") == before

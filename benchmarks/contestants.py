@@ -39,6 +39,7 @@ class Contestant(Protocol):
     name: str
     terms: Terms | None
     """None where the loss follows a definition of its own."""
+    teacher: PreTrainedModel
 
     @property
     def engine(self) -> Any:
@@ -62,7 +63,7 @@ class SharedEngine:
     def __init__(self, name: str, terms: Terms | None, passing: Pass, engine: Any, teacher: PreTrainedModel) -> None:
         self.name, self.terms = name, terms
         self.passing, self.engine = passing, engine
-        self._teacher = teacher
+        self.teacher = teacher
 
     @property
     def student(self) -> PreTrainedModel:
@@ -70,7 +71,7 @@ class SharedEngine:
 
     @contextmanager
     def turn(self) -> Iterator[Callable[[Work], Tensor]]:
-        with hooks_put_back(self._teacher):
+        with hooks_put_back(self.teacher):
             self.passing.start()
             yield self._step
 

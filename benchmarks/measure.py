@@ -71,7 +71,7 @@ def mean_loss(world: World, loss: Tensor) -> float:
     return float(sum_tensor(world, loss.detach().double().clone())) / world.size
 
 
-def memory(world: World, contestant: Contestant, teacher: nn.Module, work: Work) -> Memory:
+def memory(world: World, contestant: Contestant, work: Work) -> Memory:
     """The bytes of one step."""
     engine, passes = contestant.engine, []
     optimizer_step = engine.step
@@ -86,13 +86,13 @@ def memory(world: World, contestant: Contestant, teacher: nn.Module, work: Work)
         with TensorBytes() as counted:
             grown = _growth(lambda: step(work))
         del engine.step  # the method of its class shows again
-    values = (passes[0], counted.peak, resting_bytes([teacher, engine]), grown)
+    values = (passes[0], counted.peak, resting_bytes([contestant.teacher, engine]), grown)
     return Memory(*(highest(world, value / MIB) for value in values))
 
 
-def bytes_up_to_backward(world: World, contestant: SharedEngine, teacher: nn.Module, work: Work) -> tuple[float, float]:
+def bytes_up_to_backward(world: World, contestant: SharedEngine, work: Work) -> tuple[float, float]:
     """(peak of forward and backward passes, what waits between the two) in bytes, the optimizer's part left out."""
-    with hooks_put_back(teacher):
+    with hooks_put_back(contestant.teacher):
         contestant.passing.start()
         gc.collect()
         with TensorBytes() as counted:

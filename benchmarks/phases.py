@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import PreTrainedModel
 
 import llmkd.student
 from benchmarks.contestants import Contestant
@@ -52,11 +51,10 @@ class Clock:
         self.seconds.clear()
 
 
-def phases_of(contestant: Contestant, teacher: PreTrainedModel, work: Work, *, steps: int = 2) -> dict[str, float]:
+def phases_of(contestant: Contestant, work: Work, *, steps: int = 2) -> dict[str, float]:
     """Mean seconds of each phase. On a GPU every border waits for it, so the sum is more than a step takes."""
     clock = Clock()
-    with contestant.turn() as step, _watched(clock, contestant, teacher):
-        step(work)
+    with contestant.turn() as step, _watched(clock, contestant):
         clock.restart()
         for _ in range(steps):
             step(work)
@@ -69,10 +67,8 @@ def operations_of(
 ) -> tuple[str, float]:
     """(torch.profiler's table of the longest operations in one step, the share of communication); `trace` gets the whole of it."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    with contestant.turn() as step:
-        step(work)
-        with profile(activities=activities, record_shapes=True) as recorded:
-            seconds_of(world, step, work)
+    with contestant.turn() as step, profile(activities=activities) as recorded:
+        seconds_of(world, step, work)
     if trace is not None:
         trace.parent.mkdir(parents=True, exist_ok=True)
         recorded.export_chrome_trace(str(trace))
@@ -84,10 +80,10 @@ def operations_of(
 
 
 @contextmanager
-def _watched(clock: Clock, contestant: Contestant, teacher: PreTrainedModel) -> Iterator[None]:
+def _watched(clock: Clock, contestant: Contestant) -> Iterator[None]:
     """Inside, the phases of a step are told to the clock: by hooks on the models, and by wrapped methods of the engine."""
     with ExitStack() as stack:
-        for model, phase in ((contestant.student, "student forward"), (teacher, "teacher")):
+        for model, phase in ((contestant.student, "student forward"), (contestant.teacher, "teacher")):
             body = backbone(model)
             enter, leave = _entering(clock, phase)
             stack.callback(body.register_forward_pre_hook(enter).remove)

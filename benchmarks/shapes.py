@@ -44,7 +44,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(64, 192, 4, 2, 16, 6, 3, True, 4, 32),
-    "small": Size(512, 1536, 8, 4, 64, 12, 3, True, 4, 128),
+    "small": Size(384, 1152, 6, 3, 64, 12, 3, True, 4, 128),
     "medium": Size(2048, 6144, 16, 8, 128, 28, 7, True, 8, 512),  # Qwen3-1.7B
     "large": Size(4096, 12288, 32, 8, 128, 36, 9, False, 8, 512),  # Qwen3-8B, at 4096 tokens
 }

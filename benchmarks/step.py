@@ -10,6 +10,7 @@ import gc
 import os
 import shlex
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -42,7 +43,9 @@ PROFILED = ("unavoidable", "llmkd/none", "llmkd/forward", "llmkd/none kl alone",
 class Benchmark:
     """Models, micro-batches and contestants of one run. `problems` says who could not take part, or whose loss is another."""
 
-    def __init__(self, world: World, size: Size, dtype: torch.dtype, ds_name: str, only: tuple[str, ...]) -> None:
+    def __init__(
+        self, world: World, size: Size, dtype: torch.dtype, ds_name: str, only: tuple[str, ...], memory_rows: int
+    ) -> None:
         self.world, self.size, self.dtype = world, size, dtype
         self.works = make_work(size, rank=world.rank, ranks=world.size, count=BATCHES, device=world.device)
         self.ds_config = complete_ds_config(
@@ -54,6 +57,9 @@ class Benchmark:
             dtype={v: k for k, v in DTYPES.items()}[dtype],
             nvme_path="/tmp",
         )
+        # A peak of memory is asked for where logits are large, so more tokens than the clock has patience for.
+        longer = replace(size, rows=size.rows * memory_rows)
+        self.large = make_work(longer, rank=world.rank, ranks=world.size, count=1, device=world.device)[0]
         limit_buckets(self.ds_config, size)
         self.lead = 1 if zero_stage(self.ds_config) == 3 else 0
         self.problems: list[str] = []
@@ -114,12 +120,12 @@ class Benchmark:
 
     def bytes(self) -> dict[str, Memory]:
         """The memory of each contestant's step."""
-        return {c.name: memory(self.world, c, self.teacher, self.works[0]) for c in self.contestants}
+        return {c.name: memory(self.world, c, self.large) for c in self.contestants}
 
     def pairs_table(self) -> str:
         """What each further matched pair adds, in tensors of one state."""
-        state = self.works[0].batch.input_ids.numel() * self.size.hidden * self.dtype.itemsize
-        found = [bytes_up_to_backward(self.world, c, self.teacher, self.works[0]) for c in self.counted]
+        state = self.large.batch.input_ids.numel() * self.size.hidden * self.dtype.itemsize
+        found = [bytes_up_to_backward(self.world, c, self.large) for c in self.counted]
         rows = []
         for number, (peak, waiting) in enumerate(found):
             added = ["", ""]
@@ -137,7 +143,7 @@ class Benchmark:
         for contestant in self.contestants:
             if contestant.name not in PROFILED:
                 continue
-            phases[contestant.name] = phases_of(contestant, self.teacher, self.works[0])
+            phases[contestant.name] = phases_of(contestant, self.works[0])
             file = None if trace is None else trace / f"{contestant.name.replace('/', '-')}-{self.world.rank}.json"
             longest, sent[contestant.name] = operations_of(self.world, contestant, self.works[0], trace=file)
             operations.append(f"{contestant.name}\n{longest}")
@@ -210,6 +216,7 @@ def facts(bench: Benchmark, command: str, ds_name: str) -> str:
     "--deepspeed", "ds_name", default="zero2", show_default=True, help="A name in ds_configs/, or a JSON file."
 )
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True)
+@click.option("--memory-rows", default=2, show_default=True, help="Bytes are counted on so many times the rows.")
 @click.option("--profile", "profiled", is_flag=True, help="Say where the time goes.")
 @click.option(
     "--trace", type=click.Path(path_type=Path), help="With --profile: the folder for torch.profiler's traces."
@@ -218,7 +225,7 @@ def facts(bench: Benchmark, command: str, ds_name: str) -> str:
 @click.option("--write", is_flag=True, help="Put the tables into benchmarks/RESULTS.md.")
 def main(
     ranks: int, size: str, tokens: int | None, repeat: int, only: tuple[str, ...], ds_name: str, dtype: str,
-    profiled: bool, trace: Path | None, peak_tflops: float | None, write: bool,
+    memory_rows: int, profiled: bool, trace: Path | None, peak_tflops: float | None, write: bool,
 ) -> None:  # fmt: skip
     """Time a training step of llmkd and of its alternatives side by side, and count the bytes it makes."""
     if ranks > 1 and "RANK" not in os.environ:
@@ -228,16 +235,23 @@ def main(
     transformers.utils.logging.set_verbosity_error()
     world = start()
     try:
-        bench = Benchmark(world, sized(SIZES[size], tokens), DTYPES[dtype], ds_name, only)
+        bench = Benchmark(world, sized(SIZES[size], tokens), DTYPES[dtype], ds_name, only, memory_rows)
         said = [facts(bench, f"python -m benchmarks.step {shlex.join(sys.argv[1:])}", ds_name)]
+        _tell(
+            world,
+            f"{len(bench.contestants) + len(bench.counted)} contestants are set up; a step each, its loss checked",
+        )
         losses = bench.check()
+        _tell(world, f"{repeat} timed rounds")
         seconds, token_counts = bench.speed(repeat) if bench.contestants else ({}, {})
+        _tell(world, "counting bytes")
         bytes_of = bench.bytes()
         if seconds:
             said += ["**Speed.** Median (range) over the rounds; ratios round by round, above 1 is faster.",
                      tables.speed_table(seconds, token_counts)]  # fmt: skip
             said += [
-                "**Memory.** MiB on one rank: tensors made in a step, at most alive at a time, and what is there before and after it; "
+                f"**Memory.** MiB on one rank, {bench.large.batch.input_ids.numel()} tokens with padding: tensors made in a step, at most "
+                "alive at a time, and what is there before and after it; "
                 "exact bytes but for the last column.",
                 tables.memory_table(bytes_of),
             ]
@@ -246,6 +260,7 @@ def main(
         if bench.counted:
             said += ["**Matched pairs.** Forward and backward passes of llmkd.", bench.pairs_table()]
         if profiled:
+            _tell(world, "profiling")
             said += ["**Profile.**", bench.profile(trace)]
         said += ["**Losses** of the first batch, and what they must be by their definitions in fp32.",
                  tables.table(["step", "loss", "must be"], losses)]  # fmt: skip
@@ -262,6 +277,11 @@ def main(
     finally:
         stop()
     sys.exit(1 if failed else 0)
+
+
+def _tell(world: World, what: str) -> None:
+    if world.is_main:
+        print(f"[{time.strftime('%H:%M:%S')}] {what}", file=sys.stderr, flush=True)
 
 
 def _utilisation(bench: Benchmark, seconds: float, peak_tflops: float | None) -> str:

@@ -64,8 +64,12 @@ class TrlStep:
         self.name = name
         if zero_stage(ds_config) == 3:  # TRL shards the teacher whenever it shards the student
             teacher = copy.deepcopy(teacher)
+        self.teacher = teacher
         self._given: Any = None
         self._distils = name == "trl/distillation"
+        # GKDTrainer divides by the tokens of all ranks, and DeepSpeed averages over the ranks again: what it minimises is 1/ranks of
+        # the loss. Only what is compared is put right.
+        self._short = 1 if self._distils else world.size
         settings = _settings(ds_config, student.dtype, on_cpu=world.device.type == "cpu", liger=name.endswith("liger"))
         make = self._distillation if self._distils else self._gkd
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -105,7 +109,7 @@ class TrlStep:
             epochs_trained=0,
             steps_trained_in_current_epoch=0,
         )
-        return trainer._tr_loss
+        return trainer._tr_loss * self._short
 
     def _give(self, work: Work) -> None:
         self._given = distillation_inputs(work) if self._distils else gkd_inputs(work)

@@ -115,7 +115,7 @@ class TrlStep:
         self._given = distillation_inputs(work) if self._distils else gkd_inputs(work)
 
     def _gkd(self, student: Any, teacher: Any, settings: dict[str, Any], rows: int) -> Any:
-        from trl.experimental.gkd import GKDConfig, GKDTrainer
+        from trl.experimental.gkd import GKDConfig, GKDTrainer  # pyright: ignore[reportMissingImports]
 
         return GKDTrainer(
             model=student,
@@ -127,7 +127,7 @@ class TrlStep:
         )
 
     def _distillation(self, student: Any, teacher: Any, settings: dict[str, Any], rows: int) -> Any:
-        from trl import DistillationConfig, DistillationTrainer
+        from trl import DistillationConfig, DistillationTrainer  # pyright: ignore[reportMissingImports]
 
         given = self
 

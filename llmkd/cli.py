@@ -286,7 +286,7 @@ def generate(
 @click.option("--device-gib", type=float, default=80, show_default=True, help="Memory of one GPU, to recommend by.")
 @SET
 def plan(recipe: str, ranks: int, device_gib: float, overrides: tuple[str, ...]) -> None:
-    """Show the memory a run needs on each rank, and what other placements of the teacher would cost; nothing is loaded."""
+    """Show the memory a run needs on each rank, and other placements."""
     from llmkd.config import load_recipe
     from llmkd.placements import compare, placements_text
     from llmkd.planner import plan as rows

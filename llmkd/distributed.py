@@ -248,7 +248,8 @@ class Wire:
 
 def lost_rank(error: BaseException) -> bool:
     """Whether an error says that other ranks no longer answer."""
-    return isinstance(error, LostRank | dist.DistError) or "gloo" in str(error).lower()
+    said = str(error).lower()  # of gloo's own, the one on a timeout does not name it
+    return isinstance(error, LostRank | dist.DistError) or "gloo" in said or "pair closure" in said
 
 
 def silent_ranks(patience_seconds: float = 3) -> list[int]:

@@ -80,7 +80,8 @@ class Teacher(Section):
 
     @model_validator(mode="after")
     def _placed(self) -> Teacher:
-        if self.offload != "none" and self.placement not in ("zero3", "cache"):  # a zero3 teacher may write a cache
+        # a cache may be written by a zero3 teacher or by a pipeline
+        if self.offload != "none" and self.placement not in ("zero3", "cache"):
             raise ValueError(
                 "teacher.offload: only a zero3 teacher is offloaded; write placement: zero3, or offload: none"
             )
@@ -88,7 +89,7 @@ class Teacher(Section):
             raise ValueError(
                 "teacher.offload_states: a pipelined teacher's states arrive when they are needed; write false, or another placement"
             )
-        if self.stages is not None and self.placement != "pipeline":
+        if self.stages is not None and self.placement not in ("pipeline", "cache"):
             raise ValueError(
                 "teacher.stages: only a pipelined teacher has them; write placement: pipeline, or leave it out"
             )
@@ -260,7 +261,7 @@ class Cache(Section):
     """How a state is stored; fp8 (e4m3) and int8 with one scale per token, at half of bfloat16's bytes."""
     top_k: int | None = Field(default=None, gt=0)
     """Store the likeliest tokens' log-probabilities in place of the final state; only forward_kl can use them."""
-    teacher_placement: Literal["replicated", "zero3"] | None = None
+    teacher_placement: Literal["replicated", "zero3", "pipeline"] | None = None
     """Where the teacher lives while the cache is written; default: as teacher.placement says, or replicated if that is cache."""
     micro_batch_size: int | None = Field(default=None, gt=0)
     """Rows per forward pass of the teacher while the cache is written; default: train.micro_batch_size."""

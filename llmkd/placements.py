@@ -102,13 +102,13 @@ def _wire(recipe: Recipe, config: PreTrainedConfig, pairs: Pairs, ranks: int) ->
 
 def _times(recipe: Recipe) -> str:
     """How often a row is seen by all the students of the recipe's study."""
-    students = len(recipe.study.strategies) * len(recipe.study.seeds)
+    students = max(1, len(recipe.study.strategies) * len(recipe.study.seeds))
     train, rows = recipe.train, recipe.data.rows
     epochs = (
         train.epochs if train.epochs is not None else (train.steps or 0) * train.batch_size / rows if rows else None
     )
     times = "" if epochs is None else f"{epochs:.3g} epochs x "
-    return f"{times}{students} students"
+    return f"{times}{students} {'student' if students == 1 else 'students'}"
 
 
 def zero3_wire(shape: Shapes, size: int, ranks: int) -> int:

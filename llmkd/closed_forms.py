@@ -89,6 +89,26 @@ def akl(q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor, *, akl_mu: float) ->
     return share * forward + (1 - share) * reverse, gradient
 
 
+def top_k(q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
+    """`buckets` of the teacher's likeliest tokens."""
+    count = min(top_k, p.shape[-1])
+    ids = p.topk(count, dim=-1).indices
+    masses, rest = p.gather(-1, ids), p.scatter_(-1, ids, 0.0).sum(-1)
+    return buckets(q, log_q, ids, masses, log_p.gather(-1, ids), rest)
+
+
+def buckets(q: Tensor, log_q: Tensor, ids: Tensor, p: Tensor, log_p: Tensor, p_rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward KL with all but K tokens in one bucket, from the teacher's masses p, log p `[n, K]` and p_rest `[n]`; log q's buffer is lost.
+
+    With m the student's mass of the rest, the gradient is q - p at the K and q (1 - p_rest/m) elsewhere.
+    """
+    ours = log_q.gather(-1, ids)
+    rest = log_q.copy_(q).scatter_(-1, ids, 0.0)
+    ratio = p_rest / rest.sum(-1).clamp_(min=torch.finfo(q.dtype).tiny)
+    value = ((log_p - ours) * p).sum(-1) + _log_ratio(ratio.clone()) * p_rest
+    return value, rest.mul_((1 - ratio)[:, None]).scatter_(-1, ids, q.gather(-1, ids) - p)
+
+
 CLOSED_FORMS: dict[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]] = {
     divergences.forward_kl: forward_kl,
     divergences.reverse_kl: reverse_kl,
@@ -97,6 +117,7 @@ CLOSED_FORMS: dict[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]] 
     divergences.skew_reverse_kl: skew_reverse_kl,
     divergences.tvd: tvd,
     divergences.akl: akl,
+    divergences.top_k: top_k,
 }
 
 

@@ -173,6 +173,8 @@ class Loss(Section):
     """skew_kl and skew_reverse_kl: how much of its own first side the mixture holds; default 0.1."""
     akl_mu: float | None = Field(default=None, ge=0, le=1)
     """akl: how much of the teacher's probability is its head; default 0.5."""
+    top_k: int | None = Field(default=None, gt=0)
+    """top_k: how many of the teacher's likeliest tokens are compared one by one; default 64."""
     temperature: float = Field(default=1.0, gt=0)
     kl_positions: Positions = "trained"
     """Where the divergence is taken: where the next token is trained, or at every token that is not padding (the paper's code)."""
@@ -186,7 +188,7 @@ class Loss(Section):
     @property
     def parameters(self) -> dict[str, float | None]:
         """What the divergence may read besides the temperature, by its own names."""
-        return {"beta": self.beta, "skew": self.skew, "akl_mu": self.akl_mu}
+        return {"beta": self.beta, "skew": self.skew, "akl_mu": self.akl_mu, "top_k": self.top_k}
 
 
 class Data(Section):

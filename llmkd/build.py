@@ -36,7 +36,7 @@ from llmkd.distributed import (
 )
 from llmkd.divergences import with_parameters
 from llmkd.errors import InputError
-from llmkd.layer_map import Pairs, layer_map
+from llmkd.layer_map import Pairs, in_order_random, layer_map
 from llmkd.objective import Weights
 from llmkd.schedules import learning_rate
 from llmkd.stages import stage_count
@@ -72,6 +72,11 @@ class Job:
     def title(self) -> str:
         """What the run is called in logs: its folder."""
         return self.folder.name
+
+    @property
+    def redraws(self) -> bool:
+        """Whether the map is drawn again while the student learns; `pairs` is then the first draw."""
+        return bool(self.pairs) and self.recipe.matching.redraw_every > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,19 +237,38 @@ def initial_teacher(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
 
 
 def pairs_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
-    """The recipe's pairs at these depths, the embedding pair first if it is asked for; none where `loss.hidden` is 0."""
+    """The recipe's pairs at these depths, the embedding pair first if it is asked for; none where `loss.hidden` is 0.
+
+    Of `nearest`, which is not known before it is measured (llmkd.nearest), those of `forward`: as many, and no block of the teacher lies
+    deeper, so that what is planned by them is enough.
+    """
     matching = recipe.matching
     pairs = layer_map(
-        matching.strategy,
+        "forward" if matching.strategy == "nearest" else matching.strategy,
         student_depth,
         teacher_depth,
         seed=recipe.seed,
         target_block=matching.target_block,
         pairs=matching.pairs,
     )
-    if recipe.loss.hidden == 0:
-        return ()
-    return ((EMBEDDING, EMBEDDING), *pairs) if matching.embedding and pairs else pairs
+    return () if recipe.loss.hidden == 0 else with_embedding(recipe, pairs)
+
+
+def with_embedding(recipe: Recipe, pairs: Pairs) -> Pairs:
+    """The pairs, after the embeddings' where the recipe matches them too."""
+    return ((EMBEDDING, EMBEDDING), *pairs) if recipe.matching.embedding and pairs else pairs
+
+
+def rematch(job: Job, step: int, module: Distiller, teacher: Teacher | None) -> None:
+    """Give student and teacher the map of this step (from 0): a function of (seed, step // redraw_every), the same on every rank."""
+    assert isinstance(teacher, ResidentTeacher) and job.teacher is not None  # config.py refuses other placements
+    matching = job.recipe.matching
+    blocks = sum(student != EMBEDDING for student, _ in job.pairs)
+    depth = models.load_config(job.teacher, trust_remote_code=job.recipe.teacher.trust_remote_code).num_hidden_layers
+    drawn = in_order_random(blocks, depth, job.recipe.seed, step // matching.redraw_every)
+    pairs = with_embedding(job.recipe, drawn)
+    module.rematch(pairs)
+    teacher.use([block for _, block in pairs])
 
 
 def student_inputs(recipe: Recipe) -> dict[str, Any]:
@@ -372,6 +396,8 @@ def load_teacher(world: World, job: Job) -> Teacher:
     uses = [teacher for _, teacher in sorted(job.pairs, key=lambda pair: pair[0])]  # as the student's blocks take them
     config = models.load_config(job.teacher, trust_remote_code=settings.trust_remote_code)
     depth = config.num_hidden_layers
+    if job.redraws:
+        uses = [EMBEDDING] * job.recipe.matching.embedding + list(range(depth))  # any of them may be drawn
     needed = blocks_needed(uses, depth, logits=logits, normed_last=normed_last)
     wire = None
     if settings.placement == "pipeline":
@@ -510,10 +536,10 @@ def write_initial(world: World, job: Job, tokenizer: Any, *, resuming: bool) -> 
         on_main(world, lambda: initial_student(recipe, teacher, job.initial))
 
 
-def pair_names(pairs: Sequence[tuple[int, int]]) -> list[str]:
-    """How pairs are written in logs: `student<teacher`, `e` for the embeddings."""
+def pair_names(pairs: Sequence[tuple[int, int]], redraws: bool = False) -> list[str]:
+    """How pairs are written in logs: `student<teacher`, `e` for the embeddings, `*` for a teacher block that is drawn again and again."""
     name = lambda block: "e" if block == EMBEDDING else str(block)  # noqa: E731
-    return [f"{name(s)}<{name(t)}" for s, t in pairs]
+    return [f"{name(s)}<{'*' if redraws and t != EMBEDDING else name(t)}" for s, t in pairs]
 
 
 def remove_initial(job: Job) -> None:

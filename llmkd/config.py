@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from llmkd.distances import DISTANCES
 from llmkd.divergences import DIVERGENCES, with_parameters
 from llmkd.errors import InputError
-from llmkd.layer_map import STRATEGIES
+from llmkd.layer_map import CHOICES
 
 _HERE = Path(__file__).resolve().parent
 ROOT = _HERE.parent if (_HERE.parent / "ds_configs").is_dir() else _HERE / "_shipped"
@@ -140,11 +140,13 @@ class Student(Section):
 
 class Matching(Section):
     strategy: str = "forward"
-    """One of llmkd.layer_map.STRATEGIES, or `explicit` with `pairs`."""
+    """One of llmkd.layer_map.STRATEGIES; `nearest`, measured before the first step; or `explicit` with `pairs`."""
     pairs: tuple[tuple[int, int], ...] | None = None
     """(student block, teacher block), 0-based, for strategy explicit."""
     target_block: int | None = Field(default=None, ge=0)
     """The one teacher block of all_to_one; default the middle one."""
+    redraw_every: int = Field(default=0, ge=0)
+    """in_order_random: draw the map again after so many steps; 0 draws it once."""
     distance: str = "normalized_mse"
     positions: Positions = "attended"
     """Match every token that is not padding, or only those whose next token is trained."""
@@ -156,7 +158,11 @@ class Matching(Section):
 
     @model_validator(mode="after")
     def _known(self) -> Matching:
-        _one_of("matching.strategy", self.strategy, [*STRATEGIES, "explicit"])
+        _one_of("matching.strategy", self.strategy, CHOICES)
+        if self.redraw_every and self.strategy != "in_order_random":
+            raise ValueError(
+                f"matching.redraw_every: strategy {self.strategy} is not drawn again; write strategy: in_order_random, or leave it out"
+            )
         _one_of("matching.distance", self.distance, DISTANCES)
         return self
 
@@ -364,7 +370,7 @@ class Study(Section):
     @model_validator(mode="after")
     def _known(self) -> Study:
         for strategy in self.strategies:
-            _one_of("study.strategies", strategy, [*STRATEGIES, "explicit"])
+            _one_of("study.strategies", strategy, CHOICES)
         for field, values in (("strategies", self.strategies), ("seeds", self.seeds)):
             if len(set(values)) != len(values):
                 raise ValueError(f"study.{field}: {list(values)} names one twice; write each once")
@@ -410,6 +416,28 @@ class Recipe(Section):
             if data is not None and data.source == "records" and data.rows is None:
                 raise ValueError(f"{where}.rows: the built-in task is endless; say how many to use, e.g. rows: 20000")
         return self
+
+    @model_validator(mode="after")
+    def _map_in_place(self) -> Recipe:
+        moves = (
+            "redraw_every"
+            if self.matching.redraw_every
+            else "strategy"
+            if self.matching.strategy == "nearest"
+            else None
+        )
+        if moves is None or (self.teacher.placement in ("replicated", "zero3") and not self.teacher.share_cache):
+            return self
+        where = "share_cache" if self.teacher.share_cache else f"placement {self.teacher.placement}"
+        reason = "has the blocks of one map, known before training"
+        if moves == "redraw_every":
+            raise ValueError(
+                f"matching.redraw_every: a teacher under {where} {reason}; write teacher.placement: replicated or zero3, or redraw_every: 0"
+            )
+        raise ValueError(
+            f"matching.strategy: nearest is measured, and a teacher under {where} {reason}; write teacher.placement: replicated or zero3, "
+            "or measure with one (train.steps: 1) and write the pairs of its map.json here, with strategy: explicit"
+        )
 
     @model_validator(mode="after")
     def _top_k_is_enough(self) -> Recipe:
@@ -480,6 +508,8 @@ def training_inputs(recipe: Recipe) -> dict[str, Any]:
     for key in ("architecture", "offload_states", "share_cache", "stages"):  # stages, like ranks, change nothing
         values["teacher"].pop(key)
     values["loss"] = {key: value for key, value in values["loss"].items() if value is not None}
+    # What came later and is not asked for is not named, so that a run begun before it came goes on.
+    values["matching"] = {key: value for key, value in values["matching"].items() if value != _LATER.get(key, ...)}
     cache = values.pop("cache")
     if recipe.teacher.placement == "cache":
         values["cache"] = {"dtype": cache["dtype"], "top_k": cache["top_k"]}
@@ -495,6 +525,8 @@ def finetune_inputs(recipe: Recipe) -> dict[str, Any]:
     return {f"finetune.{key}": value for key, value in flat(values).items() if key not in _SAVING}
 
 
+_LATER = {"redraw_every": 0}
+"""Keys of `matching` that came after the first runs, with the values that change nothing."""
 _SAVING = tuple(f"train.{key}" for key in ("save_every", "keep_checkpoints", "log_every", "timeout_seconds", "wandb"))
 
 

@@ -81,6 +81,11 @@ class Distiller(nn.Module):
         self._signal, self._matched = None, {}
         return loss, sums
 
+    def rematch(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """From now on learn by these pairs, of the student blocks that it was made with."""
+        assert [student for student, _ in pairs] == [student for student, _ in self._pairs]
+        self._pairs = tuple(pairs)
+
     def _matcher(self, block: int) -> Callable[..., None]:
         def match(module: nn.Module, args: object, output: object) -> None:
             if torch.is_grad_enabled() or not self.training:

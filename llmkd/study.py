@@ -180,6 +180,8 @@ def _only_for(recipe: Recipe, strategy: str) -> dict[str, Any]:
         dropped["matching.pairs"] = None
     if strategy != "all_to_one" and recipe.matching.target_block is not None:
         dropped["matching.target_block"] = None
+    if strategy != "in_order_random" and recipe.matching.redraw_every:
+        dropped["matching.redraw_every"] = 0
     return dropped
 
 

@@ -29,7 +29,7 @@ import datasets
 import torch
 import transformers
 
-from llmkd import __version__, build, cache_contents, caching, checkpoint
+from llmkd import __version__, build, cache_contents, caching, checkpoint, nearest
 from llmkd.build import Job
 from llmkd.config import Recipe, dump_recipe, load_recipe
 from llmkd.data import announced, batches
@@ -75,6 +75,17 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     rate = build.rate_of_step(settings, steps)
     cached = cache_contents.open_teacher(world, job, tokenizer, data)
     build.write_initial(world, job, tokenizer, resuming=resume is not None)  # the first thing written
+    reading: dict[str, Any] = dict(
+        seed=job.seed,
+        batch_size=settings.batch_size,
+        accumulation=accumulation,
+        rank=world.rank,
+        world_size=world.size,
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        packed=job.data.batching == "packed",
+    )
+    if job.pairs and job.recipe.matching.strategy == "nearest":
+        job = nearest.settled(world, job, data, reading, resuming=resume is not None)
     module = build.load_student(job, ds_config, build.teacher_width(job))
     teacher = cached or (build.load_teacher(world, job) if job.teacher is not None else None)
     student = engine(
@@ -102,23 +113,12 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         recipe=job.inputs,
         run_name=f"{job.recipe.name}-{job.title}",
     )
-    meter = Meter(world, job.weights, build.pair_names(job.pairs))
+    meter = Meter(world, job.weights, build.pair_names(job.pairs, job.redraws))
     _announce(world, job, steps, accumulation, len(data))
 
     totals = {"seconds": 0.0, "tokens": 0}
     values: dict[str, Any] = {}
-    loader = batches(
-        data,
-        seed=job.seed,
-        start_step=first,
-        steps=steps,
-        batch_size=settings.batch_size,
-        accumulation=accumulation,
-        rank=world.rank,
-        world_size=world.size,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        packed=job.data.batching == "packed",
-    )
+    loader = batches(data, start_step=first, steps=steps, **reading)
     if teacher is not None:
         loader = announced(loader, teacher.expect)
     module.train()
@@ -129,6 +129,8 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         by = divisors(job.weights, trained=trained, attended=attended, pairs=len(job.pairs))
         for group in student.optimizer.param_groups:
             group["lr"] = rate(step - 1)
+        if job.redraws:
+            build.rematch(job, step - 1, module, teacher)
 
         for batch in micro_batches:
             batch = batch.to(world.device)
@@ -215,7 +217,7 @@ def _announce(world: World, job: Job, steps: int, accumulation: int, rows: int) 
 
 def _card(job: Job, steps: int) -> str:
     """The exported model's README: what it is, and the recipe that made it."""
-    pairs = ", ".join(build.pair_names(job.pairs)) or "none"
+    pairs = ", ".join(build.pair_names(job.pairs, job.redraws)) or "none"
     return (
         f"# {job.recipe.name}: {job.title}\n\nTrained by llmkd {__version__}, {steps} steps.\n\n"
         f"- started from: {job.initial.name if job.initial.parent == job.folder else job.initial}\n"

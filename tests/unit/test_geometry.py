@@ -214,7 +214,7 @@ def test_mistakes_are_named():
 
 
 def antipodal(tokens, moved=0):
-    """n/2 antipodal pairs of unit vectors along one axis, the first `moved` of them pushed off it by unit steps orthogonal to each other."""
+    """n/2 antipodal pairs of unit vectors along one axis, the first `moved` of them pushed off it by orthogonal unit steps."""
     rows = torch.zeros(tokens, tokens + 1, dtype=torch.float64)
     rows[:, 0] = torch.tensor([1.0, -1.0]).repeat(tokens // 2)
     rows[:moved, 1 : moved + 1] = torch.eye(moved)

@@ -72,7 +72,7 @@ def test_each_student_block_has_one_teacher_block_in_range(strategy, blocks, see
 
 
 # Patient KD, arXiv 1908.09355, counted from 1 as there: a BERT of 12 blocks and students of 6 and 3.
-PATIENT_TABLES = {
+PATIENT_TABLES: dict[str, dict[tuple[int, int], list[int]]] = {
     "pkd_skip": {(6, 12): [2, 4, 6, 8, 10], (3, 12): [4, 8]},
     "pkd_last": {(6, 12): [7, 8, 9, 10, 11], (3, 12): [10, 11]},
 }
@@ -110,11 +110,11 @@ def test_pkd_skip_is_forward_without_its_last_pair_where_depths_divide(student_b
 @unhurried
 @given(depths, seeds, st.integers(0, 10**6))
 def test_a_redraw_is_a_draw_of_its_own_fixed_by_seed_and_number(blocks, seed, draw):
-    pairs = maps.in_order_random(*blocks, seed, draw)
+    pairs = maps.in_order_random(blocks[0], blocks[1], seed, draw)
     targets = teachers(pairs)
     assert all(a < b for a, b in zip(targets, targets[1:], strict=False)) and targets[-1] < blocks[1]
-    assert pairs == maps.in_order_random(*blocks, seed, draw)
-    assert maps.in_order_random(*blocks, seed, 0) == layer_map("in_order_random", *blocks, seed=seed)
+    assert pairs == maps.in_order_random(blocks[0], blocks[1], seed, draw)
+    assert maps.in_order_random(blocks[0], blocks[1], seed, 0) == layer_map("in_order_random", *blocks, seed=seed)
 
 
 def test_redraws_differ_and_are_even():

@@ -23,10 +23,10 @@ from llmkd import config, models
 from llmkd.checkpoint import check_same
 from llmkd.config import ROOT, Recipe, finetune_inputs, fingerprint, training_inputs
 from llmkd.data import load_rows, source_contents, steps_per_epoch, tokenize
-from llmkd.distances import DISTANCES
 from llmkd.distributed import (
     Wire,
     World,
+    all_rows,
     check_asynchronous_io,
     complete_ds_config,
     load_ds_config,
@@ -36,7 +36,9 @@ from llmkd.distributed import (
 )
 from llmkd.divergences import with_parameters
 from llmkd.errors import InputError
+from llmkd.geometry import WIDTH_FREE
 from llmkd.layer_map import Pairs, in_order_random, layer_map
+from llmkd.matching import terms_of
 from llmkd.objective import Weights
 from llmkd.schedules import learning_rate
 from llmkd.stages import stage_count
@@ -102,7 +104,15 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         hidden=recipe.loss.hidden if pairs else 0.0,
         kl_positions=recipe.loss.kl_positions,
         hidden_positions=recipe.matching.positions,
+        pairs=recipe.matching.pair_weights if pairs else None,
     )
+    width = recipe.student.width.get("hidden_size", student_config.hidden_size)
+    if recipe.matching.redraw_every and width != teacher_config.hidden_size and recipe.matching.needs_projector:
+        raise InputError(
+            f"matching.redraw_every: the student's states have {width} numbers and the teacher's {teacher_config.hidden_size}, and a "
+            "projector is learned for one teacher block; write redraw_every: 0, or a distance that needs none "
+            f"({', '.join(WIDTH_FREE)})"
+        )
     if not (weights.ce or weights.kl or weights.hidden):
         raise InputError(
             "loss: ce, kl and hidden are all 0, so there is nothing to learn from; give one of them a weight"
@@ -251,7 +261,14 @@ def pairs_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
         target_block=matching.target_block,
         pairs=matching.pairs,
     )
-    return () if recipe.loss.hidden == 0 else with_embedding(recipe, pairs)
+    pairs = with_embedding(recipe, pairs)
+    given = matching.pair_weights
+    if given is not None and pairs and len(given) != len(pairs):
+        raise InputError(
+            f"matching.pair_weights: {len(given)} weights for the {len(pairs)} pairs {', '.join(pair_names(pairs))}; "
+            "write one for each, in this order"
+        )
+    return () if recipe.loss.hidden == 0 else pairs
 
 
 def with_embedding(recipe: Recipe, pairs: Pairs) -> Pairs:
@@ -479,7 +496,7 @@ def teacher_width(job: Job) -> int | None:
     return models.load_config(job.teacher, trust_remote_code=job.recipe.teacher.trust_remote_code).hidden_size
 
 
-def load_student(job: Job, ds_config: dict[str, Any], target_width: int | None) -> Distiller:
+def load_student(world: World, job: Job, ds_config: dict[str, Any], target_width: int | None) -> Distiller:
     """The job's student, with its projectors and losses, ready for an engine."""
     dtype = models.DTYPES[job.train.dtype]
     settings, matching = job.recipe.student, job.recipe.matching
@@ -495,13 +512,15 @@ def load_student(job: Job, ds_config: dict[str, Any], target_width: int | None) 
         ).trust_remote_code,
     )
     width = model.config.hidden_size
+    if not matching.needs_projector:
+        target_width = width
     projectors = make_projectors(
         len(job.pairs), width, target_width or width, bias=matching.projector_bias, seed=job.seed
     )
     module = Distiller(
         model,
         job.pairs,
-        distance=DISTANCES[matching.distance],
+        distance=terms_of(matching.distances),
         positions=matching.positions,
         normed_last=matching.final_state == "normed",
         divergence=with_parameters(job.recipe.loss.divergence, job.recipe.loss.parameters),
@@ -509,6 +528,9 @@ def load_student(job: Job, ds_config: dict[str, Any], target_width: int | None) 
         kl_positions=job.recipe.loss.kl_positions,
         chunk=job.train.head_chunk,
         projectors=None if projectors is None else projectors.to(dtype),
+        tokens=matching.tokens,
+        pair_weights=job.weights.pairs,
+        all_rows=functools.partial(all_rows, world) if matching.scope == "batch" else None,
     )
     if job.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -164,7 +164,8 @@ def plan(recipe: Recipe, ranks: int, config: PreTrainedConfig | None = None) -> 
     found = config or teacher_config(recipe)
     teacher, student = shapes(found), shapes(initial_student_config(recipe, found))
     pairs = pairs_of(recipe, student.depth, teacher.depth)
-    projectors = len(pairs) * student.hidden * teacher.hidden if pairs and student.hidden != teacher.hidden else 0
+    projected = bool(pairs) and student.hidden != teacher.hidden and recipe.matching.needs_projector
+    projectors = len(pairs) * student.hidden * teacher.hidden if projected else 0
     zero = load_ds_config(recipe.train.deepspeed, ROOT / "ds_configs")
     taught = bool(pairs) or recipe.loss.kl > 0
     of_teacher: list[Row] = []
@@ -371,6 +372,8 @@ def head_rows(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Row]:
     rows = [Row("logits of a chunk", logits, "device", ("head",), how)]
     at_once = rows_at_once(chunk, student.vocabulary, "cuda")
     buffers = BUFFERS["kl" if recipe.loss.kl else "ce"]
+    if recipe.loss.kl and not isinstance(recipe.loss.divergence, str):
+        buffers += 4  # of a sum of divergences each but the last spoils copies, and their gradients are added up
     how = f"{buffers} x {at_once} tokens x {student.vocabulary:,} x {WIDE} B"
     held = buffers * at_once * student.vocabulary * WIDE
     rows.append(Row("logits at work", held, "device", ("head",), how))

@@ -51,6 +51,7 @@ from llmkd.errors import InputError
 from llmkd.metrics import Journal, Meter, peak_memory_gib
 from llmkd.objective import divisors, scales
 from llmkd.provenance import commit, hardware, versions
+from llmkd.steering import Steering
 
 log = logging.getLogger("llmkd")
 
@@ -86,7 +87,7 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     )
     if job.pairs and job.recipe.matching.strategy == "nearest":
         job = nearest.settled(world, job, data, reading, resuming=resume is not None)
-    module = build.load_student(job, ds_config, build.teacher_width(job))
+    module = build.load_student(world, job, ds_config, build.teacher_width(job))
     teacher = cached or (build.load_teacher(world, job) if job.teacher is not None else None)
     student = engine(
         module,
@@ -114,6 +115,7 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         run_name=f"{job.recipe.name}-{job.title}",
     )
     meter = Meter(world, job.weights, build.pair_names(job.pairs, job.redraws))
+    steering = Steering(world, job, steps, start_step=first)
     _announce(world, job, steps, accumulation, len(data))
 
     totals = {"seconds": 0.0, "tokens": 0}
@@ -126,26 +128,30 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     for step, micro_batches in enumerate(loader, start=first + 1):
         counts = [sum(c) for c in zip(*(batch.counts for batch in micro_batches), strict=True)]
         trained, attended, asked_to_stop = sum_counts(world, [*counts, int(stopping.asked)])  # all ranks, on the CPU
-        by = divisors(job.weights, trained=trained, attended=attended, pairs=len(job.pairs))
+        weights = steering.begin(step)
+        by = divisors(weights, trained=trained, attended=attended, pairs=len(job.pairs))
         for group in student.optimizer.param_groups:
             group["lr"] = rate(step - 1)
         if job.redraws:
             build.rematch(job, step - 1, module, teacher)
 
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches):
             batch = batch.to(world.device)
             signals = teacher.signals(batch) if teacher is not None else None
-            loss, sums = student(batch, signals, scales(job.weights, by, world.size))
+            loss, sums = student(batch, signals, scales(weights, by, world.size), **steering.options(number))
             student.backward(loss, scale_wrt_gas=False)  # the sums are already divided by the whole batch's count
             student.step()
-            meter.add(sums)
-        meter.step(by, attended)
+            meter.add(sums, weights)
+            steering.heard(module, sums)
+        meter.step(by, attended, weights)
+        said = {**steering.values(), **steering.end(by)}
         totals["tokens"] += attended
 
         saves = step == steps or asked_to_stop or (settings.save_every and step % settings.save_every == 0)
-        if step % settings.log_every == 0 or saves:  # all ranks: one reduction
+        if step % settings.log_every == 0 or saves or steering.reports:  # all ranks: one reduction
             values = {
                 **meter.flush(),
+                **said,
                 "learning_rate": rate(step - 1),
                 "grad_norm": float(student.get_global_grad_norm() or 0.0),
             }

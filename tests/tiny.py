@@ -162,7 +162,12 @@ def plain_losses(
     tau = recipe.loss.temperature
     where = attended if recipe.loss.kl_positions == "attended" else trained
     given = {key: value for key, value in recipe.loss.parameters.items() if value is not None}
-    per_token = definitions.divergence(recipe.loss.divergence, s.logits[where], t.logits[where], tau, **given)
+    mix = recipe.loss.divergence
+    per_token = sum(
+        weight * definitions.divergence(name, s.logits[where], t.logits[where], tau, **given)
+        for name, weight in ({mix: 1.0} if isinstance(mix, str) else mix).items()
+    )
+    assert isinstance(per_token, torch.Tensor)
     kl = per_token.mean().float()
     hidden = []
     for number, (i, j) in enumerate(pairs):

@@ -17,6 +17,7 @@ from llmkd.config import load_recipe
 from llmkd.data import collate, epoch_batches
 from llmkd.geometry import cka
 from llmkd.layer_map import in_order_random
+from llmkd.teachers.base import output_state
 from llmkd.train import train
 from tests.distributed.runner import run_on_ranks
 
@@ -114,7 +115,9 @@ def test_nearest_is_the_highest_cka_of_the_plain_models(
         model = models.load_causal_lm(folder, dtype=torch.float32, ds_config=None, attention="sdpa").eval()
         states: list[torch.Tensor] = []
         for block in models.blocks(model):
-            block.register_forward_hook(lambda m, a, output, states=states: states.append(output[batch.attended]))
+            block.register_forward_hook(
+                lambda m, a, output, states=states: states.append(output_state(output)[batch.attended])
+            )
         with torch.no_grad():
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         sides.append(states)

@@ -8,6 +8,7 @@ way down to the parameters is not in them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from llmkd.distributed import gathered
+from llmkd.distributed import full_shape, gathered
 from llmkd.matching import small_pass
 from llmkd.models import backbone, blocks
 
@@ -54,14 +55,19 @@ def before_projector(
 ) -> Tensor:
     """The gradient of `distance(state, projected state)` with respect to the state [B, T, H_s], with the projector taken as it is."""
     leaf = state.detach().requires_grad_()
-    weights = [] if projector is None else [projector.weight, projector.bias]
-    with small_pass(), gathered(weights):
+    weights = [] if projector is None else list(projector.parameters())
+    with small_pass(), _whole(weights):
         # not by calling the projector: the engine's hooks count its calls
         projected = leaf if projector is None else linear(leaf, projector.weight, projector.bias)
         return torch.autograd.grad(distance(leaf, projected), leaf)[0]
 
 
+def _whole(weights: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+    """Gathers those that are not whole already: an engine keeps small parameters whole, and would not have them taken apart here."""
+    return gathered(weight for weight in weights if weight.numel() != full_shape(weight).numel())
+
+
 def _through(run: Callable[[Tensor], Tensor], weights: list[nn.Parameter], state: Tensor, gradient: Tensor) -> Tensor:
     leaf = state.requires_grad_()
-    with small_pass(), gathered(weights):
+    with small_pass(), _whole(weights):
         return torch.autograd.grad(run(leaf), leaf, gradient)[0]

@@ -44,7 +44,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "ce_only": {"matching.strategy": "none", "loss.kl": 0.0},
     "jsd": {"matching.strategy": "none", "loss.divergence": "jsd", "loss.beta": 0.3, "loss.temperature": 2.0},
     "akl": {"loss.divergence": "akl", "loss.kl_positions": "attended"},
-    "redrawn": {"matching.strategy": "in_order_random", "matching.redraw_every": 2},
+    "redrawn": {
+        "matching.strategy": "in_order_random",
+        "matching.redraw_every": 2,
+        "loss.divergence": {"forward_kl": 0.5, "reverse_kl": 0.5},
+    },
     # nothing is asked of the head, nor of the teacher's later blocks
     "hidden_only": {"matching.strategy": "all_to_one", "loss.ce": 0.0, "loss.kl": 0.0},
 }

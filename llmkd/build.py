@@ -530,6 +530,7 @@ def load_student(world: World, job: Job, ds_config: dict[str, Any], target_width
         projectors=None if projectors is None else projectors.to(dtype),
         tokens=matching.tokens,
         pair_weights=job.weights.pairs,
+        keeps_head=job.weights.ce > 0 or job.weights.kl > 0,
         all_rows=functools.partial(all_rows, world) if matching.scope == "batch" else None,
     )
     if job.train.activation_checkpointing:

@@ -10,8 +10,8 @@ on: positions that may hold it are cut out before.
 A set's distance is no mean over its tokens: it depends on which tokens stand together, so two micro-batches do not add up to one.
 
 Cost for H_s = H_t = d, value and gradient together: cka and gram 12 N d² FLOPs (6 products width by width), for N < d 8 N² d (4 products
-tokens by tokens); procrustes 10 N d² and one SVD, some 20 min(N, d)³ FLOPs that a GPU runs slowly and the host waits for (for
-N < d also two QR of d x N, 8 N² d). Memory: a few N x d and min(N, d)² in fp32. standardized_mse reads and writes N x d alone.
+tokens by tokens); procrustes 6 N d² and one SVD, some 20 min(N, d)³ FLOPs that a GPU runs slowly and the host waits for (for N < d 20 N² d, most of
+it in two QR of d x N, in place of 6 N d²). Memory while it is worked out: 11 to 16 tensors of N x d in fp32.
 `matching.tokens` lowers N: 512 tokens of width 4096 need an SVD of 512 x 512 where 8192 tokens need one of 4096 x 4096.
 """
 
@@ -66,8 +66,15 @@ def procrustes(student: Tensor, teacher: Tensor) -> Tensor:
     x, y = _shape(student), _shape(teacher)
     narrow, wide = (x, y) if x.shape[1] <= y.shape[1] else (y, x)
     with torch.no_grad():
-        rotation = _rotation(narrow, wide)
-    return (narrow @ rotation - wide).square().sum()
+        factors = _rotation(narrow, wide)
+    turned = narrow
+    for factor in factors:
+        turned = turned @ factor
+    if narrow.shape != wide.shape:
+        return (turned - wide).square().sum()
+    # Not to turn is one way of turning: where it is the best, as for equal states, no SVD's rounding is left in the distance.
+    best, as_it_is = (turned - wide).square().sum(), (narrow - wide).square().sum()
+    return torch.where(as_it_is <= best, as_it_is, best)
 
 
 def standardized_mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -116,28 +123,23 @@ def _gram_products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (x.T @ x).square().sum(), (x.T @ y).square().sum(), (y.T @ y).square().sum()
 
 
-def _rotation(narrow: Tensor, wide: Tensor) -> Tensor:
-    """Q `[h, H]`, h <= H, that brings XQ nearest to Y among all with orthonormal rows (the part that N tokens decide, for N < h).
+def _rotation(narrow: Tensor, wide: Tensor) -> list[Tensor]:
+    """Q `[h, H]`, h <= H, that brings XQ nearest to Y among all with orthonormal rows, as the factors whose product it is.
 
-    Of equally wide sides the identity is one candidate, so that equal states are told to be equal without an SVD's rounding.
+    For N < h only the part that N tokens decide, of rank N: X and Y have none beside it.
     """
-    tokens, width = narrow.shape
     narrow, wide = (
         narrow.nan_to_num(),
         wide.nan_to_num(),
     )  # an SVD would raise; NaN reaches the value by way of the states
-    if tokens < width:  # XᵀY has rank N at most: its SVD is that of an N x N matrix between two orthonormal bases
-        basis, coefficients = torch.linalg.qr(narrow.T)
-        basis_of_wide, coefficients_of_wide = torch.linalg.qr(wide.T)
-        left, _, right = torch.linalg.svd(coefficients @ coefficients_of_wide.T)
-        best = basis @ (left @ right) @ basis_of_wide.T
-    else:
+    if narrow.shape[0] >= narrow.shape[1]:
         left, _, right = torch.linalg.svd(narrow.T @ wide, full_matrices=False)
-        best = left @ right
-    if narrow.shape != wide.shape:
-        return best
-    as_it_is = (narrow - wide).square().sum() <= (narrow @ best - wide).square().sum()
-    return torch.where(as_it_is, torch.eye(width, dtype=best.dtype, device=best.device), best)
+        return [left @ right]
+    # XᵀY has rank N at most: its SVD is that of an N x N matrix between two orthonormal bases, and no matrix of widths is made
+    basis, coefficients = torch.linalg.qr(narrow.T)
+    basis_of_wide, coefficients_of_wide = torch.linalg.qr(wide.T)
+    left, _, right = torch.linalg.svd(coefficients @ coefficients_of_wide.T)
+    return [basis, left @ right, basis_of_wide.T]
 
 
 def _shape(states: Tensor) -> Tensor:

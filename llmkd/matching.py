@@ -159,6 +159,7 @@ def _by_set(
             (slope,) = torch.autograd.grad(distance, leaf, retain_graph=term is not terms[-1])
             value = value + distance.detach() * (term.weight * count)
             gradient.add_(slope, alpha=term.weight * len(everyones))
+            del distance, slope  # the next term's pass begins with this one's memory
     return value, gradient
 
 

@@ -51,9 +51,9 @@ class Meter:
     def step(self, by: Divisors, tokens: int, weights: Weights) -> None:
         """A step is done: the global divisors of its parts, its tokens (padding not counted) and its weights.
 
-        A step in which a part has come to weigh nothing is not counted in its mean, where the head did not work it out.
+        A step in which the divergence has come to weigh nothing is not counted in its mean: it was not worked out.
         """
-        run = (bool(weights.ce or weights.kl), weights.kl > 0, True)
+        run = (True, weights.kl > 0, True)
         counts = (by.ce, by.kl, by.hidden)
         self._divisors = [old + new * ran for old, new, ran in zip(self._divisors, counts, run, strict=True)]
         self._tokens += tokens

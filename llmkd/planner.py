@@ -22,6 +22,7 @@ from llmkd.config import ROOT, Recipe
 from llmkd.distributed import load_ds_config, zero_stage
 from llmkd.errors import InputError
 from llmkd.head import BUFFERS, rows_at_once
+from llmkd.matching import terms_of
 from llmkd.models import DTYPES, block_choice, blocks, head, load_config, qwen3_config, student_config
 from llmkd.stages import Cut, Route, cut, routes, stage_count, states_held
 from llmkd.teachers.base import EMBEDDING, blocks_needed
@@ -33,6 +34,9 @@ NODE = 8
 """Ranks of a node, as a pipeline's stages are planned."""
 WIDE = 4
 """Bytes of a master weight, an Adam moment, an accumulated or a communicated gradient: fp32 (ds_configs/)."""
+
+SET_COPIES = 16
+"""Tensors of [tokens, H] that a set-level distance holds at its peak, its gradient included; its SVD's are counted in."""
 
 Phase = Literal["always", "teacher forward", "head", "backward", "optimizer step"]
 Place = Literal["device", "host", "nvme", "disk"]
@@ -180,7 +184,7 @@ def plan(recipe: Recipe, ranks: int, config: PreTrainedConfig | None = None) -> 
     return [
         *of_teacher,
         *student_rows(recipe, student, projectors, zero, ranks),
-        *activation_rows(recipe, student, teacher, pairs),
+        *activation_rows(recipe, student, teacher, pairs, ranks),
         *head_rows(recipe, student, teacher),
     ]
 
@@ -323,7 +327,9 @@ def student_rows(recipe: Recipe, shape: Shapes, projectors: int, zero: dict[str,
     return rows
 
 
-def activation_rows(recipe: Recipe, student: Shapes, teacher: Shapes, pairs: Sequence[tuple[int, int]]) -> list[Row]:
+def activation_rows(
+    recipe: Recipe, student: Shapes, teacher: Shapes, pairs: Sequence[tuple[int, int]], ranks: int = 1
+) -> list[Row]:
     """What the student keeps for its backward pass, with or without activation checkpointing, and the pairs' stashed gradients."""
     size = DTYPES[recipe.train.dtype].itemsize
     tokens = recipe.train.micro_batch_size * recipe.data.max_length
@@ -337,10 +343,27 @@ def activation_rows(recipe: Recipe, student: Shapes, teacher: Shapes, pairs: Seq
         kept, rows = student.depth * block, []
         how = f"{student.depth} blocks x B x T x {block // tokens:,} B, and the final norm"
     rows.insert(0, Row("student activations", kept + ends, "device", ("head", "backward"), how))
-    if pairs:
-        stash = len(pairs) * tokens * teacher.hidden * size
-        how = f"{len(pairs)} pairs x [B, T, H] x {size} B"
-        rows.append(Row("gradients of the distances", stash, "device", ("head", "backward"), how))
+    return [*rows, *distance_rows(recipe, student, teacher, pairs, ranks)]
+
+
+def distance_rows(
+    recipe: Recipe, student: Shapes, teacher: Shapes, pairs: Sequence[tuple[int, int]], ranks: int
+) -> list[Row]:
+    """What waits of the pairs' distances for the backward pass, and what one set-level distance takes while it is worked out."""
+    if not pairs:
+        return []
+    size, matching = DTYPES[recipe.train.dtype].itemsize, recipe.matching
+    tokens = recipe.train.micro_batch_size * recipe.data.max_length
+    tokens = tokens if matching.tokens is None else min(tokens, matching.tokens)
+    width = teacher.hidden if matching.needs_projector else student.hidden
+    shown = "[B, T, H]" if matching.tokens is None else f"[{tokens}, H]"
+    how = f"{len(pairs)} pairs x {shown} x {size} B"
+    rows = [Row("gradients of the distances", len(pairs) * tokens * width * size, "device", ("head", "backward"), how)]
+    if any(term.of_set for term in terms_of(matching.distances)):
+        together = tokens * (ranks if matching.scope == "batch" else 1)
+        wider = max(student.hidden, teacher.hidden)
+        how = f"{SET_COPIES} x [{together:,}, H] x {WIDE} B"
+        rows.append(Row("a set-level distance at work", SET_COPIES * together * wider * WIDE, "device", ("head",), how))
     return rows
 
 

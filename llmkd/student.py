@@ -29,7 +29,8 @@ class Distiller(nn.Module):
     pairs: (student block, teacher block), EMBEDDING (-1) for the embeddings. `teacher_width` differs from the student's: each pair
     gets a projector Linear(H_s -> H_t), which distances of any widths pass by. `positions`: match "trained" or "attended" positions,
     `tokens` of them per micro-batch (None: all). `pair_weights`: what each pair's distance counts in the loss. `all_rows`: gathers the
-    rows of all ranks, where a set-level distance is over all of them.
+    rows of all ranks, where a set-level distance is over all of them. `keeps_head`: run the head even in a pass in which neither of its
+    parts counts: an engine would take a parameter without a gradient to have that of the step before.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Distiller(nn.Module):
         tokens: int | None = None,
         pair_weights: Sequence[float] | None = None,
         all_rows: AllRows | None = None,
+        keeps_head: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -64,6 +66,7 @@ class Distiller(nn.Module):
         self._tokens = tokens
         self._pair_weights = (1.0,) * len(pairs) if pair_weights is None else tuple(pair_weights)
         self._all_rows = all_rows
+        self._keeps_head = keeps_head
         stack = blocks(model)
         self._normed = len(stack) - 1 if normed_last else None
         for block in {student for student, _ in pairs} - {self._normed}:
@@ -110,7 +113,9 @@ class Distiller(nn.Module):
             self._match(self._normed, final)
         distances = [self._matched[number] for number in range(len(self._pairs))]
         loss = ce = kl = torch.zeros((), dtype=torch.float32, device=final.device)
-        if scales[0] or scales[1]:  # else the head is neither gathered nor run, and both parts read 0
+        if (
+            scales[0] or scales[1] or self._keeps_head
+        ):  # else the head is neither gathered nor run, and both parts read 0
             loss, ce, kl = self.loss_head(final, batch, signal, scales[0], scales[1], temperature)
         if distances:
             weighted = [d if w == 1 else d * w for d, w in zip(distances, self._pair_weights, strict=True)]

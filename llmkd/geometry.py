@@ -9,10 +9,10 @@ on: positions that may hold it are cut out before.
 
 A set's distance is no mean over its tokens: it depends on which tokens stand together, so two micro-batches do not add up to one.
 
-Cost for H_s = H_t = d, value and gradient together: cka and gram 12 N d² FLOPs (6 products width by width), for N < d 8 N² d (4 products
-tokens by tokens); procrustes 6 N d² and one SVD, some 20 min(N, d)³ FLOPs that a GPU runs slowly and the host waits for (for N < d 20 N² d, most of
-it in two QR of d x N, in place of 6 N d²). Memory while it is worked out: 11 to 16 tensors of N x d in fp32.
-`matching.tokens` lowers N: 512 tokens of width 4096 need an SVD of 512 x 512 where 8192 tokens need one of 4096 x 4096.
+Cost for H_s = H_t = d, value and gradient together: cka and gram 12 N d² FLOPs (6 products width by width), for N < d 8 N² d (4
+products tokens by tokens); procrustes 6 N d² and one SVD, some 20 min(N, d)³ FLOPs that a GPU runs slowly and the host waits for
+(for N < d 20 N² d, most of it in two QR of d x N, in place of 6 N d²). Memory while it is worked out: 11 to 16 tensors of N x d in
+fp32. `matching.tokens` lowers N: 512 tokens of width 4096 need an SVD of 512 x 512 where 8192 tokens need one of 4096 x 4096.
 """
 
 from collections.abc import Callable

@@ -26,6 +26,7 @@ from torch import nn
 
 from llmkd import checkpoint, child
 from llmkd.agreement import Task, held_out
+from llmkd.angle_findings import FOLDER, WHEN
 from llmkd.angle_runs import Run, runs_of
 from llmkd.build import initial_student
 from llmkd.config import Recipe
@@ -42,9 +43,7 @@ from llmkd.viewpoints import TeacherStates, Viewpoint, look
 
 log = logging.getLogger("llmkd")
 
-FOLDER = "angles"
 ROWS = 100  # where neither the call nor the recipe says
-WHEN = ("before", "after")
 
 
 def angles(

@@ -83,7 +83,8 @@ def _seen(members: Sequence[dict[str, Any]], teacher_blocks: int) -> dict[str, A
 def _cell(members: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float | None]) -> dict[str, Any]:
     """Mean over the students that have the number, with half the interval where there are two or more."""
     values = [found for one in members if (found := value(one)) is not None]
-    return {"mean": fmean(values) if values else None, "half_width": half_width(values), "n": len(values)}
+    half = half_width(values) if len(set(values)) > 1 else None  # copies of one start are one model
+    return {"mean": fmean(values) if values else None, "half_width": half, "n": len(values)}
 
 
 def grouped(teacher_blocks: int) -> list[list[int]]:
@@ -101,19 +102,19 @@ def evenly(count: int, most: int) -> list[int]:
 
 
 def coarse(matrix: Values, sides: Sequence[Sequence[int]]) -> Values:
-    """The matrix by groups of blocks: the mean over pairs of different blocks, to four digits; a block alone keeps its own number."""
+    """The matrix by groups of blocks: the mean over pairs of different blocks, to three digits; a block alone keeps its own number."""
 
     def value(ones: Sequence[int], others: Sequence[int]) -> float | None:
         pairs = [(i, j) for i in ones for j in others if i != j] or [(ones[0], others[0])]
         found = _mean([matrix[i][j] for i, j in pairs])
-        return None if found is None else round(found, 4)
+        return None if found is None else round(found, 3)
 
     return [[value(ones, others) for others in sides] for ones in sides]
 
 
 def _over_seeds(matrices: Sequence[Values]) -> Values:
     return [
-        [None if (found := _mean(cells)) is None else round(found, 4) for cells in zip(*rows, strict=True)]
+        [None if (found := _mean(cells)) is None else round(found, 3) for cells in zip(*rows, strict=True)]
         for rows in zip(*matrices, strict=True)
     ]
 

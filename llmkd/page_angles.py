@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from itertools import groupby
 from typing import Any
 
 from llmkd.angle_findings import WHEN, Values, angle_table, sentence, setting
@@ -23,7 +24,8 @@ def angle_section(results: Results) -> list[str]:
     if not angles["students"]:
         return [missing("No student's angles could be measured."), *problems]
     head, *lines = angle_table(angles)
-    drawn = "".join(_figure(f"angles-{place}", one) for place, one in enumerate(angles["students"]))
+    known: dict[str, str] = {}
+    drawn = "".join(_figure(f"angles-{place}", one, known) for place, one in enumerate(angles["students"]))
     words = (
         "Each square is one student block; its rows and columns are the teacher's blocks, block 0 on top and at the left. A cell is "
         "the mean cosine between the directions to its two blocks: blue is above zero, and the stronger the nearer to one; orange, "
@@ -39,7 +41,7 @@ def angle_section(results: Results) -> list[str]:
     ]
 
 
-def _figure(name: str, one: Row) -> str:
+def _figure(name: str, one: Row, known: dict[str, str]) -> str:
     """A strategy's picture with, to be opened, a line per student block, and every cell as CSV."""
     title = f"Mean cosine between teacher blocks, {one['strategy']}"
     summary = _summary(one)
@@ -52,7 +54,7 @@ def _figure(name: str, one: Row) -> str:
         "figure-numbers",
     )
     caption = f"<b>{escape(one['strategy'])}</b>, init {escape(one['init'])}, mean of {len(one['seeds'])}"
-    return f"<figure>{_svg(name, title, one, summary)}\n<figcaption>{caption}</figcaption>\n{numbers}</figure>"
+    return f"<figure>{_svg(name, title, one, summary, known)}\n<figcaption>{caption}</figcaption>\n{numbers}</figure>"
 
 
 def _cut(one: Row) -> str:
@@ -110,10 +112,11 @@ def _mean(values: Sequence[float]) -> float | None:
 # The drawing
 
 
-def _svg(name: str, title: str, one: Row, summary: Sequence[tuple[Any, ...]]) -> str:
+def _svg(name: str, title: str, one: Row, summary: Sequence[tuple[Any, ...]], known: dict[str, str]) -> str:
     """Two squares per student block, with an accessible name and description.
 
-    A cell would take a rectangle of its own; cells of one colour share a path, at some ten bytes a cell.
+    Small: cells of one colour share a path, and a square that the page has already (`known`: cells -> id; students that began alike) is
+    referred to.
     """
     blocks = len(one["after"]["blocks"])
     width, height = LEFT + 2 * SIDE + GAP + 8, TOP + blocks * (SIDE + GAP) + 30
@@ -126,7 +129,7 @@ def _svg(name: str, title: str, one: Row, summary: Sequence[tuple[Any, ...]]) ->
             f'<text transform="translate(12 {top + SIDE / 2:g}) rotate(-90)" text-anchor="middle" font-size="11.5">{label}</text>'
         )
         for column, when in enumerate(WHEN):
-            parts.append(_square(LEFT + column * (SIDE + GAP), top, one[when]["blocks"][row]["mean"], names))
+            parts.append(_square(LEFT + column * (SIDE + GAP), top, one[when]["blocks"][row]["mean"], names, known))
     parts.append(_legend(LEFT, height - 16))
     told = [
         f"student block {line[0]}: mean {_told(line[1])} before and {_told(line[4])} after, lowest {_told(line[3])} and {_told(line[6])}"
@@ -147,20 +150,37 @@ def _text(x: float, y: float, text: str, anchor: str, size: float = 11.5) -> str
     return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}">{escape(text)}</text>'
 
 
-def _square(left: float, top: float, matrix: Values, names: Sequence[str]) -> str:
+def _square(left: float, top: float, matrix: Values, names: Sequence[str], known: dict[str, str]) -> str:
     """A matrix as a square of coloured cells; first and last block are named at its sides."""
     size = len(matrix)
     cell = SIDE / size
+    inner = _coloured(matrix)
+    if inner in known:
+        inner = f'<use href="#{known[inner]}"/>'
+    else:
+        known[inner] = f"angle-cells-{len(known)}"
+        inner = f'<g id="{known[inner]}">{inner}</g>'
+    ends = dict.fromkeys((0, size - 1))
+    numbers = [_text(left - 4, top + (place + 0.5) * cell + 4, names[place], "end", 10) for place in ends]
+    numbers += [_text(left + (place + 0.5) * cell, top + SIDE + 11, names[place], "middle", 10) for place in ends]
+    frame = f'<rect x="{left}" y="{top:g}" width="{SIDE}" height="{SIDE}" fill="none" stroke="var(--rule)"/>'
+    return f'<g transform="translate({left} {top:g}) scale({cell:.4g})">{inner}</g>{frame}{"".join(numbers)}'
+
+
+def _coloured(matrix: Values) -> str:
+    """The cells, one unit wide, with dots where they are below zero and strokes where there is none."""
     paths: dict[tuple[bool, int], str] = {}
-    dots, strokes = "", ""
+    dots = "".join(
+        f"M{x}.5 {y}.5h0" for y, row in enumerate(matrix) for x, v in enumerate(row) if v is not None and v < 0
+    )
+    strokes = "".join(f"M{x} {y}l1 1" for y, row in enumerate(matrix) for x, v in enumerate(row) if v is None)
     for y, row in enumerate(matrix):
-        for x, value in enumerate(row):
-            if value is None:
-                strokes += f"M{x} {y}l1 1"
-                continue
-            dots += f"M{x}.5 {y}.5h0" if value < 0 else ""
-            if level := min(round(abs(value) * LEVELS), LEVELS):
-                paths[value < 0, level] = paths.get((value < 0, level), "") + f"M{x} {y}h1v1h-1z"
+        x = 0
+        for colour, run in groupby(row, _colour):
+            long = len(list(run))
+            if colour is not None:
+                paths[colour] = paths.get(colour, "") + f"M{x} {y}h{long}v1h-{long}z"
+            x += long
     inner = "".join(
         f'<path fill="var(--series-{2 if negative else 1})" fill-opacity="{level / LEVELS:g}" d="{path}"/>'
         for (negative, level), path in sorted(paths.items())
@@ -169,11 +189,13 @@ def _square(left: float, top: float, matrix: Values, names: Sequence[str]) -> st
         inner += f'<path stroke="var(--ink)" stroke-width=".3" stroke-linecap="round" d="{dots}"/>'
     if strokes:
         inner += f'<path stroke="var(--muted)" stroke-width=".06" d="{strokes}"/>'
-    ends = dict.fromkeys((0, size - 1))
-    numbers = [_text(left - 4, top + (place + 0.5) * cell + 4, names[place], "end", 10) for place in ends]
-    numbers += [_text(left + (place + 0.5) * cell, top + SIDE + 11, names[place], "middle", 10) for place in ends]
-    frame = f'<rect x="{left}" y="{top:g}" width="{SIDE}" height="{SIDE}" fill="none" stroke="var(--rule)"/>'
-    return f'<g transform="translate({left} {top:g}) scale({cell:.4g})">{inner}</g>{frame}{"".join(numbers)}'
+    return inner
+
+
+def _colour(value: float | None) -> tuple[bool, int] | None:
+    """(below zero, level from 1 up); None for what is not coloured."""
+    level = 0 if value is None else min(round(abs(value) * LEVELS), LEVELS)
+    return (value is not None and value < 0, level) if level else None
 
 
 def _legend(left: float, top: float) -> str:

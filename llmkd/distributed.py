@@ -485,7 +485,7 @@ def saved_weights(shards: Path, prefix: str) -> dict[str, Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     if list(shards.glob("*_optim_states.pt")):
-        found = get_fp32_state_dict_from_zero_checkpoint(str(shards.parent), tag=shards.name, lazy_mode=True)
+        found: Any = get_fp32_state_dict_from_zero_checkpoint(str(shards.parent), tag=shards.name, lazy_mode=True)
     else:  # without ZeRO each rank's file holds whole tensors
         found = torch.load(shards / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
     kept = {name: tensor for name, tensor in found.items() if name.startswith(prefix)}

@@ -333,6 +333,8 @@ class Evaluation(Section):
     """Left out: no texts are generated."""
     agreement_rows: int = Field(default=0, ge=0)
     """Held-out rows on which each student's distributions are compared with the teacher's; 0 compares none."""
+    angles_rows: int | None = Field(default=None, gt=0)
+    """Held-out rows on which `llmkd study` measures the angles between teacher blocks as each student's blocks see them; left out: none."""
 
     @model_validator(mode="after")
     def _positive(self) -> Evaluation:
@@ -340,6 +342,8 @@ class Evaluation(Section):
             raise ValueError(f"batch_size: {self.batch_size} rows at once; write a whole number from 1 up, or auto")
         if self.agreement_rows and self.generation is None:
             raise ValueError("agreement_rows: the held-out rows are those of evaluation.generation; add that section")
+        if self.angles_rows and self.generation is None:
+            raise ValueError("angles_rows: the held-out rows are those of evaluation.generation; add that section")
         return self
 
 

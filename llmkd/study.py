@@ -64,6 +64,7 @@ def study(recipe: Recipe, ranks: int | None = None) -> Path:
 def _score(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> list[str]:
     """Have every model write, compare it with the teacher, run lm-eval; what one step can't do must not cost the others theirs."""
     from llmkd.agreement import agree
+    from llmkd.angles import angles
     from llmkd.evaluation import evaluate
     from llmkd.generation import generate
 
@@ -80,6 +81,8 @@ def _score(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> list[str]:
         steps.append(lambda: agree(others, *shared, trust_remote_code=trust))
     if settings.tasks:
         steps.append(lambda: evaluate(jobs, settings, folder / EVALUATIONS, trust_remote_code=trust))
+    if settings.angles_rows:
+        steps.append(lambda: angles(folder, rows=settings.angles_rows))
     mistakes = []
     for step in steps:
         try:

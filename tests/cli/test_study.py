@@ -34,6 +34,7 @@ def recipe_file(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "batch_size": 12,
             "generation": {"source": "records", "items": 4, "max_new_tokens": 8},
             "agreement_rows": 4,
+            "angles_rows": 4,
         },
         study={
             "strategies": ["none", "all_to_one"],
@@ -66,12 +67,16 @@ def test_study_is_run_once_and_reported(recipe_file: Path, capfd: pytest.Capture
         else:
             agreed = json.loads((folder / entry["agreement"]).read_text())
             assert agreed["error"] is None and agreed["rows"] == 4 and agreed["metrics"]["kl"] > 0
+        if entry["train"] is not None:
+            seen = json.loads((folder / "angles" / f"{entry['name']}.json").read_text())
+            assert seen["error"] is None and seen["rows"] == 4 and len(seen["after"]["blocks"]) == 3
     trained = folder / "students" / "all_to_one-s0"
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["pairs"] == [[0, 1], [1, 1], [2, 1]] and summary["world_size"] == 1
     assert not (trained / "initial").exists() and (trained / "model" / "model.safetensors").is_file()
     report = (folder / "report.md").read_text()
     assert "With one seed nothing can be concluded" in report and "undistilled" in report
+    assert "## Angles between teacher blocks" in report
 
     results = [*folder.glob("students/*/model/*"), *folder.glob("evaluations/*.json*")]
     made = {path: path.stat().st_mtime_ns for path in results}

@@ -35,7 +35,10 @@ def main() -> None:
     for split in SPLITS:
         found = [file for end in ("jsonl", "jsonl.gz") if (file := given.folder / f"rnnlg_{split}.{end}").is_file()]
         if not found:
-            print(f"Error: {given.folder} holds no rnnlg_{split}.jsonl or .jsonl.gz; give the folder that does", file=sys.stderr)
+            print(
+                f"Error: {given.folder} holds no rnnlg_{split}.jsonl or .jsonl.gz; give the folder that does",
+                file=sys.stderr,
+            )
             sys.exit(2)
         given.out.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(row) + "\n" for row in rows(found[0]))

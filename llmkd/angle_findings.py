@@ -152,13 +152,21 @@ def setting(angles: dict[str, Any]) -> str:
     first = angles["students"][0]
     said = (
         f"Over {first['tokens']:,} tokens of {first['rows']} held-out rows, padding left out; the last blocks' states are "
-        f"{'those after the final norm' if first['final_state'] == 'normed' else 'raw'}. "
+        f"{_final_states(angles['students'])}. "
         "paper_code is the layer-selection paper's own statistic, cos(T_first - S_first, T_last - S_first), which counts padding; a "
         "first block that is still a copy of the teacher's counts there as 0."
     )
     if any(one["projector"] for one in angles["students"]):
         said += " The widths differ: the students' states are seen through their projectors, as drawn before and as trained after."
     return said
+
+
+def _final_states(students: Sequence[dict[str, Any]]) -> str:
+    """Which states the last blocks' are; where students differ in it, which of them."""
+    normed = [one["strategy"] for one in students if one["final_state"] == "normed"]
+    if normed and len(normed) < len(students):
+        return f"raw, those of {', '.join(normed)} the ones after the final norm"
+    return "those after the final norm" if normed else "raw"
 
 
 def angle_table(angles: dict[str, Any]) -> list[list[str]]:

@@ -128,8 +128,7 @@ def main() -> int:
         say(f"{child.REFUSAL}{error}")
         return 2
     model = _load(folder, recipe, recipe.teacher.trust_remote_code, device)
-    normed = recipe.matching.final_state == "normed"
-    work = Work(folder, TeacherStates(model, normed_last=normed), batches, device, out, {})
+    work = Work(folder, TeacherStates(model), batches, device, out, {})
     for number, job in enumerate(jobs, start=1):
         say(f"{number}/{len(jobs)} {job['name']}: started")
         began = time.perf_counter()
@@ -202,7 +201,8 @@ def _begin(run: Run, projected: bool) -> str:
     recipe = run.recipe
     seed = recipe.seed if projected or recipe.student.init == "random" else None
     drawn = [run.pairs, recipe.matching.projector_bias] if projected else None
-    return json.dumps([recipe.student.model_dump(mode="json"), recipe.train.dtype, seed, drawn])
+    shared = [recipe.student.model_dump(mode="json"), recipe.train.dtype, recipe.matching.final_state]
+    return json.dumps([*shared, seed, drawn])
 
 
 def _start(recipe: Recipe, teacher: Path, folder: Path) -> Path:
@@ -291,9 +291,10 @@ def angles_text(files: dict[str, Path]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     rows = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     known = next(one for one in found if one["error"] is None)
+    final = dict.fromkeys(one["final_state"] for one in found if one["error"] is None)
     said = (
         f"cos(T_i - S, T_j - S) over {known['tokens']} tokens of {known['rows']} held-out rows, mean over student blocks and pairs "
-        f"i < j of {known['teacher_blocks']} teacher blocks; the last blocks' states are {known['final_state']}; paper_code: the mean "
+        f"i < j of {known['teacher_blocks']} teacher blocks; the last blocks' states are {' or '.join(final)}; paper_code: the mean "
         "of cos(T_first - S_first, T_last - S_first) as the paper's code takes it"
     )
     return "\n".join(

@@ -23,27 +23,24 @@ from llmkd.teachers.base import Capture, output_state
 class TeacherStates:
     """What the teacher holds out to look at: every block's state of one batch, and its final state."""
 
-    def __init__(self, model: PreTrainedModel, *, normed_last: bool) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self._model = model.eval()
         stack = blocks(model)
         self.depth, self.width = len(stack), int(model.config.hidden_size)
-        self._normed_last = normed_last
         self._capture = Capture(dict(enumerate(stack)), dict)
 
     def of(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
-        """(a state [B, T, H] per block, the final state). The last block's is the final state where `normed_last` says so."""
+        """(the raw state [B, T, H] of each block, the final state)"""
         final = _run(self._model, batch)
         kept = self._capture.collect()
-        states = [kept[block] for block in range(self.depth)]
-        if self._normed_last:
-            states[-1] = final
-        return states, final
+        return [kept[block] for block in range(self.depth)], final
 
 
 class Viewpoint:
     """A student from whose blocks the teacher's states are seen, with the projector of each block where the widths differ.
 
-    `projectors`: by student block; a block without one is left out where the widths differ. Raises InputError where none is left.
+    `normed_last`: the last blocks' states, of both models, are those after the final norm. `projectors`: by student block; a block
+    without one is left out where the widths differ. Raises InputError where none is left.
     """
 
     def __init__(
@@ -75,7 +72,8 @@ class Viewpoint:
 
     def look(self, batch: Batch, states: Sequence[Tensor], teacher_final: Tensor) -> None:
         """Run the student on the batch; nothing of it is kept but sums."""
-        self._batch, self._states, self._teacher_final = batch, states, teacher_final
+        self._states = [*states[:-1], teacher_final] if self._normed_last else states
+        self._batch, self._teacher_final = batch, teacher_final
         final = _run(self._model, batch)
         last = self.depth - 1
         if self._normed_last and last in self._cosines:

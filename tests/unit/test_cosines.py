@@ -184,7 +184,7 @@ def batches_of(rows: list[dict[str, Any]], size: int) -> list[Batch]:
 
 
 def seen_from(folders: tuple[Path, Path], batches: list[Batch], normed: bool) -> dict[str, Any]:
-    teacher = TeacherStates(Load(folders[0], attn_implementation="sdpa"), normed_last=normed)
+    teacher = TeacherStates(Load(folders[0], attn_implementation="sdpa"))
     student = Viewpoint(Load(folders[1], attn_implementation="sdpa"), teacher, normed_last=normed)
     look(teacher, [student], batches, CPU)
     return student.result()
@@ -222,6 +222,16 @@ def test_models_states_are_those_of_hidden_states(
     assert tokens["mean"] == pytest.approx(code.mean().item(), abs=1e-5) and tokens["counted"] == len(code)
     padded = result["paper_code"]["with_padding"]
     assert padded["counted"] == sum(b.attended.numel() for b in batches_of(rows, 3)) > tokens["counted"]
+
+
+def test_students_of_one_pass_may_look_at_either_last_state(
+    folders: tuple[Path, Path], rows: list[dict[str, Any]]
+) -> None:
+    teacher = TeacherStates(Load(folders[0], attn_implementation="sdpa"))
+    both = [Viewpoint(Load(folders[1]), teacher, normed_last=normed) for normed in (True, False)]
+    look(teacher, both, batches_of(rows, 3), CPU)
+    apart = [seen_from(folders, batches_of(rows, 3), normed) for normed in (True, False)]
+    assert [one.result() for one in both] == apart and apart[0]["blocks"][0] != apart[1]["blocks"][0]
 
 
 def test_batches_do_not_change_the_numbers(folders: tuple[Path, Path], rows: list[dict[str, Any]]) -> None:
@@ -271,7 +281,7 @@ def test_the_teacher_seen_from_itself_lacks_its_own_direction(
 def test_no_more_than_one_batch_is_held(folders: tuple[Path, Path], rows: list[dict[str, Any]]) -> None:
     """Four batches of the same shape make the same peak as one, to the byte; and nothing is left but sums."""
     (batch,) = batches_of(rows, 8)
-    teacher = TeacherStates(Load(folders[0], attn_implementation="sdpa"), normed_last=False)
+    teacher = TeacherStates(Load(folders[0], attn_implementation="sdpa"))
     student = Viewpoint(Load(folders[1], attn_implementation="sdpa"), teacher, normed_last=False)
     look(teacher, [student], [batch], CPU)
     peaks, left = [], []
@@ -291,7 +301,7 @@ def test_widths_that_differ_need_a_projector(
     models.random_student(
         folders[0], 3, {"hidden_size": 16, "head_dim": 4}, tmp_path / "narrow", seed=5, dtype=torch.float32
     )
-    teacher = TeacherStates(Load(folders[0]), normed_last=False)
+    teacher = TeacherStates(Load(folders[0]))
     with pytest.raises(InputError, match="16 wide and the teacher's 32, and no projector.*; give a student of the"):
         Viewpoint(Load(tmp_path / "narrow"), teacher, normed_last=False)
     projectors = {block: torch.nn.Linear(16, 32, bias=False).requires_grad_(False) for block in (1, 2)}

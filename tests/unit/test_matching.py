@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def test_the_sum_and_its_gradient(mix: dict[str, float], dtype: torch.dtype) -> 
     (gradient,) = torch.autograd.grad(2 * found, student)
     rough = dtype == torch.bfloat16
     assert found.item() == pytest.approx(1.5 * expected.item(), rel=1e-5 if rough else 1e-12)
-    tolerance = dict(rtol=0.02, atol=0.02) if rough else dict(rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(gradient, 3 * expected_gradient, **tolerance)
+    rtol, atol = (0.02, 0.02) if rough else (1e-10, 1e-12)
+    torch.testing.assert_close(gradient, 3 * expected_gradient, rtol=rtol, atol=atol)
 
 
 @each_mix
@@ -95,8 +96,9 @@ def test_sets_over_ranks_are_one_ranks_set(mix: dict[str, float], split: int) ->
             return everyones, start
 
         totals.append(distance_sum(student, teacher, share, terms_of(mix), all_rows=gather))
-    torch.testing.assert_close(sum(totals), whole, rtol=1e-12, atol=1e-12)
-    (gradient,) = torch.autograd.grad(sum(totals), student)
+    total = torch.stack(totals).sum()
+    torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-12)
+    (gradient,) = torch.autograd.grad(total, student)
     torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -219,6 +221,10 @@ def test_pair_weights_weigh_the_loss_and_not_the_sums(tiny: Path, copied: Path) 
     torch.testing.assert_close(grads, fewer, rtol=1e-5, atol=1e-5)
 
 
+def _hold(states: dict[int, torch.Tensor], block: int, module: Any, args: Any, output: torch.Tensor) -> None:
+    states[block] = output
+
+
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("narrower", [False, True])
 def test_reported_norms_are_those_of_each_parts_own_gradient(
@@ -238,7 +244,7 @@ def test_reported_norms_are_those_of_each_parts_own_gradient(
     states: dict[str, dict[int, torch.Tensor]] = {"student": {}, "teacher": {}}
     for name, model in (("student", student), ("teacher", teacher)):
         for number, block in enumerate(models.blocks(model)):
-            block.register_forward_hook(lambda m, a, o, n=number, held=states[name]: held.__setitem__(n, o))
+            block.register_forward_hook(functools.partial(_hold, states[name], number))
     inputs = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids)
     s, t = student(**inputs), teacher(**inputs)
     at, targets = batch.trained_at, batch.targets.flatten()[batch.trained_at]

@@ -262,9 +262,9 @@ def test_a_set_level_distance_takes_what_is_planned(recipe: Recipe, distance: st
     changed = recipe.changed({"matching.distance": distance, "matching.tokens": tokens, "data.max_length": 4096})
     shape = replace(planner.shapes(Qwen3Config(**SMALL)), hidden=width)
     rows = planner.distance_rows(changed, shape, shape, [(0, 1)], ranks=1)
-    states = [torch.randn(1, tokens, width, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+    ours, theirs = (torch.randn(1, tokens, width, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     with TensorBytes() as made:
-        distance_sum(*states, torch.arange(tokens), terms_of({distance: 1.0}))
+        distance_sum(ours, theirs, torch.arange(tokens), terms_of({distance: 1.0}))
     assert rows[0].bytes == tokens * width * planner.DTYPES[recipe.train.dtype].itemsize
     assert 0.6 * rows[1].bytes < made.peak <= 1.05 * rows[1].bytes
     together = planner.distance_rows(changed.changed({"matching.scope": "batch"}), shape, shape, [(0, 1)], ranks=4)

@@ -99,7 +99,7 @@ class Stepper:
         data = build.tokenized(world, job.data, tokenizer)
         cached = cache_contents.open_teacher(world, job, tokenizer, data)
         build.write_initial(world, job, tokenizer, resuming=False)
-        module = build.load_student(world, job, ds_config, build.teacher_width(job))
+        module = build.load_student(job, ds_config, build.teacher_width(job))
         self._teacher = cached or (build.load_teacher(world, job) if job.teacher is not None else None)
         train = job.train
         options: dict[str, Any] = dict(betas=train.betas, epsilon=train.epsilon, weight_decay=train.weight_decay)

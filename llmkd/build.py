@@ -38,7 +38,7 @@ from llmkd.divergences import with_parameters
 from llmkd.errors import InputError
 from llmkd.geometry import WIDTH_FREE
 from llmkd.layer_map import Pairs, in_order_random, layer_map
-from llmkd.matching import terms_of
+from llmkd.matching import AllRows, terms_of
 from llmkd.objective import Weights
 from llmkd.schedules import learning_rate
 from llmkd.stages import stage_count
@@ -496,8 +496,15 @@ def teacher_width(job: Job) -> int | None:
     return models.load_config(job.teacher, trust_remote_code=job.recipe.teacher.trust_remote_code).hidden_size
 
 
-def load_student(world: World, job: Job, ds_config: dict[str, Any], target_width: int | None) -> Distiller:
-    """The job's student, with its projectors and losses, ready for an engine."""
+def rows_of_all_ranks(world: World, job: Job) -> AllRows | None:
+    """What gathers the rows of a set-level distance that is over all ranks; None where it is a rank's own."""
+    return functools.partial(all_rows, world) if job.pairs and job.recipe.matching.scope == "batch" else None
+
+
+def load_student(
+    job: Job, ds_config: dict[str, Any], target_width: int | None, gather: AllRows | None = None
+) -> Distiller:
+    """The job's student, with its projectors and losses, ready for an engine. `gather`: see `rows_of_all_ranks`."""
     dtype = models.DTYPES[job.train.dtype]
     settings, matching = job.recipe.student, job.recipe.matching
     attention = job.recipe.teacher.attention if job.makes_teacher else settings.attention
@@ -531,7 +538,7 @@ def load_student(world: World, job: Job, ds_config: dict[str, Any], target_width
         tokens=matching.tokens,
         pair_weights=job.weights.pairs,
         keeps_head=job.weights.ce > 0 or job.weights.kl > 0,
-        all_rows=functools.partial(all_rows, world) if matching.scope == "batch" else None,
+        all_rows=gather,
     )
     if job.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

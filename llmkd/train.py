@@ -87,7 +87,7 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     )
     if job.pairs and job.recipe.matching.strategy == "nearest":
         job = nearest.settled(world, job, data, reading, resuming=resume is not None)
-    module = build.load_student(world, job, ds_config, build.teacher_width(job))
+    module = build.load_student(job, ds_config, build.teacher_width(job), build.rows_of_all_ranks(world, job))
     teacher = cached or (build.load_teacher(world, job) if job.teacher is not None else None)
     student = engine(
         module,

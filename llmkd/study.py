@@ -19,7 +19,7 @@ from llmkd.results import publish
 log = logging.getLogger("llmkd")
 
 GENERATIONS, AGREEMENT, EVALUATIONS = "generations", "agreement", "evaluations"  # the folders of a study's results
-CE_ONLY = {"matching.strategy": "none", "loss.kl": 0.0, "loss.hidden": 0.0, "loss.ce": 1.0}
+CE_ONLY = {"matching.strategy": "none", "loss.kl": 0.0, "loss.hidden": 0.0, "loss.ce": 1.0, "stones": None}
 
 
 class Stopped(Exception):

@@ -100,6 +100,7 @@ def plain_stones(
     pairs: Any,
     batch: Batch,
     *,
+    weights: tuple[float, float] = (CE, KL),
     cross: float = 0.0,
     temperature: float = 1.0,
     positions: str = "trained",
@@ -134,7 +135,7 @@ def plain_stones(
             "cross": mean(ensemble, its),
         }
         share = 2.0 ** -(len(logits) - 1 - number)
-        loss = loss + share * (CE * found["ce"] + KL * found["kl"] + cross * found["cross"])
+        loss = loss + share * (weights[0] * found["ce"] + weights[1] * found["kl"] + cross * found["cross"])
         parts.append(found)
     return loss, parts
 

@@ -130,7 +130,7 @@ def plain_run(tiny: Path, changes: dict[str, Any], folder: Path) -> tuple[dict[s
     batch_of = lambda step: collate(  # noqa: E731
         [data[int(i)] for i in order[step]], pad_id=tokenizer.pad_token_id, packed=False
     )
-    connectors = make_connectors(len(stones), student.config.hidden_size, teacher.config.hidden_size)
+    connectors: Any = make_connectors(len(stones), student.config.hidden_size, teacher.config.hidden_size)
     settings = recipe.stones
     assert settings is not None
     first = [batch_of(step) for step in range(settings.connector_batches)]
@@ -286,8 +286,8 @@ def test_an_overwritten_weight_is_what_the_optimizer_goes_on_from(world: Any, st
         dtype=dtype,
         nvme_path="",
     )
-    module = nn.Sequential(nn.Linear(5, 3, bias=False), nn.Linear(3, 3, bias=False)).to(models.DTYPES[dtype])
-    made = distributed.engine(module, config, learning_rate=0.1, betas=(0.9, 0.9), epsilon=1e-8, weight_decay=0.0)
+    module: Any = nn.Sequential(nn.Linear(5, 3, bias=False), nn.Linear(3, 3, bias=False)).to(models.DTYPES[dtype])
+    made: Any = distributed.engine(module, config, learning_rate=0.1, betas=(0.9, 0.9), epsilon=1e-8, weight_decay=0.0)
     torch.manual_seed(0)
     value = torch.randn(3, 5, dtype=torch.float64)
     distributed.overwrite(world, module[0].weight, value)
@@ -299,7 +299,8 @@ def test_an_overwritten_weight_is_what_the_optimizer_goes_on_from(world: Any, st
     with distributed.gathered([module[0].weight]):
         assert torch.equal(module[0].weight.detach(), value.float().to(models.DTYPES[dtype]))
     if stage:
-        assert torch.equal(deepspeed.utils.safe_get_full_fp32_param(module[0].weight).view(3, 5), value.float())
+        full: Any = deepspeed.utils.safe_get_full_fp32_param(module[0].weight)
+        assert torch.equal(full.view(3, 5), value.float())
 
 
 def test_a_sharded_teacher_lends_one_block_at_a_time(tiny: Path, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from llmkd import models
+from llmkd.build import pairs_of, stones_of
+from llmkd.config import load_recipe
 from llmkd.connectors import least_squares, make_connectors
 from llmkd.data import IGNORE, Batch, collate
 from llmkd.distances import DISTANCES
@@ -320,6 +322,22 @@ def test_a_family_not_shown_to_work_is_refused() -> None:
     with pytest.raises(InputError, match=r"stones: a 'gpt2' teacher has not been shown .* leave out stones"):
         check_upper(CONFIGS["gpt2"]())
     check_upper(CONFIGS["qwen3"]())
+
+
+def test_pairs_are_the_maps_or_the_recipes_own_by_student_block(tiny: Path) -> None:
+    recipe = load_recipe(tiny / "recipe.yaml", ["stones.kl=1"])
+    assert stones_of(recipe, 3, 6) == pairs_of(recipe, 3, 6) == ((0, 1), (1, 3), (2, 5))
+    assert stones_of(recipe.changed({"loss.hidden": 0.0}), 3, 6) == ((0, 1), (1, 3), (2, 5))
+    assert stones_of(recipe.changed({"matching.strategy": "reverse"}), 3, 6) == ((0, 5), (1, 3), (2, 1))
+    assert stones_of(recipe.changed({"stones.pairs": [[2, 4], [0, 0]]}), 3, 6) == ((0, 0), (2, 4))
+    assert stones_of(recipe.changed({"stones": None}), 3, 6) == ()
+    for changes, sentence in (
+        ({"matching.strategy": "none"}, "the layer map of strategy 'none' has no pairs; write them, e.g. "),
+        ({"stones.pairs": [[3, 4]]}, r"stones.pairs: 3 is not a block of the student \(0 to 2\)"),
+        ({"stones.pairs": [[1, 6]]}, r"stones.pairs: 6 is not a block of the teacher \(0 to 5\)"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            stones_of(recipe.changed(changes), 3, 6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

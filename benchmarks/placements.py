@@ -27,6 +27,7 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "replicated": {"teacher.placement": "replicated"},
     "zero3": {"teacher.placement": "zero3"},
     "pipeline": {"teacher.placement": "pipeline"},
+    "cache": {"teacher.placement": "cache"},
 }
 """Name -> recipe changes; another placement is one more line."""
 SHAPE = dict(

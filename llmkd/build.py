@@ -466,12 +466,16 @@ def _pipelined(world: World, job: Job, folder: Path, wire: Wire, shape: Any) -> 
     where: dict[str, Any] = dict(
         dtype=models.DTYPES[settings.dtype], device=world.device, trust_remote_code=settings.trust_remote_code
     )
+    head = None
+    if job.weights.kl:
+        weight, _ = models.load_head(folder, dtype=where["dtype"], trust_remote_code=settings.trust_remote_code)
+        head = weight.to(world.device)
     return PipelineTeacher(
         stage.load_stage(folder, parts[wire.member], attention=settings.attention, **where),
         parts,
         wire,
         job.pairs,
-        head=stage.load_head(folder, **where) if job.weights.kl else None,
+        head=head,
         normed_last=job.recipe.matching.final_state == "normed" and parts[-1].stop == depth,
         width=shape.hidden_size,
         dtype=where["dtype"],

@@ -80,7 +80,8 @@ class Teacher(Section):
 
     @model_validator(mode="after")
     def _placed(self) -> Teacher:
-        if self.offload != "none" and self.placement not in ("zero3", "cache"):  # a zero3 teacher may write a cache
+        # a cache may be written by a zero3 teacher or by a pipeline
+        if self.offload != "none" and self.placement not in ("zero3", "cache"):
             raise ValueError(
                 "teacher.offload: only a zero3 teacher is offloaded; write placement: zero3, or offload: none"
             )
@@ -88,7 +89,7 @@ class Teacher(Section):
             raise ValueError(
                 "teacher.offload_states: a pipelined teacher's states arrive when they are needed; write false, or another placement"
             )
-        if self.stages is not None and self.placement != "pipeline":
+        if self.stages is not None and self.placement not in ("pipeline", "cache"):
             raise ValueError(
                 "teacher.stages: only a pipelined teacher has them; write placement: pipeline, or leave it out"
             )
@@ -172,6 +173,8 @@ class Loss(Section):
     """skew_kl and skew_reverse_kl: how much of its own first side the mixture holds; default 0.1."""
     akl_mu: float | None = Field(default=None, ge=0, le=1)
     """akl: how much of the teacher's probability is its head; default 0.5."""
+    top_k: int | None = Field(default=None, gt=0)
+    """top_k: how many of the teacher's likeliest tokens are compared one by one; default 64."""
     temperature: float = Field(default=1.0, gt=0)
     kl_positions: Positions = "trained"
     """Where the divergence is taken: where the next token is trained, or at every token that is not padding (the paper's code)."""
@@ -185,7 +188,7 @@ class Loss(Section):
     @property
     def parameters(self) -> dict[str, float | None]:
         """What the divergence may read besides the temperature, by its own names."""
-        return {"beta": self.beta, "skew": self.skew, "akl_mu": self.akl_mu}
+        return {"beta": self.beta, "skew": self.skew, "akl_mu": self.akl_mu, "top_k": self.top_k}
 
 
 class Data(Section):
@@ -260,7 +263,7 @@ class Cache(Section):
     """How a state is stored; fp8 (e4m3) and int8 with one scale per token, at half of bfloat16's bytes."""
     top_k: int | None = Field(default=None, gt=0)
     """Store the likeliest tokens' log-probabilities in place of the final state; only forward_kl can use them."""
-    teacher_placement: Literal["replicated", "zero3"] | None = None
+    teacher_placement: Literal["replicated", "zero3", "pipeline"] | None = None
     """Where the teacher lives while the cache is written; default: as teacher.placement says, or replicated if that is cache."""
     micro_batch_size: int | None = Field(default=None, gt=0)
     """Rows per forward pass of the teacher while the cache is written; default: train.micro_batch_size."""

@@ -432,7 +432,7 @@ def engine(
             )
         optimizer: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **options)
     else:
-        optimizer = torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **options)
+        optimizer = torch.optim.AdamW(groups, fused=True, **options)
     if "nvme" in (config.get("zero_optimization", {}).get(f"offload_{part}", {}).get("device") for part in OFFLOADED):
         check_asynchronous_io("train.deepspeed")
     made, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmkd.closed_forms import ClosedDistance, closed_distance
 from llmkd.data import Batch
+from llmkd.distances import Distance
 from llmkd.divergences import Divergence
-from llmkd.head import TeacherHead, TopK, head_losses
+from llmkd.head import TeacherHead, TopK, head_losses, rows_at_once
 from llmkd.models import backbone, blocks, head
 from llmkd.stones import Stones
 from llmkd.teachers.base import EMBEDDING, Signal, output_state
-
-Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 class Distiller(nn.Module):
@@ -112,8 +112,8 @@ class Distiller(nn.Module):
             if self._signal is None or number in self._matched:
                 continue
             assert self._batch is not None
-            mask = self._batch.attended if self._positions == "attended" else self._batch.targets != -100
-            self._matched[number] = distance_sum(projected, self._signal.take(teacher), mask, self._distance)
+            at = self._batch.attended_at if self._positions == "attended" else self._batch.trained_at
+            self._matched[number] = distance_sum(projected, self._signal.take(teacher), at, self._distance)
 
 
 class LossHead(nn.Module):
@@ -176,30 +176,51 @@ def make_projectors(
     return projectors
 
 
-def distance_sum(student: Tensor, teacher: Tensor, mask: Tensor, distance: Distance) -> Tensor:
-    """The sum of a distance over the positions of `mask`; what other positions hold, NaN included, changes nothing.
+def distance_sum(student: Tensor, teacher: Tensor, at: Tensor, distance: Distance) -> Tensor:
+    """The sum of a distance over some positions; what other positions hold, NaN included, changes nothing.
 
-    student [B, T, H], teacher [B, T, H], mask [B, T]. The gradient is computed at once, and all that waits for the backward pass is
-    one tensor of the student's size and dtype.
+    student [B, T, H], teacher [B, T, H], at [N] (flat positions, each once). The gradient is computed at once, a few rows at a time,
+    and all that waits for the backward pass is one [N, H] of the student's dtype. `llmkd.distances` has the definitions.
     """
-    return _DistanceSum.apply(student, teacher, mask, distance)  # type: ignore[no-any-return, no-untyped-call]
+    return _DistanceSum.apply(student, teacher, at, distance)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _DistanceSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor, distance: Distance) -> Tensor:
-        leaf = student.detach().requires_grad_()
-        # Within a checkpointed block every tensor saved for a backward pass is dropped and made again by running the block a second
-        # time; identity hooks keep this small pass, which is over before the block is, out of that.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-            keep = mask[..., None]
-            value = distance(torch.where(keep, leaf, 0.0), torch.where(keep, teacher, 0.0))
-            total = torch.where(mask, value, 0.0).sum()
-            # Not save_for_backward: activation checkpointing would drop it and ask for the teacher's state again.
-            (ctx.gradient,) = torch.autograd.grad(total, leaf)
-        return total.detach()
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, at: Tensor, distance: Distance) -> Tensor:
+        ours, theirs = student.flatten(0, 1), teacher.flatten(0, 1)
+        wide = torch.promote_types(torch.promote_types(ours.dtype, theirs.dtype), torch.float32)
+        width = ours.shape[1]
+        gradient = ours.new_empty(at.numel(), width)
+        form = closed_distance(distance) or _by_autograd(distance)
+        few = rows_at_once(len(gradient), width, at.device.type)
+        sums = []
+        for rows, part in zip(at.split(few), gradient.split(few), strict=True):
+            value, slope = form(ours.index_select(0, rows).to(wide), theirs.index_select(0, rows).to(wide))
+            sums.append(value.sum())
+            part.copy_(slope)
+        # Not save_for_backward: activation checkpointing would drop these and ask for the teacher's state again.
+        ctx.gradient, ctx.at, ctx.shape = gradient, at, student.shape
+        return torch.stack(sums).sum() if sums else gradient.new_zeros((), dtype=wide)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(grads[0]), None, None, None
+        gradient, ctx.gradient = ctx.gradient.mul_(grads[0]), None
+        if len(gradient) < ctx.shape[:-1].numel():
+            gradient = gradient.new_zeros(ctx.shape).flatten(0, 1).index_copy_(0, ctx.at, gradient)
+        return gradient.view(ctx.shape), None, None, None
+
+
+def _by_autograd(distance: Distance) -> ClosedDistance:
+    """(value, gradient) of a distance that is known by its value alone."""
+
+    def form(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = student.requires_grad_()
+        # Within a checkpointed block every tensor saved for a backward pass is dropped and made again by running the block a second
+        # time; identity hooks keep this small pass, which is over before the block is, out of that.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            value = distance(leaf, teacher)
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), gradient
+
+    return form

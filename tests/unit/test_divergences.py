@@ -27,13 +27,13 @@ from tests import definitions
 
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES.keys())
 MASKED = float("-inf")
-OTHERS = {"beta": (0.1, 0.9), "skew": (0.01, 0.5), "akl_mu": (0.0, 0.8)}
+OTHERS = {"beta": (0.1, 0.9), "skew": (0.01, 0.5), "akl_mu": (0.0, 0.8), "top_k": (1, 5)}
 """Further values of each parameter to test."""
 EVERY = [(name, {}) for name in DIVERGENCES] + [
     (name, {key: value}) for name in DIVERGENCES for key in parameters(DIVERGENCES[name]) for value in OTHERS[key]
 ]
 every_setting = pytest.mark.parametrize(("name", "given"), EVERY, ids=lambda value: str(value).replace(" ", ""))
-UNBOUNDED = ("forward_kl", "reverse_kl", "akl")
+UNBOUNDED = ("forward_kl", "reverse_kl", "akl", "top_k")
 """Those that grow without end as the distributions part."""
 
 
@@ -151,6 +151,7 @@ CURVATURE = {
     "skew_reverse_kl": 0.81,
     "akl": 1,
     "tvd": None,
+    "top_k": 1,  # 64 of 9 tokens are all of them
 }
 
 
@@ -229,6 +230,8 @@ def test_a_zero_of_the_first_distribution_alone_adds_nothing(divergence):
             continue  # infinite: the next test
         if "akl_mu" in parameters(divergence):
             continue  # has one of the two infinite terms either way
+        if "top_k" in parameters(divergence) and side == "student":
+            continue  # as forward KL
         value = divergence(*pair, 1.0)
         assert value.isfinite().all() and (value > 0).all() and gradients(value, student)[0].isfinite().all()
 
@@ -343,7 +346,7 @@ def test_temperature_must_be_above_zero(divergence, temperature):
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
-@pytest.mark.parametrize("name", [name for name in DIVERGENCES if parameters(DIVERGENCES[name])])
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if parameters(DIVERGENCES[name]) and name != "top_k"])
 def test_a_parameter_out_of_its_range_is_refused(name, value):
     (key,) = parameters(DIVERGENCES[name])
     with pytest.raises(InputError, match=f"{key} .*from 0 to 1"):
@@ -363,6 +366,13 @@ def test_a_parameter_is_given_to_the_divergence_that_reads_it_alone():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A teacher known by its top k
+
+
+def test_top_k_of_more_tokens_than_there_are_is_forward_kl():
+    student, teacher = logits(8, 9), logits(8, 9, seed=1)
+    torch.testing.assert_close(DIVERGENCES["top_k"](student, teacher, 2.0), forward_kl(student, teacher, 2.0))
+    with pytest.raises(InputError, match="top_k 0: write a whole number from 1 up"):
+        with_parameters("top_k", {"top_k": 0})(student, teacher, 1.0)
 
 
 def top_k(teacher, k):

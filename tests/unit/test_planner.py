@@ -17,6 +17,8 @@ from llmkd.divergences import DIVERGENCES
 from llmkd.errors import InputError
 from llmkd.head import TeacherHead, head_losses
 from llmkd.models import blocks
+from llmkd.placements import compare, recommended
+from llmkd.planner import GIB, qwen3_config
 from tests.tensor_bytes import TensorBytes
 
 QWEN3_8B: dict[str, Any] = {
@@ -38,7 +40,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
         raise OSError("offline")
 
     monkeypatch.setattr(planner.AutoConfig, "from_pretrained", unreachable)
-    return load_recipe("recipes/qwen3_8b_to_9_blocks.yaml")
+    return load_recipe("recipes/qwen3_8b_to_9_blocks.yaml").changed({"teacher.placement": "zero3"})
 
 
 def row(rows: list[planner.Row], what: str) -> planner.Row:
@@ -254,3 +256,21 @@ def test_the_head_takes_what_is_planned(
     if divergence == "akl":  # sorts the teacher's probabilities: the order in 64 bits, and four tensors of the sorted
         planned += 32 * vocabulary * (8 + 4 * 4)
     assert 0.85 * planned < made.peak <= planned * 1.02, (made.peak, planned)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "device_gib", "placement"),
+    [
+        ("qwen3_8b_to_9_blocks", 8, 80, "replicated"),
+        ("qwen3_14b_to_10_blocks", 8, 40, "pipeline"),
+        ("qwen3_32b_to_16_blocks_4x8", 32, 80, "pipeline"),
+    ],
+)
+def test_a_shipped_recipe_uses_the_placement_that_its_plan_recommends(
+    name: str, ranks: int, device_gib: int, placement: str
+) -> None:
+    recipe = load_recipe(name)
+    assert recipe.teacher.placement == placement and recipe.teacher.architecture is not None
+    teacher = qwen3_config(recipe.teacher.architecture.model_dump(), {})
+    best = recommended(compare(recipe, ranks, teacher), device_gib * GIB)
+    assert best is not None and best.placement == placement

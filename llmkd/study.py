@@ -189,7 +189,15 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
     Maps that do not fit the depths, ranks that do not share the batch, tasks that are not there, and students or a teacher already
     there that another recipe made.
     """
-    from llmkd.build import accumulation_steps, pairs_of, read_rows, student_inputs, teacher_inputs, total_steps
+    from llmkd.build import (
+        accumulation_steps,
+        pairs_of,
+        read_rows,
+        stones_of,
+        student_inputs,
+        teacher_inputs,
+        total_steps,
+    )
     from llmkd.checkpoint import check_same
     from llmkd.evaluation import check_tasks
     from llmkd.generation import check as check_generation
@@ -228,6 +236,7 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
         elif entry["train"] is not None:
             one = entry_recipe(recipe, entry)
             pairs_of(one, student_depth, depth)
+            stones_of(one, student_depth, depth)
             inputs = student_inputs(one)
         else:
             continue

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmkd.data import Batch
 from llmkd.distributed import gathered
@@ -74,7 +74,7 @@ def _empty(model: PreTrainedModel, part: range) -> Any:
     """A backbone of these blocks of the model, in eval mode; it holds no weight."""
     small = student_config(model.config, part, {})
     with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(
+        shell = type(model)._from_config(
             small, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )
     return backbone(shell).eval().requires_grad_(False)

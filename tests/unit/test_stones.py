@@ -318,6 +318,25 @@ def test_from_any_block_on_it_is_the_whole_model(kind: str, checkpointed: bool) 
             torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("ours", ["float32", "bfloat16"])
+def test_half_precision_is_near(tiny: Path, world: Any, ours: str) -> None:
+    """A bfloat16 teacher, whatever the student's dtype: near float32, and the state's gradient is of the student's dtype."""
+    losses, batch = [], _batch((40, 30, 50))
+    for teachers, students in (("float32", "float32"), ("bfloat16", ours)):
+        where: dict[str, Any] = dict(ds_config=None, attention="sdpa")
+        teacher, student = (
+            models.load_causal_lm(tiny / "teacher", dtype=models.DTYPES[name], first_blocks=blocks, **where)
+            for name, blocks in ((teachers, None), (students, 3))
+        )
+        stones = _stones(student, teacher, chunk=16).to(models.DTYPES[students])
+        _begin(stones, batch)
+        loss, _ = _distiller(student, stones)(batch, _source(teacher).signals(batch), (0.0, 0.0, 0.0))
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in stones.parameters())
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.03) and losses[0] != losses[1]
+
+
 def test_a_family_not_shown_to_work_is_refused() -> None:
     with pytest.raises(InputError, match=r"stones: a 'gpt2' teacher has not been shown .* leave out stones"):
         check_upper(CONFIGS["gpt2"]())
@@ -416,3 +435,9 @@ def test_equal_states_give_the_identity_to_the_bit_and_unseen_directions_stay() 
     torch.testing.assert_close(states @ found.T, 2 * states, rtol=1e-5, atol=1e-6)
     unseen = torch.linalg.svd(states).Vh[3:]
     torch.testing.assert_close(unseen @ found.T, unseen, rtol=1e-6, atol=1e-6)
+
+
+def test_the_papers_recipe_lays_stones() -> None:
+    recipe = load_recipe("papers/block_logit")
+    assert stones_of(recipe, 3, 12) == ((0, 3), (1, 7), (2, 11)) and pairs_of(recipe, 3, 12) == ()
+    assert load_recipe("papers/block_logit", ["stones=null", "loss.hidden=0.03"]).stones is None

@@ -1,4 +1,4 @@
-"""What stepping stones add to a rank's memory, before anything is loaded."""
+"""What stepping stones add to a rank's memory and to the wire, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from llmkd.head import BUFFERS, rows_at_once
 from llmkd.layer_map import Pairs
 from llmkd.models import DTYPES
 from llmkd.planner import WIDE, Row, Shapes, block_activations
+from llmkd.stones import shares
 
 
 def stone_rows(recipe: Recipe, teacher: Shapes, stones: Pairs) -> list[Row]:
@@ -38,3 +39,19 @@ def stone_rows(recipe: Recipe, teacher: Shapes, stones: Pairs) -> list[Row]:
         how = f"2 x {chunk} tokens x {teacher.vocabulary:,} x {size} B, and {BUFFERS['kl']} buffers of {at_once} tokens x {WIDE} B"
         rows.append(Row("stones' logits of a chunk", held * teacher.vocabulary, "device", ("head",), how))
     return rows
+
+
+def stones_wire(recipe: Recipe, teacher: Shapes, stones: Pairs, ranks: int) -> int:
+    """Bytes that each rank receives for the stones of one micro-batch when a ZeRO-3 teacher's upper blocks are gathered, on average.
+
+    Each stone gathers the blocks above its own and the final norm, and again for the gradient, and once more for the cross term. Where
+    the student's own divergence gathers the head, the stones do so apart from it.
+    """
+    settings = recipe.stones
+    assert settings is not None
+    weights = shares(len(stones))
+    often = [weight / sum(weights) if settings.sample == "one" else 1.0 for weight in weights]
+    passes = 3 if settings.cross else 2
+    upper = [sum(teacher.each_block[block + 1 :]) + teacher.hidden for _, block in stones]
+    gathered = passes * sum(o * u for o, u in zip(often, upper, strict=True)) + (teacher.head if recipe.loss.kl else 0)
+    return round(gathered * DTYPES[recipe.teacher.dtype].itemsize * (ranks - 1) / ranks)

@@ -281,6 +281,26 @@ def generate(
 
 
 @cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--recipe", "-r", help="Recipe that trained RUN [default: its recipe.yaml].")
+@click.option(
+    "--rows",
+    type=click.IntRange(min=1),
+    help="Held-out rows [default: evaluation.angles_rows of the recipe, else 100].",
+)
+@SET
+def angles(run: Path, recipe: str | None, rows: int | None, overrides: tuple[str, ...]) -> None:
+    """Measure the angles between teacher blocks as a student's blocks see them, before and after training.
+
+    RUN is a study's folder or one student's training folder; the results are in RUN/angles.
+    """
+    from llmkd.angles import angles as measure
+    from llmkd.angles import angles_text
+
+    click.echo(angles_text(measure(run, recipe=recipe, overrides=overrides, rows=rows)))
+
+
+@cli.command()
 @click.argument("recipe")
 @click.option("--ranks", type=click.IntRange(min=1), required=True, help="GPUs the run would have.")
 @click.option("--device-gib", type=float, default=80, show_default=True, help="Memory of one GPU, to recommend by.")

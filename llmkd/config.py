@@ -367,6 +367,8 @@ class Evaluation(Section):
     """Left out: no texts are generated."""
     agreement_rows: int = Field(default=0, ge=0)
     """Held-out rows on which each student's distributions are compared with the teacher's; 0 compares none."""
+    angles_rows: int | None = Field(default=None, gt=0)
+    """Held-out rows on which `llmkd study` measures the angles between teacher blocks as each student's blocks see them; left out: none."""
 
     @model_validator(mode="after")
     def _positive(self) -> Evaluation:
@@ -374,6 +376,8 @@ class Evaluation(Section):
             raise ValueError(f"batch_size: {self.batch_size} rows at once; write a whole number from 1 up, or auto")
         if self.agreement_rows and self.generation is None:
             raise ValueError("agreement_rows: the held-out rows are those of evaluation.generation; add that section")
+        if self.angles_rows and self.generation is None:
+            raise ValueError("angles_rows: the held-out rows are those of evaluation.generation; add that section")
         return self
 
 
@@ -384,12 +388,17 @@ class Margin(Section):
     """In the metric's own unit."""
 
 
+_VARIED = ("student", "matching", "loss", "train", "stones")
+
+
 class Study(Section):
     strategies: tuple[str, ...] = ()
+    variants: dict[str, dict[str, Any]] = {}
+    """Further students, each a name and the recipe keys by which it differs: `{procrustes: {matching.distance: procrustes}}`."""
     seeds: tuple[int, ...] = (0,)
     baselines: tuple[Literal["undistilled", "ce_only"], ...] = ("undistilled", "ce_only")
     reference: str | None = None
-    """The strategy (or ce_only) that the others are compared with; default: forward, or the first strategy where it is not among them."""
+    """The strategy or variant (or ce_only) that the others are compared with; default: forward, or the first where it is not among them."""
     margins: tuple[Margin, ...] = ()
     """For the metrics that matter, the largest difference that counts as none, said before the run; the first is the main metric."""
     ranks: int = Field(default=1, gt=0)
@@ -399,10 +408,12 @@ class Study(Section):
     def _known(self) -> Study:
         for strategy in self.strategies:
             _one_of("study.strategies", strategy, [*STRATEGIES, "explicit"])
+        for name, changes in self.variants.items():
+            _check_variant(name, changes)
         for field, values in (("strategies", self.strategies), ("seeds", self.seeds)):
             if len(set(values)) != len(values):
                 raise ValueError(f"study.{field}: {list(values)} names one twice; write each once")
-        trained = [*self.strategies, *(name for name in self.baselines if name == "ce_only")]
+        trained = [*self.students, *(name for name in self.baselines if name == "ce_only")]
         if self.reference is not None:
             _one_of("study.reference", self.reference, trained)
         metrics = [margin.metric for margin in self.margins]
@@ -413,7 +424,32 @@ class Study(Section):
     @property
     def compared_with(self) -> str:
         """The strategy that the others are compared with."""
-        return self.reference or ("forward" if "forward" in self.strategies else self.strategies[0])
+        return self.reference or ("forward" if "forward" in self.students else self.students[0])
+
+    @property
+    def students(self) -> tuple[str, ...]:
+        """What the table's students are called: strategies, then variants."""
+        return (*self.strategies, *self.variants)
+
+    def changes(self, student: str) -> dict[str, Any]:
+        """The recipe keys by which a student of that name differs."""
+        return self.variants[student] if student in self.variants else {"matching.strategy": student}
+
+
+def _check_variant(name: str, changes: Mapping[str, Any]) -> None:
+    """Raise ValueError for a variant that can't be told from the study's other students, or changes more than a student."""
+    taken = (*STRATEGIES, "explicit", "ce_only", "undistilled", "teacher")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in taken:
+        raise ValueError(
+            f"study.variants: {name!r} can't name a student; use letters, digits, _ . and -, and no strategy's or baseline's name"
+        )
+    if not changes:
+        raise ValueError(f"study.variants.{name}: nothing is changed; give recipe keys, e.g. matching.distance: cosine")
+    for key in changes:
+        if key.partition(".")[0] not in _VARIED:
+            raise ValueError(
+                f"study.variants.{name}: {key} is the same for all students of a study; change keys of {', '.join(_VARIED)}"
+            )
 
 
 class Recipe(Section):

@@ -477,6 +477,21 @@ def merge_shards(shards: Path, whole: Path) -> None:
         )
 
 
+def saved_weights(shards: Path, prefix: str) -> dict[str, Tensor]:
+    """The parameters of a checkpoint whose names start with the prefix, which is cut off; float32, on the CPU (any one process).
+
+    The checkpoint's shards are read whole into memory, optimizer states included.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    if list(shards.glob("*_optim_states.pt")):
+        found: Any = get_fp32_state_dict_from_zero_checkpoint(str(shards.parent), tag=shards.name, lazy_mode=True)
+    else:  # without ZeRO each rank's file holds whole tensors
+        found = torch.load(shards / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+    kept = {name: tensor for name, tensor in found.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor.contiguous().float().clone() for name, tensor in kept.items()}
+
+
 def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["it gave no reason"])[-1]
 

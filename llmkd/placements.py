@@ -107,7 +107,7 @@ def _wire(recipe: Recipe, config: PreTrainedConfig, pairs: Pairs, ranks: int) ->
 
 def _times(recipe: Recipe) -> str:
     """How often a row is seen by all the students of the recipe's study."""
-    students = max(1, len(recipe.study.strategies) * len(recipe.study.seeds))
+    students = max(1, len(recipe.study.students) * len(recipe.study.seeds))
     train, rows = recipe.train, recipe.data.rows
     epochs = (
         train.epochs if train.epochs is not None else (train.steps or 0) * train.batch_size / rows if rows else None

@@ -131,7 +131,6 @@ class Stones(nn.Module):
         weights = shares(len(self.pairs))
         self._factors = {drawn(len(weights), self._seed, step): sum(weights)} if self._one else dict(enumerate(weights))
         self._scales = (ranks / trained, ranks / compared)
-        self._steps += 1
         self._divisors = [a + b for a, b in zip(self._divisors, (trained, compared, compared), strict=True)]
         for number in self._factors:
             self._own[number] = [a + b for a, b in zip(self._own[number], (trained, compared, compared), strict=True)]
@@ -234,7 +233,6 @@ class Stones(nn.Module):
         self._sums: Tensor | None = None  # [n + 1, 3], the last row the student's own cross term
         self._divisors = [0, 0, 0]
         self._own = [[0, 0, 0] for _ in self.pairs]
-        self._steps = 0
 
     def _add(self, number: int, sums: Tensor) -> None:
         if self._sums is None:

@@ -1,4 +1,4 @@
-"""A study: strategies x seeds and their baselines, trained, evaluated and reported together; what is done is not done again.
+"""A study: strategies or other variants x seeds, and their baselines, trained, evaluated and reported; what is done is not done again.
 
 runs/<name>/  recipe.yaml  study.json  teacher/  students/<strategy>-s<seed>/  generations/  agreement/  evaluations/  report.html
 """
@@ -30,7 +30,7 @@ def study(recipe: Recipe, ranks: int | None = None) -> Path:
     """Run what is missing of a study and return the path of its report. Raises InputError on bad input, Stopped on a signal."""
     from llmkd.report import report
 
-    if not recipe.study.strategies:
+    if not recipe.study.students:
         raise InputError("study.strategies: name at least one, e.g. [none, forward, reverse]")
     folder = recipe.folder
     ranks = ranks or recipe.study.ranks
@@ -64,6 +64,7 @@ def study(recipe: Recipe, ranks: int | None = None) -> Path:
 def _score(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> list[str]:
     """Have every model write, compare it with the teacher, run lm-eval; what one step can't do must not cost the others theirs."""
     from llmkd.agreement import agree
+    from llmkd.angles import angles
     from llmkd.evaluation import evaluate
     from llmkd.generation import generate
 
@@ -80,6 +81,8 @@ def _score(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> list[str]:
         steps.append(lambda: agree(others, *shared, trust_remote_code=trust))
     if settings.tasks:
         steps.append(lambda: evaluate(jobs, settings, folder / EVALUATIONS, trust_remote_code=trust))
+    if settings.angles_rows:
+        steps.append(lambda: angles(folder, rows=settings.angles_rows))
     mistakes = []
     for step in steps:
         try:
@@ -144,7 +147,7 @@ def _models(recipe: Recipe) -> list[dict[str, Any]]:
             entries.append(_entry("undistilled", "baseline", "undistilled", None, "undistilled/copied", None))
     if "ce_only" in recipe.study.baselines:
         entries += [_student("baseline", "ce_only", seed) for seed in seeds]
-    return entries + [_student("student", strategy, seed) for strategy in recipe.study.strategies for seed in seeds]
+    return entries + [_student("student", name, seed) for name in recipe.study.students for seed in seeds]
 
 
 def _student(kind: str, strategy: str, seed: int) -> dict[str, Any]:
@@ -167,10 +170,11 @@ def _entry(
 
 def entry_recipe(recipe: Recipe, entry: dict[str, Any]) -> Recipe:
     """The recipe of one student of a study."""
-    changes = CE_ONLY if entry["strategy"] == "ce_only" else {"matching.strategy": entry["strategy"]}
+    changes = CE_ONLY if entry["strategy"] == "ce_only" else recipe.study.changes(entry["strategy"])
     if recipe.teacher.share_cache:
         changes = {**changes, "teacher.placement": "cache"}
-    return recipe.changed({**_only_for(recipe, str(changes["matching.strategy"])), **changes, "seed": entry["seed"]})
+    strategy = str(changes.get("matching.strategy", recipe.matching.strategy))
+    return recipe.changed({**_only_for(recipe, strategy), **changes, "seed": entry["seed"]})
 
 
 def _only_for(recipe: Recipe, strategy: str) -> dict[str, Any]:
@@ -235,8 +239,8 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
             inputs = teacher_inputs(recipe) if recipe.finetune is not None else {}
         elif entry["train"] is not None:
             one = entry_recipe(recipe, entry)
-            pairs_of(one, student_depth, depth)
-            stones_of(one, student_depth, depth)
+            pairs_of(one, one.student.blocks or student_depth, depth)
+            stones_of(one, one.student.blocks or student_depth, depth)
             inputs = student_inputs(one)
         else:
             continue

@@ -439,5 +439,7 @@ def test_equal_states_give_the_identity_to_the_bit_and_unseen_directions_stay() 
 
 def test_the_papers_recipe_lays_stones() -> None:
     recipe = load_recipe("papers/block_logit")
-    assert stones_of(recipe, 3, 12) == ((0, 3), (1, 7), (2, 11)) and pairs_of(recipe, 3, 12) == ()
-    assert load_recipe("papers/block_logit", ["stones=null", "loss.hidden=0.03"]).stones is None
+    laid = {name: stones_of(recipe.changed(recipe.study.changes(name)), 3, 12) for name in recipe.study.students}
+    every = ((0, 3), (1, 7), (2, 11))
+    with_stones = ("block_logit", "block_logit_no_ce", "one_stone", "block_logit_same_steps")
+    assert laid == {"kl": (), "mse": (), **dict.fromkeys(with_stones, every)}

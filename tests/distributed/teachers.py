@@ -127,6 +127,8 @@ def _cached(world: Any, recipe: Recipe, job: Any, rounds: int) -> tuple[Any, lis
     )  # fmt: skip
     teacher: Any = cache_contents.open_teacher(world, job, tokenizer, rows)
     teacher._pool = _AtOnce()  # bytes are counted in this thread alone
+    for first in teacher._shards._firsts:  # opened here, or the maps of the files would count as memory
+        teacher._shards.row(first, teacher._tensors)
     return teacher, list(found)
 
 

@@ -75,6 +75,8 @@ def line(step: int, steps: int, values: dict[str, Any]) -> str:
     text = f"step {step}/{steps} loss {values['loss']:.4f} ce {values['ce']:.4f} kl {values['kl']:.4f}"
     if pairs:
         text += f" hidden {values['hidden']:.4f} [{pairs}]"
+    if "stones" in values:
+        text += f" stones {values['stones']:.4f}"
     text += f" grad {values['grad_norm']:.3f} lr {values['learning_rate']:.2e}"
     return text + f" {values['tokens_per_second']:,.0f} tok/s {values['memory_gib']:.2f} GiB"
 

@@ -18,6 +18,7 @@ from llmkd.distances import Distance
 from llmkd.divergences import Divergence
 from llmkd.head import TeacherHead, TopK, head_losses, rows_at_once
 from llmkd.models import backbone, blocks, head
+from llmkd.stones import Stones
 from llmkd.teachers.base import EMBEDDING, Signal, output_state
 
 
@@ -41,10 +42,12 @@ class Distiller(nn.Module):
         kl_positions: str,
         chunk: int,
         projectors: nn.ModuleList | None = None,
+        stones: Stones | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.projectors = projectors
+        self.stones = stones
         self.loss_head = LossHead(
             head(model), divergence=divergence, temperature=temperature, kl_positions=kl_positions, chunk=chunk
         )
@@ -56,6 +59,8 @@ class Distiller(nn.Module):
         for block in {student for student, _ in pairs} - {self._normed}:
             module = model.get_input_embeddings() if block == EMBEDDING else stack[block]
             module.register_forward_hook(self._matcher(block))
+        if stones is not None:
+            stones.watch(stack)
         self._batch: Batch | None = None
         self._signal: Signal | None = None
         self._matched: dict[int, Tensor] = {}  # pair number -> distance sum of this pass
@@ -63,6 +68,8 @@ class Distiller(nn.Module):
     def forward(self, batch: Batch, signal: Signal | None, scales: tuple[float, float, float]) -> tuple[Tensor, Tensor]:
         """(loss, sums [2 + pairs]): the scaled loss of a micro-batch; the sums (CE, KL, each pair's distance) carry no gradient."""
         self._batch, self._signal, self._matched = batch, signal, {}
+        if self.stones is not None:
+            self.stones.open()
         final = backbone(self.model)(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -73,10 +80,14 @@ class Distiller(nn.Module):
             self._match(self._normed, final)
         distances = [self._matched[number] for number in range(len(self._pairs))]
         loss = ce = kl = torch.zeros((), dtype=torch.float32, device=final.device)
+        # Before the head's loss, which takes the teacher's final state.
+        of_stones = None if self.stones is None else self.stones(final, batch, signal, self.loss_head)
         if scales[0] or scales[1]:  # else the head is neither gathered nor run, and both parts read 0
             loss, ce, kl = self.loss_head(final, batch, signal, scales[0], scales[1])
         if distances:
             loss = loss + scales[2] * torch.stack(distances).sum()
+        if of_stones is not None:
+            loss = loss + of_stones
         sums = torch.stack([ce, kl, *(d.detach() for d in distances)])
         self._signal, self._matched = None, {}
         return loss, sums

@@ -15,6 +15,7 @@ if (
 ):  # run as a file: let `import llmkd` find the package, and keep its modules from shadowing others
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import functools
 import importlib.util
 import json
 import logging
@@ -107,11 +108,10 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
 
     totals = {"seconds": 0.0, "tokens": 0}
     values: dict[str, Any] = {}
-    loader = batches(
+    rows = functools.partial(
+        batches,
         data,
         seed=job.seed,
-        start_step=first,
-        steps=steps,
         batch_size=settings.batch_size,
         accumulation=accumulation,
         rank=world.rank,
@@ -119,6 +119,9 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         packed=job.data.batching == "packed",
     )
+    loader = rows(start_step=first, steps=steps)
+    if resume is None and module.stones is not None:
+        build.fit_stones(world, job, student, teacher, rows)
     if teacher is not None:
         loader = announced(loader, teacher.expect)
     module.train()
@@ -129,6 +132,8 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         by = divisors(job.weights, trained=trained, attended=attended, pairs=len(job.pairs))
         for group in student.optimizer.param_groups:
             group["lr"] = rate(step - 1)
+        if module.stones is not None:
+            module.stones.begin(step - 1, trained=by.ce, compared=by.kl, ranks=world.size)
 
         for batch in micro_batches:
             batch = batch.to(world.device)
@@ -147,6 +152,9 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
                 "learning_rate": rate(step - 1),
                 "grad_norm": float(student.get_global_grad_norm() or 0.0),
             }
+            if module.stones is not None:
+                values |= module.stones.flush(world)
+                values["loss"] += values["stones"]
             journal.write(step, steps, values)
             if not math.isfinite(values["loss"]):
                 raise InputError(

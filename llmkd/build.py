@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,8 @@ from torch import nn
 from llmkd import config, models
 from llmkd.checkpoint import check_same
 from llmkd.config import ROOT, Recipe, finetune_inputs, fingerprint, training_inputs
-from llmkd.data import load_rows, source_contents, steps_per_epoch, tokenize
+from llmkd.connectors import fit_connectors, make_connectors
+from llmkd.data import Batch, load_rows, source_contents, steps_per_epoch, tokenize
 from llmkd.distributed import (
     Wire,
     World,
@@ -34,7 +35,7 @@ from llmkd.distributed import (
     parameter_count,
     teacher_ds_config,
 )
-from llmkd.divergences import with_parameters
+from llmkd.divergences import Divergence, with_parameters
 from llmkd.errors import InputError
 from llmkd.geometry import WIDTH_FREE
 from llmkd.layer_map import Pairs, in_order_random, layer_map
@@ -42,11 +43,13 @@ from llmkd.matching import AllRows, terms_of
 from llmkd.objective import Weights
 from llmkd.schedules import learning_rate
 from llmkd.stages import stage_count
+from llmkd.stones import Comparison, Stones, StoneWeights
 from llmkd.student import Distiller, make_projectors
 from llmkd.teachers import stage
 from llmkd.teachers.base import EMBEDDING, Teacher, blocks_needed
 from llmkd.teachers.pipeline import PipelineTeacher
 from llmkd.teachers.resident import ResidentTeacher
+from llmkd.teachers.upper import check_upper
 
 log = logging.getLogger("llmkd")
 
@@ -69,6 +72,8 @@ class Job:
     data: config.Data
     seed: int
     makes_teacher: bool
+    stones: Pairs = ()
+    """(student block, teacher block) of each stepping stone, by student block."""
 
     @property
     def title(self) -> str:
@@ -98,6 +103,9 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         student_config = models.load_config(checkpoint, trust_remote_code=recipe.student.trust_remote_code)
     student_depth = recipe.student.blocks or student_config.num_hidden_layers
     pairs = pairs_of(recipe, student_depth, depth)
+    stones = stones_of(recipe, student_depth, depth)
+    if stones:
+        check_upper(teacher_config)
     weights = Weights(
         ce=recipe.loss.ce,
         kl=recipe.loss.kl,
@@ -113,7 +121,7 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
             "projector is learned for one teacher block; write redraw_every: 0, or a distance that needs none "
             f"({', '.join(WIDTH_FREE)})"
         )
-    if not (weights.ce or weights.kl or weights.hidden):
+    if not (weights.ce or weights.kl or weights.hidden or stones):
         raise InputError(
             "loss: ce, kl and hidden are all 0, so there is nothing to learn from; give one of them a weight"
         )
@@ -144,13 +152,14 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         inputs=on_main(world, lambda: student_inputs(recipe)),
         initial=checkpoint or folder / "initial",
         tokenizer=checkpoint or teacher,
-        teacher=teacher if weights.kl or weights.hidden else None,
+        teacher=teacher if weights.kl or weights.hidden or stones else None,
         pairs=pairs,
         weights=weights,
         train=recipe.train,
         data=recipe.data,
         seed=recipe.seed,
         makes_teacher=False,
+        stones=stones,
     )
     refuse_other_recipe(world, job)
     return job
@@ -288,6 +297,32 @@ def rematch(job: Job, step: int, module: Distiller, teacher: Teacher | None) -> 
     teacher.use([block for _, block in pairs])
 
 
+def stones_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
+    """The recipe's stepping stones at these depths, by student block; none where it has no `stones` section."""
+    settings = recipe.stones
+    if settings is None:
+        return ()
+    if settings.pairs == "from_map":
+        matching = recipe.matching
+        options: dict[str, Any] = dict(seed=recipe.seed, target_block=matching.target_block, pairs=matching.pairs)
+        pairs = layer_map(matching.strategy, student_depth, teacher_depth, **options)
+        if not pairs:
+            raise InputError(
+                f"stones.pairs: the layer map of strategy {matching.strategy!r} has no pairs; write them, e.g. [[0, 3]], or another "
+                "matching.strategy"
+            )
+    else:
+        pairs = settings.pairs
+    for side, blocks, depth in (
+        ("student", [s for s, _ in pairs], student_depth),
+        ("teacher", [t for _, t in pairs], teacher_depth),
+    ):
+        for block in blocks:
+            if not 0 <= block < depth:
+                raise InputError(f"stones.pairs: {block} is not a block of the {side} (0 to {depth - 1})")
+    return tuple(sorted(pairs))
+
+
 def student_inputs(recipe: Recipe) -> dict[str, Any]:
     """What decides what a student becomes: the recipe's part of it, and the contents of the files it names."""
     inputs = {**training_inputs(recipe), **_contents(recipe.train, recipe.data)}
@@ -408,7 +443,7 @@ def load_teacher(world: World, job: Job) -> Teacher:
     settings = job.recipe.teacher
     assert job.teacher is not None and settings.placement != "cache", "llmkd.cache_contents opens a cached teacher"
     sharded = settings.placement == "zero3"
-    logits = job.weights.kl > 0
+    logits = job.weights.kl > 0 or bool(job.stones)
     normed_last = job.recipe.matching.final_state == "normed"
     uses = [teacher for _, teacher in sorted(job.pairs, key=lambda pair: pair[0])]  # as the student's blocks take them
     config = models.load_config(job.teacher, trust_remote_code=settings.trust_remote_code)
@@ -444,6 +479,8 @@ def load_teacher(world: World, job: Job) -> Teacher:
         ds_config=ds,
         logits=logits,
         offload_to=torch.cuda.Stream() if settings.offload_states else None,
+        stones=[block for _, block in job.stones],
+        checkpointed=job.recipe.stones is None or job.recipe.stones.checkpoint,
     )
 
 
@@ -524,13 +561,14 @@ def load_student(
     projectors = make_projectors(
         len(job.pairs), width, target_width or width, bias=matching.projector_bias, seed=job.seed
     )
+    divergence = with_parameters(job.recipe.loss.divergence, job.recipe.loss.parameters)
     module = Distiller(
         model,
         job.pairs,
         distance=terms_of(matching.distances),
         positions=matching.positions,
         normed_last=matching.final_state == "normed",
-        divergence=with_parameters(job.recipe.loss.divergence, job.recipe.loss.parameters),
+        divergence=divergence,
         temperature=job.recipe.loss.temperature,
         kl_positions=job.recipe.loss.kl_positions,
         chunk=job.train.head_chunk,
@@ -539,10 +577,37 @@ def load_student(
         pair_weights=job.weights.pairs,
         keeps_head=job.weights.ce > 0 or job.weights.kl > 0,
         all_rows=gather,
+        stones=make_stones(job, width, target_width or width, divergence) if job.stones else None,
     )
     if job.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return module
+
+
+def make_stones(job: Job, student_width: int, teacher_width: int, divergence: Divergence) -> Stones:
+    """The job's stones, their connectors not yet fitted."""
+    settings, loss = job.recipe.stones, job.recipe.loss
+    assert settings is not None
+    return Stones(
+        job.stones,
+        make_connectors(len(job.stones), student_width, teacher_width).to(models.DTYPES[job.train.dtype]),
+        weights=StoneWeights(ce=settings.ce, kl=settings.kl, cross=settings.cross),
+        comparison=Comparison(divergence, loss.temperature, loss.kl_positions, job.train.head_chunk),
+        one=settings.sample == "one",
+        seed=job.seed,
+    )
+
+
+def fit_stones(
+    world: World, job: Job, student: Any, teacher: Teacher | None, rows: Callable[..., Iterable[Sequence[Batch]]]
+) -> None:
+    """Fit the stones' connectors on the run's first batches, which `rows` gives (all ranks take part)."""
+    settings = job.recipe.stones
+    assert settings is not None and isinstance(teacher, ResidentTeacher)
+    stack = models.blocks(student.module.model), teacher.blocks
+    connectors = student.module.stones.connectors
+    steps = rows(start_step=0, steps=settings.connector_batches)
+    fit_connectors(world, student, connectors, job.stones, *stack, teacher, steps)
 
 
 def job_tokenizer(world: World, job: Job, *, resuming: bool) -> Any:

@@ -320,7 +320,7 @@ def plan(recipe: str, ranks: int, device_gib: float, overrides: tuple[str, ...])
     settings = load_recipe(recipe, overrides)
     teacher = teacher_config(settings)
     click.echo(plan_text(rows(settings, ranks, teacher)))
-    if settings.loss.kl or (settings.loss.hidden and settings.matching.strategy != "none"):
+    if settings.logits or (settings.loss.hidden and settings.matching.strategy != "none"):
         click.echo(f"\n{placements_text(compare(settings, ranks, teacher), device_gib)}")
 
 

@@ -384,6 +384,40 @@ class Cache(Section):
     """When checksums are compared: all before training (start), each file when it is first read, or start up to 8 GiB (auto)."""
 
 
+class Stones(Section):
+    """Block-wise logit distillation: the student's lower blocks under the teacher's upper ones, beside the student's own loss."""
+
+    pairs: Literal["from_map"] | tuple[tuple[int, int], ...] = "from_map"
+    """One stone per (student block, teacher block): the teacher goes on from after its block. `from_map`: the layer map's pairs."""
+    ce: float = Field(default=1.0, ge=0)
+    """Weight of the stones' cross-entropy; of n stones, by student block, the i-th counts 1/2^(n-i)."""
+    kl: float = Field(default=1.0, ge=0)
+    """Weight of the stones' divergence from the teacher, at loss.divergence, temperature and kl_positions."""
+    cross: float = Field(default=0.0, ge=0)
+    """Weight of the divergence of each stone and of the student from the stones' mean logits, which carry no gradient."""
+    sample: Literal["all", "one"] = "all"
+    """`one`: a stone drawn per step, in proportion to its share, with the weight of all: unbiased, at a fraction of the cost."""
+    connector_batches: int = Field(default=4, gt=0)
+    """Batches of train.batch_size rows on which the connectors are fitted before the first step."""
+    checkpoint: bool = True
+    """Keep the teacher blocks' inputs alone, and run each again for its gradient. A zero3 teacher needs it."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Stones:
+        if not (self.ce or self.kl or self.cross):
+            raise ValueError("stones: ce, kl and cross are all 0; give one of them a weight, or leave out stones")
+        if self.sample == "one" and self.cross:
+            raise ValueError("stones.sample: the cross term needs every stone's logits; write all, or cross: 0")
+        if isinstance(self.pairs, tuple):
+            students = [student for student, _ in self.pairs]
+            if not students or len(set(students)) != len(students):
+                raise ValueError(
+                    f"stones.pairs: {[list(pair) for pair in self.pairs]} must name at least one pair, and each student block once; "
+                    "write e.g. [[0, 3], [1, 7]]"
+                )
+        return self
+
+
 class Finetune(Section):
     """How the teacher is made: the same loop with cross-entropy alone."""
 
@@ -541,6 +575,8 @@ class Recipe(Section):
     student: Student
     matching: Matching = Field(default_factory=Matching)
     loss: Loss = Field(default_factory=Loss)
+    stones: Stones | None = None
+    """Left out: no stepping stones."""
     data: Data = Field(default_factory=Data)
     train: Train
     cache: Cache = Field(default_factory=Cache)
@@ -600,6 +636,27 @@ class Recipe(Section):
                 "tokens alone; write divergence: forward_kl, or leave out cache.top_k"
             )
         return self
+
+    @model_validator(mode="after")
+    def _stones_have_a_teacher(self) -> Recipe:
+        if self.stones is None:
+            return self
+        if self.teacher.placement in ("pipeline", "cache") or self.teacher.share_cache:
+            placed = "share_cache" if self.teacher.share_cache else f"placement {self.teacher.placement}"
+            raise ValueError(
+                f"stones: they run the teacher's upper blocks on the student's states, which {placed} has no place for; write "
+                "teacher.placement: replicated or zero3, or leave out stones"
+            )
+        if self.teacher.placement == "zero3" and not self.stones.checkpoint:
+            raise ValueError(
+                "stones.checkpoint: a zero3 teacher's blocks are let go between the passes; write true, or placement: replicated"
+            )
+        return self
+
+    @property
+    def logits(self) -> bool:
+        """Whether anything is asked of the teacher's logits."""
+        return self.loss.kl > 0 or self.stones is not None
 
     @property
     def folder(self) -> Path:
@@ -663,6 +720,8 @@ def training_inputs(recipe: Recipe) -> dict[str, Any]:
     # What came later and is not asked for is not named, so that a run begun before it came goes on.
     values["matching"] = {key: value for key, value in values["matching"].items() if value != _LATER.get(key, ...)}
     cache = values.pop("cache")
+    if values["stones"] is None:
+        values.pop("stones")
     if recipe.teacher.placement == "cache":
         values["cache"] = {"dtype": cache["dtype"], "top_k": cache["top_k"]}
     values["loss"].pop("report_norms_every")

@@ -540,6 +540,22 @@ def gathered(parameters: Iterable[Tensor | None]) -> contextlib.AbstractContextM
     return deepspeed.zero.GatheredParameters(sharded) if sharded else contextlib.nullcontext()
 
 
+@torch.no_grad()
+def overwrite(world: World, parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter of an engine another value, the same on every rank: its shards and the optimizer's fp32 copy of them, too."""
+    value = value.to(device=world.device, dtype=torch.float32)
+    if not hasattr(parameter, "ds_id"):
+        parameter.copy_(value)
+        deepspeed.utils.safe_set_full_fp32_param(parameter, value)
+        return
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.copy_(value)
+    # DeepSpeed's own setter of a whole parameter fails where ranks don't divide it; shards are of one size, the last filled up.
+    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    filled = torch.nn.functional.pad(value.flatten(), (0, size * world.size - value.numel()))
+    deepspeed.utils.safe_set_local_fp32_param(parameter, filled[world.rank * size : (world.rank + 1) * size])
+
+
 def whole_state(world: World, module: nn.Module) -> dict[str, Tensor]:
     """The module's weights on rank 0's CPU, gathered one at a time (all ranks take part); empty on the others."""
     state: dict[str, Tensor] = {}

@@ -93,6 +93,8 @@ def line(step: int, steps: int, values: dict[str, Any]) -> str:
         text += " norms " + " ".join(f"{part}:{values['norms'][part]:.3g}" for part in PARTS)
     if "temperature" in values:
         text += f" temperature {values['temperature']:.3f}"
+    if "stones" in values:
+        text += f" stones {values['stones']:.4f}"
     text += f" grad {values['grad_norm']:.3f} lr {values['learning_rate']:.2e}"
     return text + f" {values['tokens_per_second']:,.0f} tok/s {values['memory_gib']:.2f} GiB"
 

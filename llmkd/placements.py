@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from llmkd.build import accumulation_steps, pairs_of
+from llmkd.build import accumulation_steps, pairs_of, stones_of
 from llmkd.config import Recipe
 from llmkd.errors import InputError
 from llmkd.layer_map import Pairs
 from llmkd.models import DTYPES
 from llmkd.planner import GIB, Shapes, initial_student_config, peak, pipeline, plan, run_shapes, teacher_config
 from llmkd.stages import states_per_item
+from llmkd.stones_plan import stones_wire
 from llmkd.teachers.pipeline import TOLD_BYTES
 from llmkd.teachers.stage import check_pipelined
 
@@ -91,7 +92,11 @@ def _wire(recipe: Recipe, config: PreTrainedConfig, pairs: Pairs, ranks: int) ->
     if recipe.teacher.placement == "cache":
         return 0, f"worth its disk where rows are seen more than once; here {_times(recipe)}"
     if recipe.teacher.placement == "zero3":
-        return rounds * zero3_wire(run_shapes(recipe, config, pairs), size, ranks), "all weights, for each micro-batch"
+        shape = run_shapes(recipe, config, pairs)
+        stones = stones_of(recipe, initial_student_config(recipe, config).num_hidden_layers, config.num_hidden_layers)
+        more = stones_wire(recipe, shape, stones, ranks) if stones else 0
+        note = "all weights, for each micro-batch" + (", and the upper blocks for each stone" if stones else "")
+        return rounds * (zero3_wire(shape, size, ranks) + more), note
     shape, parts, sent = pipeline(recipe, config, pairs, ranks)
     states = states_per_item(sent, len(parts))
     tokens = recipe.train.micro_batch_size * recipe.data.max_length

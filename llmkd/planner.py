@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from llmkd.build import accumulation_steps, pairs_of
+from llmkd.build import accumulation_steps, pairs_of, stones_of
 from llmkd.config import ROOT, Recipe
 from llmkd.distributed import load_ds_config, zero_stage
 from llmkd.errors import InputError
@@ -170,8 +170,10 @@ def plan(recipe: Recipe, ranks: int, config: PreTrainedConfig | None = None) -> 
     pairs = pairs_of(recipe, student.depth, teacher.depth)
     projected = bool(pairs) and student.hidden != teacher.hidden and recipe.matching.needs_projector
     projectors = len(pairs) * student.hidden * teacher.hidden if projected else 0
+    stones = stones_of(recipe, student.depth, teacher.depth)
+    projectors += len(stones) * student.hidden * teacher.hidden
     zero = load_ds_config(recipe.train.deepspeed, ROOT / "ds_configs")
-    taught = bool(pairs) or recipe.loss.kl > 0
+    taught = bool(pairs) or recipe.logits
     of_teacher: list[Row] = []
     if taught and recipe.teacher.placement == "cache":
         from llmkd.cache_plan import cache_rows
@@ -181,6 +183,10 @@ def plan(recipe: Recipe, ranks: int, config: PreTrainedConfig | None = None) -> 
         of_teacher = pipeline_rows(recipe, *pipeline(recipe, found, pairs, ranks))
     elif taught:
         of_teacher = teacher_rows(recipe, run_shapes(recipe, found, pairs), pairs, ranks)
+    if stones:
+        from llmkd.stones_plan import stone_rows
+
+        of_teacher = [*of_teacher, *stone_rows(recipe, teacher, stones)]
     return [
         *of_teacher,
         *student_rows(recipe, student, projectors, zero, ranks),
@@ -193,7 +199,7 @@ def run_shapes(
     recipe: Recipe, config: PreTrainedConfig, pairs: Sequence[tuple[int, int]], *, stages: int = 1
 ) -> Shapes:
     """The part of the teacher that is run: without logits no head, and no block after the last mapped one (a block per stage at least)."""
-    logits, depth = recipe.loss.kl > 0, config.num_hidden_layers
+    logits, depth = recipe.logits, config.num_hidden_layers
     normed = recipe.matching.final_state == "normed"
     needed = max(blocks_needed([block for _, block in pairs], depth, logits=logits, normed_last=normed), stages)
     found = shapes(config if needed == depth else student_config(config, range(needed), {}))

@@ -19,6 +19,7 @@ from llmkd.divergences import Divergence
 from llmkd.head import TeacherHead, TopK, head_losses
 from llmkd.matching import AllRows, Term, distance_sum, sampled, small_pass
 from llmkd.models import backbone, blocks, head
+from llmkd.stones import Stones
 from llmkd.teachers.base import EMBEDDING, Signal, output_state
 from llmkd.term_norms import FinalNorm, before_projector
 
@@ -50,10 +51,12 @@ class Distiller(nn.Module):
         pair_weights: Sequence[float] | None = None,
         all_rows: AllRows | None = None,
         keeps_head: bool = False,
+        stones: Stones | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.projectors = projectors
+        self.stones = stones
         self.loss_head = LossHead(
             head(model), divergence=divergence, temperature=temperature, kl_positions=kl_positions, chunk=chunk
         )
@@ -72,6 +75,8 @@ class Distiller(nn.Module):
         for block in {student for student, _ in pairs} - {self._normed}:
             module = model.get_input_embeddings() if block == EMBEDDING else stack[block]
             module.register_forward_hook(self._matcher(block))
+        if stones is not None:
+            stones.watch(stack)
         self._batch: Batch | None = None
         self._signal: Signal | None = None
         self._matched: dict[int, Tensor] = {}  # pair number -> distance sum of this pass
@@ -103,6 +108,8 @@ class Distiller(nn.Module):
         self._hidden_scale, self._squares, self.squares = scales[2], {}, None
         self.loss_head.report, self.loss_head.hear_teacher, self.loss_head.teacher_ce = report, hear_teacher, None
         self._final_norm.watch(report)
+        if self.stones is not None:
+            self.stones.open()
         final = backbone(self.model)(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -113,13 +120,15 @@ class Distiller(nn.Module):
             self._match(self._normed, final)
         distances = [self._matched[number] for number in range(len(self._pairs))]
         loss = ce = kl = torch.zeros((), dtype=torch.float32, device=final.device)
-        if (
-            scales[0] or scales[1] or self._keeps_head
-        ):  # else the head is neither gathered nor run, and both parts read 0
+        # Before the head's loss, which takes the teacher's final state.
+        of_stones = None if self.stones is None else self.stones(final, batch, signal, self.loss_head)
+        if scales[0] or scales[1] or self._keeps_head:  # else the head is not gathered nor run, and both parts read 0
             loss, ce, kl = self.loss_head(final, batch, signal, scales[0], scales[1], temperature)
         if distances:
             weighted = [d if w == 1 else d * w for d, w in zip(distances, self._pair_weights, strict=True)]
             loss = loss + scales[2] * torch.stack(weighted).sum()
+        if of_stones is not None:
+            loss = loss + of_stones
         sums = torch.stack([ce, kl, *(d.detach() for d in distances)])
         if report:
             self.squares = self._all_squares(final)

@@ -19,7 +19,14 @@ from llmkd.results import publish
 log = logging.getLogger("llmkd")
 
 GENERATIONS, AGREEMENT, EVALUATIONS = "generations", "agreement", "evaluations"  # the folders of a study's results
-CE_ONLY = {"matching.strategy": "none", "loss.kl": 0.0, "loss.hidden": 0.0, "loss.ce": 1.0, "loss.schedules": None}
+CE_ONLY: dict[str, Any] = {
+    "matching.strategy": "none",
+    "loss.kl": 0.0,
+    "loss.hidden": 0.0,
+    "loss.ce": 1.0,
+    "loss.schedules": None,
+    "stones": None,
+}
 
 
 class Stopped(Exception):
@@ -195,7 +202,15 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
     Maps that do not fit the depths, ranks that do not share the batch, tasks that are not there, and students or a teacher already
     there that another recipe made.
     """
-    from llmkd.build import accumulation_steps, pairs_of, read_rows, student_inputs, teacher_inputs, total_steps
+    from llmkd.build import (
+        accumulation_steps,
+        pairs_of,
+        read_rows,
+        stones_of,
+        student_inputs,
+        teacher_inputs,
+        total_steps,
+    )
     from llmkd.checkpoint import check_same
     from llmkd.evaluation import check_tasks
     from llmkd.generation import check as check_generation
@@ -234,6 +249,7 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
         elif entry["train"] is not None:
             one = entry_recipe(recipe, entry)
             pairs_of(one, one.student.blocks or student_depth, depth)
+            stones_of(one, one.student.blocks or student_depth, depth)
             inputs = student_inputs(one)
         else:
             continue

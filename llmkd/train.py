@@ -15,6 +15,7 @@ if (
 ):  # run as a file: let `import llmkd` find the package, and keep its modules from shadowing others
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import functools
 import importlib.util
 import json
 import logging
@@ -120,7 +121,10 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
 
     totals = {"seconds": 0.0, "tokens": 0}
     values: dict[str, Any] = {}
-    loader = batches(data, start_step=first, steps=steps, **reading)
+    rows = functools.partial(batches, data, **reading)
+    loader = rows(start_step=first, steps=steps)
+    if resume is None and module.stones is not None:
+        build.fit_stones(world, job, student, teacher, rows)
     if teacher is not None:
         loader = announced(loader, teacher.expect)
     module.train()
@@ -134,6 +138,8 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
             group["lr"] = rate(step - 1)
         if job.redraws:
             build.rematch(job, step - 1, module, teacher)
+        if module.stones is not None:
+            module.stones.begin(step - 1, trained=by.ce, compared=by.kl, ranks=world.size)
 
         for number, batch in enumerate(micro_batches):
             batch = batch.to(world.device)
@@ -155,6 +161,9 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
                 "learning_rate": rate(step - 1),
                 "grad_norm": float(student.get_global_grad_norm() or 0.0),
             }
+            if module.stones is not None:
+                values |= module.stones.flush(world)
+                values["loss"] += values["stones"]
             journal.write(step, steps, values)
             if not math.isfinite(values["loss"]):
                 raise InputError(

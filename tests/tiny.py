@@ -83,7 +83,7 @@ def plain_run(
     recipe: Recipe, teacher_folder: Path, student_folder: Path
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """The recipe's run in plain PyTorch: one process, whole batches, whole logits, `output_hidden_states`; (weights, losses)."""
-    teacher, student = _load(teacher_folder).eval(), _load(student_folder).train()
+    teacher, student = load(teacher_folder).eval(), load(student_folder).train()
     tokenizer = models.load_tokenizer(teacher_folder)
     rows = load_rows(recipe.data.source, name=None, split="train", rows=recipe.data.rows)
     data = tokenize(rows, tokenizer, format="auto", max_length=recipe.data.max_length, too_long=recipe.data.too_long)
@@ -143,7 +143,8 @@ def plain_run(
     return {name: p.detach() for name, p in student.named_parameters()}, losses
 
 
-def _load(folder: Path) -> Any:
+def load(folder: Path) -> Any:
+    """A model in plain transformers that remembers its last block's output."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     model.model.layers[-1].register_forward_hook(lambda module, args, output: setattr(model, "raw_last_state", output))
     return model
@@ -180,7 +181,7 @@ def plain_losses(
 
 
 def _state(model: Any, output: Any, block: int, recipe: Recipe) -> torch.Tensor:
-    """`hidden_states` by block number; transformers gives the last one after the final norm, so the raw one is kept by `_load`."""
+    """`hidden_states` by block number; transformers gives the last one after the final norm, so the raw one is kept by `load`."""
     if block == EMBEDDING:
         return output.hidden_states[0]
     if block < model.config.num_hidden_layers - 1 or recipe.matching.final_state == "normed":

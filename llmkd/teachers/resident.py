@@ -15,6 +15,7 @@ from llmkd.distributed import frozen_engine, gathered
 from llmkd.models import backbone, blocks, head
 from llmkd.teachers.base import EMBEDDING, Capture, Signal, States
 from llmkd.teachers.offload import OffloadedStates
+from llmkd.teachers.upper import UpperBlocks
 
 
 class ResidentTeacher:
@@ -22,7 +23,8 @@ class ResidentTeacher:
 
     `uses` names the teacher block of every pair, in the order the student takes them (a block used by three pairs three times); only
     these are captured. The backbone is run without its head: the head's weight is lent, whole, to the chunked loss, or with
-    `logits=False` is not kept at all. `offload_to`: the stream that takes waiting states to host memory and back.
+    `logits=False` is not kept at all. `offload_to`: the stream that takes waiting states to host memory and back. `stones`: the teacher
+    blocks after which the student's stones go on with the teacher's, and whether these are `checkpointed`.
     """
 
     def __init__(
@@ -34,11 +36,14 @@ class ResidentTeacher:
         ds_config: dict[str, Any] | None,
         logits: bool = True,
         offload_to: torch.cuda.Stream | None = None,
+        stones: Sequence[int] = (),
+        checkpointed: bool = True,
     ) -> None:
         model.eval().requires_grad_(False)
         self._head = head(model) if logits else None
         self._uses = tuple(uses)
-        stack = blocks(model)
+        self.blocks = stack = blocks(model)
+        self._upper = UpperBlocks(model, stones, again=checkpointed) if stones else None
         self._last = len(stack) - 1 if normed_last else None
         modules = {block: stack[block] for block in set(uses) - {EMBEDDING, self._last}}
         if EMBEDDING in uses:
@@ -71,7 +76,7 @@ class ResidentTeacher:
             states[self._last] = final
         if self._head is None:
             return Signal(states, self._uses, None, None)
-        return Signal(states, self._uses, final, self.head)
+        return Signal(states, self._uses, final, self.head, upper=self._upper)
 
     @contextlib.contextmanager
     def head(self) -> Iterator[tuple[Tensor, Tensor | None]]:

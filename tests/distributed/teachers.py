@@ -92,6 +92,22 @@ def measured(world: Any, recipe: Recipe, job: Any) -> dict[str, Any]:
     return found
 
 
+def stones(world: Any, recipe: Recipe, job: Any) -> dict[str, Any]:
+    """Bytes gathered per step by a sharded teacher that also runs its upper blocks for each stone, forward and for the gradient."""
+    teacher: Any = build.load_teacher(world, job)
+    draw = random.Random(world.rank)
+    rounds = recipe.train.batch_size // (recipe.train.micro_batch_size * world.size)
+    with WireBytes() as wire:
+        for _ in range(rounds):
+            batch = batch_of(draw, [recipe.data.max_length] * recipe.train.micro_batch_size)
+            signal = teacher.signals(batch)
+            with signal.head():
+                for _, block in job.stones:
+                    state = torch.randn_like(signal.final).requires_grad_()
+                    signal.upper(block, state, batch).sum().backward()
+    return {"gathered": wire.gathered}
+
+
 def _present(world: Any, recipe: Recipe, job: Any, rounds: int) -> tuple[Any, list[list[Batch]]]:
     """The teacher, and four steps of random rows of full length."""
     draw = random.Random(world.rank)
@@ -139,7 +155,7 @@ def _weights(teacher: Any) -> int:
 
 
 WHOLE = {"teacher.placement": "replicated", "teacher.stages": None, "teacher.offload": "none"}
-EXAMS = {"uneven": uneven, "measured": measured}
+EXAMS = {"uneven": uneven, "measured": measured, "stones": stones}
 
 
 def main(tasks: Path) -> None:

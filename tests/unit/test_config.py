@@ -353,11 +353,55 @@ def test_a_teacher_that_the_recipe_makes_counts_by_how_it_is_made(recipe: Path) 
         assert training_inputs(load_recipe(recipe, [*made, override])) != inputs, override
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["stones.weight=1"], "unknown key 'stones.weight'; "),
+        (["stones.kl=-1"], "stones.kl: "),
+        (["stones={kl: 0, ce: 0}"], "stones: ce, kl and cross are all 0; give one of them a weight"),
+        (["stones={sample: one, cross: 0.1}"], "stones.sample: the cross term needs every stone's logits; write all"),
+        (["stones.pairs=[[0, 1], [0, 2]]"], "stones.pairs: [[0, 1], [0, 2]] must name at least one pair, and each"),
+        (["stones.pairs=[]"], "stones.pairs: [] must name at least one pair"),
+        (["stones.pairs=forward"], "stones.pairs"),
+        (
+            ["stones.kl=1", "teacher.placement=pipeline"],
+            "placement pipeline has no place for; write teacher.placement: ",
+        ),
+        (["stones.kl=1", "teacher.placement=cache"], "placement cache has no place for; write teacher.placement: "),
+        (["stones.kl=1", "teacher.share_cache=true"], "share_cache has no place for; write teacher.placement: "),
+        (
+            ["stones.checkpoint=false", "teacher.placement=zero3"],
+            "stones.checkpoint: a zero3 teacher's blocks are let go",
+        ),
+    ],
+)
+def test_stones_that_can_not_be_are_refused(recipe: Path, overrides: list[str], expected: str) -> None:
+    assert expected in refusal(recipe, *overrides)
+
+
+def test_stones_are_off_unless_asked_for_and_then_decide_the_result(recipe: Path) -> None:
+    plain, with_stones = load_recipe(recipe), load_recipe(recipe, ["stones.kl=0.5"])
+    assert plain.stones is None and not any(key.startswith("stones") for key in training_inputs(plain))
+    assert plain.changed({"loss.kl": 0.0}).logits is False and with_stones.changed({"loss.kl": 0.0}).logits is True
+    assert training_inputs(with_stones)["stones.kl"] == 0.5 and training_inputs(with_stones)["stones.sample"] == "all"
+    (recipe.parent / "again.yaml").write_text(dump_recipe(with_stones.changed({"stones.pairs": [[0, 2], [1, 3]]})))
+    again = load_recipe(recipe.parent / "again.yaml").stones
+    assert again is not None and again.pairs == ((0, 2), (1, 3))
+
+
 def test_every_key_is_named_once(recipe: Path) -> None:
     """Flat keys are what a refusal of another recipe names; a key with a dot of its own would make two of one."""
     inputs = training_inputs(load_recipe(recipe))
     assert all(not isinstance(value, dict) for value in inputs.values())
-    left_out = {"name", "output", "evaluation", "study", "finetune", "cache"}  # no cache is read
+    left_out = {
+        "name",
+        "output",
+        "evaluation",
+        "study",
+        "finetune",
+        "cache",
+        "stones",
+    }  # no cache is read, no stone laid
     assert set(Recipe.model_fields) - left_out == {key.split(".")[0] for key in inputs}
 
 

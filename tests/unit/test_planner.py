@@ -196,6 +196,27 @@ def test_a_head_that_no_part_asks_for_is_not_planned(recipe: Recipe) -> None:
     assert not [r for r in rows if "logits" in r.what or r.what.startswith("gradient of the head")]
 
 
+def test_stones_are_planned(recipe: Recipe) -> None:
+    """Nine connectors of 4096 x 4096 more to train; of the teacher's blocks above the first stone, their inputs and one at work."""
+    plain = planner.plan(recipe, 8)
+    rows = planner.plan(recipe.changed({"stones.kl": 1.0}), 8)
+    assert row(rows, "student weights").bytes - row(plain, "student weights").bytes == pytest.approx(
+        9 * 4096**2 * 2 / 8, abs=2
+    )
+    tokens = recipe.train.micro_batch_size * recipe.data.max_length
+    state = tokens * 4096 * 2
+    assert row(rows, "stones' states").bytes == 10 * state
+    upper = 35 - 3  # the forward map's first pair is 0<3
+    block = row(rows, "teacher, one block at work").bytes
+    assert row(rows, "stones, one pass").bytes == upper * state + block
+    kept = planner.plan(recipe.changed({"stones.checkpoint": False, "teacher.placement": "replicated"}), 8)
+    assert row(kept, "stones, one pass").bytes == upper * block
+    alone = planner.plan(
+        recipe.changed({"stones.kl": 1.0, "loss.kl": 0.0, "loss.ce": 0.0, "matching.distance": "mse"}), 8
+    )
+    assert row(alone, "stones' logits of a chunk").bytes > row(alone, "teacher final state").bytes > 0
+
+
 def test_offloaded_states_wait_in_host_memory(recipe: Recipe) -> None:
     here, away = (planner.plan(recipe.changed({"teacher.offload_states": on}), 8) for on in (False, True))
     states = row(here, "teacher states").bytes

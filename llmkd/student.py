@@ -106,7 +106,8 @@ class Distiller(nn.Module):
         positions = batch.attended_at if self._positions == "attended" else batch.trained_at
         self._at = sampled(positions, self._tokens, draw)
         self._hidden_scale, self._squares, self.squares = scales[2], {}, None
-        self.loss_head.report, self.loss_head.hear_teacher, self.loss_head.teacher_ce = report, hear_teacher, None
+        # until the student's own pass through the head: a stone's is not to be told of
+        self.loss_head.report, self.loss_head.hear_teacher, self.loss_head.teacher_ce = False, False, None
         self._final_norm.watch(report)
         if self.stones is not None:
             self.stones.open()
@@ -123,6 +124,7 @@ class Distiller(nn.Module):
         # Before the head's loss, which takes the teacher's final state.
         of_stones = None if self.stones is None else self.stones(final, batch, signal, self.loss_head)
         if scales[0] or scales[1] or self._keeps_head:  # else the head is not gathered nor run, and both parts read 0
+            self.loss_head.report, self.loss_head.hear_teacher = report, hear_teacher
             loss, ce, kl = self.loss_head(final, batch, signal, scales[0], scales[1], temperature)
         if distances:
             weighted = [d if w == 1 else d * w for d, w in zip(distances, self._pair_weights, strict=True)]

@@ -24,10 +24,10 @@ from llmkd.checkpoint import check_same
 from llmkd.config import ROOT, Recipe, finetune_inputs, fingerprint, training_inputs
 from llmkd.connectors import fit_connectors, make_connectors
 from llmkd.data import Batch, load_rows, source_contents, steps_per_epoch, tokenize
-from llmkd.distances import DISTANCES
 from llmkd.distributed import (
     Wire,
     World,
+    all_rows,
     check_asynchronous_io,
     complete_ds_config,
     load_ds_config,
@@ -37,7 +37,9 @@ from llmkd.distributed import (
 )
 from llmkd.divergences import Divergence, with_parameters
 from llmkd.errors import InputError
-from llmkd.layer_map import Pairs, layer_map
+from llmkd.geometry import WIDTH_FREE
+from llmkd.layer_map import Pairs, in_order_random, layer_map
+from llmkd.matching import AllRows, terms_of
 from llmkd.objective import Weights
 from llmkd.schedules import learning_rate
 from llmkd.stages import stage_count
@@ -78,6 +80,11 @@ class Job:
         """What the run is called in logs: its folder."""
         return self.folder.name
 
+    @property
+    def redraws(self) -> bool:
+        """Whether the map is drawn again while the student learns; `pairs` is then the first draw."""
+        return bool(self.pairs) and self.recipe.matching.redraw_every > 0
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The two kinds of job
@@ -105,7 +112,15 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         hidden=recipe.loss.hidden if pairs else 0.0,
         kl_positions=recipe.loss.kl_positions,
         hidden_positions=recipe.matching.positions,
+        pairs=recipe.matching.pair_weights if pairs else None,
     )
+    width = recipe.student.width.get("hidden_size", student_config.hidden_size)
+    if recipe.matching.redraw_every and width != teacher_config.hidden_size and recipe.matching.needs_projector:
+        raise InputError(
+            f"matching.redraw_every: the student's states have {width} numbers and the teacher's {teacher_config.hidden_size}, and a "
+            "projector is learned for one teacher block; write redraw_every: 0, or a distance that needs none "
+            f"({', '.join(WIDTH_FREE)})"
+        )
     if not (weights.ce or weights.kl or weights.hidden or stones):
         raise InputError(
             "loss: ce, kl and hidden are all 0, so there is nothing to learn from; give one of them a weight"
@@ -241,19 +256,45 @@ def initial_teacher(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
 
 
 def pairs_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
-    """The recipe's pairs at these depths, the embedding pair first if it is asked for; none where `loss.hidden` is 0."""
+    """The recipe's pairs at these depths, the embedding pair first if it is asked for; none where `loss.hidden` is 0.
+
+    Of `nearest`, which is not known before it is measured (llmkd.nearest), those of `forward`: as many, and no block of the teacher lies
+    deeper, so that what is planned by them is enough.
+    """
     matching = recipe.matching
     pairs = layer_map(
-        matching.strategy,
+        "forward" if matching.strategy == "nearest" else matching.strategy,
         student_depth,
         teacher_depth,
         seed=recipe.seed,
         target_block=matching.target_block,
         pairs=matching.pairs,
     )
-    if recipe.loss.hidden == 0:
-        return ()
-    return ((EMBEDDING, EMBEDDING), *pairs) if matching.embedding and pairs else pairs
+    pairs = with_embedding(recipe, pairs)
+    given = matching.pair_weights
+    if given is not None and pairs and len(given) != len(pairs):
+        raise InputError(
+            f"matching.pair_weights: {len(given)} weights for the {len(pairs)} pairs {', '.join(pair_names(pairs))}; "
+            "write one for each, in this order"
+        )
+    return () if recipe.loss.hidden == 0 else pairs
+
+
+def with_embedding(recipe: Recipe, pairs: Pairs) -> Pairs:
+    """The pairs, after the embeddings' where the recipe matches them too."""
+    return ((EMBEDDING, EMBEDDING), *pairs) if recipe.matching.embedding and pairs else pairs
+
+
+def rematch(job: Job, step: int, module: Distiller, teacher: Teacher | None) -> None:
+    """Give student and teacher the map of this step (from 0): a function of (seed, step // redraw_every), the same on every rank."""
+    assert isinstance(teacher, ResidentTeacher) and job.teacher is not None  # config.py refuses other placements
+    matching = job.recipe.matching
+    blocks = sum(student != EMBEDDING for student, _ in job.pairs)
+    depth = models.load_config(job.teacher, trust_remote_code=job.recipe.teacher.trust_remote_code).num_hidden_layers
+    drawn = in_order_random(blocks, depth, job.recipe.seed, step // matching.redraw_every)
+    pairs = with_embedding(job.recipe, drawn)
+    module.rematch(pairs)
+    teacher.use([block for _, block in pairs])
 
 
 def stones_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
@@ -407,6 +448,8 @@ def load_teacher(world: World, job: Job) -> Teacher:
     uses = [teacher for _, teacher in sorted(job.pairs, key=lambda pair: pair[0])]  # as the student's blocks take them
     config = models.load_config(job.teacher, trust_remote_code=settings.trust_remote_code)
     depth = config.num_hidden_layers
+    if job.redraws:
+        uses = [EMBEDDING] * job.recipe.matching.embedding + list(range(depth))  # any of them may be drawn
     needed = blocks_needed(uses, depth, logits=logits, normed_last=normed_last)
     wire = None
     if settings.placement == "pipeline":
@@ -490,8 +533,15 @@ def teacher_width(job: Job) -> int | None:
     return models.load_config(job.teacher, trust_remote_code=job.recipe.teacher.trust_remote_code).hidden_size
 
 
-def load_student(job: Job, ds_config: dict[str, Any], target_width: int | None) -> Distiller:
-    """The job's student, with its projectors and losses, ready for an engine."""
+def rows_of_all_ranks(world: World, job: Job) -> AllRows | None:
+    """What gathers the rows of a set-level distance that is over all ranks; None where it is a rank's own."""
+    return functools.partial(all_rows, world) if job.pairs and job.recipe.matching.scope == "batch" else None
+
+
+def load_student(
+    job: Job, ds_config: dict[str, Any], target_width: int | None, gather: AllRows | None = None
+) -> Distiller:
+    """The job's student, with its projectors and losses, ready for an engine. `gather`: see `rows_of_all_ranks`."""
     dtype = models.DTYPES[job.train.dtype]
     settings, matching = job.recipe.student, job.recipe.matching
     attention = job.recipe.teacher.attention if job.makes_teacher else settings.attention
@@ -506,6 +556,8 @@ def load_student(job: Job, ds_config: dict[str, Any], target_width: int | None) 
         ).trust_remote_code,
     )
     width = model.config.hidden_size
+    if not matching.needs_projector:
+        target_width = width
     projectors = make_projectors(
         len(job.pairs), width, target_width or width, bias=matching.projector_bias, seed=job.seed
     )
@@ -513,7 +565,7 @@ def load_student(job: Job, ds_config: dict[str, Any], target_width: int | None) 
     module = Distiller(
         model,
         job.pairs,
-        distance=DISTANCES[matching.distance],
+        distance=terms_of(matching.distances),
         positions=matching.positions,
         normed_last=matching.final_state == "normed",
         divergence=divergence,
@@ -521,6 +573,10 @@ def load_student(job: Job, ds_config: dict[str, Any], target_width: int | None) 
         kl_positions=job.recipe.loss.kl_positions,
         chunk=job.train.head_chunk,
         projectors=None if projectors is None else projectors.to(dtype),
+        tokens=matching.tokens,
+        pair_weights=job.weights.pairs,
+        keeps_head=job.weights.ce > 0 or job.weights.kl > 0,
+        all_rows=gather,
         stones=make_stones(job, width, target_width or width, divergence) if job.stones else None,
     )
     if job.train.activation_checkpointing:
@@ -575,10 +631,10 @@ def write_initial(world: World, job: Job, tokenizer: Any, *, resuming: bool) -> 
         on_main(world, lambda: initial_student(recipe, teacher, job.initial))
 
 
-def pair_names(pairs: Sequence[tuple[int, int]]) -> list[str]:
-    """How pairs are written in logs: `student<teacher`, `e` for the embeddings."""
+def pair_names(pairs: Sequence[tuple[int, int]], redraws: bool = False) -> list[str]:
+    """How pairs are written in logs: `student<teacher`, `e` for the embeddings, `*` for a teacher block that is drawn again and again."""
     name = lambda block: "e" if block == EMBEDDING else str(block)  # noqa: E731
-    return [f"{name(s)}<{name(t)}" for s, t in pairs]
+    return [f"{name(s)}<{'*' if redraws and t != EMBEDDING else name(t)}" for s, t in pairs]
 
 
 def remove_initial(job: Job) -> None:

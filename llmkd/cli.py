@@ -55,7 +55,7 @@ def maps(
     stages: int | None,
 ) -> None:
     """Show which teacher block teaches which student block."""
-    from llmkd.layer_map import CONVENTION, STRATEGIES, drawing, layer_map, table
+    from llmkd.layer_map import CONVENTION, NEAREST, STRATEGIES, drawing, layer_map, table
     from llmkd.stages import cut
     from llmkd.stages import drawing as stages_drawing
 
@@ -64,7 +64,12 @@ def maps(
             f"--stages {stages}: each needs a block, of which there are {teacher_blocks}; write at most that"
         )
 
-    for name in strategy or (["explicit"] if pairs else list(STRATEGIES)):
+    for name in strategy or (["explicit"] if pairs else [*STRATEGIES, "nearest"]):
+        if name == "nearest":
+            click.echo(f"{NEAREST}\n")
+            continue
+        if name.startswith("pkd") and student_blocks == 1 and not strategy:
+            continue  # it has no pair there; asked for by name, it says so
         chosen = layer_map(
             name,
             student_blocks,

@@ -109,6 +109,22 @@ def buckets(q: Tensor, log_q: Tensor, ids: Tensor, p: Tensor, log_p: Tensor, p_r
     return value, rest.mul_((1 - ratio)[:, None]).scatter_(-1, ids, q.gather(-1, ids) - p)
 
 
+def mixed(
+    q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor, *, parts: tuple[tuple[Divergence, float], ...]
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the parts' values and of their gradients; each but the last is given buffers of its own to spoil."""
+    value, gradient = torch.zeros_like(q[:, 0]), torch.zeros_like(q)
+    for number, (divergence, weight) in enumerate(parts):
+        form = closed_form(divergence)
+        assert form is not None
+        last = number == len(parts) - 1
+        own = (log_q, p, log_p) if last else (log_q.clone(), p.clone(), log_p.clone())
+        part, slope = form(q, *own)
+        value += weight * part
+        gradient.add_(slope, alpha=weight)
+    return value, gradient
+
+
 CLOSED_FORMS: dict[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]] = {
     divergences.forward_kl: forward_kl,
     divergences.reverse_kl: reverse_kl,
@@ -118,12 +134,15 @@ CLOSED_FORMS: dict[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]] 
     divergences.tvd: tvd,
     divergences.akl: akl,
     divergences.top_k: top_k,
+    divergences.mixed: mixed,
 }
 
 
 def closed_form(divergence: Divergence) -> Form | None:
     """The form of a divergence, with its parameters; None for a divergence that has none, which goes through autograd."""
     if isinstance(divergence, partial):
+        if any(closed_form(part) is None for part, _ in divergence.keywords.get("parts", ())):
+            return None
         form = CLOSED_FORMS.get(divergence.func)
         return None if form is None else partial(form, **divergence.keywords)
     return CLOSED_FORMS.get(divergence)

@@ -148,6 +148,19 @@ def sum_tensor(world: World, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_rows(world: World, rows: Tensor) -> tuple[Tensor, int]:
+    """(every rank's rows [N, H] under one another, where this rank's [n, H] begin); no gradient passes. All ranks take part."""
+    if world.size == 1:
+        return rows.detach(), 0
+    counts = sum_counts(world, [len(rows) if rank == world.rank else 0 for rank in range(world.size)])
+    mine = rows.new_zeros(max(counts), rows.shape[1])  # a collective moves equal shares
+    mine[: len(rows)] = rows.detach()
+    shares = [torch.empty_like(mine) for _ in counts]
+    dist.all_gather(shares, mine)
+    whole = torch.cat([share[:count] for share, count in zip(shares, counts, strict=True)])
+    return whole, sum(counts[: world.rank])
+
+
 def highest(world: World, value: float) -> float:
     """The largest of the ranks' values."""
     tensor = torch.tensor([value], dtype=torch.float64)

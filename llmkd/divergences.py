@@ -162,6 +162,17 @@ def top_k_masses(log_probabilities: Tensor, vocabulary: int, temperature: float)
     return masses[..., :-1], masses[..., -1]
 
 
+def mixed(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float,
+    *,
+    parts: tuple[tuple[Divergence, float], ...],
+) -> Tensor:
+    """`Σ_i weight_i · divergence_i`, `[N, V]` x 2 -> `[N]`."""
+    return torch.stack([d(student_logits, teacher_logits, temperature) * weight for d, weight in parts]).sum(0)
+
+
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -180,21 +191,24 @@ def parameters(divergence: Divergence) -> dict[str, float]:
     return dict(divergence.keywords) if isinstance(divergence, partial) else {}
 
 
-def with_parameters(name: str, given: Mapping[str, float | None]) -> Divergence:
-    """The divergence of that name with the parameters that are given; None leaves the usual value.
+def with_parameters(names: str | Mapping[str, float], given: Mapping[str, float | None]) -> Divergence:
+    """The divergence of that name, or the sum of several by their weights, with the parameters that are given; None leaves the usual value.
 
-    Raises InputError for a parameter that this divergence does not read.
+    Raises InputError for a parameter that none of them reads.
     """
-    divergence = DIVERGENCES[name]
+    weights = {names: 1.0} if isinstance(names, str) else names
     values = {key: value for key, value in given.items() if value is not None}
-    reads = parameters(divergence)
     for key in values:
-        if key not in reads:
+        if not any(key in parameters(DIVERGENCES[name]) for name in weights):
             readers = [other for other in DIVERGENCES if key in parameters(DIVERGENCES[other])]
             raise InputError(
-                f"loss.{key}: {name} does not read it; leave it out, or write divergence: {' or '.join(readers)}"
+                f"loss.{key}: {' and '.join(weights)} does not read it; leave it out, or write divergence: {' or '.join(readers)}"
             )
-    return partial(divergence, **values) if values else divergence
+    parts = []
+    for name, weight in weights.items():
+        read = {key: value for key, value in values.items() if key in parameters(DIVERGENCES[name])}
+        parts.append((partial(DIVERGENCES[name], **read) if read else DIVERGENCES[name], weight))
+    return parts[0][0] if isinstance(names, str) else partial(mixed, parts=tuple(parts))
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -19,7 +19,14 @@ from llmkd.results import publish
 log = logging.getLogger("llmkd")
 
 GENERATIONS, AGREEMENT, EVALUATIONS = "generations", "agreement", "evaluations"  # the folders of a study's results
-CE_ONLY = {"matching.strategy": "none", "loss.kl": 0.0, "loss.hidden": 0.0, "loss.ce": 1.0, "stones": None}
+CE_ONLY: dict[str, Any] = {
+    "matching.strategy": "none",
+    "loss.kl": 0.0,
+    "loss.hidden": 0.0,
+    "loss.ce": 1.0,
+    "loss.schedules": None,
+    "stones": None,
+}
 
 
 class Stopped(Exception):
@@ -184,6 +191,8 @@ def _only_for(recipe: Recipe, strategy: str) -> dict[str, Any]:
         dropped["matching.pairs"] = None
     if strategy != "all_to_one" and recipe.matching.target_block is not None:
         dropped["matching.target_block"] = None
+    if strategy != "in_order_random" and recipe.matching.redraw_every:
+        dropped["matching.redraw_every"] = 0
     return dropped
 
 

@@ -30,7 +30,7 @@ import datasets
 import torch
 import transformers
 
-from llmkd import __version__, build, cache_contents, caching, checkpoint
+from llmkd import __version__, build, cache_contents, caching, checkpoint, nearest
 from llmkd.build import Job
 from llmkd.config import Recipe, dump_recipe, load_recipe
 from llmkd.data import announced, batches
@@ -52,6 +52,7 @@ from llmkd.errors import InputError
 from llmkd.metrics import Journal, Meter, peak_memory_gib
 from llmkd.objective import divisors, scales
 from llmkd.provenance import commit, hardware, versions
+from llmkd.steering import Steering
 
 log = logging.getLogger("llmkd")
 
@@ -76,7 +77,18 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     rate = build.rate_of_step(settings, steps)
     cached = cache_contents.open_teacher(world, job, tokenizer, data)
     build.write_initial(world, job, tokenizer, resuming=resume is not None)  # the first thing written
-    module = build.load_student(job, ds_config, build.teacher_width(job))
+    reading: dict[str, Any] = dict(
+        seed=job.seed,
+        batch_size=settings.batch_size,
+        accumulation=accumulation,
+        rank=world.rank,
+        world_size=world.size,
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        packed=job.data.batching == "packed",
+    )
+    if job.pairs and job.recipe.matching.strategy == "nearest":
+        job = nearest.settled(world, job, data, reading, resuming=resume is not None)
+    module = build.load_student(job, ds_config, build.teacher_width(job), build.rows_of_all_ranks(world, job))
     teacher = cached or (build.load_teacher(world, job) if job.teacher is not None else None)
     student = engine(
         module,
@@ -103,22 +115,13 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         recipe=job.inputs,
         run_name=f"{job.recipe.name}-{job.title}",
     )
-    meter = Meter(world, job.weights, build.pair_names(job.pairs))
+    meter = Meter(world, job.weights, build.pair_names(job.pairs, job.redraws))
+    steering = Steering(world, job, steps, start_step=first)
     _announce(world, job, steps, accumulation, len(data))
 
     totals = {"seconds": 0.0, "tokens": 0}
     values: dict[str, Any] = {}
-    rows = functools.partial(
-        batches,
-        data,
-        seed=job.seed,
-        batch_size=settings.batch_size,
-        accumulation=accumulation,
-        rank=world.rank,
-        world_size=world.size,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        packed=job.data.batching == "packed",
-    )
+    rows = functools.partial(batches, data, **reading)
     loader = rows(start_step=first, steps=steps)
     if resume is None and module.stones is not None:
         build.fit_stones(world, job, student, teacher, rows)
@@ -129,26 +132,32 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     for step, micro_batches in enumerate(loader, start=first + 1):
         counts = [sum(c) for c in zip(*(batch.counts for batch in micro_batches), strict=True)]
         trained, attended, asked_to_stop = sum_counts(world, [*counts, int(stopping.asked)])  # all ranks, on the CPU
-        by = divisors(job.weights, trained=trained, attended=attended, pairs=len(job.pairs))
+        weights = steering.begin(step)
+        by = divisors(weights, trained=trained, attended=attended, pairs=len(job.pairs))
         for group in student.optimizer.param_groups:
             group["lr"] = rate(step - 1)
+        if job.redraws:
+            build.rematch(job, step - 1, module, teacher)
         if module.stones is not None:
             module.stones.begin(step - 1, trained=by.ce, compared=by.kl, ranks=world.size)
 
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches):
             batch = batch.to(world.device)
             signals = teacher.signals(batch) if teacher is not None else None
-            loss, sums = student(batch, signals, scales(job.weights, by, world.size))
+            loss, sums = student(batch, signals, scales(weights, by, world.size), **steering.options(number))
             student.backward(loss, scale_wrt_gas=False)  # the sums are already divided by the whole batch's count
             student.step()
-            meter.add(sums)
-        meter.step(by, attended)
+            meter.add(sums, weights)
+            steering.heard(module, sums)
+        meter.step(by, attended, weights)
+        said = {**steering.values(), **steering.end(by)}
         totals["tokens"] += attended
 
         saves = step == steps or asked_to_stop or (settings.save_every and step % settings.save_every == 0)
-        if step % settings.log_every == 0 or saves:  # all ranks: one reduction
+        if step % settings.log_every == 0 or saves or steering.reports:  # all ranks: one reduction
             values = {
                 **meter.flush(),
+                **said,
                 "learning_rate": rate(step - 1),
                 "grad_norm": float(student.get_global_grad_norm() or 0.0),
             }
@@ -223,7 +232,7 @@ def _announce(world: World, job: Job, steps: int, accumulation: int, rows: int) 
 
 def _card(job: Job, steps: int) -> str:
     """The exported model's README: what it is, and the recipe that made it."""
-    pairs = ", ".join(build.pair_names(job.pairs)) or "none"
+    pairs = ", ".join(build.pair_names(job.pairs, job.redraws)) or "none"
     return (
         f"# {job.recipe.name}: {job.title}\n\nTrained by llmkd {__version__}, {steps} steps.\n\n"
         f"- started from: {job.initial.name if job.initial.parent == job.folder else job.initial}\n"

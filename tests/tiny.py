@@ -17,6 +17,7 @@ from llmkd import models
 from llmkd.build import pairs_of
 from llmkd.config import Recipe
 from llmkd.data import IGNORE, collate, epoch_batches, load_rows, tokenize
+from llmkd.layer_map import in_order_random
 from llmkd.schedules import learning_rate
 from llmkd.student import make_projectors
 from llmkd.teachers.base import EMBEDDING
@@ -115,6 +116,9 @@ def plain_run(
     losses = []
     for step in range(recipe.train.steps):
         batch = collate([data[int(i)] for i in order[step]], pad_id=tokenizer.pad_token_id, packed=False)
+        if recipe.matching.redraw_every:
+            depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+            pairs = in_order_random(*depths, recipe.seed, step // recipe.matching.redraw_every)
         parts = plain_losses(recipe, teacher, student, projectors, pairs, batch)
         loss = (
             recipe.loss.ce * parts["ce"]
@@ -159,7 +163,12 @@ def plain_losses(
     tau = recipe.loss.temperature
     where = attended if recipe.loss.kl_positions == "attended" else trained
     given = {key: value for key, value in recipe.loss.parameters.items() if value is not None}
-    per_token = definitions.divergence(recipe.loss.divergence, s.logits[where], t.logits[where], tau, **given)
+    mix = recipe.loss.divergence
+    per_token = sum(
+        weight * definitions.divergence(name, s.logits[where], t.logits[where], tau, **given)
+        for name, weight in ({mix: 1.0} if isinstance(mix, str) else mix).items()
+    )
+    assert isinstance(per_token, torch.Tensor)
     kl = per_token.mean().float()
     hidden = []
     for number, (i, j) in enumerate(pairs):

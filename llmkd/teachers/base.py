@@ -102,18 +102,22 @@ def output_state(output: object) -> Tensor:
 class Capture:
     """Forward hooks that keep the states of some modules, and of no others, until they are collected.
 
-    `new` makes what they are kept in, once per pass.
+    `new` makes what they are kept in, once per pass. `wanted` says which blocks' states are kept in the pass under way.
     """
 
-    def __init__(self, modules: dict[int, nn.Module], new: Callable[[], States]) -> None:
+    def __init__(
+        self, modules: dict[int, nn.Module], new: Callable[[], States], wanted: Callable[[int], bool] = lambda _: True
+    ) -> None:
         self._new = new
+        self._wanted = wanted
         self._states = new()
         for block, module in modules.items():
             module.register_forward_hook(self._keeper(block))
 
     def _keeper(self, block: int) -> Callable[..., None]:
         def keep(module: nn.Module, args: object, output: object) -> None:
-            self._states[block] = output_state(output)
+            if self._wanted(block):
+                self._states[block] = output_state(output)
 
         return keep
 

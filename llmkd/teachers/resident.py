@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from llmkd.data import Batch
 from llmkd.distributed import frozen_engine, gathered
 from llmkd.models import backbone, blocks, head
-from llmkd.teachers.base import EMBEDDING, Capture, Signal
+from llmkd.teachers.base import EMBEDDING, Capture, Signal, States
 from llmkd.teachers.offload import OffloadedStates
 from llmkd.teachers.upper import UpperBlocks
 
@@ -51,8 +50,13 @@ class ResidentTeacher:
             modules[EMBEDDING] = model.get_input_embeddings()
         body = backbone(model)
         self._body = body if ds_config is None else frozen_engine(body, ds_config)
-        offloaded = functools.partial(OffloadedStates, self._uses, offload_to)
-        self._capture = Capture(modules, dict if offload_to is None else offloaded)
+        new: Callable[[], States] = dict if offload_to is None else lambda: OffloadedStates(self._uses, offload_to)
+        self._capture = Capture(modules, new, lambda block: block in self._uses)
+
+    def use(self, uses: Sequence[int]) -> None:
+        """From now on the student takes these blocks, all of them among those it was made with; no other state is kept."""
+        self._uses = tuple(uses)
+        self._capture.collect()  # what waits for the next pass is made for these
 
     def expect(self, batches: Sequence[Batch]) -> None:
         """It runs on each micro-batch when it is asked for it."""

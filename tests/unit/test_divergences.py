@@ -1,6 +1,7 @@
 """The table of divergences against `tests/definitions.py`, and what each must hold at its edges."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from llmkd.divergences import (
     forward_kl,
     head_share,
     jsd,
+    mixed,
     parameters,
     reverse_kl,
     skew_kl,
@@ -87,9 +89,40 @@ def test_closed_form_is_the_definition(name, given, temperature, dtype, toleranc
     torch.testing.assert_close(gradient.double(), gradients(expected, exact)[0], rtol=tolerance, atol=tolerance)
 
 
+MIXES = [{"forward_kl": 0.5, "reverse_kl": 0.5}, {"jsd": 2.0, "tvd": 0.1, "akl": 1.0, "top_k": 0.3}, {"skew_kl": 3.0}]
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=lambda mix: "+".join(mix))
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_a_mix_is_the_weighted_sum_by_autograd_and_by_closed_form(mix, temperature):
+    student, teacher = logits(6, 40, dtype=torch.float64).requires_grad_(), logits(6, 40, seed=1, dtype=torch.float64)
+    given = {"beta": 0.3} if "jsd" in mix else {}
+    expected = sum(
+        weight * definitions.divergence(name, student, teacher, temperature, **(given if name == "jsd" else {}))
+        for name, weight in mix.items()
+    )
+    value = with_parameters(mix, given)(student, teacher, temperature)
+    torch.testing.assert_close(value, expected)
+    (slope,) = gradients(expected, student)
+    torch.testing.assert_close(gradients(value, student)[0], slope)
+    by_closed_form, gradient = by_form(mix, given, student.detach(), teacher, temperature)
+    torch.testing.assert_close((by_closed_form, gradient), (expected.detach(), slope))
+
+
+def test_a_mix_with_a_part_that_has_no_closed_form_has_none():
+    assert closed_form(partial(mixed, parts=((forward_kl, 1.0), (lambda s, t, temperature: s.sum(-1), 1.0)))) is None
+
+
+def test_a_mix_reads_what_one_of_its_parts_reads():
+    with pytest.raises(
+        InputError, match="loss.skew: forward_kl and jsd does not read it; .*skew_kl or skew_reverse_kl"
+    ):
+        with_parameters({"forward_kl": 1.0, "jsd": 1.0}, {"skew": 0.2})
+
+
 def test_every_divergence_of_the_table_has_a_closed_form():
     assert all(closed_form(divergence) is not None for divergence in DIVERGENCES.values())
-    assert len(CLOSED_FORMS) == len(DIVERGENCES)
+    assert len(CLOSED_FORMS) == len(DIVERGENCES) + 1  # and that of their weighted sum
     assert closed_form(lambda student, teacher, temperature: student) is None
 
 

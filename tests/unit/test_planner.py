@@ -16,6 +16,7 @@ from llmkd.config import Recipe, load_recipe
 from llmkd.divergences import DIVERGENCES
 from llmkd.errors import InputError
 from llmkd.head import TeacherHead, head_losses
+from llmkd.matching import distance_sum, terms_of
 from llmkd.models import blocks
 from llmkd.placements import compare, recommended
 from llmkd.planner import GIB, qwen3_config
@@ -274,3 +275,19 @@ def test_a_shipped_recipe_uses_the_placement_that_its_plan_recommends(
     teacher = qwen3_config(recipe.teacher.architecture.model_dump(), {})
     best = recommended(compare(recipe, ranks, teacher), device_gib * GIB)
     assert best is not None and best.placement == placement
+
+
+@pytest.mark.parametrize("distance", ["cka", "procrustes", "gram", "standardized_mse"])
+@pytest.mark.parametrize(("tokens", "width"), [(512, 64), (256, 256), (64, 256)])
+def test_a_set_level_distance_takes_what_is_planned(recipe: Recipe, distance: str, tokens: int, width: int) -> None:
+    changed = recipe.changed({"matching.distance": distance, "matching.tokens": tokens, "data.max_length": 4096})
+    shape = replace(planner.shapes(Qwen3Config(**SMALL)), hidden=width)
+    rows = planner.distance_rows(changed, shape, shape, [(0, 1)], ranks=1)
+    ours, theirs = (torch.randn(1, tokens, width, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    with TensorBytes() as made:
+        distance_sum(ours, theirs, torch.arange(tokens), terms_of({distance: 1.0}))
+    assert rows[0].bytes == tokens * width * planner.DTYPES[recipe.train.dtype].itemsize
+    assert 0.6 * rows[1].bytes < made.peak <= 1.05 * rows[1].bytes
+    together = planner.distance_rows(changed.changed({"matching.scope": "batch"}), shape, shape, [(0, 1)], ranks=4)
+    assert together[1].bytes == 4 * rows[1].bytes
+    assert len(planner.distance_rows(changed.changed({"matching.distance": "mse"}), shape, shape, [(0, 1)], 1)) == 1

@@ -15,7 +15,8 @@ from llmkd import models
 from llmkd.data import IGNORE, Batch, collate
 from llmkd.distances import DISTANCES
 from llmkd.divergences import forward_kl
-from llmkd.student import Distiller, distance_sum, make_projectors
+from llmkd.matching import distance_sum
+from llmkd.student import Distiller, make_projectors
 from llmkd.teachers.base import Signal, blocks_needed
 from llmkd.teachers.offload import OffloadedStates
 from llmkd.teachers.resident import ResidentTeacher
@@ -74,7 +75,7 @@ def test_distance_sum_is_the_sum_over_the_mask(name: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("distance", [DISTANCES["normalized_mse"], lambda s, t: (s - t).abs().sum(-1)])
 def test_distance_sum_a_few_rows_at_a_time(rows: int, distance: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of a distance that has no closed form, and of no position at all."""
-    monkeypatch.setattr("llmkd.student.rows_at_once", lambda *_: rows)
+    monkeypatch.setattr("llmkd.matching.rows_at_once", lambda *_: rows)
     student, teacher = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True), torch.randn(2, 5, 7).double()
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
     for keep in (mask, mask & False):

@@ -165,17 +165,16 @@ def _checked(recipe: Recipe, wanted: Contents) -> Manifest:
         raise InputError(
             f"the teacher's cache {folder} {why}; put the recipe back, or write another with llmkd cache RECIPE --set cache.path=FOLDER"
         )
-    for shard, what in damaged(recipe, manifest):
+    for shard, what in damaged(folder, manifest, hashed=verifies_at_start(recipe, manifest)):
         raise cache_files.damage(folder, shard, what)
     return manifest
 
 
-def damaged(recipe: Recipe, manifest: Manifest) -> list[tuple[cache_files.Shard, str]]:
-    """The shards that are not what was written, and why: by size and header, and by checksum where that is asked for now."""
-    folder = recipe.cache_folder
+def damaged(folder: Path, manifest: Manifest, *, hashed: bool) -> list[tuple[cache_files.Shard, str]]:
+    """The shards that are not what was written, and why: by size and header, and if `hashed` by every byte."""
     found = [(shard, cache_files.problem(folder, shard, manifest.contents)) for shard in manifest.shards]
     bad = [(shard, what) for shard, what in found if what is not None]
-    if verifies_at_start(recipe, manifest):
+    if hashed:
         sound = [shard for shard, what in found if what is None]
         bad += [(shard, what) for shard, what in cache_files.changed_shards(folder, sound) if what is not None]
     return bad

@@ -56,8 +56,11 @@ class Plan:
     left: list[int]
 
 
-def cache(world: World, recipe: Recipe, stopping: Stopping) -> bool:
-    """Write the recipe's cache, or what is missing of it; True when it is whole. All ranks take part, and the same call goes on."""
+def cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool = False) -> bool:
+    """Write the recipe's cache, or what is missing of it; True when it is whole. All ranks take part, and the same call goes on.
+
+    Every byte of a cache that is there is compared with its checksum; of a `trusted` one only if `cache.verify` has training do so.
+    """
     recipe = writing_recipe(recipe)
     folder = recipe.cache_folder
     job = build.distil_job(world, recipe, folder)
@@ -70,7 +73,7 @@ def cache(world: World, recipe: Recipe, stopping: Stopping) -> bool:
             recipe, cache_contents.maps(recipe, *cache_contents.depths(recipe)), teacher, tokenizer, data
         ),
     )
-    plan = on_main(world, lambda: prepare(recipe, wanted, np.array(data["length"]).tolist()))
+    plan = on_main(world, lambda: prepare(recipe, wanted, np.array(data["length"]).tolist(), trusted=trusted))
     if not plan.left and (folder / "manifest.json").is_file():
         log.info("cache: already whole, %s", folder)
         return True
@@ -103,7 +106,7 @@ def writing_recipe(recipe: Recipe) -> Recipe:
 # Before
 
 
-def prepare(recipe: Recipe, wanted: Contents, lengths: Sequence[int]) -> Plan:
+def prepare(recipe: Recipe, wanted: Contents, lengths: Sequence[int], *, trusted: bool) -> Plan:
     """What is left to do (rank 0 alone). Raises InputError for another cache in the folder, or too small a disk; says the size."""
     folder = recipe.cache_folder
     if not cache_files.sizes(wanted):
@@ -113,7 +116,11 @@ def prepare(recipe: Recipe, wanted: Contents, lengths: Sequence[int]) -> Plan:
         why = cache_files.difference(manifest.contents, wanted)
         if why is not None:
             raise _other(folder, why)
-        bad = cache_contents.damaged(recipe, manifest)
+        hashed = not trusted or cache_contents.verifies_at_start(recipe, manifest)
+        if hashed:
+            size = sum(shard.bytes for shard in manifest.shards)
+            log.info("cache: comparing all %.3f GiB of %s with their checksums", size / GIB, folder)
+        bad = cache_contents.damaged(folder, manifest, hashed=hashed)
         if not bad:
             return Plan(folder, manifest.contents, [], [])
         for shard, what in bad:

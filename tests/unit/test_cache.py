@@ -213,13 +213,22 @@ def test_a_cache_without_final_state_is_refused_where_it_is_needed(recipe: Recip
     assert "holds no final state" in _refused(world, normed, tmp_path / "run")
 
 
-def test_a_byte_that_flips_is_found_when_it_is_read(recipe: Recipe, world: Any, whole: Path, tmp_path: Path) -> None:
+def test_a_byte_that_flips_is_found_when_it_is_read_and_made_anew(
+    recipe: Recipe, world: Any, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     shutil.copytree(whole, tmp_path / "cache")
     _flip(tmp_path / "cache")
     changed = recipe.changed({"cache.path": str(tmp_path / "cache"), "cache.verify": "read", "train.steps": 5})
     with pytest.raises(InputError, match="shard-00002.safetensors: does not have the checksum"):
         train(world, build.distil_job(world, changed, tmp_path / "run"), Never())  # type: ignore[arg-type]
     assert not (tmp_path / "run" / "model").exists()
+    flipped = _bytes(tmp_path / "cache")
+    assert caching.cache(world, changed, Never(), trusted=True)  # as a study asks, which has training look
+    assert _bytes(tmp_path / "cache") == flipped
+    with caplog.at_level("INFO"):
+        assert caching.cache(world, changed, Never())
+    assert "with their checksums" in caplog.text and "shard-00002.safetensors does not have the checksum" in caplog.text
+    assert _bytes(tmp_path / "cache") == _bytes(whole)
 
 
 def test_a_top_k_cache_is_for_forward_kl(recipe: Recipe) -> None:

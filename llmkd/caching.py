@@ -70,7 +70,7 @@ def cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool = F
     wanted = on_main(
         world,
         lambda: cache_contents.contents(
-            recipe, cache_contents.maps(recipe, *cache_contents.depths(recipe)), teacher, tokenizer, data
+            recipe, cache_contents.students(recipe, *cache_contents.depths(recipe)), teacher, tokenizer, data
         ),
     )
     plan = on_main(world, lambda: prepare(recipe, wanted, np.array(data["length"]).tolist(), trusted=trusted))

@@ -253,3 +253,10 @@ def test_a_shipped_recipe_uses_the_placement_that_its_plan_recommends(
     teacher = qwen3_config(recipe.teacher.architecture.model_dump(), {})
     best = recommended(compare(recipe, ranks, teacher), device_gib * GIB)
     assert best is not None and best.placement == placement
+
+
+def test_a_pipeline_of_qwen3_8b_sends_a_tenth_of_zero3_s_bytes_at_most() -> None:
+    changes = {"data.max_length": 2048, "train.micro_batch_size": 4, "train.batch_size": 32}
+    costs = compare(load_recipe("qwen3_8b_to_9_blocks").changed(changes), 8, Qwen3Config(**QWEN3_8B))
+    wire = {cost.placement: cost.wire for cost in costs}
+    assert 0 < wire["pipeline"] <= 0.1 * wire["zero3"]

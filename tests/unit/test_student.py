@@ -283,6 +283,16 @@ def test_a_part_without_weight_is_not_run(teacher: Any, tiny: Path, scales: tupl
     assert (models.head(student).weight.grad is not None) == bool(runs)
 
 
+def test_a_divergence_of_a_signal_that_has_no_logits_is_no_zero(teacher: Any, tiny: Path) -> None:
+    student = models.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa")
+    source = ResidentTeacher(teacher, [3], normed_last=False, ds_config=None, logits=False)
+    module = _distiller(student, ((1, 3),))
+    with pytest.raises(AssertionError, match="neither a head nor a top k"):
+        module(_batch(), source.signals(_batch()), (1.0, 1.0, 1.0))
+    loss, sums = module(_batch(), source.signals(_batch()), (1.0, 0.0, 1.0))
+    assert loss > 0 and sums[1] == 0
+
+
 @pytest.mark.parametrize(
     ("uses", "logits", "normed_last", "needed"),
     [

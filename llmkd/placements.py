@@ -15,8 +15,8 @@ from llmkd.config import Recipe
 from llmkd.errors import InputError
 from llmkd.layer_map import Pairs
 from llmkd.models import DTYPES
-from llmkd.planner import GIB, Shapes, initial_student_config, peak, pipeline, plan, run_shapes, teacher_config
-from llmkd.stages import states_per_item
+from llmkd.planner import GIB, NODE, Shapes, initial_student_config, peak, pipeline, plan, run_shapes, teacher_config
+from llmkd.stages import drawing, states_per_item
 from llmkd.teachers.pipeline import TOLD_BYTES
 from llmkd.teachers.stage import check_pipelined
 
@@ -109,6 +109,16 @@ def _times(recipe: Recipe) -> str:
     )
     times = "" if epochs is None else f"{epochs:.3g} epochs x "
     return f"{times}{students} {'student' if students == 1 else 'students'}"
+
+
+def stages_text(recipe: Recipe, ranks: int, teacher: PreTrainedConfig) -> str:
+    """The stages of the recipe's pipelined teacher, cut as the run cuts it, and what each sends to whom."""
+    depth = initial_student_config(recipe, teacher).num_hidden_layers
+    pairs = pairs_of(recipe, depth, teacher.num_hidden_layers)
+    shape, parts, _ = pipeline(recipe, teacher, pairs, ranks)
+    normed = recipe.matching.final_state == "normed" and shape.depth == teacher.num_hidden_layers
+    drawn = drawing(pairs, parts, final=recipe.loss.kl > 0, normed_last=normed)
+    return f"the teacher's stages, on nodes of {NODE} ranks, cut by the weights of blocks and embeddings\n\n{drawn}"
 
 
 def zero3_wire(shape: Shapes, size: int, ranks: int) -> int:

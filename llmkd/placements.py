@@ -41,7 +41,7 @@ class Cost:
 
 
 def compare(recipe: Recipe, ranks: int, teacher: PreTrainedConfig | None = None) -> list[Cost]:
-    """The placements in the order in which they are to be preferred where they fit, all else of the recipe unchanged."""
+    """What each placement would cost, the simplest first, all else of the recipe unchanged."""
     config = teacher or teacher_config(recipe)
     depth = initial_student_config(recipe, config).num_hidden_layers
     pairs = pairs_of(recipe, depth, config.num_hidden_layers)
@@ -77,9 +77,10 @@ def _placed(recipe: Recipe, placement: str) -> Recipe:
 
 
 def recommended(costs: Sequence[Cost], device_bytes: float) -> Cost | None:
-    """The first placement that fits. One named earlier sends less than those after it; a cache, which has to be written first and to be
-    read more than once, is for where no other fits."""
-    return next((c for c in costs if c.impossible is None and c.device <= USABLE * device_bytes), None)
+    """Of the placements that fit, the one that sends least, the first of equals. A cache, which has to be written first and to be read
+    more than once, is for where no other fits."""
+    fitting = [c for c in costs if c.impossible is None and c.device <= USABLE * device_bytes]
+    return min(fitting, key=lambda cost: (cost.placement == "cache", cost.wire), default=None)
 
 
 def _wire(recipe: Recipe, config: PreTrainedConfig, pairs: Pairs, ranks: int) -> tuple[int, str]:

@@ -251,14 +251,14 @@ def test_one_cache_serves_students_who_ask_for_more_than_the_study_s_recipe(
     for entry in students:
         one = study.entry_recipe(here, entry)
         online = one.changed({"teacher.placement": "replicated", "teacher.share_cache": False})
-        runs = {"cached": one, "online": online}
-        for name, run in runs.items():
+        last: dict[str, dict[str, Any]] = {}
+        for name, run in (("cached", one), ("online", online)):
             folder = tmp_path / f"{entry['name']}-{name}"
             assert train(world, build.distil_job(world, run, folder), Never())  # type: ignore[arg-type]
-            runs[name] = json.loads((folder / "summary.json").read_text())["last"]
+            last[name] = json.loads((folder / "summary.json").read_text())["last"]
         for part in ("loss", "ce", "kl", "hidden"):
-            assert runs["cached"][part] == pytest.approx(runs["online"][part], rel=2e-5), (entry["name"], part)
-        assert (runs["cached"]["kl"] > 0) == (entry["strategy"] == "taught") and runs["cached"]["hidden"] > 0
+            assert last["cached"][part] == pytest.approx(last["online"][part], rel=2e-5), (entry["name"], part)
+        assert (last["cached"]["kl"] > 0) == (entry["strategy"] == "taught") and last["cached"]["hidden"] > 0
 
 
 def test_a_top_k_cache_is_for_forward_kl(recipe: Recipe) -> None:

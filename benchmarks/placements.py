@@ -84,7 +84,7 @@ def measured(recipe: Path, ranks: int, steps: int, folder: Path) -> list[dict[st
         lines = (folder / f"train{ranks}" / name / "metrics.jsonl").read_text().splitlines()
         seconds = [json.loads(line)["seconds_per_step"] for line in lines[2:]]
         found = [each[name] for each in told]
-        wire = statistics.mean(f.get("counted", f["gathered"]) for f in found)
+        wire = statistics.mean(f.get("received", 0) + f["gathered"] for f in found)
         weights, peak = max(f["weights"] for f in found), max(f["peak"] for f in found)
         rows.append(
             {"placement": name, "seconds": statistics.median(seconds), "wire": wire, "weights": weights, "peak": peak}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,18 @@ from llmkd.teachers.cache import CacheTeacher
 
 log = logging.getLogger("llmkd")
 
+Student = tuple[Recipe, Pairs]
+"""What a student is trained by, and its map."""
 VERIFIED_AT_START = 8 * 2**30
 """Up to so many bytes `cache.verify: auto` compares all checksums before training; half a minute on a slow disk."""
 
 
-def contents(recipe: Recipe, maps: Iterable[Pairs], teacher: Path, tokenizer: Any, data: Dataset) -> Contents:
-    """What a cache holds that serves the recipe under each of these maps (rank 0 alone: all tokens are hashed)."""
+def contents(recipe: Recipe, students: Sequence[Student], teacher: Path, tokenizer: Any, data: Dataset) -> Contents:
+    """What a cache of the recipe's teacher and data holds that serves these students (rank 0 alone: all tokens are hashed)."""
     settings = recipe.teacher
     shape = models.load_config(teacher, trust_remote_code=settings.trust_remote_code)
-    blocks, final, top_k = asked_for(recipe, maps, shape.num_hidden_layers)
-    columns = _columns(recipe, shape.vocab_size)
+    blocks, final, top_k = asked_for(students, shape.num_hidden_layers)
+    columns = _columns([one for one, _ in students if one.loss.kl] or [recipe], shape.vocab_size, top_k)
     if top_k is not None and top_k > columns:
         raise InputError(f"cache.top_k: {top_k} of {columns} tokens; write a smaller number, or leave it out")
     return Contents(
@@ -58,13 +60,17 @@ def contents(recipe: Recipe, maps: Iterable[Pairs], teacher: Path, tokenizer: An
     )
 
 
-def maps(recipe: Recipe, student_depth: int, teacher_depth: int) -> list[Pairs]:
-    """The layer maps that a cache must serve: those of the recipe's study, each with each seed, or the recipe's own."""
+def students(recipe: Recipe, student_depth: int, teacher_depth: int) -> list[Student]:
+    """The students that a cache must serve: those of the recipe's study, each with each seed, or the recipe's own."""
     from llmkd.study import entry_recipe, manifest
 
-    students = [entry for entry in manifest(recipe) if entry["kind"] == "student"]
-    recipes = [entry_recipe(recipe, entry) for entry in students] or [recipe]
-    return [pairs_of(one, one.student.blocks or student_depth, teacher_depth) for one in recipes]
+    entries = [entry for entry in manifest(recipe) if entry["kind"] == "student"]
+    recipes = [entry_recipe(recipe, entry) for entry in entries] or [recipe]
+    same = [one.student.path == recipe.student.path for one in recipes]
+    deep = [
+        one.student.blocks or (student_depth if s else depths(one)[0]) for one, s in zip(recipes, same, strict=True)
+    ]
+    return [(one, pairs_of(one, depth, teacher_depth)) for one, depth in zip(recipes, deep, strict=True)]
 
 
 def depths(recipe: Recipe) -> tuple[int, int]:
@@ -77,12 +83,18 @@ def depths(recipe: Recipe) -> tuple[int, int]:
     return models.load_config(student, trust_remote_code=recipe.student.trust_remote_code).num_hidden_layers, depth
 
 
-def asked_for(recipe: Recipe, maps: Iterable[Pairs], depth: int) -> tuple[tuple[int, ...], bool, int | None]:
-    """(blocks, whether the final state, how many log-probabilities) that these maps and the divergence ask of the teacher."""
-    used = {block for pairs in maps for _, block in pairs}
-    last = normed_last(recipe, depth)
-    top_k = recipe.cache.top_k if recipe.loss.kl else None
-    return tuple(sorted(used - {last})), (recipe.loss.kl > 0 and top_k is None) or last in used, top_k
+def asked_for(students: Iterable[Student], depth: int) -> tuple[tuple[int, ...], bool, int | None]:
+    """(blocks, whether the final state, how many log-probabilities) that these students ask of a teacher of so many blocks."""
+    blocks: set[int] = set()
+    final, top_k = False, None
+    for recipe, pairs in students:
+        used, last = {block for _, block in pairs}, normed_last(recipe, depth)
+        blocks |= used - {last}
+        final |= last in used
+        if recipe.loss.kl:
+            top_k = recipe.cache.top_k  # one for all: no variant may change it
+            final |= top_k is None
+    return tuple(sorted(blocks)), final, top_k
 
 
 def normed_last(recipe: Recipe, depth: int) -> int | None:
@@ -90,13 +102,23 @@ def normed_last(recipe: Recipe, depth: int) -> int | None:
     return depth - 1 if recipe.matching.final_state == "normed" else None
 
 
-def _columns(recipe: Recipe, teacher_vocabulary: int) -> int:
-    """How many tokens both heads know: a copied or random student has the teacher's vocabulary."""
+def _columns(recipes: Iterable[Recipe], teacher_vocabulary: int, top_k: int | None) -> int:
+    """How many tokens the teacher's head and a student's know. Raises InputError where students differ in it and a top k is kept."""
+    found = {min(teacher_vocabulary, _student_vocabulary(one) or teacher_vocabulary) for one in recipes}
+    if top_k is not None and len(found) > 1:
+        raise InputError(
+            f"cache.top_k: the study's students know {' and '.join(map(str, sorted(found)))} of the teacher's tokens, and one cache holds "
+            "the likeliest of one such number; leave out cache.top_k, or give them studies of their own"
+        )
+    return min(found)
+
+
+def _student_vocabulary(recipe: Recipe) -> int | None:
+    """How many tokens the student's head knows; None for a copied or random student, who has the teacher's vocabulary."""
     if recipe.student.init != "checkpoint":
-        return teacher_vocabulary
+        return None
     folder = models.resolve(recipe.student.path or "", "student.path")
-    shape = models.load_config(folder, trust_remote_code=recipe.student.trust_remote_code)
-    return min(teacher_vocabulary, shape.vocab_size)
+    return models.load_config(folder, trust_remote_code=recipe.student.trust_remote_code).vocab_size
 
 
 def tokens_hash(data: Dataset) -> str:
@@ -126,7 +148,7 @@ def open_teacher(world: World, job: Job, tokenizer: Any, data: Dataset) -> Cache
     recipe, teacher = job.recipe, job.teacher
     if teacher is None or recipe.teacher.placement != "cache":
         return None
-    wanted = on_main(world, lambda: contents(recipe, [job.pairs], teacher, tokenizer, data))
+    wanted = on_main(world, lambda: contents(recipe, [(recipe, job.pairs)], teacher, tokenizer, data))
     manifest = on_main(world, lambda: _checked(recipe, wanted))
     dtype = models.DTYPES[recipe.teacher.dtype]
     trust = recipe.teacher.trust_remote_code
@@ -165,17 +187,16 @@ def _checked(recipe: Recipe, wanted: Contents) -> Manifest:
         raise InputError(
             f"the teacher's cache {folder} {why}; put the recipe back, or write another with llmkd cache RECIPE --set cache.path=FOLDER"
         )
-    for shard, what in damaged(recipe, manifest):
+    for shard, what in damaged(folder, manifest, hashed=verifies_at_start(recipe, manifest)):
         raise cache_files.damage(folder, shard, what)
     return manifest
 
 
-def damaged(recipe: Recipe, manifest: Manifest) -> list[tuple[cache_files.Shard, str]]:
-    """The shards that are not what was written, and why: by size and header, and by checksum where that is asked for now."""
-    folder = recipe.cache_folder
+def damaged(folder: Path, manifest: Manifest, *, hashed: bool) -> list[tuple[cache_files.Shard, str]]:
+    """The shards that are not what was written, and why: by size and header, and if `hashed` by every byte."""
     found = [(shard, cache_files.problem(folder, shard, manifest.contents)) for shard in manifest.shards]
     bad = [(shard, what) for shard, what in found if what is not None]
-    if verifies_at_start(recipe, manifest):
+    if hashed:
         sound = [shard for shard, what in found if what is None]
         bad += [(shard, what) for shard, what in cache_files.changed_shards(folder, sound) if what is not None]
     return bad

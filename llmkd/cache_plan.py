@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llmkd.cache_contents import asked_for, maps
+from llmkd.cache_contents import Student, asked_for, students
 from llmkd.cache_files import Contents, sizes
 from llmkd.config import Recipe
 from llmkd.layer_map import Pairs
@@ -22,7 +22,7 @@ def cache_rows(recipe: Recipe, shape: Shapes, student_depth: int, pairs: Pairs) 
     size = DTYPES[recipe.teacher.dtype].itemsize
     tokens = recipe.train.micro_batch_size * recipe.data.max_length
     state = tokens * shape.hidden * size
-    top_k = asked_for(recipe, [pairs], shape.depth)[2]
+    top_k = asked_for([(recipe, pairs)], shape.depth)[2]
     rows = []
     if recipe.loss.kl and top_k is None:
         how = f"{shape.head / 1e6:,.1f} M x {size} B, alone"
@@ -36,14 +36,14 @@ def cache_rows(recipe: Recipe, shape: Shapes, student_depth: int, pairs: Pairs) 
         rows.append(Row("teacher top k", held, "device", ("teacher forward", "head"), how))
     elif recipe.loss.kl:
         rows.append(Row("teacher final state", state, "device", ("teacher forward", "head"), f"[B, T, H] x {size} B"))
-    read = cache_bytes(recipe, shape, [pairs], tokens)
+    read = cache_bytes([(recipe, pairs)], shape, tokens)
     how = f"{AHEAD} micro-batches and the one in use, in {recipe.cache.dtype}"
     rows.append(Row("teacher states, read ahead", (AHEAD + 1) * read, "host", ("always",), how))
     count = recipe.data.rows or ROWS
     said = f"{count:,} rows" if recipe.data.rows else f"each {count:,} rows"
     step = read * recipe.train.batch_size // recipe.train.micro_batch_size
     how = f"at most, {said} of {recipe.data.max_length} tokens, shared; all ranks together read {step / GIB:.3f} GiB per step"
-    on_disk = cache_bytes(recipe, shape, maps(recipe, student_depth, shape.depth), count * recipe.data.max_length)
+    on_disk = cache_bytes(students(recipe, student_depth, shape.depth), shape, count * recipe.data.max_length)
     rows.append(Row("teacher's cache", on_disk, "disk", ("always",), how))
     return rows
 
@@ -55,10 +55,11 @@ def states_at_once(pairs: Pairs) -> int:
     return max(sum(first <= at <= last for first, last in spans) for at in range(len(order)))
 
 
-def cache_bytes(recipe: Recipe, shape: Shapes, served: Sequence[Pairs], tokens: int) -> int:
-    """Bytes of a cache of so many tokens that serves these maps, its files' headers not counted."""
-    blocks, final, top_k = asked_for(recipe, served, shape.depth)
-    settings: dict[str, Any] = dict(identity={}, recipe={}, rows=0, columns=None, dtype=recipe.cache.dtype)
+def cache_bytes(served: Sequence[Student], shape: Shapes, tokens: int) -> int:
+    """Bytes of a cache of so many tokens that serves these students, its files' headers not counted."""
+    blocks, final, top_k = asked_for(served, shape.depth)
+    dtype = served[0][0].cache.dtype  # one for all, as the rest of the cache section
+    settings: dict[str, Any] = dict(identity={}, recipe={}, rows=0, columns=None, dtype=dtype)
     return sum(
         sizes(
             Contents(tokens=tokens, hidden=shape.hidden, blocks=blocks, final=final, top_k=top_k, **settings)

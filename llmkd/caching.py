@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,17 +23,15 @@ from torch import Tensor
 
 from llmkd import build, cache_contents, cache_files, models
 from llmkd.cache_files import DONE, FINAL, IDS, LOG_PROBABILITIES, OFFSETS, Contents
+from llmkd.cache_folder import Plan, prepare
 from llmkd.config import Recipe
 from llmkd.data import Batch, collate
 from llmkd.distributed import World, barrier, on_main, sum_counts
-from llmkd.errors import InputError
 from llmkd.provenance import commit, versions
 from llmkd.quantization import stored
 from llmkd.teachers.base import Signal, Teacher
 
 log = logging.getLogger("llmkd")
-
-GIB = 2**30
 
 
 class Stopping(Protocol):
@@ -46,18 +43,11 @@ class Stopping(Protocol):
     def name(self) -> str: ...
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is to be written where: the row ranges of all shards, and the numbers of those that are not there yet."""
+def cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool = False) -> bool:
+    """Write the recipe's cache, or what is missing of it; True when it is whole. All ranks take part, and the same call goes on.
 
-    folder: Path
-    contents: Contents
-    ranges: list[tuple[int, int]]
-    left: list[int]
-
-
-def cache(world: World, recipe: Recipe, stopping: Stopping) -> bool:
-    """Write the recipe's cache, or what is missing of it; True when it is whole. All ranks take part, and the same call goes on."""
+    Every byte of a cache that is there is compared with its checksum; of a `trusted` one only if `cache.verify` has training do so.
+    """
     recipe = writing_recipe(recipe)
     folder = recipe.cache_folder
     job = build.distil_job(world, recipe, folder)
@@ -67,10 +57,10 @@ def cache(world: World, recipe: Recipe, stopping: Stopping) -> bool:
     wanted = on_main(
         world,
         lambda: cache_contents.contents(
-            recipe, cache_contents.maps(recipe, *cache_contents.depths(recipe)), teacher, tokenizer, data
+            recipe, cache_contents.students(recipe, *cache_contents.depths(recipe)), teacher, tokenizer, data
         ),
     )
-    plan = on_main(world, lambda: prepare(recipe, wanted, np.array(data["length"]).tolist()))
+    plan = on_main(world, lambda: prepare(recipe, wanted, np.array(data["length"]).tolist(), trusted=trusted))
     if not plan.left and (folder / "manifest.json").is_file():
         log.info("cache: already whole, %s", folder)
         return True
@@ -97,70 +87,6 @@ def writing_recipe(recipe: Recipe) -> Recipe:
             "cache.micro_batch_size": recipe.cache.micro_batch_size or recipe.train.micro_batch_size,
         }
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Before
-
-
-def prepare(recipe: Recipe, wanted: Contents, lengths: Sequence[int]) -> Plan:
-    """What is left to do (rank 0 alone). Raises InputError for another cache in the folder, or too small a disk; says the size."""
-    folder = recipe.cache_folder
-    if not cache_files.sizes(wanted):
-        raise InputError("loss: neither kl nor hidden asks the teacher for anything, so there is nothing to cache")
-    manifest = cache_files.read_manifest(folder)
-    if manifest is not None:
-        why = cache_files.difference(manifest.contents, wanted)
-        if why is not None:
-            raise _other(folder, why)
-        bad = cache_contents.damaged(recipe, manifest)
-        if not bad:
-            return Plan(folder, manifest.contents, [], [])
-        for shard, what in bad:
-            log.info("cache: %s %s, and is made anew", shard.file, what)
-        cache_files.reopen(folder, manifest, [shard for shard, _ in bad])
-    under_way = cache_files.read_plan(folder)
-    if under_way is not None:
-        why = cache_files.difference(under_way[0], wanted)
-        if why is not None:
-            raise _other(folder, why)
-        wanted, ranges = under_way  # it may hold more than this recipe asks for
-    else:
-        total = sum(cache_files.sizes(wanted).values())
-        ranges = cache_files.cut(lengths, -(-total // wanted.tokens), int(recipe.cache.shard_mib * 2**20))
-    files = [cache_files.shard_file(folder, number) for number in range(len(ranges))]
-    done = {number: shard for number, file in enumerate(files) if (shard := cache_files.record(file)) is not None}
-    _say_size(folder, wanted, len(done), sum(shard.tokens for shard in done.values()))
-    if under_way is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        cache_files.write_plan(folder, wanted, ranges)
-    return Plan(folder, wanted, ranges, [number for number in range(len(ranges)) if number not in done])
-
-
-def _other(folder: Path, why: str) -> InputError:
-    return InputError(f"the teacher's cache {folder} {why}; put the recipe back, remove that folder, or set cache.path")
-
-
-def _say_size(folder: Path, wanted: Contents, shards_done: int, tokens_done: int) -> None:
-    """Log what the cache will take. Raises InputError where the disk has not so much left."""
-    sizes = cache_files.sizes(wanted)
-    total = sum(sizes.values())
-    log.info("cache: %s rows, %s tokens, in %s", f"{wanted.rows:,}", f"{wanted.tokens:,}", folder)
-    for name, size in sizes.items():
-        how = f"{wanted.top_k} log-probabilities per token" if name == "top_k" else f"{wanted.hidden} x {wanted.dtype}"
-        log.info("cache:   %-10s %10.3f GiB  %s", name, size / GIB, how)
-    needed = total - tokens_done * (total // wanted.tokens)
-    free = shutil.disk_usage(next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())).free
-    log.info(
-        "cache:   in all     %10.3f GiB, %d shards are there, %.3f GiB to write, %.1f GiB free",
-        total / GIB, shards_done, needed / GIB, free / GIB,
-    )  # fmt: skip
-    if needed > free:
-        raise InputError(
-            f"cache.path: {folder} needs {needed / GIB:.3f} GiB and its disk has {free / GIB:.3f} GiB free; write cache.dtype: fp8 (half "
-            "of bfloat16), cache.top_k: 64 in place of the final state, a strategy of fewer blocks (all_to_one needs one), fewer "
-            "data.rows, or another cache.path"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

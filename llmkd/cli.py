@@ -81,7 +81,7 @@ def maps(
         click.echo(f"{name}: {student_blocks} student blocks, {teacher_blocks} teacher blocks\n")
         if stages is not None:
             click.echo(stages_drawing(chosen, cut([1] * teacher_blocks, stages)))
-            click.echo()
+            click.echo("blocks of equal cost; embeddings not counted; llmkd plan draws a recipe's own cut\n")
             continue
         click.echo(table(chosen, student_blocks, teacher_blocks))
         click.echo()
@@ -313,7 +313,7 @@ def angles(run: Path, recipe: str | None, rows: int | None, overrides: tuple[str
 def plan(recipe: str, ranks: int, device_gib: float, overrides: tuple[str, ...]) -> None:
     """Show the memory a run needs on each rank, and other placements."""
     from llmkd.config import load_recipe
-    from llmkd.placements import compare, placements_text
+    from llmkd.placements import compare, placements_text, stages_text
     from llmkd.planner import plan as rows
     from llmkd.planner import plan_text, teacher_config
 
@@ -321,6 +321,8 @@ def plan(recipe: str, ranks: int, device_gib: float, overrides: tuple[str, ...])
     teacher = teacher_config(settings)
     click.echo(plan_text(rows(settings, ranks, teacher)))
     if settings.logits or (settings.loss.hidden and settings.matching.strategy != "none"):
+        if settings.teacher.placement == "pipeline":
+            click.echo(f"\n{stages_text(settings, ranks, teacher)}")
         click.echo(f"\n{placements_text(compare(settings, ranks, teacher), device_gib)}")
 
 

@@ -162,23 +162,44 @@ def resolve(path: str, what: str, revision: str | None = None) -> Path:
 
 
 def folder_contents(folder: Path, *, weights_alone: bool = False) -> str:
-    """A hash by which a changed model folder is noticed: of each file its name, its size, and its first and last MiB.
+    """A hash by which a changed model folder is noticed: of each file its name, its size, and what `_sample` reads of it.
 
-    All of a large model's bytes would take minutes; a safetensors file opens with its table of tensors, and training changes them all.
-    `weights_alone`: of the weights and config.json, not of the tokenizer.
+    All of a large model's bytes would take minutes. `weights_alone`: of the weights and config.json, not of the tokenizer.
     """
     digest = hashlib.sha256()
     files = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".txt", ".model")]
     if weights_alone:
         files = [f for f in files if f.suffix == ".safetensors" or f.name == "config.json"]
     for file in sorted(files):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(2**20))
-            stream.seek(max(size - 2**20, 0))
-            digest.update(stream.read())
+        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+        for part in _sample(file):
+            digest.update(part)
     return digest.hexdigest()[:16]
+
+
+def _sample(file: Path) -> Iterator[bytes]:
+    """All of a file up to 2 MiB; of a larger safetensors file its header and the first 64 KiB of every tensor, of another its two ends.
+
+    Not seen is a change of other bytes alone: some rows edited within a tensor, say. Training changes them all.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size <= 2 * 2**20:
+            yield stream.read()
+        elif file.suffix != ".safetensors":
+            yield stream.read(2**20)
+            stream.seek(-(2**20), os.SEEK_END)
+            yield stream.read()
+        else:  # eight bytes say how long the header is, which has every tensor's place behind it
+            start = 8 + int.from_bytes(stream.read(8), "little")
+            if start > size:
+                raise InputError(f"{file} is not whole; download or copy the model again")
+            header = stream.read(start - 8)
+            yield header
+            places = [value["data_offsets"] for name, value in json.loads(header).items() if name != "__metadata__"]
+            for first, last in sorted(places):
+                stream.seek(start + first)
+                yield stream.read(min(last - first, 2**16))
 
 
 def _check_whole(folder: Path, what: str) -> None:

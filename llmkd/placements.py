@@ -15,8 +15,8 @@ from llmkd.config import Recipe
 from llmkd.errors import InputError
 from llmkd.layer_map import Pairs
 from llmkd.models import DTYPES
-from llmkd.planner import GIB, Shapes, initial_student_config, peak, pipeline, plan, run_shapes, teacher_config
-from llmkd.stages import states_per_item
+from llmkd.planner import GIB, NODE, Shapes, initial_student_config, peak, pipeline, plan, run_shapes, teacher_config
+from llmkd.stages import drawing, states_per_item
 from llmkd.stones_plan import stones_wire
 from llmkd.teachers.pipeline import TOLD_BYTES
 from llmkd.teachers.stage import check_pipelined
@@ -42,7 +42,7 @@ class Cost:
 
 
 def compare(recipe: Recipe, ranks: int, teacher: PreTrainedConfig | None = None) -> list[Cost]:
-    """The placements in the order in which they are to be preferred where they fit, all else of the recipe unchanged."""
+    """What each placement would cost, the simplest first, all else of the recipe unchanged."""
     config = teacher or teacher_config(recipe)
     depth = initial_student_config(recipe, config).num_hidden_layers
     pairs = pairs_of(recipe, depth, config.num_hidden_layers)
@@ -78,9 +78,10 @@ def _placed(recipe: Recipe, placement: str) -> Recipe:
 
 
 def recommended(costs: Sequence[Cost], device_bytes: float) -> Cost | None:
-    """The first placement that fits. One named earlier sends less than those after it; a cache, which has to be written first and to be
-    read more than once, is for where no other fits."""
-    return next((c for c in costs if c.impossible is None and c.device <= USABLE * device_bytes), None)
+    """Of the placements that fit, the one that sends least, the first of equals. A cache, which has to be written first and to be read
+    more than once, is for where no other fits."""
+    fitting = [c for c in costs if c.impossible is None and c.device <= USABLE * device_bytes]
+    return min(fitting, key=lambda cost: (cost.placement == "cache", cost.wire), default=None)
 
 
 def _wire(recipe: Recipe, config: PreTrainedConfig, pairs: Pairs, ranks: int) -> tuple[int, str]:
@@ -114,6 +115,16 @@ def _times(recipe: Recipe) -> str:
     )
     times = "" if epochs is None else f"{epochs:.3g} epochs x "
     return f"{times}{students} {'student' if students == 1 else 'students'}"
+
+
+def stages_text(recipe: Recipe, ranks: int, teacher: PreTrainedConfig) -> str:
+    """The stages of the recipe's pipelined teacher, cut as the run cuts it, and what each sends to whom."""
+    depth = initial_student_config(recipe, teacher).num_hidden_layers
+    pairs = pairs_of(recipe, depth, teacher.num_hidden_layers)
+    shape, parts, _ = pipeline(recipe, teacher, pairs, ranks)
+    normed = recipe.matching.final_state == "normed" and shape.depth == teacher.num_hidden_layers
+    drawn = drawing(pairs, parts, final=recipe.loss.kl > 0, normed_last=normed)
+    return f"the teacher's stages, on nodes of {NODE} ranks, cut by the weights of blocks and embeddings\n\n{drawn}"
 
 
 def zero3_wire(shape: Shapes, size: int, ranks: int) -> int:

@@ -233,6 +233,7 @@ class LossHead(nn.Module):
         lent = None if signal is None or kl_scale == 0 else signal.head
         known = None if signal is None or kl_scale == 0 else signal.top_k
         taught = lent is not None or known is not None
+        assert taught or kl_scale == 0, "a divergence is asked for, and the signal has neither a head nor a top k"
         at = batch.attended_at if taught and self._kl_positions == "attended" else batch.trained_at
         states = final.flatten(0, 1)[at]
         targets = batch.targets.flatten()[at]

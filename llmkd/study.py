@@ -274,7 +274,12 @@ def _cache(recipe: Recipe, ranks: int) -> None:
     file.parent.mkdir(exist_ok=True)
     publish(file, dump_recipe(recipe))
     log.info("study: one cache for all students, %s", recipe.cache_folder)
-    _run(ranks, ["--recipe", str(file), "--cache-only"], "writing the teacher's cache", "what is written")
+    _run(
+        ranks,
+        ["--recipe", str(file), "--cache-only", "--trust-cache"],
+        "writing the teacher's cache",
+        "what is written",
+    )
 
 
 def _run(ranks: int, arguments: list[str], what: str, rest: str) -> None:

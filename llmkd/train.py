@@ -290,6 +290,7 @@ def train_options(command: Any) -> Any:
         click.option(
             "--cache-only", is_flag=True, help="Write the teacher's cache (teacher.placement: cache) and stop."
         ),
+        click.option("--trust-cache", is_flag=True, help="With --cache-only: hash it only where training would."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -309,7 +310,9 @@ def read_recipe(
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @train_options
 @click.option("--local_rank", "--local-rank", type=int, default=0, hidden=True, help="Set by the deepspeed launcher.")
-def command(local_rank: int, output: Path | None, teacher_only: bool, cache_only: bool, **options: Any) -> None:
+def command(
+    local_rank: int, output: Path | None, teacher_only: bool, cache_only: bool, trust_cache: bool, **options: Any
+) -> None:
     """Train one student (after its teacher, if the recipe makes one and it is not there yet). The same command resumes."""
     recipe = read_recipe(**options)
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
@@ -326,7 +329,7 @@ def command(local_rank: int, output: Path | None, teacher_only: bool, cache_only
     if recipe.finetune is not None:
         train(world, build.finetune_job(world, recipe, recipe.folder / "teacher"), stopping)
     if cache_only and sum_counts(world, [int(stopping.asked)]) == [0]:
-        caching.cache(world, recipe, stopping)
+        caching.cache(world, recipe, stopping, trusted=trust_cache)
     elif not teacher_only and sum_counts(world, [int(stopping.asked)]) == [0]:
         train(world, build.distil_job(world, recipe, output or student_folder(recipe)), stopping)
     stop()

@@ -28,7 +28,7 @@ WORDS = "red green blue small large old new river house tree stone bird wind lig
 
 
 def make(folder: Path) -> None:
-    """Write teacher/, rows.jsonl and recipe.yaml into the folder."""
+    """Write teacher/, tied/ (a teacher whose head is its embeddings), rows.jsonl and recipe.yaml into the folder."""
     draw = random.Random(0)
     rows = []
     for _ in range(40):
@@ -51,6 +51,8 @@ def make(folder: Path) -> None:
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = models.qwen3_config(shape, special)
     models.new_model(config, folder / "teacher", seed=3, dtype=torch.float32, tokenizer=tokenizer.save_pretrained)
+    config = models.qwen3_config({**shape, "tie_word_embeddings": True}, special)
+    models.new_model(config, folder / "tied", seed=3, dtype=torch.float32, tokenizer=tokenizer.save_pretrained)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_values(folder)))
 
 
@@ -141,6 +143,14 @@ def plain_run(
         optimizer.zero_grad()
         losses.append({"loss": loss.item(), **{k: v.item() for k, v in parts.items()}})
     return {name: p.detach() for name, p in student.named_parameters()}, losses
+
+
+def assert_same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:
+    """The same tensors, each entry within `tolerance` times its tensor's largest."""
+    assert ours.keys() == theirs.keys()
+    for key, expected in theirs.items():
+        change = (ours[key] - expected).abs().max() / expected.abs().max()
+        assert change <= tolerance, (key, change)
 
 
 def load(folder: Path) -> Any:

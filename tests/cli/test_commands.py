@@ -108,7 +108,26 @@ def test_maps_takes_its_options(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_plan_needs_neither_weights_nor_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     text = output(["plan", "qwen3_8b_to_9_blocks", "--ranks", "8"], capsys)
-    assert "needed on device" in text and "GiB" in text
+    assert "needed on device" in text and "GiB" in text and "stage 0" not in text
+
+
+def test_plan_draws_the_run_s_own_cut_of_a_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+    """36 blocks and the embeddings of 3.2 blocks in 8 stages: the run's stages, where equal blocks alone would be others."""
+    from llmkd import stages
+    from llmkd.config import load_recipe
+    from llmkd.models import qwen3_config
+    from llmkd.teachers.stage import teacher_cut
+
+    command = ["plan", "qwen3_8b_to_9_blocks", "--ranks", "8", "--set", "teacher.placement=pipeline"]
+    text = output(command, capsys)
+    architecture = load_recipe("qwen3_8b_to_9_blocks").teacher.architecture
+    assert architecture is not None
+    parts = teacher_cut(qwen3_config(architecture.model_dump(), {}), 8)
+    assert parts != stages.cut([1] * 36, 8)
+    assert re.findall(r"blocks (\d+)-(\d+) ", text) == [(str(part.start), str(part.stop - 1)) for part in parts]
+    assert "final state -> student 8 and head" in text
+    maps = ["maps", "--student-blocks", "9", "--teacher-blocks", "36", "--strategy", "forward", "--stages", "8"]
+    assert "blocks of equal cost; embeddings not counted; llmkd plan draws a recipe's own cut" in output(maps, capsys)
 
 
 def test_train_py_runs_where_it_lies_without_installation(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ pytestmark = pytest.mark.gpu
         ("zero2", "replicated", "float32", 1e-3),
         ("zero3", "zero3", "float32", 1e-3),
         ("zero3", "zero3", "bfloat16", 0.05),
+        ("zero3", "pipeline", "float32", 1e-3),
+        ("zero3", "cache", "float32", 1e-3),
     ],
 )
 def test_losses_on_gpus_are_those_of_plain_pytorch(
@@ -36,7 +39,7 @@ def test_losses_on_gpus_are_those_of_plain_pytorch(
     if not torch.cuda.is_available():
         pytest.fail("this test was asked for by -m gpu, and there is no CUDA device")
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    changes = {
+    changes: dict[str, Any] = {
         "train.deepspeed": stage,
         "train.dtype": dtype,
         "train.micro_batch_size": 1,
@@ -44,8 +47,14 @@ def test_losses_on_gpus_are_those_of_plain_pytorch(
         "teacher.dtype": dtype,
     }
     ranks = min(torch.cuda.device_count(), 8)
+    if placement == "pipeline":
+        changes["teacher.stages"] = min(ranks, 2)  # 6 blocks make no 8 stages
+    if placement == "cache":
+        changes |= {"cache.path": str(tmp_path / "cache"), "cache.dtype": dtype}
     sets = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     run = tmp_path / "run"
+    if placement == "cache":
+        assert launch(ranks, ["--recipe", str(tiny / "recipe.yaml"), "--cache-only", *sets]).code == 0
     assert launch(ranks, ["--recipe", str(tiny / "recipe.yaml"), "--output", str(run), *sets]).code == 0
     recipe = load_recipe(tiny / "recipe.yaml")
     build.initial_student(recipe, tiny / "teacher", tmp_path / "student")

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.runner import run_on_ranks
+from tests.tiny import assert_same_weights
 
 STRATEGIES = ("forward", "reverse", "all_to_one", "random", "in_order_random", "none")
 STUDY = {"study.strategies": list(STRATEGIES), "study.seeds": [0, 1], "matching.embedding": True}
@@ -74,9 +75,7 @@ def test_cached_equals_replicated(runs: Path, ranks: int, name: str) -> None:
         for part in ("loss", "ce", "kl", "hidden"):
             assert ours[part] == pytest.approx(theirs[part], rel=2e-5, abs=1e-6), part
     expected, found = (load_file(run / "model" / "model.safetensors") for run in (online, cached))
-    for key, weight in expected.items():
-        change = (found[key] - weight).abs().max()
-        assert change <= 1e-6 * max(1.0, weight.abs().max()), (key, change)
+    assert_same_weights(found, expected, 1e-6)
 
 
 def test_the_runs_differ_from_one_another(runs: Path) -> None:

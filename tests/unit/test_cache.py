@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmkd import build, cache_contents, cache_files, cache_plan, caching, models, planner
+from llmkd import build, cache_contents, cache_files, cache_plan, caching, models, planner, study
 from llmkd.config import Recipe, load_recipe
 from llmkd.data import Batch, collate
 from llmkd.divergences import top_k_kl
@@ -213,13 +213,52 @@ def test_a_cache_without_final_state_is_refused_where_it_is_needed(recipe: Recip
     assert "holds no final state" in _refused(world, normed, tmp_path / "run")
 
 
-def test_a_byte_that_flips_is_found_when_it_is_read(recipe: Recipe, world: Any, whole: Path, tmp_path: Path) -> None:
+def test_a_byte_that_flips_is_found_when_it_is_read_and_made_anew(
+    recipe: Recipe, world: Any, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     shutil.copytree(whole, tmp_path / "cache")
     _flip(tmp_path / "cache")
     changed = recipe.changed({"cache.path": str(tmp_path / "cache"), "cache.verify": "read", "train.steps": 5})
     with pytest.raises(InputError, match="shard-00002.safetensors: does not have the checksum"):
         train(world, build.distil_job(world, changed, tmp_path / "run"), Never())  # type: ignore[arg-type]
     assert not (tmp_path / "run" / "model").exists()
+    flipped = _bytes(tmp_path / "cache")
+    assert caching.cache(world, changed, Never(), trusted=True)  # as a study asks, which has training look
+    assert _bytes(tmp_path / "cache") == flipped
+    with caplog.at_level("INFO"):
+        assert caching.cache(world, changed, Never())
+    assert "with their checksums" in caplog.text and "shard-00002.safetensors does not have the checksum" in caplog.text
+    assert _bytes(tmp_path / "cache") == _bytes(whole)
+
+
+def test_one_cache_serves_students_who_ask_for_more_than_the_study_s_recipe(
+    recipe: Recipe, world: Any, tmp_path: Path
+) -> None:
+    """The recipe compares the last pair after the final norm and takes no divergence; one variant compares it raw, another takes one."""
+    variants = {"raw": {"matching.final_state": "raw"}, "taught": {"loss.kl": 1.0, "loss.temperature": 2.0}}
+    here = recipe.changed({
+        "cache.path": str(tmp_path / "cache"), "loss.kl": 0.0, "matching.strategy": "reverse", "train.steps": 2,
+        "matching.final_state": "normed", "study.strategies": ["forward"], "study.variants": variants,
+        "teacher.share_cache": True, "teacher.placement": "replicated",
+    })  # fmt: skip
+    assert caching.cache(world, here, Never())
+    contents = json.loads((tmp_path / "cache" / "manifest.json").read_text())["contents"]
+    assert contents["blocks"] == [1, 3, 5] and contents["final"]
+    planned = {row.what: row.bytes for row in planner.plan(here.changed({"teacher.placement": "cache"}), 1)}
+    assert planned["teacher's cache"] == 1000 * 64 * 4 * 32 * 4  # rows the plan takes, and four states
+    students = [entry for entry in study.manifest(here) if entry["kind"] == "student"]
+    assert [entry["strategy"] for entry in students] == ["forward", "raw", "taught"]
+    for entry in students:
+        one = study.entry_recipe(here, entry)
+        online = one.changed({"teacher.placement": "replicated", "teacher.share_cache": False})
+        last: dict[str, dict[str, Any]] = {}
+        for name, run in (("cached", one), ("online", online)):
+            folder = tmp_path / f"{entry['name']}-{name}"
+            assert train(world, build.distil_job(world, run, folder), Never())  # type: ignore[arg-type]
+            last[name] = json.loads((folder / "summary.json").read_text())["last"]
+        for part in ("loss", "ce", "kl", "hidden"):
+            assert last["cached"][part] == pytest.approx(last["online"][part], rel=2e-5), (entry["name"], part)
+        assert (last["cached"]["kl"] > 0) == (entry["strategy"] == "taught") and last["cached"]["hidden"] > 0
 
 
 def test_a_top_k_cache_is_for_forward_kl(recipe: Recipe) -> None:
@@ -308,9 +347,7 @@ def test_killed_writing_loses_the_shard_under_way_alone(
     done = sorted(f.stem for f in (tmp_path / "cache").glob("shard-*.json"))
     runs_of_teacher.clear()
     assert caching.cache(world, here, Never())
-    assert _bytes(tmp_path / "cache") == {**_bytes(whole), "shard-00004.safetensors.tmp": b"half"} or _bytes(
-        tmp_path / "cache"
-    ) == _bytes(whole)
+    assert _bytes(tmp_path / "cache") == _bytes(whole)  # no .tmp is left over
     ranges = [(s["first"], s["last"]) for s in json.loads((whole / "manifest.json").read_text())["shards"]]
     left = [row for n, (a, b) in enumerate(ranges) if f"shard-{n:05d}" not in done for row in range(a, b)]
     assert len(done) >= 1 and sorted(row for rows in runs_of_teacher for row in rows) == left

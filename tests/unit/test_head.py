@@ -218,6 +218,7 @@ def test_no_tensor_of_all_tokens_by_vocabulary_ever_exists(dtype: torch.dtype, d
         loss.backward()
     rows = {shape.numel() // V for shape in made.shapes if V in shape} - {H, HT}
     assert max(rows) == 4 < N
+    assert all(shape.numel() < N * V for shape in made.shapes)  # of whatever shape
 
 
 def test_the_count_of_tensors_would_see_whole_logits() -> None:

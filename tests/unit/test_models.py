@@ -527,3 +527,32 @@ def test_sharded_bf16_model_keeps_its_rotary_frequencies(folders: Callable[[str]
     weights = dict(plain.named_parameters())
     with gathered(list(sharded.parameters())):
         assert all(torch.equal(parameter, weights[name]) for name, parameter in sharded.named_parameters())
+
+
+def test_a_model_folder_s_hash_sees_a_change_in_every_tensor(tmp_path: Path) -> None:
+    """Of a file of 3 MiB: a tensor in the middle whose numbers all differ; as they were again, the hash is the first one."""
+    tensors = {f"tensor.{number}": torch.randn(256, 1024) for number in range(3)}
+    file = tmp_path / "model.safetensors"
+
+    def contents(changed: dict[str, torch.Tensor]) -> str:
+        save_file({**tensors, **changed}, file)
+        assert file.stat().st_size > 3 * 2**20
+        return models.folder_contents(tmp_path, weights_alone=True)
+
+    before = contents({})
+    seen = {name: contents({name: tensor + 1}) for name, tensor in tensors.items()}
+    assert len({before, *seen.values()}) == 4
+    assert contents({}) == before
+
+
+def test_a_model_folder_s_hash_sees_all_of_a_small_file(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("a" * 2**20 + "b" + "a" * (2**20 - 1))
+    before = models.folder_contents(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("a" * 2**20 + "c" + "a" * (2**20 - 1))
+    assert models.folder_contents(tmp_path) != before
+
+
+def test_a_large_file_that_is_no_safetensors_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"<" * 3 * 2**20)
+    with pytest.raises(InputError, match="model.safetensors is not whole; download or copy the model again"):
+        models.folder_contents(tmp_path)

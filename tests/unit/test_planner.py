@@ -18,7 +18,7 @@ from llmkd.errors import InputError
 from llmkd.head import TeacherHead, head_losses
 from llmkd.matching import distance_sum, terms_of
 from llmkd.models import blocks
-from llmkd.placements import compare, recommended
+from llmkd.placements import Cost, compare, recommended
 from llmkd.planner import GIB, qwen3_config
 from tests.tensor_bytes import TensorBytes
 
@@ -291,3 +291,28 @@ def test_a_set_level_distance_takes_what_is_planned(recipe: Recipe, distance: st
     together = planner.distance_rows(changed.changed({"matching.scope": "batch"}), shape, shape, [(0, 1)], ranks=4)
     assert together[1].bytes == 4 * rows[1].bytes
     assert len(planner.distance_rows(changed.changed({"matching.distance": "mse"}), shape, shape, [(0, 1)], 1)) == 1
+
+
+def test_a_pipeline_of_qwen3_8b_sends_a_tenth_of_zero3_s_bytes_at_most() -> None:
+    changes = {"data.max_length": 2048, "train.micro_batch_size": 4, "train.batch_size": 32}
+    costs = compare(load_recipe("qwen3_8b_to_9_blocks").changed(changes), 8, Qwen3Config(**QWEN3_8B))
+    wire = {cost.placement: cost.wire for cost in costs}
+    assert 0 < wire["pipeline"] <= 0.1 * wire["zero3"]
+
+
+@pytest.mark.parametrize(("rows", "placement"), [(4, "pipeline"), (64, "zero3")])
+def test_of_placements_that_fit_the_one_that_sends_least_is_recommended(rows: int, placement: str) -> None:
+    """States grow with the tokens of a micro-batch, and weights do not."""
+    changes = {"data.max_length": 2048, "train.micro_batch_size": rows, "train.batch_size": 8 * rows}
+    costs = compare(load_recipe("qwen3_8b_to_9_blocks").changed(changes), 8, Qwen3Config(**QWEN3_8B))
+    assert recommended(costs, 1e15) == costs[0] and costs[0].wire == 0  # a whole teacher on every rank
+    best = recommended(costs[1:], 1e15)
+    assert best is not None and best.placement == placement
+    assert best.wire == min(cost.wire for cost in costs[1:] if cost.placement != "cache")
+
+
+def test_a_cache_is_recommended_where_no_other_fits() -> None:
+    costs = [Cost("pipeline", wire=5, device=80), Cost("zero3", wire=3, device=90), Cost("cache", device=10)]
+    assert recommended(costs, 90) == costs[0]
+    assert recommended(costs, 80) == costs[2]
+    assert recommended(costs, 10) is None

@@ -248,18 +248,22 @@ def test_the_final_state_of_the_teacher_is_gone_before_the_backward_pass(teacher
 
 
 def test_no_tensor_of_tokens_by_vocabulary_ever_exists(teacher: Any, tiny: Path) -> None:
-    """The whole step: teacher, student, losses, backward pass. The tiny vocabulary is 320; the head's weight has it too."""
+    """The whole step: teacher, student, losses, backward pass. The tiny vocabulary is 320; the head's weight has it too.
+
+    There are more tokens than the states are wide, so that weights are smaller than whole logits, whatever shape these have.
+    """
     student = models.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa")
     module = _distiller(student, ((0, 4), (2, 1)), kl_positions="attended")
     source = ResidentTeacher(teacher, [4, 1], normed_last=False, ds_config=None)
-    batch = _batch()
+    batch = _batch((20, 9, 14))
     with TensorBytes() as made:
         loss, _ = module(batch, source.signals(batch), (1.0, 1.0, 1.0))
         loss.backward()
     weight = models.head(student).weight.shape
-    assert weight[0] == 320 and batch.attended_at.numel() == 19
+    assert weight == (320, 32) and batch.attended_at.numel() == 43
     logits = [shape for shape in made.shapes if 320 in shape and set(shape) != set(weight)]
     assert max(shape.numel() for shape in logits) == 4 * 320  # the chunk of 4 tokens
+    assert all(shape.numel() < 43 * 320 for shape in made.shapes)
 
 
 @pytest.mark.parametrize("scales", [(0.0, 0.0, 1.0), (1.0, 0.0, 1.0), (0.0, 1.0, 1.0)])
@@ -278,6 +282,16 @@ def test_a_part_without_weight_is_not_run(teacher: Any, tiny: Path, scales: tupl
     assert (len(runs), len(lent)) == (int(scales[:2] != (0.0, 0.0)), int(scales[1] != 0))
     assert (sums[1] != 0) == (scales[1] != 0) and sums[2] > 0
     assert (models.head(student).weight.grad is not None) == bool(runs)
+
+
+def test_a_divergence_of_a_signal_that_has_no_logits_is_no_zero(teacher: Any, tiny: Path) -> None:
+    student = models.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa")
+    source = ResidentTeacher(teacher, [3], normed_last=False, ds_config=None, logits=False)
+    module = _distiller(student, ((1, 3),))
+    with pytest.raises(AssertionError, match="neither a head nor a top k"):
+        module(_batch(), source.signals(_batch()), (1.0, 1.0, 1.0))
+    loss, sums = module(_batch(), source.signals(_batch()), (1.0, 0.0, 1.0))
+    assert loss > 0 and sums[1] == 0
 
 
 @pytest.mark.parametrize(

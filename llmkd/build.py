@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from llmkd import config, models
+from llmkd import config, families, models
 from llmkd.checkpoint import check_same
 from llmkd.config import ROOT, Recipe, finetune_inputs, fingerprint, training_inputs
 from llmkd.data import load_rows, source_contents, steps_per_epoch, tokenize
@@ -117,7 +117,10 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         models.check_usable(
             shape, section=section, attention=settings.attention, packed=recipe.data.batching == "packed"
         )
-        _check_lengths(recipe.data.max_length, getattr(shape, "max_position_embeddings", None), where)
+        _check_lengths(recipe.data.max_length, families.positions(shape), where)
+        if pairs:
+            normed = recipe.matching.final_state == "normed"
+            families.check_states(shape, normed=normed, embedding=recipe.matching.embedding)
     if recipe.teacher.placement == "pipeline" and (weights.kl or weights.hidden):
         stage.check_pipelined(teacher_config)
         stage_count(recipe.teacher.stages, world.size, world.local_size, depth)
@@ -169,11 +172,7 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
     positions = (
         settings.architecture.max_position_embeddings
         if settings.architecture is not None
-        else getattr(
-            models.load_config(initial, trust_remote_code=recipe.teacher.trust_remote_code),
-            "max_position_embeddings",
-            None,
-        )
+        else families.positions(models.load_config(initial, trust_remote_code=recipe.teacher.trust_remote_code))
     )
     _check_lengths(data.max_length, positions, start or "finetune.architecture")
     if start is not None:

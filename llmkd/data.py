@@ -48,6 +48,10 @@ class Batch:
     trained_at: Tensor  # [N] flat positions with a target
     attended_at: Tensor  # [M] flat positions that are not padding
     rows: tuple[int, ...] = ()  # the rows' numbers in the tokenized data, in the order in which they stand here
+    segments: Tensor | None = None  # [B, T] to which of two texts a token belongs, where an encoder is told
+    source_ids: Tensor | None = None  # [B, S] what an encoder-decoder's encoder reads; all else is then its decoder's
+    source_attended: Tensor | None = None  # [B, S] bool, False at padding
+    source_at: Tensor | None = None  # [K] flat positions of the source that are not padding
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on the device."""
@@ -59,6 +63,11 @@ class Batch:
     def counts(self) -> tuple[int, int]:
         """(trained positions, attended positions); shapes only, nothing is read from the device."""
         return self.trained_at.numel(), self.attended_at.numel()
+
+    @property
+    def source_count(self) -> int:
+        """How many positions of the source are not padding; 0 where there is none."""
+        return 0 if self.source_at is None else self.source_at.numel()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

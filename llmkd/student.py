@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from llmkd.data import Batch
 from llmkd.divergences import Divergence
+from llmkd.families import blocks, encoder_blocks, final_state, head, head_bias, kind, on_state
 from llmkd.head import TeacherHead, TopK, head_losses
-from llmkd.models import backbone, blocks, head
-from llmkd.teachers.base import EMBEDDING, Signal, output_state
+from llmkd.teachers.base import Signal
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -46,32 +46,40 @@ class Distiller(nn.Module):
         self.model = model
         self.projectors = projectors
         self.loss_head = LossHead(
-            head(model), divergence=divergence, temperature=temperature, kl_positions=kl_positions, chunk=chunk
+            head(model),
+            head_bias(model),
+            divergence=divergence,
+            temperature=temperature,
+            kl_positions=kl_positions,
+            chunk=chunk,
         )
         self._pairs = tuple(pairs)
         self._distance = distance
         self._positions = positions
-        stack = blocks(model)
-        self._normed = len(stack) - 1 if normed_last else None
+        decodes = kind(model.config) == "decoder"
+        self._normed = len(blocks(model)) - 1 if normed_last and decodes else None
+        self._of_source = encoder_blocks(model)
         for block in {student for student, _ in pairs} - {self._normed}:
-            module = model.get_input_embeddings() if block == EMBEDDING else stack[block]
-            module.register_forward_hook(self._matcher(block))
+            on_state(model, block, self._matcher(block), normed=normed_last)
         self._batch: Batch | None = None
         self._signal: Signal | None = None
         self._matched: dict[int, Tensor] = {}  # pair number -> distance sum of this pass
 
-    def forward(self, batch: Batch, signal: Signal | None, scales: tuple[float, float, float]) -> tuple[Tensor, Tensor]:
-        """(loss, sums [2 + pairs]): the scaled loss of a micro-batch; the sums (CE, KL, each pair's distance) carry no gradient."""
+    def forward(
+        self, batch: Batch, signal: Signal | None, scales: tuple[float, float, float], source_weight: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, sums [2 + pairs]): the scaled loss of a micro-batch; the sums (CE, KL, each pair's distance) carry no gradient.
+
+        `source_weight`: what a position of an encoder-decoder's source counts, so that source and target weigh alike in the whole batch.
+        """
         self._batch, self._signal, self._matched = batch, signal, {}
-        final = backbone(self.model)(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        ).last_hidden_state
+        final = final_state(self.model, batch)
         if self._normed is not None:
             self._match(self._normed, final)
-        distances = [self._matched[number] for number in range(len(self._pairs))]
+        distances = [
+            self._matched[number] * source_weight if student in self._of_source else self._matched[number]
+            for number, (student, _) in enumerate(self._pairs)
+        ]
         loss = ce = kl = torch.zeros((), dtype=torch.float32, device=final.device)
         if scales[0] or scales[1]:  # else the head is neither gathered nor run, and both parts read 0
             loss, ce, kl = self.loss_head(final, batch, signal, scales[0], scales[1])
@@ -81,10 +89,10 @@ class Distiller(nn.Module):
         self._signal, self._matched = None, {}
         return loss, sums
 
-    def _matcher(self, block: int) -> Callable[..., None]:
-        def match(module: nn.Module, args: object, output: object) -> None:
+    def _matcher(self, block: int) -> Callable[[Tensor], None]:
+        def match(state: Tensor) -> None:
             if torch.is_grad_enabled() or not self.training:
-                self._match(block, output_state(output))
+                self._match(block, state)
 
         return match
 
@@ -101,19 +109,36 @@ class Distiller(nn.Module):
             if self._signal is None or number in self._matched:
                 continue
             assert self._batch is not None
-            mask = self._batch.attended if self._positions == "attended" else self._batch.targets != -100
+            mask = self._mask(block, self._batch)
             self._matched[number] = distance_sum(projected, self._signal.take(teacher), mask, self._distance)
+
+    def _mask(self, block: int, batch: Batch) -> Tensor:
+        """Which positions of a block's state are compared."""
+        if block in self._of_source:
+            assert batch.source_attended is not None
+            return batch.source_attended
+        return batch.attended if self._positions == "attended" else batch.targets != -100
 
 
 class LossHead(nn.Module):
     """The student's head under its chunked loss. It owns the head's parameters (shared), so the engine gathers them for it."""
 
     def __init__(
-        self, head: nn.Linear, *, divergence: Divergence, temperature: float, kl_positions: str, chunk: int
+        self,
+        head: nn.Linear,
+        bias: Tensor | None,
+        *,
+        divergence: Divergence,
+        temperature: float,
+        kl_positions: str,
+        chunk: int,
     ) -> None:
         super().__init__()
         self.weight = head.weight
-        self.bias = head.bias
+        if bias is head.bias:
+            self.bias = bias
+        else:  # BART's, which is no parameter
+            self.register_buffer("bias", bias, persistent=False)
         self._divergence = divergence
         self._temperature = temperature
         self._kl_positions = kl_positions

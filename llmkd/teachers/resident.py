@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 from llmkd.data import Batch
 from llmkd.distributed import frozen_engine, gathered
-from llmkd.models import backbone, blocks, head
-from llmkd.teachers.base import EMBEDDING, Capture, Signal
+from llmkd.families import Body, backbone, blocks, head, head_bias, kind, on_state
+from llmkd.teachers.base import Capture, Signal
 from llmkd.teachers.offload import OffloadedStates
 
 
 class ResidentTeacher:
-    """A frozen causal language model that is run forward for every micro-batch.
+    """A frozen model that is run forward for every micro-batch.
 
     `uses` names the teacher block of every pair, in the order the student takes them (a block used by three pairs three times); only
     these are captured. The backbone is run without its head: the head's weight is lent, whole, to the chunked loss, or with
@@ -38,16 +38,17 @@ class ResidentTeacher:
     ) -> None:
         model.eval().requires_grad_(False)
         self._head = head(model) if logits else None
+        self._model = model
         self._uses = tuple(uses)
-        stack = blocks(model)
-        self._last = len(stack) - 1 if normed_last else None
-        modules = {block: stack[block] for block in set(uses) - {EMBEDDING, self._last}}
-        if EMBEDDING in uses:
-            modules[EMBEDDING] = model.get_input_embeddings()
-        body = backbone(model)
-        self._body = body if ds_config is None else frozen_engine(body, ds_config)
+        self._decodes = kind(model.config) == "decoder"
+        # A decoder's final state is at hand; other families' last state after a final norm is taken where it is born.
+        self._last = len(blocks(model)) - 1 if normed_last and self._decodes else None
+        body = backbone(model) if self._decodes else Body(model)
         offloaded = functools.partial(OffloadedStates, self._uses, offload_to)
-        self._capture = Capture(modules, dict if offload_to is None else offloaded)
+        self._capture = Capture({}, dict if offload_to is None else offloaded)
+        for block in set(uses) - {self._last}:
+            on_state(model, block, self._capture.keeper(block), normed=normed_last)
+        self._body = body if ds_config is None else frozen_engine(body, ds_config)
 
     def expect(self, batches: Sequence[Batch]) -> None:
         """It runs on each micro-batch when it is asked for it."""
@@ -55,13 +56,15 @@ class ResidentTeacher:
     @torch.no_grad()
     def signals(self, batch: Batch) -> Signal:
         """Run the teacher on the batch: the mapped blocks' states and, where logits are asked for, the final state and the head."""
-        output = self._body(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
-        final = output.last_hidden_state
+        if self._decodes:
+            final = self._body(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+            ).last_hidden_state
+        else:
+            final = self._body(batch)
         states = self._capture.collect()
         if self._last in self._uses:
             states[self._last] = final
@@ -73,5 +76,6 @@ class ResidentTeacher:
     def head(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The head's weight [V, H] and bias, whole while the context lasts (all ranks take part)."""
         assert self._head is not None, "a teacher without logits has no head to lend"
-        with gathered([self._head.weight, self._head.bias]):
-            yield self._head.weight, self._head.bias
+        bias = head_bias(self._model)
+        with gathered([self._head.weight, bias]):
+            yield self._head.weight, bias

@@ -1,0 +1,113 @@
+"""Every family against the plain transformers model: what is found in it, losses and gradients in float64, padding, parts of a batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmkd import families
+from llmkd.data import Batch, collate
+from llmkd.distances import DISTANCES
+from llmkd.divergences import forward_kl
+from llmkd.errors import InputError
+from llmkd.student import Distiller
+from llmkd.teachers.resident import ResidentTeacher
+from tests.family_models import DECODERS, WORDS, new, plain_losses
+
+CE, KL, HIDDEN = 0.7, 1.3, 2.0
+
+
+def ids(draw: torch.Generator, count: int) -> list[int]:
+    return torch.randint(3, WORDS, (count,), generator=draw).tolist()
+
+
+def decoder_rows(lengths: Sequence[int] = (9, 4, 6)) -> list[dict[str, Any]]:
+    draw = torch.Generator().manual_seed(1)
+    return [{"input_ids": ids(draw, n), "trained": [False] * (n // 2) + [True] * (n - n // 2)} for n in lengths]
+
+
+def distiller(student: Any, pairs: Any, *, normed: bool = False, temperature: float = 1.0) -> Distiller:
+    return Distiller(
+        student,
+        pairs,
+        distance=DISTANCES["normalized_mse"],
+        positions="attended",
+        normed_last=normed,
+        divergence=forward_kl,
+        temperature=temperature,
+        kl_positions="trained",
+        chunk=4,
+    ).train()
+
+
+def ours(
+    teacher: Any, student: Any, pairs: Any, batches: Sequence[Batch], *, normed: bool = False, temperature: float = 1.0
+) -> tuple[list[float], dict[str, Tensor]]:
+    """(CE, KL and each pair's distance as means, the student's gradients) of micro-batches as one step takes them."""
+    student = copy.deepcopy(student)
+    module = distiller(student, pairs, normed=normed, temperature=temperature)
+    source = ResidentTeacher(copy.deepcopy(teacher), [t for _, t in pairs], normed_last=normed, ds_config=None)
+    trained, attended = (sum(counts) for counts in zip(*(b.counts for b in batches), strict=True))
+    weight = attended / max(sum(b.source_count for b in batches), 1)
+    total = torch.zeros(2 + len(pairs), dtype=torch.float64)
+    for batch in batches:
+        signal = source.signals(batch)
+        scales = (CE / trained, KL / trained, HIDDEN / (attended * max(len(pairs), 1)))
+        loss, sums = module(batch, signal, scales, weight)
+        loss.backward()
+        total += sums.double()
+        assert signal.held == 0
+    by = torch.tensor([trained, trained, *[attended] * len(pairs)])
+    gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    return (total / by).tolist(), gradients
+
+
+def check_against_the_plain_model(
+    teacher: Any, student: Any, pairs: Any, batch: Batch, **options: Any
+) -> dict[str, Tensor]:
+    values, gradients = ours(teacher, student, pairs, [batch], **options)
+    plain = copy.deepcopy(student)
+    ce, kl, distances = plain_losses(teacher, plain, pairs, batch, **options)
+    assert values == pytest.approx([ce.item(), kl.item(), *(d.item() for d in distances)], rel=1e-6)  # sums are fp32
+    (CE * ce + KL * kl + HIDDEN * sum(distances) / max(len(pairs), 1)).backward()
+    expected = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    assert {n for n, g in expected.items() if g.any()} <= gradients.keys() <= expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    return gradients
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoders
+
+
+CASES = [(name, normed) for name in DECODERS for normed in (False, True) if (name, normed) != ("opt_narrow", True)]
+
+
+@pytest.mark.parametrize(("name", "normed"), CASES)
+def test_decoder_gives_the_losses_and_gradients_of_the_plain_model(name: str, normed: bool) -> None:
+    teacher, student = (new(DECODERS[name](depth), "decoder", seed).double() for depth, seed in ((4, 0), (2, 1)))
+    batch = collate(decoder_rows(), pad_id=0, packed=False)
+    check_against_the_plain_model(teacher, student, ((0, 1), (1, 3)), batch, normed=normed, temperature=2.0)
+
+
+def test_opt_with_narrow_embeddings_says_what_can_be_matched() -> None:
+    config = DECODERS["opt_narrow"](2)
+    families.check_states(config, normed=False, embedding=False)
+    families.check_states(DECODERS["opt"](2), normed=True, embedding=True)
+    with pytest.raises(InputError, match=r"matching\.final_state: this 'opt' model's .* 16 numbers.* 32; write raw"):
+        families.check_states(config, normed=True, embedding=False)
+    with pytest.raises(InputError, match=r"matching\.embedding: .*; write false"):
+        families.check_states(config, normed=False, embedding=True)
+
+
+def test_models_that_leave_out_blocks_are_refused() -> None:
+    config = DECODERS["opt"](2)
+    config.layerdrop = 0.1
+    with pytest.raises(InputError, match=r"leaves out blocks in training \(layerdrop\).*write layerdrop: 0\.0 into"):
+        families.check_blocks(config)

@@ -19,10 +19,11 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from llmkd import config, families, models
+from llmkd import config, families, family_rules, models
+from llmkd.architectures import KINDS, STARTS, new_config
 from llmkd.checkpoint import check_same
 from llmkd.config import ROOT, Recipe, finetune_inputs, fingerprint, training_inputs
-from llmkd.data import load_rows, source_contents, steps_per_epoch, tokenize
+from llmkd.data import load_rows, source_contents, steps_per_epoch
 from llmkd.distances import DISTANCES
 from llmkd.distributed import (
     Wire,
@@ -36,6 +37,8 @@ from llmkd.distributed import (
 )
 from llmkd.divergences import with_parameters
 from llmkd.errors import InputError
+from llmkd.families import DECODER_EMBEDDING, Family
+from llmkd.family_data import check_format, label_names, tokenize_for
 from llmkd.layer_map import Pairs, layer_map
 from llmkd.objective import Weights
 from llmkd.schedules import learning_rate
@@ -47,6 +50,11 @@ from llmkd.teachers.pipeline import PipelineTeacher
 from llmkd.teachers.resident import ResidentTeacher
 
 log = logging.getLogger("llmkd")
+
+TEXT_COLUMNS = ("prompt", "completion", "text", "text_a", "text_b")
+"""Of rows, the columns that a new tokenizer is trained on."""
+DECODER_SEED = 2**16
+"""Added to a recipe's seed where an encoder-decoder's decoder draws its map."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,9 @@ class Job:
     data: config.Data
     seed: int
     makes_teacher: bool
+    family: Family
+    encoders: tuple[int, int] | None = None
+    """Of encoder-decoders, how many blocks the student's and the teacher's encoder have."""
 
     @property
     def title(self) -> str:
@@ -82,15 +93,18 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
     """A student under the recipe's strategy. Raises InputError before anything is written."""
     teacher = on_main(world, lambda: models.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
     teacher_config = models.load_config(teacher, trust_remote_code=recipe.teacher.trust_remote_code)
-    depth = teacher_config.num_hidden_layers
+    family = families.family(teacher_config)
+    family_rules.check_training(recipe, family)
+    depths = families.depths(teacher_config)
     checkpoint = None
     student_config = teacher_config
     if recipe.student.init == "checkpoint":
         path = recipe.student.path or ""
         checkpoint = on_main(world, lambda: models.resolve(path, "student.path"))
         student_config = models.load_config(checkpoint, trust_remote_code=recipe.student.trust_remote_code)
-    student_depth = recipe.student.blocks or student_config.num_hidden_layers
-    pairs = pairs_of(recipe, student_depth, depth)
+        family_rules.check_same_classes(family, families.family(student_config))
+    student_depths = depths_of(recipe, student_config)
+    pairs = maps_of(recipe, student_depths, depths)
     weights = Weights(
         ce=recipe.loss.ce,
         kl=recipe.loss.kl,
@@ -104,7 +118,7 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         )
     if checkpoint is None:
         rule = recipe.student.copy_blocks if recipe.student.init == "teacher" else "spread"
-        models.student_config(teacher_config, models.block_choice(rule, student_depth, depth), recipe.student.width)
+        models.student_config(teacher_config, models.stack_choices(rule, student_depths, depths), recipe.student.width)
     else:
         theirs = models.load_tokenizer(checkpoint, trust_remote_code=recipe.student.trust_remote_code)
         models.check_same_tokens(
@@ -123,7 +137,7 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
             families.check_states(shape, normed=normed, embedding=recipe.matching.embedding)
     if recipe.teacher.placement == "pipeline" and (weights.kl or weights.hidden):
         stage.check_pipelined(teacher_config)
-        stage_count(recipe.teacher.stages, world.size, world.local_size, depth)
+        stage_count(recipe.teacher.stages, world.size, world.local_size, sum(depths))
     if recipe.teacher.offload_states and world.device.type != "cuda":
         raise InputError("teacher.offload_states: there is no GPU here whose memory it would spare; write false")
     job = Job(
@@ -139,6 +153,8 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         data=recipe.data,
         seed=recipe.seed,
         makes_teacher=False,
+        family=family,
+        encoders=(student_depths[0], depths[0]) if len(depths) == 2 else None,
     )
     refuse_other_recipe(world, job)
     return job
@@ -148,17 +164,20 @@ def initial_student(recipe: Recipe, teacher: Path, folder: Path) -> None:
     """Write the HF folder an undistilled student starts from (rank 0 alone)."""
     dtype = models.DTYPES[recipe.train.dtype]
     trust = recipe.teacher.trust_remote_code
-    blocks = recipe.student.blocks
-    assert blocks is not None
+    shape = models.load_config(teacher, trust_remote_code=trust)
+    depths, wanted = families.depths(shape), depths_of(recipe, shape)
     if recipe.student.init == "random":
         models.random_student(
-            teacher, blocks, recipe.student.width, folder, seed=recipe.seed, dtype=dtype, trust_remote_code=trust
+            teacher, wanted, recipe.student.width, folder, seed=recipe.seed, dtype=dtype, trust_remote_code=trust
         )
+        return
+    chosen = models.stack_choices(recipe.student.copy_blocks, wanted, depths)
+    if families.kind(shape) == "encoder":
+        kept = recipe.student.classifier == "copied"
+        models.copied_encoder(teacher, chosen, folder, seed=recipe.seed, dtype=dtype, classifier=kept)
     else:
-        depth = models.load_config(teacher, trust_remote_code=trust).num_hidden_layers
-        chosen = models.block_choice(recipe.student.copy_blocks, blocks, depth)
         models.copied_student(teacher, chosen, folder, dtype=dtype, trust_remote_code=trust)
-        log.info("student: %d blocks copied from the teacher's %s", blocks, list(chosen))
+    log.info("student: %s blocks copied from the teacher's %s", " + ".join(map(str, wanted)), list(chosen))
 
 
 def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
@@ -167,27 +186,30 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
     if settings is None:
         raise InputError("the recipe has no finetune section; there is no teacher to make")
     start = settings.path
-    initial = folder / "initial" if start is None else on_main(world, lambda: models.resolve(start, "finetune.path"))
     data = settings.data or recipe.data
-    positions = (
-        settings.architecture.max_position_embeddings
-        if settings.architecture is not None
-        else families.positions(models.load_config(initial, trust_remote_code=recipe.teacher.trust_remote_code))
-    )
-    _check_lengths(data.max_length, positions, start or "finetune.architecture")
-    if start is not None:
-        models.check_usable(
-            models.load_config(initial, trust_remote_code=recipe.teacher.trust_remote_code),
-            section="teacher",
-            attention=recipe.teacher.attention,
-            packed=data.batching == "packed",
-        )
+    given = None if start is None else on_main(world, lambda: models.resolve(start, "finetune.path"))
+    if given is None:
+        assert settings.architecture is not None
+        type_ = settings.architecture.model_type
+        family = Family(KINDS[type_], start=STARTS.get(type_, 0))
+        _check_lengths(data.max_length, settings.architecture.max_position_embeddings, "finetune.architecture")
+        if data.batching == "packed" and family.kind != "decoder":
+            raise InputError("data.batching: only a decoder's rows are packed; write grouped")
+    else:
+        shape = models.load_config(given, trust_remote_code=recipe.teacher.trust_remote_code)
+        _check_lengths(data.max_length, families.positions(shape), start or "")
+        packed = data.batching == "packed"
+        models.check_usable(shape, section="teacher", attention=recipe.teacher.attention, packed=packed)
+        family = families.family(shape)
+    check_format(family, data.format)
+    if family.kind == "encoder":  # its classes are the data's, whatever the checkpoint knew before
+        family = Family("encoder", labels=on_main(world, lambda: label_names(read_rows(data))))
     job = Job(
         folder=folder,
         recipe=recipe,
         inputs=on_main(world, lambda: teacher_inputs(recipe)),
-        initial=initial,
-        tokenizer=initial if start is not None else None,
+        initial=folder / "initial" if given is None or family.kind == "encoder" else given,
+        tokenizer=given,
         teacher=None,
         pairs=(),
         weights=Weights(ce=1.0, kl=0.0, hidden=0.0, kl_positions="trained", hidden_positions="trained"),
@@ -195,6 +217,7 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
         data=data,
         seed=settings.seed,
         makes_teacher=True,
+        family=family,
     )
     refuse_other_recipe(world, job)
     return job
@@ -209,18 +232,22 @@ def teacher_tokenizer(recipe: Recipe) -> Any:
         raise InputError(
             "finetune.architecture: a new tokenizer has no chat template; give prompt/completion or text data"
         )
-    texts = (
-        text for column in ("prompt", "completion", "text") if column in rows.column_names for text in rows[column]
-    )
-    return models.new_tokenizer(texts, settings.architecture.vocab_size)
+    texts = (text for column in TEXT_COLUMNS if column in rows.column_names for text in rows[column])
+    return models.new_tokenizer(texts, settings.architecture.vocab_size, KINDS[settings.architecture.model_type])
 
 
-def initial_teacher(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
-    """Write the HF folder of a new model of `finetune.architecture` with this tokenizer (rank 0 alone)."""
-    settings = recipe.finetune
-    assert settings is not None and settings.architecture is not None
-    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    shape = models.qwen3_config(settings.architecture.model_dump(), special)
+def initial_teacher(recipe: Recipe, tokenizer: Any, job: Job) -> None:
+    """Write the HF folder a teacher starts from: a new model of `finetune.architecture` with this tokenizer, or an encoder's checkpoint
+    with new classes (rank 0 alone)."""
+    settings, folder = recipe.finetune, job.initial
+    assert settings is not None
+    if settings.path is not None:
+        assert job.tokenizer is not None
+        dtype = models.DTYPES[settings.train.dtype]
+        models.new_classifier(job.tokenizer, job.family.labels, folder, seed=settings.seed, dtype=dtype)
+        return
+    assert settings.architecture is not None
+    shape = new_config(settings.architecture.model_dump(), tokenizer, job.family.labels)
     models.new_model(
         shape,
         folder,
@@ -230,14 +257,38 @@ def initial_teacher(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
     )
 
 
-def pairs_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
-    """The recipe's pairs at these depths, the embedding pair first if it is asked for; none where `loss.hidden` is 0."""
+def depths_of(recipe: Recipe, shape: Any) -> tuple[int, ...]:
+    """How many blocks each stack of the student has; `shape` is the configuration of its teacher, or of its own checkpoint."""
+    settings = recipe.student
+    if settings.blocks is None:
+        return families.depths(shape)
+    return (settings.blocks, settings.decoder_blocks or settings.blocks)[: len(families.depths(shape))]
+
+
+def maps_of(recipe: Recipe, student: Sequence[int], teacher: Sequence[int]) -> Pairs:
+    """The recipe's pairs of models whose stacks have these depths, each stack's by itself, the encoder's first.
+
+    Random maps of encoder and decoder are drawn independently.
+    """
+    first = pairs_of(recipe, student[0], teacher[0])
+    if len(teacher) == 1:
+        return first
+    after = {EMBEDDING: DECODER_EMBEDDING}
+    second = pairs_of(recipe, student[1], teacher[1], seed=recipe.seed + DECODER_SEED)
+    return (*first, *((after.get(s, s + student[0]), after.get(t, t + teacher[0])) for s, t in second))
+
+
+def pairs_of(recipe: Recipe, student_depth: int, teacher_depth: int, *, seed: int | None = None) -> Pairs:
+    """The recipe's pairs at these depths, the embedding pair first if it is asked for; none where `loss.hidden` is 0.
+
+    `seed`: of random maps, where it is another than the recipe's.
+    """
     matching = recipe.matching
     pairs = layer_map(
         matching.strategy,
         student_depth,
         teacher_depth,
-        seed=recipe.seed,
+        seed=recipe.seed if seed is None else seed,
         target_block=matching.target_block,
         pairs=matching.pairs,
     )
@@ -348,12 +399,13 @@ def training_ds_config(world: World, train: config.Train, accumulation: int, fol
     )
 
 
-def tokenized(world: World, data: config.Data, tokenizer: Any) -> Dataset:
+def tokenized(world: World, data: config.Data, tokenizer: Any, family: Family = Family("decoder")) -> Dataset:  # noqa: B008 (frozen)
     """The job's rows as tokens; rank 0 reads them first, so that downloads and caches are made once."""
     first: list[Dataset] = []
     on_main(world, lambda: first.append(read_rows(data)))
     rows = first[0] if first else read_rows(data)
-    return tokenize(rows, tokenizer, format=data.format, max_length=data.max_length, too_long=data.too_long)
+    lengths: dict[str, Any] = dict(max_length=data.max_length, too_long=data.too_long)
+    return tokenize_for(family, rows, tokenizer, format=data.format, **lengths)
 
 
 def read_rows(data: config.Data) -> Dataset:
@@ -370,8 +422,9 @@ def load_teacher(world: World, job: Job) -> Teacher:
     normed_last = job.recipe.matching.final_state == "normed"
     uses = [teacher for _, teacher in sorted(job.pairs, key=lambda pair: pair[0])]  # as the student's blocks take them
     config = models.load_config(job.teacher, trust_remote_code=settings.trust_remote_code)
-    depth = config.num_hidden_layers
-    needed = blocks_needed(uses, depth, logits=logits, normed_last=normed_last)
+    depth = sum(families.depths(config))
+    decodes = job.family.kind == "decoder"  # other families are loaded whole
+    needed = blocks_needed(uses, depth, logits=logits, normed_last=normed_last) if decodes else depth
     wire = None
     if settings.placement == "pipeline":
         wire = Wire(world, stage_count(settings.stages, world.size, world.local_size, depth))
@@ -381,7 +434,7 @@ def load_teacher(world: World, job: Job) -> Teacher:
     if wire is not None:
         return _pipelined(world, job, job.teacher, wire, models.student_config(config, range(needed), {}))
     ds = _sharded_config(job, models.student_config(config, range(needed), {})) if sharded else None
-    model = models.load_causal_lm(
+    model = models.load_model(
         job.teacher,
         dtype=models.DTYPES[settings.dtype],
         ds_config=ds,
@@ -389,7 +442,7 @@ def load_teacher(world: World, job: Job) -> Teacher:
         trust_remote_code=settings.trust_remote_code,
         first_blocks=needed if needed < depth else None,
     )
-    if not logits:
+    if not logits and decodes:
         model = models.without_head(model)
     if not sharded:
         cast(nn.Module, model).to(world.device)  # a student is placed by its engine
@@ -453,7 +506,7 @@ def load_student(job: Job, ds_config: dict[str, Any], target_width: int | None) 
     dtype = models.DTYPES[job.train.dtype]
     settings, matching = job.recipe.student, job.recipe.matching
     attention = job.recipe.teacher.attention if job.makes_teacher else settings.attention
-    model = models.load_causal_lm(
+    model = models.load_model(
         job.initial,
         dtype=dtype,
         ds_config=ds_config,
@@ -499,16 +552,24 @@ def write_initial(world: World, job: Job, tokenizer: Any, *, resuming: bool) -> 
         return
     recipe = job.recipe
     if job.makes_teacher:
-        on_main(world, lambda: initial_teacher(recipe, tokenizer, job.initial))
+        on_main(world, lambda: initial_teacher(recipe, tokenizer, job))
     else:
         teacher = on_main(world, lambda: models.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
         on_main(world, lambda: initial_student(recipe, teacher, job.initial))
 
 
-def pair_names(pairs: Sequence[tuple[int, int]]) -> list[str]:
-    """How pairs are written in logs: `student<teacher`, `e` for the embeddings."""
-    name = lambda block: "e" if block == EMBEDDING else str(block)  # noqa: E731
-    return [f"{name(s)}<{name(t)}" for s, t in pairs]
+def pair_names(pairs: Sequence[tuple[int, int]], encoders: tuple[int, int] | None = None) -> list[str]:
+    """How pairs are written in logs: `student<teacher`, `e` for the embeddings; of encoder-decoders `enc 0<3` and `dec 1<7`."""
+
+    def name(block: int, encoder: int) -> str:
+        return "e" if block < 0 else str(block - encoder if block >= encoder else block)
+
+    if encoders is None:
+        return [f"{name(s, 0)}<{name(t, 0)}" for s, t in pairs]
+    return [
+        f"{'enc' if EMBEDDING <= s < encoders[0] else 'dec'} {name(s, encoders[0])}<{name(t, encoders[1])}"
+        for s, t in pairs
+    ]
 
 
 def remove_initial(job: Job) -> None:

@@ -184,12 +184,7 @@ def tokenize(rows: Dataset, tokenizer: Any, *, format: str, max_length: int, too
     prompt. Raises InputError for a row that lacks its columns, or when no row is left.
     """
     format = _format_of(rows.column_names) if format == "auto" else format
-    missing = [c for c in FORMATS[format] if c not in rows.column_names]
-    if missing:
-        raise InputError(
-            f"data.format: {format} needs the column {missing[0]!r}, the data has {', '.join(rows.column_names)}; "
-            "rename the column, or choose another format"
-        )
+    check_columns(rows, FORMATS[format], format)
     if tokenizer.eos_token_id is None:
         raise InputError(
             "the tokenizer has no end-of-sequence token, by which a student learns to stop; set its eos_token"
@@ -216,6 +211,24 @@ def tokenize(rows: Dataset, tokenizer: Any, *, format: str, max_length: int, too
     found = rows.map(
         encoded, batched=True, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False
     )
+    return kept_rows(found, max_length=max_length, too_long=too_long)
+
+
+def check_columns(rows: Dataset, needed: Sequence[str], format: str) -> None:
+    """Raise InputError where a format's column is not there."""
+    missing = [column for column in needed if column not in rows.column_names]
+    if missing:
+        raise InputError(
+            f"data.format: {format} needs the column {missing[0]!r}, the data has {', '.join(rows.column_names)}; "
+            "rename the column, or choose another format"
+        )
+
+
+def kept_rows(found: Dataset, *, max_length: int, too_long: str) -> Dataset:
+    """The tokenized rows that are trained on, by their columns `whole` (tokens before any cut) and `useful`, which go.
+
+    Raises InputError when no row is left.
+    """
     long, useful = np.array(found["whole"]) > max_length, np.array(found["useful"])
     kept = np.flatnonzero(useful & (~long | (too_long == "truncate")))
     if long.any() or not useful.all():
@@ -451,8 +464,9 @@ def batches(
     world_size: int,
     pad_id: int,
     packed: bool,
+    make: Callable[..., Batch] = collate,
 ) -> Iterator[list[Batch]]:
-    """For each step from `start_step` on, this rank's micro-batches, made ready one step ahead."""
+    """For each step from `start_step` on, this rank's micro-batches, made ready one step ahead; `make` makes one of its rows."""
     lengths = np.array(data["length"])
     per_epoch = steps_per_epoch(len(lengths), batch_size)
 
@@ -464,8 +478,7 @@ def batches(
         epoch, place = divmod(step, per_epoch)
         mine = micro_batch_rows(of_epoch(epoch)[place], rank=rank, world_size=world_size, accumulation=accumulation)
         return [
-            collate([data[int(r)] for r in micro], pad_id=pad_id, packed=packed, numbers=micro.tolist())
-            for micro in mine
+            make([data[int(r)] for r in micro], pad_id=pad_id, packed=packed, numbers=micro.tolist()) for micro in mine
         ]
 
     # A thread, not a worker process: a process would be ended by the signal that asks this one to save and stop.

@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from transformers import (
@@ -42,6 +43,8 @@ from llmkd.distributed import sharded_construction
 from llmkd.errors import InputError
 from llmkd.families import (
     AUTO_CLASSES,
+    CLASSIFIERS,
+    Kind,
     by_stack,
     check_blocks,
     depths,
@@ -305,6 +308,66 @@ def copied_student(
     )
 
 
+def copied_encoder(
+    teacher: Path, chosen: Sequence[int], folder: Path, *, seed: int, dtype: torch.dtype, classifier: bool
+) -> None:
+    """As `copied_student`, of an encoder with classes: embeddings, the chosen blocks and the pooler, and with `classifier` the map to the
+    classes too; what is not copied is drawn from the seed."""
+    config = load_config(teacher)
+    source = load_model(teacher, dtype=dtype, ds_config=None, attention="eager")
+    small = student_config(config, chosen, {})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student = AUTO_CLASSES["encoder"].from_config(small, dtype=dtype)
+    given = source.state_dict()
+    if not classifier:
+        given = {name: tensor for name, tensor in given.items() if not name.startswith(f"{_classifier(config)}.")}
+    old_blocks, new_blocks = blocks(source), blocks(student)
+    prefix = blocks_name(source)
+    given = {name: tensor for name, tensor in given.items() if not name.startswith(prefix)}
+    missing = student.load_state_dict(given, strict=False).missing_keys
+    allowed = (prefix,) if classifier else (prefix, f"{_classifier(config)}.")
+    assert all(name.startswith(allowed) for name in missing), missing
+    for new, old in zip(new_blocks, chosen, strict=True):
+        new.load_state_dict(old_blocks[old].state_dict())
+    _publish(folder, lambda tmp: (student.save_pretrained(tmp), copy_tokenizer(teacher, tmp)))
+
+
+def new_classifier(start: Path, labels: Sequence[str], folder: Path, *, seed: int, dtype: torch.dtype) -> None:
+    """Write an HF folder of an encoder checkpoint with a new map to these classes (and a pooler where it has none) from the seed."""
+    config = load_config(start)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: number for number, label in enumerate(labels)}
+    config.problem_type = "single_label_classification"
+    options: dict[str, Any] = dict(use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
+    with torch.random.fork_rng(devices=[]), _quiet_about_unused({"a head": "is new"}):
+        torch.manual_seed(seed)
+        fresh = AUTO_CLASSES["encoder"].from_config(config, dtype=dtype)
+        model, info = AUTO_CLASSES["encoder"].from_pretrained(start, config=config, dtype=dtype, **options)
+    lacking = [name for name in info["missing_keys"] if blocks_name(model) in name or "embeddings" in name]
+    if lacking:
+        raise InputError(
+            f"{start}: its weights lack {len(lacking)} tensors of the model, first {min(lacking)!r}; give the whole weights"
+        )
+    made = dict(fresh.named_parameters())
+    renewed = {name for name in made if name.startswith(f"{_classifier(config)}.")} | set(info["missing_keys"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in renewed:
+                parameter.copy_(made[name])
+    _publish(folder, lambda tmp: (model.save_pretrained(tmp), copy_tokenizer(start, tmp)))
+
+
+def _classifier(config: PreTrainedConfig) -> str:
+    return CLASSIFIERS[config.model_type]
+
+
+def blocks_name(model: PreTrainedModel) -> str:
+    """What precedes the block number in a model's parameter names, e.g. `model.layers.`."""
+    stack = blocks(model)
+    return next(name for name, module in model.named_modules() if module is stack) + "."
+
+
 def _renamed(folder: Path, chosen: Sequence[int], blocks: Sequence[int]) -> Callable[[str], list[str]]:
     """A tensor's name in the teacher's files -> its names in the student's, one for each block made of it."""
     homes: list[tuple[re.Pattern[str], str, dict[int, list[int]]]] = []
@@ -370,17 +433,29 @@ def qwen3_config(shape: dict[str, Any], special: dict[str, Any]) -> Qwen3Config:
     return Qwen3Config(**shape, **special, use_cache=True)
 
 
-def new_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the texts, with `<eos>` and a `<pad>` of its own (a pad that is the eos is never trained)."""
+def new_tokenizer(texts: Iterable[str], vocab_size: int, of: Kind = "decoder") -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on the texts, with `<eos>` and a `<pad>` of its own (a pad that is the eos is never trained).
+
+    `of` an encoder, it writes `<cls>` a `<sep>`, or `<cls>` a `<sep>` b `<sep>`; of an encoder-decoder, an `<eos>` after each text.
+    """
     bpe = Tokenizer(BPE())
     bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
     bpe.decoder = ByteLevelDecoder()
-    special = ["<pad>", "<eos>"]
+    names = {"eos_token": "<eos>"} if of != "encoder" else {"cls_token": "<cls>", "sep_token": "<sep>"}
+    special = ["<pad>", *names.values()]
     trainer = BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<pad>", padding_side="left")
+    if of == "encoder":
+        pair = "<cls>:0 $A:0 <sep>:0 $B:1 <sep>:1"
+        bpe.post_processor = TemplateProcessing(
+            single="<cls> $A <sep>", pair=pair, special_tokens=[("<cls>", 1), ("<sep>", 2)]
+        )
+    elif of == "encoder_decoder":
+        bpe.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    side = "left" if of == "decoder" else "right"
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", padding_side=side, **names)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

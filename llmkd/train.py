@@ -48,6 +48,7 @@ from llmkd.distributed import (
     tell_mistake,
 )
 from llmkd.errors import InputError
+from llmkd.family_data import collate_for
 from llmkd.metrics import Journal, Meter, peak_memory_gib
 from llmkd.objective import divisors, scales
 from llmkd.provenance import commit, hardware, versions
@@ -70,7 +71,7 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     if resume is not None and resume.world_size != world.size:
         ds_config = on_other_ranks(ds_config)
     tokenizer = build.job_tokenizer(world, job, resuming=resume is not None)
-    data = build.tokenized(world, job.data, tokenizer)
+    data = build.tokenized(world, job.data, tokenizer, job.family)
     steps = build.total_steps(settings, len(data))
     rate = build.rate_of_step(settings, steps)
     cached = cache_contents.open_teacher(world, job, tokenizer, data)
@@ -102,7 +103,7 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         recipe=job.inputs,
         run_name=f"{job.recipe.name}-{job.title}",
     )
-    meter = Meter(world, job.weights, build.pair_names(job.pairs))
+    meter = Meter(world, job.weights, build.pair_names(job.pairs, job.encoders))
     _announce(world, job, steps, accumulation, len(data))
 
     totals = {"seconds": 0.0, "tokens": 0}
@@ -118,6 +119,7 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         world_size=world.size,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         packed=job.data.batching == "packed",
+        make=collate_for(job.family),
     )
     if teacher is not None:
         loader = announced(loader, teacher.expect)
@@ -125,7 +127,8 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     began = time.perf_counter()
     for step, micro_batches in enumerate(loader, start=first + 1):
         counts = [sum(c) for c in zip(*(batch.counts for batch in micro_batches), strict=True)]
-        trained, attended, asked_to_stop = sum_counts(world, [*counts, int(stopping.asked)])  # all ranks, on the CPU
+        counts += [sum(batch.source_count for batch in micro_batches), int(stopping.asked)]
+        trained, attended, source, asked_to_stop = sum_counts(world, counts)  # all ranks, on the CPU
         by = divisors(job.weights, trained=trained, attended=attended, pairs=len(job.pairs))
         for group in student.optimizer.param_groups:
             group["lr"] = rate(step - 1)
@@ -133,12 +136,12 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         for batch in micro_batches:
             batch = batch.to(world.device)
             signals = teacher.signals(batch) if teacher is not None else None
-            loss, sums = student(batch, signals, scales(job.weights, by, world.size))
+            loss, sums = student(batch, signals, scales(job.weights, by, world.size), attended / max(source, 1))
             student.backward(loss, scale_wrt_gas=False)  # the sums are already divided by the whole batch's count
             student.step()
             meter.add(sums)
-        meter.step(by, attended)
-        totals["tokens"] += attended
+        meter.step(by, attended + source)
+        totals["tokens"] += attended + source
 
         saves = step == steps or asked_to_stop or (settings.save_every and step % settings.save_every == 0)
         if step % settings.log_every == 0 or saves:  # all ranks: one reduction
@@ -215,7 +218,7 @@ def _announce(world: World, job: Job, steps: int, accumulation: int, rows: int) 
 
 def _card(job: Job, steps: int) -> str:
     """The exported model's README: what it is, and the recipe that made it."""
-    pairs = ", ".join(build.pair_names(job.pairs)) or "none"
+    pairs = ", ".join(build.pair_names(job.pairs, job.encoders)) or "none"
     return (
         f"# {job.recipe.name}: {job.title}\n\nTrained by llmkd {__version__}, {steps} steps.\n\n"
         f"- started from: {job.initial.name if job.initial.parent == job.folder else job.initial}\n"

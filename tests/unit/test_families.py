@@ -15,9 +15,12 @@ from llmkd.data import Batch, collate
 from llmkd.distances import DISTANCES
 from llmkd.divergences import forward_kl
 from llmkd.errors import InputError
+from llmkd.families import DECODER_EMBEDDING
+from llmkd.family_data import collate_classified, collate_sources
+from llmkd.stages import EMBEDDING
 from llmkd.student import Distiller
 from llmkd.teachers.resident import ResidentTeacher
-from tests.family_models import DECODERS, WORDS, new, plain_losses
+from tests.family_models import DECODERS, ENCODER_DECODERS, ENCODERS, WORDS, new, plain_losses
 
 CE, KL, HIDDEN = 0.7, 1.3, 2.0
 
@@ -111,3 +114,103 @@ def test_models_that_leave_out_blocks_are_refused() -> None:
     config.layerdrop = 0.1
     with pytest.raises(InputError, match=r"leaves out blocks in training \(layerdrop\).*write layerdrop: 0\.0 into"):
         families.check_blocks(config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoders
+
+
+ENCODER_PAIRS = ((EMBEDDING, EMBEDDING), (0, 1), (1, 3))
+
+
+def encoder_rows(segments: bool = True) -> list[dict[str, Any]]:
+    """Rows of which the last half belongs to the second text; row n has class n."""
+    draw = torch.Generator().manual_seed(2)
+    return [
+        {"input_ids": ids(draw, n), "segments": [int(segments and i >= n // 2) for i in range(n)], "class": k}
+        for k, n in enumerate((9, 4, 6))
+    ]
+
+
+def encoder_pair(name: str) -> tuple[Any, Any]:
+    return tuple(new(ENCODERS[name](depth), "encoder", seed).double() for depth, seed in ((4, 0), (2, 1)))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoder_gives_the_losses_and_gradients_of_the_plain_model(name: str) -> None:
+    teacher, student = encoder_pair(name)
+    batch = collate_classified(encoder_rows(segments=name == "bert"), pad_id=0)
+    gradients = check_against_the_plain_model(teacher, student, ENCODER_PAIRS, batch, temperature=2.0)
+    assert len(gradients) == len(list(student.parameters()))
+    assert batch.counts == (3, 19)
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, *ENCODER_DECODERS])
+def test_padding_and_accumulation_change_nothing(name: str) -> None:
+    """All rows at once, one by one without the others' padding, and with other tokens in the padding."""
+    if name in ENCODERS:
+        teacher, student = encoder_pair(name)
+        pairs, make, rows = ENCODER_PAIRS, collate_classified, encoder_rows(segments=name == "bert")
+    else:
+        teacher, student = encoder_decoder_pair(name)
+        pairs, make, rows = SEQUENCE_PAIRS, collate_sources, source_rows()
+    whole = ours(teacher, student, pairs, [make(rows, pad_id=0)])
+    alone = ours(teacher, student, pairs, [make([row], pad_id=0) for row in rows])
+    parts = [whole, alone]
+    if name != "roberta":  # which counts positions by the padding's id
+        parts.append(ours(teacher, student, pairs, [make(rows, pad_id=7)]))
+    for values, gradients in parts[1:]:
+        assert values == pytest.approx(whole[0], rel=1e-6)
+        for key, gradient in gradients.items():
+            torch.testing.assert_close(gradient, whole[1][key], rtol=1e-6, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoder-decoders
+
+
+SEQUENCE_PAIRS = (
+    (EMBEDDING, EMBEDDING), (0, 1), (1, 3),  # the encoder's 2 of 4 blocks
+    (DECODER_EMBEDDING, DECODER_EMBEDDING), (2, 5), (3, 4), (4, 6),  # the decoder's 3 of 3
+)  # fmt: skip
+
+
+def source_rows() -> list[dict[str, Any]]:
+    draw = torch.Generator().manual_seed(3)
+    return [
+        {"source_ids": ids(draw, source), "target_ids": [0, *ids(draw, target), 1]}
+        for source, target in ((9, 3), (2, 12), (5, 1))
+    ]
+
+
+def encoder_decoder_pair(name: str) -> tuple[Any, Any]:
+    shapes = ((4, 3, 0), (2, 3, 1))
+    made = [new(ENCODER_DECODERS[name](e, d), "encoder_decoder", seed).double() for e, d, seed in shapes]
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_encoder_decoder_gives_the_losses_and_gradients_of_the_plain_model(name: str, normed: bool) -> None:
+    teacher, student = encoder_decoder_pair(name)
+    batch = collate_sources(source_rows(), pad_id=0)
+    gradients = check_against_the_plain_model(teacher, student, SEQUENCE_PAIRS, batch, normed=normed, temperature=2.0)
+    assert len(gradients) == len(list(student.parameters()))
+    assert batch.counts == (19, 19) and batch.source_count == 16
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+@torch.no_grad()
+def test_head_of_an_encoder_decoder_gives_the_models_own_loss(name: str) -> None:
+    """Labels are what transformers shifts by itself, T5's scale and BART's bias included."""
+    model = encoder_decoder_pair(name)[0]
+    batch = collate_sources(source_rows(), pad_id=0)
+    assert batch.source_ids is not None and batch.source_attended is not None
+    model.config.decoder_start_token_id = 0
+    theirs = model(input_ids=batch.source_ids, attention_mask=batch.source_attended.long(), labels=batch.targets)
+    states = families.final_state(model, batch)
+    logits = torch.nn.functional.linear(states, families.head(model).weight, families.head_bias(model))
+    kept = batch.targets != -100
+    torch.testing.assert_close(logits[kept], theirs.logits[kept], rtol=1e-10, atol=1e-10)
+    own = torch.nn.functional.cross_entropy(logits[kept], batch.targets[kept])
+    torch.testing.assert_close(own, theirs.loss, rtol=1e-10, atol=1e-10)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ import yaml
 from llmkd import build, models
 from llmkd.config import Recipe, load_recipe
 from llmkd.distributed import gathered
+from llmkd.families import CLASSIFIERS, depths
 from llmkd.train import train
-from tests.family_models import CLASSES, DECODERS, new
-from tests.tiny import make, recipe_values
+from tests.family_models import CLASSES, DECODERS, ENCODER_DECODERS, ENCODERS, new
+from tests.family_models import WORDS as WORDS_OF_MODEL
+from tests.tiny import WORDS, make, recipe_values
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +74,116 @@ def test_decoder_is_trained_exported_and_loaded_again(
     models.copied_student(tmp_path / "teacher", (0, 3), tmp_path / "initial", dtype=torch.float32)
     start = dict(CLASSES["decoder"].from_pretrained(tmp_path / "initial").named_parameters())
     assert max((parameter - start[key]).abs().max() for key, parameter in weights.items()) > 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoders and encoder-decoders
+
+
+def write_rows(folder: Path, kind: str) -> None:
+    """rows.jsonl: a text's class is where its words come from; or a text and the same words backwards."""
+    draw = random.Random(0)
+    rows: list[dict[str, Any]] = []
+    for number in range(40):
+        words = draw.choices(WORDS[5 * (number % 3) : 5 * (number % 3) + 5], k=draw.randint(1, 9))
+        if kind == "encoder":
+            rows.append({"text": " ".join(words), "label": ("first", "second", "third")[number % 3]})
+        else:
+            rows.append({"prompt": " ".join(words), "completion": " ".join(reversed(words))})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def family_recipe(folder: Path, kind: str, teacher: Any, **changes: Any) -> Recipe:
+    """Rows, a teacher with a tokenizer of its family, and a recipe of two steps for them."""
+    write_rows(folder, kind)
+    tokenizer = models.new_tokenizer(WORDS, WORDS_OF_MODEL, kind)  # type: ignore[arg-type]
+    if kind == "encoder":
+        names = ("first", "second", "third")
+        teacher.config.id2label, teacher.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+    teacher.save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+    values = recipe_values(folder)
+    values["student"] = {"blocks": 2}
+    values["data"]["max_length"] = 62
+    values["matching"] = {"embedding": True}
+    values["train"] |= {"steps": 2, "warmup_steps": 0}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return load_recipe(folder / "recipe.yaml").changed(changes)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoder_is_trained_exported_and_loaded_again(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    teacher = new(ENCODERS[name](4), "encoder")
+    recipe = family_recipe(tmp_path, "encoder", teacher, **{"student.copy_blocks": (0, 3)})
+    weights = trained(world, recipe, tmp_path / "run", monkeypatch)
+    again = CLASSES["encoder"].from_pretrained(tmp_path / "run" / "model").eval()
+    assert again.config.num_hidden_layers == 2 and again.config.id2label == {0: "first", 1: "second", 2: "third"}
+    assert all(torch.equal(parameter, weights[key]) for key, parameter in again.named_parameters())
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert list(logged[0]["pairs"]) == ["e<e", "0<1", "1<3"]
+    assert all(step[part] > 0 for step in logged for part in ("ce", "kl", "hidden"))
+    assert not (tmp_path / "run" / "model" / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize("classifier", [None, "copied"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_copied_encoder_is_the_chosen_blocks_of_its_teacher(tmp_path: Path, name: str, classifier: str | None) -> None:
+    teacher = new(ENCODERS[name](4), "encoder")
+    changes = {"student.copy_blocks": (0, 3), "student.classifier": classifier}
+    recipe = family_recipe(tmp_path, "encoder", teacher, **changes)
+    for target in ("one", "two"):
+        build.initial_student(recipe, tmp_path / "teacher", tmp_path / target)
+    build.initial_student(recipe.changed({"seed": 1}), tmp_path / "teacher", tmp_path / "other")
+    one, two, other = (
+        CLASSES["encoder"].from_pretrained(tmp_path / target).state_dict() for target in ("one", "two", "other")
+    )
+    whole = teacher.state_dict()
+    block = models.blocks_name(teacher)
+    place = CLASSIFIERS[name] + "."
+    for key, tensor in one.items():
+        source = key.replace(f"{block}1.", f"{block}3.")
+        drawn = classifier is None and key.startswith(place)
+        assert torch.equal(tensor, whole[source]) != drawn, key
+        assert torch.equal(tensor, two[key])
+        assert torch.equal(tensor, other[key]) != (drawn and key.endswith("weight")), key
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_encoder_decoder_is_trained_exported_and_loaded_again(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    teacher = new(ENCODER_DECODERS[name](4, 3), "encoder_decoder")
+    changes = {"student.decoder_blocks": 1, "matching.final_state": "normed", "data.max_length": 30}
+    recipe = family_recipe(tmp_path, "encoder_decoder", teacher, **changes)
+    weights = trained(world, recipe, tmp_path / "run", monkeypatch)
+    again = CLASSES["encoder_decoder"].from_pretrained(tmp_path / "run" / "model").eval()
+    assert depths(again.config) == (2, 1)
+    assert all(torch.equal(parameter, weights[key]) for key, parameter in again.named_parameters())
+    if name == "bart":
+        assert torch.equal(again.final_logits_bias, teacher.final_logits_bias) and again.final_logits_bias.any()
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert list(logged[0]["pairs"]) == ["enc e<e", "enc 0<1", "enc 1<3", "dec e<e", "dec 0<2"]
+    assert all(step[part] > 0 for step in logged for part in ("ce", "kl", "hidden"))
+    assert (tmp_path / "run" / "model" / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize("rule", ["spread", "matched"])
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+@torch.no_grad()
+def test_copied_encoder_decoder_is_the_chosen_blocks_of_both_stacks(tmp_path: Path, name: str, rule: str) -> None:
+    teacher = new(ENCODER_DECODERS[name](4, 6), "encoder_decoder")
+    recipe = family_recipe(tmp_path, "encoder_decoder", teacher, **{"student.blocks": 2, "student.copy_blocks": rule})
+    build.initial_student(recipe, tmp_path / "teacher", tmp_path / "student")
+    student = models.load_model(tmp_path / "student", dtype=torch.float32, ds_config=None, attention="sdpa")
+    chosen = [0, 3, 4 + 0, 4 + 5] if rule == "spread" else [1, 3, 4 + 2, 4 + 5]
+    stack, theirs = models.blocks(student), models.blocks(teacher)
+    assert len(stack) == 4
+    for block, old in zip(stack, chosen, strict=True):
+        for key, tensor in block.state_dict().items():
+            # T5 keeps the positions of a whole stack in its first block
+            source = theirs[0 if old < 4 else 4] if "relative_attention_bias" in key else theirs[old]
+            assert torch.equal(tensor, source.state_dict()[key]), key
+    own, outside = student.state_dict(), [n for n in teacher.state_dict() if not re.search(r"\.\d+\.", n)]
+    assert len(outside) >= 3 and all(torch.equal(own[key], teacher.state_dict()[key]) for key in outside)

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers as hf
+import yaml
 from torch import Tensor
 
+from llmkd import models
+from llmkd.config import Recipe, load_recipe
 from llmkd.data import IGNORE, Batch
 from llmkd.distances import DISTANCES
 from llmkd.families import DECODER_EMBEDDING, depths
 from llmkd.stages import EMBEDDING
 from llmkd.teachers.base import output_state
 from tests import definitions
+from tests.tiny import WORDS, recipe_values
 
-WORDS = 320
-SIZES: dict[str, Any] = dict(vocab_size=WORDS, hidden_size=32, max_position_embeddings=64, bos_token_id=None)
+VOCABULARY = 320
+SIZES: dict[str, Any] = dict(vocab_size=VOCABULARY, hidden_size=32, max_position_embeddings=64, bos_token_id=None)
 ENDS: dict[str, Any] = dict(eos_token_id=1, pad_token_id=0)
 GATED: dict[str, Any] = dict(**SIZES, **ENDS, intermediate_size=48, num_attention_heads=4, initializer_range=0.3)
-OPT: dict[str, Any] = dict(vocab_size=WORDS, hidden_size=32, ffn_dim=48, num_attention_heads=4, init_std=0.3)
+OPT: dict[str, Any] = dict(vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_attention_heads=4, init_std=0.3)
 OPT |= dict(max_position_embeddings=64, dropout=0.0, bos_token_id=1, **ENDS)
 
 DECODERS: dict[str, Callable[[int], Any]] = {
@@ -44,11 +51,11 @@ ENCODERS: dict[str, Callable[[int], Any]] = {
     "bert": lambda n: hf.BertConfig(**BERT, num_hidden_layers=n, **CLASSES_OF_TEXTS),
     "roberta": lambda n: hf.RobertaConfig(**BERT, num_hidden_layers=n, **CLASSES_OF_TEXTS),
     "distilbert": lambda n: hf.DistilBertConfig(
-        vocab_size=WORDS, max_position_embeddings=64, dim=32, hidden_dim=48, n_layers=n, n_heads=4, **CLASSES_OF_TEXTS,
+        vocab_size=VOCABULARY, max_position_embeddings=64, dim=32, hidden_dim=48, n_layers=n, n_heads=4, **CLASSES_OF_TEXTS,
         initializer_range=0.3, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0, pad_token_id=0,
     ),
 }  # fmt: skip
-T5: dict[str, Any] = dict(vocab_size=WORDS, d_model=32, d_kv=8, d_ff=48, num_heads=4, dropout_rate=0.0)
+T5: dict[str, Any] = dict(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_heads=4, dropout_rate=0.0)
 T5 |= dict(decoder_start_token_id=0, **ENDS, initializer_factor=2.0)
 UNTIED: dict[str, Any] = dict(tie_word_embeddings=False)
 ENCODER_DECODERS: dict[str, Callable[[int, int], Any]] = {
@@ -58,7 +65,7 @@ ENCODER_DECODERS: dict[str, Callable[[int, int], Any]] = {
         **T5, num_layers=e, num_decoder_layers=d, feed_forward_proj="gated-gelu", **UNTIED
     ),
     "bart": lambda e, d: hf.BartConfig(
-        vocab_size=WORDS, d_model=32, encoder_layers=e, decoder_layers=d, encoder_ffn_dim=48, decoder_ffn_dim=40,
+        vocab_size=VOCABULARY, d_model=32, encoder_layers=e, decoder_layers=d, encoder_ffn_dim=48, decoder_ffn_dim=40,
         encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=64, init_std=0.3, dropout=0.0,
         decoder_start_token_id=1, bos_token_id=2, forced_eos_token_id=None, scale_embedding=True, **ENDS,
     ),
@@ -143,3 +150,38 @@ def run(model: Any, batch: Batch, normed: bool = False) -> tuple[Tensor, dict[in
     for hook in hooks:
         hook.remove()
     return logits, states
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def write_rows(folder: Path, kind: str) -> None:
+    """rows.jsonl: a text's class is where its words come from; or a text and the same words backwards."""
+    draw = random.Random(0)
+    rows: list[dict[str, Any]] = []
+    for number in range(40):
+        words = draw.choices(WORDS[5 * (number % 3) : 5 * (number % 3) + 5], k=draw.randint(1, 9))
+        if kind == "encoder":
+            rows.append({"text": " ".join(words), "label": ("first", "second", "third")[number % 3]})
+        else:
+            rows.append({"prompt": " ".join(words), "completion": " ".join(reversed(words))})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def family_recipe(folder: Path, kind: str, teacher: Any, **changes: Any) -> Recipe:
+    """Rows, a teacher with a tokenizer of its family, and a recipe of two steps for them."""
+    write_rows(folder, kind)
+    tokenizer = models.new_tokenizer(WORDS, VOCABULARY, kind)  # type: ignore[arg-type]
+    if kind == "encoder":
+        names = ("first", "second", "third")
+        teacher.config.id2label, teacher.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+    teacher.save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+    values = recipe_values(folder)
+    values["student"] = {"blocks": 2}
+    values["data"]["max_length"] = 62
+    values["matching"] = {"embedding": True}
+    values["train"] |= {"steps": 2, "warmup_steps": 0}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return load_recipe(folder / "recipe.yaml").changed(changes)

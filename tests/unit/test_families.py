@@ -20,13 +20,13 @@ from llmkd.family_data import collate_classified, collate_sources
 from llmkd.stages import EMBEDDING
 from llmkd.student import Distiller
 from llmkd.teachers.resident import ResidentTeacher
-from tests.family_models import DECODERS, ENCODER_DECODERS, ENCODERS, WORDS, new, plain_losses
+from tests.family_models import DECODERS, ENCODER_DECODERS, ENCODERS, VOCABULARY, new, plain_losses
 
 CE, KL, HIDDEN = 0.7, 1.3, 2.0
 
 
 def ids(draw: torch.Generator, count: int) -> list[int]:
-    return torch.randint(3, WORDS, (count,), generator=draw).tolist()
+    return torch.randint(3, VOCABULARY, (count,), generator=draw).tolist()
 
 
 def decoder_rows(lengths: Sequence[int] = (9, 4, 6)) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ from llmkd.config import Recipe, load_recipe
 from llmkd.distributed import gathered
 from llmkd.families import CLASSIFIERS, depths
 from llmkd.train import train
-from tests.family_models import CLASSES, DECODERS, ENCODER_DECODERS, ENCODERS, new
-from tests.family_models import WORDS as WORDS_OF_MODEL
-from tests.tiny import WORDS, make, recipe_values
+from tests.family_models import CLASSES, DECODERS, ENCODER_DECODERS, ENCODERS, family_recipe, new
+from tests.tiny import make, recipe_values
 
 
 @pytest.fixture(scope="module")
@@ -78,37 +76,6 @@ def test_decoder_is_trained_exported_and_loaded_again(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Encoders and encoder-decoders
-
-
-def write_rows(folder: Path, kind: str) -> None:
-    """rows.jsonl: a text's class is where its words come from; or a text and the same words backwards."""
-    draw = random.Random(0)
-    rows: list[dict[str, Any]] = []
-    for number in range(40):
-        words = draw.choices(WORDS[5 * (number % 3) : 5 * (number % 3) + 5], k=draw.randint(1, 9))
-        if kind == "encoder":
-            rows.append({"text": " ".join(words), "label": ("first", "second", "third")[number % 3]})
-        else:
-            rows.append({"prompt": " ".join(words), "completion": " ".join(reversed(words))})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def family_recipe(folder: Path, kind: str, teacher: Any, **changes: Any) -> Recipe:
-    """Rows, a teacher with a tokenizer of its family, and a recipe of two steps for them."""
-    write_rows(folder, kind)
-    tokenizer = models.new_tokenizer(WORDS, WORDS_OF_MODEL, kind)  # type: ignore[arg-type]
-    if kind == "encoder":
-        names = ("first", "second", "third")
-        teacher.config.id2label, teacher.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
-    teacher.save_pretrained(folder / "teacher")
-    tokenizer.save_pretrained(folder / "teacher")
-    values = recipe_values(folder)
-    values["student"] = {"blocks": 2}
-    values["data"]["max_length"] = 62
-    values["matching"] = {"embedding": True}
-    values["train"] |= {"steps": 2, "warmup_steps": 0}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
-    return load_recipe(folder / "recipe.yaml").changed(changes)
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -441,8 +441,12 @@ def new_tokenizer(texts: Iterable[str], vocab_size: int, of: Kind = "decoder") -
     bpe = Tokenizer(BPE())
     bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
     bpe.decoder = ByteLevelDecoder()
-    names = {"eos_token": "<eos>"} if of != "encoder" else {"cls_token": "<cls>", "sep_token": "<sep>"}
+    names: dict[str, Any] = {"eos_token": "<eos>"}
+    if of == "encoder":
+        names = {"cls_token": "<cls>", "sep_token": "<sep>"}
     special = ["<pad>", *names.values()]
+    if of == "encoder":  # which transformers leaves out unless told
+        names["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     trainer = BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False
     )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from llmkd import backends, class_metrics, family_rules, generation, models, prompts
-from llmkd.classification import classify
+from llmkd.classification import classified, classify
 from llmkd.config import Data, Evaluation, Generation
 from llmkd.errors import InputError
 from llmkd.families import family
@@ -57,18 +59,30 @@ def test_a_class_that_nobody_named_counts_nothing() -> None:
     assert found == {"accuracy": 1.0, "f1": 0.5, "f1_second": 0.0, "cross_entropy": pytest.approx(0.2)}
 
 
-@pytest.mark.parametrize("name", ENCODERS)
-def test_classify_gives_the_scores_of_the_plain_model(tmp_path: Path, name: str) -> None:
-    """Row by row, without padding, and what was done is not done again."""
-    recipe = family_recipe(tmp_path, "encoder", new(ENCODERS[name](2), "encoder"))
-    settings, data = Evaluation(batch_size=7), recipe.data
+def test_classify_gives_the_scores_of_the_plain_model(tmp_path: Path) -> None:
+    """Row by row, without padding, for every type of encoder; what was done is not done again."""
+    recipes = {}
+    for name in ENCODERS:
+        (tmp_path / name).mkdir()
+        recipes[name] = family_recipe(tmp_path / name, "encoder", new(ENCODERS[name](2), "encoder"))
+    settings, data = Evaluation(batch_size=7), recipes["bert"].data
     out = tmp_path / "classifications"
-    jobs = [("one", tmp_path / "teacher"), ("gone", tmp_path / "nowhere")]
-    files = classify(jobs, settings, data, out)
-    model = CLASSES["encoder"].from_pretrained(tmp_path / "teacher").eval()
-    tokenizer = models.load_tokenizer(tmp_path / "teacher")
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    lines = [json.loads(line) for line in files["one"].with_suffix(".jsonl").read_text().splitlines()]
+    jobs = [(name, tmp_path / name / "teacher") for name in ENCODERS]
+    files = classify([*jobs, ("gone", tmp_path / "nowhere")], settings, data, out)
+    for name in ENCODERS:
+        _check_scores(tmp_path / name, files[name])
+    failed = json.loads(files["gone"].read_text())
+    assert "holds no model (no config.json)" in failed["error"] and failed["metrics"]["accuracy"] is None
+    before = files["bert"].stat().st_mtime_ns
+    classify(jobs, settings, data, out)
+    assert files["bert"].stat().st_mtime_ns == before
+
+
+def _check_scores(folder: Path, file: Path) -> None:
+    model = CLASSES["encoder"].from_pretrained(folder / "teacher").eval()
+    tokenizer = models.load_tokenizer(folder / "teacher")
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in file.with_suffix(".jsonl").read_text().splitlines()]
     assert len(lines) == len(rows) == 40
     labels, predicted, nats = [], [], []
     for number, (row, line) in enumerate(zip(rows, lines, strict=True)):
@@ -78,24 +92,14 @@ def test_classify_gives_the_scores_of_the_plain_model(tmp_path: Path, name: str)
         predicted.append(int(logits.argmax()))
         nats.append(-logits.double().log_softmax(-1)[labels[-1]].item())
         assert (line["item"], line["label"], line["predicted"]) == (number, labels[-1], predicted[-1])
-    found = json.loads(files["one"].read_text())
+    found = json.loads(file.read_text())
     expected = class_metrics.class_metrics(labels, predicted, nats, 3)
     assert found["metrics"] == pytest.approx(expected, rel=1e-5) and found["error"] is None
     assert len(set(predicted)) > 1
-    failed = json.loads(files["gone"].read_text())
-    assert "holds no model (no config.json)" in failed["error"] and failed["metrics"]["accuracy"] is None
-    before = files["one"].stat().st_mtime_ns
-    classify(jobs[:1], settings, data, out)
-    assert files["one"].stat().st_mtime_ns == before
-    entry = {
-        "name": "one",
-        "strategy": "forward",
-        "seed": 0,
-        "problems": {},
-        "classification": "classifications/one.json",
-    }
+    entry: dict[str, Any] = {"name": "one", "strategy": "forward", "seed": 0, "problems": {}}
+    entry["classification"] = file.name
     entry["scores"] = {f"classification/{key}": value for key, value in found["metrics"].items()}
-    items = ItemScores(tmp_path, [entry])
+    items = ItemScores(file.parent, [entry])
     for metric in ("accuracy", "f1", "cross_entropy"):
         sums = items(f"classification/{metric}", [("forward", 0)], [("forward", 0)])
         assert sums is not None and sums[2](sums[0][0].sum(0)) == pytest.approx(found["metrics"][metric], rel=1e-4)
@@ -103,11 +107,10 @@ def test_classify_gives_the_scores_of_the_plain_model(tmp_path: Path, name: str)
 
 def test_a_label_that_the_model_does_not_know_is_one_sentence(tmp_path: Path) -> None:
     recipe = family_recipe(tmp_path, "encoder", new(ENCODERS["bert"](2), "encoder"))
-    (tmp_path / "rows.jsonl").write_text('{"text": "red", "label": "fourth"}\n')
-    files = classify([("one", tmp_path / "teacher")], Evaluation(), recipe.data, tmp_path / "out")
-    assert json.loads(files["one"].read_text())["error"] == (
-        "data row 0: the label 'fourth' is none of the model's classes (first, second, third); mend the row, or leave it out"
-    )
+    rows = Dataset.from_list([{"text": "red", "label": "fourth"}])
+    sentence = "data row 0: the label 'fourth' is none of the model's classes (first, second, third); mend the row, or leave it out"
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        classified(tmp_path / "teacher", rows, Evaluation(), recipe.data)
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)

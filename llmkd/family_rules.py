@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
+from llmkd.architectures import new_config
 from llmkd.config import Data, Recipe
 from llmkd.errors import InputError
 from llmkd.families import Family, Kind
 from llmkd.family_data import check_format
+from llmkd.models import load_config, resolve
 
 SAID = {"encoder": "an encoder", "encoder_decoder": "an encoder-decoder", "decoder": "a decoder"}
+
+
+def teacher_shape(recipe: Recipe) -> PreTrainedConfig:
+    """The configuration of the recipe's teacher, or of what it starts from, before it is there."""
+    if recipe.finetune is not None and recipe.finetune.architecture is not None:
+        return new_config(recipe.finetune.architecture.model_dump())
+    start = recipe.finetune.path if recipe.finetune is not None else recipe.teacher.path
+    where = "teacher.path" if recipe.finetune is None else "finetune.path"
+    folder = resolve(start or "", where, recipe.teacher.revision)
+    return load_config(folder, trust_remote_code=recipe.teacher.trust_remote_code)
 
 
 def check_training(recipe: Recipe, family: Family) -> None:

@@ -208,7 +208,7 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
     from llmkd.checkpoint import check_same
     from llmkd.evaluation import check_tasks
     from llmkd.families import depths, kind
-    from llmkd.family_rules import check_evaluation, held_out_data
+    from llmkd.family_rules import check_evaluation, held_out_data, teacher_shape
     from llmkd.generation import check as check_generation
     from llmkd.models import load_config, resolve
 
@@ -217,7 +217,7 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
         raise InputError(
             "evaluation: a study with nothing to score by; name lm-eval tasks under evaluation.tasks, or write evaluation.generation: {}"
         )
-    teacher = _teacher_config(recipe)
+    teacher = teacher_shape(recipe)
     check_evaluation(recipe, kind(teacher))
     if recipe.evaluation.classification is not None:
         read_rows(held_out_data(recipe))
@@ -248,19 +248,6 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
         meta = recipe.folder / entry["model"] / "llmkd.json"
         if entry["train"] is not None and meta.is_file():
             check_same(json.loads(meta.read_text())["inputs"], inputs, meta.parent.parent)
-
-
-def _teacher_config(recipe: Recipe) -> Any:
-    """The configuration of the study's teacher, or of what it starts from."""
-    from llmkd.architectures import new_config
-    from llmkd.models import load_config, resolve
-
-    if recipe.finetune is not None and recipe.finetune.architecture is not None:
-        return new_config(recipe.finetune.architecture.model_dump())
-    start = recipe.finetune.path if recipe.finetune is not None else recipe.teacher.path
-    where = "teacher.path" if recipe.finetune is None else "finetune.path"
-    folder = resolve(start or "", where, recipe.teacher.revision)
-    return load_config(folder, trust_remote_code=recipe.teacher.trust_remote_code)
 
 
 def _launch(recipe: Recipe, entry: dict[str, Any], ranks: int) -> None:

@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from llmkd import config, families, family_rules, models
+from llmkd import config, encoders, families, family_rules, models
 from llmkd.architectures import KINDS, STARTS, new_config
 from llmkd.checkpoint import check_same
 from llmkd.config import ROOT, Recipe, finetune_inputs, fingerprint, training_inputs
@@ -174,7 +174,7 @@ def initial_student(recipe: Recipe, teacher: Path, folder: Path) -> None:
     chosen = models.stack_choices(recipe.student.copy_blocks, wanted, depths)
     if families.kind(shape) == "encoder":
         kept = recipe.student.classifier == "copied"
-        models.copied_encoder(teacher, chosen, folder, seed=recipe.seed, dtype=dtype, classifier=kept)
+        encoders.copied_encoder(teacher, chosen, folder, seed=recipe.seed, dtype=dtype, classifier=kept)
     else:
         models.copied_student(teacher, chosen, folder, dtype=dtype, trust_remote_code=trust)
     log.info("student: %s blocks copied from the teacher's %s", " + ".join(map(str, wanted)), list(chosen))
@@ -244,7 +244,7 @@ def initial_teacher(recipe: Recipe, tokenizer: Any, job: Job) -> None:
     if settings.path is not None:
         assert job.tokenizer is not None
         dtype = models.DTYPES[settings.train.dtype]
-        models.new_classifier(job.tokenizer, job.family.labels, folder, seed=settings.seed, dtype=dtype)
+        encoders.new_classifier(job.tokenizer, job.family.labels, folder, seed=settings.seed, dtype=dtype)
         return
     assert settings.architecture is not None
     shape = new_config(settings.architecture.model_dump(), tokenizer, job.family.labels)

@@ -35,6 +35,16 @@ CLASSIFIERS = {"bert": "classifier", "distilbert": "classifier", "roberta": "cla
 """Encoders by model type, and where the linear map to their classes is; each is tested."""
 DECODER_DEPTH = {"bart": "decoder_layers", "t5": "num_decoder_layers"}
 """Encoder-decoders by model type, and what their configuration calls the decoder's depth; each is tested."""
+WIDTHS = {
+    "bart": {
+        "intermediate_size": ("encoder_ffn_dim", "decoder_ffn_dim"),
+        "num_attention_heads": ("encoder_attention_heads", "decoder_attention_heads"),
+    },
+    "distilbert": {"intermediate_size": ("hidden_dim",)},
+    "opt": {"intermediate_size": ("ffn_dim",)},
+    "t5": {"intermediate_size": ("d_ff",)},
+}
+"""By model type, what its configuration calls a width that a recipe knows by another name."""
 AUTO_CLASSES: dict[Kind, Any] = {
     "decoder": AutoModelForCausalLM,
     "encoder": AutoModelForSequenceClassification,
@@ -121,6 +131,11 @@ def set_depths(config: PreTrainedConfig, blocks: Sequence[int]) -> None:
     config.num_hidden_layers = blocks[0]
     if len(blocks) == 2:
         setattr(config, DECODER_DEPTH[config.model_type], blocks[1])
+
+
+def width_settings(config: PreTrainedConfig, key: str) -> tuple[str, ...]:
+    """What a model type's configuration calls the width that a recipe calls `key`."""
+    return WIDTHS.get(config.model_type, {}).get(key, (key,))
 
 
 def by_stack(chosen: Sequence[int], blocks: Sequence[int]) -> list[list[int]]:

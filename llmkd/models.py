@@ -43,13 +43,13 @@ from llmkd.distributed import sharded_construction
 from llmkd.errors import InputError
 from llmkd.families import (
     AUTO_CLASSES,
-    CLASSIFIERS,
     Kind,
     by_stack,
     check_blocks,
     depths,
     kind,
     set_depths,
+    width_settings,
 )
 from llmkd.families import backbone as backbone
 from llmkd.families import blocks as blocks
@@ -267,17 +267,22 @@ def student_config(teacher: PreTrainedConfig, blocks: Sequence[int], width: dict
     if getattr(config, "max_window_layers", None) is not None:
         config.max_window_layers = min(config.max_window_layers, len(blocks))
     for key, value in width.items():
-        if not hasattr(config, key):
-            raise InputError(
-                f"student.{key}: the teacher's model type {teacher.model_type!r} has no such setting; leave it out"
-            )
-        setattr(config, key, value)
+        for name in width_settings(teacher, key):
+            if not hasattr(config, name):
+                raise InputError(
+                    f"student.{key}: the teacher's model type {teacher.model_type!r} has no such setting; leave it out"
+                )
+            setattr(config, name, value)
     if getattr(teacher, "word_embed_proj_dim", None) == teacher.hidden_size:  # OPT: as wide as the rest
         config.word_embed_proj_dim = config.hidden_size
     heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if shared and heads % shared:
         raise InputError(
             f"student.num_key_value_heads: {heads} attention heads can't share {shared} key-value heads; write a divisor of {heads}"
+        )
+    if getattr(config, "head_dim", None) is None and config.hidden_size % heads:
+        raise InputError(
+            f"student.num_attention_heads: {heads} heads can't share a width of {config.hidden_size}; write a divisor of it"
         )
     return config
 
@@ -298,7 +303,7 @@ def copied_student(
 
     small = student_config(config, chosen, {})
     small.dtype = dtype
-    _publish(
+    publish_folder(
         folder,
         lambda tmp: (
             _copy_tensors(teacher, tmp, renamed, dtype),
@@ -306,66 +311,6 @@ def copied_student(
             copy_tokenizer(teacher, tmp),
         ),
     )
-
-
-def copied_encoder(
-    teacher: Path, chosen: Sequence[int], folder: Path, *, seed: int, dtype: torch.dtype, classifier: bool
-) -> None:
-    """As `copied_student`, of an encoder with classes: embeddings, the chosen blocks and the pooler, and with `classifier` the map to the
-    classes too; what is not copied is drawn from the seed."""
-    config = load_config(teacher)
-    source = load_model(teacher, dtype=dtype, ds_config=None, attention="eager")
-    small = student_config(config, chosen, {})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        student = AUTO_CLASSES["encoder"].from_config(small, dtype=dtype)
-    given = source.state_dict()
-    if not classifier:
-        given = {name: tensor for name, tensor in given.items() if not name.startswith(f"{_classifier(config)}.")}
-    old_blocks, new_blocks = blocks(source), blocks(student)
-    prefix = blocks_name(source)
-    given = {name: tensor for name, tensor in given.items() if not name.startswith(prefix)}
-    missing = student.load_state_dict(given, strict=False).missing_keys
-    allowed = (prefix,) if classifier else (prefix, f"{_classifier(config)}.")
-    assert all(name.startswith(allowed) for name in missing), missing
-    for new, old in zip(new_blocks, chosen, strict=True):
-        new.load_state_dict(old_blocks[old].state_dict())
-    _publish(folder, lambda tmp: (student.save_pretrained(tmp), copy_tokenizer(teacher, tmp)))
-
-
-def new_classifier(start: Path, labels: Sequence[str], folder: Path, *, seed: int, dtype: torch.dtype) -> None:
-    """Write an HF folder of an encoder checkpoint with a new map to these classes (and a pooler where it has none) from the seed."""
-    config = load_config(start)
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: number for number, label in enumerate(labels)}
-    config.problem_type = "single_label_classification"
-    options: dict[str, Any] = dict(use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
-    with torch.random.fork_rng(devices=[]), _quiet_about_unused({"a head": "is new"}):
-        torch.manual_seed(seed)
-        fresh = AUTO_CLASSES["encoder"].from_config(config, dtype=dtype)
-        model, info = AUTO_CLASSES["encoder"].from_pretrained(start, config=config, dtype=dtype, **options)
-    lacking = [name for name in info["missing_keys"] if blocks_name(model) in name or "embeddings" in name]
-    if lacking:
-        raise InputError(
-            f"{start}: its weights lack {len(lacking)} tensors of the model, first {min(lacking)!r}; give the whole weights"
-        )
-    made = dict(fresh.named_parameters())
-    renewed = {name for name in made if name.startswith(f"{_classifier(config)}.")} | set(info["missing_keys"])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in renewed:
-                parameter.copy_(made[name])
-    _publish(folder, lambda tmp: (model.save_pretrained(tmp), copy_tokenizer(start, tmp)))
-
-
-def _classifier(config: PreTrainedConfig) -> str:
-    return CLASSIFIERS[config.model_type]
-
-
-def blocks_name(model: PreTrainedModel) -> str:
-    """What precedes the block number in a model's parameter names, e.g. `model.layers.`."""
-    stack = blocks(model)
-    return next(name for name, module in model.named_modules() if module is stack) + "."
 
 
 def _renamed(folder: Path, chosen: Sequence[int], blocks: Sequence[int]) -> Callable[[str], list[str]]:
@@ -425,7 +370,7 @@ def new_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AUTO_CLASSES[kind(config)].from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    _publish(folder, lambda tmp: (model.save_pretrained(tmp), tokenizer(tmp)))
+    publish_folder(folder, lambda tmp: (model.save_pretrained(tmp), tokenizer(tmp)))
 
 
 def qwen3_config(shape: dict[str, Any], special: dict[str, Any]) -> Qwen3Config:
@@ -474,7 +419,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copy2(file, folder / file.name)
 
 
-def _publish(folder: Path, write: Callable[[Path], object]) -> None:
+def publish_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a folder beside, then put it in place by one rename."""
     tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
@@ -599,7 +544,7 @@ def load_model(
     if first_blocks is not None:
         part["config"] = student_config(shape, range(first_blocks), {})
     try:
-        with sharded_construction(ds_config), _quiet_about_unused(part):
+        with sharded_construction(ds_config), quiet_about_unused(part):
             loaded: Any = AUTO_CLASSES[kind(shape)].from_pretrained(
                 folder,
                 dtype=dtype,
@@ -658,7 +603,7 @@ def load_head(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fal
 
 
 @contextlib.contextmanager
-def _quiet_about_unused(part: dict[str, Any]) -> Iterator[None]:
+def quiet_about_unused(part: dict[str, Any]) -> Iterator[None]:
     """Where a part of a model is loaded, keep transformers from listing the tensors that are left in the files."""
     before = transformers.utils.logging.get_verbosity()
     if part:

@@ -100,7 +100,7 @@ def test_source_and_target(seq2seq_tokenizer: Any) -> None:
     assert found[0]["source_ids"] == [*one, eos] and found[0]["target_ids"] == [start, *six, eos]
     assert found[1]["target_ids"] == [start, eos]
     assert found[0]["length"] == len(one) + len(six) + 2
-    batch = collate_sources(list(found), pad_id=0)
+    batch = collate_sources([found[0], found[1]], pad_id=0)
     assert batch.input_ids[0, : len(six) + 1].tolist() == [start, *six]
     assert batch.targets[0, : len(six) + 1].tolist() == [*six, eos]
     assert batch.targets[1, 0] == eos and (batch.targets[1, 1:] == IGNORE).all()

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from llmkd import build, models
+from llmkd import build, encoders, models
 from llmkd.config import Recipe, load_recipe
 from llmkd.distributed import gathered
 from llmkd.families import CLASSIFIERS, depths
@@ -107,7 +107,7 @@ def test_copied_encoder_is_the_chosen_blocks_of_its_teacher(tmp_path: Path, name
         CLASSES["encoder"].from_pretrained(tmp_path / target).state_dict() for target in ("one", "two", "other")
     )
     whole = teacher.state_dict()
-    block = models.blocks_name(teacher)
+    block = encoders.blocks_name(teacher)
     place = CLASSIFIERS[name] + "."
     for key, tensor in one.items():
         source = key.replace(f"{block}1.", f"{block}3.")
@@ -154,3 +154,20 @@ def test_copied_encoder_decoder_is_the_chosen_blocks_of_both_stacks(tmp_path: Pa
             assert torch.equal(tensor, source.state_dict()[key]), key
     own, outside = student.state_dict(), [n for n in teacher.state_dict() if not re.search(r"\.\d+\.", n)]
     assert len(outside) >= 3 and all(torch.equal(own[key], teacher.state_dict()[key]) for key in outside)
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "t5", "bart", "opt"])
+def test_narrow_random_student_learns_through_projectors(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    kind = "encoder" if name in ENCODERS else "decoder" if name in DECODERS else "encoder_decoder"
+    shape = {**ENCODERS, **DECODERS}[name](4) if kind != "encoder_decoder" else ENCODER_DECODERS[name](4, 3)
+    widths = {"student.hidden_size": 24, "student.intermediate_size": 40, "student.num_attention_heads": 3}
+    changes = {"student.init": "random", **widths, "matching.strategy": "reverse", "data.max_length": 30}
+    recipe = family_recipe(tmp_path, kind, new(shape, kind), **changes)
+    weights = trained(world, recipe, tmp_path / "run", monkeypatch)
+    again = CLASSES[kind].from_pretrained(tmp_path / "run" / "model")
+    assert again.config.hidden_size == 24 and not any("projector" in key for key in again.state_dict())
+    assert all(torch.equal(parameter, weights[key]) for key, parameter in again.named_parameters())
+    assert {40} <= {size for parameter in again.parameters() for size in parameter.shape}
+    assert 48 not in {size for parameter in again.parameters() for size in parameter.shape}

@@ -167,7 +167,7 @@ def test_what_encoders_are_not_asked(tmp_path: Path) -> None:
         ),
     ):
         with pytest.raises(InputError, match=sentence):
-            family_rules.check_evaluation(base.changed(changes), kind)
+            family_rules.check_evaluation(base.changed(changes), kind)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="an encoder where a causal language model is needed; give a decoder"):
         models.load_causal_lm(tmp_path / "teacher", dtype=torch.float32, ds_config=None, attention="auto")
 

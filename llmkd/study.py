@@ -207,8 +207,8 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
     )
     from llmkd.checkpoint import check_same
     from llmkd.evaluation import check_tasks
-    from llmkd.families import depths, kind
-    from llmkd.family_rules import check_evaluation, held_out_data, teacher_shape
+    from llmkd.families import depths, family, kind
+    from llmkd.family_rules import check_evaluation, check_training, held_out_data, teacher_shape
     from llmkd.generation import check as check_generation
     from llmkd.models import load_config, resolve
 
@@ -241,6 +241,7 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
             inputs = teacher_inputs(recipe) if recipe.finetune is not None else {}
         elif entry["train"] is not None:
             one = entry_recipe(recipe, entry)
+            check_training(one, family(teacher))
             maps_of(one, depths_of(one, student), depths(teacher))
             inputs = student_inputs(one)
         else:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from llmkd import build, curves, doctor, families, family_rules, findings, models, planner
+from llmkd import build, caching, curves, doctor, families, family_rules, findings, models, planner
 from llmkd.config import Recipe, load_recipe
 from llmkd.errors import InputError
 from llmkd.families import DECODER_EMBEDDING, Family
 from llmkd.layer_map import forward
 from llmkd.stages import EMBEDDING
-from tests.family_models import DECODERS, ENCODER_DECODERS, ENCODERS, new
+from llmkd.train import Stopping
+from tests.family_models import DECODERS, ENCODER_DECODERS, ENCODERS, family_recipe, new
 
 ENCODER = Family("encoder", labels=("no", "yes"))
 ENCODER_DECODER = Family("encoder_decoder")
@@ -87,6 +88,13 @@ def test_plan_and_doctor_are_for_decoders(tiny: Path, tmp_path: Path) -> None:
         InputError, match="llmkd doctor looks at a decoder's rows, and this recipe's teacher is an encoder"
     ):
         doctor.examine(recipe)
+
+
+def test_no_cache_of_another_family_is_written(tmp_path: Path, world: Any) -> None:
+    recipe = family_recipe(tmp_path, "encoder", new(ENCODERS["bert"](4), "encoder"), **{"teacher.placement": "cache"})
+    with pytest.raises(InputError, match="llmkd cache keeps what a decoder says, and the teacher is an encoder; train"):
+        caching.cache(world, recipe, Stopping())
+    assert not recipe.cache_folder.exists()
 
 
 def test_a_recipe_is_refused_before_anything_is_written(tiny: Path, tmp_path: Path, world: Any) -> None:

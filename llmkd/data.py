@@ -29,6 +29,8 @@ from llmkd.errors import InputError
 log = logging.getLogger("llmkd")
 
 IGNORE = -100
+MULTIPLE = 8
+"""To which the rows of a batch are padded."""
 FORMATS = {"prompt_completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
@@ -399,7 +401,7 @@ def micro_batch_rows(rows: np.ndarray, *, rank: int, world_size: int, accumulati
 
 
 def collate(
-    rows: Sequence[dict[str, Any]], *, pad_id: int, packed: bool, multiple: int = 8, numbers: Sequence[int] = ()
+    rows: Sequence[dict[str, Any]], *, pad_id: int, packed: bool, multiple: int = MULTIPLE, numbers: Sequence[int] = ()
 ) -> Batch:
     """Tokenized rows -> one Batch: padded on the right to a multiple of 8, or packed end to end in one row.
 

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llmkd.data import Batch
+from llmkd.data import MULTIPLE, Batch
 from llmkd.errors import InputError
 from llmkd.stages import EMBEDDING
 from llmkd.teachers.base import output_state
@@ -148,11 +148,16 @@ def by_stack(chosen: Sequence[int], blocks: Sequence[int]) -> list[list[int]]:
 
 
 def positions(config: PreTrainedConfig) -> int | None:
-    """The longest row of tokens that a model takes; None where there is no bound."""
+    """The longest row of tokens that a model takes; None where there is no bound.
+
+    Encoders and encoder-decoders give padding positions too, and rows are padded to a multiple of 8.
+    """
     most = getattr(config, "max_position_embeddings", None)
-    if most is not None and config.model_type == "roberta":  # counts them from the padding's id on
-        return most - config.pad_token_id - 1
-    return most
+    if most is None or kind(config) == "decoder":
+        return most
+    if config.model_type == "roberta":  # counts them from the padding's id on
+        most -= config.pad_token_id + 1
+    return most - most % MULTIPLE
 
 
 def check_logits(config: PreTrainedConfig) -> None:

@@ -13,11 +13,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from llmkd.data import IGNORE, Batch, check_columns, collate, kept_rows, tokenize
+from llmkd.data import IGNORE, MULTIPLE, Batch, check_columns, collate, kept_rows, tokenize
 from llmkd.errors import InputError
 from llmkd.families import Family
 
-MULTIPLE = 8  # to which a batch is padded
 FORMATS = {
     "decoder": ("auto", "prompt_completion", "messages", "text"),
     "encoder": ("auto", "classification"),

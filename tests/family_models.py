@@ -180,7 +180,7 @@ def family_recipe(folder: Path, kind: str, teacher: Any, **changes: Any) -> Reci
     tokenizer.save_pretrained(folder / "teacher")
     values = recipe_values(folder)
     values["student"] = {"blocks": 2}
-    values["data"]["max_length"] = 62
+    values["data"]["max_length"] = 56
     values["matching"] = {"embedding": True}
     values["train"] |= {"steps": 2, "warmup_steps": 0}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from llmkd import build, caching, curves, doctor, families, family_rules, findings, models, planner
-from llmkd.config import Recipe, load_recipe
+from llmkd.architectures import KINDS, new_config
+from llmkd.config import Recipe, finetune_inputs, load_recipe, training_inputs
 from llmkd.errors import InputError
 from llmkd.families import DECODER_EMBEDDING, Family
 from llmkd.layer_map import forward
@@ -103,6 +104,66 @@ def test_a_recipe_is_refused_before_anything_is_written(tiny: Path, tmp_path: Pa
     with pytest.raises(InputError, match=r"matching\.embedding: this 'opt' model's"):
         build.distil_job(world, base.changed({"matching.embedding": True}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_are_as_long_as_the_positions_that_padding_leaves() -> None:
+    """64 positions; RoBERTa's begin at 1; T5 has none."""
+    shapes = {**ENCODERS, "opt": DECODERS["opt"]}
+    found = {name: families.positions(shape(2)) for name, shape in shapes.items()}
+    assert found == {"bert": 64, "roberta": 56, "distilbert": 64, "opt": 64}
+    assert families.positions(ENCODER_DECODERS["bart"](2, 2)) == 64
+    assert families.positions(ENCODER_DECODERS["t5"](2, 2)) is None
+
+
+SIZES = "vocab_size: 300, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4"
+TRAIN = "finetune.train={steps: 1, batch_size: 1, micro_batch_size: 1, learning_rate: 0.1}"
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ("model_type: bert, head_dim: 8", r"head_dim: a bert model has no such setting; leave it out"),
+        (
+            "model_type: t5, num_key_value_heads: 4",
+            r"num_key_value_heads: a t5 model has no such setting; leave it out",
+        ),
+        ("head_dim: 8", r"num_key_value_heads: a qwen3 model needs it; add it"),
+        ("model_type: bert, decoder_layers: 2", r"decoder_layers: a bert model has one stack of blocks; leave it out"),
+    ],
+)
+def test_architectures_that_cannot_be(tiny: Path, more: str, sentence: str) -> None:
+    shape = f"finetune.architecture={{{SIZES}, max_position_embeddings: 64, {more}}}"
+    with pytest.raises(InputError, match=rf"finetune\.architecture\.{sentence}"):
+        load_recipe(tiny / "recipe.yaml", ["teacher.path=null", TRAIN, shape])
+
+
+@pytest.mark.parametrize("model_type", ["bert", "t5", "bart"])
+def test_new_models_are_of_their_kind_and_size(tiny: Path, model_type: str) -> None:
+    stacks = {} if model_type == "bert" else {"decoder_layers": 3}
+    more = "".join(f", {key}: {value}" for key, value in {"model_type": model_type, **stacks}.items())
+    shape = f"finetune.architecture={{{SIZES}, max_position_embeddings: 64{more}}}"
+    recipe = load_recipe(tiny / "recipe.yaml", ["teacher.path=null", TRAIN, shape])
+    assert recipe.finetune is not None and recipe.finetune.architecture is not None
+    kind = KINDS[model_type]
+    tokenizer = models.new_tokenizer(["one two"], 300, kind)
+    config = new_config(recipe.finetune.architecture.model_dump(), tokenizer, ("no", "yes"))
+    assert families.kind(config) == kind and families.depths(config) == ((2,) if model_type == "bert" else (2, 3))
+    made = families.family(config)
+    assert made.labels == (("no", "yes") if model_type == "bert" else ())
+    if model_type != "bert":
+        assert made.start == {"t5": tokenizer.pad_token_id, "bart": tokenizer.eos_token_id}[model_type]
+    assert config.hidden_size == 32 and config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_a_decoders_fingerprint_knows_nothing_of_other_families(tiny: Path) -> None:
+    """What was trained before these keys were there is still of the same recipe."""
+    base = load_recipe(tiny / "recipe.yaml")
+    assert not {"student.decoder_blocks", "student.classifier"} & training_inputs(base).keys()
+    assert training_inputs(base.changed({"student.classifier": "new"}))["student.classifier"] == "new"
+    shape = f"finetune.architecture={{{SIZES}, max_position_embeddings: 64, head_dim: 8, num_key_value_heads: 2}}"
+    made = finetune_inputs(load_recipe(tiny / "recipe.yaml", ["teacher.path=null", TRAIN, shape]))
+    assert "finetune.architecture.head_dim" in made
+    assert not {"finetune.architecture.model_type", "finetune.architecture.decoder_layers"} & made.keys()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

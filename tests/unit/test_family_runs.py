@@ -19,6 +19,13 @@ from llmkd.train import train
 from tests.family_models import CLASSES, DECODERS, ENCODER_DECODERS, ENCODERS, family_recipe, new
 from tests.tiny import make, recipe_values
 
+FAST = ("opt", "bert", "t5")
+
+
+def some(*names: str) -> list[Any]:
+    """Each name as a case, the families' first in every run and the others among the slow tests."""
+    return [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in names]
+
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -57,7 +64,7 @@ def trained(world: Any, recipe: Recipe, folder: Path, monkeypatch: pytest.Monkey
         return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", some(*DECODERS))
 def test_decoder_is_trained_exported_and_loaded_again(
     ground: Path, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -78,7 +85,7 @@ def test_decoder_is_trained_exported_and_loaded_again(
 # Encoders and encoder-decoders
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", some(*ENCODERS))
 def test_encoder_is_trained_exported_and_loaded_again(
     world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -117,7 +124,7 @@ def test_copied_encoder_is_the_chosen_blocks_of_its_teacher(tmp_path: Path, name
         assert torch.equal(tensor, other[key]) != (drawn and key.endswith("weight")), key
 
 
-@pytest.mark.parametrize("name", ENCODER_DECODERS)
+@pytest.mark.parametrize("name", some(*ENCODER_DECODERS))
 def test_encoder_decoder_is_trained_exported_and_loaded_again(
     world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -156,7 +163,7 @@ def test_copied_encoder_decoder_is_the_chosen_blocks_of_both_stacks(tmp_path: Pa
     assert len(outside) >= 3 and all(torch.equal(own[key], teacher.state_dict()[key]) for key in outside)
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "t5", "bart", "opt"])
+@pytest.mark.parametrize("name", some("bert", "distilbert", "t5", "bart", "opt"))
 def test_narrow_random_student_learns_through_projectors(
     world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

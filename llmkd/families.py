@@ -260,6 +260,16 @@ def head_bias(model: PreTrainedModel) -> Tensor | None:
     return head(model).bias if apart is None else apart[0]
 
 
+def whole_head(model: PreTrainedModel) -> nn.Linear:
+    """The head with all that is added to its product: BART's bias, which stands beside it, is its bias here."""
+    found, bias = head(model), head_bias(model)
+    if bias is found.bias:
+        return found
+    made = nn.Linear(1, 1, bias=False)
+    made.weight, made.bias = found.weight, nn.Parameter(bias, requires_grad=False)
+    return made
+
+
 def on_state(model: PreTrainedModel, block: int, take: Take, *, normed: bool) -> None:
     """Call `take` with a block's state, or with the embeddings' (EMBEDDING, DECODER_EMBEDDING), whenever the model is run.
 

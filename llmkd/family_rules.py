@@ -84,8 +84,6 @@ def check_evaluation(recipe: Recipe, kind: Kind) -> None:
         )
     if kind == "encoder_decoder" and settings.generation is not None and settings.generation.backend == "vllm":
         raise InputError(f"evaluation.generation.backend: vLLM does not run {said} here; write hf")
-    if kind == "encoder_decoder" and settings.agreement_rows:
-        raise InputError(f"evaluation.agreement_rows: not made for {said} yet; write 0")
     if kind != "encoder" and settings.classification is not None:
         raise InputError(f"evaluation.classification: only an encoder has classes, and this is {said}; leave it out")
     if settings.classification is not None:

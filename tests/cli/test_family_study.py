@@ -39,7 +39,7 @@ def test_study_of_another_family(tmp_path: Path, model_type: str) -> None:
     architecture = {"model_type": model_type, "num_hidden_layers": 4, **SHAPE}
     values["finetune"] = {"architecture": architecture, "train": values["train"]}
     section = {**HELD_OUT[model_type], "source": str(tmp_path / "held_out.jsonl")}
-    values["evaluation"] = {step: section}
+    values["evaluation"] = {step: section, **({} if model_type == "bert" else {"agreement_rows": 6})}
     values["student"] = {"blocks": 2, **({} if model_type == "bert" else {"decoder_blocks": 1})}
     values["study"] = {"strategies": ["forward"], "seeds": [0], "baselines": []}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
@@ -49,6 +49,9 @@ def test_study_of_another_family(tmp_path: Path, model_type: str) -> None:
     for entry in read_study(folder)["entries"]:
         found = json.loads((folder / entry[step]).read_text())
         assert found["error"] is None and found["metrics"], (entry["name"], found)
+    if model_type != "bert":
+        found = json.loads((folder / "agreement" / "forward-s0.json").read_text())
+        assert found["error"] is None and found["metrics"]["kl"] > 0
     results = json.loads((folder / "results.json").read_text())
     assert results["scored"] == 2 and results["problems"] == {}
     (drawn,) = results["maps"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from llmkd import backends, class_metrics, family_rules, generation, models, prompts
+from llmkd import agreement, backends, class_metrics, family_rules, generation, models, prompts
 from llmkd.classification import classified, classify
 from llmkd.config import Data, Evaluation, Generation
 from llmkd.errors import InputError
@@ -160,11 +160,6 @@ def test_what_encoders_are_not_asked(tmp_path: Path) -> None:
             "encoder_decoder",
             r"evaluation\.generation\.backend: vLLM does not run an encoder-decoder here; write hf",
         ),
-        (
-            {"evaluation.generation": {}, "evaluation.agreement_rows": 4},
-            "encoder_decoder",
-            r"evaluation\.agreement_rows: not made for an encoder-decoder yet; write 0",
-        ),
     ):
         with pytest.raises(InputError, match=sentence):
             family_rules.check_evaluation(base.changed(changes), kind)  # type: ignore[arg-type]
@@ -179,3 +174,38 @@ def test_lm_eval_refuses_an_encoder(tmp_path: Path) -> None:
     job: dict[str, Any] = {"model": str(tmp_path / "teacher"), "backend": "hf"}
     with pytest.raises(InputError, match=r"lm-eval is run on decoders alone; score this model by evaluation\.class"):
         _load(job, Evaluation(), 1, False)
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+@torch.no_grad()
+def test_agreement_of_encoder_decoders_is_that_of_their_logits(tmp_path: Path, name: str) -> None:
+    """KL and top-1 at the completion's tokens, and what the teacher thinks of the student's texts, by the plain models row by row."""
+    recipe = family_recipe(tmp_path, "encoder_decoder", new(ENCODER_DECODERS[name](2, 2), "encoder_decoder"))
+    new(ENCODER_DECODERS[name](2, 1), "encoder_decoder", seed=1).save_pretrained(tmp_path / "student")
+    rows = str(tmp_path / "rows.jsonl")
+    settings = Evaluation(generation=Generation(source=rows, items=3), agreement_rows=5, batch_size=2)
+    task = agreement.Task(tmp_path / "teacher", settings, recipe.data, tmp_path, tmp_path, False)
+    tokenizer = models.load_tokenizer(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "student")
+    items, batches = agreement.held_out(task, tokenizer)
+    texts: dict[str, Any] = {"one": {0: {"token_ids": [5, 6, 7]}, 2: {"token_ids": [9]}}}
+    heard = agreement.listen(task, tokenizer, batches, texts)
+    job = {"model": str(tmp_path / "student"), "name": "one"}
+    found, lines = agreement.compare_model(job, task, tokenizer, items, batches, heard, {"one": None})
+    teacher, student = (CLASSES["encoder_decoder"].from_pretrained(tmp_path / n).eval() for n in ("teacher", "student"))
+    start = family(teacher.config).start
+    read = [json.loads(line) for line in Path(rows).read_text().splitlines()]
+    for line in lines:
+        source, target = (tokenizer(read[line["item"]][key])["input_ids"] for key in ("prompt", "completion"))
+        asked = {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([[start, *target[:-1]]])}
+        p, q = (model(**asked).logits[0].double().log_softmax(-1) for model in (teacher, student))
+        assert line["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+        assert line["top1"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+    assert len(lines) == found["rows"] == 5
+    for item, text in texts["one"].items():
+        source, ids = tokenizer(read[item]["prompt"])["input_ids"], text["token_ids"]
+        logits = teacher(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([[start, *ids[:-1]]])).logits[
+            0
+        ]
+        expected = logits.double().log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum().item()
+        assert heard.likelihoods["one"][item] == pytest.approx(expected, rel=1e-4)

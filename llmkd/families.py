@@ -263,7 +263,7 @@ def head_bias(model: PreTrainedModel) -> Tensor | None:
 def whole_head(model: PreTrainedModel) -> nn.Linear:
     """The head with all that is added to its product: BART's bias, which stands beside it, is its bias here."""
     found, bias = head(model), head_bias(model)
-    if bias is found.bias:
+    if bias is None or bias is found.bias:
         return found
     made = nn.Linear(1, 1, bias=False)
     made.weight, made.bias = found.weight, nn.Parameter(bias, requires_grad=False)

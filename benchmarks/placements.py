@@ -27,6 +27,7 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "replicated": {"teacher.placement": "replicated"},
     "zero3": {"teacher.placement": "zero3"},
     "pipeline": {"teacher.placement": "pipeline"},
+    "cache": {"teacher.placement": "cache"},
 }
 """Name -> recipe changes; another placement is one more line."""
 SHAPE = dict(
@@ -65,11 +66,14 @@ def prepare(folder: Path) -> Path:
 
 def measured(recipe: Path, ranks: int, steps: int, folder: Path) -> list[dict[str, Any]]:
     """Per placement: the median wall of a training step, and of the teacher alone what is held and sent."""
-    runs = {name: {**changes, "train.steps": steps} for name, changes in PLACEMENTS.items()}
+    cache = {"cache.path": str(folder / f"cache{ranks}"), "cache.dtype": "float32"}
+    placements = {name: {**changes, **cache} for name, changes in PLACEMENTS.items()}
+    runs: dict[str, Any] = {"written": {"only": "cache", **cache, "train.steps": steps}}
+    runs |= {name: {**changes, "train.steps": steps} for name, changes in placements.items()}
     assert run_on_ranks(ranks, recipe, runs, folder / f"train{ranks}", timeout=3000) == {}
     output = folder / f"teacher{ranks}"
     output.mkdir()
-    exams = {name: ("measured", changes, {}) for name, changes in PLACEMENTS.items()}
+    exams = {name: ("measured", changes, {}) for name, changes in placements.items()}
     tasks = output / "tasks.json"
     tasks.write_text(json.dumps({"recipe": str(recipe), "scenarios": exams, "output": str(output)}))
     codes = [process.wait(timeout=3000) for process in start_ranks(ranks, "tests.distributed.teachers", tasks, output)]
@@ -94,7 +98,8 @@ def counted(ranks: int) -> list[dict[str, Any]]:
     recipe = load_recipe("qwen3_8b_to_9_blocks").changed(changes)
     assert recipe.teacher.architecture is not None
     config = qwen3_config(recipe.teacher.architecture.model_dump(), {})
-    return [{"placement": c.placement, "weights": c.weights, "wire": c.wire} for c in compare(recipe, ranks, config)]
+    costs = compare(recipe, ranks, config)
+    return [{"placement": c.placement, "weights": c.weights, "wire": c.wire, "disk": c.disk} for c in costs]
 
 
 @click.command()

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,11 +23,12 @@ from llmkd import config, encoders, families, family_rules, models
 from llmkd.architectures import KINDS, STARTS, new_config
 from llmkd.checkpoint import check_same
 from llmkd.config import ROOT, Recipe, finetune_inputs, fingerprint, training_inputs
-from llmkd.data import load_rows, source_contents, steps_per_epoch
-from llmkd.distances import DISTANCES
+from llmkd.connectors import fit_connectors, make_connectors
+from llmkd.data import Batch, load_rows, source_contents, steps_per_epoch
 from llmkd.distributed import (
     Wire,
     World,
+    all_rows,
     check_asynchronous_io,
     complete_ds_config,
     load_ds_config,
@@ -35,19 +36,23 @@ from llmkd.distributed import (
     parameter_count,
     teacher_ds_config,
 )
-from llmkd.divergences import with_parameters
+from llmkd.divergences import Divergence, with_parameters
 from llmkd.errors import InputError
 from llmkd.families import DECODER_EMBEDDING, Family
 from llmkd.family_data import check_format, label_names, tokenize_for
-from llmkd.layer_map import Pairs, layer_map
+from llmkd.geometry import WIDTH_FREE
+from llmkd.layer_map import Pairs, in_order_random, layer_map
+from llmkd.matching import AllRows, terms_of
 from llmkd.objective import Weights
 from llmkd.schedules import learning_rate
 from llmkd.stages import stage_count
+from llmkd.stones import Comparison, Stones, StoneWeights
 from llmkd.student import Distiller, make_projectors
 from llmkd.teachers import stage
 from llmkd.teachers.base import EMBEDDING, Teacher, blocks_needed
 from llmkd.teachers.pipeline import PipelineTeacher
 from llmkd.teachers.resident import ResidentTeacher
+from llmkd.teachers.upper import check_upper
 
 log = logging.getLogger("llmkd")
 
@@ -78,11 +83,18 @@ class Job:
     family: Family
     encoders: tuple[int, int] | None = None
     """Of encoder-decoders, how many blocks the student's and the teacher's encoder have."""
+    stones: Pairs = ()
+    """(student block, teacher block) of each stepping stone, by student block."""
 
     @property
     def title(self) -> str:
         """What the run is called in logs: its folder."""
         return self.folder.name
+
+    @property
+    def redraws(self) -> bool:
+        """Whether the map is drawn again while the student learns; `pairs` is then the first draw."""
+        return bool(self.pairs) and self.recipe.matching.redraw_every > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,14 +117,25 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         family_rules.check_same_classes(family, families.family(student_config))
     student_depths = depths_of(recipe, student_config)
     pairs = maps_of(recipe, student_depths, depths)
+    stones = stones_of(recipe, student_depths[0], depths[0])
+    if stones:
+        check_upper(teacher_config)
     weights = Weights(
         ce=recipe.loss.ce,
         kl=recipe.loss.kl,
         hidden=recipe.loss.hidden if pairs else 0.0,
         kl_positions=recipe.loss.kl_positions,
         hidden_positions=recipe.matching.positions,
+        pairs=recipe.matching.pair_weights if pairs else None,
     )
-    if not (weights.ce or weights.kl or weights.hidden):
+    width = recipe.student.width.get("hidden_size", student_config.hidden_size)
+    if recipe.matching.redraw_every and width != teacher_config.hidden_size and recipe.matching.needs_projector:
+        raise InputError(
+            f"matching.redraw_every: the student's states have {width} numbers and the teacher's {teacher_config.hidden_size}, and a "
+            "projector is learned for one teacher block; write redraw_every: 0, or a distance that needs none "
+            f"({', '.join(WIDTH_FREE)})"
+        )
+    if not (weights.ce or weights.kl or weights.hidden or stones):
         raise InputError(
             "loss: ce, kl and hidden are all 0, so there is nothing to learn from; give one of them a weight"
         )
@@ -146,7 +169,7 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         inputs=on_main(world, lambda: student_inputs(recipe)),
         initial=checkpoint or folder / "initial",
         tokenizer=checkpoint or teacher,
-        teacher=teacher if weights.kl or weights.hidden else None,
+        teacher=teacher if weights.kl or weights.hidden or stones else None,
         pairs=pairs,
         weights=weights,
         train=recipe.train,
@@ -155,6 +178,7 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         makes_teacher=False,
         family=family,
         encoders=(student_depths[0], depths[0]) if len(depths) == 2 else None,
+        stones=stones,
     )
     refuse_other_recipe(world, job)
     return job
@@ -270,31 +294,91 @@ def maps_of(recipe: Recipe, student: Sequence[int], teacher: Sequence[int]) -> P
 
     Random maps of encoder and decoder are drawn independently.
     """
-    first = pairs_of(recipe, student[0], teacher[0])
     if len(teacher) == 1:
-        return first
+        return pairs_of(recipe, student[0], teacher[0])
     after = {EMBEDDING: DECODER_EMBEDDING}
-    second = pairs_of(recipe, student[1], teacher[1], seed=recipe.seed + DECODER_SEED)
-    return (*first, *((after.get(s, s + student[0]), after.get(t, t + teacher[0])) for s, t in second))
+    first = _of_stack(recipe, student[0], teacher[0], recipe.seed)
+    second = _of_stack(recipe, student[1], teacher[1], recipe.seed + DECODER_SEED)
+    moved = ((after.get(s, s + student[0]), after.get(t, t + teacher[0])) for s, t in second)
+    return _asked_for(recipe, (*first, *moved), (student[0], teacher[0]))
 
 
-def pairs_of(recipe: Recipe, student_depth: int, teacher_depth: int, *, seed: int | None = None) -> Pairs:
+def pairs_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
     """The recipe's pairs at these depths, the embedding pair first if it is asked for; none where `loss.hidden` is 0.
 
-    `seed`: of random maps, where it is another than the recipe's.
+    Of `nearest`, which is not known before it is measured (llmkd.nearest), those of `forward`: as many, and no block of the teacher lies
+    deeper, so that what is planned by them is enough.
     """
+    return _asked_for(recipe, _of_stack(recipe, student_depth, teacher_depth, recipe.seed))
+
+
+def _of_stack(recipe: Recipe, student_depth: int, teacher_depth: int, seed: int) -> Pairs:
+    """The map of one stack of blocks, the embedding pair first if it is asked for."""
     matching = recipe.matching
     pairs = layer_map(
-        matching.strategy,
+        "forward" if matching.strategy == "nearest" else matching.strategy,
         student_depth,
         teacher_depth,
-        seed=recipe.seed if seed is None else seed,
+        seed=seed,
         target_block=matching.target_block,
         pairs=matching.pairs,
     )
-    if recipe.loss.hidden == 0:
+    return with_embedding(recipe, pairs)
+
+
+def _asked_for(recipe: Recipe, pairs: Pairs, encoders: tuple[int, int] | None = None) -> Pairs:
+    """The pairs, each with a weight if the recipe gives any; none where `loss.hidden` is 0."""
+    given = recipe.matching.pair_weights
+    if given is not None and pairs and len(given) != len(pairs):
+        names = pair_names(pairs, encoders=encoders)
+        raise InputError(
+            f"matching.pair_weights: {len(given)} weights for the {len(pairs)} pairs {', '.join(names)}; "
+            "write one for each, in this order"
+        )
+    return () if recipe.loss.hidden == 0 else pairs
+
+
+def with_embedding(recipe: Recipe, pairs: Pairs) -> Pairs:
+    """The pairs, after the embeddings' where the recipe matches them too."""
+    return ((EMBEDDING, EMBEDDING), *pairs) if recipe.matching.embedding and pairs else pairs
+
+
+def rematch(job: Job, step: int, module: Distiller, teacher: Teacher | None) -> None:
+    """Give student and teacher the map of this step (from 0): a function of (seed, step // redraw_every), the same on every rank."""
+    assert isinstance(teacher, ResidentTeacher) and job.teacher is not None  # config.py refuses other placements
+    matching = job.recipe.matching
+    blocks = sum(student != EMBEDDING for student, _ in job.pairs)
+    depth = models.load_config(job.teacher, trust_remote_code=job.recipe.teacher.trust_remote_code).num_hidden_layers
+    drawn = in_order_random(blocks, depth, job.recipe.seed, step // matching.redraw_every)
+    pairs = with_embedding(job.recipe, drawn)
+    module.rematch(pairs)
+    teacher.use([block for _, block in pairs])
+
+
+def stones_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
+    """The recipe's stepping stones at these depths, by student block; none where it has no `stones` section."""
+    settings = recipe.stones
+    if settings is None:
         return ()
-    return ((EMBEDDING, EMBEDDING), *pairs) if matching.embedding and pairs else pairs
+    if settings.pairs == "from_map":
+        matching = recipe.matching
+        options: dict[str, Any] = dict(seed=recipe.seed, target_block=matching.target_block, pairs=matching.pairs)
+        pairs = layer_map(matching.strategy, student_depth, teacher_depth, **options)
+        if not pairs:
+            raise InputError(
+                f"stones.pairs: the layer map of strategy {matching.strategy!r} has no pairs; write them, e.g. [[0, 3]], or another "
+                "matching.strategy"
+            )
+    else:
+        pairs = settings.pairs
+    for side, blocks, depth in (
+        ("student", [s for s, _ in pairs], student_depth),
+        ("teacher", [t for _, t in pairs], teacher_depth),
+    ):
+        for block in blocks:
+            if not 0 <= block < depth:
+                raise InputError(f"stones.pairs: {block} is not a block of the {side} (0 to {depth - 1})")
+    return tuple(sorted(pairs))
 
 
 def student_inputs(recipe: Recipe) -> dict[str, Any]:
@@ -418,12 +502,14 @@ def load_teacher(world: World, job: Job) -> Teacher:
     settings = job.recipe.teacher
     assert job.teacher is not None and settings.placement != "cache", "llmkd.cache_contents opens a cached teacher"
     sharded = settings.placement == "zero3"
-    logits = job.weights.kl > 0
+    logits = job.weights.kl > 0 or bool(job.stones)
     normed_last = job.recipe.matching.final_state == "normed"
     uses = [teacher for _, teacher in sorted(job.pairs, key=lambda pair: pair[0])]  # as the student's blocks take them
     config = models.load_config(job.teacher, trust_remote_code=settings.trust_remote_code)
     depth = sum(families.depths(config))
     decodes = job.family.kind == "decoder"  # other families are loaded whole
+    if job.redraws:
+        uses = [EMBEDDING] * job.recipe.matching.embedding + list(range(depth))  # any of them may be drawn
     needed = blocks_needed(uses, depth, logits=logits, normed_last=normed_last) if decodes else depth
     wire = None
     if settings.placement == "pipeline":
@@ -453,6 +539,8 @@ def load_teacher(world: World, job: Job) -> Teacher:
         ds_config=ds,
         logits=logits,
         offload_to=torch.cuda.Stream() if settings.offload_states else None,
+        stones=[block for _, block in job.stones],
+        checkpointed=job.recipe.stones is None or job.recipe.stones.checkpoint,
     )
 
 
@@ -481,12 +569,16 @@ def _pipelined(world: World, job: Job, folder: Path, wire: Wire, shape: Any) -> 
     where: dict[str, Any] = dict(
         dtype=models.DTYPES[settings.dtype], device=world.device, trust_remote_code=settings.trust_remote_code
     )
+    head = None
+    if job.weights.kl:
+        weight, _ = models.load_head(folder, dtype=where["dtype"], trust_remote_code=settings.trust_remote_code)
+        head = weight.to(world.device)
     return PipelineTeacher(
         stage.load_stage(folder, parts[wire.member], attention=settings.attention, **where),
         parts,
         wire,
         job.pairs,
-        head=stage.load_head(folder, **where) if job.weights.kl else None,
+        head=head,
         normed_last=job.recipe.matching.final_state == "normed" and parts[-1].stop == depth,
         width=shape.hidden_size,
         dtype=where["dtype"],
@@ -501,8 +593,15 @@ def teacher_width(job: Job) -> int | None:
     return models.load_config(job.teacher, trust_remote_code=job.recipe.teacher.trust_remote_code).hidden_size
 
 
-def load_student(job: Job, ds_config: dict[str, Any], target_width: int | None) -> Distiller:
-    """The job's student, with its projectors and losses, ready for an engine."""
+def rows_of_all_ranks(world: World, job: Job) -> AllRows | None:
+    """What gathers the rows of a set-level distance that is over all ranks; None where it is a rank's own."""
+    return functools.partial(all_rows, world) if job.pairs and job.recipe.matching.scope == "batch" else None
+
+
+def load_student(
+    job: Job, ds_config: dict[str, Any], target_width: int | None, gather: AllRows | None = None
+) -> Distiller:
+    """The job's student, with its projectors and losses, ready for an engine. `gather`: see `rows_of_all_ranks`."""
     dtype = models.DTYPES[job.train.dtype]
     settings, matching = job.recipe.student, job.recipe.matching
     attention = job.recipe.teacher.attention if job.makes_teacher else settings.attention
@@ -517,24 +616,58 @@ def load_student(job: Job, ds_config: dict[str, Any], target_width: int | None) 
         ).trust_remote_code,
     )
     width = model.config.hidden_size
+    if not matching.needs_projector:
+        target_width = width
     projectors = make_projectors(
         len(job.pairs), width, target_width or width, bias=matching.projector_bias, seed=job.seed
     )
+    divergence = with_parameters(job.recipe.loss.divergence, job.recipe.loss.parameters)
     module = Distiller(
         model,
         job.pairs,
-        distance=DISTANCES[matching.distance],
+        distance=terms_of(matching.distances),
         positions=matching.positions,
         normed_last=matching.final_state == "normed",
-        divergence=with_parameters(job.recipe.loss.divergence, job.recipe.loss.parameters),
+        divergence=divergence,
         temperature=job.recipe.loss.temperature,
         kl_positions=job.recipe.loss.kl_positions,
         chunk=job.train.head_chunk,
         projectors=None if projectors is None else projectors.to(dtype),
+        tokens=matching.tokens,
+        pair_weights=job.weights.pairs,
+        keeps_head=job.weights.ce > 0 or job.weights.kl > 0,
+        all_rows=gather,
+        stones=make_stones(job, width, target_width or width, divergence) if job.stones else None,
     )
     if job.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return module
+
+
+def make_stones(job: Job, student_width: int, teacher_width: int, divergence: Divergence) -> Stones:
+    """The job's stones, their connectors not yet fitted."""
+    settings, loss = job.recipe.stones, job.recipe.loss
+    assert settings is not None
+    return Stones(
+        job.stones,
+        make_connectors(len(job.stones), student_width, teacher_width).to(models.DTYPES[job.train.dtype]),
+        weights=StoneWeights(ce=settings.ce, kl=settings.kl, cross=settings.cross),
+        comparison=Comparison(divergence, loss.temperature, loss.kl_positions, job.train.head_chunk),
+        one=settings.sample == "one",
+        seed=job.seed,
+    )
+
+
+def fit_stones(
+    world: World, job: Job, student: Any, teacher: Teacher | None, rows: Callable[..., Iterable[Sequence[Batch]]]
+) -> None:
+    """Fit the stones' connectors on the run's first batches, which `rows` gives (all ranks take part)."""
+    settings = job.recipe.stones
+    assert settings is not None and isinstance(teacher, ResidentTeacher)
+    stack = models.blocks(student.module.model), teacher.blocks
+    connectors = student.module.stones.connectors
+    steps = rows(start_step=0, steps=settings.connector_batches)
+    fit_connectors(world, student, connectors, job.stones, *stack, teacher, steps)
 
 
 def job_tokenizer(world: World, job: Job, *, resuming: bool) -> Any:
@@ -558,14 +691,17 @@ def write_initial(world: World, job: Job, tokenizer: Any, *, resuming: bool) -> 
         on_main(world, lambda: initial_student(recipe, teacher, job.initial))
 
 
-def pair_names(pairs: Sequence[tuple[int, int]], encoders: tuple[int, int] | None = None) -> list[str]:
-    """How pairs are written in logs: `student<teacher`, `e` for the embeddings; of encoder-decoders `enc 0<3` and `dec 1<7`."""
+def pair_names(
+    pairs: Sequence[tuple[int, int]], encoders: tuple[int, int] | None = None, *, redraws: bool = False
+) -> list[str]:
+    """How pairs are written in logs: `student<teacher`, `e` for the embeddings, `*` for a teacher block that is drawn again and again;
+    of encoder-decoders `enc 0<3` and `dec 1<7`."""
 
     def name(block: int, encoder: int) -> str:
         return "e" if block < 0 else str(block - encoder if block >= encoder else block)
 
     if encoders is None:
-        return [f"{name(s, 0)}<{name(t, 0)}" for s, t in pairs]
+        return [f"{name(s, 0)}<{'*' if redraws and t >= 0 else name(t, 0)}" for s, t in pairs]
     return [
         f"{'enc' if EMBEDDING <= s < encoders[0] else 'dec'} {name(s, encoders[0])}<{name(t, encoders[1])}"
         for s, t in pairs

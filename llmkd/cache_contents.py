@@ -64,7 +64,7 @@ def maps(recipe: Recipe, student_depth: int, teacher_depth: int) -> list[Pairs]:
 
     students = [entry for entry in manifest(recipe) if entry["kind"] == "student"]
     recipes = [entry_recipe(recipe, entry) for entry in students] or [recipe]
-    return [pairs_of(one, student_depth, teacher_depth) for one in recipes]
+    return [pairs_of(one, one.student.blocks or student_depth, teacher_depth) for one in recipes]
 
 
 def depths(recipe: Recipe) -> tuple[int, int]:

@@ -55,7 +55,7 @@ def maps(
     stages: int | None,
 ) -> None:
     """Show which teacher block teaches which student block."""
-    from llmkd.layer_map import CONVENTION, STRATEGIES, drawing, layer_map, table
+    from llmkd.layer_map import CONVENTION, NEAREST, STRATEGIES, drawing, layer_map, table
     from llmkd.stages import cut
     from llmkd.stages import drawing as stages_drawing
 
@@ -64,7 +64,12 @@ def maps(
             f"--stages {stages}: each needs a block, of which there are {teacher_blocks}; write at most that"
         )
 
-    for name in strategy or (["explicit"] if pairs else list(STRATEGIES)):
+    for name in strategy or (["explicit"] if pairs else [*STRATEGIES, "nearest"]):
+        if name == "nearest":
+            click.echo(f"{NEAREST}\n")
+            continue
+        if name.startswith("pkd") and student_blocks == 1 and not strategy:
+            continue  # it has no pair there; asked for by name, it says so
         chosen = layer_map(
             name,
             student_blocks,
@@ -281,6 +286,26 @@ def generate(
 
 
 @cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--recipe", "-r", help="Recipe that trained RUN [default: its recipe.yaml].")
+@click.option(
+    "--rows",
+    type=click.IntRange(min=1),
+    help="Held-out rows [default: evaluation.angles_rows of the recipe, else 100].",
+)
+@SET
+def angles(run: Path, recipe: str | None, rows: int | None, overrides: tuple[str, ...]) -> None:
+    """Measure the angles between teacher blocks as a student's blocks see them, before and after training.
+
+    RUN is a study's folder or one student's training folder; the results are in RUN/angles.
+    """
+    from llmkd.angles import angles as measure
+    from llmkd.angles import angles_text
+
+    click.echo(angles_text(measure(run, recipe=recipe, overrides=overrides, rows=rows)))
+
+
+@cli.command()
 @click.argument("recipe")
 @click.option("--ranks", type=click.IntRange(min=1), required=True, help="GPUs the run would have.")
 @click.option("--device-gib", type=float, default=80, show_default=True, help="Memory of one GPU, to recommend by.")
@@ -295,7 +320,7 @@ def plan(recipe: str, ranks: int, device_gib: float, overrides: tuple[str, ...])
     settings = load_recipe(recipe, overrides)
     teacher = teacher_config(settings)
     click.echo(plan_text(rows(settings, ranks, teacher)))
-    if settings.loss.kl or (settings.loss.hidden and settings.matching.strategy != "none"):
+    if settings.logits or (settings.loss.hidden and settings.matching.strategy != "none"):
         click.echo(f"\n{placements_text(compare(settings, ranks, teacher), device_gib)}")
 
 

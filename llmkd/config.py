@@ -17,10 +17,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from llmkd.distances import DISTANCES
 from llmkd.divergences import DIVERGENCES, with_parameters
 from llmkd.errors import InputError
-from llmkd.layer_map import STRATEGIES
+from llmkd.layer_map import CHOICES
+from llmkd.matching import KNOWN, terms_of
+from llmkd.objective import Change
 
 _HERE = Path(__file__).resolve().parent
 ROOT = _HERE.parent if (_HERE.parent / "ds_configs").is_dir() else _HERE / "_shipped"
@@ -102,7 +103,8 @@ class Teacher(Section):
 
     @model_validator(mode="after")
     def _placed(self) -> Teacher:
-        if self.offload != "none" and self.placement not in ("zero3", "cache"):  # a zero3 teacher may write a cache
+        # a cache may be written by a zero3 teacher or by a pipeline
+        if self.offload != "none" and self.placement not in ("zero3", "cache"):
             raise ValueError(
                 "teacher.offload: only a zero3 teacher is offloaded; write placement: zero3, or offload: none"
             )
@@ -110,7 +112,7 @@ class Teacher(Section):
             raise ValueError(
                 "teacher.offload_states: a pipelined teacher's states arrive when they are needed; write false, or another placement"
             )
-        if self.stages is not None and self.placement != "pipeline":
+        if self.stages is not None and self.placement not in ("pipeline", "cache"):
             raise ValueError(
                 "teacher.stages: only a pipelined teacher has them; write placement: pipeline, or leave it out"
             )
@@ -170,12 +172,21 @@ class Student(Section):
 
 class Matching(Section):
     strategy: str = "forward"
-    """One of llmkd.layer_map.STRATEGIES, or `explicit` with `pairs`."""
+    """One of llmkd.layer_map.STRATEGIES; `nearest`, measured before the first step; or `explicit` with `pairs`."""
     pairs: tuple[tuple[int, int], ...] | None = None
     """(student block, teacher block), 0-based, for strategy explicit."""
     target_block: int | None = Field(default=None, ge=0)
     """The one teacher block of all_to_one; default the middle one."""
-    distance: str = "normalized_mse"
+    redraw_every: int = Field(default=0, ge=0)
+    """in_order_random: draw the map again after so many steps; 0 draws it once."""
+    distance: str | dict[str, float] = "normalized_mse"
+    """One of llmkd.matching.KNOWN, or several with their weights: {procrustes: 1.0, mse: 0.1}."""
+    pair_weights: tuple[float, ...] | None = None
+    """What each pair counts in the hidden loss, in the map's order (the embeddings' first); default 1 each."""
+    tokens: int | None = Field(default=None, gt=1)
+    """Compare so many tokens per micro-batch, drawn anew each time; default all. It makes set-level distances cheap."""
+    scope: Literal["micro_batch", "batch"] = "micro_batch"
+    """What a set-level distance is over: a rank's own micro-batch, or the micro-batches of all ranks together."""
     positions: Positions = "attended"
     """Match every token that is not padding, or only those whose next token is trained."""
     final_state: Literal["raw", "normed"] = "raw"
@@ -186,37 +197,140 @@ class Matching(Section):
 
     @model_validator(mode="after")
     def _known(self) -> Matching:
-        _one_of("matching.strategy", self.strategy, [*STRATEGIES, "explicit"])
-        _one_of("matching.distance", self.distance, DISTANCES)
+        _one_of("matching.strategy", self.strategy, CHOICES)
+        if self.redraw_every and self.strategy != "in_order_random":
+            raise ValueError(
+                f"matching.redraw_every: strategy {self.strategy} is not drawn again; write strategy: in_order_random, or leave it out"
+            )
+        _weighted("matching.distance", self.distances, KNOWN)
+        if self.scope == "batch" and not any(term.of_set for term in terms_of(self.distances)):
+            raise ValueError(
+                f"matching.scope: {' and '.join(self.distances)} compares token by token, wherever the tokens are; leave it out"
+            )
+        if self.pair_weights is not None and not (min(self.pair_weights, default=0) >= 0 and any(self.pair_weights)):
+            raise ValueError(
+                f"matching.pair_weights: {list(self.pair_weights)}; write numbers from 0 up, one of them above 0"
+            )
         return self
+
+    @property
+    def distances(self) -> dict[str, float]:
+        """Each distance's weight in a pair's sum."""
+        return {self.distance: 1.0} if isinstance(self.distance, str) else self.distance
+
+    @property
+    def needs_projector(self) -> bool:
+        """Whether states of two widths must be brought to one."""
+        return not all(term.width_free for term in terms_of(self.distances))
+
+
+class Schedule(Section):
+    """How a weight of the loss moves from the value that `loss` gives it; a function of the step alone."""
+
+    shape: Literal["constant", "linear", "cosine"] = "cosine"
+    final: float | None = Field(default=None, ge=0)
+    """Where it ends."""
+    until: float = Field(default=1.0, gt=0, le=1)
+    """The share of the run after which it stands there."""
+
+    @model_validator(mode="after")
+    def _ends(self) -> Schedule:
+        if (self.final is None) == (self.shape in ("linear", "cosine")):
+            cure = "leave it out" if self.final is not None else "say where it ends, e.g. final: 0.0"
+            raise ValueError(
+                f"final: shape {self.shape} {'does not read' if self.final is not None else 'needs'} it; {cure}"
+            )
+        return self
+
+    @property
+    def change(self) -> Change | None:
+        """The same for the floors below; None where nothing changes."""
+        if self.final is None or self.shape not in ("linear", "cosine"):
+            return None
+        return Change("linear" if self.shape == "linear" else "cosine", self.final, self.until)
+
+
+class TemperatureSchedule(Schedule):
+    shape: Literal["constant", "linear", "cosine", "dynamic"] = "cosine"  # type: ignore[assignment]
+    """`dynamic`: by the gap between the student's and the teacher's cross-entropy (llmkd.schedules.dynamic_temperature)."""
+    final: float | None = Field(default=None, gt=0)
+    minimum: float | None = Field(default=None, gt=0)
+    """dynamic: the least aim; default half of loss.temperature."""
+    maximum: float | None = Field(default=None, gt=0)
+    """dynamic: the largest aim; default loss.temperature."""
+    every: int = Field(default=10, gt=0)
+    """dynamic: steps from one change to the next; at that step the two cross-entropies are waited for."""
+
+    @model_validator(mode="after")
+    def _bounds(self) -> TemperatureSchedule:
+        given = [key for key in ("minimum", "maximum") if getattr(self, key) is not None]
+        if given and self.shape != "dynamic":
+            raise ValueError(f"{given[0]}: shape {self.shape} does not read it; leave it out, or write shape: dynamic")
+        return self
+
+
+class Schedules(Section):
+    ce: Schedule | None = None
+    kl: Schedule | None = None
+    hidden: Schedule | None = None
+    temperature: TemperatureSchedule | None = None
+
+    def change(self, part: str) -> Change | None:
+        """How the weight of ce, kl or hidden moves, if it does."""
+        found: Schedule | None = getattr(self, part)
+        return None if found is None else found.change
 
 
 class Loss(Section):
     ce: float = Field(default=1.0, ge=0)
     kl: float = Field(default=1.0, ge=0)
     hidden: float = Field(default=3.0, ge=0)
-    divergence: str = "forward_kl"
-    """One of llmkd.divergences.DIVERGENCES."""
+    divergence: str | dict[str, float] = "forward_kl"
+    """One of llmkd.divergences.DIVERGENCES, or several with their weights: {forward_kl: 0.5, reverse_kl: 0.5}."""
     beta: float | None = Field(default=None, ge=0, le=1)
     """jsd: the teacher's share of the mixture; default 0.5, which is symmetric."""
     skew: float | None = Field(default=None, ge=0, lt=1)
     """skew_kl and skew_reverse_kl: how much of its own first side the mixture holds; default 0.1."""
     akl_mu: float | None = Field(default=None, ge=0, le=1)
     """akl: how much of the teacher's probability is its head; default 0.5."""
+    top_k: int | None = Field(default=None, gt=0)
+    """top_k: how many of the teacher's likeliest tokens are compared one by one; default 64."""
     temperature: float = Field(default=1.0, gt=0)
     kl_positions: Positions = "trained"
     """Where the divergence is taken: where the next token is trained, or at every token that is not padding (the paper's code)."""
 
+    schedules: Schedules | None = None
+    """How the weights and the temperature move while the student learns; left out, they stand."""
+    report_norms_every: int = Field(default=0, ge=0)
+    """Steps between reports of the norm of each part's gradient (llmkd.term_norms); 0 reports none."""
+
     @model_validator(mode="after")
     def _known(self) -> Loss:
-        _one_of("loss.divergence", self.divergence, DIVERGENCES)
+        _weighted(
+            "loss.divergence",
+            {self.divergence: 1.0} if isinstance(self.divergence, str) else self.divergence,
+            DIVERGENCES,
+        )
         with_parameters(self.divergence, self.parameters)
+        for part in ("ce", "kl", "hidden"):
+            if self.schedules is not None and getattr(self.schedules, part) is not None and getattr(self, part) == 0:
+                raise ValueError(
+                    f"loss.schedules.{part}: it starts at loss.{part}, which is 0, and a part that begins without weight is left out of "
+                    f"the run; write loss.{part}: 1e-6, say, or leave the schedule out"
+                )
+        dynamic = None if self.schedules is None else self.schedules.temperature
+        low, high = (None, None) if dynamic is None else (dynamic.minimum, dynamic.maximum)
+        if (low or self.temperature / 2) > (high or self.temperature):
+            raise ValueError(
+                f"loss.schedules.temperature.minimum: {low or self.temperature / 2} is above the maximum, {high or self.temperature}; "
+                "write both, the smaller as minimum"
+            )
         return self
 
     @property
     def parameters(self) -> dict[str, float | None]:
         """What the divergence may read besides the temperature, by its own names."""
-        return {"beta": self.beta, "skew": self.skew, "akl_mu": self.akl_mu}
+        return {"beta": self.beta, "skew": self.skew, "akl_mu": self.akl_mu, "top_k": self.top_k}
 
 
 class Data(Section):
@@ -293,7 +407,7 @@ class Cache(Section):
     """How a state is stored; fp8 (e4m3) and int8 with one scale per token, at half of bfloat16's bytes."""
     top_k: int | None = Field(default=None, gt=0)
     """Store the likeliest tokens' log-probabilities in place of the final state; only forward_kl can use them."""
-    teacher_placement: Literal["replicated", "zero3"] | None = None
+    teacher_placement: Literal["replicated", "zero3", "pipeline"] | None = None
     """Where the teacher lives while the cache is written; default: as teacher.placement says, or replicated if that is cache."""
     micro_batch_size: int | None = Field(default=None, gt=0)
     """Rows per forward pass of the teacher while the cache is written; default: train.micro_batch_size."""
@@ -301,6 +415,40 @@ class Cache(Section):
     """About how large one file is, and so how much is computed again after a kill."""
     verify: Literal["auto", "start", "read"] = "auto"
     """When checksums are compared: all before training (start), each file when it is first read, or start up to 8 GiB (auto)."""
+
+
+class Stones(Section):
+    """Block-wise logit distillation: the student's lower blocks under the teacher's upper ones, beside the student's own loss."""
+
+    pairs: Literal["from_map"] | tuple[tuple[int, int], ...] = "from_map"
+    """One stone per (student block, teacher block): the teacher goes on from after its block. `from_map`: the layer map's pairs."""
+    ce: float = Field(default=1.0, ge=0)
+    """Weight of the stones' cross-entropy; of n stones, by student block, the i-th counts 1/2^(n-i)."""
+    kl: float = Field(default=1.0, ge=0)
+    """Weight of the stones' divergence from the teacher, at loss.divergence, temperature and kl_positions."""
+    cross: float = Field(default=0.0, ge=0)
+    """Weight of the divergence of each stone and of the student from the stones' mean logits, which carry no gradient."""
+    sample: Literal["all", "one"] = "all"
+    """`one`: a stone drawn per step, in proportion to its share, with the weight of all: unbiased, at a fraction of the cost."""
+    connector_batches: int = Field(default=4, gt=0)
+    """Batches of train.batch_size rows on which the connectors are fitted before the first step."""
+    checkpoint: bool = True
+    """Keep the teacher blocks' inputs alone, and run each again for its gradient. A zero3 teacher needs it."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Stones:
+        if not (self.ce or self.kl or self.cross):
+            raise ValueError("stones: ce, kl and cross are all 0; give one of them a weight, or leave out stones")
+        if self.sample == "one" and self.cross:
+            raise ValueError("stones.sample: the cross term needs every stone's logits; write all, or cross: 0")
+        if isinstance(self.pairs, tuple):
+            students = [student for student, _ in self.pairs]
+            if not students or len(set(students)) != len(students):
+                raise ValueError(
+                    f"stones.pairs: {[list(pair) for pair in self.pairs]} must name at least one pair, and each student block once; "
+                    "write e.g. [[0, 3], [1, 7]]"
+                )
+        return self
 
 
 class Finetune(Section):
@@ -377,6 +525,8 @@ class Evaluation(Section):
     """Encoders: left out, no rows are classified."""
     agreement_rows: int = Field(default=0, ge=0)
     """Held-out rows on which each student's distributions are compared with the teacher's; 0 compares none."""
+    angles_rows: int | None = Field(default=None, gt=0)
+    """Held-out rows on which `llmkd study` measures the angles between teacher blocks as each student's blocks see them; left out: none."""
 
     @model_validator(mode="after")
     def _positive(self) -> Evaluation:
@@ -384,6 +534,8 @@ class Evaluation(Section):
             raise ValueError(f"batch_size: {self.batch_size} rows at once; write a whole number from 1 up, or auto")
         if self.agreement_rows and self.generation is None:
             raise ValueError("agreement_rows: the held-out rows are those of evaluation.generation; add that section")
+        if self.angles_rows and self.generation is None:
+            raise ValueError("angles_rows: the held-out rows are those of evaluation.generation; add that section")
         return self
 
 
@@ -394,12 +546,17 @@ class Margin(Section):
     """In the metric's own unit."""
 
 
+_VARIED = ("student", "matching", "loss", "train", "stones")
+
+
 class Study(Section):
     strategies: tuple[str, ...] = ()
+    variants: dict[str, dict[str, Any]] = {}
+    """Further students, each a name and the recipe keys by which it differs: `{procrustes: {matching.distance: procrustes}}`."""
     seeds: tuple[int, ...] = (0,)
     baselines: tuple[Literal["undistilled", "ce_only"], ...] = ("undistilled", "ce_only")
     reference: str | None = None
-    """The strategy (or ce_only) that the others are compared with; default: forward, or the first strategy where it is not among them."""
+    """The strategy or variant (or ce_only) that the others are compared with; default: forward, or the first where it is not among them."""
     margins: tuple[Margin, ...] = ()
     """For the metrics that matter, the largest difference that counts as none, said before the run; the first is the main metric."""
     ranks: int = Field(default=1, gt=0)
@@ -408,11 +565,13 @@ class Study(Section):
     @model_validator(mode="after")
     def _known(self) -> Study:
         for strategy in self.strategies:
-            _one_of("study.strategies", strategy, [*STRATEGIES, "explicit"])
+            _one_of("study.strategies", strategy, CHOICES)
+        for name, changes in self.variants.items():
+            _check_variant(name, changes)
         for field, values in (("strategies", self.strategies), ("seeds", self.seeds)):
             if len(set(values)) != len(values):
                 raise ValueError(f"study.{field}: {list(values)} names one twice; write each once")
-        trained = [*self.strategies, *(name for name in self.baselines if name == "ce_only")]
+        trained = [*self.students, *(name for name in self.baselines if name == "ce_only")]
         if self.reference is not None:
             _one_of("study.reference", self.reference, trained)
         metrics = [margin.metric for margin in self.margins]
@@ -423,7 +582,32 @@ class Study(Section):
     @property
     def compared_with(self) -> str:
         """The strategy that the others are compared with."""
-        return self.reference or ("forward" if "forward" in self.strategies else self.strategies[0])
+        return self.reference or ("forward" if "forward" in self.students else self.students[0])
+
+    @property
+    def students(self) -> tuple[str, ...]:
+        """What the table's students are called: strategies, then variants."""
+        return (*self.strategies, *self.variants)
+
+    def changes(self, student: str) -> dict[str, Any]:
+        """The recipe keys by which a student of that name differs."""
+        return self.variants[student] if student in self.variants else {"matching.strategy": student}
+
+
+def _check_variant(name: str, changes: Mapping[str, Any]) -> None:
+    """Raise ValueError for a variant that can't be told from the study's other students, or changes more than a student."""
+    taken = (*CHOICES, "ce_only", "undistilled", "teacher")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in taken:
+        raise ValueError(
+            f"study.variants: {name!r} can't name a student; use letters, digits, _ . and -, and no strategy's or baseline's name"
+        )
+    if not changes:
+        raise ValueError(f"study.variants.{name}: nothing is changed; give recipe keys, e.g. matching.distance: cosine")
+    for key in changes:
+        if key.partition(".")[0] not in _VARIED:
+            raise ValueError(
+                f"study.variants.{name}: {key} is the same for all students of a study; change keys of {', '.join(_VARIED)}"
+            )
 
 
 class Recipe(Section):
@@ -438,6 +622,8 @@ class Recipe(Section):
     student: Student
     matching: Matching = Field(default_factory=Matching)
     loss: Loss = Field(default_factory=Loss)
+    stones: Stones | None = None
+    """Left out: no stepping stones."""
     data: Data = Field(default_factory=Data)
     train: Train
     cache: Cache = Field(default_factory=Cache)
@@ -456,6 +642,39 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _teacher_is_heard(self) -> Recipe:
+        moving = None if self.loss.schedules is None else self.loss.schedules.temperature
+        reads_cache = self.teacher.placement == "cache" or self.teacher.share_cache
+        if moving is not None and moving.shape == "dynamic" and reads_cache and self.cache.top_k:
+            raise ValueError(
+                "loss.schedules.temperature: dynamic reads the teacher's own cross-entropy, which a cache of the likeliest tokens does not "
+                "hold; leave out cache.top_k, or write another shape"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _map_in_place(self) -> Recipe:
+        moves = (
+            "redraw_every"
+            if self.matching.redraw_every
+            else "strategy"
+            if self.matching.strategy == "nearest"
+            else None
+        )
+        if moves is None or (self.teacher.placement in ("replicated", "zero3") and not self.teacher.share_cache):
+            return self
+        where = "share_cache" if self.teacher.share_cache else f"placement {self.teacher.placement}"
+        reason = "has the blocks of one map, known before training"
+        if moves == "redraw_every":
+            raise ValueError(
+                f"matching.redraw_every: a teacher under {where} {reason}; write teacher.placement: replicated or zero3, or redraw_every: 0"
+            )
+        raise ValueError(
+            f"matching.strategy: nearest is measured, and a teacher under {where} {reason}; write teacher.placement: replicated or zero3, "
+            "or measure with one (train.steps: 1) and write the pairs of its map.json here, with strategy: explicit"
+        )
+
+    @model_validator(mode="after")
     def _top_k_is_enough(self) -> Recipe:
         reads_cache = self.teacher.placement == "cache" or self.teacher.share_cache
         if reads_cache and self.cache.top_k and self.loss.kl and self.loss.divergence != "forward_kl":
@@ -464,6 +683,27 @@ class Recipe(Section):
                 "tokens alone; write divergence: forward_kl, or leave out cache.top_k"
             )
         return self
+
+    @model_validator(mode="after")
+    def _stones_have_a_teacher(self) -> Recipe:
+        if self.stones is None:
+            return self
+        if self.teacher.placement in ("pipeline", "cache") or self.teacher.share_cache:
+            placed = "share_cache" if self.teacher.share_cache else f"placement {self.teacher.placement}"
+            raise ValueError(
+                f"stones: they run the teacher's upper blocks on the student's states, which {placed} has no place for; write "
+                "teacher.placement: replicated or zero3, or leave out stones"
+            )
+        if self.teacher.placement == "zero3" and not self.stones.checkpoint:
+            raise ValueError(
+                "stones.checkpoint: a zero3 teacher's blocks are let go between the passes; write true, or placement: replicated"
+            )
+        return self
+
+    @property
+    def logits(self) -> bool:
+        """Whether anything is asked of the teacher's logits."""
+        return self.loss.kl > 0 or self.stones is not None
 
     @property
     def folder(self) -> Path:
@@ -530,9 +770,14 @@ def training_inputs(recipe: Recipe) -> dict[str, Any]:
     ):  # of other families; left out, they are not part of a decoder's fingerprint
         if values["student"][key] is None:
             values["student"].pop(key)
+    # What came later and is not asked for is not named, so that a run begun before it came goes on.
+    values["matching"] = {key: value for key, value in values["matching"].items() if value != _LATER.get(key, ...)}
     cache = values.pop("cache")
+    if values["stones"] is None:
+        values.pop("stones")
     if recipe.teacher.placement == "cache":
         values["cache"] = {"dtype": cache["dtype"], "top_k": cache["top_k"]}
+    values["loss"].pop("report_norms_every")
     inputs = {key: value for key, value in flat(values).items() if key not in _SAVING}
     return {**inputs, **(finetune_inputs(recipe) if recipe.finetune else {})}
 
@@ -549,6 +794,8 @@ def finetune_inputs(recipe: Recipe) -> dict[str, Any]:
     return {f"finetune.{key}": value for key, value in flat(values).items() if key not in _SAVING}
 
 
+_LATER = {"redraw_every": 0, "pair_weights": None, "tokens": None, "scope": "micro_batch"}
+"""Keys of `matching` that came after the first runs, with the values that change nothing."""
 _SAVING = tuple(f"train.{key}" for key in ("save_every", "keep_checkpoints", "log_every", "timeout_seconds", "wandb"))
 
 
@@ -624,7 +871,8 @@ def _validated(values: dict[str, Any], where: str) -> Recipe:
 def _sentence(error: ValidationError) -> str:
     """A pydantic error in one sentence with the cure: an unknown key, which may be a missing one misspelt, or the first."""
     problem = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
-    location = [part for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
+    # less the kinds of value that a key may have, which pydantic names: `str`, `dict[str,float]`
+    location = [part for part in problem["loc"] if not (isinstance(part, str) and ("[" in part or part == "str"))]
     key = ".".join(str(part) for part in location)
     kind = problem["type"]
     message = problem["msg"].removeprefix("Value error, ")
@@ -649,6 +897,16 @@ def _keys_at(location: Sequence[Any]) -> list[str]:
         options = [annotation, *getattr(annotation, "__args__", ())]
         section = next(option for option in options if isinstance(option, type) and issubclass(option, Section))
     return list(section.model_fields)
+
+
+def _weighted(key: str, weights: Mapping[str, float], known: Mapping[str, Any]) -> None:
+    for name in weights:
+        _one_of(key, name, known)
+    for name, weight in weights.items():
+        if weight <= 0:
+            raise ValueError(f"{key}.{name}: a weight of {weight}; write a number above 0, or leave {name} out")
+    if not weights:
+        raise ValueError(f"{key}: names none; write one of {', '.join(known)}, or several with their weights")
 
 
 def _one_of(key: str, value: str, known: Sequence[str] | Mapping[str, Any]) -> None:

@@ -4,6 +4,8 @@
 either is float64). Equal states give exactly 0 and a gradient of exactly 0. A state of norm <= `SMALLEST_NORM` has no
 direction: its unit vector is taken as zero and gets no gradient, so an all-zero position is finite both ways. NaN is
 passed on: positions that may hold it are cut out before.
+
+These are the definitions, differentiable by autograd. `llmkd.closed_forms` has the gradients that training uses.
 """
 
 from collections.abc import Callable
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 
 from llmkd.errors import InputError
+
+Distance = Callable[[Tensor, Tensor], Tensor]
 
 SMALLEST_NORM = 1e-6  # also the bound on the gradient of a unit vector: 1/norm at most
 
@@ -44,7 +48,7 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     return normalized_mse(student, teacher) / 2
 
 
-DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+DISTANCES: dict[str, Distance] = {
     "mse": mse,
     "normalized_mse": normalized_mse,
     "cosine": cosine,

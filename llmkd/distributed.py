@@ -148,6 +148,19 @@ def sum_tensor(world: World, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_rows(world: World, rows: Tensor) -> tuple[Tensor, int]:
+    """(every rank's rows [N, H] under one another, where this rank's [n, H] begin); no gradient passes. All ranks take part."""
+    if world.size == 1:
+        return rows.detach(), 0
+    counts = sum_counts(world, [len(rows) if rank == world.rank else 0 for rank in range(world.size)])
+    mine = rows.new_zeros(max(counts), rows.shape[1])  # a collective moves equal shares
+    mine[: len(rows)] = rows.detach()
+    shares = [torch.empty_like(mine) for _ in counts]
+    dist.all_gather(shares, mine)
+    whole = torch.cat([share[:count] for share, count in zip(shares, counts, strict=True)])
+    return whole, sum(counts[: world.rank])
+
+
 def highest(world: World, value: float) -> float:
     """The largest of the ranks' values."""
     tensor = torch.tensor([value], dtype=torch.float64)
@@ -432,7 +445,7 @@ def engine(
             )
         optimizer: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **options)
     else:
-        optimizer = torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **options)
+        optimizer = torch.optim.AdamW(groups, fused=True, **options)
     if "nvme" in (config.get("zero_optimization", {}).get(f"offload_{part}", {}).get("device") for part in OFFLOADED):
         check_asynchronous_io("train.deepspeed")
     made, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
@@ -477,6 +490,21 @@ def merge_shards(shards: Path, whole: Path) -> None:
         )
 
 
+def saved_weights(shards: Path, prefix: str) -> dict[str, Tensor]:
+    """The parameters of a checkpoint whose names start with the prefix, which is cut off; float32, on the CPU (any one process).
+
+    The checkpoint's shards are read whole into memory, optimizer states included.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    if list(shards.glob("*_optim_states.pt")):
+        found: Any = get_fp32_state_dict_from_zero_checkpoint(str(shards.parent), tag=shards.name, lazy_mode=True)
+    else:  # without ZeRO each rank's file holds whole tensors
+        found = torch.load(shards / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+    kept = {name: tensor for name, tensor in found.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor.contiguous().float().clone() for name, tensor in kept.items()}
+
+
 def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["it gave no reason"])[-1]
 
@@ -510,6 +538,22 @@ def gathered(parameters: Iterable[Tensor | None]) -> contextlib.AbstractContextM
     """Inside, these parameters are whole on every rank (all ranks take part)."""
     sharded = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
     return deepspeed.zero.GatheredParameters(sharded) if sharded else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def overwrite(world: World, parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter of an engine another value, the same on every rank: its shards and the optimizer's fp32 copy of them, too."""
+    value = value.to(device=world.device, dtype=torch.float32)
+    if not hasattr(parameter, "ds_id"):
+        parameter.copy_(value)
+        deepspeed.utils.safe_set_full_fp32_param(parameter, value)
+        return
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.copy_(value)
+    # DeepSpeed's own setter of a whole parameter fails where ranks don't divide it; shards are of one size, the last filled up.
+    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    filled = torch.nn.functional.pad(value.flatten(), (0, size * world.size - value.numel()))
+    deepspeed.utils.safe_set_local_fp32_param(parameter, filled[world.rank * size : (world.rank + 1) * size])
 
 
 def whole_state(world: World, module: nn.Module) -> dict[str, Tensor]:

@@ -113,6 +113,24 @@ def head_share(p: Tensor, q: Tensor, akl_mu: float) -> Tensor:
     return (head / whole.masked_fill(whole == 0, 1.0)).clamp(max=1.0)  # the two sums are rounded in different orders
 
 
+def top_k(student_logits: Tensor, teacher_logits: Tensor, temperature: float, *, top_k: int) -> Tensor:
+    """`temperature² · (Σ_k p_k log(p_k/q_k) + p_rest log(p_rest/q_rest))`, `[N, V]` x 2 -> `[N]`: k the teacher's likeliest tokens.
+
+    Forward KL with all other tokens in one bucket, whose inner shape nobody has to copy; both sides' masses are exact at
+    the temperature. At k = V it is `forward_kl`. What a cache with `cache.top_k` knows of the teacher is compared by `top_k_kl`.
+    """
+    if top_k < 1:
+        raise InputError(f"top_k {top_k!r}: write a whole number from 1 up")
+    student, teacher = _log_probabilities(student_logits, teacher_logits, temperature)
+    count = min(top_k, teacher.shape[-1])
+    ids = teacher.topk(count, dim=-1).indices
+    ours, theirs = student.gather(-1, ids), teacher.gather(-1, ids)
+    if count < teacher.shape[-1]:
+        masses = (side.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True) for side in (student, teacher))
+        ours, theirs = (torch.cat(parts, -1) for parts in zip((ours, theirs), masses, strict=True))
+    return _kl(theirs, ours) * temperature**2
+
+
 def top_k_kl(student_logits: Tensor, ids: Tensor, log_probabilities: Tensor, temperature: float) -> Tensor:
     """Forward KL to a teacher known by its top k alone, student_logits `[N, V]`, ids and log-probabilities `[N, K]` -> `[N]`.
 
@@ -130,13 +148,29 @@ def top_k_kl(student_logits: Tensor, ids: Tensor, log_probabilities: Tensor, tem
     _check_temperature(temperature)
     dtype = torch.promote_types(torch.promote_types(student_logits.dtype, log_probabilities.dtype), torch.float32)
     student = (student_logits.to(dtype) / temperature).log_softmax(-1)
-    ours = student.gather(-1, ids)
-    teacher = log_probabilities.to(dtype)
-    if ids.shape[-1] < student_logits.shape[-1]:
-        rest = student.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)  # no 1 - Σ, which has no digits near 0
-        ours = torch.cat([ours, rest], -1)
-        teacher = torch.cat([teacher, _log_rest(teacher)], -1)
-    return _kl((teacher / temperature).log_softmax(-1), ours) * temperature**2
+    rest = student.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)  # no 1 - Σ, which has no digits near 0
+    ours = torch.cat([student.gather(-1, ids), rest], -1)
+    theirs = top_k_masses(log_probabilities.to(dtype), student_logits.shape[-1], temperature)
+    return _kl(torch.cat([theirs[0], theirs[1][..., None]], -1), ours) * temperature**2
+
+
+def top_k_masses(log_probabilities: Tensor, vocabulary: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """`top_k_kl`'s teacher at the temperature, `[N, K]` -> log-masses of the K `[N, K]` and of the rest `[N]` (-inf: none is left)."""
+    whole = log_probabilities.shape[-1] == vocabulary
+    rest = torch.full_like(log_probabilities[..., :1], -torch.inf) if whole else _log_rest(log_probabilities)
+    masses = (torch.cat([log_probabilities, rest], -1) / temperature).log_softmax(-1)
+    return masses[..., :-1], masses[..., -1]
+
+
+def mixed(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float,
+    *,
+    parts: tuple[tuple[Divergence, float], ...],
+) -> Tensor:
+    """`Σ_i weight_i · divergence_i`, `[N, V]` x 2 -> `[N]`."""
+    return torch.stack([d(student_logits, teacher_logits, temperature) * weight for d, weight in parts]).sum(0)
 
 
 DIVERGENCES: dict[str, Divergence] = {
@@ -147,6 +181,7 @@ DIVERGENCES: dict[str, Divergence] = {
     "skew_reverse_kl": partial(skew_reverse_kl, skew=0.1),
     "tvd": tvd,
     "akl": partial(akl, akl_mu=0.5),
+    "top_k": partial(top_k, top_k=64),
 }
 """By the recipe's `loss.divergence`, with the papers' usual parameter where there is one."""
 
@@ -156,21 +191,24 @@ def parameters(divergence: Divergence) -> dict[str, float]:
     return dict(divergence.keywords) if isinstance(divergence, partial) else {}
 
 
-def with_parameters(name: str, given: Mapping[str, float | None]) -> Divergence:
-    """The divergence of that name with the parameters that are given; None leaves the usual value.
+def with_parameters(names: str | Mapping[str, float], given: Mapping[str, float | None]) -> Divergence:
+    """The divergence of that name, or the sum of several by their weights, with the parameters that are given; None leaves the usual value.
 
-    Raises InputError for a parameter that this divergence does not read.
+    Raises InputError for a parameter that none of them reads.
     """
-    divergence = DIVERGENCES[name]
+    weights = {names: 1.0} if isinstance(names, str) else names
     values = {key: value for key, value in given.items() if value is not None}
-    reads = parameters(divergence)
     for key in values:
-        if key not in reads:
+        if not any(key in parameters(DIVERGENCES[name]) for name in weights):
             readers = [other for other in DIVERGENCES if key in parameters(DIVERGENCES[other])]
             raise InputError(
-                f"loss.{key}: {name} does not read it; leave it out, or write divergence: {' or '.join(readers)}"
+                f"loss.{key}: {' and '.join(weights)} does not read it; leave it out, or write divergence: {' or '.join(readers)}"
             )
-    return partial(divergence, **values) if values else divergence
+    parts = []
+    for name, weight in weights.items():
+        read = {key: value for key, value in values.items() if key in parameters(DIVERGENCES[name])}
+        parts.append((partial(DIVERGENCES[name], **read) if read else DIVERGENCES[name], weight))
+    return parts[0][0] if isinstance(names, str) else partial(mixed, parts=tuple(parts))
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -29,7 +29,13 @@ log = logging.getLogger("llmkd")
 PACKAGE = Path(__file__).resolve().parent
 WORTH_VLLM = 1e8
 """Parameters from which vLLM is started for a model; how much its tasks ask is not known before they are read."""
-NOT_OF_LM_EVAL = {"include", "backend", "generation", "agreement_rows"}  # settings without influence on these scores
+NOT_OF_LM_EVAL = {
+    "include",
+    "backend",
+    "generation",
+    "agreement_rows",
+    "angles_rows",
+}  # settings without influence on these scores
 
 
 def evaluate(

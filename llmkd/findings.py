@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from llmkd import class_metrics, text_metrics
+from llmkd.angle_findings import angle_findings
 from llmkd.comparisons import comparisons
 from llmkd.conclusion import conclusion, notes
 from llmkd.items import ItemScores, no_items
@@ -60,6 +61,7 @@ def gather(folder: Path, with_items: bool = True) -> dict[str, Any]:
         "maps": _maps(folder, entries, runs),
         "runs": [_run(folder, entry, summary) for entry, summary in runs],
         "curves": {entry["name"]: curve for entry, _ in runs if (curve := _curve(folder / entry["train"]))},
+        "angles": angle_findings(folder, entries),
         "backends": _backends(entries),
         "conditions": {
             step: _agreed(entry["conditions"][step] for entry in entries if step in entry["conditions"])

@@ -7,14 +7,14 @@ the student's logits' place. Pure tensors: what is sharded is gathered by the ca
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmkd.closed_forms import closed_form
-from llmkd.divergences import Divergence, top_k_kl
+from llmkd.closed_forms import buckets, closed_form
+from llmkd.divergences import Divergence, top_k_masses
 
 IGNORED = -100
 ELEMENTS_AT_ONCE = {"cpu": 2**20, "cuda": 2**23}
@@ -212,9 +212,7 @@ def _compared(
 ) -> tuple[Tensor, Tensor]:
     """(divergence [r], its gradient [r, shared columns]); the student's logits are lost, their softmax at temperature 1 is kept."""
     if isinstance(theirs, TopK):
-        ids, log_p = theirs.ids.long(), theirs.log_probabilities
-        known = lambda student, _, temperature: top_k_kl(student, ids, log_p, temperature)  # noqa: E731
-        return _by_autograd(logits[:, : theirs.columns], log_p, replace(terms, divergence=known))
+        return _compared_top_k(logits[:, : theirs.columns], theirs, terms.temperature, work)
     logits, temperature = logits[:, : theirs.shape[1]], terms.temperature
     form = closed_form(terms.divergence)
     if form is None:
@@ -231,6 +229,15 @@ def _compared(
     value, gradient = form(q, _less(logits, log_total_q), p, _less(log_p, log_total_p))
     # The divergence is times temperature²; of that, the logits' own division takes one.
     return value * temperature**2, gradient if temperature == 1 else gradient.mul_(temperature)
+
+
+def _compared_top_k(logits: Tensor, theirs: TopK, temperature: float, work: _Workspace) -> tuple[Tensor, Tensor]:
+    """As `_compared`, for a teacher known by its top k alone: `top_k_kl` and its gradient."""
+    q, log_total = _softmax(logits.div_(temperature), out=work.buffer(4, *logits.shape))
+    log_q = _less(work.buffer(2, *logits.shape).copy_(logits), log_total)
+    log_p, log_rest = top_k_masses(theirs.log_probabilities.to(q.dtype), logits.shape[1], temperature)
+    value, gradient = buckets(q, log_q, theirs.ids.long(), log_p.exp(), log_p, log_rest.exp())
+    return value * temperature**2, gradient.mul_(temperature)
 
 
 def _by_autograd(logits: Tensor, theirs: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:

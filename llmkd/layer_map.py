@@ -2,7 +2,7 @@
 
 `layer_map("reverse", 9, 36)` gives `((0, 35), (1, 31), ..., (8, 3))`; `drawing(pairs, 9, 36)` shows it in a terminal.
 Blocks are 0-based and stand for their output (`CONVENTION`). Definitions: Yu, Wen & Mou, arXiv 2502.04499, and its
-public code.
+public code; pkd_skip and pkd_last: Sun et al., arXiv 1908.09355.
 """
 
 import difflib
@@ -58,13 +58,56 @@ def random(student_blocks: int, teacher_blocks: int, seed: int) -> Pairs:
     return tuple(enumerate(_draw(_targets(student_blocks, teacher_blocks), student_blocks, seed)))
 
 
-def in_order_random(student_blocks: int, teacher_blocks: int, seed: int) -> Pairs:
+def in_order_random(student_blocks: int, teacher_blocks: int, seed: int, draw: int = 0) -> Pairs:
     """`student_blocks` teacher blocks drawn without replacement and sorted (the usual reading of RAIL-KD).
 
-    Raises InputError on bad depths or a negative seed.
+    `draw` counts the redraws of one run, each a function of (seed, draw) alone. Raises InputError on bad depths or a
+    negative seed.
     """
     _check_depths(student_blocks, teacher_blocks)
-    return tuple(enumerate(sorted(_draw(range(teacher_blocks), student_blocks, seed))))
+    _check_seed(seed)
+    # Beyond 64 bits, so that no seed that a recipe may name meets another seed's redraw.
+    return tuple(enumerate(sorted(_draw(range(teacher_blocks), student_blocks, seed + (draw << 64)))))
+
+
+def pkd_skip(student_blocks: int, teacher_blocks: int) -> Pairs:
+    """Every k-th teacher block, k = L_t // L_s: student block j learns from block `(j+1) * k - 1`, the last student block from none.
+
+    Patient KD, Sun et al., arXiv 1908.09355: its student's last block is left out, for the logits already teach that state, and
+    a BERT of 6 blocks learns from the teacher's {2, 4, 6, 8, 10} of 12 (`--fc_layer_idx 1,3,5,7,9` in its public code, 0-based).
+    So it is `forward` without its last pair where L_s divides L_t; elsewhere the paper says nothing. The paper compares the first
+    token's state alone, by `normalized_mse`; here every position of the recipe is compared, by its distance. Raises InputError
+    on bad depths or a student of one block.
+    """
+    _check_patient("pkd_skip", student_blocks, teacher_blocks)
+    every = teacher_blocks // student_blocks
+    return tuple((j, (j + 1) * every - 1) for j in range(student_blocks - 1))
+
+
+def pkd_last(student_blocks: int, teacher_blocks: int) -> Pairs:
+    """The teacher's last blocks but the very last, in order: student block j learns from block `L_t - L_s + j`, the last from none.
+
+    Patient KD, as in `pkd_skip`: a BERT of 6 blocks learns from the teacher's {7, 8, 9, 10, 11} of 12, counted from 1. Raises
+    InputError on bad depths or a student of one block.
+    """
+    _check_patient("pkd_last", student_blocks, teacher_blocks)
+    return tuple((j, teacher_blocks - student_blocks + j) for j in range(student_blocks - 1))
+
+
+def nearest(similarities: Sequence[Sequence[float]]) -> Pairs:
+    """Each student block learns from the teacher block that it is most like; of equals, from the shallower one.
+
+    `similarities[j][i]`: of student block j and teacher block i, for instance their linear CKA before training. Raises InputError
+    where one is not a number.
+    """
+    for j, row in enumerate(similarities):
+        for i, value in enumerate(row):
+            if value != value:
+                raise InputError(
+                    f"the similarity of student block {j} and teacher block {i} is not a number: look for NaN in the two models' "
+                    "weights, or choose another strategy"
+                )
+    return tuple((j, max(range(len(row)), key=lambda i: row[i])) for j, row in enumerate(similarities))
 
 
 def none(student_blocks: int, teacher_blocks: int) -> Pairs:
@@ -103,15 +146,19 @@ def explicit(student_blocks: int, teacher_blocks: int, pairs: Sequence[Sequence[
     return tuple(checked)
 
 
-# The named rules. `explicit` is not among them: it is what the user writes instead of a rule.
+# The rules that need depths alone. `explicit` is what the user writes instead of a rule, `nearest` needs the models' states.
 STRATEGIES: dict[str, Callable[..., Pairs]] = {
     "forward": forward,
     "reverse": reverse,
     "all_to_one": all_to_one,
     "random": random,
     "in_order_random": in_order_random,
+    "pkd_skip": pkd_skip,
+    "pkd_last": pkd_last,
     "none": none,
 }
+CHOICES = (*STRATEGIES, "nearest", "explicit")
+NEAREST = "nearest needs the models' states: `llmkd train --strategy nearest` measures and prints the map"
 
 
 def layer_map(
@@ -128,11 +175,12 @@ def layer_map(
     Raises InputError on an unknown strategy, on bad depths, seed, target block or pairs, and on an option that the
     strategy would not read.
     """
-    choices = [*STRATEGIES, "explicit"]
-    if strategy not in choices:
-        near = difflib.get_close_matches(str(strategy), choices, n=1)
+    if strategy not in CHOICES:
+        near = difflib.get_close_matches(str(strategy), CHOICES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise InputError(f"strategy {strategy!r} is not known: {hint}choose from {', '.join(choices)}")
+        raise InputError(f"strategy {strategy!r} is not known: {hint}choose from {', '.join(CHOICES)}")
+    if strategy == "nearest":
+        raise InputError(f"strategy {NEAREST}")
     if target_block is not None and strategy != "all_to_one":
         raise InputError(
             f"target_block is given, but strategy {strategy!r} does not read it: "
@@ -221,14 +269,18 @@ def _draw(blocks: Sequence[int], count: int, seed: int) -> list[int]:
     `sample` or `shuffle`, and a map must come back the same when a run is resumed elsewhere. Python seeds with |seed|,
     so a negative seed is refused.
     """
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise InputError(f"seed {seed!r} can't draw a map: write a whole number from 0 up")
+    _check_seed(seed)
     remaining = list(blocks)
     generator = python_random.Random(seed)  # its own: the global generator is left alone
     for here in range(count):
         there = here + int(generator.random() * (len(remaining) - here))
         remaining[here], remaining[there] = remaining[there], remaining[here]
     return remaining[:count]
+
+
+def _check_seed(seed: int) -> None:
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise InputError(f"seed {seed!r} can't draw a map: write a whole number from 0 up")
 
 
 def _is_block(block: object, blocks: int) -> bool:
@@ -249,6 +301,15 @@ def _check_depths(student_blocks: int, teacher_blocks: int) -> None:
             f"the student has {student_blocks} blocks and the teacher {teacher_blocks}: "
             f"give the student at most {teacher_blocks}, or write the pairs yourself with strategy 'explicit', "
             "or match none with strategy 'none'"
+        )
+
+
+def _check_patient(strategy: str, student_blocks: int, teacher_blocks: int) -> None:
+    _check_depths(student_blocks, teacher_blocks)
+    if student_blocks == 1:
+        raise InputError(
+            f"strategy {strategy!r} leaves out the student's last block, and the student has no other: "
+            "give it 2 blocks or more, or use strategy 'forward' or 'none'"
         )
 
 

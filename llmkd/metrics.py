@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmkd.distributed import World, highest, sum_tensor
-from llmkd.objective import Divisors, Weights, means
+from llmkd.objective import PARTS, Divisors, Weights, means
 
 log = logging.getLogger("llmkd")
 
@@ -31,27 +31,41 @@ class Meter:
 
     def _reset(self) -> None:
         self._sums: Tensor | None = None
+        self._weighted: Tensor | None = None
         self._divisors = [0, 0, 0]
         self._tokens = 0
         self._steps = 0
         self._since = time.perf_counter()
 
-    def add(self, sums: Tensor) -> None:
-        """One micro-batch's sums on this rank: CE, KL, then each pair's distance."""
-        self._sums = sums.double() if self._sums is None else self._sums + sums
+    def add(self, sums: Tensor, weights: Weights) -> None:
+        """One micro-batch's sums on this rank: CE, KL, then each pair's distance; and the weights that they have in this step."""
+        sums = sums.double()
+        pairs = sums[2:].unbind()
+        hidden = sum(
+            (d if w == 1 else d * w for d, w in zip(pairs, weights.of_pairs(len(pairs)), strict=True)), 0 * sums[0]
+        )
+        weighted = torch.stack([sums[0] * weights.ce, sums[1] * weights.kl, hidden * weights.hidden])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._weighted = weighted if self._weighted is None else self._weighted + weighted
 
-    def step(self, by: Divisors, tokens: int) -> None:
-        """A step is done: the global divisors of its parts and its tokens (padding not counted)."""
-        self._divisors = [old + new for old, new in zip(self._divisors, (by.ce, by.kl, by.hidden), strict=True)]
+    def step(self, by: Divisors, tokens: int, weights: Weights) -> None:
+        """A step is done: the global divisors of its parts, its tokens (padding not counted) and its weights.
+
+        A step in which the divergence has come to weigh nothing is not counted in its mean: it was not worked out.
+        """
+        run = (True, weights.kl > 0, True)
+        counts = (by.ce, by.kl, by.hidden)
+        self._divisors = [old + new * ran for old, new, ran in zip(self._divisors, counts, run, strict=True)]
         self._tokens += tokens
         self._steps += 1
 
     def flush(self) -> dict[str, Any]:
         """The interval's means over all ranks (all ranks take part): loss, ce, kl, hidden, each pair's, tokens/s, memory."""
-        assert self._sums is not None
-        ce, kl, *distances = sum_tensor(self._world, self._sums).tolist()
-        by = Divisors(*self._divisors)
-        values: dict[str, Any] = means({"ce": ce, "kl": kl, "hidden": sum(distances)}, by, self._weights)
+        assert self._sums is not None and self._weighted is not None
+        found = sum_tensor(self._world, torch.cat([self._weighted, self._sums])).tolist()
+        by = Divisors(*(max(count, 1) for count in self._divisors))
+        values: dict[str, Any] = means(found[3:], found[:3], by, self._weights)
+        distances = found[5:]
         # by.hidden counts positions x pairs; a pair's own mean is over the positions
         count = len(self._pairs)
         values["pairs"] = {name: d * count / by.hidden for name, d in zip(self._pairs, distances, strict=True)}
@@ -75,6 +89,12 @@ def line(step: int, steps: int, values: dict[str, Any]) -> str:
     text = f"step {step}/{steps} loss {values['loss']:.4f} ce {values['ce']:.4f} kl {values['kl']:.4f}"
     if pairs:
         text += f" hidden {values['hidden']:.4f} [{pairs}]"
+    if "norms" in values:
+        text += " norms " + " ".join(f"{part}:{values['norms'][part]:.3g}" for part in PARTS)
+    if "temperature" in values:
+        text += f" temperature {values['temperature']:.3f}"
+    if "stones" in values:
+        text += f" stones {values['stones']:.4f}"
     text += f" grad {values['grad_norm']:.3f} lr {values['learning_rate']:.2e}"
     return text + f" {values['tokens_per_second']:,.0f} tok/s {values['memory_gib']:.2f} GiB"
 
@@ -98,7 +118,7 @@ class Journal:
         from torch.utils.tensorboard import SummaryWriter
 
         self._file = folder / "metrics.jsonl"
-        _forget_after(self._file, start_step)
+        forget_after(self._file, start_step)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._wandb = None
         if wandb_project is not None:
@@ -115,10 +135,7 @@ class Journal:
         log.info(line(step, steps, values))
         with self._file.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        flat = {
-            **{k: v for k, v in values.items() if k != "pairs"},
-            **{f"pairs/{k}": v for k, v in values["pairs"].items()},
-        }
+        flat = _flat(values)
         for key, value in flat.items():
             self._board.add_scalar(key, value, step)
         if self._wandb is not None:
@@ -132,7 +149,15 @@ class Journal:
                 self._wandb.finish()
 
 
-def _forget_after(file: Path, step: int) -> None:
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested values by names with slashes."""
+    found: dict[str, float] = {}
+    for key, value in values.items():
+        found.update(_flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return found
+
+
+def forget_after(file: Path, step: int) -> None:
     """Drop the lines of steps that will be run again after a resume; what a killed run left half-written goes too."""
     if not file.is_file():
         return

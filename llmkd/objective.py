@@ -6,7 +6,10 @@ accumulation steps), so that neither world size, accumulation, packing nor paddi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from llmkd.schedules import Shape, scheduled
 
 PARTS = ("ce", "kl", "hidden")
 
@@ -20,6 +23,31 @@ class Weights:
     hidden: float
     kl_positions: str
     hidden_positions: str
+    pairs: tuple[float, ...] | None = None
+    """What each pair counts in the hidden part; None: 1 each."""
+
+    def of_pairs(self, count: int) -> tuple[float, ...]:
+        """Each pair's weight."""
+        return self.pairs or (1.0,) * count
+
+
+@dataclass(frozen=True)
+class Change:
+    """How a weight moves while the student learns: `llmkd.schedules.scheduled`'s settings but where it starts."""
+
+    shape: Shape
+    final: float
+    until: float
+
+    def at(self, step: int, total: int, initial: float) -> float:
+        """The value at `step` (0-based) of `total`."""
+        return scheduled(step, total, initial=initial, final=self.final, until=self.until, shape=self.shape)
+
+
+def weights_of_step(weights: Weights, changes: Mapping[str, Change], step: int, total: int) -> Weights:
+    """The weights at `step` (0-based) of `total`; `changes` by the part's name."""
+    moved = {part: change.at(step, total, getattr(weights, part)) for part, change in changes.items()}
+    return replace(weights, **moved) if moved else weights
 
 
 @dataclass(frozen=True)
@@ -46,8 +74,13 @@ def scales(weights: Weights, by: Divisors, world_size: int) -> tuple[float, floa
     return weights.ce * world_size / by.ce, weights.kl * world_size / by.kl, weights.hidden * world_size / by.hidden
 
 
-def means(sums: dict[str, float], by: Divisors, weights: Weights) -> dict[str, float]:
-    """Global sums -> the mean of each part and their weighted total, as they are logged."""
-    parts = {"ce": sums["ce"] / by.ce, "kl": sums["kl"] / by.kl, "hidden": sums["hidden"] / by.hidden}
-    total = weights.ce * parts["ce"] + weights.kl * parts["kl"] + weights.hidden * parts["hidden"]
-    return {"loss": total, **parts}
+def means(sums: Sequence[float], weighted: Sequence[float], by: Divisors, weights: Weights) -> dict[str, float]:
+    """Global sums -> the mean of each part and their weighted total, as they are logged.
+
+    sums: CE, KL, each pair's distance. weighted: each part's sums times its weight of their step, pairs by theirs. The hidden part
+    is shown with the pairs' weights and without its own.
+    """
+    ce, kl, *distances = sums
+    hidden = sum(d * w for d, w in zip(distances, weights.of_pairs(len(distances)), strict=True))
+    total = sum(part / count for part, count in zip(weighted, (by.ce, by.kl, by.hidden), strict=True))
+    return {"loss": total, "ce": ce / by.ce, "kl": kl / by.kl, "hidden": hidden / by.hidden}

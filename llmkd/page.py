@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkd.markup import data_script, details, missing, pairs, paragraph, section, table
+from llmkd.page_angles import angle_section
 from llmkd.page_scores import comparison_section, interval_section, map_section, score_section
 from llmkd.page_training import cost_section, training_section
 from llmkd.side_by_side import packed
@@ -27,6 +28,7 @@ def html(results: Results, generations: Sequence[Mapping[str, Any]], recipe: str
         "scores": ("Scores", score_section(results)),
         "comparisons": ("Comparisons", comparison_section(results)),
         "maps": ("Layer maps", map_section(results)),
+        **({"angles": ("Angles between teacher blocks", angle_section(results))} if results.get("angles") else {}),
         "intervals": ("Scores with their intervals", interval_section(results)),
         "training": ("Training", training_section(results)),
         "cost": ("Cost", cost_section(results)),

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from llmkd.build import accumulation_steps, pairs_of
+from llmkd.build import accumulation_steps, pairs_of, stones_of
 from llmkd.config import Recipe
 from llmkd.errors import InputError
 from llmkd.layer_map import Pairs
 from llmkd.models import DTYPES
 from llmkd.planner import GIB, Shapes, initial_student_config, peak, pipeline, plan, run_shapes, teacher_config
 from llmkd.stages import states_per_item
+from llmkd.stones_plan import stones_wire
 from llmkd.teachers.pipeline import TOLD_BYTES
 from llmkd.teachers.stage import check_pipelined
 
@@ -46,7 +47,7 @@ def compare(recipe: Recipe, ranks: int, teacher: PreTrainedConfig | None = None)
     depth = initial_student_config(recipe, config).num_hidden_layers
     pairs = pairs_of(recipe, depth, config.num_hidden_layers)
     costs = []
-    for placement in ("replicated", "pipeline", "zero3"):
+    for placement in ("replicated", "pipeline", "zero3", "cache"):
         try:
             if placement == "pipeline":
                 check_pipelined(config)
@@ -55,9 +56,11 @@ def compare(recipe: Recipe, ranks: int, teacher: PreTrainedConfig | None = None)
         except InputError as error:
             costs.append(Cost(placement, impossible=str(error)))
             continue
-        held = [row.bytes for row in rows if row.what.startswith("teacher") and "always" in row.phases]
+        kept = [row for row in rows if row.what.startswith("teacher") and "always" in row.phases]
+        held = sum(row.bytes for row in kept if row.place != "disk" and "states" not in row.what)
+        disk = sum(row.bytes for row in kept if row.place == "disk")
         wire, note = _wire(changed, config, pairs, ranks)
-        costs.append(Cost(placement, weights=sum(held), wire=wire, device=peak(rows)[0], note=note))
+        costs.append(Cost(placement, weights=held, wire=wire, disk=disk, device=peak(rows)[0], note=note))
     return costs
 
 
@@ -67,15 +70,16 @@ def _placed(recipe: Recipe, placement: str) -> Recipe:
     return recipe.changed(
         {
             "teacher.placement": placement,
-            "teacher.stages": settings.stages if placement == "pipeline" else None,
-            "teacher.offload": settings.offload if placement == "zero3" else "none",
+            "teacher.stages": settings.stages if placement in ("pipeline", "cache") else None,
+            "teacher.offload": settings.offload if placement in ("zero3", "cache") else "none",
             "teacher.offload_states": settings.offload_states and placement != "pipeline",
         }
     )
 
 
 def recommended(costs: Sequence[Cost], device_bytes: float) -> Cost | None:
-    """The first placement that fits. All compute alike; one named earlier sends less than those after it."""
+    """The first placement that fits. One named earlier sends less than those after it; a cache, which has to be written first and to be
+    read more than once, is for where no other fits."""
     return next((c for c in costs if c.impossible is None and c.device <= USABLE * device_bytes), None)
 
 
@@ -85,14 +89,31 @@ def _wire(recipe: Recipe, config: PreTrainedConfig, pairs: Pairs, ranks: int) ->
     size = DTYPES[recipe.teacher.dtype].itemsize
     if recipe.teacher.placement == "replicated":
         return 0, "each rank has the whole teacher"
+    if recipe.teacher.placement == "cache":
+        return 0, f"worth its disk where rows are seen more than once; here {_times(recipe)}"
     if recipe.teacher.placement == "zero3":
-        return rounds * zero3_wire(run_shapes(recipe, config, pairs), size, ranks), "all weights, for each micro-batch"
+        shape = run_shapes(recipe, config, pairs)
+        stones = stones_of(recipe, initial_student_config(recipe, config).num_hidden_layers, config.num_hidden_layers)
+        more = stones_wire(recipe, shape, stones, ranks) if stones else 0
+        note = "all weights, for each micro-batch" + (", and the upper blocks for each stone" if stones else "")
+        return rounds * (zero3_wire(shape, size, ranks) + more), note
     shape, parts, sent = pipeline(recipe, config, pairs, ranks)
     states = states_per_item(sent, len(parts))
     tokens = recipe.train.micro_batch_size * recipe.data.max_length
     told = TOLD_BYTES * (len(parts) - 1)
     note = f"{states:g} states per micro-batch, {len(parts)} stages"
     return round(rounds * tokens * (states * shape.hidden * size + told)), note
+
+
+def _times(recipe: Recipe) -> str:
+    """How often a row is seen by all the students of the recipe's study."""
+    students = max(1, len(recipe.study.students) * len(recipe.study.seeds))
+    train, rows = recipe.train, recipe.data.rows
+    epochs = (
+        train.epochs if train.epochs is not None else (train.steps or 0) * train.batch_size / rows if rows else None
+    )
+    times = "" if epochs is None else f"{epochs:.3g} epochs x "
+    return f"{times}{students} {'student' if students == 1 else 'students'}"
 
 
 def zero3_wire(shape: Shapes, size: int, ranks: int) -> int:

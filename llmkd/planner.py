@@ -18,12 +18,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llmkd.architectures import new_config
-from llmkd.build import accumulation_steps, pairs_of
+from llmkd.build import accumulation_steps, pairs_of, stones_of
 from llmkd.config import ROOT, Recipe
 from llmkd.distributed import load_ds_config, zero_stage
 from llmkd.errors import InputError
 from llmkd.families import kind
 from llmkd.head import BUFFERS, rows_at_once
+from llmkd.matching import terms_of
 from llmkd.models import DTYPES, block_choice, blocks, head, load_config, student_config
 from llmkd.stages import Cut, Route, cut, routes, stage_count, states_held
 from llmkd.teachers.base import EMBEDDING, blocks_needed
@@ -35,6 +36,9 @@ NODE = 8
 """Ranks of a node, as a pipeline's stages are planned."""
 WIDE = 4
 """Bytes of a master weight, an Adam moment, an accumulated or a communicated gradient: fp32 (ds_configs/)."""
+
+SET_COPIES = 16
+"""Tensors of [tokens, H] that a set-level distance holds at its peak, its gradient included; its SVD's are counted in."""
 
 Phase = Literal["always", "teacher forward", "head", "backward", "optimizer step"]
 Place = Literal["device", "host", "nvme", "disk"]
@@ -175,9 +179,12 @@ def plan(recipe: Recipe, ranks: int, config: PreTrainedConfig | None = None) -> 
     found = config or teacher_config(recipe)
     teacher, student = shapes(found), shapes(initial_student_config(recipe, found))
     pairs = pairs_of(recipe, student.depth, teacher.depth)
-    projectors = len(pairs) * student.hidden * teacher.hidden if pairs and student.hidden != teacher.hidden else 0
+    projected = bool(pairs) and student.hidden != teacher.hidden and recipe.matching.needs_projector
+    projectors = len(pairs) * student.hidden * teacher.hidden if projected else 0
+    stones = stones_of(recipe, student.depth, teacher.depth)
+    projectors += len(stones) * student.hidden * teacher.hidden
     zero = load_ds_config(recipe.train.deepspeed, ROOT / "ds_configs")
-    taught = bool(pairs) or recipe.loss.kl > 0
+    taught = bool(pairs) or recipe.logits
     of_teacher: list[Row] = []
     if taught and recipe.teacher.placement == "cache":
         from llmkd.cache_plan import cache_rows
@@ -187,10 +194,14 @@ def plan(recipe: Recipe, ranks: int, config: PreTrainedConfig | None = None) -> 
         of_teacher = pipeline_rows(recipe, *pipeline(recipe, found, pairs, ranks))
     elif taught:
         of_teacher = teacher_rows(recipe, run_shapes(recipe, found, pairs), pairs, ranks)
+    if stones:
+        from llmkd.stones_plan import stone_rows
+
+        of_teacher = [*of_teacher, *stone_rows(recipe, teacher, stones)]
     return [
         *of_teacher,
         *student_rows(recipe, student, projectors, zero, ranks),
-        *activation_rows(recipe, student, teacher, pairs),
+        *activation_rows(recipe, student, teacher, pairs, ranks),
         *head_rows(recipe, student, teacher),
     ]
 
@@ -199,7 +210,7 @@ def run_shapes(
     recipe: Recipe, config: PreTrainedConfig, pairs: Sequence[tuple[int, int]], *, stages: int = 1
 ) -> Shapes:
     """The part of the teacher that is run: without logits no head, and no block after the last mapped one (a block per stage at least)."""
-    logits, depth = recipe.loss.kl > 0, config.num_hidden_layers
+    logits, depth = recipe.logits, config.num_hidden_layers
     normed = recipe.matching.final_state == "normed"
     needed = max(blocks_needed([block for _, block in pairs], depth, logits=logits, normed_last=normed), stages)
     found = shapes(config if needed == depth else student_config(config, range(needed), {}))
@@ -333,7 +344,9 @@ def student_rows(recipe: Recipe, shape: Shapes, projectors: int, zero: dict[str,
     return rows
 
 
-def activation_rows(recipe: Recipe, student: Shapes, teacher: Shapes, pairs: Sequence[tuple[int, int]]) -> list[Row]:
+def activation_rows(
+    recipe: Recipe, student: Shapes, teacher: Shapes, pairs: Sequence[tuple[int, int]], ranks: int = 1
+) -> list[Row]:
     """What the student keeps for its backward pass, with or without activation checkpointing, and the pairs' stashed gradients."""
     size = DTYPES[recipe.train.dtype].itemsize
     tokens = recipe.train.micro_batch_size * recipe.data.max_length
@@ -347,10 +360,27 @@ def activation_rows(recipe: Recipe, student: Shapes, teacher: Shapes, pairs: Seq
         kept, rows = student.depth * block, []
         how = f"{student.depth} blocks x B x T x {block // tokens:,} B, and the final norm"
     rows.insert(0, Row("student activations", kept + ends, "device", ("head", "backward"), how))
-    if pairs:
-        stash = len(pairs) * tokens * teacher.hidden * size
-        how = f"{len(pairs)} pairs x [B, T, H] x {size} B"
-        rows.append(Row("gradients of the distances", stash, "device", ("head", "backward"), how))
+    return [*rows, *distance_rows(recipe, student, teacher, pairs, ranks)]
+
+
+def distance_rows(
+    recipe: Recipe, student: Shapes, teacher: Shapes, pairs: Sequence[tuple[int, int]], ranks: int
+) -> list[Row]:
+    """What waits of the pairs' distances for the backward pass, and what one set-level distance takes while it is worked out."""
+    if not pairs:
+        return []
+    size, matching = DTYPES[recipe.train.dtype].itemsize, recipe.matching
+    tokens = recipe.train.micro_batch_size * recipe.data.max_length
+    tokens = tokens if matching.tokens is None else min(tokens, matching.tokens)
+    width = teacher.hidden if matching.needs_projector else student.hidden
+    shown = "[B, T, H]" if matching.tokens is None else f"[{tokens}, H]"
+    how = f"{len(pairs)} pairs x {shown} x {size} B"
+    rows = [Row("gradients of the distances", len(pairs) * tokens * width * size, "device", ("head", "backward"), how)]
+    if any(term.of_set for term in terms_of(matching.distances)):
+        together = tokens * (ranks if matching.scope == "batch" else 1)
+        wider = max(student.hidden, teacher.hidden)
+        how = f"{SET_COPIES} x [{together:,}, H] x {WIDE} B"
+        rows.append(Row("a set-level distance at work", SET_COPIES * together * wider * WIDE, "device", ("head",), how))
     return rows
 
 
@@ -382,6 +412,8 @@ def head_rows(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Row]:
     rows = [Row("logits of a chunk", logits, "device", ("head",), how)]
     at_once = rows_at_once(chunk, student.vocabulary, "cuda")
     buffers = BUFFERS["kl" if recipe.loss.kl else "ce"]
+    if recipe.loss.kl and not isinstance(recipe.loss.divergence, str):
+        buffers += 4  # of a sum of divergences each but the last spoils copies, and their gradients are added up
     how = f"{buffers} x {at_once} tokens x {student.vocabulary:,} x {WIDE} B"
     held = buffers * at_once * student.vocabulary * WIDE
     rows.append(Row("logits at work", held, "device", ("head",), how))

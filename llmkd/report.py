@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llmkd.angle_findings import angle_table, sentence, setting
 from llmkd.findings import gather, outcome
 from llmkd.layer_map import drawing
 from llmkd.results import publish
@@ -139,6 +140,7 @@ def _markdown(results: Results, recipe: str) -> str:
         parts.append("\n".join(f"- {note}" for note in results["notes"]))
     parts += [*_score_part(results), *_comparison_part(results)]
     parts += ["## Layer maps", *_map_part(results["maps"])]
+    parts += _angle_part(results.get("angles"))
     parts += ["## Cost of training", markdown_table(_cost_table(results["runs"]))]
     if any(run.get("resumed_from_step") for run in results["runs"]):
         parts.append("A run that was resumed counts its last part's seconds and tokens.")
@@ -247,6 +249,18 @@ def _map_part(maps: Sequence[dict[str, Any]]) -> list[str]:
             picture = "\n".join(f"{student} <- {teacher}" for student, teacher in pairs)
         parts.append(f"**{found['strategy']}** ({', '.join(found['runs'])})\n\n```text\n{picture}\n```")
     return parts or ["No trained student with a layer map yet."]
+
+
+def _angle_part(angles: dict[str, Any] | None) -> list[str]:
+    """The angles between teacher blocks, where they were measured."""
+    if angles is None:
+        return []
+    parts = ["## Angles between teacher blocks"]
+    if angles["students"]:
+        parts += [sentence(angles), markdown_table(angle_table(angles)), setting(angles)]
+    if angles["problems"]:
+        parts.append("\n".join(f"- {name}: {why}" for name, why in angles["problems"].items()))
+    return parts
 
 
 def _cost_table(runs: Sequence[dict[str, Any]]) -> Table:

@@ -1,4 +1,4 @@
-"""The learning rate of a step: warm-up, then a decay. A function of the step alone, so a resumed run needs no state.
+"""What changes with the step: the learning rate, a weight of the loss, the temperature. Pure functions, so a resumed run needs no state.
 
 `learning_rate(0, peak=1e-4, final=0.0, warmup=100, total=1000, shape="cosine")` gives 1e-6, the first of 100 warm-up
 steps.
@@ -29,6 +29,48 @@ def learning_rate(step: int, *, peak: float, final: float, warmup: int, total: i
     progress = min((step - peak_step) / (total - 1 - peak_step), 1.0)
     left = 1.0 - progress if shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return final + (peak - final) * left
+
+
+def scheduled(step: int, total: int, *, initial: float, final: float, until: float, shape: Shape) -> float:
+    """A weight or temperature at `step` (0-based) of `total`: from `initial` to `final` over the share `until` of the run.
+
+    `initial` exactly at step 0, `final` exactly at the last step of that share and after it. `constant` stays at `initial` and
+    does not read the rest. Raises InputError on a share outside 0 to 1, 0 not included.
+    """
+    if not 0 < until <= 1:
+        raise InputError(
+            f"until {until!r}: write the share of the run after which the value stands, above 0 and up to 1"
+        )
+    if shape == "constant" or step == 0:
+        return initial
+    last = max(round(until * total) - 1, 1)
+    progress = min(step / last, 1.0)
+    left = 1.0 - progress if shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return final + (initial - final) * left
+
+
+def dynamic_temperature(
+    current: float,
+    step: int,
+    total: int,
+    *,
+    initial: float,
+    minimum: float,
+    maximum: float,
+    student_ce: float,
+    teacher_ce: float,
+) -> float:
+    """The next temperature after `step` of `total` steps, by the code of the DTS authors (arXiv 2511.13767, DATS_enhanced).
+
+    Aim: `initial · ½(1 + cos(π step/total))`, times a = d/(d+1) where a > 1 (1.35 where a > 2), d = the teacher's cross-entropy less
+    the student's: only a student that is more than one nat worse raises it. The aim is kept within minimum..maximum, and the
+    temperature goes a tenth of the way to it. The paper's own formula may differ; it was not read.
+    """
+    gap = teacher_ce - student_ce
+    factor = math.inf if gap == -1 else gap / (gap + 1)
+    annealed = initial * 0.5 * (1.0 + math.cos(math.pi * step / total))
+    aim = annealed * (1.0 if factor <= 1 else 1.35 if factor > 2 else factor)
+    return 0.9 * current + 0.1 * min(max(aim, minimum), maximum)
 
 
 def _check(step: int, peak: float, final: float, warmup: int, total: int, shape: str) -> None:

@@ -5,6 +5,7 @@ Projectors stand beside the student, never in it, so an exported student holds n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,19 +14,27 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmkd.data import Batch
+from llmkd.distances import Distance
 from llmkd.divergences import Divergence
 from llmkd.families import blocks, encoder_blocks, final_state, head, head_bias, kind, on_state
 from llmkd.head import TeacherHead, TopK, head_losses
+from llmkd.matching import AllRows, Term, distance_sum, sampled, small_pass
+from llmkd.stones import Stones
 from llmkd.teachers.base import Signal
+from llmkd.term_norms import FinalNorm, before_projector
 
-Distance = Callable[[Tensor, Tensor], Tensor]
+Places = tuple[Tensor, float]
+"""(flat positions [N] that are compared, how many each of them stands for)"""
 
 
 class Distiller(nn.Module):
     """A student that computes its own losses from a batch and the teacher's signal.
 
     pairs: (student block, teacher block), EMBEDDING (-1) for the embeddings. `teacher_width` differs from the student's: each pair
-    gets a projector Linear(H_s -> H_t). `positions`: match "trained" or "attended" positions.
+    gets a projector Linear(H_s -> H_t), which distances of any widths pass by. `positions`: match "trained" or "attended" positions,
+    `tokens` of them per micro-batch (None: all). `pair_weights`: what each pair's distance counts in the loss. `all_rows`: gathers the
+    rows of all ranks, where a set-level distance is over all of them. `keeps_head`: run the head even in a pass in which neither of its
+    parts counts: an engine would take a parameter without a gradient to have that of the step before.
     """
 
     def __init__(
@@ -33,7 +42,7 @@ class Distiller(nn.Module):
         model: PreTrainedModel,
         pairs: Sequence[tuple[int, int]],
         *,
-        distance: Distance,
+        distance: Distance | Sequence[Term],
         positions: str,
         normed_last: bool,
         divergence: Divergence,
@@ -41,10 +50,16 @@ class Distiller(nn.Module):
         kl_positions: str,
         chunk: int,
         projectors: nn.ModuleList | None = None,
+        tokens: int | None = None,
+        pair_weights: Sequence[float] | None = None,
+        all_rows: AllRows | None = None,
+        keeps_head: bool = False,
+        stones: Stones | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.projectors = projectors
+        self.stones = stones
         self.loss_head = LossHead(
             head(model),
             head_bias(model),
@@ -54,25 +69,59 @@ class Distiller(nn.Module):
             chunk=chunk,
         )
         self._pairs = tuple(pairs)
-        self._distance = distance
+        terms = (Term(distance),) if callable(distance) else tuple(distance)
+        apart = projectors is not None
+        self._as_it_is = tuple(term for term in terms if apart and term.width_free)
+        self._projected = tuple(term for term in terms if not (apart and term.width_free))
         self._positions = positions
-        decodes = kind(model.config) == "decoder"
-        self._normed = len(blocks(model)) - 1 if normed_last and decodes else None
+        self._tokens = tokens
+        self._pair_weights = (1.0,) * len(pairs) if pair_weights is None else tuple(pair_weights)
+        self._all_rows = all_rows
+        self._keeps_head = keeps_head
+        stack, decodes = blocks(model), kind(model.config) == "decoder"
+        self._normed = len(stack) - 1 if normed_last and decodes else None
         self._of_source = encoder_blocks(model)
         for block in {student for student, _ in pairs} - {self._normed}:
             on_state(model, block, self._matcher(block), normed=normed_last)
-        self._batch: Batch | None = None
+        if stones is not None:
+            stones.watch(stack)
         self._signal: Signal | None = None
         self._matched: dict[int, Tensor] = {}  # pair number -> distance sum of this pass
+        self._at: Places | None = None
+        self._source_at: Places | None = None
+        self._final_norm = FinalNorm(model)
+        self._squares: dict[int, Tensor] = {}
+        self.squares: Tensor | None = None
+        """[2 + pairs], after a pass with `report`: the squared norm of the gradient of each part of the loss (llmkd.term_norms)."""
 
     def forward(
-        self, batch: Batch, signal: Signal | None, scales: tuple[float, float, float], source_weight: float = 1.0
+        self,
+        batch: Batch,
+        signal: Signal | None,
+        scales: tuple[float, float, float],
+        source_weight: float = 1.0,
+        *,
+        temperature: float | None = None,
+        draw: int = 0,
+        report: bool = False,
+        hear_teacher: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """(loss, sums [2 + pairs]): the scaled loss of a micro-batch; the sums (CE, KL, each pair's distance) carry no gradient.
 
         `source_weight`: what a position of an encoder-decoder's source counts, so that source and target weigh alike in the whole batch.
+        `temperature`: of this pass, where it changes. `draw`: the seed of a sample of tokens. `report`: see `squares`.
+        `hear_teacher`: leave the teacher's own cross-entropy sum in `loss_head.teacher_ce`.
         """
-        self._batch, self._signal, self._matched = batch, signal, {}
+        self._signal, self._matched = signal, {}
+        positions = batch.attended_at if self._positions == "attended" else batch.trained_at
+        self._at = sampled(positions, self._tokens, draw)
+        self._source_at = None if batch.source_at is None else sampled(batch.source_at, self._tokens, draw)
+        self._hidden_scale, self._squares, self.squares = scales[2], {}, None
+        # until the student's own pass through the head: a stone's is not to be told of
+        self.loss_head.report, self.loss_head.hear_teacher, self.loss_head.teacher_ce = False, False, None
+        self._final_norm.watch(report)
+        if self.stones is not None:
+            self.stones.open()
         final = final_state(self.model, batch)
         if self._normed is not None:
             self._match(self._normed, final)
@@ -81,13 +130,36 @@ class Distiller(nn.Module):
             for number, (student, _) in enumerate(self._pairs)
         ]
         loss = ce = kl = torch.zeros((), dtype=torch.float32, device=final.device)
-        if scales[0] or scales[1]:  # else the head is neither gathered nor run, and both parts read 0
-            loss, ce, kl = self.loss_head(final, batch, signal, scales[0], scales[1])
+        # Before the head's loss, which takes the teacher's final state.
+        of_stones = None if self.stones is None else self.stones(final, batch, signal, self.loss_head)
+        if scales[0] or scales[1] or self._keeps_head:  # else the head is not gathered nor run, and both parts read 0
+            self.loss_head.report, self.loss_head.hear_teacher = report, hear_teacher
+            loss, ce, kl = self.loss_head(final, batch, signal, scales[0], scales[1], temperature)
         if distances:
-            loss = loss + scales[2] * torch.stack(distances).sum()
+            weighted = [d if w == 1 else d * w for d, w in zip(distances, self._pair_weights, strict=True)]
+            loss = loss + scales[2] * torch.stack(weighted).sum()
+        if of_stones is not None:
+            loss = loss + of_stones
         sums = torch.stack([ce, kl, *(d.detach() for d in distances)])
+        if report:
+            self.squares = self._all_squares(final)
+            self._final_norm.watch(False)
         self._signal, self._matched = None, {}
         return loss, sums
+
+    def _all_squares(self, final: Tensor) -> Tensor:
+        """CE's and KL's squared gradient norms at the last block's output, then the pairs' own, [2 + pairs]."""
+        squares = []
+        for gradient in self.loss_head.take_gradients():
+            whole = None if gradient is None else gradient.view(final.shape)
+            none = torch.zeros((), device=final.device)
+            squares.append(none if whole is None else _square(self._final_norm.before(final, whole)))
+        return torch.stack([*squares, *(self._squares[number] for number in range(len(self._pairs)))])
+
+    def rematch(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """From now on learn by these pairs, of the student blocks that it was made with."""
+        assert [student for student, _ in pairs] == [student for student, _ in self._pairs]
+        self._pairs = tuple(pairs)
 
     def _matcher(self, block: int) -> Callable[[Tensor], None]:
         def match(state: Tensor) -> None:
@@ -108,16 +180,27 @@ class Distiller(nn.Module):
             projected = state if self.projectors is None else self.projectors[number](state)
             if self._signal is None or number in self._matched:
                 continue
-            assert self._batch is not None
-            mask = self._mask(block, self._batch)
-            self._matched[number] = distance_sum(projected, self._signal.take(teacher), mask, self._distance)
+            theirs, at = self._signal.take(teacher), self._source_at if block in self._of_source else self._at
+            self._matched[number] = self._compare(state, projected, theirs=theirs, at=at)
+            if self._final_norm.watching:
+                projector: Any = None if self.projectors is None else self.projectors[number]
+                compare = functools.partial(self._compare, theirs=theirs, at=at)
+                gradient = before_projector(projector, state, compare) * (
+                    self._hidden_scale * self._pair_weights[number]
+                )
+                normed = block == self._normed
+                self._squares[number] = _square(self._final_norm.before(state, gradient) if normed else gradient)
 
-    def _mask(self, block: int, batch: Batch) -> Tensor:
-        """Which positions of a block's state are compared."""
-        if block in self._of_source:
-            assert batch.source_attended is not None
-            return batch.source_attended
-        return batch.attended if self._positions == "attended" else batch.targets != -100
+    def _compare(self, state: Tensor, projected: Tensor, *, theirs: Tensor, at: Places | None) -> Tensor:
+        """The weighted sum of the recipe's distances between the student's state and the teacher's."""
+        assert at is not None
+        places, factor = at
+        parts = [
+            distance_sum(ours, theirs, places, terms, factor=factor, all_rows=self._all_rows)
+            for ours, terms in ((state, self._as_it_is), (projected, self._projected))
+            if terms
+        ]
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 class LossHead(nn.Module):
@@ -143,9 +226,27 @@ class LossHead(nn.Module):
         self._temperature = temperature
         self._kl_positions = kl_positions
         self._chunk = chunk
+        self.report = False
+        """Whether the next pass keeps both parts' own gradients for `take_gradients`, each at the price of the head's products."""
+        self._gradients: list[Tensor | None] = [None, None]
+        self.hear_teacher = False
+        self.teacher_ce: Tensor | None = None
+        """After a pass with `hear_teacher`: the teacher's cross-entropy sum over the trained positions, for one product more."""
+
+    def take_gradients(self) -> list[Tensor | None]:
+        """CE's and KL's gradients with respect to the final state [B * T, H], once; None for a part that was not run."""
+        gradients = self._gradients
+        self._gradients = [None, None]
+        return gradients
 
     def forward(
-        self, final: Tensor, batch: Batch, signal: Signal | None, ce_scale: float, kl_scale: float
+        self,
+        final: Tensor,
+        batch: Batch,
+        signal: Signal | None,
+        ce_scale: float,
+        kl_scale: float,
+        temperature: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, CE sum, KL sum); logits exist only at the positions that count, a chunk at a time."""
         lent = None if signal is None or kl_scale == 0 else signal.head
@@ -158,22 +259,51 @@ class LossHead(nn.Module):
             ce_scale=ce_scale,
             kl_scale=kl_scale,
             divergence=self._divergence,
-            temperature=self._temperature,
+            temperature=self._temperature if temperature is None else temperature,
             chunk=self._chunk,
         )
         compared = torch.full_like(targets, taught, dtype=torch.bool)
+        losses = functools.partial(
+            self._losses, final, at, states, targets=targets, compared=compared, settings=settings
+        )
         if known is not None:
-            teacher = TopK(known.ids.flatten(0, 1), known.log_probabilities.flatten(0, 1), known.columns).at(at)
-            return head_losses(states, self.weight, self.bias, teacher, targets, compared, **settings)
+            return losses(TopK(known.ids.flatten(0, 1), known.log_probabilities.flatten(0, 1), known.columns).at(at))
         if lent is None:
-            return head_losses(states, self.weight, self.bias, None, targets, compared, **settings)
+            return losses(None)
         assert signal is not None
         theirs = signal.take_final()
         assert theirs is not None, "a signal that lends its head has a final state"
         theirs = theirs.flatten(0, 1)[at]
         with lent() as (weight, bias):
-            teacher = TeacherHead(theirs, weight, bias)
-            return head_losses(states, self.weight, self.bias, teacher, targets, compared, **settings)
+            if self.hear_teacher:
+                nothing = {**settings, "ce_scale": 1.0, "kl_scale": 0.0}
+                self.teacher_ce = head_losses(theirs, weight, bias, None, targets, compared, **nothing)[1]
+            return losses(TeacherHead(theirs, weight, bias))
+
+    def _losses(
+        self,
+        final: Tensor,
+        at: Tensor,
+        states: Tensor,
+        teacher: TeacherHead | TopK | None,
+        *,
+        targets: Tensor,
+        compared: Tensor,
+        settings: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `forward`, of states [N, H] gathered at flat positions `at` of the final state."""
+        if self.report:
+            bias = None if self.bias is None else self.bias.detach()
+            for number, only in enumerate(({"kl_scale": 0.0}, {"ce_scale": 0.0})):
+                leaf = states.detach().requires_grad_()
+                alone = {**settings, **only}
+                if alone["ce_scale"] or (alone["kl_scale"] and teacher is not None):
+                    with small_pass():
+                        part = head_losses(leaf, self.weight.detach(), bias, teacher, targets, compared, **alone)[0]
+                        (gradient,) = torch.autograd.grad(part, leaf)
+                    whole = torch.zeros_like(final).flatten(0, 1)
+                    self._gradients[number] = whole.index_copy_(0, at, gradient)
+        return head_losses(states, self.weight, self.bias, teacher, targets, compared, **settings)
 
 
 def make_projectors(
@@ -190,30 +320,6 @@ def make_projectors(
     return projectors
 
 
-def distance_sum(student: Tensor, teacher: Tensor, mask: Tensor, distance: Distance) -> Tensor:
-    """The sum of a distance over the positions of `mask`; what other positions hold, NaN included, changes nothing.
-
-    student [B, T, H], teacher [B, T, H], mask [B, T]. The gradient is computed at once, and all that waits for the backward pass is
-    one tensor of the student's size and dtype.
-    """
-    return _DistanceSum.apply(student, teacher, mask, distance)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _DistanceSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor, distance: Distance) -> Tensor:
-        leaf = student.detach().requires_grad_()
-        # Within a checkpointed block every tensor saved for a backward pass is dropped and made again by running the block a second
-        # time; identity hooks keep this small pass, which is over before the block is, out of that.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-            keep = mask[..., None]
-            value = distance(torch.where(keep, leaf, 0.0), torch.where(keep, teacher, 0.0))
-            total = torch.where(mask, value, 0.0).sum()
-            # Not save_for_backward: activation checkpointing would drop it and ask for the teacher's state again.
-            (ctx.gradient,) = torch.autograd.grad(total, leaf)
-        return total.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(grads[0]), None, None, None
+def _square(gradient: Tensor) -> Tensor:
+    """The squared norm in fp32, []."""
+    return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)).square()

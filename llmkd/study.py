@@ -1,4 +1,4 @@
-"""A study: strategies x seeds and their baselines, trained, evaluated and reported together; what is done is not done again.
+"""A study: strategies or other variants x seeds, and their baselines, trained, evaluated and reported; what is done is not done again.
 
 runs/<name>/  recipe.yaml  study.json  teacher/  students/<strategy>-s<seed>/  generations/  agreement/  evaluations/  report.html
 """
@@ -21,7 +21,14 @@ log = logging.getLogger("llmkd")
 GENERATIONS, AGREEMENT, EVALUATIONS = "generations", "agreement", "evaluations"  # the folders of a study's results
 CLASSIFICATIONS = "classifications"
 RESULTS = (GENERATIONS, CLASSIFICATIONS, AGREEMENT, EVALUATIONS)
-CE_ONLY = {"matching.strategy": "none", "loss.kl": 0.0, "loss.hidden": 0.0, "loss.ce": 1.0}
+CE_ONLY: dict[str, Any] = {
+    "matching.strategy": "none",
+    "loss.kl": 0.0,
+    "loss.hidden": 0.0,
+    "loss.ce": 1.0,
+    "loss.schedules": None,
+    "stones": None,
+}
 
 
 class Stopped(Exception):
@@ -32,7 +39,7 @@ def study(recipe: Recipe, ranks: int | None = None) -> Path:
     """Run what is missing of a study and return the path of its report. Raises InputError on bad input, Stopped on a signal."""
     from llmkd.report import report
 
-    if not recipe.study.strategies:
+    if not recipe.study.students:
         raise InputError("study.strategies: name at least one, e.g. [none, forward, reverse]")
     folder = recipe.folder
     ranks = ranks or recipe.study.ranks
@@ -66,6 +73,7 @@ def study(recipe: Recipe, ranks: int | None = None) -> Path:
 def _score(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> list[str]:
     """Have every model write, compare it with the teacher, run lm-eval; what one step can't do must not cost the others theirs."""
     from llmkd.agreement import agree
+    from llmkd.angles import angles
     from llmkd.classification import classify
     from llmkd.evaluation import evaluate
     from llmkd.family_rules import held_out_data
@@ -86,6 +94,8 @@ def _score(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> list[str]:
         steps.append(lambda: classify(jobs, settings, held_out_data(recipe), folder / CLASSIFICATIONS))
     if settings.tasks:
         steps.append(lambda: evaluate(jobs, settings, folder / EVALUATIONS, trust_remote_code=trust))
+    if settings.angles_rows:
+        steps.append(lambda: angles(folder, rows=settings.angles_rows))
     mistakes = []
     for step in steps:
         try:
@@ -151,7 +161,7 @@ def _models(recipe: Recipe) -> list[dict[str, Any]]:
             entries.append(_entry("undistilled", "baseline", "undistilled", None, "undistilled/copied", None))
     if "ce_only" in recipe.study.baselines:
         entries += [_student("baseline", "ce_only", seed) for seed in seeds]
-    return entries + [_student("student", strategy, seed) for strategy in recipe.study.strategies for seed in seeds]
+    return entries + [_student("student", name, seed) for name in recipe.study.students for seed in seeds]
 
 
 def _student(kind: str, strategy: str, seed: int) -> dict[str, Any]:
@@ -174,10 +184,11 @@ def _entry(
 
 def entry_recipe(recipe: Recipe, entry: dict[str, Any]) -> Recipe:
     """The recipe of one student of a study."""
-    changes = CE_ONLY if entry["strategy"] == "ce_only" else {"matching.strategy": entry["strategy"]}
+    changes = CE_ONLY if entry["strategy"] == "ce_only" else recipe.study.changes(entry["strategy"])
     if recipe.teacher.share_cache:
         changes = {**changes, "teacher.placement": "cache"}
-    return recipe.changed({**_only_for(recipe, str(changes["matching.strategy"])), **changes, "seed": entry["seed"]})
+    strategy = str(changes.get("matching.strategy", recipe.matching.strategy))
+    return recipe.changed({**_only_for(recipe, strategy), **changes, "seed": entry["seed"]})
 
 
 def _only_for(recipe: Recipe, strategy: str) -> dict[str, Any]:
@@ -187,6 +198,8 @@ def _only_for(recipe: Recipe, strategy: str) -> dict[str, Any]:
         dropped["matching.pairs"] = None
     if strategy != "all_to_one" and recipe.matching.target_block is not None:
         dropped["matching.target_block"] = None
+    if strategy != "in_order_random" and recipe.matching.redraw_every:
+        dropped["matching.redraw_every"] = 0
     return dropped
 
 
@@ -201,6 +214,7 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
         depths_of,
         maps_of,
         read_rows,
+        stones_of,
         student_inputs,
         teacher_inputs,
         total_steps,
@@ -242,7 +256,9 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
         elif entry["train"] is not None:
             one = entry_recipe(recipe, entry)
             check_training(one, family(teacher))
-            maps_of(one, depths_of(one, student), depths(teacher))
+            student_depths = depths_of(one, student)
+            maps_of(one, student_depths, depths(teacher))
+            stones_of(one, student_depths[0], depths(teacher)[0])
             inputs = student_inputs(one)
         else:
             continue

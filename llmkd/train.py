@@ -15,6 +15,7 @@ if (
 ):  # run as a file: let `import llmkd` find the package, and keep its modules from shadowing others
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import functools
 import importlib.util
 import json
 import logging
@@ -29,7 +30,7 @@ import datasets
 import torch
 import transformers
 
-from llmkd import __version__, build, cache_contents, caching, checkpoint
+from llmkd import __version__, build, cache_contents, caching, checkpoint, nearest
 from llmkd.build import Job
 from llmkd.config import Recipe, dump_recipe, load_recipe
 from llmkd.data import announced, batches
@@ -52,6 +53,7 @@ from llmkd.family_data import collate_for
 from llmkd.metrics import Journal, Meter, peak_memory_gib
 from llmkd.objective import divisors, scales
 from llmkd.provenance import commit, hardware, versions
+from llmkd.steering import Steering
 
 log = logging.getLogger("llmkd")
 
@@ -76,7 +78,19 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     rate = build.rate_of_step(settings, steps)
     cached = cache_contents.open_teacher(world, job, tokenizer, data)
     build.write_initial(world, job, tokenizer, resuming=resume is not None)  # the first thing written
-    module = build.load_student(job, ds_config, build.teacher_width(job))
+    reading: dict[str, Any] = dict(
+        seed=job.seed,
+        batch_size=settings.batch_size,
+        accumulation=accumulation,
+        rank=world.rank,
+        world_size=world.size,
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        packed=job.data.batching == "packed",
+        make=collate_for(job.family),
+    )
+    if job.pairs and job.recipe.matching.strategy == "nearest":
+        job = nearest.settled(world, job, data, reading, resuming=resume is not None)
+    module = build.load_student(job, ds_config, build.teacher_width(job), build.rows_of_all_ranks(world, job))
     teacher = cached or (build.load_teacher(world, job) if job.teacher is not None else None)
     student = engine(
         module,
@@ -103,24 +117,16 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         recipe=job.inputs,
         run_name=f"{job.recipe.name}-{job.title}",
     )
-    meter = Meter(world, job.weights, build.pair_names(job.pairs, job.encoders))
+    meter = Meter(world, job.weights, build.pair_names(job.pairs, job.encoders, redraws=job.redraws))
+    steering = Steering(world, job, steps, start_step=first)
     _announce(world, job, steps, accumulation, len(data))
 
     totals = {"seconds": 0.0, "tokens": 0}
     values: dict[str, Any] = {}
-    loader = batches(
-        data,
-        seed=job.seed,
-        start_step=first,
-        steps=steps,
-        batch_size=settings.batch_size,
-        accumulation=accumulation,
-        rank=world.rank,
-        world_size=world.size,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        packed=job.data.batching == "packed",
-        make=collate_for(job.family),
-    )
+    rows = functools.partial(batches, data, **reading)
+    loader = rows(start_step=first, steps=steps)
+    if resume is None and module.stones is not None:
+        build.fit_stones(world, job, student, teacher, rows)
     if teacher is not None:
         loader = announced(loader, teacher.expect)
     module.train()
@@ -129,27 +135,44 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         counts = [sum(c) for c in zip(*(batch.counts for batch in micro_batches), strict=True)]
         counts += [sum(batch.source_count for batch in micro_batches), int(stopping.asked)]
         trained, attended, source, asked_to_stop = sum_counts(world, counts)  # all ranks, on the CPU
-        by = divisors(job.weights, trained=trained, attended=attended, pairs=len(job.pairs))
+        weights = steering.begin(step)
+        by = divisors(weights, trained=trained, attended=attended, pairs=len(job.pairs))
         for group in student.optimizer.param_groups:
             group["lr"] = rate(step - 1)
+        if job.redraws:
+            build.rematch(job, step - 1, module, teacher)
+        if module.stones is not None:
+            module.stones.begin(step - 1, trained=by.ce, compared=by.kl, ranks=world.size)
 
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches):
             batch = batch.to(world.device)
             signals = teacher.signals(batch) if teacher is not None else None
-            loss, sums = student(batch, signals, scales(job.weights, by, world.size), attended / max(source, 1))
+            loss, sums = student(
+                batch,
+                signals,
+                scales(weights, by, world.size),
+                attended / max(source, 1),
+                **steering.options(number),
+            )
             student.backward(loss, scale_wrt_gas=False)  # the sums are already divided by the whole batch's count
             student.step()
-            meter.add(sums)
-        meter.step(by, attended + source)
+            meter.add(sums, weights)
+            steering.heard(module, sums)
+        meter.step(by, attended + source, weights)
+        said = {**steering.values(), **steering.end(by)}
         totals["tokens"] += attended + source
 
         saves = step == steps or asked_to_stop or (settings.save_every and step % settings.save_every == 0)
-        if step % settings.log_every == 0 or saves:  # all ranks: one reduction
+        if step % settings.log_every == 0 or saves or steering.reports:  # all ranks: one reduction
             values = {
                 **meter.flush(),
+                **said,
                 "learning_rate": rate(step - 1),
                 "grad_norm": float(student.get_global_grad_norm() or 0.0),
             }
+            if module.stones is not None:
+                values |= module.stones.flush(world)
+                values["loss"] += values["stones"]
             journal.write(step, steps, values)
             if not math.isfinite(values["loss"]):
                 raise InputError(
@@ -218,7 +241,7 @@ def _announce(world: World, job: Job, steps: int, accumulation: int, rows: int) 
 
 def _card(job: Job, steps: int) -> str:
     """The exported model's README: what it is, and the recipe that made it."""
-    pairs = ", ".join(build.pair_names(job.pairs, job.encoders)) or "none"
+    pairs = ", ".join(build.pair_names(job.pairs, job.encoders, redraws=job.redraws)) or "none"
     return (
         f"# {job.recipe.name}: {job.title}\n\nTrained by llmkd {__version__}, {steps} steps.\n\n"
         f"- started from: {job.initial.name if job.initial.parent == job.folder else job.initial}\n"

@@ -59,6 +59,13 @@ def akl(p: Tensor, q: Tensor, akl_mu: float = 0.5) -> Tensor:
     return gaps["head"] / both * kl(p, q) + gaps["tail"] / both * kl(q, p)
 
 
+def top_k(p: Tensor, q: Tensor, top_k: int = 64) -> Tensor:
+    likeliest = sorted(range(len(p)), key=lambda v: -p[v].item())
+    single, others = likeliest[:top_k], likeliest[top_k:]
+    sides = [torch.cat([side[single], side[others].sum()[None]]) for side in (p, q)]
+    return kl(*sides)
+
+
 def top_k_kl(student_logits: Tensor, ids: Tensor, log_probabilities: Tensor, temperature: float) -> Tensor:
     """`[N, V]`, `[N, K]`, `[N, K]` -> `[N]`: KL over K + 1 buckets, the last one of everything else."""
     values = []
@@ -79,4 +86,5 @@ DEFINITIONS = {
     "skew_reverse_kl": skew_reverse_kl,
     "tvd": tvd,
     "akl": akl,
+    "top_k": top_k,
 }

@@ -17,6 +17,7 @@ from llmkd import models
 from llmkd.build import pairs_of
 from llmkd.config import Recipe
 from llmkd.data import IGNORE, collate, epoch_batches, load_rows, tokenize
+from llmkd.layer_map import in_order_random
 from llmkd.schedules import learning_rate
 from llmkd.student import make_projectors
 from llmkd.teachers.base import EMBEDDING
@@ -82,7 +83,7 @@ def plain_run(
     recipe: Recipe, teacher_folder: Path, student_folder: Path
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """The recipe's run in plain PyTorch: one process, whole batches, whole logits, `output_hidden_states`; (weights, losses)."""
-    teacher, student = _load(teacher_folder).eval(), _load(student_folder).train()
+    teacher, student = load(teacher_folder).eval(), load(student_folder).train()
     tokenizer = models.load_tokenizer(teacher_folder)
     rows = load_rows(recipe.data.source, name=None, split="train", rows=recipe.data.rows)
     data = tokenize(rows, tokenizer, format="auto", max_length=recipe.data.max_length, too_long=recipe.data.too_long)
@@ -115,6 +116,9 @@ def plain_run(
     losses = []
     for step in range(recipe.train.steps):
         batch = collate([data[int(i)] for i in order[step]], pad_id=tokenizer.pad_token_id, packed=False)
+        if recipe.matching.redraw_every:
+            depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+            pairs = in_order_random(*depths, recipe.seed, step // recipe.matching.redraw_every)
         parts = plain_losses(recipe, teacher, student, projectors, pairs, batch)
         loss = (
             recipe.loss.ce * parts["ce"]
@@ -139,7 +143,8 @@ def plain_run(
     return {name: p.detach() for name, p in student.named_parameters()}, losses
 
 
-def _load(folder: Path) -> Any:
+def load(folder: Path) -> Any:
+    """A model in plain transformers that remembers its last block's output."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     model.model.layers[-1].register_forward_hook(lambda module, args, output: setattr(model, "raw_last_state", output))
     return model
@@ -158,7 +163,12 @@ def plain_losses(
     tau = recipe.loss.temperature
     where = attended if recipe.loss.kl_positions == "attended" else trained
     given = {key: value for key, value in recipe.loss.parameters.items() if value is not None}
-    per_token = definitions.divergence(recipe.loss.divergence, s.logits[where], t.logits[where], tau, **given)
+    mix = recipe.loss.divergence
+    per_token = sum(
+        weight * definitions.divergence(name, s.logits[where], t.logits[where], tau, **given)
+        for name, weight in ({mix: 1.0} if isinstance(mix, str) else mix).items()
+    )
+    assert isinstance(per_token, torch.Tensor)
     kl = per_token.mean().float()
     hidden = []
     for number, (i, j) in enumerate(pairs):
@@ -171,7 +181,7 @@ def plain_losses(
 
 
 def _state(model: Any, output: Any, block: int, recipe: Recipe) -> torch.Tensor:
-    """`hidden_states` by block number; transformers gives the last one after the final norm, so the raw one is kept by `_load`."""
+    """`hidden_states` by block number; transformers gives the last one after the final norm, so the raw one is kept by `load`."""
     if block == EMBEDDING:
         return output.hidden_states[0]
     if block < model.config.num_hidden_layers - 1 or recipe.matching.final_state == "normed":

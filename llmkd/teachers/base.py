@@ -14,6 +14,8 @@ from llmkd.head import TopK
 from llmkd.stages import EMBEDDING as EMBEDDING
 
 Head = Callable[[], contextlib.AbstractContextManager[tuple[Tensor, Tensor | None]]]
+Upper = Callable[[int, Tensor, Batch], Tensor]
+"""(block, state in place of its output, batch) -> the final state, with a gradient to the state: llmkd.teachers.upper.UpperBlocks."""
 
 
 class States(Protocol):
@@ -29,17 +31,24 @@ class Signal:
     """The mapped blocks' states and the final state of one micro-batch. A state is let go when its last pair has taken it.
 
     `final` and `head` are None where no logits are asked for; `top_k` (tensors [B, T, K]) stands in for them where a cache holds no
-    more of the distribution.
+    more of the distribution. `upper` runs the teacher's upper blocks, where stones ask for them.
     """
 
     def __init__(
-        self, states: States, uses: Iterable[int], final: Tensor | None, head: Head | None, top_k: TopK | None = None
+        self,
+        states: States,
+        uses: Iterable[int],
+        final: Tensor | None,
+        head: Head | None,
+        top_k: TopK | None = None,
+        upper: Upper | None = None,
     ) -> None:
         self._states = states
         self._left = Counter(uses)
         self._final = final
         self.head = head
         self.top_k = top_k
+        self.upper = upper
 
     def take(self, block: int) -> Tensor:
         """The state [B, T, H] of a mapped block, once per pair that uses it."""
@@ -53,6 +62,11 @@ class Signal:
         """The final state [B, T, H], once; it is held here no longer, so that none waits for the backward pass."""
         final, self._final = self._final, None
         return final
+
+    @property
+    def final(self) -> Tensor | None:
+        """The final state [B, T, H], until it is taken."""
+        return self._final
 
     @property
     def held(self) -> int:
@@ -88,11 +102,14 @@ def output_state(output: object) -> Tensor:
 class Capture:
     """Forward hooks that keep the states of some modules, and of no others, until they are collected.
 
-    `new` makes what they are kept in, once per pass.
+    `new` makes what they are kept in, once per pass. `wanted` says which blocks' states are kept in the pass under way.
     """
 
-    def __init__(self, modules: dict[int, nn.Module], new: Callable[[], States]) -> None:
+    def __init__(
+        self, modules: dict[int, nn.Module], new: Callable[[], States], wanted: Callable[[int], bool] = lambda _: True
+    ) -> None:
         self._new = new
+        self._wanted = wanted
         self._states = new()
         for block, module in modules.items():
             keep = self.keeper(block)
@@ -102,7 +119,8 @@ class Capture:
         """What keeps a state as this block's until they are collected."""
 
         def keep(state: Tensor) -> None:
-            self._states[block] = state
+            if self._wanted(block):
+                self._states[block] = state
 
         return keep
 

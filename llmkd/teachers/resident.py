@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from transformers import PreTrainedModel
 from llmkd.data import Batch
 from llmkd.distributed import frozen_engine, gathered
 from llmkd.families import Body, backbone, blocks, head, head_bias, kind, on_state
-from llmkd.teachers.base import Capture, Signal
+from llmkd.teachers.base import Capture, Signal, States
 from llmkd.teachers.offload import OffloadedStates
+from llmkd.teachers.upper import UpperBlocks
 
 
 class ResidentTeacher:
@@ -23,7 +23,8 @@ class ResidentTeacher:
 
     `uses` names the teacher block of every pair, in the order the student takes them (a block used by three pairs three times); only
     these are captured. The backbone is run without its head: the head's weight is lent, whole, to the chunked loss, or with
-    `logits=False` is not kept at all. `offload_to`: the stream that takes waiting states to host memory and back.
+    `logits=False` is not kept at all. `offload_to`: the stream that takes waiting states to host memory and back. `stones`: the teacher
+    blocks after which the student's stones go on with the teacher's, and whether these are `checkpointed`.
     """
 
     def __init__(
@@ -35,20 +36,29 @@ class ResidentTeacher:
         ds_config: dict[str, Any] | None,
         logits: bool = True,
         offload_to: torch.cuda.Stream | None = None,
+        stones: Sequence[int] = (),
+        checkpointed: bool = True,
     ) -> None:
         model.eval().requires_grad_(False)
         self._head = head(model) if logits else None
         self._model = model
         self._uses = tuple(uses)
         self._decodes = kind(model.config) == "decoder"
+        self.blocks = stack = blocks(model)
+        self._upper = UpperBlocks(model, stones, again=checkpointed) if stones else None
         # A decoder's final state is at hand; other families' last state after a final norm is taken where it is born.
-        self._last = len(blocks(model)) - 1 if normed_last and self._decodes else None
+        self._last = len(stack) - 1 if normed_last and self._decodes else None
         body = backbone(model) if self._decodes else Body(model)
-        offloaded = functools.partial(OffloadedStates, self._uses, offload_to)
-        self._capture = Capture({}, dict if offload_to is None else offloaded)
+        self._body = body if ds_config is None else frozen_engine(body, ds_config)
+        new: Callable[[], States] = dict if offload_to is None else lambda: OffloadedStates(self._uses, offload_to)
+        self._capture = Capture({}, new, lambda block: block in self._uses)
         for block in set(uses) - {self._last}:
             on_state(model, block, self._capture.keeper(block), normed=normed_last)
-        self._body = body if ds_config is None else frozen_engine(body, ds_config)
+
+    def use(self, uses: Sequence[int]) -> None:
+        """From now on the student takes these blocks, all of them among those it was made with; no other state is kept."""
+        self._uses = tuple(uses)
+        self._capture.collect()  # what waits for the next pass is made for these
 
     def expect(self, batches: Sequence[Batch]) -> None:
         """It runs on each micro-batch when it is asked for it."""
@@ -70,7 +80,7 @@ class ResidentTeacher:
             states[self._last] = final
         if self._head is None:
             return Signal(states, self._uses, None, None)
-        return Signal(states, self._uses, final, self.head)
+        return Signal(states, self._uses, final, self.head, upper=self._upper)
 
     @contextlib.contextmanager
     def head(self) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -88,13 +88,6 @@ def load_stage(
     return body.eval().requires_grad_(False)
 
 
-def load_head(folder: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> Tensor:
-    """The head's weight [V, H], which is the embeddings' where the two are tied."""
-    tied = load_config(folder, trust_remote_code=trust_remote_code).tie_word_embeddings
-    name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-    return read_tensors(folder, [name], dtype=dtype, device=device)[name]
-
-
 def read_tensors(folder: Path, names: Iterable[str], *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """These tensors of a model folder, and no byte of any other. Raises InputError where one is missing."""
     files = tensor_files(folder)

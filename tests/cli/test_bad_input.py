@@ -74,6 +74,20 @@ def test_the_recipe_that_is_spoilt_below_is_good(place: Path, world: Any) -> Non
         ({"student.init": "checkpoint", "student.path": "/nowhere"}, "student.path: no folder '/nowhere'; give"),
         ({"student.blocks": 7}, "the student has 7 blocks and the teacher 6: give the student at most 6, or"),
         (
+            {"matching.pair_weights": [1.0, 2.0]},
+            "matching.pair_weights: 2 weights for the 3 pairs 0<1, 1<3, 2<5; write one for each, in this order",
+        ),
+        (
+            {
+                "matching.strategy": "in_order_random",
+                "matching.redraw_every": 5,
+                "student.init": "random",
+                "student.hidden_size": 24,
+            },
+            "matching.redraw_every: the student's states have 24 numbers and the teacher's 32, and a projector is learned for one teacher",
+        ),
+        ({"matching.strategy": "pkd_last", "student.blocks": 1}, "strategy 'pkd_last' leaves out the student's last"),
+        (
             {"student.blocks": 7, "matching.strategy": "none"},
             "student.blocks: 7 blocks can't be copied from a teacher of 6",
         ),

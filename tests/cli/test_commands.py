@@ -83,7 +83,16 @@ def test_maps_of_9_blocks_from_36(capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(t for _, t in pairs["random"]) == forward and pairs["none"] == []
     drawn = [t for _, t in pairs["in_order_random"]]
     assert drawn == sorted(set(drawn)) and len(drawn) == 9
-    assert list(pairs) == ["forward", "reverse", "all_to_one", "random", "in_order_random", "none"]
+    assert list(pairs) == [
+        "forward",
+        "reverse",
+        "all_to_one",
+        "random",
+        "in_order_random",
+        "pkd_skip",
+        "pkd_last",
+        "none",
+    ]
     assert max(map(len, text.splitlines())) <= 100 and text.isascii()
 
 

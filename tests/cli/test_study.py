@@ -34,6 +34,7 @@ def recipe_file(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "batch_size": 12,
             "generation": {"source": "records", "items": 4, "max_new_tokens": 8},
             "agreement_rows": 4,
+            "angles_rows": 4,
         },
         study={
             "strategies": ["none", "all_to_one"],
@@ -66,12 +67,16 @@ def test_study_is_run_once_and_reported(recipe_file: Path, capfd: pytest.Capture
         else:
             agreed = json.loads((folder / entry["agreement"]).read_text())
             assert agreed["error"] is None and agreed["rows"] == 4 and agreed["metrics"]["kl"] > 0
+        if entry["train"] is not None:
+            seen = json.loads((folder / "angles" / f"{entry['name']}.json").read_text())
+            assert seen["error"] is None and seen["rows"] == 4 and len(seen["after"]["blocks"]) == 3
     trained = folder / "students" / "all_to_one-s0"
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["pairs"] == [[0, 1], [1, 1], [2, 1]] and summary["world_size"] == 1
     assert not (trained / "initial").exists() and (trained / "model" / "model.safetensors").is_file()
     report = (folder / "report.md").read_text()
     assert "With one seed nothing can be concluded" in report and "undistilled" in report
+    assert "## Angles between teacher blocks" in report
 
     results = [*folder.glob("students/*/model/*"), *folder.glob("evaluations/*.json*")]
     made = {path: path.stat().st_mtime_ns for path in results}
@@ -121,9 +126,24 @@ def test_every_entry_has_a_recipe_of_its_own(recipe_file: Path) -> None:
     assert [e["name"] for e in manifest(random)][1:3] == ["undistilled-s3", "undistilled-s4"]
 
 
+def test_a_variant_is_a_student_with_keys_of_its_own(recipe_file: Path) -> None:
+    cosine = {"matching.distance": "cosine", "loss.hidden": 0.5}
+    recipe = load_recipe(recipe_file, [f"study.variants={json.dumps({'cosine': cosine})}", "study.strategies=[none]"])
+    entries = {e["name"]: e for e in manifest(recipe) if e["kind"] == "student"}
+    assert list(entries) == [f"{name}-s{seed}" for name in ("none", "cosine") for seed in recipe.study.seeds]
+    one = entry_recipe(recipe, entries[f"cosine-s{recipe.study.seeds[0]}"])
+    assert (one.matching.distance, one.loss.hidden, one.matching.strategy) == ("cosine", 0.5, recipe.matching.strategy)
+    assert entry_recipe(recipe, entries[f"none-s{recipe.study.seeds[0]}"]).matching.distance == recipe.matching.distance
+    assert recipe.changed({"study.reference": "cosine"}).study.compared_with == "cosine"
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
+        ("study.variants={forward: {loss.hidden: 1.0}}", "study.variants: 'forward' can't name a student"),
+        ("study.variants={a: {}}", "study.variants.a: nothing is changed"),
+        ("study.variants={a: {data.rows: 7}}", "study.variants.a: data.rows is the same for all students"),
+        ("study.variants={a: {loss.hiden: 7}}", "hiden.*hidden"),
         ("evaluation.tasks=[records_choise]", "no task 'records_choise'.*did you mean records_choice"),
         ("student.blocks=9", "the student has 9 blocks and the teacher 6"),
         ("matching.target_block=6", "target"),

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import random
 import sys
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmkd import build, distributed
+from llmkd import build, cache_contents, data, distributed
 from llmkd.config import Recipe, load_recipe
 from llmkd.data import Batch, collate
+from llmkd.teachers.cache import CacheTeacher
 from tests.tensor_bytes import TensorBytes
 from tests.wire_bytes import WireBytes
 
@@ -71,11 +73,8 @@ def uneven(world: Any, recipe: Recipe, job: Any, chunks: list[list[int]]) -> dic
 
 def measured(world: Any, recipe: Recipe, job: Any) -> dict[str, Any]:
     """Bytes received per step, counted where torch.distributed is called, and the most tensor bytes held, over four steps."""
-    teacher: Any = build.load_teacher(world, job)
-    draw = random.Random(world.rank)
     rounds = recipe.train.batch_size // (recipe.train.micro_batch_size * world.size)
-    lengths = [recipe.data.max_length] * recipe.train.micro_batch_size
-    steps = [[batch_of(draw, lengths) for _ in range(rounds)] for _ in range(4)]
+    teacher, steps = (_cached if recipe.teacher.placement == "cache" else _present)(world, recipe, job, rounds)
     weights = _weights(teacher)
     uses = [block for _, block in job.pairs]
     with WireBytes() as wire, TensorBytes() as held:
@@ -93,8 +92,59 @@ def measured(world: Any, recipe: Recipe, job: Any) -> dict[str, Any]:
     return found
 
 
+def stones(world: Any, recipe: Recipe, job: Any) -> dict[str, Any]:
+    """Bytes gathered per step by a sharded teacher that also runs its upper blocks for each stone, forward and for the gradient."""
+    teacher: Any = build.load_teacher(world, job)
+    draw = random.Random(world.rank)
+    rounds = recipe.train.batch_size // (recipe.train.micro_batch_size * world.size)
+    with WireBytes() as wire:
+        for _ in range(rounds):
+            batch = batch_of(draw, [recipe.data.max_length] * recipe.train.micro_batch_size)
+            signal = teacher.signals(batch)
+            with signal.head():
+                for _, block in job.stones:
+                    state = torch.randn_like(signal.final).requires_grad_()
+                    signal.upper(block, state, batch).sum().backward()
+    return {"gathered": wire.gathered}
+
+
+def _present(world: Any, recipe: Recipe, job: Any, rounds: int) -> tuple[Any, list[list[Batch]]]:
+    """The teacher, and four steps of random rows of full length."""
+    draw = random.Random(world.rank)
+    lengths = [recipe.data.max_length] * recipe.train.micro_batch_size
+    steps = [[batch_of(draw, lengths) for _ in range(rounds)] for _ in range(4)]
+    return build.load_teacher(world, job), steps
+
+
+def _cached(world: Any, recipe: Recipe, job: Any, rounds: int) -> tuple[Any, list[list[Batch]]]:
+    """The teacher as a cache that is there, and four steps of the rows that it holds."""
+    tokenizer = build.job_tokenizer(world, job, resuming=False)
+    rows = build.tokenized(world, job.data, tokenizer)
+    size = recipe.train.batch_size
+    found = data.batches(
+        rows, seed=0, start_step=0, steps=4, batch_size=size, accumulation=rounds, rank=world.rank, world_size=world.size,
+        pad_id=tokenizer.pad_token_id, packed=False,
+    )  # fmt: skip
+    teacher: Any = cache_contents.open_teacher(world, job, tokenizer, rows)
+    teacher._pool = _AtOnce()  # bytes are counted in this thread alone
+    for first in teacher._shards._firsts:  # opened here, or the maps of the files would count as memory
+        teacher._shards.row(first, teacher._tensors)
+    return teacher, list(found)
+
+
+class _AtOnce(Executor):
+    """Does its work in the caller's thread."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
 def _weights(teacher: Any) -> int:
     """Bytes of the teacher's weights on this rank, shards as such, each storage once."""
+    if isinstance(teacher, CacheTeacher):
+        return sum(tensor.nbytes for tensor in teacher._weights or () if tensor is not None)
     head = teacher._head
     own = [
         *teacher._body.parameters(),
@@ -105,7 +155,7 @@ def _weights(teacher: Any) -> int:
 
 
 WHOLE = {"teacher.placement": "replicated", "teacher.stages": None, "teacher.offload": "none"}
-EXAMS = {"uneven": uneven, "measured": measured}
+EXAMS = {"uneven": uneven, "measured": measured, "stones": stones}
 
 
 def main(tasks: Path) -> None:

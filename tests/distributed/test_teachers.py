@@ -40,6 +40,7 @@ def _scenarios(ranks: int) -> dict[str, Scenario]:
         "measured_pipeline": ("measured", {**PIPELINE, **STEPS}, {}),
         "measured_hidden_alone": ("measured", {**EVERYTHING, **STEPS, "loss.kl": 0.0}, {}),
         "measured_zero3": ("measured", {**STEPS, "teacher.placement": "zero3"}, {}),
+        "stones": ("stones", {**STEPS, "teacher.placement": "zero3", "loss.kl": 0.0, "stones.kl": 1.0}, {}),
     }
     if ranks == 4:
         scenarios["two_pipelines"] = ("uneven", {**EVERYTHING, "teacher.stages": 2}, {"chunks": ragged})

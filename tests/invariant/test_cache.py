@@ -35,7 +35,7 @@ ON_ONE_RANK = ("random-s1", "packed")
 CACHES: dict[str, dict[str, Any]] = {
     "study": {**STUDY, "cache.dtype": "float32", "cache.shard_mib": 0.08},
     "normed": {**NORMED, "cache.dtype": "float32", "cache.shard_mib": 0.02, "cache.teacher_placement": "zero3"},
-    "top_k": {**NORMED, "cache.dtype": "float32", "cache.top_k": 320},
+    "top_k": {**NORMED, "cache.dtype": "float32", "cache.top_k": 320, "cache.teacher_placement": "pipeline"},
 }
 
 

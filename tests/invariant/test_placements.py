@@ -85,13 +85,53 @@ def test_every_placement_makes_the_same_student_of_every_strategy(tiny: Path, tm
             "train.micro_batch_size": 1,
             **(narrow if number % 2 == 0 else {}),
         }
-        for placement, where in PLACEMENTS.items():
-            if ranks > 2 or placement != "pipeline_of_two":
-                scenarios[f"{strategy}-{placement}"] = {**changes, **where}
+        scenarios |= _in_every_placement(strategy, changes, tmp_path, ranks)
     assert run_on_ranks(ranks, tiny / "recipe.yaml", scenarios, tmp_path, timeout=3000) == {}
     for name in scenarios:
+        if name.endswith("-written"):
+            continue
         expected = load_file(tmp_path / f"{name.split('-')[0]}-replicated" / "model" / "model.safetensors")
         _assert_same(load_file(tmp_path / name / "model" / "model.safetensors"), expected)
+
+
+def _in_every_placement(name: str, changes: dict[str, Any], folder: Path, ranks: int) -> dict[str, dict[str, Any]]:
+    """The runs of these changes, one per placement; a cache is written before it is read."""
+    runs = {
+        f"{name}-{placement}": {**changes, **where}
+        for placement, where in PLACEMENTS.items()
+        if ranks > 2 or placement != "pipeline_of_two"
+    }
+    cache = {"cache.path": str(folder / f"cache-{name}"), "cache.dtype": "float32"}
+    runs[f"{name}-written"] = {"only": "cache", **changes, **cache, "cache.teacher_placement": "pipeline"}
+    runs[f"{name}-cache"] = {**changes, **cache, "teacher.placement": "cache"}
+    return runs
+
+
+def test_in_bfloat16_the_placements_are_close(tiny: Path, tmp_path: Path) -> None:
+    """Teacher and student in bfloat16: what a student learns differs from placement to placement by rounding alone."""
+    changes: dict[str, Any] = {
+        "matching.strategy": "forward",
+        "teacher.dtype": "bfloat16",
+        "train.dtype": "bfloat16",
+        "train.steps": 4,
+    }
+    runs = _in_every_placement("bf16", changes, tmp_path, 2)
+    runs["bf16-written"]["cache.dtype"] = runs["bf16-cache"]["cache.dtype"] = "bfloat16"
+    runs["bf16-other"] = {**changes, "matching.strategy": "reverse"}  # what a difference looks like
+    assert run_on_ranks(2, tiny / "recipe.yaml", runs, tmp_path) == {}
+    folders = {name.split("-")[1]: tmp_path / name / "model" for name in runs if not name.endswith("-written")}
+    weights = {name: load_file(folder / "model.safetensors") for name, folder in folders.items()}
+    expected = weights.pop("replicated")
+
+    def apart(ours: dict[str, Any]) -> float:
+        pairs = [(ours[key].double(), weight.double()) for key, weight in expected.items()]
+        return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+    assert {"zero3", "pipeline", "cache", "other"} == set(weights)
+    far = apart(weights.pop("other"))
+    assert far > 1e-4
+    for name, ours in weights.items():
+        assert apart(ours) <= 0.1 * far, (name, apart(ours), far)
 
 
 def _assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:

@@ -44,6 +44,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "ce_only": {"matching.strategy": "none", "loss.kl": 0.0},
     "jsd": {"matching.strategy": "none", "loss.divergence": "jsd", "loss.beta": 0.3, "loss.temperature": 2.0},
     "akl": {"loss.divergence": "akl", "loss.kl_positions": "attended"},
+    "redrawn": {
+        "matching.strategy": "in_order_random",
+        "matching.redraw_every": 2,
+        "loss.divergence": {"forward_kl": 0.5, "reverse_kl": 0.5},
+    },
     # nothing is asked of the head, nor of the teacher's later blocks
     "hidden_only": {"matching.strategy": "all_to_one", "loss.ce": 0.0, "loss.kl": 0.0},
 }
@@ -63,6 +68,7 @@ ONE_RANK: dict[str, tuple[str, dict[str, Any]]] = {
     "jsd": ("jsd", {}),
     "akl": ("akl", {}),
     "hidden_only_zero2": ("hidden_only", {"train.deepspeed": "zero2"}),
+    "redrawn": ("redrawn", {}),
 }
 TWO_RANKS: dict[str, tuple[str, dict[str, Any]]] = {
     "zero0": ("forward", {"train.deepspeed": "zero0"}),
@@ -71,6 +77,7 @@ TWO_RANKS: dict[str, tuple[str, dict[str, Any]]] = {
     "zero3": ("forward", {}),
     "zero3_accumulated": ("forward", {"train.micro_batch_size": 1}),
     "teacher_zero3": ("forward", {"teacher.placement": "zero3"}),
+    "redrawn_teacher_zero3": ("redrawn", {"teacher.placement": "zero3", "train.micro_batch_size": 2}),
     "teacher_zero3_offloaded": ("reverse_normed_all", {"teacher.placement": "zero3", "teacher.offload": "cpu"}),
     "teacher_zero3_student_zero2": ("one_trained", {"teacher.placement": "zero3", "train.deepspeed": "zero2"}),
     "packed_accumulated": ("reverse_normed_all", {"data.batching": "packed", "train.micro_batch_size": 2}),

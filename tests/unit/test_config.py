@@ -111,6 +111,59 @@ def test_file_that_is_no_text_and_missing_file(tmp_path: Path) -> None:
         (["matching.distance=l2"], "matching.distance: 'l2' is not known; choose from"),
         (["loss.divergence=kl"], "loss.divergence: 'kl' is not known;"),
         (["loss.temperature=0"], "loss.temperature: input should be greater than 0 (got 0)"),
+        (["matching.distance={mse: 1.0, l2: 1.0}"], "matching.distance: 'l2' is not known; choose from"),
+        (["matching.distance={mse: 0}"], "matching.distance.mse: a weight of 0.0; write a number above 0, or leave"),
+        (["matching.distance={}"], "matching.distance: names none; write one of mse, "),
+        (["matching.distance=3"], "matching.distance: input should be a valid string (got 3)"),
+        (["matching.scope=batch"], "matching.scope: normalized_mse compares token by token, wherever the tokens are"),
+        (["matching.tokens=1"], "matching.tokens: input should be greater than 1 (got 1)"),
+        (["matching.pair_weights=[0, 0]"], "matching.pair_weights: [0.0, 0.0]; write numbers from 0 up, one of them"),
+        (["matching.pair_weights=[1, -1]"], "matching.pair_weights: [1.0, -1.0]; write numbers from 0 up"),
+        (
+            ["matching.redraw_every=5"],
+            "matching.redraw_every: strategy forward is not drawn again; write strategy: in_",
+        ),
+        (
+            ["matching.strategy=in_order_random", "matching.redraw_every=5", "teacher.placement=pipeline"],
+            "matching.redraw_every: a teacher under placement pipeline has the blocks of one map, known before training; write teacher."
+            "placement: replicated or zero3, or redraw_every: 0",
+        ),
+        (
+            ["matching.strategy=in_order_random", "matching.redraw_every=5", "teacher.share_cache=true"],
+            "matching.redraw_every: a teacher under share_cache has the blocks of one map",
+        ),
+        (
+            ["matching.strategy=nearest", "teacher.placement=cache"],
+            "matching.strategy: nearest is measured, and a teacher under placement cache has the blocks of one map, known before training; "
+            "write teacher.placement: replicated or zero3, or measure with one",
+        ),
+        (["loss.divergence={forward_kl: 0.5, kl: 0.5}"], "loss.divergence: 'kl' is not known;"),
+        (["loss.schedules.kl={shape: linear}"], "loss.schedules.kl.final: shape linear needs it; say where it ends"),
+        (
+            ["loss.schedules.kl={shape: constant, final: 1}"],
+            "loss.schedules.kl.final: shape constant does not read it; leave it out",
+        ),
+        (["loss.schedules.hiden={final: 0}"], "unknown key 'loss.schedules.hiden'; did you mean 'hidden'?"),
+        (
+            ["loss.ce=0", "loss.schedules.ce={final: 1}"],
+            "loss.schedules.ce: it starts at loss.ce, which is 0, and a part that begins without weight is left out of the run",
+        ),
+        (
+            ["loss.schedules.temperature={final: 2, minimum: 1}"],
+            "loss.schedules.temperature.minimum: shape cosine does not read it; leave it out, or write shape: dynamic",
+        ),
+        (
+            ["loss.schedules.temperature={shape: dynamic, minimum: 3}"],
+            "loss.schedules.temperature.minimum: 3.0 is above the maximum, 1.0; write both, the smaller as minimum",
+        ),
+        (
+            ["loss.schedules.temperature={shape: dynamic, final: 3}"],
+            "temperature.final: shape dynamic does not read it",
+        ),
+        (
+            ["loss.schedules.temperature={shape: dynamic}", "teacher.placement=cache", "cache.top_k=8"],
+            "loss.schedules.temperature: dynamic reads the teacher's own cross-entropy, which a cache of the likeliest tokens",
+        ),
         (["loss.beta=0.3"], "loss.beta: forward_kl does not read it; leave it out, or write divergence: jsd"),
         (
             ["loss.divergence=jsd", "loss.skew=0.3"],
@@ -243,7 +296,8 @@ def test_frozen_and_closed(recipe: Path) -> None:
     for section, key in ((loaded, "seed"), (loaded.train, "steps"), (loaded.matching, "strategy")):
         with pytest.raises(ValidationError):
             setattr(section, key, 1)
-    hash(loaded)  # nothing in it can be changed in place either
+    for section in (loaded.teacher, loaded.student, loaded.data, loaded.train, loaded.evaluation):
+        hash(section)  # nothing in it can be changed in place either
 
 
 def test_changed_is_checked_again_and_leaves_the_first_alone(recipe: Path) -> None:
@@ -263,9 +317,12 @@ IGNORED += [
     "train.log_every=1",
     "train.timeout_seconds=5",
     "train.wandb=project",
+    "loss.report_norms_every=5",
+    "matching.scope=micro_batch",
+    "matching.redraw_every=0",
 ]
 NOTICED = ["seed=1", "student.blocks=2", "matching.strategy=none", "loss.hidden=1.0", "data.rows=3", "train.steps=5"]
-NOTICED += ["loss.divergence=jsd", "loss.divergence=tvd"]
+NOTICED += ["loss.divergence=jsd", "loss.divergence=tvd", "matching.tokens=9", "matching.pair_weights=[1,2]"]
 NOTICED += [
     "train.learning_rate=0.1",
     "train.warmup_steps=1",
@@ -296,9 +353,76 @@ def test_a_teacher_that_the_recipe_makes_counts_by_how_it_is_made(recipe: Path) 
         assert training_inputs(load_recipe(recipe, [*made, override])) != inputs, override
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["stones.weight=1"], "unknown key 'stones.weight'; "),
+        (["stones.kl=-1"], "stones.kl: "),
+        (["stones={kl: 0, ce: 0}"], "stones: ce, kl and cross are all 0; give one of them a weight"),
+        (["stones={sample: one, cross: 0.1}"], "stones.sample: the cross term needs every stone's logits; write all"),
+        (["stones.pairs=[[0, 1], [0, 2]]"], "stones.pairs: [[0, 1], [0, 2]] must name at least one pair, and each"),
+        (["stones.pairs=[]"], "stones.pairs: [] must name at least one pair"),
+        (["stones.pairs=forward"], "stones.pairs"),
+        (
+            ["stones.kl=1", "teacher.placement=pipeline"],
+            "placement pipeline has no place for; write teacher.placement: ",
+        ),
+        (["stones.kl=1", "teacher.placement=cache"], "placement cache has no place for; write teacher.placement: "),
+        (["stones.kl=1", "teacher.share_cache=true"], "share_cache has no place for; write teacher.placement: "),
+        (
+            ["stones.checkpoint=false", "teacher.placement=zero3"],
+            "stones.checkpoint: a zero3 teacher's blocks are let go",
+        ),
+    ],
+)
+def test_stones_that_can_not_be_are_refused(recipe: Path, overrides: list[str], expected: str) -> None:
+    assert expected in refusal(recipe, *overrides)
+
+
+def test_stones_are_off_unless_asked_for_and_then_decide_the_result(recipe: Path) -> None:
+    plain, with_stones = load_recipe(recipe), load_recipe(recipe, ["stones.kl=0.5"])
+    assert plain.stones is None and not any(key.startswith("stones") for key in training_inputs(plain))
+    assert plain.changed({"loss.kl": 0.0}).logits is False and with_stones.changed({"loss.kl": 0.0}).logits is True
+    assert training_inputs(with_stones)["stones.kl"] == 0.5 and training_inputs(with_stones)["stones.sample"] == "all"
+    (recipe.parent / "again.yaml").write_text(dump_recipe(with_stones.changed({"stones.pairs": [[0, 2], [1, 3]]})))
+    again = load_recipe(recipe.parent / "again.yaml").stones
+    assert again is not None and again.pairs == ((0, 2), (1, 3))
+
+
 def test_every_key_is_named_once(recipe: Path) -> None:
     """Flat keys are what a refusal of another recipe names; a key with a dot of its own would make two of one."""
     inputs = training_inputs(load_recipe(recipe))
     assert all(not isinstance(value, dict) for value in inputs.values())
-    left_out = {"name", "output", "evaluation", "study", "finetune", "cache"}  # no cache is read
+    left_out = {
+        "name",
+        "output",
+        "evaluation",
+        "study",
+        "finetune",
+        "cache",
+        "stones",
+    }  # no cache is read, no stone laid
     assert set(Recipe.model_fields) - left_out == {key.split(".")[0] for key in inputs}
+
+
+def test_mixes_and_schedules_are_read_and_noticed(recipe: Path) -> None:
+    same = training_inputs(load_recipe(recipe))
+    mixed = load_recipe(
+        recipe,
+        [
+            "matching.distance={procrustes: 1, mse: 0.1}",
+            "loss.divergence={forward_kl: 0.5, reverse_kl: 0.5}",
+            "loss.schedules.hidden={shape: linear, final: 0.0, until: 0.5}",
+        ],
+    )
+    assert mixed.matching.distances == {"procrustes": 1.0, "mse": 0.1} and mixed.matching.needs_projector
+    assert not load_recipe(recipe, ["matching.distance={procrustes: 1, cka: 2}"]).matching.needs_projector
+    other = training_inputs(mixed)
+    named = {key for key in same.keys() | other.keys() if same.get(key) != other.get(key)}
+    assert {"matching.distance.mse", "loss.divergence.reverse_kl", "loss.schedules.hidden.until"} <= named
+    assert load_recipe_again(mixed, recipe.parent) == mixed
+
+
+def load_recipe_again(recipe: Recipe, folder: Path) -> Recipe:
+    (folder / "again.yaml").write_text(dump_recipe(recipe))
+    return load_recipe(folder / "again.yaml")

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from llmkd.closed_forms import closed_distance
 from llmkd.distances import DISTANCES, SMALLEST_NORM, cosine, mse, normalized_mse
 from llmkd.errors import InputError
 
@@ -151,3 +152,56 @@ def test_not_a_number_is_passed_on_and_stays_in_its_row(distance):
 def test_unequal_shapes_are_refused_and_not_broadcast(distance, shape):
     with pytest.raises(InputError, match=r"student states are \[2, 5, 4\].*projector"):
         distance(torch.zeros(2, 5, 4), torch.zeros(shape))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Closed forms
+
+
+def by_form(distance, student, teacher):
+    form = closed_distance(distance)
+    assert form is not None
+    wide = torch.promote_types(student.dtype, torch.float32)
+    return form(student.detach().to(wide, copy=True), teacher.detach().to(wide, copy=True))
+
+
+@every_distance
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_closed_form_is_the_definition_and_its_gradient(distance, dtype, tolerance, scale):
+    student, teacher = (states(50, 17, dtype=dtype) * scale).requires_grad_(), states(50, 17, seed=1, dtype=dtype)
+    expected = distance(student.double(), teacher.double())
+    (expected_gradient,) = gradients(expected, student)
+    value, gradient = by_form(distance, student, teacher)
+    torch.testing.assert_close(value.double(), expected, rtol=tolerance, atol=0)
+    torch.testing.assert_close(
+        gradient, expected_gradient, rtol=tolerance, atol=tolerance * gradient.abs().max().item()
+    )
+
+
+@every_distance
+def test_closed_form_where_a_state_has_no_direction(distance):
+    student, teacher = states(4, 8), states(4, 8, seed=1)
+    student[:2], teacher[::2] = 0, 0
+    student[3] *= 1e-8
+    student.requires_grad_()
+    expected = distance(student, teacher)
+    value, gradient = by_form(distance, student, teacher)
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, gradients(expected, student)[0], rtol=1e-6, atol=1e-7)
+
+
+@every_distance
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_closed_form_of_equal_states_is_exactly_zero(distance, scale):
+    student = states(40, 33) * scale
+    value, gradient = by_form(distance, student, student)
+    assert not value.any() and not gradient.any()
+
+
+@every_distance
+def test_closed_form_passes_on_what_is_not_a_number(distance):
+    student = states(3, 4)
+    student[1, 2] = float("nan")
+    value, gradient = by_form(distance, student, states(3, 4, seed=1))
+    assert value.isnan().tolist() == [False, True, False] and gradient.isnan().any(-1).tolist() == [False, True, False]

@@ -1,6 +1,7 @@
 """The table of divergences against `tests/definitions.py`, and what each must hold at its edges."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from llmkd.divergences import (
     forward_kl,
     head_share,
     jsd,
+    mixed,
     parameters,
     reverse_kl,
     skew_kl,
@@ -27,13 +29,13 @@ from tests import definitions
 
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES.keys())
 MASKED = float("-inf")
-OTHERS = {"beta": (0.1, 0.9), "skew": (0.01, 0.5), "akl_mu": (0.0, 0.8)}
+OTHERS = {"beta": (0.1, 0.9), "skew": (0.01, 0.5), "akl_mu": (0.0, 0.8), "top_k": (1, 5)}
 """Further values of each parameter to test."""
 EVERY = [(name, {}) for name in DIVERGENCES] + [
     (name, {key: value}) for name in DIVERGENCES for key in parameters(DIVERGENCES[name]) for value in OTHERS[key]
 ]
 every_setting = pytest.mark.parametrize(("name", "given"), EVERY, ids=lambda value: str(value).replace(" ", ""))
-UNBOUNDED = ("forward_kl", "reverse_kl", "akl")
+UNBOUNDED = ("forward_kl", "reverse_kl", "akl", "top_k")
 """Those that grow without end as the distributions part."""
 
 
@@ -87,9 +89,40 @@ def test_closed_form_is_the_definition(name, given, temperature, dtype, toleranc
     torch.testing.assert_close(gradient.double(), gradients(expected, exact)[0], rtol=tolerance, atol=tolerance)
 
 
+MIXES = [{"forward_kl": 0.5, "reverse_kl": 0.5}, {"jsd": 2.0, "tvd": 0.1, "akl": 1.0, "top_k": 0.3}, {"skew_kl": 3.0}]
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=lambda mix: "+".join(mix))
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_a_mix_is_the_weighted_sum_by_autograd_and_by_closed_form(mix, temperature):
+    student, teacher = logits(6, 40, dtype=torch.float64).requires_grad_(), logits(6, 40, seed=1, dtype=torch.float64)
+    given = {"beta": 0.3} if "jsd" in mix else {}
+    expected = sum(
+        weight * definitions.divergence(name, student, teacher, temperature, **(given if name == "jsd" else {}))
+        for name, weight in mix.items()
+    )
+    value = with_parameters(mix, given)(student, teacher, temperature)
+    torch.testing.assert_close(value, expected)
+    (slope,) = gradients(expected, student)
+    torch.testing.assert_close(gradients(value, student)[0], slope)
+    by_closed_form, gradient = by_form(mix, given, student.detach(), teacher, temperature)
+    torch.testing.assert_close((by_closed_form, gradient), (expected.detach(), slope))
+
+
+def test_a_mix_with_a_part_that_has_no_closed_form_has_none():
+    assert closed_form(partial(mixed, parts=((forward_kl, 1.0), (lambda s, t, temperature: s.sum(-1), 1.0)))) is None
+
+
+def test_a_mix_reads_what_one_of_its_parts_reads():
+    with pytest.raises(
+        InputError, match="loss.skew: forward_kl and jsd does not read it; .*skew_kl or skew_reverse_kl"
+    ):
+        with_parameters({"forward_kl": 1.0, "jsd": 1.0}, {"skew": 0.2})
+
+
 def test_every_divergence_of_the_table_has_a_closed_form():
     assert all(closed_form(divergence) is not None for divergence in DIVERGENCES.values())
-    assert len(CLOSED_FORMS) == len(DIVERGENCES)
+    assert len(CLOSED_FORMS) == len(DIVERGENCES) + 1  # and that of their weighted sum
     assert closed_form(lambda student, teacher, temperature: student) is None
 
 
@@ -151,6 +184,7 @@ CURVATURE = {
     "skew_reverse_kl": 0.81,
     "akl": 1,
     "tvd": None,
+    "top_k": 1,  # 64 of 9 tokens are all of them
 }
 
 
@@ -229,6 +263,8 @@ def test_a_zero_of_the_first_distribution_alone_adds_nothing(divergence):
             continue  # infinite: the next test
         if "akl_mu" in parameters(divergence):
             continue  # has one of the two infinite terms either way
+        if "top_k" in parameters(divergence) and side == "student":
+            continue  # as forward KL
         value = divergence(*pair, 1.0)
         assert value.isfinite().all() and (value > 0).all() and gradients(value, student)[0].isfinite().all()
 
@@ -343,7 +379,7 @@ def test_temperature_must_be_above_zero(divergence, temperature):
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
-@pytest.mark.parametrize("name", [name for name in DIVERGENCES if parameters(DIVERGENCES[name])])
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if parameters(DIVERGENCES[name]) and name != "top_k"])
 def test_a_parameter_out_of_its_range_is_refused(name, value):
     (key,) = parameters(DIVERGENCES[name])
     with pytest.raises(InputError, match=f"{key} .*from 0 to 1"):
@@ -363,6 +399,13 @@ def test_a_parameter_is_given_to_the_divergence_that_reads_it_alone():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A teacher known by its top k
+
+
+def test_top_k_of_more_tokens_than_there_are_is_forward_kl():
+    student, teacher = logits(8, 9), logits(8, 9, seed=1)
+    torch.testing.assert_close(DIVERGENCES["top_k"](student, teacher, 2.0), forward_kl(student, teacher, 2.0))
+    with pytest.raises(InputError, match="top_k 0: write a whole number from 1 up"):
+        with_parameters("top_k", {"top_k": 0})(student, teacher, 1.0)
 
 
 def top_k(teacher, k):

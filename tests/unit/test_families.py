@@ -17,10 +17,12 @@ from llmkd.divergences import forward_kl
 from llmkd.errors import InputError
 from llmkd.families import DECODER_EMBEDDING
 from llmkd.family_data import collate_classified, collate_sources
+from llmkd.geometry import SET_DISTANCES
+from llmkd.matching import sampled, terms_of
 from llmkd.stages import EMBEDDING
 from llmkd.student import Distiller
 from llmkd.teachers.resident import ResidentTeacher
-from tests.family_models import DECODERS, ENCODER_DECODERS, ENCODERS, VOCABULARY, new, plain_losses
+from tests.family_models import DECODERS, ENCODER_DECODERS, ENCODERS, VOCABULARY, new, plain_losses, run
 
 CE, KL, HIDDEN = 0.7, 1.3, 2.0
 
@@ -214,3 +216,42 @@ def test_head_of_an_encoder_decoder_gives_the_models_own_loss(name: str) -> None
     torch.testing.assert_close(logits[kept], theirs.logits[kept], rtol=1e-10, atol=1e-10)
     own = torch.nn.functional.cross_entropy(logits[kept], batch.targets[kept])
     torch.testing.assert_close(own, theirs.loss, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_sampled_sets_and_weights_of_pairs_know_the_two_stacks(name: str) -> None:
+    """CKA of five tokens of each pair's own stack, from the plain models' states; the source counts 1.5."""
+    teacher, student = encoder_decoder_pair(name)
+    batch = collate_sources(source_rows(), pad_id=0)
+    assert batch.source_at is not None
+    pairs, weights, seed = ((0, 1), (3, 5)), (2.0, 0.5), 3
+    module = Distiller(
+        copy.deepcopy(student),
+        pairs,
+        distance=terms_of({"cka": 1.0}),
+        positions="attended",
+        normed_last=False,
+        divergence=forward_kl,
+        temperature=1.0,
+        kl_positions="trained",
+        chunk=4,
+        tokens=5,
+        pair_weights=weights,
+    ).train()
+    signal = ResidentTeacher(copy.deepcopy(teacher), [t for _, t in pairs], normed_last=False, ds_config=None).signals(
+        batch
+    )
+    loss, sums = module(batch, signal, (0.0, 0.0, HIDDEN), 1.5, draw=seed)
+    loss.backward()
+    ours, theirs = run(student, batch)[1], run(teacher, batch)[1]
+    expected = []
+    for (block, target), places, counts in zip(pairs, (batch.source_at, batch.attended_at), (1.5, 1.0), strict=True):
+        at, factor = sampled(places, 5, seed)
+        assert len(at) == 5 < len(places)
+        rows = (ours[block].flatten(0, 1)[at], theirs[target].flatten(0, 1)[at].detach())
+        expected.append(SET_DISTANCES["cka"](*rows) * 5 * factor * counts)
+    torch.testing.assert_close(sums[2:].double(), torch.stack(expected).detach(), rtol=1e-6, atol=0.0)
+    (HIDDEN * sum(w * d for w, d in zip(weights, expected, strict=True))).backward()
+    for (key, found), plain in zip(module.model.named_parameters(), student.parameters(), strict=True):
+        if plain.grad is not None:
+            torch.testing.assert_close(found.grad, plain.grad, rtol=1e-6, atol=1e-9, msg=lambda m, n=key: f"{n}: {m}")

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from llmkd import build, caching, curves, doctor, families, family_rules, findings, models, planner
+from llmkd import angles, build, caching, curves, doctor, families, family_rules, findings, models, planner
+from llmkd.angle_runs import Run
 from llmkd.architectures import KINDS, new_config
 from llmkd.config import Recipe, finetune_inputs, load_recipe, training_inputs
 from llmkd.errors import InputError
@@ -39,6 +40,18 @@ ENCODER_DECODER = Family("encoder_decoder")
         (ENCODER_DECODER, {"teacher.offload_states": True}, r"teacher\.offload_states: .*; write false"),
         (ENCODER, {"loss.kl_positions": "attended"}, r"loss\.kl_positions: an encoder has one .*; write trained"),
         (ENCODER, {"matching.positions": "trained"}, r"matching\.positions: no token of .*; write attended"),
+        (ENCODER, {"stones": {"pairs": [[0, 1]]}}, r"stones: .*, and this is an encoder; leave the section out"),
+        (
+            ENCODER_DECODER,
+            {"matching.strategy": "nearest"},
+            r"matching\.strategy: nearest .*; write the pairs under ma",
+        ),
+        (
+            ENCODER,
+            {"matching.strategy": "in_order_random", "matching.redraw_every": 2},
+            r"matching\.redraw_every: only a decoder's .* an encoder; write 0",
+        ),
+        (ENCODER_DECODER, {"loss.report_norms_every": 5}, r"loss\.report_norms_every: .* an encoder-decoder; write 0"),
         (ENCODER, {"student.decoder_blocks": 2}, r"student\.decoder_blocks: an encoder has one stack.*; leave it out"),
         (ENCODER, {"data.format": "text"}, r"data\.format: an encoder is not trained on text"),
         (ENCODER_DECODER, {"student.classifier": "new"}, r"student\.classifier: an encoder-decoder has no classes"),
@@ -89,6 +102,14 @@ def test_plan_and_doctor_are_for_decoders(tiny: Path, tmp_path: Path) -> None:
         InputError, match="llmkd doctor looks at a decoder's rows, and this recipe's teacher is an encoder"
     ):
         doctor.examine(recipe)
+
+
+def test_angles_are_for_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = family_recipe(tmp_path, "encoder", new(ENCODERS["bert"](4), "encoder"))
+    run = Run("forward-s0", "student", "forward", 0, tmp_path, recipe, ())
+    monkeypatch.setattr(angles, "runs_of", lambda *asked: (tmp_path / "teacher", [run]))
+    with pytest.raises(InputError, match="angles are measured on decoders, and its teacher is an encoder; give a fold"):
+        angles.angles(tmp_path)
 
 
 def test_no_cache_of_another_family_is_written(tmp_path: Path, world: Any) -> None:
@@ -185,6 +206,12 @@ def test_a_strategy_is_applied_to_each_stack(tiny: Path) -> None:
     assert build.maps_of(two_stacks(tiny), (3,), (12,)) == forward(3, 12)
     assert build.pair_names(((EMBEDDING, EMBEDDING), *forward(3, 12))) == ["e<e", "0<3", "1<7", "2<11"]
     assert build.maps_of(two_stacks(tiny, **{"matching.strategy": "none"}), (2, 3), (4, 12)) == ()
+
+
+def test_each_pair_of_both_stacks_has_a_weight(tiny: Path) -> None:
+    assert len(build.maps_of(two_stacks(tiny, **{"matching.pair_weights": [1.0, 2.0, 3.0, 4.0]}), (2, 2), (4, 4))) == 4
+    with pytest.raises(InputError, match="2 weights for the 4 pairs enc 0<1, enc 1<3, dec 0<1, dec 1<3; write one for"):
+        build.maps_of(two_stacks(tiny, **{"matching.pair_weights": [1.0, 2.0]}), (2, 2), (4, 4))
 
 
 def test_random_maps_of_the_two_stacks_are_drawn_apart(tiny: Path) -> None:

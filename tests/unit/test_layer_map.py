@@ -59,13 +59,74 @@ def test_all_to_one_goes_to_a_named_block(blocks, data):
     assert layer_map("all_to_one", *blocks, target_block=target) == tuple((j, target) for j in range(blocks[0]))
 
 
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "none"])
+PATIENT = ("pkd_skip", "pkd_last")  # the student's last block has no pair
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in ("none", *PATIENT)])
 @unhurried
 @given(depths, seeds)
 def test_each_student_block_has_one_teacher_block_in_range(strategy, blocks, seed):
     pairs = layer_map(strategy, *blocks, seed=seed)
     assert [student for student, _ in pairs] == list(range(blocks[0]))
     assert all(0 <= teacher < blocks[1] for teacher in teachers(pairs))
+
+
+# Patient KD, arXiv 1908.09355, counted from 1 as there: a BERT of 12 blocks and students of 6 and 3.
+PATIENT_TABLES: dict[str, dict[tuple[int, int], list[int]]] = {
+    "pkd_skip": {(6, 12): [2, 4, 6, 8, 10], (3, 12): [4, 8]},
+    "pkd_last": {(6, 12): [7, 8, 9, 10, 11], (3, 12): [10, 11]},
+}
+
+
+@pytest.mark.parametrize("strategy", PATIENT)
+def test_patient_tables(strategy):
+    for blocks, expected in PATIENT_TABLES[strategy].items():
+        assert layer_map(strategy, *blocks) == tuple((j, t - 1) for j, t in enumerate(expected))
+
+
+deeper = depths.filter(lambda blocks: blocks[0] > 1)
+
+
+@unhurried
+@given(deeper)
+def test_patient_maps_rise_and_leave_both_last_blocks_out(blocks):
+    student_blocks, teacher_blocks = blocks
+    for strategy in PATIENT:
+        pairs = layer_map(strategy, *blocks)
+        assert [student for student, _ in pairs] == list(range(student_blocks - 1))
+        gaps = {b - a for a, b in zip(teachers(pairs), teachers(pairs)[1:], strict=False)}
+        assert gaps <= {teacher_blocks // student_blocks if strategy == "pkd_skip" else 1}
+        assert teachers(pairs)[-1] < teacher_blocks - 1
+    assert teachers(layer_map("pkd_last", *blocks))[-1] == teacher_blocks - 2
+
+
+@unhurried
+@given(st.integers(2, 40), st.integers(1, 5))
+def test_pkd_skip_is_forward_without_its_last_pair_where_depths_divide(student_blocks, times):
+    blocks = (student_blocks, student_blocks * times)
+    assert layer_map("pkd_skip", *blocks) == layer_map("forward", *blocks)[:-1]
+
+
+@unhurried
+@given(depths, seeds, st.integers(0, 10**6))
+def test_a_redraw_is_a_draw_of_its_own_fixed_by_seed_and_number(blocks, seed, draw):
+    pairs = maps.in_order_random(blocks[0], blocks[1], seed, draw)
+    targets = teachers(pairs)
+    assert all(a < b for a, b in zip(targets, targets[1:], strict=False)) and targets[-1] < blocks[1]
+    assert pairs == maps.in_order_random(blocks[0], blocks[1], seed, draw)
+    assert maps.in_order_random(blocks[0], blocks[1], seed, 0) == layer_map("in_order_random", *blocks, seed=seed)
+
+
+def test_redraws_differ_and_are_even():
+    outcomes = [maps.in_order_random(3, 5, 1, draw) for draw in range(6000)]
+    counts = [outcomes.count(kind) for kind in set(outcomes)]
+    assert len(counts) == 10 and all(0.8 < count * 10 / len(outcomes) < 1.2 for count in counts)
+
+
+def test_nearest_takes_the_likest_and_of_equals_the_shallower():
+    assert maps.nearest([[0.2, 0.9, 0.3], [0.5, 0.1, 0.5], [0.0, 0.0, 0.1]]) == ((0, 1), (1, 0), (2, 2))
+    with pytest.raises(InputError, match="student block 1 and teacher block 0 is not a number.*another strategy"):
+        maps.nearest([[1.0], [float("nan")]])
 
 
 @unhurried
@@ -159,7 +220,10 @@ def test_explicit_keeps_pairs_in_order_and_as_tuples():
     [
         (("revers", 3, 12), {}, ["'revers'", "did you mean 'reverse'", "all_to_one", "explicit"]),
         (("all-to-one", 3, 12), {}, ["did you mean 'all_to_one'"]),
-        (("xyz", 3, 12), {}, ["choose from forward, reverse"]),
+        (("xyz", 3, 12), {}, ["choose from forward, reverse", "nearest, explicit"]),
+        (("nearest", 3, 12), {}, ["needs the models' states", "llmkd train --strategy nearest"]),
+        (("pkd_skip", 13, 12), {}, ["at most 12"]),
+        (("pkd_last", 1, 12), {}, ["'pkd_last' leaves out", "2 blocks or more", "'forward'"]),
         (("forward", 13, 12), {}, ["student has 13", "teacher 12", "at most 12", "explicit"]),
         (("reverse", 13, 12), {}, ["at most 12"]),
         (("all_to_one", 13, 12), {}, ["at most 12"]),
@@ -249,7 +313,7 @@ def grid(text, student_blocks):
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 @unhurried
-@given(depths, seeds)
+@given(deeper, seeds)
 def test_drawing_fits_the_terminal_and_shows_the_pairs(strategy, blocks, seed):
     pairs = layer_map(strategy, *blocks, seed=seed)
     text = drawing(pairs, *blocks)

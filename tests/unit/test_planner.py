@@ -16,7 +16,10 @@ from llmkd.config import Recipe, load_recipe
 from llmkd.divergences import DIVERGENCES
 from llmkd.errors import InputError
 from llmkd.head import TeacherHead, head_losses
-from llmkd.models import blocks
+from llmkd.matching import distance_sum, terms_of
+from llmkd.models import blocks, qwen3_config
+from llmkd.placements import compare, recommended
+from llmkd.planner import GIB
 from tests.tensor_bytes import TensorBytes
 
 QWEN3_8B: dict[str, Any] = {
@@ -38,7 +41,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
         raise OSError("offline")
 
     monkeypatch.setattr(planner.AutoConfig, "from_pretrained", unreachable)
-    return load_recipe("recipes/qwen3_8b_to_9_blocks.yaml")
+    return load_recipe("recipes/qwen3_8b_to_9_blocks.yaml").changed({"teacher.placement": "zero3"})
 
 
 def row(rows: list[planner.Row], what: str) -> planner.Row:
@@ -193,6 +196,27 @@ def test_a_head_that_no_part_asks_for_is_not_planned(recipe: Recipe) -> None:
     assert not [r for r in rows if "logits" in r.what or r.what.startswith("gradient of the head")]
 
 
+def test_stones_are_planned(recipe: Recipe) -> None:
+    """Nine connectors of 4096 x 4096 more to train; of the teacher's blocks above the first stone, their inputs and one at work."""
+    plain = planner.plan(recipe, 8)
+    rows = planner.plan(recipe.changed({"stones.kl": 1.0}), 8)
+    assert row(rows, "student weights").bytes - row(plain, "student weights").bytes == pytest.approx(
+        9 * 4096**2 * 2 / 8, abs=2
+    )
+    tokens = recipe.train.micro_batch_size * recipe.data.max_length
+    state = tokens * 4096 * 2
+    assert row(rows, "stones' states").bytes == 10 * state
+    upper = 35 - 3  # the forward map's first pair is 0<3
+    block = row(rows, "teacher, one block at work").bytes
+    assert row(rows, "stones, one pass").bytes == upper * state + block
+    kept = planner.plan(recipe.changed({"stones.checkpoint": False, "teacher.placement": "replicated"}), 8)
+    assert row(kept, "stones, one pass").bytes == upper * block
+    alone = planner.plan(
+        recipe.changed({"stones.kl": 1.0, "loss.kl": 0.0, "loss.ce": 0.0, "matching.distance": "mse"}), 8
+    )
+    assert row(alone, "stones' logits of a chunk").bytes > row(alone, "teacher final state").bytes > 0
+
+
 def test_offloaded_states_wait_in_host_memory(recipe: Recipe) -> None:
     here, away = (planner.plan(recipe.changed({"teacher.offload_states": on}), 8) for on in (False, True))
     states = row(here, "teacher states").bytes
@@ -233,3 +257,37 @@ def test_the_head_takes_what_is_planned(
     if divergence == "akl":  # sorts the teacher's probabilities: the order in 64 bits, and four tensors of the sorted
         planned += 32 * vocabulary * (8 + 4 * 4)
     assert 0.85 * planned < made.peak <= planned * 1.02, (made.peak, planned)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "device_gib", "placement"),
+    [
+        ("qwen3_8b_to_9_blocks", 8, 80, "replicated"),
+        ("qwen3_14b_to_10_blocks", 8, 40, "pipeline"),
+        ("qwen3_32b_to_16_blocks_4x8", 32, 80, "pipeline"),
+    ],
+)
+def test_a_shipped_recipe_uses_the_placement_that_its_plan_recommends(
+    name: str, ranks: int, device_gib: int, placement: str
+) -> None:
+    recipe = load_recipe(name)
+    assert recipe.teacher.placement == placement and recipe.teacher.architecture is not None
+    teacher = qwen3_config(recipe.teacher.architecture.model_dump(), {})
+    best = recommended(compare(recipe, ranks, teacher), device_gib * GIB)
+    assert best is not None and best.placement == placement
+
+
+@pytest.mark.parametrize("distance", ["cka", "procrustes", "gram", "standardized_mse"])
+@pytest.mark.parametrize(("tokens", "width"), [(512, 64), (256, 256), (64, 256)])
+def test_a_set_level_distance_takes_what_is_planned(recipe: Recipe, distance: str, tokens: int, width: int) -> None:
+    changed = recipe.changed({"matching.distance": distance, "matching.tokens": tokens, "data.max_length": 4096})
+    shape = replace(planner.shapes(Qwen3Config(**SMALL)), hidden=width)
+    rows = planner.distance_rows(changed, shape, shape, [(0, 1)], ranks=1)
+    ours, theirs = (torch.randn(1, tokens, width, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    with TensorBytes() as made:
+        distance_sum(ours, theirs, torch.arange(tokens), terms_of({distance: 1.0}))
+    assert rows[0].bytes == tokens * width * planner.DTYPES[recipe.train.dtype].itemsize
+    assert 0.6 * rows[1].bytes < made.peak <= 1.05 * rows[1].bytes
+    together = planner.distance_rows(changed.changed({"matching.scope": "batch"}), shape, shape, [(0, 1)], ranks=4)
+    assert together[1].bytes == 4 * rows[1].bytes
+    assert len(planner.distance_rows(changed.changed({"matching.distance": "mse"}), shape, shape, [(0, 1)], 1)) == 1

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkd.errors import InputError
-from llmkd.schedules import Shape, learning_rate
+from llmkd.schedules import Shape, dynamic_temperature, learning_rate, scheduled
 
 unhurried = settings(deadline=None)  # a busy machine is no failure
 every_shape = pytest.mark.parametrize("shape", get_args(Shape))
@@ -103,3 +103,62 @@ def test_mistakes_are_named_with_their_cure(changed, message):
     settings = {"peak": 1e-4, "final": 0.0, "warmup": 10, "total": 100, "shape": "cosine"}
     with pytest.raises(InputError, match=message):
         learning_rate(0, **{**settings, **changed})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights and temperatures
+
+
+def values(shape, total=11, initial=3.0, final=1.0, until=1.0):
+    return [scheduled(step, total, initial=initial, final=final, until=until, shape=shape) for step in range(total + 3)]
+
+
+def test_scheduled_values_worked_by_hand():
+    assert values("linear", 5, 4, 0) == pytest.approx([4, 3, 2, 1, 0, 0, 0, 0])
+    assert values("linear", 8, 1, 4, until=0.5) == pytest.approx([1, 2, 3, 4, 4, 4, 4, 4, 4, 4, 4])
+    assert values("cosine", 5, 1, 0)[:5] == pytest.approx(
+        [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2, 0]
+    )
+    assert values("constant", 3, 2, 9) == [2] * 6
+
+
+@decays
+@unhurried
+@given(st.integers(1, 300), st.floats(0, 10), st.floats(0, 10), st.floats(0.01, 1))
+def test_any_schedule_goes_one_way_from_its_start_to_its_end(shape, total, initial, final, until):
+    found = values(shape, total, initial, final, until)
+    assert found[0] == initial and found[-1] == final
+    assert found[max(round(until * total) - 1, 1)] == final
+    way = 1 if final >= initial else -1
+    assert all((b - a) * way >= -1e-12 for a, b in zip(found, found[1:], strict=False))
+
+
+@pytest.mark.parametrize("until", [0.0, -1.0, 1.1, float("nan")])
+def test_a_share_that_is_none_is_refused(until):
+    with pytest.raises(InputError, match="above 0 and up to 1"):
+        scheduled(1, 10, initial=1.0, final=0.0, until=until, shape="linear")
+
+
+def dynamic(student_ce, teacher_ce, step=0, current=8.0, total=10, **bounds):
+    settings = {"initial": 8.0, "minimum": 1.0, "maximum": 100.0, **bounds}
+    return dynamic_temperature(current, step, total, student_ce=student_ce, teacher_ce=teacher_ce, **settings)
+
+
+def test_dynamic_temperature_worked_by_hand():
+    aim = lambda *given, **options: (dynamic(*given, **options) - 0.9 * 8.0) / 0.1  # noqa: E731
+    assert aim(2.0, 2.0) == pytest.approx(8)  # no gap: the start
+    assert aim(1.0, 3.0) == pytest.approx(8)  # a student better than its teacher
+    assert aim(2.9, 2.0) == pytest.approx(8)  # less than one nat behind: a = -0.9/0.1 < 1
+    assert aim(5.0, 1.0) == pytest.approx(8 * 4 / 3)  # d = -4: a = 4/3
+    assert aim(2.5, 1.0) == pytest.approx(8 * 1.35)  # d = -1.5: a = 3, above 2
+    assert aim(2.0, 1.0) == pytest.approx(8 * 1.35)  # d = -1: a has no bound
+    assert aim(2.0, 2.0, step=5) == pytest.approx(4)  # half way: half of it
+    assert aim(2.0, 2.0, step=10) == pytest.approx(1)  # the end: the minimum
+    assert aim(5.0, 1.0, maximum=9.0) == pytest.approx(9)
+
+
+@unhurried
+@given(st.floats(0, 20), st.floats(0, 20), st.integers(0, 10), st.floats(4, 8))
+def test_a_dynamic_temperature_stays_within_its_bounds(student_ce, teacher_ce, step, current):
+    found = dynamic(student_ce, teacher_ce, step, current, minimum=4.0, maximum=8.0)
+    assert 4 - 1e-9 <= found <= 8 + 1e-9 and abs(found - current) <= 0.4 + 1e-9

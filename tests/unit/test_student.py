@@ -15,7 +15,8 @@ from llmkd import models
 from llmkd.data import IGNORE, Batch, collate
 from llmkd.distances import DISTANCES
 from llmkd.divergences import forward_kl
-from llmkd.student import Distiller, distance_sum, make_projectors
+from llmkd.matching import distance_sum
+from llmkd.student import Distiller, make_projectors
 from llmkd.teachers.base import Signal, blocks_needed
 from llmkd.teachers.offload import OffloadedStates
 from llmkd.teachers.resident import ResidentTeacher
@@ -50,6 +51,10 @@ def _distiller(model: Any, pairs: Any, **changes: Any) -> Distiller:
     return Distiller(model, pairs, **{**settings, **changes}).train()
 
 
+def _at(mask: torch.Tensor) -> torch.Tensor:
+    return mask.flatten().nonzero().flatten()
+
+
 @pytest.mark.parametrize("name", DISTANCES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_distance_sum_is_the_sum_over_the_mask(name: str, dtype: torch.dtype) -> None:
@@ -58,12 +63,27 @@ def test_distance_sum_is_the_sum_over_the_mask(name: str, dtype: torch.dtype) ->
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
     expected = DISTANCES[name](student.double(), teacher.double())[mask].sum()
     (grad,) = torch.autograd.grad(expected, student)
-    found = distance_sum(student, teacher, mask, DISTANCES[name])
+    found = distance_sum(student, teacher, _at(mask), DISTANCES[name])
     (found_grad,) = torch.autograd.grad(2 * found, student)
     rough = dtype == torch.bfloat16
     assert found.item() == pytest.approx(expected.item(), rel=1e-5 if rough else 1e-12)
     assert found_grad.dtype == dtype
     torch.testing.assert_close(found_grad, 2 * grad, rtol=0.02 if rough else 1e-10, atol=1e-2 if rough else 1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize("distance", [DISTANCES["normalized_mse"], lambda s, t: (s - t).abs().sum(-1)])
+def test_distance_sum_a_few_rows_at_a_time(rows: int, distance: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a distance that has no closed form, and of no position at all."""
+    monkeypatch.setattr("llmkd.matching.rows_at_once", lambda *_: rows)
+    student, teacher = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True), torch.randn(2, 5, 7).double()
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    for keep in (mask, mask & False):
+        expected = distance(student[keep], teacher[keep]).sum()
+        found = distance_sum(student, teacher, _at(keep), distance)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+        grads = [torch.autograd.grad(total, student)[0] for total in (found, expected)]
+        torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", DISTANCES)
@@ -74,7 +94,7 @@ def test_nan_in_padding_changes_nothing(name: str) -> None:
 
     def run(s: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         s = s.clone().requires_grad_()
-        total = distance_sum(s, t, mask, DISTANCES[name])
+        total = distance_sum(s, t, _at(mask), DISTANCES[name])
         return total.detach(), torch.autograd.grad(total, s)[0]
 
     clean = run(student, teacher)
@@ -191,7 +211,7 @@ def test_loss_is_the_weighted_sum_and_cross_entropy_is_transformers(teacher: Any
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("strategy", ["spread", "one student block", "one teacher block"])
-def test_a_pair_adds_one_state_to_what_waits_for_the_backward_pass(
+def test_a_pair_adds_one_state_of_the_compared_positions_to_what_waits_for_the_backward_pass(
     teacher: Any, tiny: Path, dtype: torch.dtype, strategy: str
 ) -> None:
     batch = _batch()
@@ -211,7 +231,7 @@ def test_a_pair_adds_one_state_to_what_waits_for_the_backward_pass(
             waiting.append(made.live)
         assert signal.held == 0 and signal.take_final() is None
         loss.backward()
-    state = batch.input_ids.numel() * 32 * dtype.itemsize
+    state = batch.attended_at.numel() * 32 * dtype.itemsize  # of the compared positions alone
     scalars = 64
     for fewer, more in zip(waiting, waiting[1:], strict=False):
         assert state <= more - fewer <= state + scalars

@@ -1,0 +1,149 @@
+"""What changes from step to step of a run: the loss's weights, the temperature, which tokens are sampled; and the steps that report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkd.build import Job, pair_names
+from llmkd.distributed import World, on_main, sum_tensor
+from llmkd.matching import draw_seed
+from llmkd.metrics import forget_after
+from llmkd.objective import PARTS, Change, Divisors, Weights, weights_of_step
+from llmkd.schedules import dynamic_temperature
+from llmkd.student import Distiller
+
+TEMPERATURES = "temperature.jsonl"
+"""In the run's folder: each change of a dynamic temperature with the two cross-entropies it was made from, from which a resumed run
+takes up the temperature's state."""
+
+
+class Steering:
+    """The settings of each step, a function of its number; a dynamic temperature alone has a state, which stands in a file."""
+
+    def __init__(self, world: World, job: Job, steps: int, *, start_step: int) -> None:
+        loss = job.recipe.loss
+        schedules = None if job.makes_teacher else loss.schedules
+        self._world, self._job, self._steps = world, job, steps
+        self._report_every = 0 if job.makes_teacher else loss.report_norms_every
+        self._changes = (
+            {} if schedules is None else {part: c for part in PARTS if (c := schedules.change(part)) is not None}
+        )
+        self._temperature: Change | None = None
+        self._dynamic: DynamicTemperature | None = None
+        settings = None if schedules is None or not job.weights.kl else schedules.temperature
+        if settings is not None and settings.shape == "dynamic":
+            low, high = settings.minimum or loss.temperature / 2, settings.maximum or loss.temperature
+            self._dynamic = DynamicTemperature(
+                world, job.folder / TEMPERATURES, loss.temperature, (low, high), settings.every, start_step
+            )
+        elif settings is not None:
+            self._temperature = settings.change
+        self._initial = loss.temperature
+        self._step = start_step
+        self._squares: Tensor | None = None
+        self._heard: Tensor | None = None
+
+    def begin(self, step: int) -> Weights:
+        """The weights of the loss at this step (from 1)."""
+        self._step, self._squares, self._heard = step, None, None
+        return weights_of_step(self._job.weights, self._changes, step - 1, self._steps)
+
+    def options(self, micro_batch: int) -> dict[str, Any]:
+        """What the student is told beside a micro-batch of this step."""
+        draw = 0
+        if self._job.recipe.matching.tokens is not None:
+            draw = draw_seed(self._job.seed, self._step, micro_batch, self._world.rank)
+        return {
+            "temperature": self.temperature,
+            "draw": draw,
+            "report": self.reports,
+            "hear_teacher": self._changes_temperature,
+        }
+
+    @property
+    def temperature(self) -> float:
+        """Of this step."""
+        if self._dynamic is not None:
+            return self._dynamic.value
+        change = self._temperature
+        return self._initial if change is None else change.at(self._step - 1, self._steps, self._initial)
+
+    @property
+    def reports(self) -> bool:
+        """Whether this step reports the norm of each part's gradient."""
+        return self._report_every > 0 and self._step % self._report_every == 0
+
+    @property
+    def _changes_temperature(self) -> bool:
+        return self._dynamic is not None and self._step % self._dynamic.every == 0
+
+    def heard(self, module: Distiller, sums: Tensor) -> None:
+        """A micro-batch is done; nothing is read from the device."""
+        if self.reports:
+            assert module.squares is not None
+            self._squares = module.squares if self._squares is None else self._squares + module.squares
+        teacher = module.loss_head.teacher_ce
+        if self._changes_temperature and teacher is not None:  # None once loss.kl has come to weigh nothing
+            both = torch.stack([sums[0], teacher]).double()
+            self._heard = both if self._heard is None else self._heard + both
+
+    def end(self, by: Divisors) -> dict[str, Any]:
+        """What this step reports, if anything; at a dynamic temperature's steps it is set for the next ones (all ranks take part)."""
+        said: dict[str, Any] = {}
+        if self._squares is not None:
+            # each rank's scales hold its share of the mean gradient, `world.size` times
+            squares = sum_tensor(self._world, self._squares.double()).div(self._world.size**2).tolist()
+            names = pair_names(self._job.pairs, redraws=self._job.redraws)
+            said["norms"] = {
+                **dict(zip(PARTS, (squares[0] ** 0.5, squares[1] ** 0.5, sum(squares[2:]) ** 0.5), strict=True)),
+                "pairs": {name: square**0.5 for name, square in zip(names, squares[2:], strict=True)},
+            }
+        if self._heard is not None and self._dynamic is not None:
+            student, teacher = (total / by.ce for total in sum_tensor(self._world, self._heard).tolist())
+            self._dynamic.change(self._step, self._steps, student, teacher)
+        return said
+
+    def values(self) -> dict[str, Any]:
+        """The changing settings of this step, as they are logged. Called before `end`, which may set the next steps'."""
+        said: dict[str, Any] = {}
+        if self._temperature is not None or self._dynamic is not None:
+            said["temperature"] = self.temperature
+        if self._changes:
+            now = weights_of_step(self._job.weights, self._changes, self._step - 1, self._steps)
+            said["weights"] = {part: getattr(now, part) for part in self._changes}
+        return said
+
+
+class DynamicTemperature:
+    """A temperature that follows the gap between the two cross-entropies, at every `every`-th step from that step's own means.
+
+    Its state is its value, a function of what stands in its file.
+    """
+
+    def __init__(
+        self, world: World, file: Path, initial: float, bounds: tuple[float, float], every: int, start_step: int
+    ) -> None:
+        self.every = every
+        self._main, self._file, self._initial, self._bounds = world.is_main, file, initial, bounds
+        self.value = on_main(world, lambda: self._taken_up(start_step))
+
+    def _taken_up(self, start_step: int) -> float:
+        forget_after(self._file, start_step)
+        lines = self._file.read_text().splitlines() if self._file.is_file() else []
+        return json.loads(lines[-1])["temperature"] if lines else self._initial
+
+    def change(self, step: int, steps: int, student_ce: float, teacher_ce: float) -> None:
+        """Set the temperature of the steps to come, the same on every rank."""
+        low, high = self._bounds
+        heard = {"student_ce": student_ce, "teacher_ce": teacher_ce}
+        self.value = dynamic_temperature(
+            self.value, step, steps, initial=self._initial, minimum=low, maximum=high, **heard
+        )
+        if self._main:
+            with self._file.open("a") as file:
+                file.write(json.dumps({"step": step, **heard, "temperature": self.value}) + "\n")

@@ -1,0 +1,223 @@
+"""`llmkd angles` on training folders and studies: real tiny students, before and after, by the command and by its function."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmkd import angles, build, child
+from llmkd.cli import main
+from llmkd.config import dump_recipe, load_recipe
+from llmkd.errors import InputError
+from llmkd.study import manifest
+from llmkd.train import train
+
+ROWS = 6
+
+
+def trained(world: Any, tiny: Path, folder: Path, **changes: Any) -> Path:
+    """A training folder of the tiny recipe, held-out rows named in it."""
+    held = {"evaluation.generation": {"source": str(tiny / "rows.jsonl"), "split": "train"}}
+    recipe = load_recipe(tiny / "recipe.yaml").changed({**held, "train.steps": 1, "train.warmup_steps": 0, **changes})
+    assert train(world, build.distil_job(world, recipe, folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(world: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copied student after one large step."""
+    return trained(world, tiny, tmp_path_factory.mktemp("runs") / "forward-s0")
+
+
+NARROW = {"student.init": "random", "student.hidden_size": 16, "student.head_dim": 4, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def still(world: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A narrow random student whose training moved nothing, nor its projectors."""
+    rate = {"train.learning_rate": 1e-12, "train.weight_decay": 0.0}
+    return trained(world, tiny, tmp_path_factory.mktemp("runs") / "still", **NARROW, **rate)
+
+
+@pytest.fixture
+def inside(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The child's work in this process; the orders that it was given."""
+    orders: list[Any] = []
+
+    def run(module: str, order: Any, talk: Path, label: str, variables: Any = None) -> int:
+        order = json.loads(json.dumps(order))
+        orders.append(order)
+        said: list[str] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(child, "listen", lambda: (order, said.append))
+            code = angles.main()
+        if said[-1].startswith(child.REFUSAL):
+            raise InputError(said[-1].removeprefix(child.REFUSAL))
+        return code
+
+    monkeypatch.setattr(child, "run", run)
+    return orders
+
+
+def test_the_command_measures_a_training_folder_once(
+    run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["angles", str(run), "--rows", str(ROWS)])
+    out = capfd.readouterr().out
+    assert "forward-s0 | teacher | before" in out and f"{ROWS} held-out rows" in out and "paper_code" in out
+    file = run / "angles" / "forward-s0.json"
+    found = json.loads(file.read_text())
+    assert (found["error"], found["rows"], found["teacher_blocks"], found["student_blocks"]) == (None, ROWS, 6, 3)
+    assert found["projector"] is None and found["final_state"] == "raw" and found["tokens"] < found["positions"]
+    before, after = (found[when]["blocks"] for when in ("before", "after"))
+    assert before[0]["without_direction"] == [found["tokens"], 0, 0, 0, 0, 0]  # `spread` copies block 0
+    assert after[0]["without_direction"] == [0] * 6 and after[0]["mean"] != before[0]["mean"]
+    assert found["before"]["paper_code"]["tokens"]["mean"] == 0
+    assert [len(block["histogram"]) for block in after] == [15] * 3
+    assert not list((run / "angles").glob("initial-*"))
+
+    monkeypatch.setattr(child, "run", lambda *_, **__: pytest.fail("it is up to date"))
+    main(["angles", str(run), "--rows", str(ROWS)])
+    assert json.loads(file.read_text()) == found and "before" in capfd.readouterr().out
+
+
+def test_training_that_moves_nothing_has_the_same_angles_before_and_after(still: Path, inside: list[Any]) -> None:
+    """The start is made anew as training made it, and the projector in the checkpoint is the one that was drawn."""
+    found = json.loads(angles.angles(still, rows=ROWS)["still"].read_text())
+    assert found["error"] is None
+    assert found["projector"] == {
+        "before": "as drawn from the recipe's seed",
+        "after": "trained, from checkpoints/step-00000001",
+    }
+    assert len(found["before"]["blocks"]) == 3
+    for ours, theirs in zip(found["before"]["blocks"], found["after"]["blocks"], strict=True):
+        assert ours["counted"] == theirs["counted"] and ours["mean"][0][5] != 1
+        for row, other in zip(ours["mean"], theirs["mean"], strict=True):
+            assert row == pytest.approx(other, abs=1e-5)
+    codes = [found[when]["paper_code"]["tokens"]["mean"] for when in ("before", "after")]
+    assert codes[0] == pytest.approx(codes[1], abs=1e-5)
+
+
+def test_other_rows_or_another_model_are_measured_again(run: Path, tmp_path: Path, inside: list[Any]) -> None:
+    folder = tmp_path / "forward-s0"
+    shutil.copytree(run, folder)
+    angles.angles(folder, rows=2)
+    angles.angles(folder, rows=2)
+    angles.angles(folder, rows=3)
+    assert [order["rows"] for order in inside] == [2, 3]
+    config = folder / "model" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    angles.angles(folder, rows=3)
+    assert len(inside) == 3
+
+
+def spoil_checkpoints(folder: Path) -> None:
+    shutil.rmtree(folder / "checkpoints")
+
+
+def spoil_pairs(folder: Path) -> None:
+    file = folder / "model" / "llmkd.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pairs": []}))
+
+
+def spoil_weights(folder: Path) -> None:
+    (folder / "model" / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (
+            spoil_checkpoints,
+            "16 wide and the teacher's 32, and no checkpoint is left in .*train it again with a strategy",
+        ),
+        (spoil_pairs, "16 wide and the teacher's 32, and the run matched no pair, .* or give a student of the teacher"),
+        (spoil_weights, "still: .*model: can't be loaded with attention .*; choose another model"),
+    ],
+)
+def test_a_student_that_can_not_be_looked_from_is_named(
+    still: Path, tmp_path: Path, inside: list[Any], spoil: Callable[[Path], None], sentence: str
+) -> None:
+    folder = tmp_path / "still"
+    shutil.copytree(still, folder, ignore=shutil.ignore_patterns("angles"))
+    spoil(folder)
+    with pytest.raises(InputError, match=sentence):
+        angles.angles_text(angles.angles(folder, rows=2))
+    angles.angles(folder, rows=2)
+    assert len(inside) == 2  # a noted error is no result
+
+
+def test_a_study_is_measured_student_by_student(run: Path, tmp_path: Path, inside: list[Any]) -> None:
+    """Three students of one start, one of them not trained yet and left out; the start is measured once."""
+    asked = {"study.strategies": ["forward", "reverse"], "study.seeds": [0], "study.baselines": ["ce_only"]}
+    recipe = load_recipe(run / "recipe.yaml").changed(asked)
+    entries = manifest(recipe)
+    (tmp_path / "study.json").write_text(json.dumps({"name": "tiny", "entries": entries}))
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    with pytest.raises(InputError, match="no student of this study has been trained yet; run llmkd study first"):
+        angles.angles(tmp_path)
+    for name, strategy in (("forward-s0", "forward"), ("ce_only-s0", "none")):
+        folder = tmp_path / "students" / name
+        shutil.copytree(run, folder, ignore=shutil.ignore_patterns("angles"))
+        meta = json.loads((folder / "model" / "llmkd.json").read_text())
+        (folder / "model" / "llmkd.json").write_text(
+            json.dumps({**meta, "inputs": {**meta["inputs"], "matching.strategy": strategy}})
+        )
+    files = angles.angles(tmp_path, rows=2)
+    assert list(files) == ["ce_only-s0", "forward-s0"]
+    ours, theirs = (json.loads(file.read_text()) for file in files.values())
+    assert ours["before"] == theirs["before"] and ours["after"] == theirs["after"]
+    assert "ce_only-s0" in angles.angles_text(files)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (
+            lambda folder, run: folder,
+            "neither a study .* give e.g. runs/quickstart or runs/quickstart/students/forward",
+        ),
+        (lambda folder, run: run / "model", "a model's folder; give the training folder around it, .*forward-s0"),
+        (
+            lambda folder, run: (folder / "checkpoints").mkdir() or folder,
+            "has not ended, so there is no model yet; run",
+        ),
+    ],
+)
+def test_a_wrong_folder_is_named_with_the_cure(
+    run: Path, tmp_path: Path, make: Callable[[Path, Path], Path], sentence: str
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        angles.angles(make(tmp_path, run))
+
+
+def test_a_wrong_recipe_is_named_with_the_cure(run: Path, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="student.blocks was 3, here it is 2; give its own recipe by --recipe"):
+        angles.angles(run, overrides=["student.blocks=2"])
+    with pytest.raises(InputError, match="evaluation.generation: the held-out rows are those of this section"):
+        angles.angles(run, recipe=str(tiny / "recipe.yaml"))
+    with pytest.raises(InputError, match="angles_rows: the held-out rows are those of evaluation.generation; add"):
+        load_recipe(tiny / "recipe.yaml", ["evaluation.angles_rows=3"])
+    folder = tmp_path / "forward-s0"
+    shutil.copytree(run, folder)
+    (folder / "recipe.yaml").unlink()
+    with pytest.raises(InputError, match="its recipe.yaml is not at hand; give the recipe that trained"):
+        angles.angles(folder)
+    meta = json.loads((folder / "model" / "llmkd.json").read_text())
+    (folder / "model" / "llmkd.json").write_text(json.dumps({**meta, "inputs": {"finetune.seed": 0}}))
+    with pytest.raises(InputError, match="this run made a teacher, and angles are seen from a student"):
+        angles.angles(folder)
+
+
+def test_rows_that_can_not_be_had_are_refused(run: Path, tmp_path: Path, inside: list[Any]) -> None:
+    """By the child, in one sentence; nothing is measured."""
+    folder = tmp_path / "forward-s0"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("angles"))
+    with pytest.raises(InputError, match="no file or folder '/nowhere.jsonl'"):
+        angles.angles(folder, overrides=["evaluation.generation.source=/nowhere.jsonl"])
+    assert not list((folder / "angles").glob("*.json"))

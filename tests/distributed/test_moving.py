@@ -1,0 +1,235 @@
+"""What changes while a student learns, or is measured before it does: resumed it is uninterrupted, and ranks change nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmkd import build, models
+from llmkd.config import load_recipe
+from llmkd.data import collate, epoch_batches
+from llmkd.geometry import cka
+from llmkd.layer_map import in_order_random
+from llmkd.schedules import dynamic_temperature
+from llmkd.teachers.base import output_state
+from llmkd.train import train
+from tests.distributed.runner import run_on_ranks
+
+COMMON = {"train.steps": 6, "train.save_every": 3, "train.keep_checkpoints": 9, "train.micro_batch_size": 2}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "redrawn": {"matching.strategy": "in_order_random", "matching.redraw_every": 2, "matching.embedding": True},
+    "nearest_zero3": {
+        "matching.strategy": "nearest",
+        "matching.embedding": True,
+        "teacher.placement": "zero3",
+        "data.batching": "packed",
+    },
+    "nearest_narrow": {
+        "matching.strategy": "nearest",
+        "student.init": "random",
+        "student.hidden_size": 24,
+        "student.num_attention_heads": 3,
+        "student.num_key_value_heads": 1,
+        "matching.distance": {"mse": 0.1, "gram": 1.0},
+        "loss.report_norms_every": 2,
+    },
+    "scheduled": {
+        "matching.distance": {"procrustes": 1.0, "normalized_mse": 0.5},
+        "matching.scope": "batch",
+        "matching.pair_weights": [2.0, 0.0, 1.0],
+        "loss.divergence": {"forward_kl": 0.5, "reverse_kl": 0.5},
+        "loss.schedules": {
+            "ce": {"shape": "linear", "final": 0.0, "until": 0.5},
+            "kl": {"shape": "cosine", "final": 0.0, "until": 0.7},
+            "hidden": {"shape": "linear", "final": 6.0},
+            "temperature": {"shape": "linear", "final": 3.0},
+        },
+        "loss.report_norms_every": 2,
+    },
+    "dynamic": {
+        "matching.tokens": 5,
+        "matching.distance": "cka",
+        "loss.temperature": 4.0,
+        "loss.schedules": {"temperature": {"shape": "dynamic", "every": 2, "maximum": 6.0}},
+        "train.log_every": 100,
+    },
+}
+BESIDE = ("metrics.jsonl", "map.json", "temperature.jsonl")
+"""What a run keeps in its folder beside its checkpoints."""
+
+
+SCENARIOS_OF_RUN = {name: {**COMMON, **changes} for name, changes in SCENARIOS.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """whole/NAME ran through on two ranks."""
+    output = tmp_path_factory.mktemp("moving")
+    assert run_on_ranks(2, tiny / "recipe.yaml", SCENARIOS_OF_RUN, output / "whole") == {}
+    return output
+
+
+def _begin_again(begun: Path, folder: Path) -> None:
+    """What a run killed after step 3 of 6 leaves, for the same command to go on with."""
+    shutil.copytree(begun / "checkpoints" / "step-00000003", folder / "checkpoints" / "step-00000003")
+    for file in BESIDE:
+        if (begun / file).is_file():
+            shutil.copy(begun / file, folder / file)
+
+
+def _assert_same(resumed: Path, whole: Path) -> None:
+    assert _lines(whole) == _lines(resumed)
+    assert [line["step"] for line in _lines(whole)] == ([3, 6] if "dynamic" in str(whole) else [1, 2, 3, 4, 5, 6])
+    ours, theirs = _weights(resumed), _weights(whole)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    for file in BESIDE[1:]:
+        assert not (whole / file).is_file() or (resumed / file).read_text() == (whole / file).read_text()
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = ("tokens_per_second", "seconds_per_step", "memory_gib")
+    return [{key: value for key, value in line.items() if key not in timed} for line in found]
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_resumed_is_uninterrupted_on_two_ranks(runs: Path, tiny: Path) -> None:
+    for name in SCENARIOS:
+        _begin_again(runs / "whole" / name, runs / "resumed" / name)
+    assert run_on_ranks(2, tiny / "recipe.yaml", SCENARIOS_OF_RUN, runs / "resumed") == {}
+    assert (runs / "resumed" / "rank0.log").read_text().count("resumed from") == len(SCENARIOS)
+    for name in SCENARIOS:
+        _assert_same(runs / "resumed" / name, runs / "whole" / name)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_resumed_is_uninterrupted_and_one_rank_is_two(
+    runs: Path, tiny: Path, world: Any, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    together = (
+        {"train.micro_batch_size": 4} if name == "scheduled" else {}
+    )  # its sets are a micro-step's, over both ranks
+    recipe = load_recipe(tiny / "recipe.yaml").changed({**SCENARIOS_OF_RUN[name], **together})
+    whole, resumed = tmp_path / name, tmp_path / "again" / name
+    assert train(world, build.distil_job(world, recipe, whole))
+    _begin_again(whole, resumed)
+    with caplog.at_level("INFO"):
+        assert train(world, build.distil_job(world, recipe, resumed))
+    assert "resumed from" in caplog.text
+    _assert_same(resumed, whole)
+    if name in ("dynamic", "nearest_narrow"):
+        return  # what is compared there is a set of a rank's own tokens, or a sample of them
+    ours, theirs = _weights(whole), _weights(runs / "whole" / name)
+    for key, expected in theirs.items():
+        assert (ours[key] - expected).abs().max() <= 1e-6 * max(1.0, float(expected.abs().max())), key
+    logged = [
+        [(line["loss"], line["ce"], line["kl"], line["hidden"], *line["pairs"].values()) for line in _lines(folder)]
+        for folder in (whole, runs / "whole" / name)
+    ]
+    np.testing.assert_allclose(*logged, rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Maps
+
+
+def test_each_redraw_is_the_pure_functions(tiny: Path, world: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    recipe = load_recipe(tiny / "recipe.yaml").changed({**COMMON, **SCENARIOS["redrawn"], "matching.embedding": False})
+    seen = []
+    rematch = build.Distiller.rematch
+    monkeypatch.setattr(build.Distiller, "rematch", lambda self, pairs: (seen.append(pairs), rematch(self, pairs)))
+    assert train(world, build.distil_job(world, recipe, tmp_path / "run"))
+    assert seen == [in_order_random(3, 6, recipe.seed, step // 2) for step in range(6)]
+    assert len(set(seen)) > 1
+    assert list(_lines(tmp_path / "run")[0]["pairs"]) == ["0<*", "1<*", "2<*"]
+
+
+@pytest.mark.parametrize("name", ["nearest_zero3", "nearest_narrow"])
+def test_nearest_is_the_highest_cka_of_the_plain_models(
+    runs: Path, tiny: Path, world: Any, tmp_path: Path, name: str
+) -> None:
+    """By `output_hidden_states` and the definition of CKA, over every token of the first step's rows."""
+    recipe = load_recipe(tiny / "recipe.yaml").changed({**COMMON, **SCENARIOS[name]})
+    build.initial_student(recipe, tiny / "teacher", tmp_path / "student")
+    data = build.tokenized(world, recipe.data, models.load_tokenizer(tiny / "teacher"))
+
+    order = epoch_batches(
+        np.array(data["length"]), batch_size=8, seed=recipe.seed, epoch=0, grouped=recipe.data.batching == "grouped"
+    )
+    batch = collate([data[int(i)] for i in order[0]], pad_id=0, packed=False)
+    sides = []
+    for folder in (tmp_path / "student", tiny / "teacher"):
+        model = models.load_causal_lm(folder, dtype=torch.float32, ds_config=None, attention="sdpa").eval()
+        states: list[torch.Tensor] = []
+        for block in models.blocks(model):
+            block.register_forward_hook(
+                lambda m, a, output, states=states: states.append(output_state(output)[batch.attended])
+            )
+        with torch.no_grad():
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        sides.append(states)
+    expected = torch.tensor([[1 - cka(s, t).item() for t in sides[1]] for s in sides[0]])
+    found = json.loads((runs / "whole" / name / "map.json").read_text())
+    torch.testing.assert_close(torch.tensor(found["cka"]), expected, rtol=1e-3, atol=1e-4)
+    pairs = [[j, int(row.argmax())] for j, row in enumerate(expected)]
+    assert found["pairs"] == [[-1, -1]] * (name == "nearest_zero3") + pairs
+    summary = json.loads((runs / "whole" / name / "summary.json").read_text())
+    assert summary["pairs"] == found["pairs"]
+    assert f"{name}: nearest by linear CKA: " in (runs / "whole" / "rank0.log").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights and temperatures
+
+
+def test_schedules_say_where_they_are(runs: Path) -> None:
+    lines = _lines(runs / "whole" / "scheduled")
+    assert [line["temperature"] for line in lines] == pytest.approx([1.0, 1.4, 1.8, 2.2, 2.6, 3.0])
+    assert [line["weights"]["ce"] for line in lines] == pytest.approx([1.0, 0.5, 0, 0, 0, 0])
+    assert [line["weights"]["kl"] for line in lines] == pytest.approx([1.0, 0.75, 0.25, 0, 0, 0])
+    assert [line["weights"]["hidden"] for line in lines] == pytest.approx([3.0, 3.6, 4.2, 4.8, 5.4, 6.0])
+    for line in lines:
+        total = sum(line["weights"][part] * line[part] for part in ("ce", "kl", "hidden"))
+        assert line["loss"] == pytest.approx(total)
+        pairs = list(line["pairs"].values())
+        assert line["hidden"] == pytest.approx((2 * pairs[0] + pairs[2]) / 3)
+        assert (line["kl"] == 0) == (line["weights"]["kl"] == 0)
+
+
+def test_norms_are_reported_at_their_steps(runs: Path) -> None:
+    lines = _lines(runs / "whole" / "scheduled")
+    assert ["norms" in line for line in lines] == [False, True] * 3
+    assert lines[1]["norms"]["ce"] > 0 < lines[1]["norms"]["kl"] and lines[1]["norms"]["pairs"]["1<3"] == 0
+    assert lines[5]["norms"]["ce"] == lines[5]["norms"]["kl"] == 0 < lines[5]["norms"]["hidden"]
+    assert "norms ce:" in (runs / "whole" / "rank0.log").read_text()
+
+
+def test_a_dynamic_temperature_follows_what_its_file_says(runs: Path) -> None:
+    folder = runs / "whole" / "dynamic"
+    said = [json.loads(line) for line in (folder / "temperature.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in said] == [2, 4, 6]
+    value = 4.0
+    for line in said:
+        value = dynamic_temperature(
+            value,
+            line["step"],
+            6,
+            initial=4.0,
+            minimum=2.0,
+            maximum=6.0,
+            student_ce=line["student_ce"],
+            teacher_ce=line["teacher_ce"],
+        )
+        assert line["temperature"] == value
+    assert [line["temperature"] for line in _lines(folder)] == [said[0]["temperature"], said[1]["temperature"]]

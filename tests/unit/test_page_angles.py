@@ -1,0 +1,146 @@
+"""Angles in the report: means over seeds, pictures that hold their numbers, and a page that stays small at any depth."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from llmkd.angle_findings import coarse, evenly, grouped, sentence
+from llmkd.cosines import pairs_of
+from llmkd.page_angles import angle_section
+from llmkd.report import report
+from tests.unit.page_reader import Page
+from tests.unit.study_folder import Folder
+
+EVIL = "</script><img src=x onerror=alert(1)> & <b>"
+
+
+def seen(draw: Random, student_blocks: int, teacher_blocks: int, low: float = -0.5) -> dict[str, Any]:
+    """Made-up angles of one model."""
+    blocks = []
+    for block in range(student_blocks):
+        values = [draw.uniform(low, 1) for _ in pairs_of(teacher_blocks)]
+        mean: list[list[float | None]] = [[1.0] * teacher_blocks for _ in range(teacher_blocks)]
+        for (i, j), value in zip(pairs_of(teacher_blocks), values, strict=True):
+            mean[i][j] = mean[j][i] = value
+        above = [[None if value is None else (value + 1) / 2 for value in row] for row in mean]
+        one = {"block": block, "mean": mean, "above_zero": above, "mean_of_pairs": sum(values) / len(values)}
+        blocks.append({**one, "above_zero_of_pairs": 0.75})
+    return {"blocks": blocks, "paper_code": {"tokens": {"mean": 0.25}, "with_padding": {"mean": 0.125}}}
+
+
+def angles_of(folder: Folder, name: str, before: Any, after: Any, teacher_blocks: int, **more: Any) -> None:
+    entry = next(entry for entry in folder.study["entries"] if entry["name"] == name)
+    about = {"name": name, "seed": entry["seed"], "init": "teacher", "error": None, "rows": 20, "tokens": 1234}
+    shape = {"teacher_blocks": teacher_blocks, "final_state": "raw", "projector": None}
+    folder.write(f"angles/{name}.json", {**about, **shape, "before": before, "after": after, **more})
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Folder:
+    """Two strategies over two seeds, 3 and 6 blocks; one model failed."""
+    folder, draw = Folder(tmp_path), Random(0)
+    folder.students({"forward": [90.0, 91.0], "reverse": [90.0, 92.0]})
+    start = seen(draw, 3, 6, low=0.2)
+    start["blocks"][0]["mean"][0] = [None] * 6
+    for name in ("forward-s0", "forward-s1", "reverse-s0"):
+        angles_of(folder, name, start, seen(draw, 3, 6), 6)
+    folder.write("angles/reverse-s1.json", {"name": "reverse-s1", "seed": 1, "error": EVIL})
+    return folder
+
+
+def test_a_study_without_angles_has_no_such_section(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.students({"forward": [90.0]})
+    assert folder.results()["angles"] is None
+    page = report(tmp_path).read_text()
+    assert "Angles" not in page and "Angles" not in (tmp_path / "report.md").read_text()
+
+
+def test_the_page_shows_the_means_over_seeds(study: Folder) -> None:
+    read = Page(report(study.folder).read_text())
+    assert read.csv("angles-0")[0][0] == "student block" and len(read.csv("angles-0")) == 1 + 3 * 21
+    files = [json.loads((study.folder / f"angles/forward-s{seed}.json").read_text()) for seed in (0, 1)]
+    for block, i, j, before, _, after, share in read.csv("angles-0")[1:]:
+        for shown, when, key in ((before, "before", "mean"), (after, "after", "mean"), (share, "after", "above_zero")):
+            values = [one[when]["blocks"][int(block)][key][int(i)][int(j)] for one in files]
+            known = [value for value in values if value is not None]
+            assert shown == "" if not known else float(shown) == pytest.approx(sum(known) / len(known), abs=2e-3)
+    (table,) = [text for _, text in read.all("table") if "Angles by strategy" in text]
+    found = study.results()["angles"]["students"]
+    assert [(one["strategy"], one["seeds"]) for one in found] == [("forward", [0, 1]), ("reverse", [0])]
+    cell = found[0]["after"]["mean"]
+    wanted = [sum(block["mean_of_pairs"] for block in one["after"]["blocks"]) / 3 for one in files]
+    assert cell["mean"] == pytest.approx(sum(wanted) / 2) and cell["half_width"] > 0
+    assert f"{cell['mean']:.3f} ± {cell['half_width']:.3f}" in table
+    assert found[0]["before"]["mean"]["half_width"] is None  # one start, copied twice
+    assert f"{cell['mean']:.3f} ±" in (study.folder / "report.md").read_text()
+
+
+def test_a_picture_is_read_without_colour_and_by_ear(study: Folder) -> None:
+    """Below zero has a dot, no direction a stroke; equal squares are drawn once; each picture has its words and numbers."""
+    source = "\n".join(angle_section(study.results()))
+    read = Page(source)
+    assert len(read.all("svg")) == len(read.all("figure")) == len(read.all("details", "figure-numbers")) == 2
+    assert all(a["role"] == "img" and "Mean cosine" in a["aria-label"] for a, _ in read.all("svg"))
+    described = [text for _, text in read.all("desc")]
+    assert all(
+        re.search(r"student block 2: mean 0\.\d\d before and -?0\.\d\d after, lowest", text) for text in described
+    )
+    assert len(read.all("use")) == 3 and len([a for a, _ in read.all("g") if "id" in a]) == 3 + 6
+    after = study.results()["angles"]["students"][0]["after"]["blocks"][1]["mean"]
+    below = sum(value < 0 for row in after for value in row)
+    dots = [a["d"].count("h0") for a, _ in read.all("path") if a.get("stroke-linecap") == "round"]
+    assert below > 0 and below in dots
+    strokes = [a["d"].count("l1 1") for a, _ in read.all("path") if a.get("stroke-width") == ".06"]
+    assert strokes == [6]
+    ids = [a["id"] for _, a in read.tags if "id" in a]
+    assert len(ids) == len(set(ids)) and {a["href"][1:] for a, _ in read.all("use")} <= set(ids)
+
+
+def test_what_failed_is_named_and_becomes_no_markup(study: Folder) -> None:
+    source = report(study.folder).read_text()
+    assert not Page(source).all("img") and f"reverse-s1: {EVIL}." in Page(source).text[0]
+    assert "reverse-s1: " in (study.folder / "report.md").read_text()
+    assert study.results()["angles"]["students"][1]["seeds"] == [0]
+    for name in ("forward-s0", "forward-s1", "reverse-s0"):
+        study.write(f"angles/{name}.json", {"name": name, "seed": 0, "error": "no"})
+    assert "No student's angles could be measured." in Page("\n".join(angle_section(study.results()))).text[0]
+    assert report(study.folder).is_file()
+
+
+def test_at_any_depth_the_section_stays_small(tmp_path: Path) -> None:
+    """Five strategies of 16 blocks, as a teacher of 64 was seen from them."""
+    folder, draw = Folder(tmp_path), Random(1)
+    folder.students({name: [90.0] for name in ("none", "forward", "reverse", "all_to_one", "random")})
+    for entry in folder.study["entries"]:
+        angles_of(folder, entry["name"], seen(draw, 16, 64), seen(draw, 16, 64), 64)
+    source = "\n".join(angle_section(folder.results()))
+    print(f"\n[angles] {len(source) / 1e3:.0f} kB")
+    assert len(source) < 200_000 and "4 of 16 student blocks are shown; neighbouring teacher blocks" in source
+    assert [line[0] for line in Page(source).csv("angles-0")[1::78]] == ["0", "5", "10", "15"]
+
+
+def test_the_sentence_says_the_range_over_strategies() -> None:
+    def one(before: float, after: float) -> dict[str, Any]:
+        cells = {"before": before, "after": after}
+        return {when: {"mean": {"mean": v}, "above_zero": {"mean": (v + 1) / 2}} for when, v in cells.items()}
+
+    said = sentence({"students": [one(0.5, 0.25), one(0.5, -0.125)]})
+    assert "before training 0.50 (above zero at 75% of tokens)" in said
+    assert "after training -0.12 to 0.25 (above zero at 44% to 62% of tokens)" in said
+
+
+def test_blocks_are_taken_together_evenly() -> None:
+    assert grouped(3) == [[0], [1], [2]]
+    sides = grouped(36)
+    assert sides == [[3 * place, 3 * place + 1, 3 * place + 2] for place in range(12)]
+    assert [block for side in grouped(17) for block in side] == list(range(17)) and len(grouped(17)) == 12
+    assert (evenly(3, 4), evenly(9, 4)) == ([0, 1, 2], [0, 3, 5, 8])
+    matrix = [[1.0, 0.5, None], [0.5, 1.0, 0.0], [None, 0.0, 1.0]]
+    assert coarse(matrix, [[0, 1], [2]]) == [[0.5, 0.0], [0.0, 1.0]]

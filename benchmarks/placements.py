@@ -17,8 +17,8 @@ import yaml
 
 from llmkd import models
 from llmkd.config import load_recipe
+from llmkd.models import qwen3_config
 from llmkd.placements import compare
-from llmkd.planner import qwen3_config
 from llmkd.provenance import commit, hardware, versions
 from tests.distributed.runner import run_on_ranks, start_ranks
 from tests.tiny import make, recipe_values

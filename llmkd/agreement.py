@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from llmkd import child
 from llmkd.comparison import compare, final_states, text_likelihoods, token_agreement
 from llmkd.config import Data, Evaluation
-from llmkd.data import IGNORE, Batch, collate, load_rows, tokenize
+from llmkd.data import IGNORE, Batch, load_rows
 from llmkd.errors import InputError
+from llmkd.families import Family, family, whole_head
+from llmkd.family_data import collate_for, tokenize_for
 from llmkd.generation import prompts
-from llmkd.models import DTYPES, check_same_tokens, head, load_causal_lm, load_tokenizer
-from llmkd.prompts import encoded
+from llmkd.models import DTYPES, check_same_tokens, load_config, load_model, load_tokenizer
+from llmkd.prompts import encoded, sources
 from llmkd.provenance import versions
 from llmkd.results import (
     contents,
@@ -197,10 +199,12 @@ def held_out(task: Task, tokenizer: Any) -> tuple[list[int], list[Batch]]:
         source, name=name, split=generation.split, rows=settings.agreement_rows, records_seed=data.records_seed
     )
     format = data.format if generation.source is None else "auto"
-    rows = tokenize(found, tokenizer, format=format, max_length=data.max_length, too_long=data.too_long)
+    of = _family(task)
+    lengths: dict[str, Any] = dict(max_length=data.max_length, too_long=data.too_long)
+    rows = tokenize_for(of, found, tokenizer, format=format, **lengths)
     size = settings.batch_size if isinstance(settings.batch_size, int) else ROWS
     cut = [list(range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
-    batches = [collate([rows[number] for number in part], pad_id=_pad(tokenizer), packed=False) for part in cut]
+    batches = [collate_for(of)([rows[number] for number in part], pad_id=_pad(tokenizer), packed=False) for part in cut]
     return list(rows["row"]), batches
 
 
@@ -220,14 +224,26 @@ def listen(task: Task, tokenizer: Any, batches: Sequence[Batch], texts: dict[str
     assert generation is not None
     asked: list[tuple[str, list[int]]] = []
     if any(texts.values()):
-        asked = encoded(prompts(generation, task.data), tokenizer)
+        items = prompts(generation, task.data)
+        reads = sources if _family(task).kind == "encoder_decoder" else encoded
+        asked = reads(items, tokenizer)
     model = _load(task, task.teacher)
     states = [final_states(model, batch) for batch in batches]
     likelihoods = {}
     for name, found in texts.items():
         both = {item: (asked[item][1], text["token_ids"]) for item, text in (found or {}).items()}
         likelihoods[name] = text_likelihoods(model, both, pad_id=_pad(tokenizer))
-    return Listened(states, head(model), likelihoods)
+    return Listened(states, whole_head(model), likelihoods)
+
+
+def _family(task: Task) -> Family:
+    """The teacher's family. Raises InputError for an encoder, which says nothing of tokens."""
+    found = family(load_config(task.teacher, trust_remote_code=task.trust_remote_code))
+    if found.kind == "encoder":
+        raise InputError(
+            "evaluation.agreement_rows: an encoder says nothing of tokens; write 0, and evaluation.classification"
+        )
+    return found
 
 
 def _pad(tokenizer: Any) -> int:
@@ -252,7 +268,7 @@ def compare_model(
     lines: dict[int, Item] = {}
     numbers = iter(items)
     for batch, theirs in zip(batches, teacher.states, strict=True):
-        kl, same = compare(final_states(model, batch), head(model), theirs, teacher.head)
+        kl, same = compare(final_states(model, batch), whole_head(model), theirs, teacher.head)
         per_row = (batch.targets != IGNORE).sum(1).tolist()
         for part, match in zip(kl.split(per_row), same.split(per_row), strict=True):
             item = next(numbers)
@@ -295,7 +311,7 @@ def _texts(
 
 
 def _load(task: Task, folder: Path) -> Any:
-    model: Any = load_causal_lm(
+    model: Any = load_model(
         folder,
         dtype=DTYPES[task.settings.dtype],
         ds_config=None,

@@ -34,7 +34,9 @@ from llmkd.cosines import BINS, pairs_of
 from llmkd.data import Batch, source_contents
 from llmkd.distributed import saved_weights
 from llmkd.errors import InputError
-from llmkd.models import DTYPES, load_causal_lm, load_tokenizer, resolve
+from llmkd.families import kind
+from llmkd.family_rules import check_angles
+from llmkd.models import DTYPES, load_causal_lm, load_config, load_tokenizer, resolve
 from llmkd.provenance import versions
 from llmkd.results import digest, model_contents, one_sentence, publish, up_to_date, written
 from llmkd.student import make_projectors
@@ -56,6 +58,7 @@ def angles(
     """
     teacher, runs = runs_of(folder, recipe, overrides)
     first = runs[0].recipe
+    check_angles(folder, kind(load_config(teacher, trust_remote_code=first.teacher.trust_remote_code)))
     if first.evaluation.generation is None:
         raise InputError(
             "evaluation.generation: the held-out rows are those of this section, which the recipe lacks; add it, e.g. "

@@ -48,14 +48,15 @@ class Continuations:
 
 
 def by_hugging_face(folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampling) -> Continuations:
-    """Continue prompts in batches of like length, padded on the left."""
+    """Continue prompts in batches of like length, padded on the left; an encoder-decoder answers them, padded on the right."""
     from transformers import GenerationConfig
 
-    from llmkd.models import load_causal_lm
+    from llmkd.families import family
+    from llmkd.models import load_model
 
     started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = load_causal_lm(
+    model: Any = load_model(
         folder,
         dtype=getattr(torch, dtype),
         ds_config=None,
@@ -64,11 +65,17 @@ def by_hugging_face(folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampl
     )
     model = model.to(device).eval()
     model.config.use_cache = True
+    reader = family(model.config)
+    if reader.kind == "encoder":
+        raise InputError(f"{folder}: an encoder writes no texts; give a decoder or an encoder-decoder")
+    answers = reader.kind == "encoder_decoder"
     pad = how.stops[0]
     chosen: dict[str, Any] = {"do_sample": False}
     if how.temperature:
         chosen = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
     ends = {"max_new_tokens": how.max_new_tokens, "eos_token_id": list(how.stops), "pad_token_id": pad}
+    if answers:
+        ends["decoder_start_token_id"] = reader.start
     model.generation_config = GenerationConfig(**chosen, **ends)  # the folder's own would fill in what is left open
     loaded = time.perf_counter()
     torch.manual_seed(how.seed)
@@ -77,11 +84,13 @@ def by_hugging_face(folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampl
     for start in range(0, len(order), how.batch_size):
         batch = order[start : start + how.batch_size]
         width = len(prompts[batch[0]])
-        ids = torch.tensor([[pad] * (width - len(prompts[n])) + prompts[n] for n in batch], device=device)
-        lengths = torch.tensor([len(prompts[n]) for n in batch], device=device)
-        mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+        rows = [(prompts[n], [pad] * (width - len(prompts[n]))) for n in batch]
+        ids = torch.tensor([row + rest if answers else rest + row for row, rest in rows], device=device)
+        lengths = torch.tensor([len(prompts[n]) for n in batch], device=device)[:, None]
+        places = torch.arange(width, device=device)
+        mask = (places < lengths if answers else places >= width - lengths).long()
         with torch.inference_mode():
-            new = model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()
+            new = model.generate(input_ids=ids, attention_mask=mask)[:, 1 if answers else width :].tolist()
         texts |= {number: _ended(text, how.stops) for number, text in zip(batch, new, strict=True)}
     return Continuations([texts[n] for n in range(len(prompts))], loaded - started, time.perf_counter() - loaded)
 

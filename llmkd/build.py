@@ -19,11 +19,12 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from llmkd import config, models
+from llmkd import config, encoders, families, family_rules, models
+from llmkd.architectures import KINDS, STARTS, new_config
 from llmkd.checkpoint import check_same
 from llmkd.config import ROOT, Recipe, finetune_inputs, fingerprint, training_inputs
 from llmkd.connectors import fit_connectors, make_connectors
-from llmkd.data import Batch, load_rows, source_contents, steps_per_epoch, tokenize
+from llmkd.data import Batch, load_rows, source_contents, steps_per_epoch
 from llmkd.distributed import (
     Wire,
     World,
@@ -37,6 +38,8 @@ from llmkd.distributed import (
 )
 from llmkd.divergences import Divergence, with_parameters
 from llmkd.errors import InputError
+from llmkd.families import DECODER_EMBEDDING, Family
+from llmkd.family_data import check_format, label_names, tokenize_for
 from llmkd.geometry import WIDTH_FREE
 from llmkd.layer_map import Pairs, in_order_random, layer_map
 from llmkd.matching import AllRows, terms_of
@@ -52,6 +55,11 @@ from llmkd.teachers.resident import ResidentTeacher
 from llmkd.teachers.upper import check_upper
 
 log = logging.getLogger("llmkd")
+
+TEXT_COLUMNS = ("prompt", "completion", "text", "text_a", "text_b")
+"""Of rows, the columns that a new tokenizer is trained on."""
+DECODER_SEED = 2**16
+"""Added to a recipe's seed where an encoder-decoder's decoder draws its map."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,9 @@ class Job:
     data: config.Data
     seed: int
     makes_teacher: bool
+    family: Family
+    encoders: tuple[int, int] | None = None
+    """Of encoder-decoders, how many blocks the student's and the teacher's encoder have."""
     stones: Pairs = ()
     """(student block, teacher block) of each stepping stone, by student block."""
 
@@ -94,16 +105,19 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
     """A student under the recipe's strategy. Raises InputError before anything is written."""
     teacher = on_main(world, lambda: models.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
     teacher_config = models.load_config(teacher, trust_remote_code=recipe.teacher.trust_remote_code)
-    depth = teacher_config.num_hidden_layers
+    family = families.family(teacher_config)
+    family_rules.check_training(recipe, family)
+    depths = families.depths(teacher_config)
     checkpoint = None
     student_config = teacher_config
     if recipe.student.init == "checkpoint":
         path = recipe.student.path or ""
         checkpoint = on_main(world, lambda: models.resolve(path, "student.path"))
         student_config = models.load_config(checkpoint, trust_remote_code=recipe.student.trust_remote_code)
-    student_depth = recipe.student.blocks or student_config.num_hidden_layers
-    pairs = pairs_of(recipe, student_depth, depth)
-    stones = stones_of(recipe, student_depth, depth)
+        family_rules.check_same_classes(family, families.family(student_config))
+    student_depths = depths_of(recipe, student_config)
+    pairs = maps_of(recipe, student_depths, depths)
+    stones = stones_of(recipe, student_depths[0], depths[0])
     if stones:
         check_upper(teacher_config)
     weights = Weights(
@@ -127,7 +141,7 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         )
     if checkpoint is None:
         rule = recipe.student.copy_blocks if recipe.student.init == "teacher" else "spread"
-        models.student_config(teacher_config, models.block_choice(rule, student_depth, depth), recipe.student.width)
+        models.student_config(teacher_config, models.stack_choices(rule, student_depths, depths), recipe.student.width)
     else:
         theirs = models.load_tokenizer(checkpoint, trust_remote_code=recipe.student.trust_remote_code)
         models.check_same_tokens(
@@ -140,10 +154,13 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         models.check_usable(
             shape, section=section, attention=settings.attention, packed=recipe.data.batching == "packed"
         )
-        _check_lengths(recipe.data.max_length, getattr(shape, "max_position_embeddings", None), where)
+        _check_lengths(recipe.data.max_length, families.positions(shape), where)
+        if pairs:
+            normed = recipe.matching.final_state == "normed"
+            families.check_states(shape, normed=normed, embedding=recipe.matching.embedding)
     if recipe.teacher.placement == "pipeline" and (weights.kl or weights.hidden):
         stage.check_pipelined(teacher_config)
-        stage_count(recipe.teacher.stages, world.size, world.local_size, depth)
+        stage_count(recipe.teacher.stages, world.size, world.local_size, sum(depths))
     if recipe.teacher.offload_states and world.device.type != "cuda":
         raise InputError("teacher.offload_states: there is no GPU here whose memory it would spare; write false")
     job = Job(
@@ -159,6 +176,8 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         data=recipe.data,
         seed=recipe.seed,
         makes_teacher=False,
+        family=family,
+        encoders=(student_depths[0], depths[0]) if len(depths) == 2 else None,
         stones=stones,
     )
     refuse_other_recipe(world, job)
@@ -169,17 +188,20 @@ def initial_student(recipe: Recipe, teacher: Path, folder: Path) -> None:
     """Write the HF folder an undistilled student starts from (rank 0 alone)."""
     dtype = models.DTYPES[recipe.train.dtype]
     trust = recipe.teacher.trust_remote_code
-    blocks = recipe.student.blocks
-    assert blocks is not None
+    shape = models.load_config(teacher, trust_remote_code=trust)
+    depths, wanted = families.depths(shape), depths_of(recipe, shape)
     if recipe.student.init == "random":
         models.random_student(
-            teacher, blocks, recipe.student.width, folder, seed=recipe.seed, dtype=dtype, trust_remote_code=trust
+            teacher, wanted, recipe.student.width, folder, seed=recipe.seed, dtype=dtype, trust_remote_code=trust
         )
+        return
+    chosen = models.stack_choices(recipe.student.copy_blocks, wanted, depths)
+    if families.kind(shape) == "encoder":
+        kept = recipe.student.classifier == "copied"
+        encoders.copied_encoder(teacher, chosen, folder, seed=recipe.seed, dtype=dtype, classifier=kept)
     else:
-        depth = models.load_config(teacher, trust_remote_code=trust).num_hidden_layers
-        chosen = models.block_choice(recipe.student.copy_blocks, blocks, depth)
         models.copied_student(teacher, chosen, folder, dtype=dtype, trust_remote_code=trust)
-        log.info("student: %d blocks copied from the teacher's %s", blocks, list(chosen))
+    log.info("student: %s blocks copied from the teacher's %s", " + ".join(map(str, wanted)), list(chosen))
 
 
 def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
@@ -188,31 +210,30 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
     if settings is None:
         raise InputError("the recipe has no finetune section; there is no teacher to make")
     start = settings.path
-    initial = folder / "initial" if start is None else on_main(world, lambda: models.resolve(start, "finetune.path"))
     data = settings.data or recipe.data
-    positions = (
-        settings.architecture.max_position_embeddings
-        if settings.architecture is not None
-        else getattr(
-            models.load_config(initial, trust_remote_code=recipe.teacher.trust_remote_code),
-            "max_position_embeddings",
-            None,
-        )
-    )
-    _check_lengths(data.max_length, positions, start or "finetune.architecture")
-    if start is not None:
-        models.check_usable(
-            models.load_config(initial, trust_remote_code=recipe.teacher.trust_remote_code),
-            section="teacher",
-            attention=recipe.teacher.attention,
-            packed=data.batching == "packed",
-        )
+    given = None if start is None else on_main(world, lambda: models.resolve(start, "finetune.path"))
+    if given is None:
+        assert settings.architecture is not None
+        type_ = settings.architecture.model_type
+        family = Family(KINDS[type_], start=STARTS.get(type_, 0))
+        _check_lengths(data.max_length, settings.architecture.max_position_embeddings, "finetune.architecture")
+        if data.batching == "packed" and family.kind != "decoder":
+            raise InputError("data.batching: only a decoder's rows are packed; write grouped")
+    else:
+        shape = models.load_config(given, trust_remote_code=recipe.teacher.trust_remote_code)
+        _check_lengths(data.max_length, families.positions(shape), start or "")
+        packed = data.batching == "packed"
+        models.check_usable(shape, section="teacher", attention=recipe.teacher.attention, packed=packed)
+        family = families.family(shape)
+    check_format(family, data.format)
+    if family.kind == "encoder":  # its classes are the data's, whatever the checkpoint knew before
+        family = Family("encoder", labels=on_main(world, lambda: label_names(read_rows(data))))
     job = Job(
         folder=folder,
         recipe=recipe,
         inputs=on_main(world, lambda: teacher_inputs(recipe)),
-        initial=initial,
-        tokenizer=initial if start is not None else None,
+        initial=folder / "initial" if given is None or family.kind == "encoder" else given,
+        tokenizer=given,
         teacher=None,
         pairs=(),
         weights=Weights(ce=1.0, kl=0.0, hidden=0.0, kl_positions="trained", hidden_positions="trained"),
@@ -220,6 +241,7 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
         data=data,
         seed=settings.seed,
         makes_teacher=True,
+        family=family,
     )
     refuse_other_recipe(world, job)
     return job
@@ -234,18 +256,22 @@ def teacher_tokenizer(recipe: Recipe) -> Any:
         raise InputError(
             "finetune.architecture: a new tokenizer has no chat template; give prompt/completion or text data"
         )
-    texts = (
-        text for column in ("prompt", "completion", "text") if column in rows.column_names for text in rows[column]
-    )
-    return models.new_tokenizer(texts, settings.architecture.vocab_size)
+    texts = (text for column in TEXT_COLUMNS if column in rows.column_names for text in rows[column])
+    return models.new_tokenizer(texts, settings.architecture.vocab_size, KINDS[settings.architecture.model_type])
 
 
-def initial_teacher(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
-    """Write the HF folder of a new model of `finetune.architecture` with this tokenizer (rank 0 alone)."""
-    settings = recipe.finetune
-    assert settings is not None and settings.architecture is not None
-    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    shape = models.qwen3_config(settings.architecture.model_dump(), special)
+def initial_teacher(recipe: Recipe, tokenizer: Any, job: Job) -> None:
+    """Write the HF folder a teacher starts from: a new model of `finetune.architecture` with this tokenizer, or an encoder's checkpoint
+    with new classes (rank 0 alone)."""
+    settings, folder = recipe.finetune, job.initial
+    assert settings is not None
+    if settings.path is not None:
+        assert job.tokenizer is not None
+        dtype = models.DTYPES[settings.train.dtype]
+        encoders.new_classifier(job.tokenizer, job.family.labels, folder, seed=settings.seed, dtype=dtype)
+        return
+    assert settings.architecture is not None
+    shape = new_config(settings.architecture.model_dump(), tokenizer, job.family.labels)
     models.new_model(
         shape,
         folder,
@@ -255,26 +281,58 @@ def initial_teacher(recipe: Recipe, tokenizer: Any, folder: Path) -> None:
     )
 
 
+def depths_of(recipe: Recipe, shape: Any) -> tuple[int, ...]:
+    """How many blocks each stack of the student has; `shape` is the configuration of its teacher, or of its own checkpoint."""
+    settings = recipe.student
+    if settings.blocks is None:
+        return families.depths(shape)
+    return (settings.blocks, settings.decoder_blocks or settings.blocks)[: len(families.depths(shape))]
+
+
+def maps_of(recipe: Recipe, student: Sequence[int], teacher: Sequence[int]) -> Pairs:
+    """The recipe's pairs of models whose stacks have these depths, each stack's by itself, the encoder's first.
+
+    Random maps of encoder and decoder are drawn independently.
+    """
+    if len(teacher) == 1:
+        return pairs_of(recipe, student[0], teacher[0])
+    after = {EMBEDDING: DECODER_EMBEDDING}
+    first = _of_stack(recipe, student[0], teacher[0], recipe.seed)
+    second = _of_stack(recipe, student[1], teacher[1], recipe.seed + DECODER_SEED)
+    moved = ((after.get(s, s + student[0]), after.get(t, t + teacher[0])) for s, t in second)
+    return _asked_for(recipe, (*first, *moved), (student[0], teacher[0]))
+
+
 def pairs_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
     """The recipe's pairs at these depths, the embedding pair first if it is asked for; none where `loss.hidden` is 0.
 
     Of `nearest`, which is not known before it is measured (llmkd.nearest), those of `forward`: as many, and no block of the teacher lies
     deeper, so that what is planned by them is enough.
     """
+    return _asked_for(recipe, _of_stack(recipe, student_depth, teacher_depth, recipe.seed))
+
+
+def _of_stack(recipe: Recipe, student_depth: int, teacher_depth: int, seed: int) -> Pairs:
+    """The map of one stack of blocks, the embedding pair first if it is asked for."""
     matching = recipe.matching
     pairs = layer_map(
         "forward" if matching.strategy == "nearest" else matching.strategy,
         student_depth,
         teacher_depth,
-        seed=recipe.seed,
+        seed=seed,
         target_block=matching.target_block,
         pairs=matching.pairs,
     )
-    pairs = with_embedding(recipe, pairs)
-    given = matching.pair_weights
+    return with_embedding(recipe, pairs)
+
+
+def _asked_for(recipe: Recipe, pairs: Pairs, encoders: tuple[int, int] | None = None) -> Pairs:
+    """The pairs, each with a weight if the recipe gives any; none where `loss.hidden` is 0."""
+    given = recipe.matching.pair_weights
     if given is not None and pairs and len(given) != len(pairs):
+        names = pair_names(pairs, encoders=encoders)
         raise InputError(
-            f"matching.pair_weights: {len(given)} weights for the {len(pairs)} pairs {', '.join(pair_names(pairs))}; "
+            f"matching.pair_weights: {len(given)} weights for the {len(pairs)} pairs {', '.join(names)}; "
             "write one for each, in this order"
         )
     return () if recipe.loss.hidden == 0 else pairs
@@ -425,12 +483,13 @@ def training_ds_config(world: World, train: config.Train, accumulation: int, fol
     )
 
 
-def tokenized(world: World, data: config.Data, tokenizer: Any) -> Dataset:
+def tokenized(world: World, data: config.Data, tokenizer: Any, family: Family = Family("decoder")) -> Dataset:  # noqa: B008 (frozen)
     """The job's rows as tokens; rank 0 reads them first, so that downloads and caches are made once."""
     first: list[Dataset] = []
     on_main(world, lambda: first.append(read_rows(data)))
     rows = first[0] if first else read_rows(data)
-    return tokenize(rows, tokenizer, format=data.format, max_length=data.max_length, too_long=data.too_long)
+    lengths: dict[str, Any] = dict(max_length=data.max_length, too_long=data.too_long)
+    return tokenize_for(family, rows, tokenizer, format=data.format, **lengths)
 
 
 def read_rows(data: config.Data) -> Dataset:
@@ -447,10 +506,11 @@ def load_teacher(world: World, job: Job) -> Teacher:
     normed_last = job.recipe.matching.final_state == "normed"
     uses = [teacher for _, teacher in sorted(job.pairs, key=lambda pair: pair[0])]  # as the student's blocks take them
     config = models.load_config(job.teacher, trust_remote_code=settings.trust_remote_code)
-    depth = config.num_hidden_layers
+    depth = sum(families.depths(config))
+    decodes = job.family.kind == "decoder"  # other families are loaded whole
     if job.redraws:
         uses = [EMBEDDING] * job.recipe.matching.embedding + list(range(depth))  # any of them may be drawn
-    needed = blocks_needed(uses, depth, logits=logits, normed_last=normed_last)
+    needed = blocks_needed(uses, depth, logits=logits, normed_last=normed_last) if decodes else depth
     wire = None
     if settings.placement == "pipeline":
         wire = Wire(world, stage_count(settings.stages, world.size, world.local_size, depth))
@@ -460,7 +520,7 @@ def load_teacher(world: World, job: Job) -> Teacher:
     if wire is not None:
         return _pipelined(world, job, job.teacher, wire, models.student_config(config, range(needed), {}))
     ds = _sharded_config(job, models.student_config(config, range(needed), {})) if sharded else None
-    model = models.load_causal_lm(
+    model = models.load_model(
         job.teacher,
         dtype=models.DTYPES[settings.dtype],
         ds_config=ds,
@@ -468,7 +528,7 @@ def load_teacher(world: World, job: Job) -> Teacher:
         trust_remote_code=settings.trust_remote_code,
         first_blocks=needed if needed < depth else None,
     )
-    if not logits:
+    if not logits and decodes:
         model = models.without_head(model)
     if not sharded:
         cast(nn.Module, model).to(world.device)  # a student is placed by its engine
@@ -545,7 +605,7 @@ def load_student(
     dtype = models.DTYPES[job.train.dtype]
     settings, matching = job.recipe.student, job.recipe.matching
     attention = job.recipe.teacher.attention if job.makes_teacher else settings.attention
-    model = models.load_causal_lm(
+    model = models.load_model(
         job.initial,
         dtype=dtype,
         ds_config=ds_config,
@@ -625,16 +685,27 @@ def write_initial(world: World, job: Job, tokenizer: Any, *, resuming: bool) -> 
         return
     recipe = job.recipe
     if job.makes_teacher:
-        on_main(world, lambda: initial_teacher(recipe, tokenizer, job.initial))
+        on_main(world, lambda: initial_teacher(recipe, tokenizer, job))
     else:
         teacher = on_main(world, lambda: models.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
         on_main(world, lambda: initial_student(recipe, teacher, job.initial))
 
 
-def pair_names(pairs: Sequence[tuple[int, int]], redraws: bool = False) -> list[str]:
-    """How pairs are written in logs: `student<teacher`, `e` for the embeddings, `*` for a teacher block that is drawn again and again."""
-    name = lambda block: "e" if block == EMBEDDING else str(block)  # noqa: E731
-    return [f"{name(s)}<{'*' if redraws and t != EMBEDDING else name(t)}" for s, t in pairs]
+def pair_names(
+    pairs: Sequence[tuple[int, int]], encoders: tuple[int, int] | None = None, *, redraws: bool = False
+) -> list[str]:
+    """How pairs are written in logs: `student<teacher`, `e` for the embeddings, `*` for a teacher block that is drawn again and again;
+    of encoder-decoders `enc 0<3` and `dec 1<7`."""
+
+    def name(block: int, encoder: int) -> str:
+        return "e" if block < 0 else str(block - encoder if block >= encoder else block)
+
+    if encoders is None:
+        return [f"{name(s, 0)}<{'*' if redraws and t >= 0 else name(t, 0)}" for s, t in pairs]
+    return [
+        f"{'enc' if EMBEDDING <= s < encoders[0] else 'dec'} {name(s, encoders[0])}<{name(t, encoders[1])}"
+        for s, t in pairs
+    ]
 
 
 def remove_initial(job: Job) -> None:

@@ -27,6 +27,8 @@ from llmkd.cache_folder import Plan, prepare
 from llmkd.config import Recipe
 from llmkd.data import Batch, collate
 from llmkd.distributed import World, barrier, on_main, sum_counts
+from llmkd.errors import InputError
+from llmkd.family_rules import SAID
 from llmkd.provenance import commit, versions
 from llmkd.quantization import stored
 from llmkd.teachers.base import Signal, Teacher
@@ -51,6 +53,10 @@ def cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool = F
     recipe = writing_recipe(recipe)
     folder = recipe.cache_folder
     job = build.distil_job(world, recipe, folder)
+    if job.family.kind != "decoder":
+        raise InputError(
+            f"llmkd cache keeps what a decoder says, and the teacher is {SAID[job.family.kind]}; train without a cache"
+        )
     teacher = on_main(world, lambda: models.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
     tokenizer = build.job_tokenizer(world, job, resuming=False)
     data = build.tokenized(world, job.data, tokenizer)

@@ -157,7 +157,7 @@ def export(
         copy_tokenizer(tokenizer_from, tmp)
         model.config.use_cache = True
         model.save_pretrained(tmp, state_dict=state)
-        if not (tmp / "generation_config.json").is_file():
+        if model.can_generate() and not (tmp / "generation_config.json").is_file():
             GenerationConfig.from_model_config(model.config).save_pretrained(tmp)
         model.config.use_cache = False
         (tmp / "README.md").write_text(card)

@@ -27,6 +27,7 @@ Metric = dict[str, Any]
 UNIMPORTANT = ("name", "output")
 DECIDES = {
     "generation": ("evaluation.generation.", "data."),
+    "classification": ("evaluation.classification.", "data."),
     "lm-eval": (
         "evaluation.limit",
         "evaluation.num_fewshot",

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkd.data import IGNORE, Batch, collate
+from llmkd.data import IGNORE, Batch
 from llmkd.divergences import DIVERGENCES
-from llmkd.models import backbone, head
+from llmkd.families import Family, family, final_state, whole_head
+from llmkd.family_data import collate_for
 
 Ids = list[int]
 
@@ -29,13 +30,7 @@ def token_agreement(ours: Sequence[int], theirs: Sequence[int]) -> float:
 def final_states(model: Any, batch: Batch) -> Tensor:
     """The final states [N, H] from which a batch's N trained tokens are predicted."""
     batch = batch.to(model.device)
-    final = backbone(model)(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    ).last_hidden_state
-    return final.flatten(0, 1)[batch.trained_at]
+    return final_state(model, batch).flatten(0, 1)[batch.trained_at]
 
 
 @torch.no_grad()
@@ -66,9 +61,10 @@ def text_likelihoods(
     model: Any, texts: dict[int, tuple[Ids, Ids]], *, pad_id: int, chunk: int = CHUNK
 ) -> dict[int, float]:
     """By item, the log-probability that a model gives to a text's tokens after its prompt's; texts are (prompt, text) by item."""
-    found, layer = {}, head(model)
+    found, layer, of = {}, whole_head(model), family(model.config)
+    collate = collate_for(of)
     for part in _parts(sorted(texts), ROWS):
-        rows = [_row(*texts[item]) for item in part]
+        rows = [_row(*texts[item], of) for item in part]
         batch = collate(rows, pad_id=pad_id, packed=False)
         states = final_states(model, batch)
         targets = batch.targets.flatten()[batch.trained_at].to(states.device)
@@ -82,7 +78,9 @@ def text_likelihoods(
     return found
 
 
-def _row(prompt: Ids, text: Ids) -> dict[str, Any]:
+def _row(prompt: Ids, text: Ids, of: Family) -> dict[str, Any]:
+    if of.kind == "encoder_decoder":
+        return {"source_ids": prompt, "target_ids": [of.start, *text]}
     return {"input_ids": [*prompt, *text], "trained": [False] * len(prompt) + [True] * len(text)}
 
 

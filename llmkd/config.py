@@ -39,19 +39,41 @@ class Section(BaseModel):
 
 
 class Architecture(Section):
-    """The shape of a Qwen3 model made from nothing, in `transformers.Qwen3Config`'s names."""
+    """The shape of a model made from nothing, in `transformers.Qwen3Config`'s names, whatever its type."""
 
+    model_type: Literal["qwen3", "bert", "t5", "bart"] = "qwen3"
     vocab_size: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
     intermediate_size: int = Field(gt=0)
     num_hidden_layers: int = Field(gt=0)
+    """Of an encoder-decoder, of its encoder."""
+    decoder_layers: int | None = Field(default=None, gt=0)
+    """Blocks of an encoder-decoder's decoder, where they are not as many."""
     num_attention_heads: int = Field(gt=0)
-    num_key_value_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
+    num_key_value_heads: int | None = Field(default=None, gt=0)
+    """qwen3 alone, and needed there."""
+    head_dim: int | None = Field(default=None, gt=0)
+    """Needed for qwen3; t5 may have another than hidden_size / num_attention_heads."""
     max_position_embeddings: int = Field(gt=0)
+    """Of t5, which has none, no more than a bound on data.max_length."""
     rope_theta: float = 1_000_000.0
     tie_word_embeddings: bool = False
     initializer_range: float = Field(default=0.02, gt=0)
+
+    @model_validator(mode="after")
+    def _of_its_type(self) -> Architecture:
+        for key, types in (("num_key_value_heads", ("qwen3",)), ("head_dim", ("qwen3", "t5"))):
+            if self.model_type == "qwen3" and getattr(self, key) is None:
+                raise ValueError(f"{key}: a qwen3 model needs it; add it")
+            if self.model_type not in types and getattr(self, key) is not None:
+                raise ValueError(f"{key}: a {self.model_type} model has no such setting; leave it out")
+        if self.decoder_layers is not None and self.model_type not in ("t5", "bart"):
+            raise ValueError(f"decoder_layers: a {self.model_type} model has one stack of blocks; leave it out")
+        if self.model_type in ("bert", "bart") and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads: {self.num_attention_heads} heads can't share a width of {self.hidden_size}; write a divisor"
+            )
+        return self
 
 
 class Teacher(Section):
@@ -101,7 +123,12 @@ class Student(Section):
     init: Literal["teacher", "checkpoint", "random"] = "teacher"
     """`teacher`: copy blocks of the teacher. `checkpoint`: start from `path`. `random`: the teacher's shape, new weights."""
     blocks: int | None = Field(default=None, gt=0)
-    """Number of blocks, for init teacher and random."""
+    """Number of blocks, for init teacher and random; of an encoder-decoder, of its encoder."""
+    decoder_blocks: int | None = Field(default=None, gt=0)
+    """Number of blocks of an encoder-decoder's decoder, where it is another than the encoder's."""
+    classifier: Literal["new", "copied"] | None = None
+    """Encoders, init teacher: whether the map to the classes is drawn anew (the default, as the layer-selection paper's code has it) or
+    the teacher's."""
     copy_blocks: Literal["spread", "matched"] | tuple[int, ...] = "spread"
     """Which teacher blocks are copied: `spread` first to last evenly, `matched` those of the forward map, or their numbers."""
     path: str | None = None
@@ -127,6 +154,10 @@ class Student(Section):
             raise ValueError(f"student.path: only init checkpoint reads it; write init: checkpoint (now {self.init})")
         if self.init != "checkpoint" and self.blocks is None:
             raise ValueError("student.blocks: say how many blocks the student has, e.g. blocks: 9")
+        if self.decoder_blocks is not None and self.init == "checkpoint":
+            raise ValueError("student.decoder_blocks: a checkpoint has its own depth; leave it out")
+        if self.classifier is not None and self.init != "teacher":
+            raise ValueError(f"student.classifier: only init teacher reads it (now {self.init}); leave it out")
         if self.init != "random" and self.width:
             raise ValueError(
                 f"student.{next(iter(self.width))}: copied blocks keep the teacher's width; leave it out, or write init: random"
@@ -311,8 +342,10 @@ class Data(Section):
     rows: int | None = Field(default=None, gt=0)
     """Use the first `rows` rows; the built-in task is endless and needs it."""
     records_seed: int = 0
-    format: Literal["auto", "prompt_completion", "messages", "text"] = "auto"
+    format: Literal["auto", "prompt_completion", "messages", "text", "classification"] = "auto"
+    """`classification` (encoders): text, or text_a and text_b, and label. Encoder-decoders read prompt and write completion."""
     max_length: int = Field(default=512, gt=1)
+    """Tokens of a row; of an encoder-decoder, of prompt and completion each."""
     too_long: Literal["drop", "truncate"] = "drop"
     """What becomes of a row of more than `max_length` tokens. The number of them is logged."""
     batching: Literal["grouped", "packed"] = "grouped"
@@ -460,6 +493,18 @@ class Generation(Section):
     """Prompts at once on the hf backend (vLLM batches by itself)."""
 
 
+class Classification(Section):
+    """Held-out rows of text and label that encoders put into classes, scored by accuracy and F1."""
+
+    source: str | None = None
+    """A file, a folder or a hub name as in data.source; default: data.source itself."""
+    name: str | None = None
+    """The hub data set's configuration."""
+    split: str = "test"
+    rows: int | None = Field(default=None, gt=0)
+    """How many of them, from the first on; default: all."""
+
+
 class Evaluation(Section):
     tasks: tuple[str, ...] = ()
     """lm-eval task names."""
@@ -476,6 +521,8 @@ class Evaluation(Section):
     max_length: int | None = Field(default=None, gt=0)
     generation: Generation | None = None
     """Left out: no texts are generated."""
+    classification: Classification | None = None
+    """Encoders: left out, no rows are classified."""
     agreement_rows: int = Field(default=0, ge=0)
     """Held-out rows on which each student's distributions are compared with the teacher's; 0 compares none."""
     angles_rows: int | None = Field(default=None, gt=0)
@@ -717,6 +764,12 @@ def training_inputs(recipe: Recipe) -> dict[str, Any]:
     for key in ("architecture", "offload_states", "share_cache", "stages"):  # stages, like ranks, change nothing
         values["teacher"].pop(key)
     values["loss"] = {key: value for key, value in values["loss"].items() if value is not None}
+    for key in (
+        "decoder_blocks",
+        "classifier",
+    ):  # of other families; left out, they are not part of a decoder's fingerprint
+        if values["student"][key] is None:
+            values["student"].pop(key)
     # What came later and is not asked for is not named, so that a run begun before it came goes on.
     values["matching"] = {key: value for key, value in values["matching"].items() if value != _LATER.get(key, ...)}
     cache = values.pop("cache")
@@ -734,6 +787,10 @@ def finetune_inputs(recipe: Recipe) -> dict[str, Any]:
     assert recipe.finetune is not None
     values = recipe.finetune.model_dump(mode="json")
     values["data"] = (recipe.finetune.data or recipe.data).model_dump(mode="json")
+    if values["architecture"] is not None:  # other families' keys, as in training_inputs
+        for key, usual in (("model_type", "qwen3"), ("decoder_layers", None)):
+            if values["architecture"][key] == usual:
+                values["architecture"].pop(key)
     return {f"finetune.{key}": value for key, value in flat(values).items() if key not in _SAVING}
 
 

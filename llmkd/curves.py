@@ -140,18 +140,25 @@ def _columns(x: str, means: dict[str, Line], lines: Lines) -> tuple[tuple[str, .
 
 
 def by_block(pairs: dict[str, float | None]) -> dict[int, float]:
-    """Student block -> mean distance over its pairs, from the log's `student<teacher` names; the embeddings are -1."""
+    """Student block -> mean distance over its pairs, from the log's `student<teacher` names; the embeddings are -1.
+
+    Of an encoder-decoder (`enc 0<3`, `dec 1<7`) the decoder's blocks are counted after the encoder's, its embeddings are -2.
+    """
+    students = {pair: pair.partition("<")[0].rpartition(" ") for pair in pairs}
+    encoder = [int(block) + 1 for stack, _, block in students.values() if stack == "enc" and block != "e"]
     found: dict[int, list[float]] = {}
     for pair, value in pairs.items():
         if value is None:  # not a finite number
             continue
-        student = pair.partition("<")[0]
-        found.setdefault(-1 if student == "e" else int(student), []).append(value)
+        stack, _, student = students[pair]
+        decodes = stack == "dec"
+        block = (-2 if decodes else -1) if student == "e" else int(student) + decodes * max(encoder, default=0)
+        found.setdefault(block, []).append(value)
     return {block: fmean(values) for block, values in sorted(found.items())}
 
 
 def _block(block: float) -> str:
-    return "embeddings" if block == -1 else str(int(block))
+    return {-1: "embeddings", -2: "decoder's embeddings"}.get(int(block), str(int(block)))
 
 
 def _look(place: int) -> dict[str, Any]:

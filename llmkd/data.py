@@ -29,6 +29,8 @@ from llmkd.errors import InputError
 log = logging.getLogger("llmkd")
 
 IGNORE = -100
+MULTIPLE = 8
+"""To which the rows of a batch are padded."""
 FORMATS = {"prompt_completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
@@ -48,6 +50,10 @@ class Batch:
     trained_at: Tensor  # [N] flat positions with a target
     attended_at: Tensor  # [M] flat positions that are not padding
     rows: tuple[int, ...] = ()  # the rows' numbers in the tokenized data, in the order in which they stand here
+    segments: Tensor | None = None  # [B, T] to which of two texts a token belongs, where an encoder is told
+    source_ids: Tensor | None = None  # [B, S] what an encoder-decoder's encoder reads; all else is then its decoder's
+    source_attended: Tensor | None = None  # [B, S] bool, False at padding
+    source_at: Tensor | None = None  # [K] flat positions of the source that are not padding
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on the device."""
@@ -59,6 +65,11 @@ class Batch:
     def counts(self) -> tuple[int, int]:
         """(trained positions, attended positions); shapes only, nothing is read from the device."""
         return self.trained_at.numel(), self.attended_at.numel()
+
+    @property
+    def source_count(self) -> int:
+        """How many positions of the source are not padding; 0 where there is none."""
+        return 0 if self.source_at is None else self.source_at.numel()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,12 +186,7 @@ def tokenize(rows: Dataset, tokenizer: Any, *, format: str, max_length: int, too
     prompt. Raises InputError for a row that lacks its columns, or when no row is left.
     """
     format = _format_of(rows.column_names) if format == "auto" else format
-    missing = [c for c in FORMATS[format] if c not in rows.column_names]
-    if missing:
-        raise InputError(
-            f"data.format: {format} needs the column {missing[0]!r}, the data has {', '.join(rows.column_names)}; "
-            "rename the column, or choose another format"
-        )
+    check_columns(rows, FORMATS[format], format)
     if tokenizer.eos_token_id is None:
         raise InputError(
             "the tokenizer has no end-of-sequence token, by which a student learns to stop; set its eos_token"
@@ -207,6 +213,24 @@ def tokenize(rows: Dataset, tokenizer: Any, *, format: str, max_length: int, too
     found = rows.map(
         encoded, batched=True, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False
     )
+    return kept_rows(found, max_length=max_length, too_long=too_long)
+
+
+def check_columns(rows: Dataset, needed: Sequence[str], format: str) -> None:
+    """Raise InputError where a format's column is not there."""
+    missing = [column for column in needed if column not in rows.column_names]
+    if missing:
+        raise InputError(
+            f"data.format: {format} needs the column {missing[0]!r}, the data has {', '.join(rows.column_names)}; "
+            "rename the column, or choose another format"
+        )
+
+
+def kept_rows(found: Dataset, *, max_length: int, too_long: str) -> Dataset:
+    """The tokenized rows that are trained on, by their columns `whole` (tokens before any cut) and `useful`, which go.
+
+    Raises InputError when no row is left.
+    """
     long, useful = np.array(found["whole"]) > max_length, np.array(found["useful"])
     kept = np.flatnonzero(useful & (~long | (too_long == "truncate")))
     if long.any() or not useful.all():
@@ -377,7 +401,7 @@ def micro_batch_rows(rows: np.ndarray, *, rank: int, world_size: int, accumulati
 
 
 def collate(
-    rows: Sequence[dict[str, Any]], *, pad_id: int, packed: bool, multiple: int = 8, numbers: Sequence[int] = ()
+    rows: Sequence[dict[str, Any]], *, pad_id: int, packed: bool, multiple: int = MULTIPLE, numbers: Sequence[int] = ()
 ) -> Batch:
     """Tokenized rows -> one Batch: padded on the right to a multiple of 8, or packed end to end in one row.
 
@@ -442,8 +466,9 @@ def batches(
     world_size: int,
     pad_id: int,
     packed: bool,
+    make: Callable[..., Batch] = collate,
 ) -> Iterator[list[Batch]]:
-    """For each step from `start_step` on, this rank's micro-batches, made ready one step ahead."""
+    """For each step from `start_step` on, this rank's micro-batches, made ready one step ahead; `make` makes one of its rows."""
     lengths = np.array(data["length"])
     per_epoch = steps_per_epoch(len(lengths), batch_size)
 
@@ -455,8 +480,7 @@ def batches(
         epoch, place = divmod(step, per_epoch)
         mine = micro_batch_rows(of_epoch(epoch)[place], rank=rank, world_size=world_size, accumulation=accumulation)
         return [
-            collate([data[int(r)] for r in micro], pad_id=pad_id, packed=packed, numbers=micro.tolist())
-            for micro in mine
+            make([data[int(r)] for r in micro], pad_id=pad_id, packed=packed, numbers=micro.tolist()) for micro in mine
         ]
 
     # A thread, not a worker process: a process would be ended by the signal that asks this one to save and stop.

@@ -21,6 +21,9 @@ from llmkd import models, provenance
 from llmkd.build import read_rows
 from llmkd.config import Recipe
 from llmkd.data import epoch_batches, tokenize
+from llmkd.errors import InputError
+from llmkd.families import kind
+from llmkd.family_rules import SAID, teacher_shape
 from llmkd.models import load_config, load_tokenizer, resolve
 
 LENGTH_MULTIPLE = 8  # to which llmkd.data.collate pads
@@ -37,6 +40,11 @@ class Finding:
 
 def examine(recipe: Recipe, rows: int = 2) -> tuple[list[Finding], list[str]]:
     """(findings, the first `rows` rows with what is trained between ⟦ and ⟧). Raises InputError as a run of the recipe would."""
+    found = kind(teacher_shape(recipe))
+    if found != "decoder":
+        raise InputError(
+            f"llmkd doctor looks at a decoder's rows, and this recipe's teacher is {SAID[found]}; start the run itself"
+        )
     folder, tokenizer = _start(recipe)
     data = tokenize(
         read_rows(recipe.data),

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from llmkd import text_metrics
+from llmkd import class_metrics, text_metrics
 from llmkd.angle_findings import angle_findings
 from llmkd.comparisons import comparisons
 from llmkd.conclusion import conclusion, notes
@@ -121,6 +121,8 @@ def _metric(name: str, lower: bool) -> dict[str, Any]:
     step, _, short = name.partition("/")
     if step == "generation":
         label, higher, percent = text_metrics.METRICS.get(short, (short, True, False))
+    elif step == "classification":
+        label, higher, percent = *class_metrics.METRICS.get(short, (short, True)), False
     elif step == "agreement":
         label, higher, percent = *AGREEMENT.get(short, (short, True)), False
     else:
@@ -213,7 +215,9 @@ def _maps(folder: Path, entries: Sequence[Entry], runs: Sequence[tuple[Entry, An
         {
             "strategy": strategy,
             "runs": [member["name"] for member in members],
-            "pairs": json.loads(pairs),
+            "pairs": [
+                pair for pair in json.loads(pairs) if min(pair) >= 0
+            ],  # of the embeddings there is nothing to draw
             "student_blocks": _blocks(folder / members[0]["model"]),
             "teacher_blocks": teacher_blocks,
         }
@@ -222,8 +226,17 @@ def _maps(folder: Path, entries: Sequence[Entry], runs: Sequence[tuple[Entry, An
 
 
 def _blocks(model: Path) -> int | None:
-    """A model folder's number of blocks; None if the folder is not at hand."""
-    return (read(model / "config.json") or {}).get("num_hidden_layers")
+    """A model folder's number of blocks, of an encoder-decoder those of both; None if the folder is not at hand."""
+    shape = read(model / "config.json") or {}
+    for keys in (
+        ("num_hidden_layers",),
+        ("encoder_layers", "decoder_layers"),
+        ("num_layers", "num_decoder_layers"),
+        ("n_layers",),
+    ):
+        if all(isinstance(shape.get(key), int) for key in keys):
+            return sum(shape[key] for key in keys)
+    return None
 
 
 def _backends(entries: Sequence[Entry]) -> dict[str, dict[str, list[str]]]:

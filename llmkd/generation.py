@@ -129,6 +129,10 @@ def _order(name: str, model: Path, settings: Evaluation, items: Sequence[Item]) 
 
 def choose(generation: Generation, model: Path, items: int) -> tuple[str, str]:
     """(backend, why): the one asked for, or vLLM where it is there and the work repays its start."""
+    if encoder_decoder(model):
+        if generation.backend == "vllm":
+            raise InputError(f"{KEY}.backend: vLLM does not run an encoder-decoder here ({model}); write hf")
+        return "hf", "vLLM does not run an encoder-decoder here"
     if generation.backend != "auto":
         return generation.backend, "as the recipe says"
     if vllm_version() is None:
@@ -156,6 +160,14 @@ def parameters(folder: Path) -> int:
     if not count:
         raise FileNotFoundError(folder)
     return count
+
+
+def encoder_decoder(folder: Path) -> bool:
+    """Whether a model folder's is an encoder-decoder; False where that can't be read (loading will say why)."""
+    try:
+        return bool(json.loads((folder / "config.json").read_text()).get("is_encoder_decoder"))
+    except (OSError, ValueError):
+        return False
 
 
 def head_size(folder: Path) -> int:
@@ -293,16 +305,21 @@ def _written_by(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One model's scores and lines. Raises whatever loading or generating raises."""
     from llmkd.backends import BACKENDS, Sampling, stop_ids
+    from llmkd.families import kind
     from llmkd.models import load_config, load_tokenizer
-    from llmkd.prompts import encoded
+    from llmkd.prompts import encoded, sources
 
     folder, generation = Path(job["model"]), section(settings)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no model (no config.json)")
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    asked = encoded(items, tokenizer)
     shape = load_config(folder, trust_remote_code=trust_remote_code)
-    _check_room(asked, generation.max_new_tokens, getattr(shape, "max_position_embeddings", None))
+    if kind(shape) == "encoder_decoder":
+        asked = sources(items, tokenizer)
+        _check_sides(asked, generation.max_new_tokens, getattr(shape, "max_position_embeddings", None))
+    else:
+        asked = encoded(items, tokenizer)
+        _check_room(asked, generation.max_new_tokens, getattr(shape, "max_position_embeddings", None))
     how = Sampling(
         max_new_tokens=generation.max_new_tokens,
         stops=stop_ids(folder, tokenizer),
@@ -349,6 +366,16 @@ def _check_room(asked: Sequence[tuple[str, list[int]]], new: int, positions: int
                 f"{KEY}.max_new_tokens: item {number} has {len(ids)} tokens and may get {new} more, the model has {positions} "
                 f"positions; write at most {max(positions - len(ids), 1)}, or leave such rows out"
             )
+
+
+def _check_sides(asked: Sequence[tuple[str, list[int]]], new: int, positions: int | None) -> None:
+    """As `_check_room`, where prompt and answer have positions of their own."""
+    longest = max(len(ids) for _, ids in asked)
+    if positions is not None and max(longest, new) > positions:
+        key = f"{KEY}.max_new_tokens: {new}" if new > positions else f"{KEY}: a prompt of {longest}"
+        raise InputError(
+            f"{key} tokens are more than the model's {positions} positions; write fewer, or leave such rows out"
+        )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmkd import text_metrics
+from llmkd.class_metrics import class_statistics, f1_scores
 from llmkd.significance import Array, Score, mean_score
 from llmkd.study_files import Entry, details, read_lines, steps_asked
 
@@ -104,6 +105,10 @@ class ItemScores:
             for name, statistics in self._texts.items():
                 sums = {(step, line["item"]): statistics(line["text"], tuple(line["references"])) for line in lines}
                 found[f"{step}/{name}"] = [Sums(sums, CORPUS[name][1])]
+        if step == "classification" and lines:
+            classes = lines[0]["classes"]
+            counts = {(step, n["item"]): class_statistics(n["label"], n["predicted"], classes) for n in lines}
+            found |= {f"{step}/{name}": [Sums(counts, score)] for name, score in f1_scores(classes).items()}
         return found
 
 
@@ -114,7 +119,7 @@ def _gives_back(sums: Sums, reported: float | None) -> bool:
 
 
 def _scores(step: str, line: dict[str, Any]) -> dict[str, Any]:
-    if step == "generation":
+    if step in ("generation", "classification"):
         return line["scores"]
     return {key: value for key, value in line.items() if key not in ("item", "tokens")}
 

@@ -1,7 +1,7 @@
-"""Hugging Face causal language models: where their blocks are, how a student is cut from a teacher, how one is loaded in shards.
+"""Hugging Face models in folders: how a student is cut from a teacher, how one is loaded in shards.
 
-Every student starts as a plain HF folder (`make_initial_student`), whatever it is made from. Loading is then one path,
-`load_causal_lm`, straight into shards under ZeRO-3.
+Every student starts as a plain HF folder, whatever it is made from. Loading is then one path, `load_model`, straight into shards under
+ZeRO-3. Where a model has its blocks and its head is said by llmkd.families.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -41,6 +41,20 @@ from transformers import (
 
 from llmkd.distributed import sharded_construction
 from llmkd.errors import InputError
+from llmkd.families import (
+    AUTO_CLASSES,
+    Kind,
+    by_stack,
+    check_blocks,
+    depths,
+    kind,
+    set_depths,
+    width_settings,
+)
+from llmkd.families import backbone as backbone
+from llmkd.families import blocks as blocks
+from llmkd.families import check_logits as check_logits
+from llmkd.families import head as head
 from llmkd.layer_map import forward
 
 log = logging.getLogger("llmkd")
@@ -64,64 +78,16 @@ PACKABLE = (
     "stablelm",
 )
 """Model types that keep packed documents apart by their position ids; each is tested. OPT, Bloom, Falcon and Mamba do not."""
-CHANGED_LOGITS = (
-    "final_logit_softcapping",
-    "logits_soft_cap",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "output_multiplier",
-)
-"""Settings by which a model does more to its logits than its head's linear map."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Finding things in a model
-
-
-def backbone(model: PreTrainedModel) -> nn.Module:
-    """The model below its head: its output is the final state."""
-    base: Any = model.base_model
-    return base.decoder if hasattr(base, "decoder") else base
-
-
-def blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The transformer blocks in order: the one ModuleList as long as the configuration says the model is deep."""
-    depth = model.config.num_hidden_layers
-    found = [
-        (name, m) for name, m in backbone(model).named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth
-    ]
-    shallowest = [m for name, m in found if name.count(".") == min(n.count(".") for n, _ in found)]
-    if len(shallowest) != 1:
-        raise InputError(
-            f"{type(model).__name__}: found {len(shallowest)} lists of {depth} blocks where one was expected; give a model of "
-            "another class"
-        )
-    return shallowest[0]
+# Shapes
 
 
 def without_weights(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """A model of that shape to count and look at; it holds no weight."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-
-
-def head(model: PreTrainedModel) -> nn.Linear:
-    """The linear map from final state to logits. Raises InputError for a model that does more than that to its logits."""
-    check_logits(model.config)
-    found = model.get_output_embeddings()
-    if not isinstance(found, nn.Linear):
-        raise InputError(f"{type(model).__name__} has no linear language-model head; give a causal language model")
-    return found
-
-
-def check_logits(config: PreTrainedConfig) -> None:
-    for key in CHANGED_LOGITS:
-        if getattr(config, key, None) not in (None, 1.0):
-            raise InputError(
-                f"a {config.model_type!r} model changes its logits after the head ({key}), which is not supported yet; "
-                "give another model"
-            )
+        return AUTO_CLASSES[kind(config)].from_config(config, trust_remote_code=trust_remote_code)
 
 
 def check_usable(config: PreTrainedConfig, *, section: str, attention: str, packed: bool) -> None:
@@ -130,6 +96,7 @@ def check_usable(config: PreTrainedConfig, *, section: str, attention: str, pack
     Packed rows are for the model types that a test has shown to keep documents apart.
     """
     check_logits(config)
+    check_blocks(config)
     if attention == "flash_attention_2" and not _flash_attention():
         raise InputError(f"{section}.attention: flash_attention_2 needs a GPU and the package flash-attn; write auto")
     if packed and config.model_type not in PACKABLE:
@@ -245,6 +212,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
         raise InputError(
             f"{folder}: a model of type {config.model_type!r} is more than a causal language model; give one of text alone"
         )
+    kind(config)
     return config
 
 
@@ -302,25 +270,40 @@ def block_choice(rule: str | Sequence[int], student_blocks: int, teacher_blocks:
     return chosen
 
 
+def stack_choices(rule: str | Sequence[int], student: Sequence[int], teacher: Sequence[int]) -> tuple[int, ...]:
+    """`block_choice` for each stack by itself, counted through the teacher's stacks: depths of (36,), or of an encoder and a decoder."""
+    chosen: list[int] = []
+    for number, (ours, theirs) in enumerate(zip(student, teacher, strict=True)):
+        chosen += [sum(teacher[:number]) + block for block in block_choice(rule, ours, theirs)]
+    return tuple(chosen)
+
+
 def student_config(teacher: PreTrainedConfig, blocks: Sequence[int], width: dict[str, int]) -> PreTrainedConfig:
     """The teacher's configuration at the student's depth (and width, where given); per-block settings follow their blocks."""
     config = copy.deepcopy(teacher)
-    config.num_hidden_layers = len(blocks)
+    set_depths(config, [len(chosen) for chosen in by_stack(blocks, depths(teacher))])
     for key, value in teacher.to_dict().items():  # layer_types, and SmolLM3's no_rope_layers
         if "layer" in key and isinstance(value, list | tuple) and len(value) == teacher.num_hidden_layers:
             setattr(config, key, [value[block] for block in blocks])
     if getattr(config, "max_window_layers", None) is not None:
         config.max_window_layers = min(config.max_window_layers, len(blocks))
     for key, value in width.items():
-        if not hasattr(config, key):
-            raise InputError(
-                f"student.{key}: the teacher's model type {teacher.model_type!r} has no such setting; leave it out"
-            )
-        setattr(config, key, value)
+        for name in width_settings(teacher, key):
+            if not hasattr(config, name):
+                raise InputError(
+                    f"student.{key}: the teacher's model type {teacher.model_type!r} has no such setting; leave it out"
+                )
+            setattr(config, name, value)
+    if getattr(teacher, "word_embed_proj_dim", None) == teacher.hidden_size:  # OPT: as wide as the rest
+        config.word_embed_proj_dim = config.hidden_size
     heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if shared and heads % shared:
         raise InputError(
             f"student.num_key_value_heads: {heads} attention heads can't share {shared} key-value heads; write a divisor of {heads}"
+        )
+    if getattr(config, "head_dim", None) is None and config.hidden_size % heads:
+        raise InputError(
+            f"student.num_attention_heads: {heads} heads can't share a width of {config.hidden_size}; write a divisor of it"
         )
     return config
 
@@ -337,31 +320,43 @@ def copied_student(
         raise InputError(
             f"{teacher}: its weights are quantized, so blocks can't be copied from it; give the model unquantized"
         )
-    prefix = _block_prefix(teacher, config.num_hidden_layers)
-    where = re.compile(rf"^{re.escape(prefix)}(\d+)\.(.*)$")
-    homes: dict[int, list[int]] = {}
-    for new, old in enumerate(chosen):
-        homes.setdefault(old, []).append(new)
-
-    def names(name: str) -> list[str]:
-        match = where.match(name)
-        return [f"{prefix}{new}.{match[2]}" for new in homes.get(int(match[1]), [])] if match else [name]
+    renamed = _renamed(teacher, chosen, depths(config))
 
     small = student_config(config, chosen, {})
     small.dtype = dtype
-    _publish(
+    publish_folder(
         folder,
         lambda tmp: (
-            _copy_tensors(teacher, tmp, names, dtype),
+            _copy_tensors(teacher, tmp, renamed, dtype),
             small.save_pretrained(tmp),
             copy_tokenizer(teacher, tmp),
         ),
     )
 
 
+def _renamed(folder: Path, chosen: Sequence[int], blocks: Sequence[int]) -> Callable[[str], list[str]]:
+    """A tensor's name in the teacher's files -> its names in the student's, one for each block made of it."""
+    homes: list[tuple[re.Pattern[str], str, dict[int, list[int]]]] = []
+    for prefix, part in zip(_block_prefixes(folder, blocks), by_stack(chosen, blocks), strict=True):
+        new_of: dict[int, list[int]] = {}
+        for new, old in enumerate(part):
+            new_of.setdefault(old, []).append(new)
+        homes.append((re.compile(rf"^{re.escape(prefix)}(\d+)\.(.*)$"), prefix, new_of))
+
+    def names(name: str) -> list[str]:
+        for where, prefix, new_of in homes:
+            if match := where.match(name):
+                # T5 keeps the positions of a whole stack in its first block.
+                news = [0] if "relative_attention_bias" in name else new_of.get(int(match[1]), [])
+                return [f"{prefix}{new}.{match[2]}" for new in news]
+        return [name]
+
+    return names
+
+
 def random_student(
     teacher: Path,
-    depth: int,
+    depth: int | Sequence[int],
     width: dict[str, int],
     folder: Path,
     *,
@@ -369,9 +364,10 @@ def random_student(
     dtype: torch.dtype,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write an HF folder of a new model of the teacher's type, with weights drawn from the seed."""
+    """Write an HF folder of a new model of the teacher's type, with weights drawn from the seed; `depth` of each stack."""
     config = load_config(teacher, trust_remote_code=trust_remote_code)
-    small = student_config(config, block_choice("spread", depth, config.num_hidden_layers), width)
+    wanted = [depth] if isinstance(depth, int) else depth
+    small = student_config(config, stack_choices("spread", wanted, depths(config)), width)
     new_model(
         small,
         folder,
@@ -394,8 +390,8 @@ def new_model(
     """Write an HF folder of a model with weights drawn from the seed, whatever the state of torch's own generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    _publish(folder, lambda tmp: (model.save_pretrained(tmp), tokenizer(tmp)))
+        model = AUTO_CLASSES[kind(config)].from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    publish_folder(folder, lambda tmp: (model.save_pretrained(tmp), tokenizer(tmp)))
 
 
 def qwen3_config(shape: dict[str, Any], special: dict[str, Any]) -> Qwen3Config:
@@ -403,17 +399,33 @@ def qwen3_config(shape: dict[str, Any], special: dict[str, Any]) -> Qwen3Config:
     return Qwen3Config(**shape, **special, use_cache=True)
 
 
-def new_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the texts, with `<eos>` and a `<pad>` of its own (a pad that is the eos is never trained)."""
+def new_tokenizer(texts: Iterable[str], vocab_size: int, of: Kind = "decoder") -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on the texts, with `<eos>` and a `<pad>` of its own (a pad that is the eos is never trained).
+
+    `of` an encoder, it writes `<cls>` a `<sep>`, or `<cls>` a `<sep>` b `<sep>`; of an encoder-decoder, an `<eos>` after each text.
+    """
     bpe = Tokenizer(BPE())
     bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
     bpe.decoder = ByteLevelDecoder()
-    special = ["<pad>", "<eos>"]
+    names: dict[str, Any] = {"eos_token": "<eos>"}
+    if of == "encoder":
+        names = {"cls_token": "<cls>", "sep_token": "<sep>"}
+    special = ["<pad>", *names.values()]
+    if of == "encoder":  # which transformers leaves out unless told
+        names["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     trainer = BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<pad>", padding_side="left")
+    if of == "encoder":
+        pair = "<cls>:0 $A:0 <sep>:0 $B:1 <sep>:1"
+        bpe.post_processor = TemplateProcessing(
+            single="<cls> $A <sep>", pair=pair, special_tokens=[("<cls>", 1), ("<sep>", 2)]
+        )
+    elif of == "encoder_decoder":
+        bpe.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    side = "left" if of == "decoder" else "right"
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", padding_side=side, **names)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -428,7 +440,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copy2(file, folder / file.name)
 
 
-def _publish(folder: Path, write: Callable[[Path], object]) -> None:
+def publish_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a folder beside, then put it in place by one rename."""
     tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
@@ -439,20 +451,24 @@ def _publish(folder: Path, write: Callable[[Path], object]) -> None:
     os.replace(tmp, folder)
 
 
-def _block_prefix(folder: Path, depth: int) -> str:
-    """What precedes the block number in the tensor names, e.g. `model.layers.`."""
+def _block_prefixes(folder: Path, blocks: Sequence[int]) -> list[str]:
+    """What precedes the block number in the tensor names of each stack, e.g. `model.layers.`."""
     found: dict[str, set[int]] = {}
     for name in tensor_files(folder):
         for match in re.finditer(r"\.(\d+)\.", name):
             found.setdefault(name[: match.start() + 1], set()).add(int(match[1]))
-    full = [prefix for prefix, numbers in found.items() if numbers == set(range(depth))]
-    full = [prefix for prefix in full if prefix.count(".") == min(p.count(".") for p in full)]  # not a block's experts
-    if len(full) != 1:
-        raise InputError(
-            f"{folder}: can't tell which tensors are the {depth} blocks (candidates: {', '.join(full) or 'none'}); write "
-            "student.init: random, or give another teacher"
-        )
-    return full[0]
+    sides = [r"(^|\.)encoder\.", r"(^|\.)decoder\."] if len(blocks) == 2 else [""]
+    prefixes = []
+    for side, depth in zip(sides, blocks, strict=True):
+        full = [p for p, numbers in found.items() if numbers == set(range(depth)) and re.search(side, p)]
+        full = [p for p in full if p.count(".") == min(p.count(".") for p in full)]  # not a block's experts
+        if len(full) != 1:
+            raise InputError(
+                f"{folder}: can't tell which tensors are the {depth} blocks (candidates: {', '.join(full) or 'none'}); write "
+                "student.init: random, or give another teacher"
+            )
+        prefixes += full
+    return prefixes
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -518,7 +534,17 @@ def _flash_attention() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
 
 
-def load_causal_lm(
+def load_causal_lm(folder: Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+    """As `load_model`, where only a decoder will do. Raises InputError for another family."""
+    found = kind(load_config(folder, trust_remote_code=trust_remote_code))
+    if found != "decoder":
+        raise InputError(
+            f"{folder}: an {found.replace('_', '-')} where a causal language model is needed; give a decoder"
+        )
+    return load_model(folder, trust_remote_code=trust_remote_code, **options)
+
+
+def load_model(
     folder: Path,
     *,
     dtype: torch.dtype,
@@ -527,20 +553,20 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     first_blocks: int | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model from safetensors; straight into shards if `ds_config` asks for ZeRO-3.
+    """Load a model of any family from safetensors; straight into shards if `ds_config` asks for ZeRO-3.
 
-    `first_blocks`: build and load no more than so many of its blocks. Raises InputError when the folder's weights do not fill the
-    model (transformers itself would only warn and make them up).
+    `first_blocks`: build and load no more than so many of a decoder's blocks. Raises InputError when the folder's weights do not fill
+    the model (transformers itself would only warn and make them up).
     """
+    shape = load_config(folder, trust_remote_code=trust_remote_code)
     name, why = attention_implementation(attention, dtype)
     log.info("%s: attention %s (%s)", folder, name, why)
     part: dict[str, Any] = {}
     if first_blocks is not None:
-        whole = load_config(folder, trust_remote_code=trust_remote_code)
-        part["config"] = student_config(whole, range(first_blocks), {})
+        part["config"] = student_config(shape, range(first_blocks), {})
     try:
-        with sharded_construction(ds_config), _quiet_about_unused(part):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+        with sharded_construction(ds_config), quiet_about_unused(part):
+            loaded: Any = AUTO_CLASSES[kind(shape)].from_pretrained(
                 folder,
                 dtype=dtype,
                 attn_implementation=name,
@@ -577,8 +603,7 @@ def load_head(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fal
     model of one block, which is let go.
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model: Any = without_weights(config, trust_remote_code=trust_remote_code)
     module = head(model)
     modules = {id(m): name for name, m in model.named_modules()}
     names = [modules[id(module)]]
@@ -599,7 +624,7 @@ def load_head(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fal
 
 
 @contextlib.contextmanager
-def _quiet_about_unused(part: dict[str, Any]) -> Iterator[None]:
+def quiet_about_unused(part: dict[str, Any]) -> Iterator[None]:
     """Where a part of a model is loaded, keep transformers from listing the tensors that are left in the files."""
     before = transformers.utils.logging.get_verbosity()
     if part:

@@ -17,13 +17,15 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from llmkd.architectures import new_config
 from llmkd.build import accumulation_steps, pairs_of, stones_of
 from llmkd.config import ROOT, Recipe
 from llmkd.distributed import load_ds_config, zero_stage
 from llmkd.errors import InputError
+from llmkd.families import kind
 from llmkd.head import BUFFERS, rows_at_once
 from llmkd.matching import terms_of
-from llmkd.models import DTYPES, block_choice, blocks, head, load_config, qwen3_config, student_config
+from llmkd.models import DTYPES, block_choice, blocks, head, load_config, student_config
 from llmkd.stages import Cut, Route, cut, routes, stage_count, states_held
 from llmkd.teachers.base import EMBEDDING, blocks_needed
 
@@ -117,12 +119,21 @@ def teacher_config(recipe: Recipe) -> PreTrainedConfig:
     settings, start = recipe.teacher, recipe.teacher.path
     if recipe.finetune is not None:
         if recipe.finetune.architecture is not None:
-            return qwen3_config(recipe.finetune.architecture.model_dump(), {})
+            return decoder_config(new_config(recipe.finetune.architecture.model_dump()))
         start = recipe.finetune.path
     assert start is not None  # a recipe has a teacher's path or a finetune section
     if Path(start).is_dir():
-        return load_config(Path(start), trust_remote_code=settings.trust_remote_code)
-    return _hub_config(start, recipe)
+        return decoder_config(load_config(Path(start), trust_remote_code=settings.trust_remote_code))
+    return decoder_config(_hub_config(start, recipe))
+
+
+def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration as it is. Raises InputError where it is not a decoder's."""
+    if kind(config) != "decoder":
+        raise InputError(
+            f"llmkd plan counts a decoder's bytes, and the teacher is of type {config.model_type!r}; start the run itself"
+        )
+    return config
 
 
 def _hub_config(name: str, recipe: Recipe) -> PreTrainedConfig:
@@ -138,7 +149,7 @@ def _hub_config(name: str, recipe: Recipe) -> PreTrainedConfig:
                 "teacher.architecture to plan without it"
             ) from error
     log.warning("the hub did not give %s's config.json; planning with the recipe's teacher.architecture", name)
-    return qwen3_config(settings.architecture.model_dump(), {})
+    return decoder_config(new_config(settings.architecture.model_dump()))
 
 
 def initial_student_config(recipe: Recipe, teacher: PreTrainedConfig) -> PreTrainedConfig:

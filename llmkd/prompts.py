@@ -71,3 +71,12 @@ def encoded(items: Sequence[Item], tokenizer: Any) -> list[tuple[str, list[int]]
             text, ids = item["prompt"], leading(tokenizer, [item["prompt"]])[0]
         found.append((text, ids))
     return found
+
+
+def sources(items: Sequence[Item], tokenizer: Any) -> list[tuple[str, list[int]]]:
+    """(text, token ids) of each item's prompt as an encoder-decoder's encoder reads it, with the tokenizer's own closing token."""
+    if any("messages" in item for item in items):
+        raise InputError(
+            "evaluation.generation: an encoder-decoder answers prompts, not chats; give rows of prompt and completion"
+        )
+    return [(item["prompt"], tokenizer(item["prompt"])["input_ids"]) for item in items]

@@ -91,9 +91,16 @@ def batch_rows(settings: Evaluation, job: dict[str, Any]) -> int | str:
 
 def _load(job: dict[str, Any], settings: Evaluation, rows: int | str, trust: bool) -> Any:
     """The model inside lm-eval's backend. Raises InputError, or whatever loading raises."""
+    from llmkd.families import kind
+    from llmkd.models import load_config
+
     folder = Path(job["model"])
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no model (no config.json)")
+    found = kind(load_config(folder, trust_remote_code=trust))
+    if found != "decoder":
+        cure = "evaluation.classification" if found == "encoder" else "evaluation.generation"
+        raise InputError(f"{folder}: lm-eval is run on decoders alone; score this model by {cure}")
     return (
         _load_vllm(folder, settings, rows, trust)
         if job["backend"] == "vllm"

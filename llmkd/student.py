@@ -16,12 +16,15 @@ from transformers import PreTrainedModel
 from llmkd.data import Batch
 from llmkd.distances import Distance
 from llmkd.divergences import Divergence
+from llmkd.families import blocks, encoder_blocks, final_state, head, head_bias, kind, on_state
 from llmkd.head import TeacherHead, TopK, head_losses
 from llmkd.matching import AllRows, Term, distance_sum, sampled, small_pass
-from llmkd.models import backbone, blocks, head
 from llmkd.stones import Stones
-from llmkd.teachers.base import EMBEDDING, Signal, output_state
+from llmkd.teachers.base import Signal
 from llmkd.term_norms import FinalNorm, before_projector
+
+Places = tuple[Tensor, float]
+"""(flat positions [N] that are compared, how many each of them stands for)"""
 
 
 class Distiller(nn.Module):
@@ -58,7 +61,12 @@ class Distiller(nn.Module):
         self.projectors = projectors
         self.stones = stones
         self.loss_head = LossHead(
-            head(model), divergence=divergence, temperature=temperature, kl_positions=kl_positions, chunk=chunk
+            head(model),
+            head_bias(model),
+            divergence=divergence,
+            temperature=temperature,
+            kl_positions=kl_positions,
+            chunk=chunk,
         )
         self._pairs = tuple(pairs)
         terms = (Term(distance),) if callable(distance) else tuple(distance)
@@ -70,17 +78,17 @@ class Distiller(nn.Module):
         self._pair_weights = (1.0,) * len(pairs) if pair_weights is None else tuple(pair_weights)
         self._all_rows = all_rows
         self._keeps_head = keeps_head
-        stack = blocks(model)
-        self._normed = len(stack) - 1 if normed_last else None
+        stack, decodes = blocks(model), kind(model.config) == "decoder"
+        self._normed = len(stack) - 1 if normed_last and decodes else None
+        self._of_source = encoder_blocks(model)
         for block in {student for student, _ in pairs} - {self._normed}:
-            module = model.get_input_embeddings() if block == EMBEDDING else stack[block]
-            module.register_forward_hook(self._matcher(block))
+            on_state(model, block, self._matcher(block), normed=normed_last)
         if stones is not None:
             stones.watch(stack)
-        self._batch: Batch | None = None
         self._signal: Signal | None = None
         self._matched: dict[int, Tensor] = {}  # pair number -> distance sum of this pass
-        self._at: tuple[Tensor, float] | None = None
+        self._at: Places | None = None
+        self._source_at: Places | None = None
         self._final_norm = FinalNorm(model)
         self._squares: dict[int, Tensor] = {}
         self.squares: Tensor | None = None
@@ -91,6 +99,7 @@ class Distiller(nn.Module):
         batch: Batch,
         signal: Signal | None,
         scales: tuple[float, float, float],
+        source_weight: float = 1.0,
         *,
         temperature: float | None = None,
         draw: int = 0,
@@ -99,27 +108,27 @@ class Distiller(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(loss, sums [2 + pairs]): the scaled loss of a micro-batch; the sums (CE, KL, each pair's distance) carry no gradient.
 
+        `source_weight`: what a position of an encoder-decoder's source counts, so that source and target weigh alike in the whole batch.
         `temperature`: of this pass, where it changes. `draw`: the seed of a sample of tokens. `report`: see `squares`.
         `hear_teacher`: leave the teacher's own cross-entropy sum in `loss_head.teacher_ce`.
         """
-        self._batch, self._signal, self._matched = batch, signal, {}
+        self._signal, self._matched = signal, {}
         positions = batch.attended_at if self._positions == "attended" else batch.trained_at
         self._at = sampled(positions, self._tokens, draw)
+        self._source_at = None if batch.source_at is None else sampled(batch.source_at, self._tokens, draw)
         self._hidden_scale, self._squares, self.squares = scales[2], {}, None
         # until the student's own pass through the head: a stone's is not to be told of
         self.loss_head.report, self.loss_head.hear_teacher, self.loss_head.teacher_ce = False, False, None
         self._final_norm.watch(report)
         if self.stones is not None:
             self.stones.open()
-        final = backbone(self.model)(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        ).last_hidden_state
+        final = final_state(self.model, batch)
         if self._normed is not None:
             self._match(self._normed, final)
-        distances = [self._matched[number] for number in range(len(self._pairs))]
+        distances = [
+            self._matched[number] * source_weight if student in self._of_source else self._matched[number]
+            for number, (student, _) in enumerate(self._pairs)
+        ]
         loss = ce = kl = torch.zeros((), dtype=torch.float32, device=final.device)
         # Before the head's loss, which takes the teacher's final state.
         of_stones = None if self.stones is None else self.stones(final, batch, signal, self.loss_head)
@@ -152,10 +161,10 @@ class Distiller(nn.Module):
         assert [student for student, _ in pairs] == [student for student, _ in self._pairs]
         self._pairs = tuple(pairs)
 
-    def _matcher(self, block: int) -> Callable[..., None]:
-        def match(module: nn.Module, args: object, output: object) -> None:
+    def _matcher(self, block: int) -> Callable[[Tensor], None]:
+        def match(state: Tensor) -> None:
             if torch.is_grad_enabled() or not self.training:
-                self._match(block, output_state(output))
+                self._match(block, state)
 
         return match
 
@@ -171,23 +180,23 @@ class Distiller(nn.Module):
             projected = state if self.projectors is None else self.projectors[number](state)
             if self._signal is None or number in self._matched:
                 continue
-            theirs = self._signal.take(teacher)
-            self._matched[number] = self._compare(state, projected, theirs)
+            theirs, at = self._signal.take(teacher), self._source_at if block in self._of_source else self._at
+            self._matched[number] = self._compare(state, projected, theirs=theirs, at=at)
             if self._final_norm.watching:
                 projector: Any = None if self.projectors is None else self.projectors[number]
-                compare = functools.partial(self._compare, theirs=theirs)
+                compare = functools.partial(self._compare, theirs=theirs, at=at)
                 gradient = before_projector(projector, state, compare) * (
                     self._hidden_scale * self._pair_weights[number]
                 )
                 normed = block == self._normed
                 self._squares[number] = _square(self._final_norm.before(state, gradient) if normed else gradient)
 
-    def _compare(self, state: Tensor, projected: Tensor, theirs: Tensor) -> Tensor:
+    def _compare(self, state: Tensor, projected: Tensor, *, theirs: Tensor, at: Places | None) -> Tensor:
         """The weighted sum of the recipe's distances between the student's state and the teacher's."""
-        assert self._at is not None
-        at, factor = self._at
+        assert at is not None
+        places, factor = at
         parts = [
-            distance_sum(ours, theirs, at, terms, factor=factor, all_rows=self._all_rows)
+            distance_sum(ours, theirs, places, terms, factor=factor, all_rows=self._all_rows)
             for ours, terms in ((state, self._as_it_is), (projected, self._projected))
             if terms
         ]
@@ -198,11 +207,21 @@ class LossHead(nn.Module):
     """The student's head under its chunked loss. It owns the head's parameters (shared), so the engine gathers them for it."""
 
     def __init__(
-        self, head: nn.Linear, *, divergence: Divergence, temperature: float, kl_positions: str, chunk: int
+        self,
+        head: nn.Linear,
+        bias: Tensor | None,
+        *,
+        divergence: Divergence,
+        temperature: float,
+        kl_positions: str,
+        chunk: int,
     ) -> None:
         super().__init__()
         self.weight = head.weight
-        self.bias = head.bias
+        if bias is head.bias:
+            self.bias = bias
+        else:  # BART's, which is no parameter
+            self.register_buffer("bias", bias, persistent=False)
         self._divergence = divergence
         self._temperature = temperature
         self._kl_positions = kl_positions

@@ -19,6 +19,8 @@ from llmkd.results import publish
 log = logging.getLogger("llmkd")
 
 GENERATIONS, AGREEMENT, EVALUATIONS = "generations", "agreement", "evaluations"  # the folders of a study's results
+CLASSIFICATIONS = "classifications"
+RESULTS = (GENERATIONS, CLASSIFICATIONS, AGREEMENT, EVALUATIONS)
 CE_ONLY: dict[str, Any] = {
     "matching.strategy": "none",
     "loss.kl": 0.0,
@@ -72,7 +74,9 @@ def _score(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> list[str]:
     """Have every model write, compare it with the teacher, run lm-eval; what one step can't do must not cost the others theirs."""
     from llmkd.agreement import agree
     from llmkd.angles import angles
+    from llmkd.classification import classify
     from llmkd.evaluation import evaluate
+    from llmkd.family_rules import held_out_data
     from llmkd.generation import generate
 
     settings, folder = recipe.evaluation, recipe.folder
@@ -86,6 +90,8 @@ def _score(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> list[str]:
     if settings.agreement_rows:
         shared = (teacher, settings, recipe.data, folder / GENERATIONS, folder / AGREEMENT)
         steps.append(lambda: agree(others, *shared, trust_remote_code=trust))
+    if settings.classification is not None:
+        steps.append(lambda: classify(jobs, settings, held_out_data(recipe), folder / CLASSIFICATIONS))
     if settings.tasks:
         steps.append(lambda: evaluate(jobs, settings, folder / EVALUATIONS, trust_remote_code=trust))
     if settings.angles_rows:
@@ -108,7 +114,7 @@ def _stated(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> dict[str, Any]
     file = recipe.folder / "study.json"
     history = json.loads(file.read_text()).get("margins_history", []) if file.is_file() else []
     if not history or history[-1]["margins"] != margins:
-        results = [f for step in (GENERATIONS, AGREEMENT, EVALUATIONS) for f in (recipe.folder / step).glob("*.json")]
+        results = [f for step in RESULTS for f in (recipe.folder / step).glob("*.json")]
         history = [*history, {"margins": margins, "results": len(results)}]
     said = {"name": recipe.name, "reference": recipe.study.compared_with, "margins": margins}
     return {**said, "margins_history": history, "entries": list(entries)}
@@ -124,6 +130,7 @@ def _results(recipe: Recipe, entry: dict[str, Any]) -> dict[str, str | None]:
     settings = recipe.evaluation
     asked = {
         "generation": GENERATIONS if settings.generation is not None else None,
+        "classification": CLASSIFICATIONS if settings.classification is not None else None,
         "agreement": AGREEMENT if settings.agreement_rows and entry["kind"] != "teacher" else None,
         "evaluation": EVALUATIONS if settings.tasks else None,
     }
@@ -204,7 +211,8 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
     """
     from llmkd.build import (
         accumulation_steps,
-        pairs_of,
+        depths_of,
+        maps_of,
         read_rows,
         stones_of,
         student_inputs,
@@ -213,13 +221,20 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
     )
     from llmkd.checkpoint import check_same
     from llmkd.evaluation import check_tasks
+    from llmkd.families import depths, family, kind
+    from llmkd.family_rules import check_evaluation, check_training, held_out_data, teacher_shape
     from llmkd.generation import check as check_generation
     from llmkd.models import load_config, resolve
 
-    if not recipe.evaluation.tasks and recipe.evaluation.generation is None:
+    scored = (recipe.evaluation.tasks, recipe.evaluation.generation, recipe.evaluation.classification)
+    if not any(step not in ((), None) for step in scored):
         raise InputError(
             "evaluation: a study with nothing to score by; name lm-eval tasks under evaluation.tasks, or write evaluation.generation: {}"
         )
+    teacher = teacher_shape(recipe)
+    check_evaluation(recipe, kind(teacher))
+    if recipe.evaluation.classification is not None:
+        read_rows(held_out_data(recipe))
     if recipe.evaluation.tasks:
         check_tasks(recipe.evaluation)
     if recipe.evaluation.generation is not None:
@@ -230,26 +245,20 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
     for train, data in runs:
         accumulation_steps(train, ranks)
         total_steps(train, len(read_rows(data)))
-    if recipe.finetune is not None and recipe.finetune.architecture is not None:
-        depth = recipe.finetune.architecture.num_hidden_layers
+    if recipe.student.init == "checkpoint":
+        path = resolve(recipe.student.path or "", "student.path")
+        student = load_config(path, trust_remote_code=recipe.student.trust_remote_code)
     else:
-        start = recipe.finetune.path if recipe.finetune is not None else recipe.teacher.path
-        where = "teacher.path" if recipe.finetune is None else "finetune.path"
-        start_folder = resolve(start or "", where, recipe.teacher.revision)
-        depth = load_config(start_folder, trust_remote_code=recipe.teacher.trust_remote_code).num_hidden_layers
-    student_depth = (
-        recipe.student.blocks
-        or load_config(
-            resolve(recipe.student.path or "", "student.path"), trust_remote_code=recipe.student.trust_remote_code
-        ).num_hidden_layers
-    )
+        student = teacher
     for entry in entries:
         if entry["kind"] == "teacher":
             inputs = teacher_inputs(recipe) if recipe.finetune is not None else {}
         elif entry["train"] is not None:
             one = entry_recipe(recipe, entry)
-            pairs_of(one, one.student.blocks or student_depth, depth)
-            stones_of(one, one.student.blocks or student_depth, depth)
+            check_training(one, family(teacher))
+            student_depths = depths_of(one, student)
+            maps_of(one, student_depths, depths(teacher))
+            stones_of(one, student_depths[0], depths(teacher)[0])
             inputs = student_inputs(one)
         else:
             continue

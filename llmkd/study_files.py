@@ -9,7 +9,12 @@ from typing import Any
 
 from llmkd.errors import InputError
 
-STEPS = {"generation": "generation", "lm-eval": "evaluation", "agreement": "agreement"}
+STEPS = {
+    "generation": "generation",
+    "classification": "classification",
+    "lm-eval": "evaluation",
+    "agreement": "agreement",
+}
 """What is asked of a model -> the key of a study's entry that names its file, in the order of the report's columns."""
 Entry = dict[str, Any]
 

@@ -49,6 +49,7 @@ from llmkd.distributed import (
     tell_mistake,
 )
 from llmkd.errors import InputError
+from llmkd.family_data import collate_for
 from llmkd.metrics import Journal, Meter, peak_memory_gib
 from llmkd.objective import divisors, scales
 from llmkd.provenance import commit, hardware, versions
@@ -72,7 +73,7 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     if resume is not None and resume.world_size != world.size:
         ds_config = on_other_ranks(ds_config)
     tokenizer = build.job_tokenizer(world, job, resuming=resume is not None)
-    data = build.tokenized(world, job.data, tokenizer)
+    data = build.tokenized(world, job.data, tokenizer, job.family)
     steps = build.total_steps(settings, len(data))
     rate = build.rate_of_step(settings, steps)
     cached = cache_contents.open_teacher(world, job, tokenizer, data)
@@ -85,6 +86,7 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         world_size=world.size,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         packed=job.data.batching == "packed",
+        make=collate_for(job.family),
     )
     if job.pairs and job.recipe.matching.strategy == "nearest":
         job = nearest.settled(world, job, data, reading, resuming=resume is not None)
@@ -115,7 +117,7 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         recipe=job.inputs,
         run_name=f"{job.recipe.name}-{job.title}",
     )
-    meter = Meter(world, job.weights, build.pair_names(job.pairs, job.redraws))
+    meter = Meter(world, job.weights, build.pair_names(job.pairs, job.encoders, redraws=job.redraws))
     steering = Steering(world, job, steps, start_step=first)
     _announce(world, job, steps, accumulation, len(data))
 
@@ -131,7 +133,8 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     began = time.perf_counter()
     for step, micro_batches in enumerate(loader, start=first + 1):
         counts = [sum(c) for c in zip(*(batch.counts for batch in micro_batches), strict=True)]
-        trained, attended, asked_to_stop = sum_counts(world, [*counts, int(stopping.asked)])  # all ranks, on the CPU
+        counts += [sum(batch.source_count for batch in micro_batches), int(stopping.asked)]
+        trained, attended, source, asked_to_stop = sum_counts(world, counts)  # all ranks, on the CPU
         weights = steering.begin(step)
         by = divisors(weights, trained=trained, attended=attended, pairs=len(job.pairs))
         for group in student.optimizer.param_groups:
@@ -144,14 +147,20 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         for number, batch in enumerate(micro_batches):
             batch = batch.to(world.device)
             signals = teacher.signals(batch) if teacher is not None else None
-            loss, sums = student(batch, signals, scales(weights, by, world.size), **steering.options(number))
+            loss, sums = student(
+                batch,
+                signals,
+                scales(weights, by, world.size),
+                attended / max(source, 1),
+                **steering.options(number),
+            )
             student.backward(loss, scale_wrt_gas=False)  # the sums are already divided by the whole batch's count
             student.step()
             meter.add(sums, weights)
             steering.heard(module, sums)
-        meter.step(by, attended, weights)
+        meter.step(by, attended + source, weights)
         said = {**steering.values(), **steering.end(by)}
-        totals["tokens"] += attended
+        totals["tokens"] += attended + source
 
         saves = step == steps or asked_to_stop or (settings.save_every and step % settings.save_every == 0)
         if step % settings.log_every == 0 or saves or steering.reports:  # all ranks: one reduction
@@ -232,7 +241,7 @@ def _announce(world: World, job: Job, steps: int, accumulation: int, rows: int) 
 
 def _card(job: Job, steps: int) -> str:
     """The exported model's README: what it is, and the recipe that made it."""
-    pairs = ", ".join(build.pair_names(job.pairs, job.redraws)) or "none"
+    pairs = ", ".join(build.pair_names(job.pairs, job.encoders, redraws=job.redraws)) or "none"
     return (
         f"# {job.recipe.name}: {job.title}\n\nTrained by llmkd {__version__}, {steps} steps.\n\n"
         f"- started from: {job.initial.name if job.initial.parent == job.folder else job.initial}\n"

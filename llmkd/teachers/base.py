@@ -112,12 +112,15 @@ class Capture:
         self._wanted = wanted
         self._states = new()
         for block, module in modules.items():
-            module.register_forward_hook(self._keeper(block))
+            keep = self.keeper(block)
+            module.register_forward_hook(lambda module, args, output, keep=keep: keep(output_state(output)))
 
-    def _keeper(self, block: int) -> Callable[..., None]:
-        def keep(module: nn.Module, args: object, output: object) -> None:
+    def keeper(self, block: int) -> Callable[[Tensor], None]:
+        """What keeps a state as this block's until they are collected."""
+
+        def keep(state: Tensor) -> None:
             if self._wanted(block):
-                self._states[block] = output_state(output)
+                self._states[block] = state
 
         return keep
 

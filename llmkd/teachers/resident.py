@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 
 from llmkd.data import Batch
 from llmkd.distributed import frozen_engine, gathered
-from llmkd.models import backbone, blocks, head
-from llmkd.teachers.base import EMBEDDING, Capture, Signal, States
+from llmkd.families import Body, backbone, blocks, head, head_bias, kind, on_state
+from llmkd.teachers.base import Capture, Signal, States
 from llmkd.teachers.offload import OffloadedStates
 from llmkd.teachers.upper import UpperBlocks
 
 
 class ResidentTeacher:
-    """A frozen causal language model that is run forward for every micro-batch.
+    """A frozen model that is run forward for every micro-batch.
 
     `uses` names the teacher block of every pair, in the order the student takes them (a block used by three pairs three times); only
     these are captured. The backbone is run without its head: the head's weight is lent, whole, to the chunked loss, or with
@@ -41,17 +41,19 @@ class ResidentTeacher:
     ) -> None:
         model.eval().requires_grad_(False)
         self._head = head(model) if logits else None
+        self._model = model
         self._uses = tuple(uses)
+        self._decodes = kind(model.config) == "decoder"
         self.blocks = stack = blocks(model)
         self._upper = UpperBlocks(model, stones, again=checkpointed) if stones else None
-        self._last = len(stack) - 1 if normed_last else None
-        modules = {block: stack[block] for block in set(uses) - {EMBEDDING, self._last}}
-        if EMBEDDING in uses:
-            modules[EMBEDDING] = model.get_input_embeddings()
-        body = backbone(model)
+        # A decoder's final state is at hand; other families' last state after a final norm is taken where it is born.
+        self._last = len(stack) - 1 if normed_last and self._decodes else None
+        body = backbone(model) if self._decodes else Body(model)
         self._body = body if ds_config is None else frozen_engine(body, ds_config)
         new: Callable[[], States] = dict if offload_to is None else lambda: OffloadedStates(self._uses, offload_to)
-        self._capture = Capture(modules, new, lambda block: block in self._uses)
+        self._capture = Capture({}, new, lambda block: block in self._uses)
+        for block in set(uses) - {self._last}:
+            on_state(model, block, self._capture.keeper(block), normed=normed_last)
 
     def use(self, uses: Sequence[int]) -> None:
         """From now on the student takes these blocks, all of them among those it was made with; no other state is kept."""
@@ -64,13 +66,15 @@ class ResidentTeacher:
     @torch.no_grad()
     def signals(self, batch: Batch) -> Signal:
         """Run the teacher on the batch: the mapped blocks' states and, where logits are asked for, the final state and the head."""
-        output = self._body(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
-        final = output.last_hidden_state
+        if self._decodes:
+            final = self._body(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+            ).last_hidden_state
+        else:
+            final = self._body(batch)
         states = self._capture.collect()
         if self._last in self._uses:
             states[self._last] = final
@@ -82,5 +86,6 @@ class ResidentTeacher:
     def head(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The head's weight [V, H] and bias, whole while the context lasts (all ranks take part)."""
         assert self._head is not None, "a teacher without logits has no head to lend"
-        with gathered([self._head.weight, self._head.bias]):
-            yield self._head.weight, self._head.bias
+        bias = head_bias(self._model)
+        with gathered([self._head.weight, bias]):
+            yield self._head.weight, bias

@@ -447,7 +447,7 @@ def test_no_weight_of_the_teacher_is_loaded_but_its_head(
 ) -> None:
     loaded: list[Path] = []
     tensors: list[str] = []
-    load, opened = models.load_causal_lm, models.safe_open
+    load, opened = models.load_model, models.safe_open
 
     class Watched:
         def __init__(self, file: Path, **options: Any) -> None:
@@ -466,7 +466,7 @@ def test_no_weight_of_the_teacher_is_loaded_but_its_head(
             tensors.append(name)
             return self._inner.get_tensor(name)
 
-    monkeypatch.setattr(models, "load_causal_lm", lambda folder, **o: (loaded.append(folder), load(folder, **o))[1])
+    monkeypatch.setattr(models, "load_model", lambda folder, **o: (loaded.append(folder), load(folder, **o))[1])
     changed = recipe.changed({"cache.path": str(whole)})
     job = build.distil_job(world, changed, tmp_path / "run")
     tokenizer = build.job_tokenizer(world, job, resuming=False)

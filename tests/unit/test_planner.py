@@ -17,9 +17,9 @@ from llmkd.divergences import DIVERGENCES
 from llmkd.errors import InputError
 from llmkd.head import TeacherHead, head_losses
 from llmkd.matching import distance_sum, terms_of
-from llmkd.models import blocks
+from llmkd.models import blocks, qwen3_config
 from llmkd.placements import Cost, compare, recommended
-from llmkd.planner import GIB, qwen3_config
+from llmkd.planner import GIB
 from tests.tensor_bytes import TensorBytes
 
 QWEN3_8B: dict[str, Any] = {

@@ -1,0 +1,383 @@
+"""The families of models: of what kind one is, where its blocks and its head are, and how a batch runs through it.
+
+A decoder continues a text, an encoder puts a text into a class, an encoder-decoder answers a text with another. Blocks are counted
+through a model's stacks, the encoder's first: in a T5 of 6 + 6 blocks, block 6 is the first of its decoder. So a pair stays two numbers,
+whatever the family. `blocks`, `head` and `final_state` are what the rooms above need of a model; the rest says how they are found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from llmkd.data import MULTIPLE, Batch
+from llmkd.errors import InputError
+from llmkd.stages import EMBEDDING
+from llmkd.teachers.base import output_state
+
+Kind = Literal["decoder", "encoder", "encoder_decoder"]
+Take = Callable[[Tensor], None]
+
+DECODER_EMBEDDING = -2
+"""The embeddings that an encoder-decoder's decoder reads; its encoder's are EMBEDDING (-1)."""
+CLASSIFIERS = {"bert": "classifier", "distilbert": "classifier", "roberta": "classifier.out_proj"}
+"""Encoders by model type, and where the linear map to their classes is; each is tested."""
+DECODER_DEPTH = {"bart": "decoder_layers", "t5": "num_decoder_layers"}
+"""Encoder-decoders by model type, and what their configuration calls the decoder's depth; each is tested."""
+WIDTHS = {
+    "bart": {
+        "intermediate_size": ("encoder_ffn_dim", "decoder_ffn_dim"),
+        "num_attention_heads": ("encoder_attention_heads", "decoder_attention_heads"),
+    },
+    "distilbert": {"intermediate_size": ("hidden_dim",)},
+    "opt": {"intermediate_size": ("ffn_dim",)},
+    "t5": {"intermediate_size": ("d_ff",)},
+}
+"""By model type, what its configuration calls a width that a recipe knows by another name."""
+AUTO_CLASSES: dict[Kind, Any] = {
+    "decoder": AutoModelForCausalLM,
+    "encoder": AutoModelForSequenceClassification,
+    "encoder_decoder": AutoModelForSeq2SeqLM,
+}
+CHANGED_LOGITS = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
+"""Settings by which a model does more to its logits than its head's linear map."""
+LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+"""Settings by which a model in training leaves out blocks at random."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model's kind, and what must be known of it to make its batches."""
+
+    kind: Kind
+    labels: tuple[str, ...] = ()
+    """An encoder's classes, in the order of its logits."""
+    start: int = 0
+    """The token id with which an encoder-decoder's decoder begins."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of blocks: the only one of a decoder or an encoder, or the encoder's or the decoder's of an encoder-decoder."""
+
+    name: Literal["", "enc", "dec"]
+    blocks: nn.ModuleList
+    first: int
+    """The number of its first block."""
+    embedding: int
+    """The number that stands for what its first block reads."""
+    norm: nn.Module | None
+    """What its last block's output passes before anything reads it, where `final_state` does not give that already."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a configuration
+
+
+def kind(config: PreTrainedConfig) -> Kind:
+    """Of what kind a model is. Raises InputError for an encoder-decoder that has not been shown to work."""
+    if config.is_encoder_decoder:
+        if config.model_type not in DECODER_DEPTH:
+            raise InputError(
+                f"an encoder-decoder of type {config.model_type!r} is not supported; give one of type {' or '.join(DECODER_DEPTH)}"
+            )
+        return "encoder_decoder"
+    return "encoder" if config.model_type in CLASSIFIERS and not getattr(config, "is_decoder", False) else "decoder"
+
+
+def family(config: PreTrainedConfig) -> Family:
+    """The model's kind with what its batches need. Raises InputError where its configuration does not say it."""
+    found = kind(config)
+    if found == "encoder":
+        names: dict[Any, Any] = config.id2label or {}
+        return Family(found, labels=tuple(str(names[number]) for number in sorted(names)))
+    if found == "decoder":
+        return Family(found)
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None:
+        raise InputError(
+            f"a {config.model_type!r} model does not say with which token its decoder begins; write decoder_start_token_id into its "
+            "config.json"
+        )
+    return Family(found, start=start)
+
+
+def depths(config: PreTrainedConfig) -> tuple[int, ...]:
+    """How many blocks each stack has: (blocks,), or (the encoder's, the decoder's)."""
+    first: int = config.num_hidden_layers
+    return (first, getattr(config, DECODER_DEPTH[config.model_type])) if kind(config) == "encoder_decoder" else (first,)
+
+
+def set_depths(config: PreTrainedConfig, blocks: Sequence[int]) -> None:
+    """Give each stack so many blocks."""
+    config.num_hidden_layers = blocks[0]
+    if len(blocks) == 2:
+        setattr(config, DECODER_DEPTH[config.model_type], blocks[1])
+
+
+def width_settings(config: PreTrainedConfig, key: str) -> tuple[str, ...]:
+    """What a model type's configuration calls the width that a recipe calls `key`."""
+    return WIDTHS.get(config.model_type, {}).get(key, (key,))
+
+
+def by_stack(chosen: Sequence[int], blocks: Sequence[int]) -> list[list[int]]:
+    """Block numbers counted through all stacks (of so many blocks each) -> each stack's own, counted from 0 in it."""
+    found, first = [], 0
+    for depth in blocks:
+        found.append([block - first for block in chosen if first <= block < first + depth])
+        first += depth
+    return found
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """The longest row of tokens that a model takes; None where there is no bound.
+
+    Encoders and encoder-decoders give padding positions too, and rows are padded to a multiple of 8.
+    """
+    most = getattr(config, "max_position_embeddings", None)
+    if most is None or kind(config) == "decoder":
+        return most
+    if config.model_type == "roberta":  # counts them from the padding's id on
+        most -= config.pad_token_id + 1
+    return most - most % MULTIPLE
+
+
+def check_logits(config: PreTrainedConfig) -> None:
+    """Raise InputError for a model that does more to its logits than its head's linear map."""
+    for key in CHANGED_LOGITS:
+        if getattr(config, key, None) not in (None, 1.0):
+            raise InputError(
+                f"a {config.model_type!r} model changes its logits after the head ({key}), which is not supported yet; "
+                "give another model"
+            )
+
+
+def check_blocks(config: PreTrainedConfig) -> None:
+    """Raise InputError for a model that leaves out blocks at random: a pair's state would be missing."""
+    for key in LAYER_DROPS:
+        if getattr(config, key, 0.0):
+            raise InputError(
+                f"a {config.model_type!r} model that leaves out blocks in training ({key}) can't be matched by blocks; write {key}: 0.0 "
+                "into its config.json"
+            )
+
+
+def check_states(config: PreTrainedConfig, *, normed: bool, embedding: bool) -> None:
+    """Raise InputError where states that a recipe's matching asks for are not of the width of the blocks' (OPT-350m)."""
+    narrow = getattr(config, "word_embed_proj_dim", config.hidden_size)
+    if narrow == config.hidden_size:
+        return
+    said = f"this {config.model_type!r} model's embeddings and final states have {narrow} numbers, its blocks' states {config.hidden_size}"
+    if normed:
+        raise InputError(f"matching.final_state: {said}; write raw")
+    if embedding:
+        raise InputError(f"matching.embedding: {said}; write false")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding things in a model
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """A decoder below its head: its output is the final state."""
+    base: Any = model.base_model
+    return base.decoder if hasattr(base, "decoder") else base
+
+
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """All transformer blocks in order, an encoder-decoder's encoder first."""
+    found = stacks(model)
+    return found[0].blocks if len(found) == 1 else nn.ModuleList(block for stack in found for block in stack.blocks)
+
+
+def stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
+    """The model's stacks of blocks, in the order in which they run."""
+    if kind(model.config) != "encoder_decoder":
+        return (Stack("", _list_of_blocks(model, backbone(model), depths(model.config)[0]), 0, EMBEDDING, None),)
+    encoder, decoder = depths(model.config)
+    parts: list[tuple[Literal["enc", "dec"], int, int, int]] = [
+        ("enc", encoder, 0, EMBEDDING),
+        ("dec", decoder, encoder, DECODER_EMBEDDING),
+    ]
+    found = []
+    for name, depth, first, embedding in parts:
+        body: Any = _side(model, name)
+        norm = getattr(body, "final_layer_norm", None)  # T5's; BART's blocks end with their own
+        found.append(Stack(name, _list_of_blocks(model, body, depth), first, embedding, norm))
+    return tuple(found)
+
+
+def _side(model: Any, name: Literal["enc", "dec"]) -> nn.Module:
+    """An encoder-decoder's encoder or decoder."""
+    return model.base_model.encoder if name == "enc" else model.base_model.decoder
+
+
+def _list_of_blocks(model: PreTrainedModel, body: nn.Module, depth: int) -> nn.ModuleList:
+    """The one ModuleList as long as the configuration says the model is deep."""
+    found = [(name, m) for name, m in body.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    shallowest = [m for name, m in found if name.count(".") == min(n.count(".") for n, _ in found)]
+    if len(shallowest) != 1:
+        raise InputError(
+            f"{type(model).__name__}: found {len(shallowest)} lists of {depth} blocks where one was expected; give a model of "
+            "another class"
+        )
+    return shallowest[0]
+
+
+def head(model: PreTrainedModel) -> nn.Linear:
+    """The linear map from final state to logits. Raises InputError for a model that does more than that to its logits."""
+    check_logits(model.config)
+    if kind(model.config) == "encoder":
+        found: Any = model.get_submodule(CLASSIFIERS[model.config.model_type])
+    else:
+        found = model.get_output_embeddings()
+    if not isinstance(found, nn.Linear):
+        raise InputError(f"{type(model).__name__} has no linear language-model head; give a causal language model")
+    return found
+
+
+def head_bias(model: PreTrainedModel) -> Tensor | None:
+    """What is added to the head's product [V]: its own bias, or BART's, which stands beside it and is not trained."""
+    apart = getattr(model, "final_logits_bias", None)
+    return head(model).bias if apart is None else apart[0]
+
+
+def whole_head(model: PreTrainedModel) -> nn.Linear:
+    """The head with all that is added to its product: BART's bias, which stands beside it, is its bias here."""
+    found, bias = head(model), head_bias(model)
+    if bias is None or bias is found.bias:
+        return found
+    made = nn.Linear(1, 1, bias=False)
+    made.weight, made.bias = found.weight, nn.Parameter(bias, requires_grad=False)
+    return made
+
+
+def on_state(model: PreTrainedModel, block: int, take: Take, *, normed: bool) -> None:
+    """Call `take` with a block's state, or with the embeddings' (EMBEDDING, DECODER_EMBEDDING), whenever the model is run.
+
+    The embeddings' state of an encoder or encoder-decoder is what the first block reads (`hidden_states[0]`), as the layer-selection
+    paper's code compares it; a decoder's is the word embedding alone. `normed`: the last block's state is taken after T5's final norm
+    (a decoder's comes from `final_state`).
+    """
+
+    def output(module: nn.Module, args: object, output: object) -> None:
+        take(output_state(output))
+
+    def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        take(args[0] if args else kwargs["hidden_states"])
+
+    if block == EMBEDDING and kind(model.config) == "decoder":
+        model.get_input_embeddings().register_forward_hook(output)
+        return
+    for stack in stacks(model):
+        place = block - stack.first
+        if block == stack.embedding:
+            stack.blocks[0].register_forward_pre_hook(first_input, with_kwargs=True)
+        elif 0 <= place < len(stack.blocks):
+            last = normed and place == len(stack.blocks) - 1
+            module = stack.norm if last and stack.norm is not None else stack.blocks[place]
+            module.register_forward_hook(output)
+
+
+def encoder_blocks(model: PreTrainedModel) -> range:
+    """The numbers whose states stand at the source's tokens, the encoder's embeddings among them; none unless an encoder-decoder's."""
+    found = stacks(model)
+    return range(EMBEDDING, len(found[0].blocks)) if len(found) == 2 else range(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running a batch
+
+
+def final_state(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """What the head reads: [B, T, H] of a decoder or an encoder-decoder's decoder, [B, 1, H] of an encoder."""
+    return _RUN[kind(model.config)](model, batch)
+
+
+class Body(nn.Module):
+    """A model as an engine runs it forward: a batch in, the final state out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The final state."""
+        return final_state(self.model, batch)
+
+
+def _run_decoder(model: PreTrainedModel, batch: Batch) -> Tensor:
+    return backbone(model)(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+
+
+def _run_encoder(model: PreTrainedModel, batch: Batch) -> Tensor:
+    segments = {} if batch.segments is None else {"token_type_ids": batch.segments}
+    base: Any = model.base_model
+    output = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **segments)
+    return _POOLED[model.config.model_type](model, output)[:, None]
+
+
+def _run_encoder_decoder(model: PreTrainedModel, batch: Batch) -> Tensor:
+    assert batch.source_ids is not None and batch.source_attended is not None
+    mask = batch.source_attended.long()
+    encoded = _side(model, "enc")(input_ids=batch.source_ids, attention_mask=mask).last_hidden_state
+    final = _side(model, "dec")(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        encoder_hidden_states=encoded,
+        encoder_attention_mask=mask,
+        use_cache=False,
+    ).last_hidden_state
+    # T5 with tied embeddings: they are drawn larger than a head's weight would be, and the state makes up for it.
+    return final * model.config.hidden_size**-0.5 if getattr(model.config, "scale_decoder_outputs", False) else final
+
+
+_RUN: dict[Kind, Callable[[PreTrainedModel, Batch], Tensor]] = {
+    "decoder": _run_decoder,
+    "encoder": _run_encoder,
+    "encoder_decoder": _run_encoder_decoder,
+}
+
+
+def _bert_pooled(model: Any, output: Any) -> Tensor:
+    return model.dropout(output.pooler_output)
+
+
+def _distilbert_pooled(model: Any, output: Any) -> Tensor:
+    return model.dropout(torch.relu(model.pre_classifier(output.last_hidden_state[:, 0])))
+
+
+def _roberta_pooled(model: Any, output: Any) -> Tensor:
+    part = model.classifier
+    return part.dropout(torch.tanh(part.dense(part.dropout(output.last_hidden_state[:, 0]))))
+
+
+_POOLED: dict[str, Callable[[Any, Any], Tensor]] = {
+    "bert": _bert_pooled,
+    "distilbert": _distilbert_pooled,
+    "roberta": _roberta_pooled,
+}
+"""From an encoder's output to the state [B, H] that its classifier reads, by model type."""

@@ -1,0 +1,85 @@
+"""An encoder's and a T5's student on two ranks, both models sharded, is the student of one process in plain PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmkd import build, models
+from llmkd.config import load_recipe
+from llmkd.data import epoch_batches
+from llmkd.families import family
+from llmkd.family_data import collate_for, tokenize_for
+from llmkd.schedules import learning_rate
+from tests.distributed.runner import run_on_ranks
+from tests.family_models import CLASSES, ENCODER_DECODERS, ENCODERS, family_recipe, new, plain_losses
+
+TEACHERS: dict[str, Any] = {
+    "bert": ("encoder", lambda: ENCODERS["bert"](4)),
+    "t5": ("encoder_decoder", lambda: ENCODER_DECODERS["t5"](4, 3)),
+    "bart": ("encoder_decoder", lambda: ENCODER_DECODERS["bart"](4, 3)),
+}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "zero3": {"teacher.placement": "zero3"},
+    "accumulated": {"train.micro_batch_size": 1, "train.activation_checkpointing": True},
+}
+
+
+def plain_run(folder: Path, kind: str) -> dict[str, torch.Tensor]:
+    """The recipe's two steps on whole batches."""
+    recipe = load_recipe(folder / "recipe.yaml")
+    build.initial_student(recipe, folder / "teacher", folder / "start")
+    teacher, student = (CLASSES[kind].from_pretrained(folder / name) for name in ("teacher", "start"))
+    teacher.eval()
+    student.train()
+    shape = models.load_config(folder / "teacher")
+    of, tokenizer = family(shape), models.load_tokenizer(folder / "teacher")
+    lengths: dict[str, Any] = dict(max_length=recipe.data.max_length, too_long="drop")
+    data = tokenize_for(of, build.read_rows(recipe.data), tokenizer, format="auto", **lengths)
+    depths = build.depths_of(recipe, shape), build.families.depths(shape)
+    pairs = build.maps_of(recipe, *depths)
+    train = recipe.train
+    assert train.steps is not None
+    parameters = list(student.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, eps=train.epsilon)
+    order = epoch_batches(
+        torch.tensor(data["length"]).numpy(), batch_size=train.batch_size, seed=recipe.seed, epoch=0, grouped=True
+    )
+    for step in range(train.steps):
+        batch = collate_for(of)([data[int(row)] for row in order[step]], pad_id=0)
+        ce, kl, distances = plain_losses(teacher, student, pairs, batch)
+        (ce + kl + 3 * torch.stack(distances).mean()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, train.clip)
+        rate = learning_rate(
+            step, peak=train.learning_rate, final=0.0, warmup=0, total=train.steps, shape=train.schedule
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: parameter.detach() for name, parameter in student.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEACHERS)
+def test_two_ranks_with_everything_sharded_are_plain_pytorch(tmp_path: Path, name: str) -> None:
+    kind, shape = TEACHERS[name]
+    family_recipe(tmp_path, kind, new(shape(), kind))
+    refused = run_on_ranks(2, tmp_path / "recipe.yaml", SCENARIOS, tmp_path / "two")
+    assert refused == {}
+    expected = plain_run(tmp_path, kind)
+    start = load_file(tmp_path / "start" / "model.safetensors")
+    assert max((expected[key] - start[key]).abs().max() for key in expected if key in start) > 1e-3
+    for scenario in SCENARIOS:
+        again = CLASSES[kind].from_pretrained(tmp_path / "two" / scenario / "model")
+        for key, parameter in again.named_parameters():
+            change = (parameter.detach() - expected[key]).abs().max()
+            assert change <= 1e-6 * max(1.0, expected[key].abs().max()), (scenario, key, change)

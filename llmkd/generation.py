@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkd import child
-from llmkd.config import Data, Evaluation, Generation
+from llmkd.config import Data, Evaluation
 from llmkd.errors import InputError
 from llmkd.prompts import Item, held_out
 from llmkd.provenance import versions
@@ -32,6 +32,7 @@ from llmkd.results import (
     up_to_date,
     written,
 )
+from llmkd.sections.scores import Generation
 from llmkd.text_metrics import METRICS, corpus_metrics
 from llmkd.vllm_backend import CPU_HEAD_SIZES, check_installed, on_cpu, vllm_environment, vllm_version
 

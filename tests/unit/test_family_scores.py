@@ -14,10 +14,11 @@ from datasets import Dataset
 
 from llmkd import agreement, backends, class_metrics, family_rules, generation, models, prompts
 from llmkd.classification import classified, classify
-from llmkd.config import Data, Evaluation, Generation
+from llmkd.config import Data, Evaluation
 from llmkd.errors import InputError
 from llmkd.families import family
 from llmkd.items import ItemScores
+from llmkd.sections.scores import Generation
 from tests.family_models import CLASSES, ENCODER_DECODERS, ENCODERS, family_recipe, new
 
 Pairs = list[tuple[int, int]]

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from llmkd import backends, child, cli, data, generation, models, prompts, records, vllm_backend
-from llmkd.config import ROOT, Data, Evaluation, Generation
+from llmkd.config import ROOT, Data, Evaluation
 from llmkd.errors import InputError
+from llmkd.sections.scores import Generation
 
 ITEMS, NEW = 24, 24
 TEMPLATE = (

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from llmkd import data, generation, models, prompts, records
-from llmkd.config import Data, Generation
+from llmkd.config import Data
 from llmkd.errors import InputError
+from llmkd.sections.scores import Generation
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}{{ eos_token }}\n{% endfor %}"

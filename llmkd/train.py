@@ -23,6 +23,8 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -33,7 +35,7 @@ import transformers
 from llmkd import __version__, build, cache_contents, caching, checkpoint, nearest
 from llmkd.build import Job
 from llmkd.config import Recipe, dump_recipe, load_recipe
-from llmkd.data import announced, batches
+from llmkd.data import Batch, announced, batches
 from llmkd.distributed import (
     World,
     barrier,
@@ -54,6 +56,8 @@ from llmkd.metrics import Journal, Meter, peak_memory_gib
 from llmkd.objective import divisors, scales
 from llmkd.provenance import commit, hardware, versions
 from llmkd.steering import Steering
+from llmkd.student import Distiller
+from llmkd.teachers.base import Teacher
 
 log = logging.getLogger("llmkd")
 
@@ -65,6 +69,116 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     if on_main(world, lambda: build.finished(job)):
         log.info("%s: already done, %s", job.title, job.folder / "model")
         return True
+    run = prepared(world, job)
+    job, student, module, teacher, steps = run.job, run.student, run.module, run.teacher, run.steps
+    journal = Journal(
+        world,
+        job.folder,
+        start_step=run.first,
+        wandb_project=settings.wandb,
+        recipe=job.inputs,
+        run_name=f"{job.recipe.name}-{job.title}",
+    )
+    meter = Meter(world, job.weights, build.pair_names(job.pairs, job.encoders, redraws=job.redraws))
+    steering = Steering(world, job, steps, start_step=run.first)
+
+    totals = {"seconds": 0.0, "tokens": 0}
+    values: dict[str, Any] = {}
+    loader = run.rows(start_step=run.first, steps=steps)
+    if teacher is not None:
+        loader = announced(loader, teacher.expect)
+    module.train()
+    began = time.perf_counter()
+    for step, micro_batches in enumerate(loader, start=run.first + 1):
+        counts = [sum(c) for c in zip(*(batch.counts for batch in micro_batches), strict=True)]
+        counts += [sum(batch.source_count for batch in micro_batches), int(stopping.asked)]
+        trained, attended, source, asked_to_stop = sum_counts(world, counts)  # all ranks, on the CPU
+        weights = steering.begin(step)
+        by = divisors(weights, trained=trained, attended=attended, pairs=len(job.pairs))
+        for group in student.optimizer.param_groups:
+            group["lr"] = run.rate(step - 1)
+        if job.redraws:
+            build.rematch(job, step - 1, module, teacher)
+        if module.stones is not None:
+            module.stones.begin(step - 1, trained=by.ce, compared=by.kl, ranks=world.size)
+
+        for number, batch in enumerate(micro_batches):
+            batch = batch.to(world.device)
+            signals = teacher.signals(batch) if teacher is not None else None
+            loss, sums = student(
+                batch,
+                signals,
+                scales(weights, by, world.size),
+                attended / max(source, 1),
+                **steering.options(number),
+            )
+            student.backward(loss, scale_wrt_gas=False)  # the sums are already divided by the whole batch's count
+            student.step()
+            meter.add(sums, weights)
+            steering.heard(module, sums)
+        meter.step(by, attended + source, weights)
+        said = {**steering.values(), **steering.end(by)}
+        totals["tokens"] += attended + source
+
+        saves = step == steps or asked_to_stop or (settings.save_every and step % settings.save_every == 0)
+        if step % settings.log_every == 0 or saves or steering.reports:  # all ranks: one reduction
+            values = {
+                **meter.flush(),
+                **said,
+                "learning_rate": run.rate(step - 1),
+                "grad_norm": float(student.get_global_grad_norm() or 0.0),
+            }
+            if module.stones is not None:
+                values |= module.stones.flush(world)
+                values["loss"] += values["stones"]
+            journal.write(step, steps, values)
+            if not math.isfinite(values["loss"]):
+                raise InputError(
+                    f"the loss is not a finite number at step {step}; lower train.learning_rate and start again from the last checkpoint"
+                )
+        if saves:  # all ranks: every rank writes its shards
+            saved = checkpoint.save(
+                world, student, job.folder / "checkpoints", step=step, inputs=job.inputs, keep=settings.keep_checkpoints
+            )
+            if asked_to_stop and step < steps:
+                log.info(
+                    "%s: stopped by %s after step %d; saved %s; the same command goes on from there",
+                    job.title,
+                    stopping.name,
+                    step,
+                    saved,
+                )
+                journal.close()
+                return False
+    totals["seconds"] = time.perf_counter() - began
+    journal.close()
+    _finish(world, job, module, steps=steps, first=run.first, totals=totals, values=values)
+    return True
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of one training run, ready to begin."""
+
+    job: Job
+    student: Any
+    """The DeepSpeed engine around `module`."""
+    module: Distiller
+    teacher: Teacher | None
+    rows: Callable[..., Iterator[list[Batch]]]
+    """The micro-batches of each step, by `start_step` and `steps`."""
+    rate: Callable[[int], float]
+    first: int
+    """Steps that are done already."""
+    steps: int
+
+
+def prepared(world: World, job: Job) -> Run:
+    """Make the parts of a run, or take them up from its newest checkpoint (all ranks take part).
+
+    What can be wrong is looked at first; nothing is written before that.
+    """
+    settings = job.train
     accumulation = build.accumulation_steps(settings, world.size)
     resume = on_main(world, lambda: checkpoint.newest(job.folder / "checkpoints", job.inputs))
     if settings.wandb is not None and importlib.util.find_spec("wandb") is None:
@@ -101,101 +215,26 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         weight_decay=settings.weight_decay,
     )
     torch.manual_seed(job.seed * 65536 + world.rank)  # dropout, where a model has it, differs from rank to rank
-    first = 0
     if resume is not None:
         checkpoint.load(world, student, resume)
-        first = resume.step
         log.info("%s: resumed from %s", job.title, resume.folder)
     if world.is_main:
         job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / "recipe.yaml").write_text(dump_recipe(job.recipe))
-    journal = Journal(
-        world,
-        job.folder,
-        start_step=first,
-        wandb_project=settings.wandb,
-        recipe=job.inputs,
-        run_name=f"{job.recipe.name}-{job.title}",
-    )
-    meter = Meter(world, job.weights, build.pair_names(job.pairs, job.encoders, redraws=job.redraws))
-    steering = Steering(world, job, steps, start_step=first)
-    _announce(world, job, steps, accumulation, len(data))
-
-    totals = {"seconds": 0.0, "tokens": 0}
-    values: dict[str, Any] = {}
     rows = functools.partial(batches, data, **reading)
-    loader = rows(start_step=first, steps=steps)
     if resume is None and module.stones is not None:
         build.fit_stones(world, job, student, teacher, rows)
-    if teacher is not None:
-        loader = announced(loader, teacher.expect)
-    module.train()
-    began = time.perf_counter()
-    for step, micro_batches in enumerate(loader, start=first + 1):
-        counts = [sum(c) for c in zip(*(batch.counts for batch in micro_batches), strict=True)]
-        counts += [sum(batch.source_count for batch in micro_batches), int(stopping.asked)]
-        trained, attended, source, asked_to_stop = sum_counts(world, counts)  # all ranks, on the CPU
-        weights = steering.begin(step)
-        by = divisors(weights, trained=trained, attended=attended, pairs=len(job.pairs))
-        for group in student.optimizer.param_groups:
-            group["lr"] = rate(step - 1)
-        if job.redraws:
-            build.rematch(job, step - 1, module, teacher)
-        if module.stones is not None:
-            module.stones.begin(step - 1, trained=by.ce, compared=by.kl, ranks=world.size)
-
-        for number, batch in enumerate(micro_batches):
-            batch = batch.to(world.device)
-            signals = teacher.signals(batch) if teacher is not None else None
-            loss, sums = student(
-                batch,
-                signals,
-                scales(weights, by, world.size),
-                attended / max(source, 1),
-                **steering.options(number),
-            )
-            student.backward(loss, scale_wrt_gas=False)  # the sums are already divided by the whole batch's count
-            student.step()
-            meter.add(sums, weights)
-            steering.heard(module, sums)
-        meter.step(by, attended + source, weights)
-        said = {**steering.values(), **steering.end(by)}
-        totals["tokens"] += attended + source
-
-        saves = step == steps or asked_to_stop or (settings.save_every and step % settings.save_every == 0)
-        if step % settings.log_every == 0 or saves or steering.reports:  # all ranks: one reduction
-            values = {
-                **meter.flush(),
-                **said,
-                "learning_rate": rate(step - 1),
-                "grad_norm": float(student.get_global_grad_norm() or 0.0),
-            }
-            if module.stones is not None:
-                values |= module.stones.flush(world)
-                values["loss"] += values["stones"]
-            journal.write(step, steps, values)
-            if not math.isfinite(values["loss"]):
-                raise InputError(
-                    f"the loss is not a finite number at step {step}; lower train.learning_rate and start again from the last checkpoint"
-                )
-        if saves:  # all ranks: every rank writes its shards
-            saved = checkpoint.save(
-                world, student, job.folder / "checkpoints", step=step, inputs=job.inputs, keep=settings.keep_checkpoints
-            )
-            if asked_to_stop and step < steps:
-                log.info(
-                    "%s: stopped by %s after step %d; saved %s; the same command goes on from there",
-                    job.title,
-                    stopping.name,
-                    step,
-                    saved,
-                )
-                journal.close()
-                return False
-    totals["seconds"] = time.perf_counter() - began
-    journal.close()
-    _finish(world, job, module, steps=steps, first=first, totals=totals, values=values)
-    return True
+    _announce(world, job, steps, accumulation, len(data))
+    return Run(
+        job=job,
+        student=student,
+        module=module,
+        teacher=teacher,
+        rows=rows,
+        rate=rate,
+        first=0 if resume is None else resume.step,
+        steps=steps,
+    )
 
 
 def _finish(

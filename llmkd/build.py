@@ -616,11 +616,9 @@ def load_student(
         ).trust_remote_code,
     )
     width = model.config.hidden_size
-    if not matching.needs_projector:
-        target_width = width
-    projectors = make_projectors(
-        len(job.pairs), width, target_width or width, bias=matching.projector_bias, seed=job.seed
-    )
+    target = target_width or width
+    projected = len(job.pairs) if matching.needs_projector else 0
+    projectors = make_projectors(projected, width, target, bias=matching.projector_bias, seed=job.seed)
     divergence = with_parameters(job.recipe.loss.divergence, job.recipe.loss.parameters)
     module = Distiller(
         model,
@@ -637,7 +635,7 @@ def load_student(
         pair_weights=job.weights.pairs,
         keeps_head=job.weights.ce > 0 or job.weights.kl > 0,
         all_rows=gather,
-        stones=make_stones(job, width, target_width or width, divergence) if job.stones else None,
+        stones=make_stones(job, width, target, divergence) if job.stones else None,
     )
     if job.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -117,6 +117,15 @@ class Recipe(Section):
             raise ValueError(
                 "stones.checkpoint: a zero3 teacher's blocks are let go between the passes; write true, or placement: replicated"
             )
+        if self.loss.schedules is not None and self.loss.schedules.temperature is not None:
+            raise ValueError(
+                "loss.schedules.temperature: stones keep the temperature they begin with; leave it out, or leave out stones"
+            )
+        moves = self.matching.strategy == "nearest" or self.matching.redraw_every > 0
+        if self.stones.pairs == "from_map" and moves:
+            raise ValueError(
+                "stones.pairs: a map that is measured or redrawn gives no lasting stones; write them, e.g. [[0, 3], [1, 7]]"
+            )
         return self
 
     @property

@@ -165,7 +165,9 @@ def tokenize_sources(rows: Dataset, tokenizer: Any, start: int, *, max_length: i
         whole = [max(len(s), len(t) - 1) for s, t in zip(sources, targets, strict=True)]
         useful = [bool(s) for s in sources]  # an encoder without a token has nothing to say
         if too_long == "truncate":
-            sources, targets = [s[:max_length] for s in sources], [t[: max_length + 1] for t in targets]
+            # the tokenizer's own truncation keeps the token that closes a text
+            sources = tokenizer(columns["prompt"], truncation=True, max_length=max_length)["input_ids"]
+            targets = [t[: max_length + 1] for t in targets]
         return {
             "source_ids": sources,
             "target_ids": targets,

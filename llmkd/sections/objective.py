@@ -50,6 +50,10 @@ class Matching(Section):
             raise ValueError(
                 f"matching.scope: {' and '.join(self.distances)} compares token by token, wherever the tokens are; leave it out"
             )
+        if self.scope == "batch" and self.tokens is not None:
+            raise ValueError(
+                "matching.tokens: with scope batch the ranks' samples would not weigh what their tokens do; leave one of the two out"
+            )
         if self.pair_weights is not None and not (min(self.pair_weights, default=0) >= 0 and any(self.pair_weights)):
             raise ValueError(
                 f"matching.pair_weights: {list(self.pair_weights)}; write numbers from 0 up, one of them above 0"

@@ -115,6 +115,10 @@ def test_file_that_is_no_text_and_missing_file(tmp_path: Path) -> None:
         (["matching.distance={mse: 0}"], "matching.distance.mse: a weight of 0.0; write a number above 0, or leave"),
         (["matching.distance={}"], "matching.distance: names none; write one of mse, "),
         (["matching.distance=3"], "matching.distance: input should be a valid string (got 3)"),
+        (
+            ["matching.distance=cka", "matching.scope=batch", "matching.tokens=64"],
+            "matching.tokens: with scope batch the ranks' samples would not weigh what their tokens do",
+        ),
         (["matching.scope=batch"], "matching.scope: normalized_mse compares token by token, wherever the tokens are"),
         (["matching.tokens=1"], "matching.tokens: input should be greater than 1 (got 1)"),
         (["matching.pair_weights=[0, 0]"], "matching.pair_weights: [0.0, 0.0]; write numbers from 0 up, one of them"),
@@ -357,6 +361,11 @@ def test_a_teacher_that_the_recipe_makes_counts_by_how_it_is_made(recipe: Path) 
     ("overrides", "expected"),
     [
         (["stones.weight=1"], "unknown key 'stones.weight'; "),
+        (
+            ["stones.kl=1", "loss.schedules.temperature={shape: linear, final: 2.0}"],
+            "loss.schedules.temperature: stones keep the temperature they begin with",
+        ),
+        (["stones.kl=1", "matching.strategy=nearest"], "stones.pairs: a map that is measured or redrawn gives no"),
         (["stones.kl=-1"], "stones.kl: "),
         (["stones={kl: 0, ce: 0}"], "stones: ce, kl and cross are all 0; give one of them a weight"),
         (["stones={sample: one, cross: 0.1}"], "stones.sample: the cross term needs every stone's logits; write all"),

@@ -115,6 +115,7 @@ def test_each_side_has_a_length_of_its_own(seq2seq_tokenizer: Any) -> None:
     assert len(tokenize_sources(data, seq2seq_tokenizer, 0, max_length=whole, too_long="drop")) == 2
     cut = tokenize_sources(data, seq2seq_tokenizer, 0, max_length=whole - 1, too_long="truncate")
     assert len(cut[0]["source_ids"]) == whole - 1 and len(cut[1]["target_ids"]) == whole
+    assert cut[0]["source_ids"][-1] == seq2seq_tokenizer(long)["input_ids"][-1]  # the token that closes it stays
     with pytest.raises(InputError, match="no row has a token to train within"):
         tokenize_sources(data, seq2seq_tokenizer, 0, max_length=whole - 1, too_long="drop")
 

@@ -8,6 +8,7 @@ P - 1 of a stream; what is sent at a tick follows from its number alone, in an o
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -179,6 +180,10 @@ def bubble(stages: int, rounds: int) -> float:
 # Shown
 
 
+LINE = 120
+"""Columns of a drawing, where its arrows leave room."""
+
+
 def drawing(pairs: Pairs, parts: Cut, *, final: bool = True, normed_last: bool = False) -> str:
     """The stages from top to bottom, a column per block of a stage, # where a student block learns from it, and what goes where."""
     sent = routes(pairs, parts, final=final, normed_last=normed_last)
@@ -190,16 +195,21 @@ def drawing(pairs: Pairs, parts: Cut, *, final: bool = True, normed_last: bool =
     for stage, part in enumerate(parts):
         here = [route.block for route in sent if route.stage == stage]
         cells = between.join("#" if block in here else "." for block in part).ljust(widest * (len(between) + 1) - 1)
-        said = "; ".join(_arrow(block, pairs, parts[-1].stop, normed_last) for block in here)
-        lines.append(f"{names[stage].ljust(width)}   {cells}   {said}".rstrip())
+        arrows = [_arrow(block, pairs, parts[-1].stop, normed_last) for block in here]
+        said = "; ".join(arrow.replace(" ", "\0") for arrow in arrows)  # an arrow stays on its line
+        drawn = f"{names[stage].ljust(width)}   {cells}   "
+        first, *further = textwrap.wrap(said, max(LINE - len(drawn), 30)) or [""]
+        lines.append(f"{drawn}{first}".replace("\0", " ").rstrip())
+        lines += [f"{'  |'.ljust(len(drawn))}{more}".replace("\0", " ") for more in further]
         if stage + 1 < len(parts):
             lines.append("  v")
     per_item = states_per_item(sent, len(parts))
+    to_owners = per_item - len(parts) + 1
     lines += [
         "",
-        f"per micro-batch {per_item:g} states [B, T, H] cross the wire: {len(parts) - 1} from stage to stage, ",
+        f"per micro-batch {per_item:g} states [B, T, H] cross the wire: {len(parts) - 1} from stage to stage, {to_owners:g} on "
+        "average to the rank that owns it",
     ]
-    lines[-1] += f"{per_item - len(parts) + 1:g} on average to the rank that owns it"
     return "\n".join(lines)
 
 

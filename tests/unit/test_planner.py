@@ -288,8 +288,9 @@ def test_a_set_level_distance_takes_what_is_planned(recipe: Recipe, distance: st
         distance_sum(ours, theirs, torch.arange(tokens), terms_of({distance: 1.0}))
     assert rows[0].bytes == tokens * width * planner.DTYPES[recipe.train.dtype].itemsize
     assert 0.6 * rows[1].bytes < made.peak <= 1.05 * rows[1].bytes
-    together = planner.distance_rows(changed.changed({"matching.scope": "batch"}), shape, shape, [(0, 1)], ranks=4)
-    assert together[1].bytes == 4 * rows[1].bytes
+    alone = changed.changed({"matching.tokens": None})
+    together = planner.distance_rows(alone.changed({"matching.scope": "batch"}), shape, shape, [(0, 1)], ranks=4)
+    assert together[1].bytes == 4 * planner.distance_rows(alone, shape, shape, [(0, 1)], ranks=1)[1].bytes
     assert len(planner.distance_rows(changed.changed({"matching.distance": "mse"}), shape, shape, [(0, 1)], 1)) == 1
 
 

@@ -75,14 +75,14 @@ def label_names(rows: Dataset) -> tuple[str, ...]:
 
 
 def label_number(label: object, names: Sequence[str], number: int) -> int:
-    """A row's class as its place among the classes. Raises InputError for a label that is none of them."""
-    if isinstance(label, int) and 0 <= label < len(names):
-        return label
-    if label not in names:
+    """A row's class as its place among the classes: by its name, else by its number. Raises InputError for a label that is none of them."""
+    if str(label) in names:  # first, for classes may be named by numbers that do not begin at 0
+        return list(names).index(str(label))
+    if not isinstance(label, int) or not 0 <= label < len(names):
         raise InputError(
             f"data row {number}: the label {label!r} is none of the model's classes ({', '.join(names)}); mend the row, or leave it out"
         )
-    return list(names).index(str(label))
+    return label
 
 
 def tokenize_classified(

@@ -2,8 +2,9 @@
 
     python scripts/rnnlg_rows.py FOLDER [--out runs/rnnlg]
 
-FOLDER holds `rnnlg_{train,validation,test}.jsonl` (or .jsonl.gz): an `act` such as `inform(name=...;price=...)` and a `text` per line, the
-benchmark's own (Wen et al.; github.com/shawnwun/RNNLG) in one file per split. A row's prompt is the act, its completion the text.
+FOLDER holds `rnnlg_{train,validation,test}.jsonl` (or .jsonl.gz), one object per line: an `act` such as `inform(name=...;price=...)`
+and its `text`, from the data of the benchmark (Wen et al.; github.com/shawnwun/RNNLG), all domains of a split in one file. A row's
+prompt is the act, its completion the text.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class Loss(Section):
     schedules: Schedules | None = None
     """How the weights and the temperature move while the student learns; left out, they stand."""
     report_norms_every: int = Field(default=0, ge=0)
-    """Steps between reports of the norm of each part's gradient (llmkd.term_norms); 0 reports none."""
+    """Steps between reports of the norm of each part's gradient (llmkd.term_norms; stones are not among the parts); 0 reports none."""
 
     @model_validator(mode="after")
     def _known(self) -> Loss:

@@ -16,6 +16,7 @@ from llmkd.family_data import (
     collate_classified,
     collate_sources,
     label_names,
+    label_number,
     tokenize_classified,
     tokenize_for,
     tokenize_sources,
@@ -147,3 +148,10 @@ def test_texts_that_are_none(encoder_tokenizer: Any, seq2seq_tokenizer: Any) -> 
     with pytest.raises(InputError, match="data row 0: a text is NoneType; make it a text"):
         data = rows({"prompt": "one", "completion": None})
         tokenize_sources(data, seq2seq_tokenizer, 0, max_length=9, too_long="drop")
+
+
+def test_a_class_is_found_by_its_name_before_its_number() -> None:
+    assert [label_number(label, ("1", "2", "3"), 0) for label in (1, "2", 3)] == [0, 1, 2]
+    assert [label_number(label, ("no", "yes"), 0) for label in (1, "no")] == [1, 0]
+    with pytest.raises(InputError, match="the label 2 is none of the model's classes"):
+        label_number(2, ("no", "yes"), 0)

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from llmkd.cosines import CodeCosine, PairCosines
 from llmkd.data import Batch
 from llmkd.errors import InputError
-from llmkd.models import backbone, blocks
+from llmkd.families import final_state
+from llmkd.models import blocks
 from llmkd.teachers.base import Capture, output_state
 
 
@@ -31,7 +32,7 @@ class TeacherStates:
 
     def of(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
         """(the raw state [B, T, H] of each block, the final state)"""
-        final = _run(self._model, batch)
+        final = final_state(self._model, batch)
         kept = self._capture.collect()
         return [kept[block] for block in range(self.depth)], final
 
@@ -74,7 +75,7 @@ class Viewpoint:
         """Run the student on the batch; nothing of it is kept but sums."""
         self._states = [*states[:-1], teacher_final] if self._normed_last else states
         self._batch, self._teacher_final = batch, teacher_final
-        final = _run(self._model, batch)
+        final = final_state(self._model, batch)
         last = self.depth - 1
         if self._normed_last and last in self._cosines:
             self._add(last, final)
@@ -121,13 +122,3 @@ def look(
         for viewpoint in viewpoints:
             viewpoint.look(here, states, final)
         del states, final  # before the next batch's are made
-
-
-def _run(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The final state [B, T, H] of a batch."""
-    return backbone(model)(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    ).last_hidden_state

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llmkd import build, cache_contents
+from llmkd import build, cache_contents, jobs, starts
 from llmkd.config import Recipe, dump_recipe, load_recipe
 from llmkd.data import announced, batches
 from llmkd.distributed import World, engine, start
@@ -92,13 +92,13 @@ class Stepper:
     """One training run that can be asked for one step at a time."""
 
     def __init__(self, world: World, recipe: Recipe, folder: Path) -> None:
-        job = build.distil_job(world, recipe, folder)
+        job = jobs.distil_job(world, recipe, folder)
         accumulation = build.accumulation_steps(job.train, world.size)
         ds_config = build.training_ds_config(world, job.train, accumulation, folder)
-        tokenizer = build.job_tokenizer(world, job, resuming=False)
+        tokenizer = starts.job_tokenizer(world, job, resuming=False)
         data = build.tokenized(world, job.data, tokenizer)
         cached = cache_contents.open_teacher(world, job, tokenizer, data)
-        build.write_initial(world, job, tokenizer, resuming=False)
+        starts.write_initial(world, job, tokenizer, resuming=False)
         module = build.load_student(job, ds_config, build.teacher_width(job))
         self._teacher = cached or (build.load_teacher(world, job) if job.teacher is not None else None)
         train = job.train

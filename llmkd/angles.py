@@ -28,7 +28,6 @@ from llmkd import checkpoint, child
 from llmkd.agreement import Task, held_out
 from llmkd.angle_findings import FOLDER, WHEN
 from llmkd.angle_runs import Run, runs_of
-from llmkd.build import initial_student
 from llmkd.config import Recipe
 from llmkd.cosines import BINS, pairs_of
 from llmkd.data import Batch, source_contents
@@ -39,6 +38,7 @@ from llmkd.family_rules import check_angles
 from llmkd.models import DTYPES, load_causal_lm, load_config, load_tokenizer, resolve
 from llmkd.provenance import versions
 from llmkd.results import digest, model_contents, one_sentence, publish, up_to_date, written
+from llmkd.starts import initial_student
 from llmkd.student import make_projectors
 from llmkd.teachers.base import EMBEDDING
 from llmkd.viewpoints import TeacherStates, Viewpoint, look

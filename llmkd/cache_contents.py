@@ -13,12 +13,13 @@ import numpy as np
 from datasets import Dataset
 
 from llmkd import cache_files, models
-from llmkd.build import Job, pairs_of
 from llmkd.cache_files import Contents, Manifest
 from llmkd.config import Recipe
 from llmkd.distributed import World, on_main
 from llmkd.errors import InputError
+from llmkd.jobs import Job
 from llmkd.layer_map import Pairs
+from llmkd.recipe_map import pairs_of
 from llmkd.teachers.cache import CacheTeacher
 
 log = logging.getLogger("llmkd")

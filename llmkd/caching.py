@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 
-from llmkd import build, cache_contents, cache_files, models
+from llmkd import build, cache_contents, cache_files, jobs, models, starts
 from llmkd.cache_files import DONE, FINAL, IDS, LOG_PROBABILITIES, OFFSETS, Contents
 from llmkd.cache_folder import Plan, prepare
 from llmkd.config import Recipe
@@ -52,13 +52,13 @@ def cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool = F
     """
     recipe = writing_recipe(recipe)
     folder = recipe.cache_folder
-    job = build.distil_job(world, recipe, folder)
+    job = jobs.distil_job(world, recipe, folder)
     if job.family.kind != "decoder":
         raise InputError(
             f"llmkd cache keeps what a decoder says, and the teacher is {SAID[job.family.kind]}; train without a cache"
         )
     teacher = on_main(world, lambda: models.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
-    tokenizer = build.job_tokenizer(world, job, resuming=False)
+    tokenizer = starts.job_tokenizer(world, job, resuming=False)
     data = build.tokenized(world, job.data, tokenizer)
     wanted = on_main(
         world,
@@ -114,7 +114,7 @@ class _Rows:
         )
 
 
-def _teacher(world: World, job: build.Job, wanted: Contents) -> Teacher:
+def _teacher(world: World, job: jobs.Job, wanted: Contents) -> Teacher:
     """The teacher in its own placement, asked for each wanted block once, as the block itself gives it."""
     weights = replace(job.weights, kl=1.0 if wanted.final or wanted.top_k else 0.0)
     recipe = job.recipe.changed({"matching.final_state": "raw"})

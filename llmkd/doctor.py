@@ -18,12 +18,12 @@ import numpy as np
 from datasets import Dataset
 
 from llmkd import models, provenance
-from llmkd.build import read_rows
 from llmkd.config import Recipe
 from llmkd.data import epoch_batches, tokenize
 from llmkd.errors import InputError
 from llmkd.families import kind
 from llmkd.family_rules import SAID, teacher_shape
+from llmkd.jobs import read_rows
 from llmkd.models import load_config, load_tokenizer, resolve
 
 LENGTH_MULTIPLE = 8  # to which llmkd.data.collate pads
@@ -61,7 +61,7 @@ def examine(recipe: Recipe, rows: int = 2) -> tuple[list[Finding], list[str]]:
 
 def _start(recipe: Recipe) -> tuple[Path | None, Any]:
     """The folder that says how text becomes tokens, and its tokenizer; no folder where the recipe makes its teacher from nothing."""
-    from llmkd.build import teacher_tokenizer
+    from llmkd.starts import teacher_tokenizer
 
     if recipe.finetune is not None and recipe.finetune.path is None:
         made = Path(recipe.teacher_path)

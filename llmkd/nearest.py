@@ -17,12 +17,12 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from llmkd import build, models
-from llmkd.build import Job
+from llmkd import build, models, recipe_map
 from llmkd.data import Batch, batches
 from llmkd.distributed import World, all_rows, on_main, sum_counts
 from llmkd.errors import InputError
 from llmkd.geometry import centred_gram, similarity
+from llmkd.jobs import Job
 from llmkd.layer_map import Pairs, nearest
 from llmkd.teachers.base import Teacher
 from llmkd.teachers.resident import ResidentTeacher
@@ -49,13 +49,13 @@ def settled(world: World, job: Job, data: Dataset, reading: dict[str, Any], *, r
     found = measured(world, job, micro_batches)
 
     def kept() -> Pairs:
-        pairs = build.with_embedding(job.recipe, nearest(found.tolist()))
+        pairs = recipe_map.with_embedding(job.recipe, nearest(found.tolist()))
         job.folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"pairs": pairs, "cka": found.tolist()}))
         return pairs
 
     pairs = _pairs(on_main(world, kept))
-    log.info("%s: nearest by linear CKA: %s", job.title, ", ".join(build.pair_names(pairs)))
+    log.info("%s: nearest by linear CKA: %s", job.title, ", ".join(recipe_map.pair_names(pairs)))
     return replace(job, pairs=pairs)
 
 

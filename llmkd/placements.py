@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from llmkd.build import accumulation_steps, pairs_of, stones_of
+from llmkd.build import accumulation_steps
 from llmkd.config import Recipe
 from llmkd.errors import InputError
 from llmkd.layer_map import Pairs
 from llmkd.models import DTYPES
 from llmkd.planner import GIB, NODE, Shapes, initial_student_config, peak, pipeline, plan, run_shapes, teacher_config
+from llmkd.recipe_map import pairs_of, stones_of
 from llmkd.stages import drawing, states_per_item
 from llmkd.stones_plan import stones_wire
 from llmkd.teachers.pipeline import TOLD_BYTES

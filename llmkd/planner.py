@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llmkd.architectures import new_config
-from llmkd.build import accumulation_steps, pairs_of, stones_of
+from llmkd.build import accumulation_steps
 from llmkd.config import ROOT, Recipe
 from llmkd.distributed import load_ds_config, zero_stage
 from llmkd.errors import InputError
@@ -26,6 +26,7 @@ from llmkd.families import kind
 from llmkd.head import BUFFERS, rows_at_once
 from llmkd.matching import terms_of
 from llmkd.models import DTYPES, block_choice, blocks, head, load_config, student_config
+from llmkd.recipe_map import pairs_of, stones_of
 from llmkd.stages import Cut, Route, cut, routes, stage_count, states_held
 from llmkd.teachers.base import EMBEDDING, blocks_needed
 
@@ -153,7 +154,7 @@ def _hub_config(name: str, recipe: Recipe) -> PreTrainedConfig:
 
 
 def initial_student_config(recipe: Recipe, teacher: PreTrainedConfig) -> PreTrainedConfig:
-    """The student's configuration, as `llmkd.build.initial_student` would write it."""
+    """The student's configuration, as `llmkd.starts.initial_student` would write it."""
     settings = recipe.student
     if settings.init == "checkpoint":
         assert settings.path is not None  # config.py sees to it

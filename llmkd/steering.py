@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkd.build import Job, pair_names
 from llmkd.distributed import World, on_main, sum_tensor
+from llmkd.jobs import Job
 from llmkd.matching import draw_seed
 from llmkd.metrics import forget_after
 from llmkd.objective import PARTS, Change, Divisors, Weights, weights_of_step
+from llmkd.recipe_map import pair_names
 from llmkd.schedules import dynamic_temperature
 from llmkd.student import Distiller
 

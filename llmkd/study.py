@@ -209,22 +209,15 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
     Maps that do not fit the depths, ranks that do not share the batch, tasks that are not there, and students or a teacher already
     there that another recipe made.
     """
-    from llmkd.build import (
-        accumulation_steps,
-        depths_of,
-        maps_of,
-        read_rows,
-        stones_of,
-        student_inputs,
-        teacher_inputs,
-        total_steps,
-    )
+    from llmkd.build import accumulation_steps, total_steps
     from llmkd.checkpoint import check_same
     from llmkd.evaluation import check_tasks
     from llmkd.families import depths, family, kind
     from llmkd.family_rules import check_evaluation, check_training, held_out_data, teacher_shape
     from llmkd.generation import check as check_generation
+    from llmkd.jobs import read_rows, student_inputs, teacher_inputs
     from llmkd.models import load_config, resolve
+    from llmkd.recipe_map import depths_of, maps_of, stones_of
 
     scored = (recipe.evaluation.tasks, recipe.evaluation.generation, recipe.evaluation.classification)
     if not any(step not in ((), None) for step in scored):
@@ -304,8 +297,9 @@ def _run(ranks: int, arguments: list[str], what: str, rest: str) -> None:
 
 def _write_undistilled(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> None:
     """The students as they are before the first step, for the baseline."""
-    from llmkd.build import initial_student, student_inputs
+    from llmkd.jobs import student_inputs
     from llmkd.models import resolve
+    from llmkd.starts import initial_student
 
     for entry in entries:
         target = recipe.folder / entry["model"]

@@ -32,8 +32,7 @@ import datasets
 import torch
 import transformers
 
-from llmkd import __version__, build, cache_contents, caching, checkpoint, nearest
-from llmkd.build import Job
+from llmkd import __version__, build, cache_contents, caching, checkpoint, jobs, nearest, recipe_map, starts
 from llmkd.config import Recipe, dump_recipe, load_recipe
 from llmkd.data import Batch, announced, batches
 from llmkd.distributed import (
@@ -52,6 +51,7 @@ from llmkd.distributed import (
 )
 from llmkd.errors import InputError
 from llmkd.family_data import collate_for
+from llmkd.jobs import Job
 from llmkd.metrics import Journal, Meter, peak_memory_gib
 from llmkd.objective import divisors, scales
 from llmkd.provenance import commit, hardware, versions
@@ -66,7 +66,7 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     """Run a job to its end, or until SIGTERM or SIGINT; True when the model is exported. The same call resumes. All ranks take part."""
     settings = job.train
     stopping = stopping or Stopping()
-    if on_main(world, lambda: build.finished(job)):
+    if on_main(world, lambda: jobs.finished(job)):
         log.info("%s: already done, %s", job.title, job.folder / "model")
         return True
     run = prepared(world, job)
@@ -79,7 +79,7 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         recipe=job.inputs,
         run_name=f"{job.recipe.name}-{job.title}",
     )
-    meter = Meter(world, job.weights, build.pair_names(job.pairs, job.encoders, redraws=job.redraws))
+    meter = Meter(world, job.weights, recipe_map.pair_names(job.pairs, job.encoders, redraws=job.redraws))
     steering = Steering(world, job, steps, start_step=run.first)
 
     totals = {"seconds": 0.0, "tokens": 0}
@@ -186,12 +186,12 @@ def prepared(world: World, job: Job) -> Run:
     ds_config = build.training_ds_config(world, settings, accumulation, job.folder)
     if resume is not None and resume.world_size != world.size:
         ds_config = on_other_ranks(ds_config)
-    tokenizer = build.job_tokenizer(world, job, resuming=resume is not None)
+    tokenizer = starts.job_tokenizer(world, job, resuming=resume is not None)
     data = build.tokenized(world, job.data, tokenizer, job.family)
     steps = build.total_steps(settings, len(data))
     rate = build.rate_of_step(settings, steps)
     cached = cache_contents.open_teacher(world, job, tokenizer, data)
-    build.write_initial(world, job, tokenizer, resuming=resume is not None)  # the first thing written
+    starts.write_initial(world, job, tokenizer, resuming=resume is not None)  # the first thing written
     reading: dict[str, Any] = dict(
         seed=job.seed,
         batch_size=settings.batch_size,
@@ -266,7 +266,7 @@ def _finish(
     )
     if world.is_main:
         (job.folder / "summary.json").write_text(json.dumps(summary, indent=1))
-        build.remove_initial(job)
+        starts.remove_initial(job)
     barrier(world)
     log.info("%s: done, %s", job.title, job.folder / "model")
 
@@ -280,7 +280,7 @@ def _announce(world: World, job: Job, steps: int, accumulation: int, rows: int) 
 
 def _card(job: Job, steps: int) -> str:
     """The exported model's README: what it is, and the recipe that made it."""
-    pairs = ", ".join(build.pair_names(job.pairs, job.encoders, redraws=job.redraws)) or "none"
+    pairs = ", ".join(recipe_map.pair_names(job.pairs, job.encoders, redraws=job.redraws)) or "none"
     return (
         f"# {job.recipe.name}: {job.title}\n\nTrained by llmkd {__version__}, {steps} steps.\n\n"
         f"- started from: {job.initial.name if job.initial.parent == job.folder else job.initial}\n"
@@ -375,11 +375,11 @@ def command(
     )
     stopping = Stopping()
     if recipe.finetune is not None:
-        train(world, build.finetune_job(world, recipe, recipe.folder / "teacher"), stopping)
+        train(world, jobs.finetune_job(world, recipe, recipe.folder / "teacher"), stopping)
     if cache_only and sum_counts(world, [int(stopping.asked)]) == [0]:
         caching.cache(world, recipe, stopping, trusted=trust_cache)
     elif not teacher_only and sum_counts(world, [int(stopping.asked)]) == [0]:
-        train(world, build.distil_job(world, recipe, output or student_folder(recipe)), stopping)
+        train(world, jobs.distil_job(world, recipe, output or student_folder(recipe)), stopping)
     stop()
 
 

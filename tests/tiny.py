@@ -14,10 +14,10 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from llmkd import models
-from llmkd.build import pairs_of
 from llmkd.config import Recipe
 from llmkd.data import IGNORE, collate, epoch_batches, load_rows, tokenize
 from llmkd.layer_map import in_order_random
+from llmkd.recipe_map import pairs_of
 from llmkd.schedules import learning_rate
 from llmkd.student import make_projectors
 from llmkd.teachers.base import EMBEDDING

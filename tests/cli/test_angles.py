@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llmkd import angles, build, child
+from llmkd import angles, child, jobs
 from llmkd.cli import main
 from llmkd.config import dump_recipe, load_recipe
 from llmkd.errors import InputError
@@ -24,7 +24,7 @@ def trained(world: Any, tiny: Path, folder: Path, **changes: Any) -> Path:
     """A training folder of the tiny recipe, held-out rows named in it."""
     held = {"evaluation.generation": {"source": str(tiny / "rows.jsonl"), "split": "train"}}
     recipe = load_recipe(tiny / "recipe.yaml").changed({**held, "train.steps": 1, "train.warmup_steps": 0, **changes})
-    assert train(world, build.distil_job(world, recipe, folder))
+    assert train(world, jobs.distil_job(world, recipe, folder))
     return folder
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, OPTConfig
 
-from llmkd import build, cli, models
+from llmkd import build, cli, jobs, models
 from llmkd.config import ROOT, load_recipe
 from llmkd.errors import InputError
 from llmkd.train import train
@@ -51,7 +51,7 @@ def refusal(place: Path, world: Any, changes: dict[str, Any]) -> str:
     before = tree(place)
     with pytest.raises(InputError) as caught:
         recipe = load_recipe(place / "recipe.yaml").changed(changes)
-        train(world, build.distil_job(world, recipe, place / "run"))
+        train(world, jobs.distil_job(world, recipe, place / "run"))
     sentence = str(caught.value)
     assert "\n" not in sentence and not sentence.endswith("."), sentence
     assert tree(place) == before, sorted(tree(place).keys() - before.keys())
@@ -60,7 +60,7 @@ def refusal(place: Path, world: Any, changes: dict[str, Any]) -> str:
 
 def test_the_recipe_that_is_spoilt_below_is_good(place: Path, world: Any) -> None:
     recipe = load_recipe(place / "recipe.yaml")
-    job = build.distil_job(world, recipe, place / "run")
+    job = jobs.distil_job(world, recipe, place / "run")
     assert job.pairs == ((0, 1), (1, 3), (2, 5)) and not (place / "run").exists()
 
 
@@ -227,7 +227,7 @@ def test_models_that_do_not_fit(place: Path, world: Any, spoil: Callable[[Path],
 
 
 def test_checkpoint_and_model_of_another_recipe(place: Path, world: Any) -> None:
-    inputs = build.student_inputs(load_recipe(place / "recipe.yaml"))
+    inputs = jobs.student_inputs(load_recipe(place / "recipe.yaml"))
     saved = place / "run" / "checkpoints" / "step-00000002"
     saved.mkdir(parents=True)
     (saved / "state.json").write_text(json.dumps({"step": 2, "world_size": 1, "inputs": inputs}))
@@ -258,7 +258,7 @@ def test_a_run_is_not_gone_on_with_when_a_file_has_changed(
 ) -> None:
     saved = place / "run" / "checkpoints" / "step-00000002"
     saved.mkdir(parents=True)
-    inputs = build.student_inputs(load_recipe(place / "recipe.yaml"))
+    inputs = jobs.student_inputs(load_recipe(place / "recipe.yaml"))
     (saved / "state.json").write_text(json.dumps({"step": 2, "world_size": 1, "inputs": inputs}))
     change(place)
     assert f"{saved} was made by another recipe: {key}:contents was" in refusal(place, world, {})
@@ -376,11 +376,11 @@ def test_a_start_that_another_recipe_left_is_not_used(place: Path, world: Any, m
     models.copied_student(place / "teacher", (5,), place / "run" / "initial", dtype=torch.float32)
     seen: list[int] = []
 
-    def watch(job: build.Job, *_: Any) -> None:
+    def watch(job: jobs.Job, *_: Any) -> None:
         seen.append(models.load_config(job.initial).num_hidden_layers)
         raise InputError("far enough")
 
     monkeypatch.setattr(build, "load_student", watch)
     with pytest.raises(InputError, match="far enough"):
-        train(world, build.distil_job(world, load_recipe(place / "recipe.yaml"), place / "run"))
+        train(world, jobs.distil_job(world, load_recipe(place / "recipe.yaml"), place / "run"))
     assert seen == [3]

@@ -50,7 +50,7 @@ def start_ranks(ranks: int, module: str, tasks: Path, output: Path) -> list[subp
 
 def main(tasks: Path) -> None:
     """Every rank's part of `run_on_ranks`."""
-    from llmkd import build, caching, distributed
+    from llmkd import caching, distributed, jobs
     from llmkd.config import load_recipe
     from llmkd.errors import InputError
     from llmkd.train import Stopping, train
@@ -69,7 +69,7 @@ def main(tasks: Path) -> None:
             if only == "cache":
                 assert caching.cache(world, recipe, Stopping())
                 continue
-            train(world, build.distil_job(world, recipe, Path(work["output"]) / name))
+            train(world, jobs.distil_job(world, recipe, Path(work["output"]) / name))
         except InputError as error:
             refused[name] = str(error)
     if world.is_main:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llmkd import build, cache_contents, data, distributed
+from llmkd import build, cache_contents, data, distributed, jobs, starts
 from llmkd.config import Recipe, load_recipe
 from llmkd.data import Batch, collate
 from llmkd.teachers.cache import CacheTeacher
@@ -46,7 +46,7 @@ def uneven(world: Any, recipe: Recipe, job: Any, chunks: list[list[int]]) -> dic
     """
     uses = [block for _, block in job.pairs]
     teacher = build.load_teacher(world, job)
-    whole = build.load_teacher(world, build.distil_job(world, recipe.changed(WHOLE), job.folder))
+    whole = build.load_teacher(world, jobs.distil_job(world, recipe.changed(WHOLE), job.folder))
     draw = random.Random(world.rank)
     packed = recipe.data.batching == "packed"
 
@@ -118,7 +118,7 @@ def _present(world: Any, recipe: Recipe, job: Any, rounds: int) -> tuple[Any, li
 
 def _cached(world: Any, recipe: Recipe, job: Any, rounds: int) -> tuple[Any, list[list[Batch]]]:
     """The teacher as a cache that is there, and four steps of the rows that it holds."""
-    tokenizer = build.job_tokenizer(world, job, resuming=False)
+    tokenizer = starts.job_tokenizer(world, job, resuming=False)
     rows = build.tokenized(world, job.data, tokenizer)
     size = recipe.train.batch_size
     found = data.batches(
@@ -168,7 +168,7 @@ def main(tasks: Path) -> None:
     for name, (exam, changes, arguments) in work["scenarios"].items():
         print(f"=== {name}", flush=True)
         recipe = load_recipe(work["recipe"]).changed(changes)
-        job = build.distil_job(world, recipe, Path(work["output"]) / name)
+        job = jobs.distil_job(world, recipe, Path(work["output"]) / name)
         results[name] = EXAMS[exam](world, recipe, job, **arguments)
     (Path(work["output"]) / f"rank{world.rank}.json").write_text(json.dumps(results))
     distributed.stop()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmkd import build, checkpoint, models
+from llmkd import checkpoint, jobs, models
 from llmkd.config import load_recipe
 from llmkd.distributed import check_asynchronous_io, frozen_engine, gathered, teacher_ds_config
 from llmkd.errors import InputError
@@ -35,7 +35,7 @@ def test_exported_student_gives_the_logits_it_gave_in_training(
         export(world, model, *args, **options)
 
     monkeypatch.setattr(checkpoint, "export", watched)
-    assert train(world, build.distil_job(world, recipe, tmp_path / "run"))
+    assert train(world, jobs.distil_job(world, recipe, tmp_path / "run"))
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
     assert model.dtype == models.DTYPES[dtype] and model.config.use_cache
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from llmkd import build
+from llmkd import jobs
 from llmkd.config import load_recipe
 from llmkd.train import train
 from tests.distributed.test_resume import lines, start_training, when_at_step
@@ -65,7 +65,7 @@ def _named(out: str, survivor: int, victim: int) -> None:
 def _finished(tiny: Path, world: Any, folder: Path, *, ranks: int) -> None:
     """Resume to the end, on as many ranks or on one, and compare with one uninterrupted run of one rank with a whole teacher."""
     if ranks == 1:
-        assert train(world, build.distil_job(world, load_recipe(tiny / "recipe.yaml").changed(OPTIONS), folder))
+        assert train(world, jobs.distil_job(world, load_recipe(tiny / "recipe.yaml").changed(OPTIONS), folder))
     else:
         process = start_training(tiny, folder, OPTIONS)
         out, _ = process.communicate(timeout=300)
@@ -73,7 +73,7 @@ def _finished(tiny: Path, world: Any, folder: Path, *, ranks: int) -> None:
     assert [line["step"] for line in lines(folder)] == list(range(1, OPTIONS["train.steps"] + 1))
     whole = {**OPTIONS, "teacher.placement": "replicated"}
     recipe = load_recipe(tiny / "recipe.yaml").changed(whole)
-    assert train(world, build.distil_job(world, recipe, folder.parent / "uninterrupted"))
+    assert train(world, jobs.distil_job(world, recipe, folder.parent / "uninterrupted"))
     ours, theirs = (load_file(f / "model" / "model.safetensors") for f in (folder, folder.parent / "uninterrupted"))
     for key, expected in theirs.items():
         assert (ours[key] - expected).abs().max() <= 2e-6 * max(1.0, expected.abs().max()), key

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmkd import build, models
+from llmkd import build, jobs, models, starts
 from llmkd.config import load_recipe
 from llmkd.data import collate, epoch_batches
 from llmkd.geometry import cka
@@ -122,10 +122,10 @@ def test_resumed_is_uninterrupted_and_one_rank_is_two(
     )  # its sets are a micro-step's, over both ranks
     recipe = load_recipe(tiny / "recipe.yaml").changed({**SCENARIOS_OF_RUN[name], **together})
     whole, resumed = tmp_path / name, tmp_path / "again" / name
-    assert train(world, build.distil_job(world, recipe, whole))
+    assert train(world, jobs.distil_job(world, recipe, whole))
     _begin_again(whole, resumed)
     with caplog.at_level("INFO"):
-        assert train(world, build.distil_job(world, recipe, resumed))
+        assert train(world, jobs.distil_job(world, recipe, resumed))
     assert "resumed from" in caplog.text
     _assert_same(resumed, whole)
     if name in ("dynamic", "nearest_narrow"):
@@ -149,7 +149,7 @@ def test_each_redraw_is_the_pure_functions(tiny: Path, world: Any, tmp_path: Pat
     seen = []
     rematch = build.Distiller.rematch
     monkeypatch.setattr(build.Distiller, "rematch", lambda self, pairs: (seen.append(pairs), rematch(self, pairs)))
-    assert train(world, build.distil_job(world, recipe, tmp_path / "run"))
+    assert train(world, jobs.distil_job(world, recipe, tmp_path / "run"))
     assert seen == [in_order_random(3, 6, recipe.seed, step // 2) for step in range(6)]
     assert len(set(seen)) > 1
     assert list(_lines(tmp_path / "run")[0]["pairs"]) == ["0<*", "1<*", "2<*"]
@@ -161,7 +161,7 @@ def test_nearest_is_the_highest_cka_of_the_plain_models(
 ) -> None:
     """By `output_hidden_states` and the definition of CKA, over every token of the first step's rows."""
     recipe = load_recipe(tiny / "recipe.yaml").changed({**COMMON, **SCENARIOS[name]})
-    build.initial_student(recipe, tiny / "teacher", tmp_path / "student")
+    starts.initial_student(recipe, tiny / "teacher", tmp_path / "student")
     data = build.tokenized(world, recipe.data, models.load_tokenizer(tiny / "teacher"))
 
     order = epoch_batches(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from llmkd import build, checkpoint
+from llmkd import checkpoint, jobs
 from llmkd.config import ROOT, load_recipe
 from llmkd.errors import InputError
 from llmkd.train import train
@@ -118,7 +118,7 @@ def test_a_finished_run_is_not_run_again(
     before = (uninterrupted / "model" / "model.safetensors").stat().st_mtime_ns
     recipe = load_recipe(tiny / "recipe.yaml").changed(OPTIONS)
     with caplog.at_level("INFO"):
-        assert train(world, build.distil_job(world, recipe, uninterrupted))
+        assert train(world, jobs.distil_job(world, recipe, uninterrupted))
     assert "already done" in caplog.text
     assert (uninterrupted / "model" / "model.safetensors").stat().st_mtime_ns == before
 
@@ -142,7 +142,7 @@ def test_resumed_on_another_number_of_ranks(tiny: Path, world: Any, uninterrupte
     """What two ranks saved under ZeRO-3, projectors and Adam's states included, one rank goes on with."""
     shutil.copytree(uninterrupted / "checkpoints" / "step-00000020", tmp_path / "run" / "checkpoints" / "step-00000020")
     recipe = load_recipe(tiny / "recipe.yaml").changed(OPTIONS)
-    assert train(world, build.distil_job(world, recipe, tmp_path / "run"))
+    assert train(world, jobs.distil_job(world, recipe, tmp_path / "run"))
     assert [line["step"] for line in lines(tmp_path / "run")] == [21, 22, 23, 24]
     _close(tmp_path / "run", uninterrupted, 1e-6)
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())

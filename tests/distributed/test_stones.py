@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from llmkd import build, distributed, models
+from llmkd import build, distributed, jobs, models, recipe_map, starts
 from llmkd.config import ROOT, load_recipe
 from llmkd.connectors import make_connectors
 from llmkd.data import collate, epoch_batches, load_rows, tokenize
@@ -86,7 +86,7 @@ def runs(tiny: Path, world: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
     output = tmp_path_factory.mktemp("stones")
     for name, changes in _named(output, ONE_RANK).items():
         recipe = load_recipe(tiny / "recipe.yaml").changed(changes)
-        assert train(world, build.distil_job(world, recipe, output / name))
+        assert train(world, jobs.distil_job(world, recipe, output / name))
     assert run_on_ranks(2, tiny / "recipe.yaml", _named(output, TWO_RANKS), output) == {}
     return output
 
@@ -112,9 +112,11 @@ def _states(model: Any, block: int, batch: Any) -> torch.Tensor:
 def plain_run(tiny: Path, changes: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """(weights, what each step would log) in plain PyTorch: one process, whole batches, whole logits, connectors by lstsq."""
     recipe = load_recipe(tiny / "recipe.yaml").changed(changes)
-    build.initial_student(recipe, tiny / "teacher", folder)
+    starts.initial_student(recipe, tiny / "teacher", folder)
     teacher, student = load(tiny / "teacher").eval().requires_grad_(False), load(folder).train()
-    pairs, stones = (of(recipe, 3, teacher.config.num_hidden_layers) for of in (build.pairs_of, build.stones_of))
+    pairs, stones = (
+        of(recipe, 3, teacher.config.num_hidden_layers) for of in (recipe_map.pairs_of, recipe_map.stones_of)
+    )
     tokenizer = models.load_tokenizer(tiny / "teacher")
     data = tokenize(
         load_rows(recipe.data.source, name=None, split="train", rows=None),
@@ -238,7 +240,7 @@ def _check(run: Path, plain: Any, asked: str, spread: dict[str, Any]) -> None:
 def test_the_stones_change_the_student(runs: Path, tiny: Path, tmp_path: Path) -> None:
     """Alone they train the lower blocks and leave the last norm, which no stone passes; the plain runs agree with them on both."""
     recipe = load_recipe(tiny / "recipe.yaml").changed(ASKED["alone"])
-    build.initial_student(recipe, tiny / "teacher", tmp_path / "student")
+    starts.initial_student(recipe, tiny / "teacher", tmp_path / "student")
     before, after = (
         load_file(folder / "model.safetensors") for folder in (tmp_path / "student", runs / "alone_zero2" / "model")
     )
@@ -256,10 +258,10 @@ def test_resumed_is_uninterrupted_to_the_bit(tiny: Path, world: Any, tmp_path: P
     """Connectors and their optimizer states are in the checkpoint; they are not fitted again."""
     changes = {**ASKED["alone"], "loss.ce": 1.0, "stones.sample": sample, "train.steps": 6, "train.save_every": 3}
     recipe = load_recipe(tiny / "recipe.yaml").changed(changes)
-    assert train(world, build.distil_job(world, recipe, tmp_path / "whole"))
+    assert train(world, jobs.distil_job(world, recipe, tmp_path / "whole"))
     part = Path("checkpoints") / "step-00000003"
     shutil.copytree(tmp_path / "whole" / part, tmp_path / "resumed" / part)
-    assert train(world, build.distil_job(world, recipe, tmp_path / "resumed"))
+    assert train(world, jobs.distil_job(world, recipe, tmp_path / "resumed"))
     ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("resumed", "whole"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     lines = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmkd import build, models
+from llmkd import build, jobs, models, recipe_map, starts
 from llmkd.config import load_recipe
 from llmkd.data import epoch_batches
 from llmkd.families import family
@@ -32,16 +32,16 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 def plain_run(folder: Path, kind: str) -> dict[str, torch.Tensor]:
     """The recipe's two steps on whole batches."""
     recipe = load_recipe(folder / "recipe.yaml")
-    build.initial_student(recipe, folder / "teacher", folder / "start")
+    starts.initial_student(recipe, folder / "teacher", folder / "start")
     teacher, student = (CLASSES[kind].from_pretrained(folder / name) for name in ("teacher", "start"))
     teacher.eval()
     student.train()
     shape = models.load_config(folder / "teacher")
     of, tokenizer = family(shape), models.load_tokenizer(folder / "teacher")
     lengths: dict[str, Any] = dict(max_length=recipe.data.max_length, too_long="drop")
-    data = tokenize_for(of, build.read_rows(recipe.data), tokenizer, format="auto", **lengths)
-    depths = build.depths_of(recipe, shape), build.families.depths(shape)
-    pairs = build.maps_of(recipe, *depths)
+    data = tokenize_for(of, jobs.read_rows(recipe.data), tokenizer, format="auto", **lengths)
+    depths = recipe_map.depths_of(recipe, shape), build.families.depths(shape)
+    pairs = recipe_map.maps_of(recipe, *depths)
     train = recipe.train
     assert train.steps is not None
     parameters = list(student.parameters())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from llmkd import build
+from llmkd import starts
 from llmkd.config import load_recipe
 from tests.distributed.runner import run_on_ranks
 from tests.invariant.test_same_student import OBJECTIVES, objective_changes
@@ -159,7 +159,7 @@ def test_a_pipelined_teacher_makes_the_student_of_plain_pytorch(
     batching = changes.get("data.batching", "grouped")
     recipe = load_recipe(tiny / "recipe.yaml").changed({**_asked(tiny, asked), "data.batching": batching})
     teacher = Path(recipe.teacher_path)
-    build.initial_student(recipe, teacher, tmp_path / "student")
+    starts.initial_student(recipe, teacher, tmp_path / "student")
     weights, losses = plain_run(recipe, teacher, tmp_path / "student")
     logged = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
     assert len(logged) == len(losses) == 4

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmkd import build
+from llmkd import starts
 from llmkd.config import load_recipe
 from tests.distributed.runner import run_on_ranks
 from tests.tiny import assert_same_weights, plain_run
@@ -140,7 +140,7 @@ def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
             )
             teacher = Path(recipe.teacher_path)
             student = tmp_path_factory.mktemp("initial") / "student"
-            build.initial_student(recipe, teacher, student)
+            starts.initial_student(recipe, teacher, student)
             done[objective, batching] = plain_run(recipe, teacher, student)
         return done[objective, batching]
 
@@ -176,7 +176,7 @@ def test_a_teacher_of_whom_no_logits_are_asked_is_cut_after_its_last_mapped_bloc
 
 def test_the_runs_did_move_the_student(runs: Path, tiny: Path, tmp_path: Path) -> None:
     recipe = load_recipe(tiny / "recipe.yaml")
-    build.initial_student(recipe, tiny / "teacher", tmp_path / "student")
+    starts.initial_student(recipe, tiny / "teacher", tmp_path / "student")
     before, after = (
         load_file(tmp_path / "student" / "model.safetensors"),
         load_file(runs / "2" / "zero3" / "model" / "model.safetensors"),

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmkd import build, cache_contents, cache_files, cache_plan, caching, models, planner, study
+from llmkd import build, cache_contents, cache_files, cache_plan, caching, jobs, models, planner, starts, study
 from llmkd.config import Recipe, load_recipe
 from llmkd.data import Batch, collate
 from llmkd.divergences import top_k_kl
@@ -123,7 +123,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
 def _refused(world: Any, recipe: Recipe, run: Path) -> str:
     """The sentence by which training is refused, before the run's folder is made."""
     with pytest.raises(InputError) as error:
-        train(world, build.distil_job(world, recipe, run), Never())  # type: ignore[arg-type]
+        train(world, jobs.distil_job(world, recipe, run), Never())  # type: ignore[arg-type]
     assert not run.exists()
     return str(error.value)
 
@@ -220,7 +220,7 @@ def test_a_byte_that_flips_is_found_when_it_is_read_and_made_anew(
     _flip(tmp_path / "cache")
     changed = recipe.changed({"cache.path": str(tmp_path / "cache"), "cache.verify": "read", "train.steps": 5})
     with pytest.raises(InputError, match="shard-00002.safetensors: does not have the checksum"):
-        train(world, build.distil_job(world, changed, tmp_path / "run"), Never())  # type: ignore[arg-type]
+        train(world, jobs.distil_job(world, changed, tmp_path / "run"), Never())  # type: ignore[arg-type]
     assert not (tmp_path / "run" / "model").exists()
     flipped = _bytes(tmp_path / "cache")
     assert caching.cache(world, changed, Never(), trusted=True)  # as a study asks, which has training look
@@ -254,7 +254,7 @@ def test_one_cache_serves_students_who_ask_for_more_than_the_study_s_recipe(
         last: dict[str, dict[str, Any]] = {}
         for name, run in (("cached", one), ("online", online)):
             folder = tmp_path / f"{entry['name']}-{name}"
-            assert train(world, build.distil_job(world, run, folder), Never())  # type: ignore[arg-type]
+            assert train(world, jobs.distil_job(world, run, folder), Never())  # type: ignore[arg-type]
             last[name] = json.loads((folder / "summary.json").read_text())["last"]
         for part in ("loss", "ce", "kl", "hidden"):
             assert last["cached"][part] == pytest.approx(last["online"][part], rel=2e-5), (entry["name"], part)
@@ -401,13 +401,13 @@ def test_sigterm_to_the_command_saves_and_exits_0(tiny: Path, tmp_path: Path) ->
 
 def _open(world: Any, recipe: Recipe, folder: Path, **changes: Any) -> tuple[CacheTeacher, Any, Any]:
     changed = recipe.changed({"cache.path": str(folder), **changes})
-    job = build.distil_job(world, changed, folder / "run")
-    tokenizer = build.job_tokenizer(world, job, resuming=False)
+    job = jobs.distil_job(world, changed, folder / "run")
+    tokenizer = starts.job_tokenizer(world, job, resuming=False)
     data = build.tokenized(world, job.data, tokenizer)
     teacher = cache_contents.open_teacher(world, job, tokenizer, data)
     assert teacher is not None
     online = build.load_teacher(
-        world, build.distil_job(world, changed.changed({"teacher.placement": "replicated"}), folder / "run")
+        world, jobs.distil_job(world, changed.changed({"teacher.placement": "replicated"}), folder / "run")
     )
     return teacher, online, data
 
@@ -468,8 +468,8 @@ def test_no_weight_of_the_teacher_is_loaded_but_its_head(
 
     monkeypatch.setattr(models, "load_model", lambda folder, **o: (loaded.append(folder), load(folder, **o))[1])
     changed = recipe.changed({"cache.path": str(whole)})
-    job = build.distil_job(world, changed, tmp_path / "run")
-    tokenizer = build.job_tokenizer(world, job, resuming=False)
+    job = jobs.distil_job(world, changed, tmp_path / "run")
+    tokenizer = starts.job_tokenizer(world, job, resuming=False)
     data = build.tokenized(world, job.data, tokenizer)
     monkeypatch.setattr(models, "safe_open", Watched)
     cache_contents.open_teacher(world, job, tokenizer, data)
@@ -593,7 +593,7 @@ def last_values(recipe: Recipe, world: Any, tmp_path_factory: pytest.TempPathFac
             here = here.changed({"teacher.placement": "replicated"})
         else:
             assert caching.cache(world, here, Never())
-        assert train(world, build.distil_job(world, here, folder / name), Never())  # type: ignore[arg-type]
+        assert train(world, jobs.distil_job(world, here, folder / name), Never())  # type: ignore[arg-type]
         found[name] = json.loads((folder / name / "summary.json").read_text())["last"]
     return found
 

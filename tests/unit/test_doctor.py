@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from llmkd import models
-from llmkd.build import read_rows
 from llmkd.cli import main
 from llmkd.config import Recipe, load_recipe
 from llmkd.data import batches, tokenize
 from llmkd.doctor import CLOSE, OPEN, Finding, examine, marked
 from llmkd.errors import InputError
+from llmkd.jobs import read_rows
 
 
 @pytest.fixture

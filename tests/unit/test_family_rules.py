@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmkd import angles, build, caching, curves, doctor, families, family_rules, findings, models, planner
+from llmkd import angles, caching, curves, doctor, families, family_rules, findings, jobs, models, planner, recipe_map
 from llmkd.angle_runs import Run
 from llmkd.architectures import KINDS, new_config
 from llmkd.config import Recipe, finetune_inputs, load_recipe, training_inputs
@@ -123,7 +123,7 @@ def test_a_recipe_is_refused_before_anything_is_written(tiny: Path, tmp_path: Pa
     narrow = folder_of(tmp_path, DECODERS["opt_narrow"](4), "decoder")
     base = load_recipe(tiny / "recipe.yaml").changed({"teacher.path": str(narrow), "student.blocks": 2})
     with pytest.raises(InputError, match=r"matching\.embedding: this 'opt' model's"):
-        build.distil_job(world, base.changed({"matching.embedding": True}), tmp_path / "run")
+        jobs.distil_job(world, base.changed({"matching.embedding": True}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -196,22 +196,25 @@ def two_stacks(tiny: Path, **changes: Any) -> Recipe:
 
 
 def test_a_strategy_is_applied_to_each_stack(tiny: Path) -> None:
-    pairs = build.maps_of(two_stacks(tiny, **{"matching.embedding": True}), (2, 3), (4, 12))
+    pairs = recipe_map.maps_of(two_stacks(tiny, **{"matching.embedding": True}), (2, 3), (4, 12))
     first = ((EMBEDDING, EMBEDDING), *forward(2, 4))
     second = tuple((s + 2, t + 4) for s, t in forward(3, 12))
     assert pairs == (*first, (DECODER_EMBEDDING, DECODER_EMBEDDING), *second)
-    assert build.pair_names(pairs, (2, 4)) == [
+    assert recipe_map.pair_names(pairs, (2, 4)) == [
         "enc e<e", "enc 0<1", "enc 1<3", "dec e<e", "dec 0<3", "dec 1<7", "dec 2<11",
     ]  # fmt: skip
-    assert build.maps_of(two_stacks(tiny), (3,), (12,)) == forward(3, 12)
-    assert build.pair_names(((EMBEDDING, EMBEDDING), *forward(3, 12))) == ["e<e", "0<3", "1<7", "2<11"]
-    assert build.maps_of(two_stacks(tiny, **{"matching.strategy": "none"}), (2, 3), (4, 12)) == ()
+    assert recipe_map.maps_of(two_stacks(tiny), (3,), (12,)) == forward(3, 12)
+    assert recipe_map.pair_names(((EMBEDDING, EMBEDDING), *forward(3, 12))) == ["e<e", "0<3", "1<7", "2<11"]
+    assert recipe_map.maps_of(two_stacks(tiny, **{"matching.strategy": "none"}), (2, 3), (4, 12)) == ()
 
 
 def test_each_pair_of_both_stacks_has_a_weight(tiny: Path) -> None:
-    assert len(build.maps_of(two_stacks(tiny, **{"matching.pair_weights": [1.0, 2.0, 3.0, 4.0]}), (2, 2), (4, 4))) == 4
+    assert (
+        len(recipe_map.maps_of(two_stacks(tiny, **{"matching.pair_weights": [1.0, 2.0, 3.0, 4.0]}), (2, 2), (4, 4)))
+        == 4
+    )
     with pytest.raises(InputError, match="2 weights for the 4 pairs enc 0<1, enc 1<3, dec 0<1, dec 1<3; write one for"):
-        build.maps_of(two_stacks(tiny, **{"matching.pair_weights": [1.0, 2.0]}), (2, 2), (4, 4))
+        recipe_map.maps_of(two_stacks(tiny, **{"matching.pair_weights": [1.0, 2.0]}), (2, 2), (4, 4))
 
 
 def test_random_maps_of_the_two_stacks_are_drawn_apart(tiny: Path) -> None:
@@ -219,8 +222,8 @@ def test_random_maps_of_the_two_stacks_are_drawn_apart(tiny: Path) -> None:
     same = 0
     for seed in range(24):
         recipe = two_stacks(tiny, **{"matching.strategy": "random", "seed": seed})
-        pairs = build.maps_of(recipe, (4, 4), (8, 8))
-        assert pairs == build.maps_of(recipe, (4, 4), (8, 8))
+        pairs = recipe_map.maps_of(recipe, (4, 4), (8, 8))
+        assert pairs == recipe_map.maps_of(recipe, (4, 4), (8, 8))
         first, second = pairs[:4], tuple((s - 4, t - 8) for s, t in pairs[4:])
         assert sorted(t for _, t in first) == sorted(t for _, t in second) == [1, 3, 5, 7]
         same += first == second
@@ -228,8 +231,8 @@ def test_random_maps_of_the_two_stacks_are_drawn_apart(tiny: Path) -> None:
 
 
 def test_distances_of_two_stacks_are_counted_like_the_maps(tiny: Path) -> None:
-    pairs = build.maps_of(two_stacks(tiny, **{"matching.embedding": True}), (2, 3), (4, 12))
-    logged: dict[str, float | None] = {name: float(n) for n, name in enumerate(build.pair_names(pairs, (2, 4)))}
+    pairs = recipe_map.maps_of(two_stacks(tiny, **{"matching.embedding": True}), (2, 3), (4, 12))
+    logged: dict[str, float | None] = {name: float(n) for n, name in enumerate(recipe_map.pair_names(pairs, (2, 4)))}
     assert curves.by_block(logged) == {s: float(n) for n, (s, _) in enumerate(pairs)}
     assert list(curves.by_block({"e<e": 1.0, "0<3": 2.0, "1<7": None})) == [-1, 0]
 

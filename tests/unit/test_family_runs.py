@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from llmkd import build, encoders, models
+from llmkd import build, encoders, jobs, models, starts
 from llmkd.config import Recipe, load_recipe
 from llmkd.distributed import gathered
 from llmkd.families import CLASSIFIERS, depths
@@ -58,7 +58,7 @@ def trained(world: Any, recipe: Recipe, folder: Path, monkeypatch: pytest.Monkey
         return made[0]
 
     monkeypatch.setattr(build, "load_student", kept)
-    assert train(world, build.distil_job(world, recipe, folder))
+    assert train(world, jobs.distil_job(world, recipe, folder))
     model = made[0].model
     with gathered(list(model.parameters())):
         return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -108,8 +108,8 @@ def test_copied_encoder_is_the_chosen_blocks_of_its_teacher(tmp_path: Path, name
     changes = {"student.copy_blocks": (0, 3), "student.classifier": classifier}
     recipe = family_recipe(tmp_path, "encoder", teacher, **changes)
     for target in ("one", "two"):
-        build.initial_student(recipe, tmp_path / "teacher", tmp_path / target)
-    build.initial_student(recipe.changed({"seed": 1}), tmp_path / "teacher", tmp_path / "other")
+        starts.initial_student(recipe, tmp_path / "teacher", tmp_path / target)
+    starts.initial_student(recipe.changed({"seed": 1}), tmp_path / "teacher", tmp_path / "other")
     one, two, other = (
         CLASSES["encoder"].from_pretrained(tmp_path / target).state_dict() for target in ("one", "two", "other")
     )
@@ -149,7 +149,7 @@ def test_encoder_decoder_is_trained_exported_and_loaded_again(
 def test_copied_encoder_decoder_is_the_chosen_blocks_of_both_stacks(tmp_path: Path, name: str, rule: str) -> None:
     teacher = new(ENCODER_DECODERS[name](4, 6), "encoder_decoder")
     recipe = family_recipe(tmp_path, "encoder_decoder", teacher, **{"student.blocks": 2, "student.copy_blocks": rule})
-    build.initial_student(recipe, tmp_path / "teacher", tmp_path / "student")
+    starts.initial_student(recipe, tmp_path / "teacher", tmp_path / "student")
     student = models.load_model(tmp_path / "student", dtype=torch.float32, ds_config=None, attention="sdpa")
     chosen = [0, 3, 4 + 0, 4 + 5] if rule == "spread" else [1, 3, 4 + 2, 4 + 5]
     stack, theirs = models.blocks(student), models.blocks(teacher)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from llmkd import build
+from llmkd import jobs
 from llmkd.classification import classified
 from llmkd.config import ROOT, load_recipe
 from llmkd.family_rules import held_out_data
@@ -36,10 +36,10 @@ def test_minilm_is_fine_tuned_and_distilled(world: Any, tmp_path: Path) -> None:
             "train.epochs": 2,
         }
     )
-    assert train(world, build.finetune_job(world, recipe, recipe.folder / "teacher"))
-    assert train(world, build.distil_job(world, recipe, student_folder(recipe)))
+    assert train(world, jobs.finetune_job(world, recipe, recipe.folder / "teacher"))
+    assert train(world, jobs.distil_job(world, recipe, student_folder(recipe)))
     data = held_out_data(recipe)
-    rows = build.read_rows(data)
+    rows = jobs.read_rows(data)
     accuracy = {}
     for name, folder in (("teacher", Path(recipe.teacher_path)), ("student", student_folder(recipe) / "model")):
         found, lines = classified(folder, rows, recipe.evaluation, data)

@@ -14,13 +14,13 @@ from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from llmkd import models
-from llmkd.build import pairs_of, stones_of
 from llmkd.config import load_recipe
 from llmkd.connectors import least_squares, make_connectors
 from llmkd.data import IGNORE, Batch, collate
 from llmkd.distances import DISTANCES
 from llmkd.divergences import forward_kl
 from llmkd.errors import InputError
+from llmkd.recipe_map import pairs_of, stones_of
 from llmkd.stones import Comparison, Stones, StoneWeights, drawn, shares
 from llmkd.student import Distiller
 from llmkd.teachers.resident import ResidentTeacher

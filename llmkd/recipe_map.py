@@ -1,0 +1,121 @@
+"""A recipe's layer map at given depths, and how its pairs are written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llmkd import families
+from llmkd.config import Recipe
+from llmkd.errors import InputError
+from llmkd.families import DECODER_EMBEDDING
+from llmkd.layer_map import Pairs, layer_map
+from llmkd.teachers.base import EMBEDDING
+
+DECODER_SEED = 2**16
+"""Added to a recipe's seed where an encoder-decoder's decoder draws its map."""
+
+
+def depths_of(recipe: Recipe, shape: Any) -> tuple[int, ...]:
+    """How many blocks each stack of the student has; `shape` is the configuration of its teacher, or of its own checkpoint."""
+    settings = recipe.student
+    if settings.blocks is None:
+        return families.depths(shape)
+    return (settings.blocks, settings.decoder_blocks or settings.blocks)[: len(families.depths(shape))]
+
+
+def maps_of(recipe: Recipe, student: Sequence[int], teacher: Sequence[int]) -> Pairs:
+    """The recipe's pairs of models whose stacks have these depths, each stack's by itself, the encoder's first.
+
+    Random maps of encoder and decoder are drawn independently.
+    """
+    if len(teacher) == 1:
+        return pairs_of(recipe, student[0], teacher[0])
+    after = {EMBEDDING: DECODER_EMBEDDING}
+    first = _of_stack(recipe, student[0], teacher[0], recipe.seed)
+    second = _of_stack(recipe, student[1], teacher[1], recipe.seed + DECODER_SEED)
+    moved = ((after.get(s, s + student[0]), after.get(t, t + teacher[0])) for s, t in second)
+    return _asked_for(recipe, (*first, *moved), (student[0], teacher[0]))
+
+
+def pairs_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
+    """The recipe's pairs at these depths, the embedding pair first if it is asked for; none where `loss.hidden` is 0.
+
+    Of `nearest`, which is not known before it is measured (llmkd.nearest), those of `forward`: as many, and no block of the teacher lies
+    deeper, so that what is planned by them is enough.
+    """
+    return _asked_for(recipe, _of_stack(recipe, student_depth, teacher_depth, recipe.seed))
+
+
+def _of_stack(recipe: Recipe, student_depth: int, teacher_depth: int, seed: int) -> Pairs:
+    """The map of one stack of blocks, the embedding pair first if it is asked for."""
+    matching = recipe.matching
+    pairs = layer_map(
+        "forward" if matching.strategy == "nearest" else matching.strategy,
+        student_depth,
+        teacher_depth,
+        seed=seed,
+        target_block=matching.target_block,
+        pairs=matching.pairs,
+    )
+    return with_embedding(recipe, pairs)
+
+
+def _asked_for(recipe: Recipe, pairs: Pairs, encoders: tuple[int, int] | None = None) -> Pairs:
+    """The pairs, each with a weight if the recipe gives any; none where `loss.hidden` is 0."""
+    given = recipe.matching.pair_weights
+    if given is not None and pairs and len(given) != len(pairs):
+        names = pair_names(pairs, encoders=encoders)
+        raise InputError(
+            f"matching.pair_weights: {len(given)} weights for the {len(pairs)} pairs {', '.join(names)}; "
+            "write one for each, in this order"
+        )
+    return () if recipe.loss.hidden == 0 else pairs
+
+
+def with_embedding(recipe: Recipe, pairs: Pairs) -> Pairs:
+    """The pairs, after the embeddings' where the recipe matches them too."""
+    return ((EMBEDDING, EMBEDDING), *pairs) if recipe.matching.embedding and pairs else pairs
+
+
+def stones_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
+    """The recipe's stepping stones at these depths, by student block; none where it has no `stones` section."""
+    settings = recipe.stones
+    if settings is None:
+        return ()
+    if settings.pairs == "from_map":
+        matching = recipe.matching
+        options: dict[str, Any] = dict(seed=recipe.seed, target_block=matching.target_block, pairs=matching.pairs)
+        pairs = layer_map(matching.strategy, student_depth, teacher_depth, **options)
+        if not pairs:
+            raise InputError(
+                f"stones.pairs: the layer map of strategy {matching.strategy!r} has no pairs; write them, e.g. [[0, 3]], or another "
+                "matching.strategy"
+            )
+    else:
+        pairs = settings.pairs
+    for side, blocks, depth in (
+        ("student", [s for s, _ in pairs], student_depth),
+        ("teacher", [t for _, t in pairs], teacher_depth),
+    ):
+        for block in blocks:
+            if not 0 <= block < depth:
+                raise InputError(f"stones.pairs: {block} is not a block of the {side} (0 to {depth - 1})")
+    return tuple(sorted(pairs))
+
+
+def pair_names(
+    pairs: Sequence[tuple[int, int]], encoders: tuple[int, int] | None = None, *, redraws: bool = False
+) -> list[str]:
+    """How pairs are written in logs: `student<teacher`, `e` for the embeddings, `*` for a teacher block that is drawn again and again;
+    of encoder-decoders `enc 0<3` and `dec 1<7`."""
+
+    def name(block: int, encoder: int) -> str:
+        return "e" if block < 0 else str(block - encoder if block >= encoder else block)
+
+    if encoders is None:
+        return [f"{name(s, 0)}<{'*' if redraws and t >= 0 else name(t, 0)}" for s, t in pairs]
+    return [
+        f"{'enc' if EMBEDDING <= s < encoders[0] else 'dec'} {name(s, encoders[0])}<{name(t, encoders[1])}"
+        for s, t in pairs
+    ]

@@ -15,9 +15,9 @@ import click
 import torch
 import yaml
 
-from llmkd import models
+from llmkd import making, models
 from llmkd.config import load_recipe
-from llmkd.models import qwen3_config
+from llmkd.making import qwen3_config
 from llmkd.placements import compare
 from llmkd.provenance import commit, hardware, versions
 from tests.distributed.runner import run_on_ranks, start_ranks
@@ -49,8 +49,8 @@ def prepare(folder: Path) -> Path:
     make(folder)
     tokenizer = models.load_tokenizer(folder / "teacher")
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    shape = models.qwen3_config(SHAPE, special)
-    models.new_model(
+    shape = making.qwen3_config(SHAPE, special)
+    making.new_model(
         shape, folder / "large", seed=0, dtype=torch.float32, tokenizer=lambda tmp: tokenizer.save_pretrained(tmp)
     )
     word = next(w for w in (" red", " a", "a") if len(tokenizer(w, add_special_tokens=False)["input_ids"]) == 1)

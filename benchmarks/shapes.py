@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmkd import models
+from llmkd import making, models
 from llmkd.data import Batch, collate
 
 VOCABULARY = 151_936
@@ -64,7 +64,7 @@ def make_model(size: Size, blocks: int, dtype: torch.dtype, device: torch.device
         tie_word_embeddings=size.tied,
         initializer_range=0.02,
     )
-    config = models.qwen3_config(shape, {"bos_token_id": None, "eos_token_id": None, "pad_token_id": PAD})
+    config = making.qwen3_config(shape, {"bos_token_id": None, "eos_token_id": None, "pad_token_id": PAD})
     attention, _ = models.attention_implementation("auto", dtype)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)

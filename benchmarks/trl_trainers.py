@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from benchmarks.contestants import Terms
 from benchmarks.shapes import PAD, Work, labels
 from llmkd.distributed import World, zero_stage
-from llmkd.models import new_tokenizer
+from llmkd.making import new_tokenizer
 
 
 def kinds(device: torch.device) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from llmkd.config import Recipe, load_recipe, training_inputs
 from llmkd.errors import InputError
-from llmkd.models import resolve
+from llmkd.model_folders import resolve
 from llmkd.study import entry_recipe
 from llmkd.study_files import read_study
 

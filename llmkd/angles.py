@@ -35,7 +35,8 @@ from llmkd.distributed import saved_weights
 from llmkd.errors import InputError
 from llmkd.families import kind
 from llmkd.family_rules import check_angles
-from llmkd.models import DTYPES, load_causal_lm, load_config, load_tokenizer, resolve
+from llmkd.model_folders import resolve
+from llmkd.models import DTYPES, load_causal_lm, load_config, load_tokenizer
 from llmkd.provenance import versions
 from llmkd.results import digest, model_contents, one_sentence, publish, up_to_date, written
 from llmkd.starts import initial_student

@@ -8,13 +8,13 @@ from typing import Any
 from transformers import BartConfig, BertConfig, PreTrainedConfig, T5Config
 
 from llmkd.families import Kind
-from llmkd.models import qwen3_config
+from llmkd.making import qwen3_config
 
 KINDS: dict[str, Kind] = {"qwen3": "decoder", "bert": "encoder", "bart": "encoder_decoder", "t5": "encoder_decoder"}
 """Model types that a recipe can make, and of what kind they are."""
 STARTS = {"bart": 1, "t5": 0}
 """With which token a new model's decoder begins: as in the published ones BART with the end of sequence, T5 with the padding, by their
-ids in `llmkd.models.new_tokenizer`."""
+ids in `llmkd.making.new_tokenizer`."""
 DEFAULT_RANGE = 0.02
 """The initializer_range that T5's own initializer_factor of 1 stands for."""
 

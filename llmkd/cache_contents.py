@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from llmkd import cache_files, models
+from llmkd import cache_files, model_folders, models
 from llmkd.cache_files import Contents, Manifest
 from llmkd.config import Recipe
 from llmkd.distributed import World, on_main
@@ -40,7 +40,7 @@ def contents(recipe: Recipe, students: Sequence[Student], teacher: Path, tokeniz
         raise InputError(f"cache.top_k: {top_k} of {columns} tokens; write a smaller number, or leave it out")
     return Contents(
         identity={
-            "teacher": models.folder_contents(teacher, weights_alone=True),
+            "teacher": model_folders.folder_contents(teacher, weights_alone=True),
             "teacher.dtype": settings.dtype,
             "tokenizer": _short(json.dumps(sorted(tokenizer.get_vocab().items()))),
             "data": tokens_hash(data),
@@ -76,11 +76,11 @@ def students(recipe: Recipe, student_depth: int, teacher_depth: int) -> list[Stu
 
 def depths(recipe: Recipe) -> tuple[int, int]:
     """How many blocks student and teacher have."""
-    teacher = models.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision)
+    teacher = model_folders.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision)
     depth = models.load_config(teacher, trust_remote_code=recipe.teacher.trust_remote_code).num_hidden_layers
     if recipe.student.blocks is not None:
         return recipe.student.blocks, depth
-    student = models.resolve(recipe.student.path or "", "student.path")
+    student = model_folders.resolve(recipe.student.path or "", "student.path")
     return models.load_config(student, trust_remote_code=recipe.student.trust_remote_code).num_hidden_layers, depth
 
 
@@ -118,7 +118,7 @@ def _student_vocabulary(recipe: Recipe) -> int | None:
     """How many tokens the student's head knows; None for a copied or random student, who has the teacher's vocabulary."""
     if recipe.student.init != "checkpoint":
         return None
-    folder = models.resolve(recipe.student.path or "", "student.path")
+    folder = model_folders.resolve(recipe.student.path or "", "student.path")
     return models.load_config(folder, trust_remote_code=recipe.student.trust_remote_code).vocab_size
 
 

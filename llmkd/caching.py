@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 
-from llmkd import build, cache_contents, cache_files, jobs, models, starts
+from llmkd import build, cache_contents, cache_files, jobs, model_folders, starts
 from llmkd.cache_files import DONE, FINAL, IDS, LOG_PROBABILITIES, OFFSETS, Contents
 from llmkd.cache_folder import Plan, prepare
 from llmkd.config import Recipe
@@ -57,7 +57,9 @@ def cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool = F
         raise InputError(
             f"llmkd cache keeps what a decoder says, and the teacher is {SAID[job.family.kind]}; train without a cache"
         )
-    teacher = on_main(world, lambda: models.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
+    teacher = on_main(
+        world, lambda: model_folders.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision)
+    )
     tokenizer = starts.job_tokenizer(world, job, resuming=False)
     data = build.tokenized(world, job.data, tokenizer)
     wanted = on_main(

@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from llmkd.distributed import World, barrier, load_shards, merge_shards, on_main, whole_state
 from llmkd.errors import InputError
-from llmkd.models import copy_tokenizer
+from llmkd.model_folders import copy_tokenizer
 
 log = logging.getLogger("llmkd")
 

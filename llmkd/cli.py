@@ -233,7 +233,7 @@ def evaluate(model: Path, recipe: str, output: Path | None, overrides: tuple[str
     """Score one HF folder by lm-eval with a recipe's tasks."""
     from llmkd.config import load_recipe
     from llmkd.evaluation import evaluate as run
-    from llmkd.models import resolve
+    from llmkd.model_folders import resolve
 
     settings = load_recipe(recipe, overrides)
     folder = resolve(str(model), "MODEL")

@@ -24,7 +24,8 @@ from llmkd.errors import InputError
 from llmkd.families import kind
 from llmkd.family_rules import SAID, teacher_shape
 from llmkd.jobs import read_rows
-from llmkd.models import load_config, load_tokenizer, resolve
+from llmkd.model_folders import resolve
+from llmkd.models import load_config, load_tokenizer
 
 LENGTH_MULTIPLE = 8  # to which llmkd.data.collate pads
 OPEN, CLOSE = "⟦", "⟧"

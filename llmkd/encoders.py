@@ -11,14 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmkd.errors import InputError
 from llmkd.families import AUTO_CLASSES, CLASSIFIERS, blocks
-from llmkd.models import (
-    copy_tokenizer,
-    load_config,
-    load_model,
-    publish_folder,
-    quiet_about_unused,
-    student_config,
-)
+from llmkd.model_folders import copy_tokenizer, publish_folder
+from llmkd.models import load_config, load_model, quiet_about_unused, student_config
 
 
 def copied_encoder(

@@ -11,7 +11,8 @@ from llmkd.config import Data, Recipe
 from llmkd.errors import InputError
 from llmkd.families import Family, Kind
 from llmkd.family_data import check_format
-from llmkd.models import load_config, resolve
+from llmkd.model_folders import resolve
+from llmkd.models import load_config
 
 SAID = {"encoder": "an encoder", "encoder_decoder": "an encoder-decoder", "decoder": "a decoder"}
 

@@ -212,7 +212,7 @@ def models_of(paths: Sequence[Path]) -> list[tuple[str, Path]]:
 
     What a study has not trained yet is passed over, with a word about it.
     """
-    from llmkd.models import resolve
+    from llmkd.model_folders import resolve
 
     found: list[tuple[str, Path]] = []
     for path in paths:
@@ -234,7 +234,7 @@ def models_of(paths: Sequence[Path]) -> list[tuple[str, Path]]:
 
 
 def _models_of_study(study: Path) -> list[tuple[str, Path]]:
-    from llmkd.models import resolve
+    from llmkd.model_folders import resolve
 
     found = []
     for entry in json.loads((study / "study.json").read_text())["entries"]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from llmkd import config, families, family_rules, models
+from llmkd import config, families, family_rules, making, model_folders, models
 from llmkd.architectures import KINDS, STARTS
 from llmkd.checkpoint import check_same
 from llmkd.config import ROOT, Recipe, finetune_inputs, fingerprint, training_inputs
@@ -71,7 +71,9 @@ class Job:
 
 def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
     """A student under the recipe's strategy. Raises InputError before anything is written."""
-    teacher = on_main(world, lambda: models.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
+    teacher = on_main(
+        world, lambda: model_folders.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision)
+    )
     teacher_config = models.load_config(teacher, trust_remote_code=recipe.teacher.trust_remote_code)
     family = families.family(teacher_config)
     family_rules.check_training(recipe, family)
@@ -80,7 +82,7 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
     student_config = teacher_config
     if recipe.student.init == "checkpoint":
         path = recipe.student.path or ""
-        checkpoint = on_main(world, lambda: models.resolve(path, "student.path"))
+        checkpoint = on_main(world, lambda: model_folders.resolve(path, "student.path"))
         student_config = models.load_config(checkpoint, trust_remote_code=recipe.student.trust_remote_code)
         family_rules.check_same_classes(family, families.family(student_config))
     student_depths = depths_of(recipe, student_config)
@@ -103,7 +105,7 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
     _check_redraws(recipe, teacher_config, student_config)
     if checkpoint is None:
         rule = recipe.student.copy_blocks if recipe.student.init == "teacher" else "spread"
-        models.student_config(teacher_config, models.stack_choices(rule, student_depths, depths), recipe.student.width)
+        models.student_config(teacher_config, making.stack_choices(rule, student_depths, depths), recipe.student.width)
     else:
         _check_vocabularies(recipe, teacher, checkpoint)
     _check_shape(recipe, "teacher", teacher_config, recipe.teacher_path, compared=bool(pairs))
@@ -170,7 +172,7 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
         raise InputError("the recipe has no finetune section; there is no teacher to make")
     start = settings.path
     data = settings.data or recipe.data
-    given = None if start is None else on_main(world, lambda: models.resolve(start, "finetune.path"))
+    given = None if start is None else on_main(world, lambda: model_folders.resolve(start, "finetune.path"))
     if given is None:
         assert settings.architecture is not None
         type_ = settings.architecture.model_type
@@ -211,7 +213,7 @@ def student_inputs(recipe: Recipe) -> dict[str, Any]:
     inputs = {**training_inputs(recipe), **_contents(recipe.train, recipe.data)}
     for key, path in (("teacher.path", recipe.teacher.path), ("student.path", recipe.student.path)):
         if path is not None and Path(path).is_dir():
-            inputs[f"{key}:contents"] = models.folder_contents(Path(path))
+            inputs[f"{key}:contents"] = model_folders.folder_contents(Path(path))
     return {**inputs, **(teacher_inputs(recipe) if recipe.finetune else {})}
 
 
@@ -221,7 +223,7 @@ def teacher_inputs(recipe: Recipe) -> dict[str, Any]:
     start = recipe.finetune.path
     found = _contents(recipe.finetune.train, recipe.finetune.data or recipe.data)
     if start is not None and Path(start).is_dir():
-        found["path:contents"] = models.folder_contents(Path(start))
+        found["path:contents"] = model_folders.folder_contents(Path(start))
     return {**finetune_inputs(recipe), **{f"finetune.{key}": value for key, value in found.items()}}
 
 

@@ -1,49 +1,34 @@
-"""Hugging Face models in folders: how a student is cut from a teacher, how one is loaded in shards.
+"""Hugging Face models loaded: one path, `load_model`, from a plain folder straight into shards under ZeRO-3.
 
-Every student starts as a plain HF folder, whatever it is made from. Loading is then one path, `load_model`, straight into shards under
-ZeRO-3. Where a model has its blocks and its head is said by llmkd.families.
+Every student starts as such a folder, whatever it is made from (llmkd.making). Where a model has its blocks and its head is said by
+llmkd.families.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import importlib.util
-import json
 import logging
-import os
-import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.processors import TemplateProcessing
-from tokenizers.trainers import BpeTrainer
+from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
 )
 
 from llmkd.distributed import sharded_construction
 from llmkd.errors import InputError
 from llmkd.families import (
     AUTO_CLASSES,
-    Kind,
     by_stack,
     check_blocks,
     depths,
@@ -55,12 +40,10 @@ from llmkd.families import backbone as backbone
 from llmkd.families import blocks as blocks
 from llmkd.families import check_logits as check_logits
 from llmkd.families import head as head
-from llmkd.layer_map import forward
+from llmkd.model_folders import first_line, tensor_files
 
 log = logging.getLogger("llmkd")
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SHARD_BYTES = 4 * 2**30
 PACKABLE = (
     "gemma",
     "gemma3_text",
@@ -78,10 +61,6 @@ PACKABLE = (
     "stablelm",
 )
 """Model types that keep packed documents apart by their position ids; each is tested. OPT, Bloom, Falcon and Mamba do not."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shapes
 
 
 def without_weights(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -106,107 +85,13 @@ def check_usable(config: PreTrainedConfig, *, section: str, attention: str, pack
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders and the hub
-
-
-def resolve(path: str, what: str, revision: str | None = None) -> Path:
-    """The local folder of a model: a folder as it is, a hub name by download of its safetensors, tokenizer and configuration.
-
-    Raises InputError when it is neither, when the hub can't be reached, or when it holds no safetensors.
-    """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        if folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
-            raise InputError(f"{what}: no folder {path!r}; give an HF model folder or a hub name such as Qwen/Qwen3-8B")
-        folder = _download(path, what, revision)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{what}: {path!r} holds no config.json; give a folder written by save_pretrained")
-    if not list(folder.glob("*.safetensors")):
-        raise InputError(f"{what}: {path!r} holds no .safetensors file; convert it (pickled weights are never loaded)")
-    _check_whole(folder, what)
-    return folder
-
-
-def folder_contents(folder: Path, *, weights_alone: bool = False) -> str:
-    """A hash by which a changed model folder is noticed: of each file its name, its size, and what `_sample` reads of it.
-
-    All of a large model's bytes would take minutes. `weights_alone`: of the weights and config.json, not of the tokenizer.
-    """
-    digest = hashlib.sha256()
-    files = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".txt", ".model")]
-    if weights_alone:
-        files = [f for f in files if f.suffix == ".safetensors" or f.name == "config.json"]
-    for file in sorted(files):
-        digest.update(f"{file.name} {file.stat().st_size} ".encode())
-        for part in _sample(file):
-            digest.update(part)
-    return digest.hexdigest()[:16]
-
-
-def _sample(file: Path) -> Iterator[bytes]:
-    """All of a file up to 2 MiB; of a larger safetensors file its header and the first 64 KiB of every tensor, of another its two ends.
-
-    Not seen is a change of other bytes alone: some rows edited within a tensor, say. Training changes them all.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        if size <= 2 * 2**20:
-            yield stream.read()
-        elif file.suffix != ".safetensors":
-            yield stream.read(2**20)
-            stream.seek(-(2**20), os.SEEK_END)
-            yield stream.read()
-        else:  # eight bytes say how long the header is, which has every tensor's place behind it
-            start = 8 + int.from_bytes(stream.read(8), "little")
-            if start > size:
-                raise InputError(f"{file} is not whole; download or copy the model again")
-            header = stream.read(start - 8)
-            yield header
-            places = [value["data_offsets"] for name, value in json.loads(header).items() if name != "__metadata__"]
-            for first, last in sorted(places):
-                stream.seek(start + first)
-                yield stream.read(min(last - first, 2**16))
-
-
-def _check_whole(folder: Path, what: str) -> None:
-    """Raise InputError if a file of weights is missing or cut short, or is a git-lfs pointer; only headers are read."""
-    file = index = folder / "model.safetensors.index.json"
-    try:
-        files = set(tensor_files(folder).values()) if index.is_file() else folder.glob("*.safetensors")
-        for file in sorted(files):
-            with safe_open(file, framework="pt"):
-                pass
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{what}: {file} is not whole ({_first_line(error)}); download or copy the model again"
-        ) from error
-
-
-def _download(name: str, what: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client has a score of network errors; all mean the same to the user
-        raise InputError(
-            f"{what}: no folder {name!r} here, and the hub did not give it ({_first_line(error)}); give the path of a "
-            "local HF folder"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration of a model folder."""
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         raise InputError(
-            f"{folder}: transformers can't read this model ({_first_line(error)}); give another, or mend its config.json"
+            f"{folder}: transformers can't read this model ({first_line(error)}); give another, or mend its config.json"
         ) from error
     if not hasattr(config, "num_hidden_layers"):
         raise InputError(
@@ -222,7 +107,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         raise InputError(
-            f"{folder}: holds no tokenizer that transformers can read ({_first_line(error)}); copy the model's tokenizer into it"
+            f"{folder}: holds no tokenizer that transformers can read ({first_line(error)}); copy the model's tokenizer into it"
         ) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
         raise InputError(f"{folder}: its tokenizer has no vocabulary; copy the model's tokenizer files into the folder")
@@ -240,42 +125,6 @@ def check_same_tokens(teacher: Any, student: Any) -> None:
         f"teacher and student tokenizers differ, first at token {token!r} (id {token_id}): teacher id {ours.get(token)}, student id "
         f"{theirs.get(token)}; their logits can't be compared, use a student with the teacher's tokenizer"
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Making a student
-
-
-def block_choice(rule: str | Sequence[int], student_blocks: int, teacher_blocks: int) -> tuple[int, ...]:
-    """Which teacher blocks a student is made of.
-
-    `spread`: first to last evenly, min(floor(j * L_t / (L_s - 1)), L_t - 1); it reproduces the layer-selection paper's lists
-    [0, 4, 9, 13, 18, 22, 27, 31, 35] for 36 -> 9, [0, 6, 11] for 12 -> 3 and [0, 2, 4, 7, 9, 11] for 12 -> 6.
-    `matched`: the forward map's own. Or their numbers.
-    """
-    if student_blocks > teacher_blocks:
-        raise InputError(
-            f"student.blocks: {student_blocks} blocks can't be copied from a teacher of {teacher_blocks}; write at most {teacher_blocks}"
-        )
-    if rule == "matched":
-        return tuple(teacher for _, teacher in forward(student_blocks, teacher_blocks))
-    if rule == "spread":
-        if student_blocks == 1:
-            return (0,)
-        return tuple(min(j * teacher_blocks // (student_blocks - 1), teacher_blocks - 1) for j in range(student_blocks))
-    chosen = tuple(int(block) for block in rule)
-    for block in chosen:
-        if not 0 <= block < teacher_blocks:
-            raise InputError(f"student.copy_blocks: {block} is not a block of the teacher (0 to {teacher_blocks - 1})")
-    return chosen
-
-
-def stack_choices(rule: str | Sequence[int], student: Sequence[int], teacher: Sequence[int]) -> tuple[int, ...]:
-    """`block_choice` for each stack by itself, counted through the teacher's stacks: depths of (36,), or of an encoder and a decoder."""
-    chosen: list[int] = []
-    for number, (ours, theirs) in enumerate(zip(student, teacher, strict=True)):
-        chosen += [sum(teacher[:number]) + block for block in block_choice(rule, ours, theirs)]
-    return tuple(chosen)
 
 
 def student_config(teacher: PreTrainedConfig, blocks: Sequence[int], width: dict[str, int]) -> PreTrainedConfig:
@@ -306,217 +155,6 @@ def student_config(teacher: PreTrainedConfig, blocks: Sequence[int], width: dict
             f"student.num_attention_heads: {heads} heads can't share a width of {config.hidden_size}; write a divisor of it"
         )
     return config
-
-
-def copied_student(
-    teacher: Path, chosen: Sequence[int], folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False
-) -> None:
-    """Write an HF folder of the teacher's embeddings, final norm, head and the chosen blocks, renumbered.
-
-    Tensors go from file to file, one output shard (4 GiB) in memory at a time; the teacher is never built.
-    """
-    config = load_config(teacher, trust_remote_code=trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise InputError(
-            f"{teacher}: its weights are quantized, so blocks can't be copied from it; give the model unquantized"
-        )
-    renamed = _renamed(teacher, chosen, depths(config))
-
-    small = student_config(config, chosen, {})
-    small.dtype = dtype
-    publish_folder(
-        folder,
-        lambda tmp: (
-            _copy_tensors(teacher, tmp, renamed, dtype),
-            small.save_pretrained(tmp),
-            copy_tokenizer(teacher, tmp),
-        ),
-    )
-
-
-def _renamed(folder: Path, chosen: Sequence[int], blocks: Sequence[int]) -> Callable[[str], list[str]]:
-    """A tensor's name in the teacher's files -> its names in the student's, one for each block made of it."""
-    homes: list[tuple[re.Pattern[str], str, dict[int, list[int]]]] = []
-    for prefix, part in zip(_block_prefixes(folder, blocks), by_stack(chosen, blocks), strict=True):
-        new_of: dict[int, list[int]] = {}
-        for new, old in enumerate(part):
-            new_of.setdefault(old, []).append(new)
-        homes.append((re.compile(rf"^{re.escape(prefix)}(\d+)\.(.*)$"), prefix, new_of))
-
-    def names(name: str) -> list[str]:
-        for where, prefix, new_of in homes:
-            if match := where.match(name):
-                # T5 keeps the positions of a whole stack in its first block.
-                news = [0] if "relative_attention_bias" in name else new_of.get(int(match[1]), [])
-                return [f"{prefix}{new}.{match[2]}" for new in news]
-        return [name]
-
-    return names
-
-
-def random_student(
-    teacher: Path,
-    depth: int | Sequence[int],
-    width: dict[str, int],
-    folder: Path,
-    *,
-    seed: int,
-    dtype: torch.dtype,
-    trust_remote_code: bool = False,
-) -> None:
-    """Write an HF folder of a new model of the teacher's type, with weights drawn from the seed; `depth` of each stack."""
-    config = load_config(teacher, trust_remote_code=trust_remote_code)
-    wanted = [depth] if isinstance(depth, int) else depth
-    small = student_config(config, stack_choices("spread", wanted, depths(config)), width)
-    new_model(
-        small,
-        folder,
-        seed=seed,
-        dtype=dtype,
-        tokenizer=lambda tmp: copy_tokenizer(teacher, tmp),
-        trust_remote_code=trust_remote_code,
-    )
-
-
-def new_model(
-    config: PreTrainedConfig,
-    folder: Path,
-    *,
-    seed: int,
-    dtype: torch.dtype,
-    tokenizer: Callable[[Path], object],
-    trust_remote_code: bool = False,
-) -> None:
-    """Write an HF folder of a model with weights drawn from the seed, whatever the state of torch's own generator."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AUTO_CLASSES[kind(config)].from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    publish_folder(folder, lambda tmp: (model.save_pretrained(tmp), tokenizer(tmp)))
-
-
-def qwen3_config(shape: dict[str, Any], special: dict[str, Any]) -> Qwen3Config:
-    """A Qwen3 configuration from the recipe's `architecture` and the tokenizer's special token ids."""
-    return Qwen3Config(**shape, **special, use_cache=True)
-
-
-def new_tokenizer(texts: Iterable[str], vocab_size: int, of: Kind = "decoder") -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the texts, with `<eos>` and a `<pad>` of its own (a pad that is the eos is never trained).
-
-    `of` an encoder, it writes `<cls>` a `<sep>`, or `<cls>` a `<sep>` b `<sep>`; of an encoder-decoder, an `<eos>` after each text.
-    """
-    bpe = Tokenizer(BPE())
-    bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    bpe.decoder = ByteLevelDecoder()
-    names: dict[str, Any] = {"eos_token": "<eos>"}
-    if of == "encoder":
-        names = {"cls_token": "<cls>", "sep_token": "<sep>"}
-    special = ["<pad>", *names.values()]
-    if of == "encoder":  # which transformers leaves out unless told
-        names["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
-    trainer = BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    if of == "encoder":
-        pair = "<cls>:0 $A:0 <sep>:0 $B:1 <sep>:1"
-        bpe.post_processor = TemplateProcessing(
-            single="<cls> $A <sep>", pair=pair, special_tokens=[("<cls>", 1), ("<sep>", 2)]
-        )
-    elif of == "encoder_decoder":
-        bpe.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
-    side = "left" if of == "decoder" else "right"
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", padding_side=side, **names)
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy everything of a model folder that is neither weights nor configuration: tokenizer, chat template, generation settings."""
-    for file in source.iterdir():
-        if (
-            file.is_file()
-            and file.suffix in (".json", ".txt", ".model", ".jinja", ".py")
-            and file.name not in ("config.json", "llmkd.json", "adapter_config.json")
-            and ".index." not in file.name
-        ):
-            shutil.copy2(file, folder / file.name)
-
-
-def publish_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a folder beside, then put it in place by one rename."""
-    tmp = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    write(tmp)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(tmp, folder)
-
-
-def _block_prefixes(folder: Path, blocks: Sequence[int]) -> list[str]:
-    """What precedes the block number in the tensor names of each stack, e.g. `model.layers.`."""
-    found: dict[str, set[int]] = {}
-    for name in tensor_files(folder):
-        for match in re.finditer(r"\.(\d+)\.", name):
-            found.setdefault(name[: match.start() + 1], set()).add(int(match[1]))
-    sides = [r"(^|\.)encoder\.", r"(^|\.)decoder\."] if len(blocks) == 2 else [""]
-    prefixes = []
-    for side, depth in zip(sides, blocks, strict=True):
-        full = [p for p, numbers in found.items() if numbers == set(range(depth)) and re.search(side, p)]
-        full = [p for p in full if p.count(".") == min(p.count(".") for p in full)]  # not a block's experts
-        if len(full) != 1:
-            raise InputError(
-                f"{folder}: can't tell which tensors are the {depth} blocks (candidates: {', '.join(full) or 'none'}); write "
-                "student.init: random, or give another teacher"
-            )
-        prefixes += full
-    return prefixes
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    names: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            names.update(dict.fromkeys(tensors.keys(), file))
-    return names
-
-
-def _copy_tensors(source: Path, folder: Path, names: Callable[[str], list[str]], dtype: torch.dtype) -> None:
-    shard: dict[str, Tensor] = {}
-    shards: list[list[str]] = []
-    total = size = 0
-
-    def flush() -> None:
-        nonlocal shard, size
-        if shard:
-            save_file(shard, folder / f"model-{len(shards) + 1:05d}.safetensors", metadata={"format": "pt"})
-            shards.append(list(shard))
-            shard, size = {}, 0
-
-    for name, file in sorted(tensor_files(source).items(), key=lambda item: (str(item[1]), item[0])):
-        for new in names(name):
-            with safe_open(file, framework="pt") as tensors:
-                tensor = tensors.get_tensor(name)
-            shard[new] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-            size += shard[new].nbytes
-            total += shard[new].nbytes
-            if size >= SHARD_BYTES:
-                flush()
-    flush()
-    weight_map = {}
-    for number, members in enumerate(shards, start=1):
-        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        os.replace(folder / f"model-{number:05d}.safetensors", folder / final)
-        weight_map.update(dict.fromkeys(members, final))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
 
 
 def attention_implementation(asked: str, dtype: torch.dtype) -> tuple[str, str]:
@@ -577,7 +215,7 @@ def load_model(
             )
     except (ImportError, OSError, ValueError) as error:
         raise InputError(
-            f"{folder}: can't be loaded with attention {name!r} ({_first_line(error)}); choose another model, or another attention"
+            f"{folder}: can't be loaded with attention {name!r} ({first_line(error)}); choose another model, or another attention"
         ) from error
     except RuntimeError as error:
         if "mismatch" not in str(error):  # out of memory, and the like

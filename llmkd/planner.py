@@ -24,8 +24,9 @@ from llmkd.distributed import load_ds_config, zero_stage
 from llmkd.errors import InputError
 from llmkd.families import kind
 from llmkd.head import BUFFERS, rows_at_once
+from llmkd.making import block_choice
 from llmkd.matching import terms_of
-from llmkd.models import DTYPES, block_choice, blocks, head, load_config, student_config
+from llmkd.models import DTYPES, blocks, head, load_config, student_config
 from llmkd.recipe_map import pairs_of, stones_of
 from llmkd.stages import Cut, Route, cut, routes, stage_count, states_held
 from llmkd.teachers.base import EMBEDDING, blocks_needed

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llmkd import encoders, families, models
+from llmkd import encoders, families, making, model_folders, models
 from llmkd.architectures import KINDS, new_config
 from llmkd.config import Recipe
 from llmkd.distributed import (
@@ -30,16 +30,16 @@ def initial_student(recipe: Recipe, teacher: Path, folder: Path) -> None:
     shape = models.load_config(teacher, trust_remote_code=trust)
     depths, wanted = families.depths(shape), depths_of(recipe, shape)
     if recipe.student.init == "random":
-        models.random_student(
+        making.random_student(
             teacher, wanted, recipe.student.width, folder, seed=recipe.seed, dtype=dtype, trust_remote_code=trust
         )
         return
-    chosen = models.stack_choices(recipe.student.copy_blocks, wanted, depths)
+    chosen = making.stack_choices(recipe.student.copy_blocks, wanted, depths)
     if families.kind(shape) == "encoder":
         kept = recipe.student.classifier == "copied"
         encoders.copied_encoder(teacher, chosen, folder, seed=recipe.seed, dtype=dtype, classifier=kept)
     else:
-        models.copied_student(teacher, chosen, folder, dtype=dtype, trust_remote_code=trust)
+        making.copied_student(teacher, chosen, folder, dtype=dtype, trust_remote_code=trust)
     log.info("student: %s blocks copied from the teacher's %s", " + ".join(map(str, wanted)), list(chosen))
 
 
@@ -55,7 +55,7 @@ def initial_teacher(recipe: Recipe, tokenizer: Any, job: Job) -> None:
         return
     assert settings.architecture is not None
     shape = new_config(settings.architecture.model_dump(), tokenizer, job.family.labels)
-    models.new_model(
+    making.new_model(
         shape,
         folder,
         seed=settings.seed,
@@ -74,7 +74,7 @@ def teacher_tokenizer(recipe: Recipe) -> Any:
             "finetune.architecture: a new tokenizer has no chat template; give prompt/completion or text data"
         )
     texts = (text for column in TEXT_COLUMNS if column in rows.column_names for text in rows[column])
-    return models.new_tokenizer(texts, settings.architecture.vocab_size, KINDS[settings.architecture.model_type])
+    return making.new_tokenizer(texts, settings.architecture.vocab_size, KINDS[settings.architecture.model_type])
 
 
 def job_tokenizer(world: World, job: Job, *, resuming: bool) -> Any:
@@ -94,7 +94,9 @@ def write_initial(world: World, job: Job, tokenizer: Any, *, resuming: bool) -> 
     if job.makes_teacher:
         on_main(world, lambda: initial_teacher(recipe, tokenizer, job))
     else:
-        teacher = on_main(world, lambda: models.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
+        teacher = on_main(
+            world, lambda: model_folders.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision)
+        )
         on_main(world, lambda: initial_student(recipe, teacher, job.initial))
 
 

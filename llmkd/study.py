@@ -216,7 +216,8 @@ def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> Non
     from llmkd.family_rules import check_evaluation, check_training, held_out_data, teacher_shape
     from llmkd.generation import check as check_generation
     from llmkd.jobs import read_rows, student_inputs, teacher_inputs
-    from llmkd.models import load_config, resolve
+    from llmkd.model_folders import resolve
+    from llmkd.models import load_config
     from llmkd.recipe_map import depths_of, maps_of, stones_of
 
     scored = (recipe.evaluation.tasks, recipe.evaluation.generation, recipe.evaluation.classification)
@@ -298,7 +299,7 @@ def _run(ranks: int, arguments: list[str], what: str, rest: str) -> None:
 def _write_undistilled(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> None:
     """The students as they are before the first step, for the baseline."""
     from llmkd.jobs import student_inputs
-    from llmkd.models import resolve
+    from llmkd.model_folders import resolve
     from llmkd.starts import initial_student
 
     for entry in entries:
@@ -318,6 +319,6 @@ def _model(recipe: Recipe, entry: dict[str, Any]) -> Path:
     inside = recipe.folder / entry["model"]
     if entry["train"] is not None or entry["strategy"] == "undistilled":
         return inside
-    from llmkd.models import resolve
+    from llmkd.model_folders import resolve
 
     return resolve(entry["model"], entry["name"], recipe.teacher.revision if entry["kind"] == "teacher" else None)

@@ -14,7 +14,7 @@ import transformers as hf
 import yaml
 from torch import Tensor
 
-from llmkd import models
+from llmkd import making
 from llmkd.config import Recipe, load_recipe
 from llmkd.data import IGNORE, Batch
 from llmkd.distances import DISTANCES
@@ -172,7 +172,7 @@ def write_rows(folder: Path, kind: str) -> None:
 def family_recipe(folder: Path, kind: str, teacher: Any, **changes: Any) -> Recipe:
     """Rows, a teacher with a tokenizer of its family, and a recipe of two steps for them."""
     write_rows(folder, kind)
-    tokenizer = models.new_tokenizer(WORDS, VOCABULARY, kind)  # type: ignore[arg-type]
+    tokenizer = making.new_tokenizer(WORDS, VOCABULARY, kind)  # type: ignore[arg-type]
     if kind == "encoder":
         names = ("first", "second", "third")
         teacher.config.id2label, teacher.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}

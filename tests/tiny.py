@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import yaml
 from transformers import AutoModelForCausalLM
 
-from llmkd import models
+from llmkd import making, models
 from llmkd.config import Recipe
 from llmkd.data import IGNORE, collate, epoch_batches, load_rows, tokenize
 from llmkd.layer_map import in_order_random
@@ -36,7 +36,7 @@ def make(folder: Path) -> None:
         completion = " " + " ".join(draw.choices(WORDS, k=draw.randint(1, 14)))
         rows.append({"prompt": prompt, "completion": completion})
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    tokenizer = models.new_tokenizer((r["prompt"] + r["completion"] for r in rows), 320)
+    tokenizer = making.new_tokenizer((r["prompt"] + r["completion"] for r in rows), 320)
     shape = dict(
         vocab_size=320,
         hidden_size=32,
@@ -49,10 +49,10 @@ def make(folder: Path) -> None:
         initializer_range=0.3,  # large enough that every block changes the state and the teacher's opinion is sharp
     )
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = models.qwen3_config(shape, special)
-    models.new_model(config, folder / "teacher", seed=3, dtype=torch.float32, tokenizer=tokenizer.save_pretrained)
-    config = models.qwen3_config({**shape, "tie_word_embeddings": True}, special)
-    models.new_model(config, folder / "tied", seed=3, dtype=torch.float32, tokenizer=tokenizer.save_pretrained)
+    config = making.qwen3_config(shape, special)
+    making.new_model(config, folder / "teacher", seed=3, dtype=torch.float32, tokenizer=tokenizer.save_pretrained)
+    config = making.qwen3_config({**shape, "tie_word_embeddings": True}, special)
+    making.new_model(config, folder / "tied", seed=3, dtype=torch.float32, tokenizer=tokenizer.save_pretrained)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_values(folder)))
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from llmkd.distributed import parameter_count
 from llmkd.errors import InputError
+from llmkd.model_folders import tensor_files
 from llmkd.models import (
     attention_implementation,
     backbone,
@@ -22,7 +23,6 @@ from llmkd.models import (
     check_logits,
     load_config,
     student_config,
-    tensor_files,
     without_weights,
 )
 from llmkd.stages import Cut, cut

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, OPTConfig
 
-from llmkd import build, cli, jobs, models
+from llmkd import build, cli, jobs, making, models
 from llmkd.config import ROOT, load_recipe
 from llmkd.errors import InputError
 from llmkd.train import train
@@ -155,7 +155,7 @@ def test_world_size_that_does_not_divide_the_batch(place: Path, world: Any) -> N
 
 def _other_tokens(place: Path) -> tuple[dict[str, Any], str]:
     student = Path(shutil.copytree(place / "teacher", place / "student"))
-    models.new_tokenizer(["some other words than the teacher's own words"], 300).save_pretrained(student)
+    making.new_tokenizer(["some other words than the teacher's own words"], 300).save_pretrained(student)
     return {"student.init": "checkpoint", "student.path": str(student)}, "tokenizers differ, first at token"
 
 
@@ -373,7 +373,7 @@ def test_a_mistake_that_only_another_rank_meets_is_told(place: Path) -> None:
 
 def test_a_start_that_another_recipe_left_is_not_used(place: Path, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run killed before its first checkpoint leaves `initial`; with other blocks asked for, it is made again."""
-    models.copied_student(place / "teacher", (5,), place / "run" / "initial", dtype=torch.float32)
+    making.copied_student(place / "teacher", (5,), place / "run" / "initial", dtype=torch.float32)
     seen: list[int] = []
 
     def watch(job: jobs.Job, *_: Any) -> None:

@@ -115,7 +115,7 @@ def test_plan_draws_the_run_s_own_cut_of_a_pipeline(capsys: pytest.CaptureFixtur
     """36 blocks and the embeddings of 3.2 blocks in 8 stages: the run's stages, where equal blocks alone would be others."""
     from llmkd import stages
     from llmkd.config import load_recipe
-    from llmkd.models import qwen3_config
+    from llmkd.making import qwen3_config
     from llmkd.teachers.stage import teacher_cut
 
     command = ["plan", "qwen3_8b_to_9_blocks", "--ranks", "8", "--set", "teacher.placement=pipeline"]

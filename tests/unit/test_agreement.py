@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmkd import agreement, models
+from llmkd import agreement, making, models
 from llmkd.config import Data, Evaluation
 from llmkd.data import leading
 from llmkd.errors import InputError
@@ -27,12 +27,12 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(teacher, made / "same")
     config = models.load_config(teacher)
     config.update({"vocab_size": 328, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2})
-    models.new_model(config, made / "wider", seed=5, dtype=torch.float32, tokenizer=tokenizer.save_pretrained)
+    making.new_model(config, made / "wider", seed=5, dtype=torch.float32, tokenizer=tokenizer.save_pretrained)
     shutil.copytree(made / "wider", made / "broken")
     weights = made / "broken" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    other = models.new_tokenizer(["quite another text, with words of its own"], 320)
-    models.new_model(config, made / "foreign", seed=5, dtype=torch.float32, tokenizer=other.save_pretrained)
+    other = making.new_tokenizer(["quite another text, with words of its own"], 320)
+    making.new_model(config, made / "foreign", seed=5, dtype=torch.float32, tokenizer=other.save_pretrained)
     (made / "generations").mkdir()
     rows = [json.loads(line) for line in (tiny / "rows.jsonl").read_text().splitlines()]
     draw = random.Random(1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmkd import cosines, models
+from llmkd import cosines, making, models
 from llmkd.cosines import BINS, CodeCosine, PairCosines, pairs_of
 from llmkd.data import IGNORE, Batch, collate, load_rows, tokenize
 from llmkd.errors import InputError
@@ -167,7 +167,7 @@ def test_one_teacher_block_makes_no_pair() -> None:
 def folders(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The tiny teacher and a random student of 3 blocks."""
     student = tmp_path_factory.mktemp("students") / "random"
-    models.random_student(tiny / "teacher", 3, {}, student, seed=5, dtype=torch.float32)
+    making.random_student(tiny / "teacher", 3, {}, student, seed=5, dtype=torch.float32)
     return tiny / "teacher", student
 
 
@@ -298,7 +298,7 @@ def test_no_more_than_one_batch_is_held(folders: tuple[Path, Path], rows: list[d
 def test_widths_that_differ_need_a_projector(
     folders: tuple[Path, Path], tmp_path: Path, rows: list[dict[str, Any]]
 ) -> None:
-    models.random_student(
+    making.random_student(
         folders[0], 3, {"hidden_size": 16, "head_dim": 4}, tmp_path / "narrow", seed=5, dtype=torch.float32
     )
     teacher = TeacherStates(Load(folders[0]))

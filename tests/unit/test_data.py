@@ -18,7 +18,7 @@ from datasets import Dataset
 from tokenizers import pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from llmkd import models
+from llmkd import making, models
 from llmkd.data import (
     IGNORE,
     Batch,
@@ -75,7 +75,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_tokenizer(*, adds: str = "", pad_is_eos: bool = False, template: str | None = None, trim: bool = False) -> Any:
     """A byte-level tokenizer. `adds`: what it puts around a text by itself, e.g. "<bos> $A <eos>"."""
-    tokenizer = models.new_tokenizer(CORPUS, 300)
+    tokenizer = making.new_tokenizer(CORPUS, 300)
     tokenizer.add_special_tokens({"bos_token": "<bos>", "additional_special_tokens": CHAT_TOKENS})
     if adds:
         special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<bos>", "<eos>")]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmkd import models
+from llmkd import making, models
 from llmkd.cli import main
 from llmkd.config import Recipe, load_recipe
 from llmkd.data import batches, tokenize
@@ -84,7 +84,7 @@ def test_a_pad_that_is_the_end_is_a_note(place: Path) -> None:
 
 def test_a_student_of_another_template_or_other_tokens(place: Path) -> None:
     student = place / "student"
-    models.copied_student(place / "teacher", (0, 5), student, dtype=models.DTYPES["float32"])
+    making.copied_student(place / "teacher", (0, 5), student, dtype=models.DTYPES["float32"])
     tokenizer = models.load_tokenizer(student)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tokenizer.save_pretrained(student)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from llmkd import models
+from llmkd import making
 from llmkd.data import IGNORE
 from llmkd.errors import InputError
 from llmkd.families import Family
@@ -28,12 +28,12 @@ ENCODER = Family("encoder", labels=("no", "yes"))
 
 @pytest.fixture(scope="module")
 def encoder_tokenizer() -> Any:
-    return models.new_tokenizer(TEXTS, 300, "encoder")
+    return making.new_tokenizer(TEXTS, 300, "encoder")
 
 
 @pytest.fixture(scope="module")
 def seq2seq_tokenizer() -> Any:
-    return models.new_tokenizer(TEXTS, 300, "encoder_decoder")
+    return making.new_tokenizer(TEXTS, 300, "encoder_decoder")
 
 
 def rows(*values: dict[str, Any]) -> Dataset:

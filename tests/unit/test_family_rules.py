@@ -8,7 +8,20 @@ from typing import Any
 
 import pytest
 
-from llmkd import angles, caching, curves, doctor, families, family_rules, findings, jobs, models, planner, recipe_map
+from llmkd import (
+    angles,
+    caching,
+    curves,
+    doctor,
+    families,
+    family_rules,
+    findings,
+    jobs,
+    making,
+    models,
+    planner,
+    recipe_map,
+)
 from llmkd.angle_runs import Run
 from llmkd.architectures import KINDS, new_config
 from llmkd.config import Recipe, finetune_inputs, load_recipe, training_inputs
@@ -89,7 +102,7 @@ def test_encoder_decoders_that_have_not_been_tested_are_refused(tmp_path: Path) 
 
 def folder_of(tmp_path: Path, config: Any, kind: str) -> Path:
     new(config, kind).save_pretrained(tmp_path / "model")
-    models.new_tokenizer(["one"], 300).save_pretrained(tmp_path / "model")
+    making.new_tokenizer(["one"], 300).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -166,7 +179,7 @@ def test_new_models_are_of_their_kind_and_size(tiny: Path, model_type: str) -> N
     recipe = load_recipe(tiny / "recipe.yaml", ["teacher.path=null", TRAIN, shape])
     assert recipe.finetune is not None and recipe.finetune.architecture is not None
     kind = KINDS[model_type]
-    tokenizer = models.new_tokenizer(["one two"], 300, kind)
+    tokenizer = making.new_tokenizer(["one two"], 300, kind)
     config = new_config(recipe.finetune.architecture.model_dump(), tokenizer, ("no", "yes"))
     assert families.kind(config) == kind and families.depths(config) == ((2,) if model_type == "bert" else (2, 3))
     made = families.family(config)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from llmkd import build, encoders, jobs, models, starts
+from llmkd import build, encoders, jobs, making, models, starts
 from llmkd.config import Recipe, load_recipe
 from llmkd.distributed import gathered
 from llmkd.families import CLASSIFIERS, depths
@@ -76,7 +76,7 @@ def test_decoder_is_trained_exported_and_loaded_again(
     assert all(torch.equal(parameter, weights[key]) for key, parameter in again.named_parameters())
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(step[part] > 0 for step in logged for part in ("ce", "kl", "hidden"))
-    models.copied_student(tmp_path / "teacher", (0, 3), tmp_path / "initial", dtype=torch.float32)
+    making.copied_student(tmp_path / "teacher", (0, 3), tmp_path / "initial", dtype=torch.float32)
     start = dict(CLASSES["decoder"].from_pretrained(tmp_path / "initial").named_parameters())
     assert max((parameter - start[key]).abs().max() for key, parameter in weights.items()) > 1e-4
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmkd import backends, child, cli, data, generation, models, prompts, records, vllm_backend
+from llmkd import backends, child, cli, data, generation, making, models, prompts, records, vllm_backend
 from llmkd.config import ROOT, Data, Evaluation
 from llmkd.errors import InputError
 from llmkd.sections.scores import Generation
@@ -35,7 +35,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 2-block Qwen3 with heads that vLLM knows, trained on the records task for a few seconds, so that its margins are real."""
     folder = tmp_path_factory.mktemp("models") / "trained"
     rows = records.rows("train", 0, 0, 1600)
-    tokenizer = models.new_tokenizer([row["prompt"] + row["completion"] for row in rows], 512)
+    tokenizer = making.new_tokenizer([row["prompt"] + row["completion"] for row in rows], 512)
     tokenizer.chat_template = TEMPLATE
     shape = dict(
         vocab_size=512,
@@ -50,8 +50,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.1,
     )
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    models.new_model(
-        models.qwen3_config(shape, special), folder, seed=0, dtype=torch.float32, tokenizer=tokenizer.save_pretrained
+    making.new_model(
+        making.qwen3_config(shape, special), folder, seed=0, dtype=torch.float32, tokenizer=tokenizer.save_pretrained
     )
     model: Any = models.load_causal_lm(folder, dtype=torch.float32, ds_config=None, attention="sdpa")
     ids = data.tokenize(

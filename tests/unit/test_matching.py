@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmkd import models
+from llmkd import making, models
 from llmkd.data import Batch, collate
 from llmkd.divergences import forward_kl
 from llmkd.geometry import SET_DISTANCES
@@ -178,14 +178,14 @@ def _run(tiny: Path, folder: Path, mix: dict[str, float], report: bool = False, 
 def narrow(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("narrow") / "student"
     shape = {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1}
-    models.random_student(tiny / "teacher", 3, shape, folder, seed=0, dtype=torch.float32)
+    making.random_student(tiny / "teacher", 3, shape, folder, seed=0, dtype=torch.float32)
     return folder
 
 
 @pytest.fixture(scope="module")
 def copied(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("copied") / "student"
-    models.copied_student(tiny / "teacher", [0, 2, 5], folder, dtype=torch.float32)
+    making.copied_student(tiny / "teacher", [0, 2, 5], folder, dtype=torch.float32)
     return folder
 
 

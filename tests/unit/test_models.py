@@ -16,7 +16,7 @@ import transformers as hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from llmkd import models
+from llmkd import making, model_folders, models
 from llmkd.data import collate
 from llmkd.distributed import gathered, teacher_ds_config
 from llmkd.errors import InputError
@@ -89,7 +89,7 @@ def new(config: Any) -> Any:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Name of a configuration -> a folder of such a model, with a tokenizer."""
     base = tmp_path_factory.mktemp("models")
-    tokenizer = models.new_tokenizer(["one two"], 300)
+    tokenizer = making.new_tokenizer(["one two"], 300)
 
     def folder(kind: str) -> Path:
         if not (base / kind).is_dir():
@@ -180,7 +180,7 @@ def test_model_that_has_not_been_shown_to_keep_documents_apart_is_refused() -> N
 
 def _refusal(path: Path | str) -> str:
     with pytest.raises(InputError) as caught:
-        models.resolve(str(path), "teacher.path")
+        model_folders.resolve(str(path), "teacher.path")
     sentence = str(caught.value)
     assert sentence.startswith("teacher.path: ") and "\n" not in sentence
     return sentence
@@ -188,7 +188,7 @@ def _refusal(path: Path | str) -> str:
 
 def test_folders_that_hold_no_whole_model(folders: Callable[[str], Path], tmp_path: Path) -> None:
     whole = folders("qwen3")
-    assert models.resolve(str(whole), "teacher.path") == whole
+    assert model_folders.resolve(str(whole), "teacher.path") == whole
     assert "no folder '/nowhere/model'; give an HF model folder or a hub name" in _refusal("/nowhere/model")
     assert "no folder './model'" in _refusal("./model")
     assert "no folder 'model'" in _refusal("model")
@@ -223,7 +223,7 @@ def test_no_pickle_is_ever_loaded(folders: Callable[[str], Path], tmp_path: Path
     folder = variant(folders("qwen3"), tmp_path / "model")
     torch.save({"model.embed_tokens.weight": _Bomb(tmp_path / "exploded")}, folder / "pytorch_model.bin")
     models.load_causal_lm(folder, dtype=torch.float32, ds_config=None, attention="sdpa")
-    models.copied_student(folder, [0], tmp_path / "student", dtype=torch.float32)
+    making.copied_student(folder, [0], tmp_path / "student", dtype=torch.float32)
     assert not (tmp_path / "student" / "pytorch_model.bin").exists()
     (folder / "model.safetensors").unlink()
     assert "holds no .safetensors file; convert it (pickled weights are never loaded)" in _refusal(folder)
@@ -273,7 +273,7 @@ def test_folder_without_a_tokenizer_is_refused(folders: Callable[[str], Path], t
 
 def test_tokenizers_must_agree_on_every_id() -> None:
     texts = ["one two three four"]
-    tokenizer, same, longer = (models.new_tokenizer(texts, size) for size in (266, 266, 267))
+    tokenizer, same, longer = (making.new_tokenizer(texts, size) for size in (266, 266, 267))
     models.check_same_tokens(tokenizer, same)
     first = min(longer.get_vocab().keys() - tokenizer.get_vocab().keys())
     with pytest.raises(InputError) as caught:
@@ -303,15 +303,15 @@ def test_tokenizers_must_agree_on_every_id() -> None:
     ],
 )
 def test_block_choice(rule: Any, student: int, teacher: int, expected: tuple[int, ...]) -> None:
-    assert models.block_choice(rule, student, teacher) == expected
+    assert making.block_choice(rule, student, teacher) == expected
 
 
 @pytest.mark.parametrize("rule", ["spread", "matched"])
 def test_block_choice_is_of_distinct_blocks_in_order_at_any_depths(rule: str) -> None:
     for teacher in range(1, 41):
-        assert models.block_choice(rule, teacher, teacher) == tuple(range(teacher))
+        assert making.block_choice(rule, teacher, teacher) == tuple(range(teacher))
         for student in range(1, teacher + 1):
-            chosen = models.block_choice(rule, student, teacher)
+            chosen = making.block_choice(rule, student, teacher)
             assert len(chosen) == student and all(a < b for a, b in pairwise(chosen)) and chosen[-1] < teacher
 
 
@@ -319,12 +319,12 @@ def test_block_choice_refuses() -> None:
     with pytest.raises(
         InputError, match=r"student\.blocks: 7 blocks can't be copied from a teacher of 6; write at most 6"
     ):
-        models.block_choice("spread", 7, 6)
+        making.block_choice("spread", 7, 6)
     for block in (6, -1):
         with pytest.raises(
             InputError, match=rf"student\.copy_blocks: {block} is not a block of the teacher \(0 to 5\)"
         ):
-            models.block_choice((0, block), 2, 6)
+            making.block_choice((0, block), 2, 6)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "gpt2", "gpt_neox", "opt", "qwen3_moe", "smollm3", "gemma3_text"])
@@ -332,9 +332,9 @@ def test_block_choice_refuses() -> None:
 def test_copied_student_is_the_chosen_blocks_of_its_teacher(
     folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(models, "SHARD_BYTES", 12_000)  # several files
+    monkeypatch.setattr(making, "SHARD_BYTES", 12_000)  # several files
     chosen = (3, 1, 1)
-    models.copied_student(folders(kind), chosen, tmp_path / "student", dtype=torch.float32)
+    making.copied_student(folders(kind), chosen, tmp_path / "student", dtype=torch.float32)
     assert len(list((tmp_path / "student").glob("model-*-of-*.safetensors"))) > 2
     teacher, student = (
         models.load_causal_lm(folder, dtype=torch.float32, ds_config=None, attention="sdpa")
@@ -377,7 +377,7 @@ def test_copied_student_takes_the_tokenizer_and_no_other_papers(folders: Callabl
         (teacher / name).write_text("{}")
     (teacher / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     (teacher / "chat_template.jinja").write_text("{{ messages }}")
-    models.copied_student(teacher, (0, 3), tmp_path / "student", dtype=torch.bfloat16)
+    making.copied_student(teacher, (0, 3), tmp_path / "student", dtype=torch.bfloat16)
     names = {file.name for file in (tmp_path / "student").iterdir()}
     assert names == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
@@ -397,7 +397,7 @@ def test_quantized_teacher_is_not_cut(folders: Callable[[str], Path], tmp_path: 
     with pytest.raises(
         InputError, match="its weights are quantized, so blocks can't be copied from it; give the model unq"
     ):
-        models.copied_student(teacher, (0,), tmp_path / "student", dtype=torch.float32)
+        making.copied_student(teacher, (0,), tmp_path / "student", dtype=torch.float32)
     assert not (tmp_path / "student").exists()
 
 
@@ -411,7 +411,7 @@ def test_random_student_is_a_function_of_its_seed_alone(folders: Callable[[str],
     }
 
     def make(name: str, seed: int) -> dict[str, torch.Tensor]:
-        models.random_student(folders("qwen3"), 2, width, tmp_path / name, seed=seed, dtype=torch.float32)
+        making.random_student(folders("qwen3"), 2, width, tmp_path / name, seed=seed, dtype=torch.float32)
         return load_file(tmp_path / name / "model.safetensors")
 
     torch.manual_seed(1)
@@ -449,7 +449,7 @@ def test_widths_that_cannot_be(
     folders: Callable[[str], Path], tmp_path: Path, kind: str, width: dict[str, int], expected: str
 ) -> None:
     with pytest.raises(InputError, match=expected):
-        models.random_student(folders(kind), 2, width, tmp_path / "student", seed=0, dtype=torch.float32)
+        making.random_student(folders(kind), 2, width, tmp_path / "student", seed=0, dtype=torch.float32)
     assert not list(tmp_path.iterdir())
 
 
@@ -537,7 +537,7 @@ def test_a_model_folder_s_hash_sees_a_change_in_every_tensor(tmp_path: Path) -> 
     def contents(changed: dict[str, torch.Tensor]) -> str:
         save_file({**tensors, **changed}, file)
         assert file.stat().st_size > 3 * 2**20
-        return models.folder_contents(tmp_path, weights_alone=True)
+        return model_folders.folder_contents(tmp_path, weights_alone=True)
 
     before = contents({})
     seen = {name: contents({name: tensor + 1}) for name, tensor in tensors.items()}
@@ -547,12 +547,12 @@ def test_a_model_folder_s_hash_sees_a_change_in_every_tensor(tmp_path: Path) -> 
 
 def test_a_model_folder_s_hash_sees_all_of_a_small_file(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("a" * 2**20 + "b" + "a" * (2**20 - 1))
-    before = models.folder_contents(tmp_path)
+    before = model_folders.folder_contents(tmp_path)
     (tmp_path / "tokenizer.json").write_text("a" * 2**20 + "c" + "a" * (2**20 - 1))
-    assert models.folder_contents(tmp_path) != before
+    assert model_folders.folder_contents(tmp_path) != before
 
 
 def test_a_large_file_that_is_no_safetensors_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"<" * 3 * 2**20)
     with pytest.raises(InputError, match="model.safetensors is not whole; download or copy the model again"):
-        models.folder_contents(tmp_path)
+        model_folders.folder_contents(tmp_path)

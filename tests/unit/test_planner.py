@@ -16,8 +16,9 @@ from llmkd.config import Recipe, load_recipe
 from llmkd.divergences import DIVERGENCES
 from llmkd.errors import InputError
 from llmkd.head import TeacherHead, head_losses
+from llmkd.making import qwen3_config
 from llmkd.matching import distance_sum, terms_of
-from llmkd.models import blocks, qwen3_config
+from llmkd.models import blocks
 from llmkd.placements import Cost, compare, recommended
 from llmkd.planner import GIB
 from tests.tensor_bytes import TensorBytes

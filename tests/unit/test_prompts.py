@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llmkd import data, generation, models, prompts, records
+from llmkd import data, generation, making, prompts, records
 from llmkd.config import Data
 from llmkd.errors import InputError
 from llmkd.sections.scores import Generation
@@ -20,7 +20,7 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     rows = records.rows("train", 0, 0, 200)
-    made = models.new_tokenizer([row["prompt"] + row["completion"] for row in rows], 400)
+    made = making.new_tokenizer([row["prompt"] + row["completion"] for row in rows], 400)
     made.chat_template = TEMPLATE
     return made
 

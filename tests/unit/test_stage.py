@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as hf
 
-from llmkd import models
+from llmkd import model_folders, models
 from llmkd.data import collate
 from llmkd.errors import InputError
 from llmkd.stages import cut
@@ -86,7 +86,7 @@ def test_a_stage_reads_its_own_tensors_and_no_others(tmp_path: Path, monkeypatch
     stage_safe_open = stage.safe_open
     monkeypatch.setattr(stage, "safe_open", Watched)
     monkeypatch.setattr(models, "safe_open", Watched)
-    files = models.tensor_files(tmp_path)
+    files = model_folders.tensor_files(tmp_path)
     whole: list[str] = []
     for part in cut([1] * 4, 3):
         read.clear()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmkd import models
+from llmkd import making, models
 from llmkd.data import IGNORE, Batch, collate
 from llmkd.distances import DISTANCES
 from llmkd.divergences import forward_kl
@@ -172,7 +172,7 @@ def test_teacher_asks_for_no_hidden_states(teacher: Any, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("width", [32, 24])
 def test_checkpointed_is_not_checkpointed(teacher: Any, tiny: Path, tmp_path: Path, width: int) -> None:
     shape = {} if width == 32 else {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1}
-    models.random_student(tiny / "teacher", 3, shape, tmp_path / "student", seed=0, dtype=torch.float32)
+    making.random_student(tiny / "teacher", 3, shape, tmp_path / "student", seed=0, dtype=torch.float32)
     pairs = ((0, 4), (1, 1), (2, 4), (2, 5))
     results = []
     for checkpointing in (False, True):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from llmkd import child
 from llmkd.comparison import compare, final_states, text_likelihoods, token_agreement
 from llmkd.config import Data, Evaluation
-from llmkd.data import IGNORE, Batch, load_rows
+from llmkd.data import IGNORE, Batch
 from llmkd.errors import InputError
 from llmkd.families import Family, family, whole_head
 from llmkd.family_data import collate_for, tokenize_for
@@ -43,6 +43,7 @@ from llmkd.results import (
     up_to_date,
     written,
 )
+from llmkd.row_files import load_rows
 
 log = logging.getLogger("llmkd")
 

@@ -30,7 +30,7 @@ from llmkd.angle_findings import FOLDER, WHEN
 from llmkd.angle_runs import Run, runs_of
 from llmkd.config import Recipe
 from llmkd.cosines import BINS, pairs_of
-from llmkd.data import Batch, source_contents
+from llmkd.data import Batch
 from llmkd.distributed import saved_weights
 from llmkd.errors import InputError
 from llmkd.families import kind
@@ -39,6 +39,7 @@ from llmkd.model_folders import resolve
 from llmkd.models import DTYPES, load_causal_lm, load_config, load_tokenizer
 from llmkd.provenance import versions
 from llmkd.results import digest, model_contents, one_sentence, publish, up_to_date, written
+from llmkd.row_files import source_contents
 from llmkd.starts import initial_student
 from llmkd.student import make_projectors
 from llmkd.teachers.base import EMBEDDING

@@ -9,8 +9,9 @@ from llmkd.cache_contents import Student, asked_for, students
 from llmkd.cache_files import Contents, sizes
 from llmkd.config import Recipe
 from llmkd.layer_map import Pairs
+from llmkd.model_shapes import Shapes
 from llmkd.models import DTYPES
-from llmkd.planner import GIB, Row, Shapes
+from llmkd.planner import GIB, Row
 from llmkd.teachers.cache import AHEAD
 
 ROWS = 1000

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from llmkd import child
 from llmkd.class_metrics import METRICS, class_metrics
 from llmkd.config import Data, Evaluation
-from llmkd.data import load_rows
 from llmkd.errors import InputError
 from llmkd.families import family, final_state, head
 from llmkd.family_data import collate_classified, tokenize_classified
@@ -37,6 +36,7 @@ from llmkd.results import (
     up_to_date,
     written,
 )
+from llmkd.row_files import load_rows
 
 log = logging.getLogger("llmkd")
 

@@ -313,9 +313,10 @@ def angles(run: Path, recipe: str | None, rows: int | None, overrides: tuple[str
 def plan(recipe: str, ranks: int, device_gib: float, overrides: tuple[str, ...]) -> None:
     """Show the memory a run needs on each rank, and other placements."""
     from llmkd.config import load_recipe
+    from llmkd.model_shapes import teacher_config
     from llmkd.placements import compare, placements_text, stages_text
     from llmkd.planner import plan as rows
-    from llmkd.planner import plan_text, teacher_config
+    from llmkd.planner import plan_text
 
     settings = load_recipe(recipe, overrides)
     teacher = teacher_config(settings)

@@ -19,13 +19,14 @@ from datasets import Dataset
 
 from llmkd import models, provenance
 from llmkd.config import Recipe
-from llmkd.data import epoch_batches, tokenize
+from llmkd.data import epoch_batches
 from llmkd.errors import InputError
 from llmkd.families import kind
 from llmkd.family_rules import SAID, teacher_shape
 from llmkd.jobs import read_rows
 from llmkd.model_folders import resolve
 from llmkd.models import load_config, load_tokenizer
+from llmkd.tokenizing import tokenize
 
 LENGTH_MULTIPLE = 8  # to which llmkd.data.collate pads
 OPEN, CLOSE = "⟦", "⟧"

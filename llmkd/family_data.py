@@ -13,9 +13,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from llmkd.data import IGNORE, MULTIPLE, Batch, check_columns, collate, kept_rows, tokenize
+from llmkd.data import IGNORE, MULTIPLE, Batch, collate
 from llmkd.errors import InputError
 from llmkd.families import Family
+from llmkd.tokenizing import check_columns, kept_rows, tokenize
 
 FORMATS = {
     "decoder": ("auto", "prompt_completion", "messages", "text"),

@@ -16,7 +16,6 @@ from llmkd import config, families, family_rules, making, model_folders, models
 from llmkd.architectures import KINDS, STARTS
 from llmkd.checkpoint import check_same
 from llmkd.config import ROOT, Recipe, finetune_inputs, fingerprint, training_inputs
-from llmkd.data import load_rows, source_contents
 from llmkd.distributed import (
     World,
     load_ds_config,
@@ -29,6 +28,7 @@ from llmkd.geometry import WIDTH_FREE
 from llmkd.layer_map import Pairs
 from llmkd.objective import Weights
 from llmkd.recipe_map import depths_of, maps_of, stones_of
+from llmkd.row_files import load_rows, source_contents
 from llmkd.stages import stage_count
 from llmkd.teachers import stage
 from llmkd.teachers.upper import check_upper

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from llmkd.errors import InputError
+from llmkd.errors import InputError, first_line
 
 Config = dict[str, Any]
 
@@ -160,11 +160,6 @@ def _hub_fault(config: Config) -> str | None:
 
 def _data_files(config: Config) -> list[str]:
     return _strings((config.get("dataset_kwargs") or {}).get("data_files"))
-
-
-def first_line(error: BaseException) -> str:
-    """An error's first line, or its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 # --- What a task is made of

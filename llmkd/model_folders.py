@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from llmkd.errors import InputError
+from llmkd.errors import InputError, first_line
 
 
 def resolve(path: str, what: str, revision: str | None = None) -> Path:
@@ -98,10 +98,6 @@ def _download(name: str, what: str, revision: str | None) -> Path:
             f"{what}: no folder {name!r} here, and the hub did not give it ({first_line(error)}); give the path of a "
             "local HF folder"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

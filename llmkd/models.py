@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from llmkd.distributed import sharded_construction
-from llmkd.errors import InputError
+from llmkd.errors import InputError, first_line
 from llmkd.families import (
     AUTO_CLASSES,
     by_stack,
@@ -40,7 +40,7 @@ from llmkd.families import backbone as backbone
 from llmkd.families import blocks as blocks
 from llmkd.families import check_logits as check_logits
 from llmkd.families import head as head
-from llmkd.model_folders import first_line, tensor_files
+from llmkd.model_folders import tensor_files
 
 log = logging.getLogger("llmkd")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -14,8 +14,9 @@ from llmkd.build import accumulation_steps
 from llmkd.config import Recipe
 from llmkd.errors import InputError
 from llmkd.layer_map import Pairs
+from llmkd.model_shapes import Shapes, initial_student_config, teacher_config
 from llmkd.models import DTYPES
-from llmkd.planner import GIB, NODE, Shapes, initial_student_config, peak, pipeline, plan, run_shapes, teacher_config
+from llmkd.planner import GIB, NODE, peak, pipeline, plan, run_shapes
 from llmkd.recipe_map import pairs_of, stones_of
 from llmkd.stages import drawing, states_per_item
 from llmkd.stones_plan import stones_wire

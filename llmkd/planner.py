@@ -11,37 +11,29 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from llmkd.architectures import new_config
 from llmkd.build import accumulation_steps
 from llmkd.config import ROOT, Recipe
 from llmkd.distributed import load_ds_config, zero_stage
-from llmkd.errors import InputError
-from llmkd.families import kind
 from llmkd.head import BUFFERS, rows_at_once
-from llmkd.making import block_choice
 from llmkd.matching import terms_of
-from llmkd.models import DTYPES, blocks, head, load_config, student_config
+from llmkd.model_shapes import Shapes, initial_student_config, shapes, teacher_config
+from llmkd.models import DTYPES, student_config
 from llmkd.recipe_map import pairs_of, stones_of
 from llmkd.stages import Cut, Route, cut, routes, stage_count, states_held
 from llmkd.teachers.base import EMBEDDING, blocks_needed
 
 log = logging.getLogger("llmkd")
-
 GIB = 2**30
 NODE = 8
 """Ranks of a node, as a pipeline's stages are planned."""
 WIDE = 4
 """Bytes of a master weight, an Adam moment, an accumulated or a communicated gradient: fp32 (ds_configs/)."""
-
 SET_COPIES = 16
 """Tensors of [tokens, H] that a set-level distance holds at its peak, its gradient included; its SVD's are counted in."""
-
 Phase = Literal["always", "teacher forward", "head", "backward", "optimizer step"]
 Place = Literal["device", "host", "nvme", "disk"]
 PHASES: tuple[Phase, ...] = ("teacher forward", "head", "backward", "optimizer step")
@@ -56,120 +48,6 @@ class Row:
     place: Place
     phases: tuple[Phase, ...]
     how: str
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Parameter counts of a causal language model, and the widths that decide what its blocks keep for the backward pass."""
-
-    parameters: int
-    embedding: int
-    head: int
-    largest_block: int
-    depth: int
-    hidden: int
-    intermediate: int
-    queries: int
-    """Heads times head size."""
-    keys: int
-    """Key heads times head size."""
-    heads: int
-    vocabulary: int
-    normed_queries: bool
-    """Queries and keys pass a norm of their own, as in Qwen3."""
-    each_block: tuple[int, ...]
-    """Every block's parameters."""
-    head_apart: bool
-    """The head has weights of its own; else it is tied to the embeddings."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shapes
-
-
-def shapes(config: PreTrainedConfig) -> Shapes:
-    """Count a model's parameters on the meta device, tied weights once."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    stack = blocks(model)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return Shapes(
-        parameters=_count(model),
-        embedding=_count(model.get_input_embeddings()),
-        head=_count(head(model)),
-        largest_block=max(_count(block) for block in stack),
-        depth=len(stack),
-        hidden=config.hidden_size,
-        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        queries=config.num_attention_heads * size,
-        keys=key_heads * size,
-        heads=config.num_attention_heads,
-        vocabulary=config.vocab_size,
-        normed_queries=any(name.endswith("q_norm.weight") for name, _ in stack[0].named_parameters()),
-        each_block=tuple(_count(block) for block in stack),
-        head_apart=head(model).weight is not model.get_input_embeddings().weight,
-    )
-
-
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def teacher_config(recipe: Recipe) -> PreTrainedConfig:
-    """The teacher's configuration: of its folder or hub name, of what `finetune` starts from, or of the recipe's `architecture`."""
-    settings, start = recipe.teacher, recipe.teacher.path
-    if recipe.finetune is not None:
-        if recipe.finetune.architecture is not None:
-            return decoder_config(new_config(recipe.finetune.architecture.model_dump()))
-        start = recipe.finetune.path
-    assert start is not None  # a recipe has a teacher's path or a finetune section
-    if Path(start).is_dir():
-        return decoder_config(load_config(Path(start), trust_remote_code=settings.trust_remote_code))
-    return decoder_config(_hub_config(start, recipe))
-
-
-def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration as it is. Raises InputError where it is not a decoder's."""
-    if kind(config) != "decoder":
-        raise InputError(
-            f"llmkd plan counts a decoder's bytes, and the teacher is of type {config.model_type!r}; start the run itself"
-        )
-    return config
-
-
-def _hub_config(name: str, recipe: Recipe) -> PreTrainedConfig:
-    settings = recipe.teacher
-    try:
-        return AutoConfig.from_pretrained(
-            name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        if settings.architecture is None:
-            raise InputError(
-                f"teacher.path: no folder {name!r} here and the hub did not give its config.json; write the shape under "
-                "teacher.architecture to plan without it"
-            ) from error
-    log.warning("the hub did not give %s's config.json; planning with the recipe's teacher.architecture", name)
-    return decoder_config(new_config(settings.architecture.model_dump()))
-
-
-def initial_student_config(recipe: Recipe, teacher: PreTrainedConfig) -> PreTrainedConfig:
-    """The student's configuration, as `llmkd.starts.initial_student` would write it."""
-    settings = recipe.student
-    if settings.init == "checkpoint":
-        assert settings.path is not None  # config.py sees to it
-        if not Path(settings.path).is_dir():
-            return AutoConfig.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
-        return load_config(Path(settings.path), trust_remote_code=settings.trust_remote_code)
-    assert settings.blocks is not None  # likewise
-    rule = settings.copy_blocks if settings.init == "teacher" else "spread"
-    chosen = block_choice(rule, settings.blocks, teacher.num_hidden_layers)
-    return student_config(teacher, chosen, settings.width)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The rows
 
 
 def plan(recipe: Recipe, ranks: int, config: PreTrainedConfig | None = None) -> list[Row]:
@@ -430,10 +308,6 @@ def _place(options: dict[str, Any], key: str) -> Place:
     device = options.get(key, {}).get("device", "none")
     places: dict[str, Place] = {"none": "device", "cpu": "host", "nvme": "nvme"}
     return places[device]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
 
 
 def peak(rows: Sequence[Row], place: Place = "device") -> tuple[int, str]:

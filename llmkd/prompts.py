@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmkd import records
-from llmkd.data import FORMATS, leading, load_rows, rendered
 from llmkd.errors import InputError
+from llmkd.row_files import load_rows
+from llmkd.tokenizing import FORMATS, leading, rendered
 
 Item = dict[str, Any]
 """prompt (a text) or messages (the turns before the answer); references; of the built-in task also its record."""

@@ -21,8 +21,8 @@ from typing import Any
 
 from llmkd import child
 from llmkd.config import Evaluation
-from llmkd.errors import InputError
-from llmkd.lm_tasks import first_line, problem, task_manager
+from llmkd.errors import InputError, first_line
+from llmkd.lm_tasks import problem, task_manager
 from llmkd.provenance import versions
 from llmkd.results import one_sentence, publish, publish_json
 from llmkd.vllm_backend import engine_options, lend_version, on_cpu, vllm_environment

@@ -5,8 +5,9 @@ from __future__ import annotations
 from llmkd.config import Recipe
 from llmkd.head import BUFFERS, rows_at_once
 from llmkd.layer_map import Pairs
+from llmkd.model_shapes import Shapes
 from llmkd.models import DTYPES
-from llmkd.planner import WIDE, Row, Shapes, block_activations
+from llmkd.planner import WIDE, Row, block_activations
 from llmkd.stones import shares
 
 

@@ -15,12 +15,14 @@ from transformers import AutoModelForCausalLM
 
 from llmkd import making, models
 from llmkd.config import Recipe
-from llmkd.data import IGNORE, collate, epoch_batches, load_rows, tokenize
+from llmkd.data import IGNORE, collate, epoch_batches
 from llmkd.layer_map import in_order_random
 from llmkd.recipe_map import pairs_of
+from llmkd.row_files import load_rows
 from llmkd.schedules import learning_rate
 from llmkd.student import make_projectors
 from llmkd.teachers.base import EMBEDDING
+from llmkd.tokenizing import tokenize
 from tests import definitions
 
 BLOCKS = 6

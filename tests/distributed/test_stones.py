@@ -17,11 +17,13 @@ from torch import nn
 from llmkd import build, distributed, jobs, models, recipe_map, starts
 from llmkd.config import ROOT, load_recipe
 from llmkd.connectors import make_connectors
-from llmkd.data import collate, epoch_batches, load_rows, tokenize
+from llmkd.data import collate, epoch_batches
+from llmkd.row_files import load_rows
 from llmkd.schedules import learning_rate
 from llmkd.stones import drawn, shares
 from llmkd.teachers import upper
 from llmkd.teachers.resident import ResidentTeacher
+from llmkd.tokenizing import tokenize
 from llmkd.train import train
 from tests.distributed.runner import run_on_ranks
 from tests.tiny import load, plain_losses

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from llmkd import agreement, making, models
 from llmkd.config import Data, Evaluation
-from llmkd.data import leading
 from llmkd.errors import InputError
 from llmkd.results import publish
+from llmkd.tokenizing import leading
 
 ITEMS, ROWS = 7, 5  # more generated texts than compared rows
 

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from llmkd import cosines, making, models
 from llmkd.cosines import BINS, CodeCosine, PairCosines, pairs_of
-from llmkd.data import IGNORE, Batch, collate, load_rows, tokenize
+from llmkd.data import IGNORE, Batch, collate
 from llmkd.errors import InputError
+from llmkd.row_files import load_rows
+from llmkd.tokenizing import tokenize
 from llmkd.viewpoints import TeacherStates, Viewpoint, look
 from tests.tensor_bytes import TensorBytes
 

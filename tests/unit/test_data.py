@@ -19,19 +19,10 @@ from tokenizers import pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from llmkd import making, models
-from llmkd.data import (
-    IGNORE,
-    Batch,
-    batches,
-    collate,
-    conversation,
-    epoch_batches,
-    load_rows,
-    micro_batch_rows,
-    steps_per_epoch,
-    tokenize,
-)
+from llmkd.data import IGNORE, Batch, batches, collate, epoch_batches, micro_batch_rows, steps_per_epoch
 from llmkd.errors import InputError
+from llmkd.row_files import load_rows
+from llmkd.tokenizing import conversation, tokenize
 
 CORPUS = ["user assistant system think one two three, yes no? Fine. What is it", "name red blue green"]
 CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]

@@ -13,10 +13,11 @@ import pytest
 from llmkd import making, models
 from llmkd.cli import main
 from llmkd.config import Recipe, load_recipe
-from llmkd.data import batches, tokenize
+from llmkd.data import batches
 from llmkd.doctor import CLOSE, OPEN, Finding, examine, marked
 from llmkd.errors import InputError
 from llmkd.jobs import read_rows
+from llmkd.tokenizing import tokenize
 
 
 @pytest.fixture

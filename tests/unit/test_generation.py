@@ -11,7 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from llmkd import backends, child, cli, data, generation, making, models, prompts, records, vllm_backend
+from llmkd import (
+    backends,
+    child,
+    cli,
+    data,
+    generation,
+    making,
+    models,
+    prompts,
+    records,
+    row_files,
+    tokenizing,
+    vllm_backend,
+)
 from llmkd.config import ROOT, Data, Evaluation
 from llmkd.errors import InputError
 from llmkd.sections.scores import Generation
@@ -54,8 +67,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         making.qwen3_config(shape, special), folder, seed=0, dtype=torch.float32, tokenizer=tokenizer.save_pretrained
     )
     model: Any = models.load_causal_lm(folder, dtype=torch.float32, ds_config=None, attention="sdpa")
-    ids = data.tokenize(
-        data.load_rows("records", name=None, split="train", rows=1600),
+    ids = tokenizing.tokenize(
+        row_files.load_rows("records", name=None, split="train", rows=1600),
         tokenizer,
         format="auto",
         max_length=160,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
-from llmkd import head, planner
+from llmkd import head, model_shapes, planner
 from llmkd.config import Recipe, load_recipe
 from llmkd.divergences import DIVERGENCES
 from llmkd.errors import InputError
@@ -52,7 +52,7 @@ def row(rows: list[planner.Row], what: str) -> planner.Row:
 
 def test_qwen3_8b_is_counted_right() -> None:
     # The model card of Qwen3-8B says 8.2 B parameters, 6.95 B without embeddings.
-    found = planner.shapes(Qwen3Config(**QWEN3_8B, tie_word_embeddings=False))
+    found = model_shapes.shapes(Qwen3Config(**QWEN3_8B, tie_word_embeddings=False))
     attention = 4096 * 128 * (32 + 8 + 8) + 32 * 128 * 4096 + 2 * 128
     block = attention + 3 * 4096 * 12288 + 2 * 4096
     assert found.largest_block == block
@@ -60,7 +60,7 @@ def test_qwen3_8b_is_counted_right() -> None:
 
 
 def test_tied_weights_are_counted_once() -> None:
-    tied = planner.shapes(Qwen3Config(**QWEN3_8B, tie_word_embeddings=True))
+    tied = model_shapes.shapes(Qwen3Config(**QWEN3_8B, tie_word_embeddings=True))
     assert tied.parameters == 8_190_735_360 - 151936 * 4096
     assert tied.head == tied.embedding == 151936 * 4096
 
@@ -178,7 +178,7 @@ def test_activations_are_what_torch_keeps(config: PreTrainedConfig, dtype: torch
         output = block(states, attention_mask=None, position_ids=positions, position_embeddings=rotary)
     assert output is not None
     measured = sum(storage.nbytes() for storage in kept.values())
-    planned = planner.block_activations(planner.shapes(config), dtype.itemsize) * tokens
+    planned = planner.block_activations(model_shapes.shapes(config), dtype.itemsize) * tokens
     assert planned == pytest.approx(measured, rel=0.12)
 
 
@@ -252,7 +252,7 @@ def test_the_head_takes_what_is_planned(
             temperature=temperature,
             chunk=chunk,
         )
-    shape = replace(planner.shapes(Qwen3Config(**SMALL)), vocabulary=vocabulary, head=vocabulary * width)
+    shape = replace(model_shapes.shapes(Qwen3Config(**SMALL)), vocabulary=vocabulary, head=vocabulary * width)
     changes = {"train.head_chunk": chunk, "loss.kl": 0.0 if divergence is None else 1.0}
     planned = sum(r.bytes for r in planner.head_rows(recipe.changed(changes), shape, shape) if "head" in r.phases)
     if divergence == "akl":  # sorts the teacher's probabilities: the order in 64 bits, and four tensors of the sorted
@@ -282,7 +282,7 @@ def test_a_shipped_recipe_uses_the_placement_that_its_plan_recommends(
 @pytest.mark.parametrize(("tokens", "width"), [(512, 64), (256, 256), (64, 256)])
 def test_a_set_level_distance_takes_what_is_planned(recipe: Recipe, distance: str, tokens: int, width: int) -> None:
     changed = recipe.changed({"matching.distance": distance, "matching.tokens": tokens, "data.max_length": 4096})
-    shape = replace(planner.shapes(Qwen3Config(**SMALL)), hidden=width)
+    shape = replace(model_shapes.shapes(Qwen3Config(**SMALL)), hidden=width)
     rows = planner.distance_rows(changed, shape, shape, [(0, 1)], ranks=1)
     ours, theirs = (torch.randn(1, tokens, width, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     with TensorBytes() as made:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llmkd import data, generation, making, prompts, records
+from llmkd import generation, making, prompts, records, row_files, tokenizing
 from llmkd.config import Data
 from llmkd.errors import InputError
 from llmkd.sections.scores import Generation
@@ -49,7 +49,7 @@ def test_a_chat_is_asked_up_to_where_training_begins_the_last_answer(tokenizer: 
         tmp_path / "chats.jsonl", {"messages": CHAT}, {"messages": [*CHAT, {"role": "user", "content": "thanks"}]}
     )
     items = generation.prompts(Generation(source=source, items=5), Data(rows=10))
-    ids, is_trained = data.conversation(CHAT, tokenizer)
+    ids, is_trained = tokenizing.conversation(CHAT, tokenizer)
     begins = max(place for place in range(1, len(ids)) if is_trained[place] and not is_trained[place - 1])
     for item, (text, asked) in zip(items, prompts.encoded(items, tokenizer), strict=True):
         assert asked == ids[:begins] and text.endswith(f"by the lake{tokenizer.eos_token}\n<assistant> ")
@@ -61,8 +61,8 @@ def test_a_prompt_is_asked_as_training_begins_its_row(tokenizer: Any, tmp_path: 
     source = write(tmp_path / "rows.jsonl", row, {**row, "prompt": "kind farm =>"})
     items = generation.prompts(Generation(source=source, items=1), Data(rows=10))
     assert items == [{"prompt": "kind inn =>", "references": ["It is an inn."]}]
-    rows = data.load_rows(source, name=None, split="train", rows=1)
-    ids = data.tokenize(rows, tokenizer, format="auto", max_length=99, too_long="drop")[0]
+    rows = row_files.load_rows(source, name=None, split="train", rows=1)
+    ids = tokenizing.tokenize(rows, tokenizer, format="auto", max_length=99, too_long="drop")[0]
     [(text, asked)] = prompts.encoded(items, tokenizer)
     assert text == row["prompt"] and asked == ids["input_ids"][: ids["trained"].index(True)]
 

@@ -1,0 +1,199 @@
+"""Rows of text as tokens, each with the positions that are trained."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from llmkd.errors import InputError, first_line
+
+log = logging.getLogger("llmkd")
+FORMATS = {"prompt_completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
+SAID = "llmkd0said0here"
+"""Stands for what an assistant says while a chat template is asked what it writes around it."""
+
+Encoded = tuple[list[list[int]], list[list[bool]]]
+"""Of each row its token ids, and which of them are trained."""
+
+
+def tokenize(rows: Dataset, tokenizer: Any, *, format: str, max_length: int, too_long: str) -> Dataset:
+    """Rows -> {input_ids, trained (per token), length, row}. Prompts are not trained; of a chat, what the assistant says is.
+
+    `row` is the row's number. Prompt and completion are tokenized apart, as they are when the model later continues the
+    prompt. Raises InputError for a row that lacks its columns, or when no row is left.
+    """
+    format = _format_of(rows.column_names) if format == "auto" else format
+    check_columns(rows, FORMATS[format], format)
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "the tokenizer has no end-of-sequence token, by which a student learns to stop; set its eos_token"
+        )
+    encode = {"prompt_completion": _prompt_completion, "messages": _messages, "text": _text}[format]
+
+    def encoded(columns: dict[str, list[Any]], numbers: list[int]) -> dict[str, Any]:
+        _check_text(columns, format, numbers)
+        ids, trained = encode(columns, tokenizer, numbers)
+        whole = [len(i) for i in ids]
+        if too_long == "truncate":
+            ids, trained = [i[:max_length] for i in ids], [t[:max_length] for t in trained]
+        useful = [any(t[1:]) for t in trained]
+        length = [len(i) for i in ids]
+        return {
+            "input_ids": ids,
+            "trained": trained,
+            "length": length,
+            "whole": whole,
+            "useful": useful,
+            "row": numbers,
+        }
+
+    found = rows.map(
+        encoded, batched=True, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False
+    )
+    return kept_rows(found, max_length=max_length, too_long=too_long)
+
+
+def check_columns(rows: Dataset, needed: Sequence[str], format: str) -> None:
+    """Raise InputError where a format's column is not there."""
+    missing = [column for column in needed if column not in rows.column_names]
+    if missing:
+        raise InputError(
+            f"data.format: {format} needs the column {missing[0]!r}, the data has {', '.join(rows.column_names)}; "
+            "rename the column, or choose another format"
+        )
+
+
+def kept_rows(found: Dataset, *, max_length: int, too_long: str) -> Dataset:
+    """The tokenized rows that are trained on, by their columns `whole` (tokens before any cut) and `useful`, which go.
+
+    Raises InputError when no row is left.
+    """
+    long, useful = np.array(found["whole"]) > max_length, np.array(found["useful"])
+    kept = np.flatnonzero(useful & (~long | (too_long == "truncate")))
+    if long.any() or not useful.all():
+        fate = "truncated" if too_long == "truncate" else "dropped"
+        log.info(
+            "data: %d of %d rows are used; %d longer than %d tokens (%s), %d with nothing to train (dropped)",
+            len(kept), len(useful), long.sum(), max_length, fate, (~useful).sum(),
+        )  # fmt: skip
+    if len(kept) == 0:
+        raise InputError(
+            f"data.max_length: no row has a token to train within {max_length} tokens; write a larger max_length, or "
+            "look at the data"
+        )
+    return found.select(kept).remove_columns(["whole", "useful"])
+
+
+def _format_of(columns: Sequence[str]) -> str:
+    for format, needed in FORMATS.items():
+        if all(column in columns for column in needed):
+            return format
+    raise InputError(
+        f"data.format: columns {', '.join(columns)} are none of prompt + completion, messages, text; rename them, or "
+        "choose a format"
+    )
+
+
+def _check_text(columns: dict[str, list[Any]], format: str, numbers: list[int]) -> None:
+    for column in FORMATS[format]:
+        for number, value in zip(numbers, columns[column], strict=True):
+            if column != "messages" and not isinstance(value, str):
+                cure = "for chats name the column messages" if isinstance(value, list) else "make it a text"
+                raise InputError(f"data row {number}: {column} must be text, it is {type(value).__name__}; {cure}")
+
+
+def _prompt_completion(columns: dict[str, list[Any]], tokenizer: Any, numbers: list[int]) -> Encoded:
+    prompts = leading(tokenizer, columns["prompt"])
+    completions = _closed(tokenizer(columns["completion"], add_special_tokens=False)["input_ids"], tokenizer)
+    both = list(zip(prompts, completions, strict=True))
+    return [p + c for p, c in both], [[False] * len(p) + [True] * len(c) for p, c in both]
+
+
+def leading(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The ids of texts that open a sequence: with the tokenizer's leading tokens, without a closing one it may add."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    added = tokenizer("a", add_special_tokens=True)["input_ids"]
+    opens, closes = bos is not None and added[:1] == [bos], added[-1:] == [eos]
+    encoded = [ids[:-1] if closes else ids for ids in tokenizer(texts, add_special_tokens=True)["input_ids"]]
+    return [ids[1:] if opens and ids[:2] == [bos, bos] else ids for ids in encoded]  # the text brought its own
+
+
+def _closed(encoded: list[list[int]], tokenizer: Any) -> list[list[int]]:
+    """The ids with an end-of-sequence token, one even where the text brought its own."""
+    eos = tokenizer.eos_token_id
+    return [ids if ids[-1:] == [eos] else [*ids, eos] for ids in encoded]
+
+
+def _text(columns: dict[str, list[Any]], tokenizer: Any, numbers: list[int]) -> Encoded:
+    texts = _closed(leading(tokenizer, columns["text"]), tokenizer)
+    # An empty line is no document; trained on, it would teach to stop at once.
+    return texts, [[bool(text.strip())] * len(ids) for text, ids in zip(columns["text"], texts, strict=True)]
+
+
+def _messages(columns: dict[str, list[Any]], tokenizer: Any, numbers: list[int]) -> Encoded:
+    encoded = []
+    for number, messages in zip(numbers, columns["messages"], strict=True):
+        try:
+            encoded.append(conversation(messages, tokenizer))
+        except InputError as error:
+            raise InputError(f"data row {number}: {error}") from error
+    return [ids for ids, _ in encoded], [trained for _, trained in encoded]
+
+
+def conversation(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """A chat through the tokenizer's template: (ids, trained). What the assistant says is trained, its end of turn too.
+
+    Raises InputError where that can't be told.
+    """
+    if not (
+        isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+    ):
+        raise InputError('messages must be a list of turns; write [{"role": "user", "content": "..."}, ...]')
+    if not tokenizer.chat_template:
+        raise InputError("the tokenizer has no chat template; give prompt and completion, or give the tokenizer one")
+    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise InputError("the conversation has no turn of the role assistant; add one, there is nothing to train on")
+    whole = rendered(messages, tokenizer)
+    spans = [_said(messages, turn, whole, tokenizer) for turn in turns]
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    # Some tokenizers leave white space out of a token's place, so that (a, b) may be (b, b).
+    trained = [any(start <= a and start < b <= end for start, end in spans) for a, b in encoded["offset_mapping"]]
+    return encoded["input_ids"], trained
+
+
+def _said(messages: list[dict[str, str]], turn: int, whole: str, tokenizer: Any) -> tuple[int, int]:
+    """Where an assistant's turn stands in the rendered chat: from the end of the generation prompt to its end of turn.
+
+    A template may write a turn otherwise once others follow (Qwen3 leaves out what was thought), so the place is found
+    from what stands around a stand-in for the words, in the whole chat and where the chat ends with this turn.
+    """
+    upto = [*messages[:turn], {**messages[turn], "content": SAID}]
+    opening, _, closing = rendered(upto, tokenizer).partition(SAID)
+    after = rendered([*upto, *messages[turn + 1 :]], tokenizer).partition(SAID)[2] if messages[turn + 1 :] else closing
+    if not after.startswith(closing):  # Phi-3 ends a whole chat with a further token
+        closing = re.sub(r"\s\S*$", "", os.path.commonprefix([closing, after]))
+    end = len(whole) - len(after) + len(closing.rstrip() or closing)
+    before = rendered(messages[:turn], tokenizer, add_generation_prompt=True) if turn else opening
+    start = len(os.path.commonprefix([whole, before]))
+    told = len(os.path.commonprefix([before, rendered(messages[:turn], tokenizer)])) if turn else 0
+    if SAID in whole or not whole.endswith(after) or not told <= start <= end:
+        raise InputError(
+            f"the chat template writes what precedes turn {turn} otherwise once that turn is there, so the assistant's "
+            "tokens can't be told apart; give prompt and completion instead"
+        )
+    return start, end
+
+
+def rendered(messages: list[dict[str, str]], tokenizer: Any, add_generation_prompt: bool = False) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:  # a template is a program of its own, and may raise anything
+        reason = first_line(error)
+        raise InputError(f"the tokenizer's chat template refuses the messages ({reason}); mend one of them") from error

@@ -21,7 +21,8 @@ from typing import Any
 from llmkd import build, cache_contents, jobs, starts
 from llmkd.config import Recipe, dump_recipe, load_recipe
 from llmkd.data import announced, batches
-from llmkd.distributed import World, engine, start
+from llmkd.distributed import World, start
+from llmkd.engines import engine
 from llmkd.launch import launch
 from llmkd.objective import divisors, scales
 from llmkd.planner import GIB

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.passes import Llmkd, Paper, Pass, Passes, Plain, Unavoidable
 from benchmarks.shapes import Work
-from llmkd.distributed import engine
 from llmkd.divergences import DIVERGENCES
+from llmkd.engines import engine
 from llmkd.layer_map import Pairs, layer_map
 
 STRATEGIES = ("none", "forward", "reverse", "all_to_one", "random")

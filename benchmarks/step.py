@@ -28,7 +28,8 @@ from benchmarks.passes import CHUNK, Llmkd
 from benchmarks.phases import operations_of, phases_of
 from benchmarks.shapes import SIZES, Size, Work, make_model, make_work
 from llmkd.config import ROOT
-from llmkd.distributed import World, complete_ds_config, load_ds_config, quiet, start, stop, zero_stage
+from llmkd.distributed import World, quiet, start, stop
+from llmkd.engines import complete_ds_config, load_ds_config, zero_stage
 from llmkd.errors import InputError
 from llmkd.layer_map import forward
 from llmkd.models import DTYPES

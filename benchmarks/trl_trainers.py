@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.contestants import Terms
 from benchmarks.shapes import PAD, Work, labels
-from llmkd.distributed import World, zero_stage
+from llmkd.distributed import World
+from llmkd.engines import zero_stage
 from llmkd.making import new_tokenizer
 
 

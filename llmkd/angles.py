@@ -31,7 +31,7 @@ from llmkd.angle_runs import Run, runs_of
 from llmkd.config import Recipe
 from llmkd.cosines import BINS, pairs_of
 from llmkd.data import Batch
-from llmkd.distributed import saved_weights
+from llmkd.engines import saved_weights
 from llmkd.errors import InputError
 from llmkd.families import kind
 from llmkd.family_rules import check_angles

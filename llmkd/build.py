@@ -17,18 +17,9 @@ from llmkd import config, families, models
 from llmkd.config import ROOT
 from llmkd.connectors import fit_connectors, make_connectors
 from llmkd.data import Batch, steps_per_epoch
-from llmkd.distributed import (
-    Wire,
-    World,
-    all_rows,
-    check_asynchronous_io,
-    complete_ds_config,
-    load_ds_config,
-    on_main,
-    parameter_count,
-    teacher_ds_config,
-)
+from llmkd.distributed import Wire, World, all_rows, on_main
 from llmkd.divergences import Divergence, with_parameters
+from llmkd.engines import check_asynchronous_io, complete_ds_config, load_ds_config, parameter_count, teacher_ds_config
 from llmkd.errors import InputError
 from llmkd.families import Family
 from llmkd.family_data import tokenize_for

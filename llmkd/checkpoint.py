@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from llmkd.distributed import World, barrier, load_shards, merge_shards, on_main, whole_state
+from llmkd.distributed import World, barrier, on_main
+from llmkd.engines import load_shards, merge_shards, whole_state
 from llmkd.errors import InputError
 from llmkd.model_folders import copy_tokenizer
 
@@ -93,7 +94,7 @@ def check_same(theirs: dict[str, Any], ours: dict[str, Any], where: Path) -> Non
 def load(world: World, engine: Any, saved: Saved) -> None:
     """Put engine, optimizer and random generators back as they were (all ranks take part).
 
-    On another number of ranks than wrote it, the engine must have been made for it (`llmkd.distributed.on_other_ranks`); the random
+    On another number of ranks than wrote it, the engine must have been made for it (`llmkd.engines.on_other_ranks`); the random
     generators then stay as they are.
     """
     if saved.world_size == world.size:

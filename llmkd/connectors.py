@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from llmkd.data import Batch
-from llmkd.distributed import World, overwrite, sum_tensor
+from llmkd.distributed import World, sum_tensor
+from llmkd.engines import overwrite
 from llmkd.teachers.base import Teacher, output_state
 
 log = logging.getLogger("llmkd")

@@ -16,11 +16,8 @@ from llmkd import config, families, family_rules, making, model_folders, models
 from llmkd.architectures import KINDS, STARTS
 from llmkd.checkpoint import check_same
 from llmkd.config import ROOT, Recipe, finetune_inputs, fingerprint, training_inputs
-from llmkd.distributed import (
-    World,
-    load_ds_config,
-    on_main,
-)
+from llmkd.distributed import World, on_main
+from llmkd.engines import load_ds_config
 from llmkd.errors import InputError
 from llmkd.families import Family
 from llmkd.family_data import check_format, label_names

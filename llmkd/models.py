@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llmkd.distributed import sharded_construction
+from llmkd.engines import sharded_construction
 from llmkd.errors import InputError, first_line
 from llmkd.families import (
     AUTO_CLASSES,

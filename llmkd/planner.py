@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from llmkd.build import accumulation_steps
 from llmkd.config import ROOT, Recipe
-from llmkd.distributed import load_ds_config, zero_stage
+from llmkd.engines import load_ds_config, zero_stage
 from llmkd.head import BUFFERS, rows_at_once
 from llmkd.matching import terms_of
 from llmkd.model_shapes import Shapes, initial_student_config, shapes, teacher_config

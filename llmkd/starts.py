@@ -10,10 +10,7 @@ from typing import Any
 from llmkd import encoders, families, making, model_folders, models
 from llmkd.architectures import KINDS, new_config
 from llmkd.config import Recipe
-from llmkd.distributed import (
-    World,
-    on_main,
-)
+from llmkd.distributed import World, on_main
 from llmkd.errors import InputError
 from llmkd.jobs import Job, read_rows
 from llmkd.recipe_map import depths_of

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from llmkd.distributed import full_shape, gathered
+from llmkd.engines import full_shape, gathered
 from llmkd.matching import small_pass
 from llmkd.models import backbone, blocks
 

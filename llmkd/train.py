@@ -38,10 +38,8 @@ from llmkd.data import Batch, announced, batches
 from llmkd.distributed import (
     World,
     barrier,
-    engine,
     lost_rank,
     on_main,
-    on_other_ranks,
     quiet,
     silent_ranks,
     start,
@@ -49,6 +47,7 @@ from llmkd.distributed import (
     sum_counts,
     tell_mistake,
 )
+from llmkd.engines import engine, on_other_ranks
 from llmkd.errors import InputError
 from llmkd.family_data import collate_for
 from llmkd.jobs import Job

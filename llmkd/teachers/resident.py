@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmkd.data import Batch
-from llmkd.distributed import frozen_engine, gathered
+from llmkd.engines import frozen_engine, gathered
 from llmkd.families import Body, backbone, blocks, head, head_bias, kind, on_state
 from llmkd.teachers.base import Capture, Signal, States
 from llmkd.teachers.offload import OffloadedStates

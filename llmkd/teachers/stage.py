@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from llmkd.distributed import parameter_count
+from llmkd.engines import parameter_count
 from llmkd.errors import InputError
 from llmkd.model_folders import tensor_files
 from llmkd.models import (

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmkd.data import Batch
-from llmkd.distributed import gathered
+from llmkd.engines import gathered
 from llmkd.errors import InputError
 from llmkd.models import backbone, blocks, student_config
 from llmkd.teachers.base import output_state

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmkd import checkpoint, jobs, models
 from llmkd.config import load_recipe
-from llmkd.distributed import check_asynchronous_io, frozen_engine, gathered, teacher_ds_config
+from llmkd.engines import check_asynchronous_io, frozen_engine, gathered, teacher_ds_config
 from llmkd.errors import InputError
 from llmkd.train import train
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from llmkd import build, distributed, jobs, models, recipe_map, starts
+from llmkd import build, engines, jobs, models, recipe_map, starts
 from llmkd.config import ROOT, load_recipe
 from llmkd.connectors import make_connectors
 from llmkd.data import collate, epoch_batches
@@ -281,7 +281,7 @@ def test_resumed_is_uninterrupted_to_the_bit(tiny: Path, world: Any, tmp_path: P
 )
 def test_an_overwritten_weight_is_what_the_optimizer_goes_on_from(world: Any, stage: int, dtype: str) -> None:
     cpu = json.loads((ROOT / "ds_configs" / "cpu.json").read_text())
-    config = distributed.complete_ds_config(
+    config = engines.complete_ds_config(
         {**cpu, "zero_optimization": {**cpu["zero_optimization"], "stage": stage}},
         world_size=1,
         micro_batch=1,
@@ -291,16 +291,16 @@ def test_an_overwritten_weight_is_what_the_optimizer_goes_on_from(world: Any, st
         nvme_path="",
     )
     module: Any = nn.Sequential(nn.Linear(5, 3, bias=False), nn.Linear(3, 3, bias=False)).to(models.DTYPES[dtype])
-    made: Any = distributed.engine(module, config, learning_rate=0.1, betas=(0.9, 0.9), epsilon=1e-8, weight_decay=0.0)
+    made: Any = engines.engine(module, config, learning_rate=0.1, betas=(0.9, 0.9), epsilon=1e-8, weight_decay=0.0)
     torch.manual_seed(0)
     value = torch.randn(3, 5, dtype=torch.float64)
-    distributed.overwrite(world, module[0].weight, value)
+    engines.overwrite(world, module[0].weight, value)
     for group in made.optimizer.param_groups:
         group["lr"] = 0.0
     loss = made(torch.ones(1, 5, dtype=models.DTYPES[dtype])).float().sum()
     made.backward(loss)
     made.step()  # at rate 0: writes the fp32 copy over the weight
-    with distributed.gathered([module[0].weight]):
+    with engines.gathered([module[0].weight]):
         assert torch.equal(module[0].weight.detach(), value.float().to(models.DTYPES[dtype]))
     if stage:
         full: Any = deepspeed.utils.safe_get_full_fp32_param(module[0].weight)
@@ -314,7 +314,7 @@ def test_a_sharded_teacher_lends_one_block_at_a_time(tiny: Path, world: Any, mon
         sum(p.numel() for p in counted[0].parameters()),
         max(p.numel() for p in counted.parameters()),
     )
-    ds = distributed.teacher_ds_config(2, "float32", "none", block=block, parameter=largest)
+    ds = engines.teacher_ds_config(2, "float32", "none", block=block, parameter=largest)
     model: Any = models.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=ds, attention="sdpa")
     held: list[int] = []
     call = upper.functional_call

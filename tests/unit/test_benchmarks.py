@@ -17,8 +17,9 @@ from benchmarks.measure import Memory
 from benchmarks.passes import HIDDEN_WEIGHT, Llmkd, Paper, Pass
 from benchmarks.shapes import PAD, Row, Size, Work, as_batch, labels, make_model, make_rows, make_work
 from llmkd.distances import DISTANCES
-from llmkd.distributed import World, complete_ds_config
+from llmkd.distributed import World
 from llmkd.divergences import forward_kl
+from llmkd.engines import complete_ds_config
 from llmkd.head import IGNORED
 from llmkd.layer_map import forward
 from llmkd.student import Distiller

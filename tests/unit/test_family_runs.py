@@ -13,7 +13,7 @@ import yaml
 
 from llmkd import build, encoders, jobs, making, models, starts
 from llmkd.config import Recipe, load_recipe
-from llmkd.distributed import gathered
+from llmkd.engines import gathered
 from llmkd.families import CLASSIFIERS, depths
 from llmkd.train import train
 from tests.family_models import CLASSES, DECODERS, ENCODER_DECODERS, ENCODERS, family_recipe, new

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from llmkd import making, model_folders, models
 from llmkd.data import collate
-from llmkd.distributed import gathered, teacher_ds_config
+from llmkd.engines import gathered, teacher_ds_config
 from llmkd.errors import InputError
 from llmkd.teachers.base import output_state
 

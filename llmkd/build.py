@@ -228,7 +228,7 @@ def load_student(
     )
     width = model.config.hidden_size
     target = target_width or width
-    projected = len(job.pairs) if matching.needs_projector else 0
+    projected = len(job.pairs) if matching.projects(width, target) else 0
     projectors = make_projectors(projected, width, target, bias=matching.projector_bias, seed=job.seed)
     divergence = with_parameters(job.recipe.loss.divergence, job.recipe.loss.parameters)
     module = Distiller(

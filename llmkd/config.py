@@ -222,7 +222,7 @@ def finetune_inputs(recipe: Recipe) -> dict[str, Any]:
     return {f"finetune.{key}": value for key, value in flat(values).items() if key not in _SAVING}
 
 
-_LATER = {"redraw_every": 0, "pair_weights": None, "tokens": None, "scope": "micro_batch"}
+_LATER = {"redraw_every": 0, "pair_weights": None, "tokens": None, "scope": "micro_batch", "projector": "if_needed"}
 """Keys of `matching` that came after the first runs, with the values that change nothing."""
 
 

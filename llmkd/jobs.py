@@ -135,12 +135,13 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
 
 def _check_redraws(recipe: Recipe, teacher: Any, student: Any) -> None:
     """Raise InputError where a map is drawn again whose pairs have a projector each; `teacher` and `student`: the configurations."""
-    width = recipe.student.width.get("hidden_size", student.hidden_size)
-    if recipe.matching.redraw_every and width != teacher.hidden_size and recipe.matching.needs_projector:
+    width: int = recipe.student.hidden_size or student.hidden_size
+    matching = recipe.matching
+    if matching.redraw_every and matching.projects(width, teacher.hidden_size):
+        why = f"the student's states have {width} numbers and the teacher's {teacher.hidden_size}, and a projector is"
         raise InputError(
-            f"matching.redraw_every: the student's states have {width} numbers and the teacher's {teacher.hidden_size}, and a "
-            "projector is learned for one teacher block; write redraw_every: 0, or a distance that needs none "
-            f"({', '.join(WIDTH_FREE)})"
+            f"matching.redraw_every: {'projectors are' if width == teacher.hidden_size else why} learned for one teacher block; write "
+            f"redraw_every: 0, or a distance that needs none ({', '.join(WIDTH_FREE)})"
         )
 
 

@@ -59,7 +59,7 @@ def plan(recipe: Recipe, ranks: int, config: PreTrainedConfig | None = None) -> 
     found = config or teacher_config(recipe)
     teacher, student = shapes(found), shapes(initial_student_config(recipe, found))
     pairs = pairs_of(recipe, student.depth, teacher.depth)
-    projected = bool(pairs) and student.hidden != teacher.hidden and recipe.matching.needs_projector
+    projected = bool(pairs) and recipe.matching.projects(student.hidden, teacher.hidden)
     projectors = len(pairs) * student.hidden * teacher.hidden if projected else 0
     stones = stones_of(recipe, student.depth, teacher.depth)
     projectors += len(stones) * student.hidden * teacher.hidden
@@ -252,7 +252,7 @@ def distance_rows(
     size, matching = DTYPES[recipe.train.dtype].itemsize, recipe.matching
     tokens = recipe.train.micro_batch_size * recipe.data.max_length
     tokens = tokens if matching.tokens is None else min(tokens, matching.tokens)
-    width = teacher.hidden if matching.needs_projector else student.hidden
+    width = teacher.hidden if matching.projects(student.hidden, teacher.hidden) else student.hidden
     shown = "[B, T, H]" if matching.tokens is None else f"[{tokens}, H]"
     how = f"{len(pairs)} pairs x {shown} x {size} B"
     rows = [Row("gradients of the distances", len(pairs) * tokens * width * size, "device", ("head", "backward"), how)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -310,14 +310,17 @@ class LossHead(nn.Module):
 def make_projectors(
     pairs: int, student_width: int, teacher_width: int, *, bias: bool, seed: int
 ) -> nn.ModuleList | None:
-    """One Linear(H_s -> H_t) per pair where the widths differ, drawn from the seed (Xavier uniform); None where they agree."""
-    if pairs == 0 or student_width == teacher_width:
+    """One Linear(H_s -> H_t) per pair: drawn from the seed (Xavier uniform), the identity where the widths agree; None for no pair."""
+    if pairs == 0:
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         projectors = nn.ModuleList(nn.Linear(student_width, teacher_width, bias=bias) for _ in range(pairs))
         for projector in projectors:
-            nn.init.xavier_uniform_(projector.weight)  # type: ignore[arg-type]
+            weight = cast(Tensor, projector.weight)
+            nn.init.eye_(weight) if student_width == teacher_width else nn.init.xavier_uniform_(weight)
+            if bias and student_width == teacher_width:
+                nn.init.zeros_(cast(Tensor, projector.bias))
     return projectors
 
 

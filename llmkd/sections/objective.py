@@ -36,6 +36,8 @@ class Matching(Section):
     """Compare the last blocks' outputs before or after the final norm (the layer-selection paper's Qwen3 code: after)."""
     embedding: bool = False
     """Match the embeddings' outputs too (the paper does for BERT, BART and T5, not for Qwen3)."""
+    projector: Literal["if_needed", "always"] = "if_needed"
+    """Learn a linear map per pair from the student's states to the teacher's: where the widths differ, or at equal widths too."""
     projector_bias: bool = False
 
     @model_validator(mode="after")
@@ -49,6 +51,10 @@ class Matching(Section):
         if self.scope == "batch" and not any(term.of_set for term in terms_of(self.distances)):
             raise ValueError(
                 f"matching.scope: {' and '.join(self.distances)} compares token by token, wherever the tokens are; leave it out"
+            )
+        if self.projector == "always" and all(term.width_free for term in terms_of(self.distances)):
+            raise ValueError(
+                f"matching.projector: {' and '.join(self.distances)} compares states as they are; add another distance, or leave it out"
             )
         if self.scope == "batch" and self.tokens is not None:
             raise ValueError(
@@ -65,10 +71,10 @@ class Matching(Section):
         """Each distance's weight in a pair's sum."""
         return {self.distance: 1.0} if isinstance(self.distance, str) else self.distance
 
-    @property
-    def needs_projector(self) -> bool:
-        """Whether states of two widths must be brought to one."""
-        return not all(term.width_free for term in terms_of(self.distances))
+    def projects(self, student_width: int, teacher_width: int) -> bool:
+        """Whether a learned map stands between states of these widths."""
+        free = all(term.width_free for term in terms_of(self.distances))
+        return not free and (self.projector == "always" or student_width != teacher_width)
 
 
 class Schedule(Section):

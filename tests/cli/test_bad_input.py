@@ -86,6 +86,10 @@ def test_the_recipe_that_is_spoilt_below_is_good(place: Path, world: Any) -> Non
             },
             "matching.redraw_every: the student's states have 24 numbers and the teacher's 32, and a projector is learned for one teacher",
         ),
+        (
+            {"matching.strategy": "in_order_random", "matching.redraw_every": 5, "matching.projector": "always"},
+            "matching.redraw_every: projectors are learned for one teacher block; write redraw_every: 0, or a distance",
+        ),
         ({"matching.strategy": "pkd_last", "student.blocks": 1}, "strategy 'pkd_last' leaves out the student's last"),
         (
             {"student.blocks": 7, "matching.strategy": "none"},

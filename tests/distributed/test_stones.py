@@ -145,9 +145,8 @@ def plain_run(tiny: Path, changes: dict[str, Any], folder: Path) -> tuple[dict[s
         )
         with torch.no_grad():
             connector.weight.copy_(torch.linalg.lstsq(ours, theirs).solution.T)
-    projectors = (
-        None if not pairs else build.make_projectors(len(pairs), student.config.hidden_size, 32, bias=False, seed=0)
-    )
+    width = student.config.hidden_size
+    projectors = build.make_projectors(0 if width == 32 else len(pairs), width, 32, bias=False, seed=0)
     parameters = [*student.parameters(), *connectors.parameters(), *(projectors.parameters() if projectors else [])]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.train.weight_decay},

@@ -120,6 +120,10 @@ def test_file_that_is_no_text_and_missing_file(tmp_path: Path) -> None:
             "matching.tokens: with scope batch the ranks' samples would not weigh what their tokens do",
         ),
         (["matching.scope=batch"], "matching.scope: normalized_mse compares token by token, wherever the tokens are"),
+        (
+            ["matching.distance=cka", "matching.projector=always"],
+            "matching.projector: cka compares states as they are; add another distance, or leave it out",
+        ),
         (["matching.tokens=1"], "matching.tokens: input should be greater than 1 (got 1)"),
         (["matching.pair_weights=[0, 0]"], "matching.pair_weights: [0.0, 0.0]; write numbers from 0 up, one of them"),
         (["matching.pair_weights=[1, -1]"], "matching.pair_weights: [1.0, -1.0]; write numbers from 0 up"),
@@ -324,9 +328,11 @@ IGNORED += [
     "loss.report_norms_every=5",
     "matching.scope=micro_batch",
     "matching.redraw_every=0",
+    "matching.projector=if_needed",
 ]
 NOTICED = ["seed=1", "student.blocks=2", "matching.strategy=none", "loss.hidden=1.0", "data.rows=3", "train.steps=5"]
 NOTICED += ["loss.divergence=jsd", "loss.divergence=tvd", "matching.tokens=9", "matching.pair_weights=[1,2]"]
+NOTICED += ["matching.projector=always"]
 NOTICED += [
     "train.learning_rate=0.1",
     "train.warmup_steps=1",
@@ -424,8 +430,10 @@ def test_mixes_and_schedules_are_read_and_noticed(recipe: Path) -> None:
             "loss.schedules.hidden={shape: linear, final: 0.0, until: 0.5}",
         ],
     )
-    assert mixed.matching.distances == {"procrustes": 1.0, "mse": 0.1} and mixed.matching.needs_projector
-    assert not load_recipe(recipe, ["matching.distance={procrustes: 1, cka: 2}"]).matching.needs_projector
+    assert mixed.matching.distances == {"procrustes": 1.0, "mse": 0.1} and mixed.matching.projects(24, 32)
+    assert not mixed.matching.projects(32, 32)
+    assert load_recipe(recipe, ["matching.projector=always"]).matching.projects(32, 32)
+    assert not load_recipe(recipe, ["matching.distance={procrustes: 1, cka: 2}"]).matching.projects(24, 32)
     other = training_inputs(mixed)
     named = {key for key in same.keys() | other.keys() if same.get(key) != other.get(key)}
     assert {"matching.distance.mse", "loss.divergence.reverse_kl", "loss.schedules.hidden.until"} <= named

@@ -41,7 +41,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
     def unreachable(*args: object, **kwargs: object) -> None:
         raise OSError("offline")
 
-    monkeypatch.setattr(planner.AutoConfig, "from_pretrained", unreachable)
+    monkeypatch.setattr(model_shapes.AutoConfig, "from_pretrained", unreachable)
     return load_recipe("recipes/qwen3_8b_to_9_blocks.yaml").changed({"teacher.placement": "zero3"})
 
 

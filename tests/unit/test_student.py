@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -169,15 +170,18 @@ def test_teacher_asks_for_no_hidden_states(teacher: Any, monkeypatch: pytest.Mon
     assert final is not None and not final.requires_grad
 
 
-@pytest.mark.parametrize("width", [32, 24])
-def test_checkpointed_is_not_checkpointed(teacher: Any, tiny: Path, tmp_path: Path, width: int) -> None:
+@pytest.mark.parametrize(("width", "projected"), [(32, False), (32, True), (24, True)])
+def test_checkpointed_is_not_checkpointed(
+    teacher: Any, tiny: Path, tmp_path: Path, width: int, projected: bool
+) -> None:
     shape = {} if width == 32 else {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1}
     making.random_student(tiny / "teacher", 3, shape, tmp_path / "student", seed=0, dtype=torch.float32)
     pairs = ((0, 4), (1, 1), (2, 4), (2, 5))
     results = []
     for checkpointing in (False, True):
         student = models.load_causal_lm(tmp_path / "student", dtype=torch.float32, ds_config=None, attention="sdpa")
-        module = _distiller(student, pairs, projectors=make_projectors(4, width, 32, bias=True, seed=0))
+        projectors = make_projectors(4 if projected else 0, width, 32, bias=True, seed=0)
+        module = _distiller(student, pairs, projectors=projectors)
         runs = []
         if checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -190,7 +194,22 @@ def test_checkpointed_is_not_checkpointed(teacher: Any, tiny: Path, tmp_path: Pa
         grads = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
         results.append((sums, grads))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
-    assert (results[0][1].keys() >= {f"projectors.{i}.weight" for i in range(4)}) == (width != 32)
+    assert (results[0][1].keys() >= {f"projectors.{i}.weight" for i in range(4)}) == projected
+
+
+def test_projectors_of_equal_width_start_as_none(teacher: Any) -> None:
+    """At the first step the loss is that without projectors; they learn all the same."""
+    batch, pairs, student = _batch(), ((0, 1), (2, 5)), copy.deepcopy(teacher)
+    source = ResidentTeacher(teacher, [t for _, t in pairs], normed_last=False, ds_config=None)
+    losses = []
+    for count in (0, len(pairs)):
+        module = _distiller(student, pairs, projectors=make_projectors(count, 32, 32, bias=True, seed=0))
+        loss, sums = module(batch, source.signals(batch), (1.0, 1.0, 3.0))
+        losses.append((loss.detach(), sums))
+    torch.testing.assert_close(losses[0], losses[1])
+    loss.backward()
+    for projector in cast(Any, module.projectors):
+        assert projector.weight.grad.norm() > 0 and projector.bias.grad.norm() > 0
 
 
 def test_loss_is_the_weighted_sum_and_cross_entropy_is_transformers(teacher: Any, tiny: Path) -> None:

@@ -48,8 +48,12 @@ def f1_scores(classes: int) -> dict[str, Score]:
 
 
 def macro_f1(sums: np.ndarray) -> np.ndarray:
-    """The mean over classes of 2 * right / (predicted + there), `[..., 3 * classes]` -> `[...]`; a class that nobody named counts 0."""
-    return _f1(sums).mean(-1)
+    """The mean of 2 * right / (predicted + there) over the classes that are there or were predicted, `[..., 3 * classes]` -> `[...]`.
+
+    So scikit-learn's `f1_score(average="macro")` counts them too.
+    """
+    found = _f1(sums)
+    return found.sum(-1) / np.maximum((_named(sums) > 0).sum(-1), 1)
 
 
 def second_f1(sums: np.ndarray) -> np.ndarray:
@@ -58,6 +62,15 @@ def second_f1(sums: np.ndarray) -> np.ndarray:
 
 
 def _f1(sums: np.ndarray) -> np.ndarray:
-    right, predicted, there = np.moveaxis(sums.reshape(*sums.shape[:-1], 3, -1), -2, 0)
-    named = predicted + there
+    right, named = _counts(sums)[0], _named(sums)
     return np.divide(2 * right, named, out=np.zeros_like(right), where=named > 0)
+
+
+def _named(sums: np.ndarray) -> np.ndarray:
+    """How often each class was there or predicted, [..., classes]."""
+    return _counts(sums)[1:].sum(0)
+
+
+def _counts(sums: np.ndarray) -> np.ndarray:
+    """[..., 3 * classes] -> [3, ..., classes]."""
+    return np.moveaxis(sums.reshape(*sums.shape[:-1], 3, -1), -2, 0)

@@ -7,7 +7,7 @@ whatever the family. `blocks`, `head` and `final_state` are what the rooms above
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from llmkd.data import MULTIPLE, Batch
 from llmkd.errors import InputError
@@ -31,9 +32,11 @@ Take = Callable[[Tensor], None]
 
 DECODER_EMBEDDING = -2
 """The embeddings that an encoder-decoder's decoder reads; its encoder's are EMBEDDING (-1)."""
-CLASSIFIERS = {"bert": "classifier", "distilbert": "classifier", "roberta": "classifier.out_proj"}
+ROBERTAS = ("roberta", "xlm-roberta", "camembert")
+"""One model under several names."""
+CLASSIFIERS = {"bert": "classifier", "distilbert": "classifier", **dict.fromkeys(ROBERTAS, "classifier.out_proj")}
 """Encoders by model type, and where the linear map to their classes is; each is tested."""
-DECODER_DEPTH = {"bart": "decoder_layers", "t5": "num_decoder_layers"}
+DECODER_DEPTH = {"bart": "decoder_layers", "mt5": "num_decoder_layers", "t5": "num_decoder_layers"}
 """Encoder-decoders by model type, and what their configuration calls the decoder's depth; each is tested."""
 WIDTHS = {
     "bart": {
@@ -42,7 +45,7 @@ WIDTHS = {
     },
     "distilbert": {"intermediate_size": ("hidden_dim",)},
     "opt": {"intermediate_size": ("ffn_dim",)},
-    "t5": {"intermediate_size": ("d_ff",)},
+    **dict.fromkeys(("mt5", "t5"), {"intermediate_size": ("d_ff",)}),
 }
 """By model type, what its configuration calls a width that a recipe knows by another name."""
 AUTO_CLASSES: dict[Kind, Any] = {
@@ -93,14 +96,26 @@ class Stack:
 
 
 def kind(config: PreTrainedConfig) -> Kind:
-    """Of what kind a model is. Raises InputError for an encoder-decoder that has not been shown to work."""
+    """Of what kind a model is. Raises InputError for an encoder or encoder-decoder that has not been shown to work.
+
+    An encoder is told by its class in transformers for words left out, which no decoder has (those that may be either say `is_decoder`).
+    """
     if config.is_encoder_decoder:
         if config.model_type not in DECODER_DEPTH:
             raise InputError(
-                f"an encoder-decoder of type {config.model_type!r} is not supported; give one of type {' or '.join(DECODER_DEPTH)}"
+                f"an encoder-decoder of type {config.model_type!r} is not supported; {_one_of(DECODER_DEPTH)}"
             )
         return "encoder_decoder"
-    return "encoder" if config.model_type in CLASSIFIERS and not getattr(config, "is_decoder", False) else "decoder"
+    if getattr(config, "is_decoder", False) or config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "decoder"
+    if config.model_type not in CLASSIFIERS:
+        raise InputError(f"an encoder of type {config.model_type!r} is not supported; {_one_of(CLASSIFIERS)}")
+    return "encoder"
+
+
+def _one_of(types: Iterable[str]) -> str:
+    *others, last = types
+    return f"give one of type {', '.join(others)} or {last}"
 
 
 def family(config: PreTrainedConfig) -> Family:
@@ -155,7 +170,7 @@ def positions(config: PreTrainedConfig) -> int | None:
     most = getattr(config, "max_position_embeddings", None)
     if most is None or kind(config) == "decoder":
         return most
-    if config.model_type == "roberta":  # counts them from the padding's id on
+    if config.model_type in ROBERTAS:  # they count them from the padding's id on
         most -= config.pad_token_id + 1
     return most - most % MULTIPLE
 
@@ -378,6 +393,6 @@ def _roberta_pooled(model: Any, output: Any) -> Tensor:
 _POOLED: dict[str, Callable[[Any, Any], Tensor]] = {
     "bert": _bert_pooled,
     "distilbert": _distilbert_pooled,
-    "roberta": _roberta_pooled,
+    **dict.fromkeys(ROBERTAS, _roberta_pooled),
 }
 """From an encoder's output to the state [B, H] that its classifier reads, by model type."""

@@ -34,6 +34,8 @@ WIDE = 4
 """Bytes of a master weight, an Adam moment, an accumulated or a communicated gradient: fp32 (ds_configs/)."""
 SET_COPIES = 16
 """Tensors of [tokens, H] that a set-level distance holds at its peak, its gradient included; its SVD's are counted in."""
+MIX_COPIES = 3
+"""More of them where several are summed: the sum of their gradients, and the rows' own graph, which waits for the next."""
 Phase = Literal["always", "teacher forward", "head", "backward", "optimizer step"]
 Place = Literal["device", "host", "nvme", "disk"]
 PHASES: tuple[Phase, ...] = ("teacher forward", "head", "backward", "optimizer step")
@@ -256,11 +258,12 @@ def distance_rows(
     shown = "[B, T, H]" if matching.tokens is None else f"[{tokens}, H]"
     how = f"{len(pairs)} pairs x {shown} x {size} B"
     rows = [Row("gradients of the distances", len(pairs) * tokens * width * size, "device", ("head", "backward"), how)]
-    if any(term.of_set for term in terms_of(matching.distances)):
+    if of_set := sum(term.of_set for term in terms_of(matching.distances)):
+        copies = SET_COPIES + (MIX_COPIES if of_set > 1 else 0)
         together = tokens * (ranks if matching.scope == "batch" else 1)
         wider = max(student.hidden, teacher.hidden)
-        how = f"{SET_COPIES} x [{together:,}, H] x {WIDE} B"
-        rows.append(Row("a set-level distance at work", SET_COPIES * together * wider * WIDE, "device", ("head",), how))
+        how = f"{copies} x [{together:,}, H] x {WIDE} B"
+        rows.append(Row("a set-level distance at work", copies * together * wider * WIDE, "device", ("head",), how))
     return rows
 
 

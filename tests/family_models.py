@@ -50,6 +50,8 @@ CLASSES_OF_TEXTS: dict[str, Any] = dict(num_labels=3)
 ENCODERS: dict[str, Callable[[int], Any]] = {
     "bert": lambda n: hf.BertConfig(**BERT, num_hidden_layers=n, **CLASSES_OF_TEXTS),
     "roberta": lambda n: hf.RobertaConfig(**BERT, num_hidden_layers=n, **CLASSES_OF_TEXTS),
+    "xlm-roberta": lambda n: hf.XLMRobertaConfig(**BERT, num_hidden_layers=n, **CLASSES_OF_TEXTS),
+    "camembert": lambda n: hf.CamembertConfig(**BERT, num_hidden_layers=n, **CLASSES_OF_TEXTS),
     "distilbert": lambda n: hf.DistilBertConfig(
         vocab_size=VOCABULARY, max_position_embeddings=64, dim=32, hidden_dim=48, n_layers=n, n_heads=4, **CLASSES_OF_TEXTS,
         initializer_range=0.3, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0, pad_token_id=0,
@@ -62,6 +64,9 @@ ENCODER_DECODERS: dict[str, Callable[[int, int], Any]] = {
     "t5": lambda e, d: hf.T5Config(**T5, num_layers=e, num_decoder_layers=d),
     # as T5 1.1 and Flan: gated, the state is not scaled before the head
     "t5_unscaled": lambda e, d: hf.T5Config(
+        **T5, num_layers=e, num_decoder_layers=d, feed_forward_proj="gated-gelu", **UNTIED
+    ),
+    "mt5": lambda e, d: hf.MT5Config(
         **T5, num_layers=e, num_decoder_layers=d, feed_forward_proj="gated-gelu", **UNTIED
     ),
     "bart": lambda e, d: hf.BartConfig(

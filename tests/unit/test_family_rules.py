@@ -87,13 +87,20 @@ def test_students_of_another_kind_or_other_classes_are_refused() -> None:
         family_rules.check_same_classes(ENCODER, Family("encoder", labels=("yes", "no")))
 
 
-def test_encoder_decoders_that_have_not_been_tested_are_refused(tmp_path: Path) -> None:
+def test_models_that_have_not_been_tested_are_refused(tmp_path: Path) -> None:
     import transformers as hf
 
     with pytest.raises(
-        InputError, match="an encoder-decoder of type 'mbart' is not supported; give one of type bart or t5"
+        InputError, match="an encoder-decoder of type 'mbart' is not supported; give one of type bart, mt5 or t5"
     ):
         families.kind(hf.MBartConfig())
+    for other in (hf.ElectraConfig(), hf.DebertaV2Config(), hf.AlbertConfig(), hf.ModernBertConfig()):
+        with pytest.raises(
+            InputError,
+            match=f"an encoder of type '{other.model_type}' is not supported; give one of type bert, distilb",
+        ):
+            families.kind(other)
+    assert families.kind(hf.ElectraConfig(is_decoder=True)) == "decoder"
     shape = ENCODER_DECODERS["t5"](2, 2)
     shape.decoder_start_token_id = None
     with pytest.raises(InputError, match="write decoder_start_token_id into its config.json"):
@@ -144,7 +151,8 @@ def test_rows_are_as_long_as_the_positions_that_padding_leaves() -> None:
     """64 positions; RoBERTa's begin at 1; T5 has none."""
     shapes = {**ENCODERS, "opt": DECODERS["opt"]}
     found = {name: families.positions(shape(2)) for name, shape in shapes.items()}
-    assert found == {"bert": 64, "roberta": 56, "distilbert": 64, "opt": 64}
+    robertas = dict.fromkeys(families.ROBERTAS, 56)
+    assert found == {"bert": 64, **robertas, "distilbert": 64, "opt": 64}
     assert families.positions(ENCODER_DECODERS["bart"](2, 2)) == 64
     assert families.positions(ENCODER_DECODERS["t5"](2, 2)) is None
 

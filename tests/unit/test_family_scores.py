@@ -55,9 +55,12 @@ def test_f1_is_made_of_precision_and_recall_and_of_sums_over_items(classes: int)
     assert class_metrics.macro_f1(np.zeros(3 * classes)) == 0.0
 
 
-def test_a_class_that_nobody_named_counts_nothing() -> None:
+def test_a_class_that_nobody_named_is_not_among_the_classes() -> None:
     found = class_metrics.class_metrics([0, 0], [0, 0], [0.1, 0.3], 2)
-    assert found == {"accuracy": 1.0, "f1": 0.5, "f1_second": 0.0, "cross_entropy": pytest.approx(0.2)}
+    assert found == {"accuracy": 1.0, "f1": 1.0, "f1_second": 0.0, "cross_entropy": pytest.approx(0.2)}
+    # labels that count from 1 leave class 0 empty
+    from_one = class_metrics.class_metrics([1, 2, 2, 1], [1, 2, 1, 1], [1.0] * 4, 3)
+    assert from_one["f1"] == class_metrics.class_metrics([0, 1, 1, 0], [0, 1, 0, 0], [1.0] * 4, 2)["f1"]
 
 
 def test_classify_gives_the_scores_of_the_plain_model(tmp_path: Path) -> None:

@@ -278,15 +278,20 @@ def test_a_shipped_recipe_uses_the_placement_that_its_plan_recommends(
     assert best is not None and best.placement == placement
 
 
-@pytest.mark.parametrize("distance", ["cka", "procrustes", "gram", "standardized_mse"])
+@pytest.mark.parametrize(
+    "distances", [("cka",), ("procrustes",), ("gram",), ("standardized_mse",), ("cka", "procrustes", "gram")]
+)
 @pytest.mark.parametrize(("tokens", "width"), [(512, 64), (256, 256), (64, 256)])
-def test_a_set_level_distance_takes_what_is_planned(recipe: Recipe, distance: str, tokens: int, width: int) -> None:
-    changed = recipe.changed({"matching.distance": distance, "matching.tokens": tokens, "data.max_length": 4096})
+def test_a_set_level_distance_takes_what_is_planned(
+    recipe: Recipe, distances: tuple[str, ...], tokens: int, width: int
+) -> None:
+    mix = dict.fromkeys(distances, 1.0)
+    changed = recipe.changed({"matching.distance": mix, "matching.tokens": tokens, "data.max_length": 4096})
     shape = replace(model_shapes.shapes(Qwen3Config(**SMALL)), hidden=width)
     rows = planner.distance_rows(changed, shape, shape, [(0, 1)], ranks=1)
     ours, theirs = (torch.randn(1, tokens, width, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     with TensorBytes() as made:
-        distance_sum(ours, theirs, torch.arange(tokens), terms_of({distance: 1.0}))
+        distance_sum(ours, theirs, torch.arange(tokens), terms_of(mix))
     assert rows[0].bytes == tokens * width * planner.DTYPES[recipe.train.dtype].itemsize
     assert 0.6 * rows[1].bytes < made.peak <= 1.05 * rows[1].bytes
     alone = changed.changed({"matching.tokens": None})

@@ -199,9 +199,18 @@ def _curve(place: Path) -> list[dict[str, Any]]:
             "step": line["step"],
             **{key: _finite(line.get(key)) for key in ("loss", "ce", "kl", "hidden")},
             "pairs": {name: _finite(value) for name, value in line.get("pairs", {}).items()},
+            **_steered(line),
         }
         for line in lines
     ]
+
+
+def _steered(line: dict[str, Any]) -> dict[str, float | None]:
+    """What of a log line only some runs have: the temperature and weights that move, the stones' loss, the norms of parts' gradients."""
+    found = {key: _finite(line[key]) for key in ("temperature", "stones") if key in line}
+    found |= {f"weight of {part}": _finite(value) for part, value in line.get("weights", {}).items()}
+    norms = {part: value for part, value in line.get("norms", {}).items() if not isinstance(value, dict)}
+    return found | {f"norm of {part}": _finite(value) for part, value in norms.items()}
 
 
 def _maps(folder: Path, entries: Sequence[Entry], runs: Sequence[tuple[Entry, Any]]) -> list[dict[str, Any]]:

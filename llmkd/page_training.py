@@ -19,6 +19,13 @@ PARTS = {
     "kl": "divergence from the teacher's distribution",
     "hidden": "distance between paired states",
 }
+STEERED = {
+    "temperature": "of both distributions",
+    "stones": "the stepping stones' part of the loss",
+    "weight of": "in the loss",
+    "norm of": "gradient of this part of the loss where it enters the student's states",
+}
+"""What some runs log besides, by the beginning of its name."""
 COSTS = {
     "tokens_per_second": "tokens per second",
     "seconds": "seconds of training",
@@ -33,10 +40,10 @@ def training_section(results: Results) -> list[str]:
         return [missing("No student has logged a training step yet.")]
     drawn = [
         figure(
-            curves.curves(f"curve-{part}", part, having, list(groups), longest),
+            curves.curves(f"curve-{part.replace(' ', '-')}", part, having, list(groups), longest),
             f"<b>{escape(part)}</b>, {escape(words)}",
         )
-        for part, words in PARTS.items()
+        for part, words in {**PARTS, **_steered(groups)}.items()
         if (having := _having(groups, part))
     ]
     paired = _having(groups, "pairs")
@@ -44,9 +51,8 @@ def training_section(results: Results) -> list[str]:
         end = curves.distances_at_end("distance-end", paired, list(groups))
         drawn.append(figure(end, "<b>hidden distance</b> of each student block, last logged step"))
     said = "Thick lines are means over seeds, thin ones the single seeds."
-    shown = max(len(run) for runs in groups.values() for run in runs.values())
-    if shown < longest:
-        said += f" Of the {longest} logged steps {shown} are drawn, evenly spaced, the last among them."
+    if longest > LOG_LINES:
+        said += f" Of the {longest} logged steps {LOG_LINES} are drawn, evenly spaced, the last among them."
     return [
         paragraph(said),
         f'<div class="pictures">{"".join(drawn)}</div>',
@@ -70,7 +76,7 @@ def _steps(paired: Groups) -> str:
 
 
 def _curves(results: Results) -> tuple[Groups, int]:
-    """The students' log lines, thinned, by strategy and run; and how many lines the longest run wrote."""
+    """The students' log lines by strategy and run; and how many lines the longest run wrote."""
     groups: Groups = {}
     longest = 0
     for run in results["runs"]:
@@ -78,27 +84,35 @@ def _curves(results: Results) -> tuple[Groups, int]:
         if run["strategy"] is None or not lines:
             continue
         longest = max(longest, len({line["step"] for line in lines}))
-        groups.setdefault(run["strategy"], {})[run["name"]] = _thinned(lines)
+        # a resumed run may have logged a step twice
+        groups.setdefault(run["strategy"], {})[run["name"]] = list({line["step"]: line for line in lines}.values())
     return groups, longest
 
 
+def _steered(groups: Groups) -> dict[str, str]:
+    """What any run logs besides the parts of the loss, in the order of `STEERED`, each with its words."""
+    keys = {key: None for runs in groups.values() for lines in runs.values() for line in lines for key in line}
+    return {key: words for begin, words in STEERED.items() for key in keys if key.startswith(begin)}
+
+
 def _thinned(lines: list[Row]) -> list[Row]:
-    """At most `LOG_LINES` of the lines, one per step: the first, the last, and as evenly spaced as can be between."""
-    lines = list({line["step"]: line for line in lines}.values())  # a resumed run may have logged a step twice
+    """At most `LOG_LINES` of the lines: the first, the last, and as evenly spaced as can be between."""
     if len(lines) <= LOG_LINES:
         return lines
     return [lines[round(place * (len(lines) - 1) / (LOG_LINES - 1))] for place in range(LOG_LINES)]
 
 
 def _having(groups: Groups, part: str) -> Groups:
-    """The runs and lines in whose logs the part is a number; without a pair there is no hidden loss and no distance."""
+    """The runs and lines in whose logs the part is a number, thinned; without a pair there is no hidden loss and no distance."""
 
     def has(line: Row) -> bool:
         paired = bool(curves.by_block(line["pairs"]))
-        return paired if part == "pairs" else line[part] is not None and (part != "hidden" or paired)
+        return paired if part == "pairs" else line.get(part) is not None and (part != "hidden" or paired)
 
     kept = {
-        strategy: {run: lines for run, found in runs.items() if (lines := [line for line in found if has(line)])}
+        strategy: {
+            run: lines for run, found in runs.items() if (lines := _thinned([line for line in found if has(line)]))
+        }
         for strategy, runs in groups.items()
     }
     return {strategy: runs for strategy, runs in kept.items() if runs}

@@ -3,6 +3,7 @@
 import json
 from math import nan
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,6 +182,23 @@ def test_curves_are_the_logged_lines_thinned_with_both_ends(study: Folder) -> No
     assert curves["none-s0"] == [{**line, "kl": None} for line in short]
     steps = [line["step"] for line in curves["none-s1"]]
     assert len(steps) == CURVE_POINTS and (steps[0], steps[-1]) == (1, 1000) and steps == sorted(set(steps))
+
+
+def test_curves_hold_what_a_run_steers_and_reports(study: Folder) -> None:
+    plain: dict[str, Any] = {"step": 1, "loss": 1.0, "ce": 1.0, "kl": 0.5, "hidden": 0.5, "pairs": {"0<3": 0.5}}
+    norms = {"ce": 0.25, "kl": nan, "hidden": 0.5, "pairs": {"0<3": 0.5}}
+    steered = {**plain, "step": 2, "temperature": 1.5, "weights": {"kl": 0.75}, "norms": norms, "stones": 3.0}
+    study.lines("students/none-s0/metrics.jsonl", [plain, steered])
+    first, second = study.results()["curves"]["none-s0"]
+    assert first == plain
+    assert {key: value for key, value in second.items() if key not in plain} == {
+        "temperature": 1.5,
+        "stones": 3.0,
+        "weight of kl": 0.75,
+        "norm of ce": 0.25,
+        "norm of kl": None,
+        "norm of hidden": 0.5,
+    }
 
 
 def test_generations_side_by_side(tmp_path: Path) -> None:

@@ -145,6 +145,21 @@ def test_every_picture_has_its_numbers_as_table_and_csv(results: dict[str, Any],
         assert drawn == [line["kl"] for line in results["curves"][name]]
 
 
+def test_what_only_some_runs_log_has_pictures_too() -> None:
+    """A temperature that moves, and the norms of gradients, which few lines report."""
+    results = example.study(seeds=(0, 1), log_lines=60)
+    for number, line in enumerate(results["curves"]["forward-s1"]):
+        line["temperature"] = 2.0 - number / 60
+        if number % 20 == 0:
+            line |= {"norm of ce": 0.5 + number, "norm of stone 0<3 kl": 0.25}
+    read = Page(html(results, [], ""))
+    assert len(read.all("svg")) == len(Page(html(example.study(seeds=(0, 1), log_lines=60), [], "")).all("svg")) + 3
+    head, *lines = read.csv("curve-norm-of-ce")
+    assert [float(line[head.index("forward-s1")]) for line in lines] == [0.5, 20.5, 40.5]
+    head, *lines = read.csv("curve-temperature")
+    assert head == ["step", "forward", "forward-s1"] and len(lines) == 40
+
+
 def test_a_long_curve_is_thinned_and_says_so() -> None:
     results = example.study(seeds=(0, 1), log_lines=1000)
     read = Page(html(results, [], ""))

@@ -19,20 +19,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-)
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from llmkd.errors import InputError
-from llmkd.families import (
-    AUTO_CLASSES,
-    Kind,
-    by_stack,
-    depths,
-    kind,
-)
+from llmkd.families import AUTO_CLASSES, Kind, by_stack, depths, kind
 from llmkd.layer_map import forward
 from llmkd.model_folders import copy_tokenizer, publish_folder, tensor_files
 from llmkd.models import load_config, student_config

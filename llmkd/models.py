@@ -18,24 +18,11 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from llmkd.engines import sharded_construction
 from llmkd.errors import InputError, first_line
-from llmkd.families import (
-    AUTO_CLASSES,
-    by_stack,
-    check_blocks,
-    depths,
-    kind,
-    set_depths,
-    width_settings,
-)
+from llmkd.families import AUTO_CLASSES, by_stack, check_blocks, depths, kind, set_depths, width_settings
 from llmkd.families import backbone as backbone
 from llmkd.families import blocks as blocks
 from llmkd.families import check_logits as check_logits

@@ -8,16 +8,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import DescrStatsW
 
-from llmkd.significance import (
-    ALPHA,
-    Array,
-    half_width,
-    holm,
-    items_bootstrap,
-    mean_score,
-    paired,
-    verdict,
-)
+from llmkd.significance import ALPHA, Array, half_width, holm, items_bootstrap, mean_score, paired, verdict
 
 T_1, T_2 = 12.706204736, 4.302652730  # the 97.5 % points of Student's t with 1 and 2 degrees of freedom, from tables
 FORWARD, REVERSE = [70.0, 72.0, 71.5, 69.0, 73.5], [69.2, 72.4, 70.1, 68.9, 72.0]

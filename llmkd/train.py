@@ -10,31 +10,25 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if (
-    __name__ == "__main__"
-):  # run as a file: let `import llmkd` find the package, and keep its modules from shadowing others
+if __name__ == "__main__":
+    # run as a file: let `import llmkd` find the package, and keep its modules from shadowing others
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import functools
-import importlib.util
 import json
 import logging
 import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import click
 import datasets
-import torch
 import transformers
 
-from llmkd import __version__, build, cache_contents, caching, checkpoint, jobs, nearest, recipe_map, starts
+from llmkd import __version__, build, caching, checkpoint, jobs, recipe_map, starts
 from llmkd.config import Recipe, dump_recipe, load_recipe
-from llmkd.data import Batch, announced, batches
+from llmkd.data import announced
 from llmkd.distributed import (
     World,
     barrier,
@@ -47,16 +41,13 @@ from llmkd.distributed import (
     sum_counts,
     tell_mistake,
 )
-from llmkd.engines import engine, on_other_ranks
 from llmkd.errors import InputError
-from llmkd.family_data import collate_for
 from llmkd.jobs import Job
 from llmkd.metrics import Journal, Meter, peak_memory_gib
 from llmkd.objective import divisors, scales
 from llmkd.provenance import commit, hardware, versions
+from llmkd.runs import prepared
 from llmkd.steering import Steering
-from llmkd.student import Distiller
-from llmkd.teachers.base import Teacher
 
 log = logging.getLogger("llmkd")
 
@@ -155,87 +146,6 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class Run:
-    """The parts of one training run, ready to begin."""
-
-    job: Job
-    student: Any
-    """The DeepSpeed engine around `module`."""
-    module: Distiller
-    teacher: Teacher | None
-    rows: Callable[..., Iterator[list[Batch]]]
-    """The micro-batches of each step, by `start_step` and `steps`."""
-    rate: Callable[[int], float]
-    first: int
-    """Steps that are done already."""
-    steps: int
-
-
-def prepared(world: World, job: Job) -> Run:
-    """Make the parts of a run, or take them up from its newest checkpoint (all ranks take part).
-
-    What can be wrong is looked at first; nothing is written before that.
-    """
-    settings = job.train
-    accumulation = build.accumulation_steps(settings, world.size)
-    resume = on_main(world, lambda: checkpoint.newest(job.folder / "checkpoints", job.inputs))
-    if settings.wandb is not None and importlib.util.find_spec("wandb") is None:
-        raise InputError("train.wandb: the package wandb is not installed; run pip install wandb, or leave the key out")
-    ds_config = build.training_ds_config(world, settings, accumulation, job.folder)
-    if resume is not None and resume.world_size != world.size:
-        ds_config = on_other_ranks(ds_config)
-    tokenizer = starts.job_tokenizer(world, job, resuming=resume is not None)
-    data = build.tokenized(world, job.data, tokenizer, job.family)
-    steps = build.total_steps(settings, len(data))
-    rate = build.rate_of_step(settings, steps)
-    cached = cache_contents.open_teacher(world, job, tokenizer, data)
-    starts.write_initial(world, job, tokenizer, resuming=resume is not None)  # the first thing written
-    reading: dict[str, Any] = dict(
-        seed=job.seed,
-        batch_size=settings.batch_size,
-        accumulation=accumulation,
-        rank=world.rank,
-        world_size=world.size,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        packed=job.data.batching == "packed",
-        make=collate_for(job.family),
-    )
-    if job.pairs and job.recipe.matching.strategy == "nearest":
-        job = nearest.settled(world, job, data, reading, resuming=resume is not None)
-    module = build.load_student(job, ds_config, build.teacher_width(job), build.rows_of_all_ranks(world, job))
-    teacher = cached or (build.load_teacher(world, job) if job.teacher is not None else None)
-    student = engine(
-        module,
-        ds_config,
-        learning_rate=settings.learning_rate,
-        betas=settings.betas,
-        epsilon=settings.epsilon,
-        weight_decay=settings.weight_decay,
-    )
-    torch.manual_seed(job.seed * 65536 + world.rank)  # dropout, where a model has it, differs from rank to rank
-    if resume is not None:
-        checkpoint.load(world, student, resume)
-        log.info("%s: resumed from %s", job.title, resume.folder)
-    if world.is_main:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        (job.folder / "recipe.yaml").write_text(dump_recipe(job.recipe))
-    rows = functools.partial(batches, data, **reading)
-    if resume is None and module.stones is not None:
-        build.fit_stones(world, job, student, teacher, rows)
-    _announce(world, job, steps, accumulation, len(data))
-    return Run(
-        job=job,
-        student=student,
-        module=module,
-        teacher=teacher,
-        rows=rows,
-        rate=rate,
-        first=0 if resume is None else resume.step,
-        steps=steps,
-    )
-
-
 def _finish(
     world: World, job: Job, module: Any, *, steps: int, first: int, totals: dict[str, Any], values: dict[str, Any]
 ) -> None:
@@ -270,13 +180,6 @@ def _finish(
     log.info("%s: done, %s", job.title, job.folder / "model")
 
 
-def _announce(world: World, job: Job, steps: int, accumulation: int, rows: int) -> None:
-    settings = job.train
-    spread = f"{world.size} ranks x {accumulation} accumulation x {settings.micro_batch_size}"
-    log.info("%s: %d rows, %d steps of %d rows = %s", job.title, rows, steps, settings.batch_size, spread)
-    log.info("%s: %s on %s, %s", job.title, settings.deepspeed, world.device, settings.dtype)
-
-
 def _card(job: Job, steps: int) -> str:
     """The exported model's README: what it is, and the recipe that made it."""
     pairs = ", ".join(recipe_map.pair_names(job.pairs, job.encoders, redraws=job.redraws)) or "none"
@@ -301,10 +204,6 @@ class Stopping:
         if not self.asked:
             self.asked, self.name = True, signal.Signals(number).name
             log.info("%s: stopping after this step", self.name)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command
 
 
 def student_folder(recipe: Recipe) -> Path:
@@ -418,7 +317,3 @@ def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-if __name__ == "__main__":
-    main()

@@ -69,6 +69,18 @@ class Recipe(Section):
                 "loss.schedules.temperature: dynamic reads the teacher's own cross-entropy, which a cache of the likeliest tokens does not "
                 "hold; leave out cache.top_k, or write another shape"
             )
+        of_stones = self.stones is not None and (self.stones.kl > 0 or self.stones.cross > 0)
+        if moving is not None and not (self.loss.kl or of_stones):
+            without = "" if self.stones is None else ", and so are stones.kl and stones.cross"
+            raise ValueError(
+                f"loss.schedules.temperature: loss.kl is 0{without}, so that nothing is compared at a temperature; give one a weight, or "
+                "leave the schedule out"
+            )
+        if moving is not None and moving.shape == "dynamic" and not (self.loss.ce or self.loss.kl):
+            raise ValueError(
+                "loss.schedules.temperature: dynamic reads the student's own cross-entropy, and with loss.ce and loss.kl at 0 its head is "
+                "not run; write loss.ce: 1e-6, say, or another shape"
+            )
         return self
 
     @model_validator(mode="after")
@@ -116,10 +128,6 @@ class Recipe(Section):
         if self.teacher.placement == "zero3" and not self.stones.checkpoint:
             raise ValueError(
                 "stones.checkpoint: a zero3 teacher's blocks are let go between the passes; write true, or placement: replicated"
-            )
-        if self.loss.schedules is not None and self.loss.schedules.temperature is not None:
-            raise ValueError(
-                "loss.schedules.temperature: stones keep the temperature they begin with; leave it out, or leave out stones"
             )
         moves = self.matching.strategy == "nearest" or self.matching.redraw_every > 0
         if self.stones.pairs == "from_map" and moves:

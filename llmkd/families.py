@@ -322,9 +322,12 @@ def encoder_blocks(model: PreTrainedModel) -> range:
 # Running a batch
 
 
-def final_state(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """What the head reads: [B, T, H] of a decoder or an encoder-decoder's decoder, [B, 1, H] of an encoder."""
-    return _RUN[kind(model.config)](model, batch)
+def final_state(model: PreTrainedModel, batch: Batch, opened: Tensor | None = None) -> Tensor:
+    """What the head reads: [B, T, H] of a decoder or an encoder-decoder's decoder, [B, 1, H] of an encoder.
+
+    `opened` [B, T, H]: what stands in place of the tokens' embeddings, of a decoder or an encoder.
+    """
+    return _RUN[kind(model.config)](model, batch, opened)
 
 
 class Body(nn.Module):
@@ -339,24 +342,25 @@ class Body(nn.Module):
         return final_state(self.model, batch)
 
 
-def _run_decoder(model: PreTrainedModel, batch: Batch) -> Tensor:
+def _run_decoder(model: PreTrainedModel, batch: Batch, opened: Tensor | None) -> Tensor:
     return backbone(model)(
-        input_ids=batch.input_ids,
+        **_read(batch, opened),
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
         use_cache=False,
     ).last_hidden_state
 
 
-def _run_encoder(model: PreTrainedModel, batch: Batch) -> Tensor:
-    segments = {} if batch.segments is None else {"token_type_ids": batch.segments}
+def _run_encoder(model: PreTrainedModel, batch: Batch, opened: Tensor | None) -> Tensor:
+    # which of two texts a token belongs to is in its embedding
+    segments = {} if batch.segments is None or opened is not None else {"token_type_ids": batch.segments}
     base: Any = model.base_model
-    output = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **segments)
+    output = base(**_read(batch, opened), attention_mask=batch.attention_mask, **segments)
     return _POOLED[model.config.model_type](model, output)[:, None]
 
 
-def _run_encoder_decoder(model: PreTrainedModel, batch: Batch) -> Tensor:
-    assert batch.source_ids is not None and batch.source_attended is not None
+def _run_encoder_decoder(model: PreTrainedModel, batch: Batch, opened: Tensor | None) -> Tensor:
+    assert opened is None and batch.source_ids is not None and batch.source_attended is not None
     mask = batch.source_attended.long()
     encoded = _side(model, "enc")(input_ids=batch.source_ids, attention_mask=mask).last_hidden_state
     final = _side(model, "dec")(
@@ -370,7 +374,12 @@ def _run_encoder_decoder(model: PreTrainedModel, batch: Batch) -> Tensor:
     return final * model.config.hidden_size**-0.5 if getattr(model.config, "scale_decoder_outputs", False) else final
 
 
-_RUN: dict[Kind, Callable[[PreTrainedModel, Batch], Tensor]] = {
+def _read(batch: Batch, opened: Tensor | None) -> dict[str, Tensor]:
+    """What a stack of blocks is given to begin with."""
+    return {"input_ids": batch.input_ids} if opened is None else {"inputs_embeds": opened}
+
+
+_RUN: dict[Kind, Callable[[PreTrainedModel, Batch, Tensor | None], Tensor]] = {
     "decoder": _run_decoder,
     "encoder": _run_encoder,
     "encoder_decoder": _run_encoder_decoder,

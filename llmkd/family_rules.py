@@ -45,6 +45,11 @@ def check_training(recipe: Recipe, family: Family) -> None:
         )
     if recipe.teacher.offload_states:
         raise InputError(f"teacher.offload_states: not made for {said} yet; write false")
+    if recipe.stones is not None and family.kind == "encoder_decoder":
+        raise InputError(
+            f"stones: a stone goes on with the upper blocks of one stack, and this is {said}; leave the section out, or give a decoder or "
+            "an encoder"
+        )
     _check_decoders_alone(recipe, said)
     if family.kind == "encoder":
         _check_encoder(recipe)
@@ -52,10 +57,6 @@ def check_training(recipe: Recipe, family: Family) -> None:
 
 def _check_decoders_alone(recipe: Recipe, said: str) -> None:
     """Raise InputError for what is made of a decoder's one stack of blocks and its final norm; `said`: what this model is."""
-    if recipe.stones is not None:
-        raise InputError(
-            f"stones: a stone goes on with a decoder's upper blocks, and this is {said}; leave the section out"
-        )
     if recipe.matching.strategy == "nearest":
         raise InputError(
             f"matching.strategy: nearest is measured on decoders, and this is {said}; write the pairs under matching.pairs with "

@@ -53,6 +53,7 @@ def distance_sum(
     *,
     factor: float = 1.0,
     all_rows: AllRows | None = None,
+    together: Tensor | None = None,
 ) -> Tensor:
     """`factor` times the weighted sum of distances over some positions; what other positions hold, NaN included, changes nothing.
 
@@ -62,10 +63,11 @@ def distance_sum(
 
     A set is the N tokens of this call, or with `all_rows` those of all ranks. Then each rank's value is its own N times the
     distance D of the whole set, and its gradient is that of (all ranks' N) x D with respect to its own rows, the others' taken as
-    constants: summed over the ranks, just the gradient of the sum of the values, as if one rank held all rows.
+    constants: summed over the ranks, just the gradient of the sum of the values, as if one rank held all rows. Where these positions
+    stand for others, `together` [] says for how many all ranks' do (`stood_for`), which then takes the place of all ranks' N.
     """
     terms = (Term(distance),) if callable(distance) else tuple(distance)
-    return _DistanceSum.apply(student, teacher, at, terms, factor, all_rows)  # type: ignore[no-any-return, no-untyped-call]
+    return _DistanceSum.apply(student, teacher, at, terms, factor, all_rows, together)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def sampled(at: Tensor, count: int | None, seed: int) -> tuple[Tensor, float]:
@@ -78,6 +80,12 @@ def sampled(at: Tensor, count: int | None, seed: int) -> tuple[Tensor, float]:
         return at, 1.0
     drawn = torch.randperm(at.numel(), generator=torch.Generator().manual_seed(seed))[:count].sort().values
     return at[drawn.to(at.device, non_blocking=True)], at.numel() / count
+
+
+def stood_for(at: Tensor, all_rows: AllRows) -> Tensor:
+    """How many positions [] all ranks have where this one has `at` [N], before any is sampled (all ranks take part)."""
+    counts, _ = all_rows(torch.tensor([[at.numel()]], dtype=torch.float64, device=at.device))
+    return counts.sum()
 
 
 def draw_seed(*numbers: int) -> int:
@@ -95,6 +103,7 @@ class _DistanceSum(torch.autograd.Function):
         terms: tuple[Term, ...],
         factor: float,
         all_rows: AllRows | None,
+        together: Tensor | None,
     ) -> Tensor:
         ours, theirs = student.flatten(0, 1), teacher.flatten(0, 1)
         wide = torch.promote_types(torch.promote_types(ours.dtype, theirs.dtype), torch.float32)
@@ -104,7 +113,8 @@ class _DistanceSum(torch.autograd.Function):
         if by_token:
             value = value + _by_token(ours, theirs, at, by_token, gradient, wide)
         if by_set:
-            of_sets, slope = _by_set(ours[at], theirs[at], by_set, wide, all_rows)
+            stand = None if together is None else together / factor  # `factor` comes on top
+            of_sets, slope = _by_set(ours[at], theirs[at], by_set, wide, all_rows, stand)
             value = value + of_sets
             gradient = gradient.add_(slope) if by_token else gradient.copy_(slope)
         # Not save_for_backward: activation checkpointing would drop these and ask for the teacher's state again.
@@ -116,7 +126,7 @@ class _DistanceSum(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient.mul_(grads[0] if ctx.factor == 1 else grads[0] * ctx.factor), None
         if len(gradient) < ctx.shape[:-1].numel():
             gradient = gradient.new_zeros(ctx.shape).flatten(0, 1).index_copy_(0, ctx.at, gradient)
-        return gradient.view(ctx.shape), None, None, None, None, None
+        return gradient.view(ctx.shape), *(None,) * 6
 
 
 def _by_token(
@@ -139,9 +149,15 @@ def _by_token(
 
 
 def _by_set(
-    ours: Tensor, theirs: Tensor, terms: Sequence[Term], wide: torch.dtype, all_rows: AllRows | None
+    ours: Tensor,
+    theirs: Tensor,
+    terms: Sequence[Term],
+    wide: torch.dtype,
+    all_rows: AllRows | None,
+    stand: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(the set-level terms' weighted sum, its gradient [n, H]) of rows [n, H_s], [n, H_t]."""
+    """(the set-level terms' weighted sum, its gradient [n, H]) of rows [n, H_s], [n, H_t]; `stand` [] takes the place of the number of
+    all ranks' rows."""
     count, start = len(ours), 0
     if all_rows is not None:
         (everyones, start), (theirs, _) = all_rows(ours), all_rows(theirs)
@@ -160,7 +176,7 @@ def _by_set(
             value = value + distance.detach() * (term.weight * count)
             gradient.add_(slope, alpha=term.weight * len(everyones))
             del distance, slope  # the next term's pass begins with this one's memory
-    return value, gradient
+    return value, gradient if stand is None else gradient.mul_(stand / len(everyones))
 
 
 def _by_autograd(distance: Distance) -> ClosedDistance:

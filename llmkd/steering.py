@@ -36,7 +36,7 @@ class Steering:
         )
         self._temperature: Change | None = None
         self._dynamic: DynamicTemperature | None = None
-        settings = None if schedules is None or not job.weights.kl else schedules.temperature
+        settings = None if schedules is None else schedules.temperature
         if settings is not None and settings.shape == "dynamic":
             low, high = settings.minimum or loss.temperature / 2, settings.maximum or loss.temperature
             self._dynamic = DynamicTemperature(
@@ -89,7 +89,9 @@ class Steering:
             assert module.squares is not None
             self._squares = module.squares if self._squares is None else self._squares + module.squares
         teacher = module.loss_head.teacher_ce
-        if self._changes_temperature and teacher is not None:  # None once loss.kl has come to weigh nothing
+        if (
+            self._changes_temperature and teacher is not None
+        ):  # None once loss.kl has come to weigh nothing, and no stone goes on
             both = torch.stack([sums[0], teacher]).double()
             self._heard = both if self._heard is None else self._heard + both
 

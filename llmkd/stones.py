@@ -1,16 +1,17 @@
 """Block-wise logit distillation: stepping stones, the teacher's upper blocks after the student's lower ones.
 
 Yu, Zhang, Chen, Wang, Liu, Tan, Li, "Decoupling Dark Knowledge via Block-wise Logit Distillation for Feature-level Alignment",
-arXiv 2411.01547, for decoders. Stone i of n, after student block s_i and in place of teacher block t_i:
+arXiv 2411.01547, for decoders and for encoders with classes. Stone i of n, after student block s_i and in place of teacher block t_i:
 
     N_i  = head ∘ norm ∘ T_last ∘ … ∘ T_{t_i + 1} ∘ C_i ∘ S_{s_i} ∘ … ∘ S_0 ∘ embed
     loss = Σ_i 2^{i-n} (ce · CE(N_i) + kl · D(teacher ‖ N_i) + cross · D(ens ‖ N_i)) + cross · D(ens ‖ student)
     ens  = (1/n) Σ_i logits of N_i, detached
 
 All of it beside the student's own loss. The student's blocks and the connectors C_i (linear, no bias) learn; the teacher's blocks and
-head are frozen and pass the gradient on. D is the recipe's divergence at its temperature and positions, forward KL by default. The
-head is linear and one for all stones, so the ensemble's logits are the head's of the mean of the stones' final states: every term
-goes through the chunked head, and [B, T, V] never exists.
+head are frozen and pass the gradient on. D is the recipe's divergence at the step's temperature and the recipe's positions, forward KL by
+default. What is `norm` here is, in an encoder, what its classes are read from (BERT's pooler), at one position per row. The head is linear
+and one for all stones, so the ensemble's logits are the head's of the mean of the stones' final states: every term goes through the chunked
+head, and [B, T, V] never exists.
 
 What the paper's public descriptions leave unknown, and what is done here: the weights of the three terms (the recipe's), the
 temperature (the loss's), the connectors' kind (linear), whether the ensemble is detached (it is), what D of the cross terms is (the
@@ -28,7 +29,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,8 +40,9 @@ from llmkd.distributed import World, sum_tensor
 from llmkd.divergences import Divergence
 from llmkd.head import IGNORED, TeacherHead, head_losses
 from llmkd.teachers.base import Signal, output_state
+from llmkd.term_norms import before_projector
 
-StudentHead = Callable[[Tensor, Batch, Signal, float, float], tuple[Tensor, Tensor, Tensor]]
+StudentHead = Callable[[Tensor, Batch, Signal, float, float, float | None], tuple[Tensor, Tensor, Tensor]]
 PARTS = ("ce", "kl", "cross")
 
 
@@ -52,6 +54,10 @@ class StoneWeights:
     kl: float
     cross: float
 
+    def alone(self, part: str) -> StoneWeights:
+        """One of PARTS at its weight, the others at 0."""
+        return StoneWeights(**{name: getattr(self, name) if name == part else 0.0 for name in PARTS})
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -59,6 +65,7 @@ class Comparison:
 
     divergence: Divergence
     temperature: float
+    """Of a step that is given no other."""
     positions: str
     """Where the divergence counts: `trained` or `attended`."""
     chunk: int
@@ -109,6 +116,7 @@ class Stones(nn.Module):
         self._states: dict[int, Tensor] | None = None
         self._factors: dict[int, float] = {}  # of the step's stones
         self._scales = (0.0, 0.0)
+        self._squares: dict[tuple[int, str], Tensor] = {}  # of the step, by stone (n: the student) and part
         self._reset()
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -131,6 +139,7 @@ class Stones(nn.Module):
         weights = shares(len(self.pairs))
         self._factors = {drawn(len(weights), self._seed, step): sum(weights)} if self._one else dict(enumerate(weights))
         self._scales = (ranks / trained, ranks / compared)
+        self._squares = {}
         self._divisors = [a + b for a, b in zip(self._divisors, (trained, compared, compared), strict=True)]
         for number in self._factors:
             self._own[number] = [a + b for a, b in zip(self._own[number], (trained, compared, compared), strict=True)]
@@ -139,10 +148,20 @@ class Stones(nn.Module):
         """A pass of the student begins."""
         self._states = {}
 
-    def forward(self, final: Tensor, batch: Batch, signal: Signal | None, head: StudentHead) -> Tensor:
+    def forward(
+        self,
+        final: Tensor,
+        batch: Batch,
+        signal: Signal | None,
+        head: StudentHead,
+        *,
+        temperature: float | None = None,
+        report: bool = False,
+    ) -> Tensor:
         """The stones' loss of the pass that has just been made; 0 before the first step has begun.
 
-        final [B, T, H_s]: the student's final state, which `head` compares with the ensemble.
+        final [B, T, H_s]: the student's final state, which `head` compares with the ensemble. `temperature`: of this step, where it
+        changes. `report`: note the norms of the parts' gradients (see `norms`), each for one more pass of its stone and the gradient's.
         """
         states, self._states = self._states, None
         assert states is not None
@@ -156,16 +175,19 @@ class Stones(nn.Module):
             idle = [connected.pop(n) for n in range(len(self.pairs)) if n not in self._factors]
             loss = torch.stack([nothing.float().sum() for nothing in (*idle, final[:, :0])]).sum()
         ensemble = self._ensemble(connected, batch, signal) if self._weights.cross else None
+        how = self._comparison if temperature is None else replace(self._comparison, temperature=temperature)
         with signal.head() as lent:
             for number, factor in self._factors.items():
                 given = dict(number=number, factor=factor, batch=batch, signal=signal, ensemble=ensemble, lent=lent)
-                objective = functools.partial(self._objective, **given)
-                value, sums = _AtOnce.apply(connected.pop(number), objective)  # type: ignore[no-untyped-call, misc]
+                objective = functools.partial(self._objective, **given, how=how)
+                value, sums = _AtOnce.apply(connected.pop(number), functools.partial(objective, weights=self._weights))  # type: ignore[no-untyped-call, misc]
                 loss = loss + value
                 self._add(number, sums)
+                if report:
+                    self._note_parts(number, states[self.pairs[number][0]], objective)
         if ensemble is not None:
             scale = self._weights.cross * self._scales[1]
-            value, _, cross = head(final, batch, Signal({}, (), ensemble, signal.head), 0.0, scale)
+            value, _, cross = head(final, batch, Signal({}, (), ensemble, signal.head), 0.0, scale, how.temperature)
             loss = loss + value
             self._add(len(self.pairs), torch.stack([torch.zeros_like(cross), torch.zeros_like(cross), cross]))
         return loss
@@ -194,10 +216,12 @@ class Stones(nn.Module):
         signal: Signal,
         ensemble: Tensor | None,
         lent: tuple[Tensor, Tensor | None],
+        how: Comparison,
+        weights: StoneWeights,
     ) -> tuple[Tensor, Tensor]:
         """(scaled loss, sums [3] of CE, divergence and cross term) of one stone from its state [B, T, H_t] at teacher width."""
         assert signal.upper is not None and signal.final is not None
-        how, (ce, compared) = self._comparison, self._scales
+        ce, compared = self._scales
         at = batch.attended_at if how.positions == "attended" else batch.trained_at
         ours = signal.upper(self.pairs[number][1], state.to(signal.final.dtype), batch).flatten(0, 1)[at]
         targets = batch.targets.flatten()[at]
@@ -218,13 +242,42 @@ class Stones(nn.Module):
                 chunk=how.chunk,
             )
 
-        w = self._weights
-        loss, ce_sum, kl_sum = against(signal.final, targets, w.ce * ce, w.kl * compared)
+        loss, ce_sum, kl_sum = against(signal.final, targets, weights.ce * ce, weights.kl * compared)
         cross = torch.zeros_like(kl_sum)
-        if ensemble is not None:
-            more, _, cross = against(ensemble, torch.full_like(targets, IGNORED), 0.0, w.cross * compared)
+        if ensemble is not None and weights.cross:
+            more, _, cross = against(ensemble, torch.full_like(targets, IGNORED), 0.0, weights.cross * compared)
             loss = loss + more
         return loss, torch.stack([ce_sum, kl_sum, cross])
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Norms
+
+    def _note_parts(self, number: int, state: Tensor, objective: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        """Add each part's squared norm of its gradient at the student block's output, where a stone's losses enter its blocks."""
+        connector: Any = self.connectors[number]
+        for part in PARTS:
+            weights = self._weights.alone(part)
+            if weights != StoneWeights(0.0, 0.0, 0.0):
+                loss = lambda _, connected, weights=weights: objective(connected, weights=weights)[0]  # noqa: E731
+                self.note(number, part, before_projector(connector, state, loss))
+
+    def note(self, number: int, part: str, gradient: Tensor) -> None:
+        """Add the squared norm of a part's gradient; the student's own cross term is of number n."""
+        square = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)).square()
+        self._squares[number, part] = self._squares.get((number, part), 0) + square
+
+    def norms(self, world: World) -> dict[str, dict[str, float]]:
+        """The step's norms by stone and part, the weights and shares in them, of the parts that a pass with `report` has noted (all ranks
+        take part)."""
+        if not self._squares:
+            return {}
+        # each rank's scales hold its share of the mean gradient, `world.size` times
+        squares = sum_tensor(world, torch.stack([*self._squares.values()]).double()).div(world.size**2).tolist()
+        names = [*(f"{student}<{teacher}" for student, teacher in self.pairs), "student"]
+        found: dict[str, dict[str, float]] = {}
+        for (number, part), square in zip(self._squares, squares, strict=True):
+            found.setdefault(names[number], {})[part] = square**0.5
+        return found
 
     # -----------------------------------------------------------------------------------------------------------------
     # What is logged

@@ -18,13 +18,13 @@ from llmkd.distances import Distance
 from llmkd.divergences import Divergence
 from llmkd.families import blocks, encoder_blocks, final_state, head, head_bias, kind, on_state
 from llmkd.head import TeacherHead, TopK, head_losses
-from llmkd.matching import AllRows, Term, distance_sum, sampled, small_pass
+from llmkd.matching import AllRows, Term, distance_sum, sampled, small_pass, stood_for
 from llmkd.stones import Stones
 from llmkd.teachers.base import Signal
 from llmkd.term_norms import FinalNorm, before_projector
 
-Places = tuple[Tensor, float]
-"""(flat positions [N] that are compared, how many each of them stands for)"""
+Places = tuple[Tensor, float, Tensor | None]
+"""(flat positions [N] that are compared, how many each of them stands for, how many all ranks' do where sets are of all ranks' samples)"""
 
 
 class Distiller(nn.Module):
@@ -114,11 +114,10 @@ class Distiller(nn.Module):
         """
         self._signal, self._matched = signal, {}
         positions = batch.attended_at if self._positions == "attended" else batch.trained_at
-        self._at = sampled(positions, self._tokens, draw)
-        self._source_at = None if batch.source_at is None else sampled(batch.source_at, self._tokens, draw)
+        self._at = self._places(positions, draw)
+        self._source_at = None if batch.source_at is None else self._places(batch.source_at, draw)
         self._hidden_scale, self._squares, self.squares = scales[2], {}, None
-        # until the student's own pass through the head: a stone's is not to be told of
-        self.loss_head.report, self.loss_head.hear_teacher, self.loss_head.teacher_ce = False, False, None
+        self.loss_head.report, self.loss_head.hear_teacher, self.loss_head.teacher_ce = report, False, None
         self._final_norm.watch(report)
         if self.stones is not None:
             self.stones.open()
@@ -131,9 +130,10 @@ class Distiller(nn.Module):
         ]
         loss = ce = kl = torch.zeros((), dtype=torch.float32, device=final.device)
         # Before the head's loss, which takes the teacher's final state.
-        of_stones = None if self.stones is None else self.stones(final, batch, signal, self.loss_head)
+        of_stones = None if self.stones is None else self._of_stones(final, batch, signal, temperature, report)
         if scales[0] or scales[1] or self._keeps_head:  # else the head is not gathered nor run, and both parts read 0
-            self.loss_head.report, self.loss_head.hear_teacher = report, hear_teacher
+            # not before: what the stones say through the head is not the teacher
+            self.loss_head.hear_teacher = hear_teacher and (scales[1] > 0 or of_stones is not None)
             loss, ce, kl = self.loss_head(final, batch, signal, scales[0], scales[1], temperature)
         if distances:
             weighted = [d if w == 1 else d * w for d, w in zip(distances, self._pair_weights, strict=True)]
@@ -147,6 +147,18 @@ class Distiller(nn.Module):
         self._signal, self._matched = None, {}
         return loss, sums
 
+    def _of_stones(
+        self, final: Tensor, batch: Batch, signal: Signal | None, temperature: float | None, report: bool
+    ) -> Tensor:
+        """The stones' loss of the pass just made."""
+        assert self.stones is not None
+        loss = self.stones(final, batch, signal, self.loss_head, temperature=temperature, report=report)
+        _, cross = self.loss_head.take_gradients()
+        if cross is not None:  # the student's own cross term, where it enters the blocks
+            gradient = self._final_norm.before(final, cross.view(final.shape))
+            self.stones.note(len(self.stones.pairs), "cross", gradient)
+        return loss
+
     def _all_squares(self, final: Tensor) -> Tensor:
         """CE's and KL's squared gradient norms at the last block's output, then the pairs' own, [2 + pairs]."""
         squares = []
@@ -155,6 +167,11 @@ class Distiller(nn.Module):
             none = torch.zeros((), device=final.device)
             squares.append(none if whole is None else _square(self._final_norm.before(final, whole)))
         return torch.stack([*squares, *(self._squares[number] for number in range(len(self._pairs)))])
+
+    def _places(self, at: Tensor, draw: int) -> Places:
+        """Those of the flat positions [N] that are compared in this pass."""
+        over_ranks = self._all_rows if self._tokens is not None and self._pairs else None
+        return *sampled(at, self._tokens, draw), None if over_ranks is None else stood_for(at, over_ranks)
 
     def rematch(self, pairs: Sequence[tuple[int, int]]) -> None:
         """From now on learn by these pairs, of the student blocks that it was made with."""
@@ -194,9 +211,9 @@ class Distiller(nn.Module):
     def _compare(self, state: Tensor, projected: Tensor, *, theirs: Tensor, at: Places | None) -> Tensor:
         """The weighted sum of the recipe's distances between the student's state and the teacher's."""
         assert at is not None
-        places, factor = at
+        places, factor, together = at
         parts = [
-            distance_sum(ours, theirs, places, terms, factor=factor, all_rows=self._all_rows)
+            distance_sum(ours, theirs, places, terms, factor=factor, all_rows=self._all_rows, together=together)
             for ours, terms in ((state, self._as_it_is), (projected, self._projected))
             if terms
         ]
@@ -249,6 +266,8 @@ class LossHead(nn.Module):
         temperature: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, CE sum, KL sum); logits exist only at the positions that count, a chunk at a time."""
+        if self.hear_teacher:
+            self.teacher_ce = self._heard(batch, signal)
         lent = None if signal is None or kl_scale == 0 else signal.head
         known = None if signal is None or kl_scale == 0 else signal.top_k
         taught = lent is not None or known is not None
@@ -276,10 +295,18 @@ class LossHead(nn.Module):
         assert theirs is not None, "a signal that lends its head has a final state"
         theirs = theirs.flatten(0, 1)[at]
         with lent() as (weight, bias):
-            if self.hear_teacher:
-                nothing = {**settings, "ce_scale": 1.0, "kl_scale": 0.0}
-                self.teacher_ce = head_losses(theirs, weight, bias, None, targets, compared, **nothing)[1]
             return losses(TeacherHead(theirs, weight, bias))
+
+    def _heard(self, batch: Batch, signal: Signal | None) -> Tensor:
+        """The teacher's own cross-entropy sum over the trained positions (all ranks take part)."""
+        assert signal is not None and signal.final is not None and signal.head is not None
+        targets = batch.targets.flatten()[batch.trained_at]
+        settings: dict[str, Any] = dict(
+            ce_scale=1.0, kl_scale=0.0, divergence=self._divergence, temperature=1.0, chunk=self._chunk
+        )
+        theirs, nowhere = signal.final.flatten(0, 1)[batch.trained_at], torch.zeros_like(targets, dtype=torch.bool)
+        with signal.head() as (weight, bias):
+            return head_losses(theirs, weight, bias, None, targets, nowhere, **settings)[1]
 
     def _losses(
         self,

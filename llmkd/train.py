@@ -108,6 +108,8 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
             steering.heard(module, sums)
         meter.step(by, attended + source, weights)
         said = {**steering.values(), **steering.end(by)}
+        if module.stones is not None and steering.reports:
+            said["norms"]["stones"] = module.stones.norms(world)
         totals["tokens"] += attended + source
 
         saves = step == steps or asked_to_stop or (settings.save_every and step % settings.save_every == 0)

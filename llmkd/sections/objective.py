@@ -27,9 +27,9 @@ class Matching(Section):
     pair_weights: tuple[float, ...] | None = None
     """What each pair counts in the hidden loss, in the map's order (the embeddings' first); default 1 each."""
     tokens: int | None = Field(default=None, gt=1)
-    """Compare so many tokens per micro-batch, drawn anew each time; default all. It makes set-level distances cheap."""
+    """Compare so many tokens per micro-batch and rank, drawn anew each time; default all. It makes set-level distances cheap."""
     scope: Literal["micro_batch", "batch"] = "micro_batch"
-    """What a set-level distance is over: a rank's own micro-batch, or the micro-batches of all ranks together."""
+    """What a set-level distance is over: a rank's own micro-batch, or the micro-batches (or samples) of all ranks together."""
     positions: Positions = "attended"
     """Match every token that is not padding, or only those whose next token is trained."""
     final_state: Literal["raw", "normed"] = "raw"
@@ -55,10 +55,6 @@ class Matching(Section):
         if self.projector == "always" and all(term.width_free for term in terms_of(self.distances)):
             raise ValueError(
                 f"matching.projector: {' and '.join(self.distances)} compares states as they are; add another distance, or leave it out"
-            )
-        if self.scope == "batch" and self.tokens is not None:
-            raise ValueError(
-                "matching.tokens: with scope batch the ranks' samples would not weigh what their tokens do; leave one of the two out"
             )
         if self.pair_weights is not None and not (min(self.pair_weights, default=0) >= 0 and any(self.pair_weights)):
             raise ValueError(
@@ -155,7 +151,7 @@ class Loss(Section):
     schedules: Schedules | None = None
     """How the weights and the temperature move while the student learns; left out, they stand."""
     report_norms_every: int = Field(default=0, ge=0)
-    """Steps between reports of the norm of each part's gradient (llmkd.term_norms; stones are not among the parts); 0 reports none."""
+    """Steps between reports of the norm of each part's gradient (llmkd.term_norms), each stone's parts among them; 0 reports none."""
 
     @model_validator(mode="after")
     def _known(self) -> Loss:
@@ -194,7 +190,7 @@ class Stones(Section):
     ce: float = Field(default=1.0, ge=0)
     """Weight of the stones' cross-entropy; of n stones, by student block, the i-th counts 1/2^(n-i)."""
     kl: float = Field(default=1.0, ge=0)
-    """Weight of the stones' divergence from the teacher, at loss.divergence, temperature and kl_positions."""
+    """Weight of the stones' divergence from the teacher, at loss.divergence, the step's temperature and loss.kl_positions."""
     cross: float = Field(default=0.0, ge=0)
     """Weight of the divergence of each stone and of the student from the stones' mean logits, which carry no gradient."""
     sample: Literal["all", "one"] = "all"

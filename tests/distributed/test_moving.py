@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmkd import build, jobs, models, starts
+from llmkd import build, jobs, models, starts, steering, student
 from llmkd.config import load_recipe
 from llmkd.data import collate, epoch_batches
 from llmkd.geometry import cka
 from llmkd.layer_map import in_order_random
+from llmkd.matching import draw_seed, sampled
 from llmkd.schedules import dynamic_temperature
 from llmkd.teachers.base import output_state
 from llmkd.train import train
@@ -52,6 +53,11 @@ SCENARIOS: dict[str, dict[str, Any]] = {
             "temperature": {"shape": "linear", "final": 3.0},
         },
         "loss.report_norms_every": 2,
+    },
+    "sampled_sets": {
+        "matching.tokens": 9,
+        "matching.distance": {"procrustes": 1.0, "gram": 0.5},
+        "matching.scope": "batch",
     },
     "dynamic": {
         "matching.tokens": 5,
@@ -113,13 +119,46 @@ def test_resumed_is_uninterrupted_on_two_ranks(runs: Path, tiny: Path) -> None:
         _assert_same(runs / "resumed" / name, runs / "whole" / name)
 
 
+def _sample_as_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process draws from each half of a micro-batch's rows what the rank that had them would have drawn, by the same numbers."""
+    now: dict[str, Any] = {}
+    forward = student.Distiller.forward
+
+    def drawing(*numbers: int) -> int:
+        now["numbers"] = numbers
+        return draw_seed(*numbers)
+
+    def running(self: Any, batch: Any, *args: Any, **options: Any) -> Any:
+        now["first"] = batch.input_ids.numel() // 2
+        return forward(self, batch, *args, **options)
+
+    def both(at: torch.Tensor, count: int | None, seed: int) -> tuple[torch.Tensor, float]:
+        *numbers, rank = now["numbers"]
+        assert rank == 0 and seed == draw_seed(*numbers, 0)
+        halves = at[at < now["first"]], at[at >= now["first"]]
+        drawn = torch.cat([sampled(half, count, draw_seed(*numbers, rank))[0] for rank, half in enumerate(halves)])
+        assert len(drawn) < len(at)
+        return drawn, len(at) / len(drawn)
+
+    monkeypatch.setattr(steering, "draw_seed", drawing)
+    monkeypatch.setattr(student.Distiller, "forward", running)
+    monkeypatch.setattr(student, "sampled", both)
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_resumed_is_uninterrupted_and_one_rank_is_two(
-    runs: Path, tiny: Path, world: Any, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+    runs: Path,
+    tiny: Path,
+    world: Any,
+    tmp_path: Path,
+    name: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    together = (
-        {"train.micro_batch_size": 4} if name == "scheduled" else {}
-    )  # its sets are a micro-step's, over both ranks
+    sets_of_both = name in ("scheduled", "sampled_sets")  # a micro-step's, over both ranks
+    together = {"train.micro_batch_size": 4} if sets_of_both else {}
+    if name == "sampled_sets":
+        _sample_as_two_ranks(monkeypatch)
     recipe = load_recipe(tiny / "recipe.yaml").changed({**SCENARIOS_OF_RUN[name], **together})
     whole, resumed = tmp_path / name, tmp_path / "again" / name
     assert train(world, jobs.distil_job(world, recipe, whole))

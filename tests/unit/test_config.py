@@ -115,10 +115,6 @@ def test_file_that_is_no_text_and_missing_file(tmp_path: Path) -> None:
         (["matching.distance={mse: 0}"], "matching.distance.mse: a weight of 0.0; write a number above 0, or leave"),
         (["matching.distance={}"], "matching.distance: names none; write one of mse, "),
         (["matching.distance=3"], "matching.distance: input should be a valid string (got 3)"),
-        (
-            ["matching.distance=cka", "matching.scope=batch", "matching.tokens=64"],
-            "matching.tokens: with scope batch the ranks' samples would not weigh what their tokens do",
-        ),
         (["matching.scope=batch"], "matching.scope: normalized_mse compares token by token, wherever the tokens are"),
         (
             ["matching.distance=cka", "matching.projector=always"],
@@ -368,8 +364,12 @@ def test_a_teacher_that_the_recipe_makes_counts_by_how_it_is_made(recipe: Path) 
     [
         (["stones.weight=1"], "unknown key 'stones.weight'; "),
         (
-            ["stones.kl=1", "loss.schedules.temperature={shape: linear, final: 2.0}"],
-            "loss.schedules.temperature: stones keep the temperature they begin with",
+            ["loss.kl=0", "stones={kl: 0, ce: 1}", "loss.schedules.temperature={shape: linear, final: 2.0}"],
+            "loss.schedules.temperature: loss.kl is 0, and so are stones.kl and stones.cross, so that nothing is",
+        ),
+        (
+            ["loss.kl=0", "loss.ce=0", "stones={kl: 1}", "loss.schedules.temperature={shape: dynamic}"],
+            "loss.schedules.temperature: dynamic reads the student's own cross-entropy, and with loss.ce and loss.kl at 0 its",
         ),
         (["stones.kl=1", "matching.strategy=nearest"], "stones.pairs: a map that is measured or redrawn gives no"),
         (["stones.kl=-1"], "stones.kl: "),

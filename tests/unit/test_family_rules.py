@@ -53,7 +53,11 @@ ENCODER_DECODER = Family("encoder_decoder")
         (ENCODER_DECODER, {"teacher.offload_states": True}, r"teacher\.offload_states: .*; write false"),
         (ENCODER, {"loss.kl_positions": "attended"}, r"loss\.kl_positions: an encoder has one .*; write trained"),
         (ENCODER, {"matching.positions": "trained"}, r"matching\.positions: no token of .*; write attended"),
-        (ENCODER, {"stones": {"pairs": [[0, 1]]}}, r"stones: .*, and this is an encoder; leave the section out"),
+        (
+            ENCODER_DECODER,
+            {"stones": {"pairs": [[0, 1]]}},
+            r"stones: .*, and this is an encoder-decoder; leave the section out",
+        ),
         (
             ENCODER_DECODER,
             {"matching.strategy": "nearest"},

@@ -13,7 +13,7 @@ from llmkd import making, models
 from llmkd.data import Batch, collate
 from llmkd.divergences import forward_kl
 from llmkd.geometry import SET_DISTANCES
-from llmkd.matching import KNOWN, distance_sum, draw_seed, sampled, terms_of
+from llmkd.matching import KNOWN, distance_sum, draw_seed, sampled, stood_for, terms_of
 from llmkd.student import Distiller, make_projectors
 from llmkd.teachers.resident import ResidentTeacher
 
@@ -97,6 +97,38 @@ def test_sets_over_ranks_are_one_ranks_set(mix: dict[str, float], split: int) ->
 
         totals.append(distance_sum(student, teacher, share, terms_of(mix), all_rows=gather))
     total = torch.stack(totals).sum()
+    torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-12)
+    (gradient,) = torch.autograd.grad(total, student)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
+@each_mix
+@pytest.mark.parametrize("counts", [(3, 5), (2, 40), (40, 40)])
+def test_samples_of_ranks_are_a_sample_in_one_place(mix: dict[str, float], counts: tuple[int, int]) -> None:
+    """Two ranks that sample differently many of their tokens: values and gradients add up to those of one sample, of sets exactly and
+    token by token with each rank's own factor."""
+    student, teacher = two()
+    parts = AT[:4], AT[4:]
+    drawn = [
+        sampled(part, count, draw_seed(0, 1, 0, rank))
+        for rank, (part, count) in enumerate(zip(parts, counts, strict=True))
+    ]
+    union = torch.cat([at for at, _ in drawn])
+    whole = torch.zeros((), dtype=torch.float64)
+    for term in terms_of(mix):
+        places = [(union, len(AT) / len(union))] if term.of_set else drawn
+        whole = whole + sum(distance_sum(student, teacher, at, [term], factor=factor) for at, factor in places)
+    (expected,) = torch.autograd.grad(whole, student)
+    counted = lambda mine: (torch.tensor([[float(len(part))] for part in parts]), 0)  # noqa: E731
+    total = torch.zeros((), dtype=torch.float64)
+    for rank, (at, factor) in enumerate(drawn):
+        sides = iter((student, teacher))
+
+        def gather(mine: torch.Tensor, sides: Any = sides, rank: int = rank) -> tuple[torch.Tensor, int]:
+            return next(sides).flatten(0, 1)[union].detach(), rank * len(drawn[0][0])
+
+        settings: dict[str, Any] = dict(factor=factor, all_rows=gather, together=stood_for(parts[rank], counted))
+        total = total + distance_sum(student, teacher, at, terms_of(mix), **settings)
     torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-12)
     (gradient,) = torch.autograd.grad(total, student)
     torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)

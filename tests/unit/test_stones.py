@@ -24,10 +24,8 @@ from llmkd.recipe_map import pairs_of, stones_of
 from llmkd.stones import Comparison, Stones, StoneWeights, drawn, shares
 from llmkd.student import Distiller
 from llmkd.teachers.resident import ResidentTeacher
-from llmkd.teachers.upper import UpperBlocks, check_upper
 from tests import definitions
-from tests.unit.test_models import CONFIGS, new
-from tests.unit.test_stage import KINDS
+from tests.unit.test_models import new
 
 PAIRS = ((0, 1), (1, 2), (2, 5))
 CE, KL, CROSS = 0.7, 1.3, 0.4
@@ -283,41 +281,6 @@ def test_the_teachers_weights_get_no_gradient_and_its_states_are_its_own(teacher
     assert not owned & {id(p) for p in teacher.parameters()}
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_from_any_block_on_it_is_the_whole_model(kind: str, checkpointed: bool) -> None:
-    """Final state to the bit, and the gradient of a hook that lets the state be changed."""
-    model = new(KINDS[kind]()).eval().requires_grad_(False)
-    stack = models.blocks(model)
-    upper = UpperBlocks(model, range(len(stack)), again=checkpointed)
-    for packed in (False, True):
-        batch = collate([{"input_ids": [3 + n] * n, "trained": [True] * n} for n in (5, 1, 9)], pad_id=0, packed=packed)
-        inputs: dict[str, Any] = dict(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
-        for block, module in enumerate(stack):
-            states: list[torch.Tensor] = []
-
-            def opened(m: Any, a: Any, output: Any, states: list[torch.Tensor] = states) -> torch.Tensor:
-                states.append(output.detach().requires_grad_())
-                return states[0]
-
-            hook = module.register_forward_hook(opened)
-            final = models.backbone(model)(**inputs).last_hidden_state
-            hook.remove()
-            torch.manual_seed(0)
-            towards = torch.randn_like(final) * batch.attended[..., None]
-            (expected,) = torch.autograd.grad((final * towards).sum(), states[0])
-            leaf = states[0].detach().requires_grad_()
-            found = upper(block, leaf, batch)
-            assert torch.equal(found, final)
-            (gradient,) = torch.autograd.grad((found * towards).sum(), leaf)
-            torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("ours", ["float32", "bfloat16"])
 def test_half_precision_is_near(tiny: Path, world: Any, ours: str) -> None:
     """A bfloat16 teacher, whatever the student's dtype: near float32, and the state's gradient is of the student's dtype."""
@@ -335,12 +298,6 @@ def test_half_precision_is_near(tiny: Path, world: Any, ours: str) -> None:
         assert all(p.grad is not None and p.grad.isfinite().all() for p in stones.parameters())
         losses.append(loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=0.03) and losses[0] != losses[1]
-
-
-def test_a_family_not_shown_to_work_is_refused() -> None:
-    with pytest.raises(InputError, match=r"stones: a 'gpt2' teacher has not been shown .* leave out stones"):
-        check_upper(CONFIGS["gpt2"]())
-    check_upper(CONFIGS["qwen3"]())
 
 
 def test_pairs_are_the_maps_or_the_recipes_own_by_student_block(tiny: Path) -> None:

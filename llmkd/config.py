@@ -129,12 +129,18 @@ class Recipe(Section):
             raise ValueError(
                 "stones.checkpoint: a zero3 teacher's blocks are let go between the passes; write true, or placement: replicated"
             )
-        moves = self.matching.strategy == "nearest" or self.matching.redraw_every > 0
-        if self.stones.pairs == "from_map" and moves:
+        if self.stones.pairs == "from_map" and self.matching.redraw_every:
             raise ValueError(
-                "stones.pairs: a map that is measured or redrawn gives no lasting stones; write them, e.g. [[0, 3], [1, 7]]"
+                "stones.pairs: a connector learns to lead to one teacher block, and a redrawn map would change it (matching.redraw_every); "
+                "write the stones, e.g. [[0, 3], [1, 7]], or redraw_every: 0"
             )
         return self
+
+    @property
+    def measures_map(self) -> bool:
+        """Whether a map is asked for that is measured before the first step."""
+        of_stones = self.stones is not None and self.stones.pairs == "from_map"
+        return self.matching.strategy == "nearest" and (self.loss.hidden > 0 or of_stones)
 
     @property
     def logits(self) -> bool:

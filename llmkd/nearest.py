@@ -44,7 +44,7 @@ def settled(world: World, job: Job, data: Dataset, reading: dict[str, Any], *, r
             raise InputError(
                 f"{file}: the map that this run was begun with is gone; put it back, or remove {job.folder / 'checkpoints'} to begin again"
             )
-        return replace(job, pairs=_pairs(pairs))
+        return _with_map(job, _pairs(pairs))
     [micro_batches] = batches(data, start_step=0, steps=1, **reading)
     found = measured(world, job, micro_batches)
 
@@ -56,7 +56,16 @@ def settled(world: World, job: Job, data: Dataset, reading: dict[str, Any], *, r
 
     pairs = _pairs(on_main(world, kept))
     log.info("%s: nearest by linear CKA: %s", job.title, ", ".join(recipe_map.pair_names(pairs)))
-    return replace(job, pairs=pairs)
+    return _with_map(job, pairs)
+
+
+def _with_map(job: Job, pairs: Pairs) -> Job:
+    """The job with the map's pairs, and its stones where they are to be the map's (without the embeddings' pair)."""
+    found = replace(job, pairs=pairs if job.pairs else ())
+    settings = job.recipe.stones
+    if settings is None or settings.pairs != "from_map":
+        return found
+    return replace(found, stones=tuple(sorted((student, teacher) for student, teacher in pairs if student >= 0)))
 
 
 def measured(world: World, job: Job, micro_batches: Sequence[Batch]) -> Tensor:

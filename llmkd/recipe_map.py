@@ -79,14 +79,19 @@ def with_embedding(recipe: Recipe, pairs: Pairs) -> Pairs:
 
 
 def stones_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
-    """The recipe's stepping stones at these depths, by student block; none where it has no `stones` section."""
+    """The recipe's stepping stones at these depths, by student block; none where it has no `stones` section.
+
+    From the map of `nearest`, which is not known before it is measured, those of `forward`, as many: a plan by them may count too few
+    teacher blocks, for what is nearest may lie anywhere.
+    """
     settings = recipe.stones
     if settings is None:
         return ()
     if settings.pairs == "from_map":
         matching = recipe.matching
         options: dict[str, Any] = dict(seed=recipe.seed, target_block=matching.target_block, pairs=matching.pairs)
-        pairs = layer_map(matching.strategy, student_depth, teacher_depth, **options)
+        strategy = "forward" if matching.strategy == "nearest" else matching.strategy
+        pairs = layer_map(strategy, student_depth, teacher_depth, **options)
         if not pairs:
             raise InputError(
                 f"stones.pairs: the layer map of strategy {matching.strategy!r} has no pairs; write them, e.g. [[0, 3]], or another "

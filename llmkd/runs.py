@@ -71,7 +71,7 @@ def prepared(world: World, job: Job) -> Run:
         packed=job.data.batching == "packed",
         make=collate_for(job.family),
     )
-    if job.pairs and job.recipe.matching.strategy == "nearest":
+    if job.recipe.measures_map and not job.makes_teacher:
         job = nearest.settled(world, job, data, reading, resuming=resume is not None)
     module = build.load_student(job, ds_config, build.teacher_width(job), build.rows_of_all_ranks(world, job))
     teacher = cached or (build.load_teacher(world, job) if job.teacher is not None else None)

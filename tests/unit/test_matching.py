@@ -119,7 +119,7 @@ def test_samples_of_ranks_are_a_sample_in_one_place(mix: dict[str, float], count
         places = [(union, len(AT) / len(union))] if term.of_set else drawn
         whole = whole + sum(distance_sum(student, teacher, at, [term], factor=factor) for at, factor in places)
     (expected,) = torch.autograd.grad(whole, student)
-    counted = lambda mine: (torch.tensor([[float(len(part))] for part in parts]), 0)  # noqa: E731
+    counted = lambda mine: (mine.new_tensor([[len(part)] for part in parts]), 0)  # noqa: E731
     total = torch.zeros((), dtype=torch.float64)
     for rank, (at, factor) in enumerate(drawn):
         sides = iter((student, teacher))

@@ -59,6 +59,16 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "matching.distance": {"procrustes": 1.0, "gram": 0.5},
         "matching.scope": "batch",
     },
+    "nearest_stones": {
+        "matching.strategy": "nearest",
+        "loss.hidden": 0.0,
+        "loss.kl": 0.0,
+        "loss.temperature": 4.0,
+        "loss.schedules": {"temperature": {"shape": "dynamic", "every": 2, "maximum": 6.0}},
+        "loss.report_norms_every": 2,
+        "stones": {"ce": 0.3, "kl": 0.7, "cross": 0.2, "connector_batches": 2},
+        "teacher.placement": "zero3",
+    },
     "dynamic": {
         "matching.tokens": 5,
         "matching.distance": "cka",
@@ -244,6 +254,30 @@ def test_schedules_say_where_they_are(runs: Path) -> None:
         pairs = list(line["pairs"].values())
         assert line["hidden"] == pytest.approx((2 * pairs[0] + pairs[2]) / 3)
         assert (line["kl"] == 0) == (line["weights"]["kl"] == 0)
+
+
+def test_stones_of_a_measured_map_follow_a_dynamic_temperature_and_say_their_norms(runs: Path) -> None:
+    folder = runs / "whole" / "nearest_stones"
+    found, lines = json.loads((folder / "map.json").read_text()), _lines(folder)
+    names = [f"{s}<{t}" for s, t in found["pairs"]]
+    assert len(names) == 3 and json.loads((folder / "summary.json").read_text())["pairs"] == []
+    for line in lines:
+        assert line["hidden"] == line["kl"] == 0 and line["pairs"] == {}
+        assert {key.split("/")[1] for key in line if key.startswith("stones/")} == {*names, "student"}
+    changes = [json.loads(text) for text in (folder / "temperature.jsonl").read_text().splitlines()]
+    assert [change["step"] for change in changes] == [2, 4, 6]
+    assert [line["temperature"] for line in lines] == [4.0, 4.0, *[c["temperature"] for c in changes[:2] for _ in "ab"]]
+    assert len({change["temperature"] for change in changes}) == 3
+    assert [change["student_ce"] for change in changes] == pytest.approx([line["ce"] for line in lines[1::2]])
+    for step, line in enumerate(lines, start=1):
+        assert ("norms" in line) == (step % 2 == 0)
+        if "norms" in line:
+            stones = line["norms"]["stones"]
+            assert list(stones) == [*names, "student"] and stones["student"].keys() == {"cross"}
+            assert all(stones[name].keys() == {"ce", "kl", "cross"} for name in names)
+            assert all(0 < norm < 10 for parts in stones.values() for norm in parts.values())
+    said = (runs / "whole" / "rank0.log").read_text()
+    assert f"hidden:0 {names[0]} ce:" in said and " student cross:" in said
 
 
 def test_norms_are_reported_at_their_steps(runs: Path) -> None:

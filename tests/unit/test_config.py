@@ -371,7 +371,14 @@ def test_a_teacher_that_the_recipe_makes_counts_by_how_it_is_made(recipe: Path) 
             ["loss.kl=0", "loss.ce=0", "stones={kl: 1}", "loss.schedules.temperature={shape: dynamic}"],
             "loss.schedules.temperature: dynamic reads the student's own cross-entropy, and with loss.ce and loss.kl at 0 its",
         ),
-        (["stones.kl=1", "matching.strategy=nearest"], "stones.pairs: a map that is measured or redrawn gives no"),
+        (
+            ["stones.kl=1", "matching.strategy=in_order_random", "matching.redraw_every=2"],
+            "stones.pairs: a connector learns to lead to one teacher block, and a redrawn map would change it",
+        ),
+        (
+            ["loss.kl=0", "loss.schedules.temperature={shape: cosine, final: 2.0}"],
+            "loss.schedules.temperature: loss.kl is 0, so that nothing is compared at a temperature; give one a weight, or leave the",
+        ),
         (["stones.kl=-1"], "stones.kl: "),
         (["stones={kl: 0, ce: 0}"], "stones: ce, kl and cross are all 0; give one of them a weight"),
         (["stones={sample: one, cross: 0.1}"], "stones.sample: the cross term needs every stone's logits; write all"),
@@ -402,6 +409,17 @@ def test_stones_are_off_unless_asked_for_and_then_decide_the_result(recipe: Path
     (recipe.parent / "again.yaml").write_text(dump_recipe(with_stones.changed({"stones.pairs": [[0, 2], [1, 3]]})))
     again = load_recipe(recipe.parent / "again.yaml").stones
     assert again is not None and again.pairs == ((0, 2), (1, 3))
+
+
+def test_a_map_is_measured_for_whatever_asks_for_it(recipe: Path) -> None:
+    nearest = load_recipe(recipe, ["matching.strategy=nearest"])
+    assert nearest.measures_map and not load_recipe(recipe).measures_map
+    assert not nearest.changed({"loss.hidden": 0.0}).measures_map
+    assert nearest.changed({"loss.hidden": 0.0, "stones": {"kl": 1.0}}).measures_map
+    assert not nearest.changed({"loss.hidden": 0.0, "stones": {"pairs": [[0, 1]]}}).measures_map
+    load_recipe(recipe, ["loss.kl=0", "stones.kl=1", "loss.schedules.temperature={shape: linear, final: 2.0}"])
+    written = {"stones": {"pairs": [[0, 1]]}, "matching.strategy": "in_order_random", "matching.redraw_every": 2}
+    load_recipe(recipe).changed(written)
 
 
 def test_every_key_is_named_once(recipe: Path) -> None:

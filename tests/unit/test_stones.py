@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from llmkd import models
+from llmkd import build, jobs, models, starts
 from llmkd.config import load_recipe
 from llmkd.connectors import least_squares, make_connectors
 from llmkd.data import IGNORE, Batch, collate
@@ -305,6 +305,7 @@ def test_pairs_are_the_maps_or_the_recipes_own_by_student_block(tiny: Path) -> N
     assert stones_of(recipe, 3, 6) == pairs_of(recipe, 3, 6) == ((0, 1), (1, 3), (2, 5))
     assert stones_of(recipe.changed({"loss.hidden": 0.0}), 3, 6) == ((0, 1), (1, 3), (2, 5))
     assert stones_of(recipe.changed({"matching.strategy": "reverse"}), 3, 6) == ((0, 5), (1, 3), (2, 1))
+    assert stones_of(recipe.changed({"matching.strategy": "nearest"}), 3, 6) == ((0, 1), (1, 3), (2, 5))  # to plan by
     assert stones_of(recipe.changed({"stones.pairs": [[2, 4], [0, 0]]}), 3, 6) == ((0, 0), (2, 4))
     assert stones_of(recipe.changed({"stones": None}), 3, 6) == ()
     for changes, sentence in (
@@ -314,6 +315,36 @@ def test_pairs_are_the_maps_or_the_recipes_own_by_student_block(tiny: Path) -> N
     ):
         with pytest.raises(InputError, match=sentence):
             stones_of(recipe.changed(changes), 3, 6)
+
+
+def test_a_narrow_students_stones_beside_a_distance_that_needs_no_projector(
+    tiny: Path, world: Any, tmp_path: Path
+) -> None:
+    """The connectors alone lead to the teacher's width."""
+    changes = {
+        "student.init": "random",
+        "student.hidden_size": 24,
+        "student.num_attention_heads": 3,
+        "student.num_key_value_heads": 1,
+        "matching.distance": "procrustes",
+        "stones": {"kl": 0.5},
+        "train.deepspeed": "zero2",
+    }
+    recipe = load_recipe(tiny / "recipe.yaml").changed(changes)
+    job = jobs.distil_job(world, recipe, tmp_path / "run")
+    starts.initial_student(recipe, tiny / "teacher", job.initial)
+    module = build.load_student(job, {"zero_optimization": {"stage": 2}}, build.teacher_width(job))
+    assert module.projectors is None and module.stones is not None and len(module.stones.connectors) == 3
+    assert {tuple(p.shape) for p in module.stones.parameters()} == {(32, 24)}
+    for connector in module.stones.connectors:
+        nn.init.normal_(connector.weight, std=0.3)  # type: ignore[arg-type]
+    batch, source = _batch(), build.load_teacher(world, job)
+    _begin(module.stones, batch)
+    loss, sums = module(batch, source.signals(batch), (0.0, 0.0, 0.1))
+    assert len(sums) == 5 and bool((sums[2:] > 0).all())
+    loss.backward()
+    gradients = [p.grad for name, p in module.named_parameters() if name.startswith(("stones", "model.model.layers"))]
+    assert all(gradient is not None and gradient.isfinite().all() and gradient.any() for gradient in gradients)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

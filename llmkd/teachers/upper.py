@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llmkd.data import Batch
 from llmkd.engines import gathered
 from llmkd.errors import InputError
-from llmkd.families import CLASSIFIERS, backbone, blocks, check_logits, final_state, kind
+from llmkd.families import CLASSIFIERS, ROBERTAS, backbone, blocks, check_logits, final_state, kind
 from llmkd.models import student_config
 from llmkd.teachers.base import output_state
 from llmkd.teachers.stage import PIPELINED
@@ -65,7 +65,7 @@ ENDS = {
     "phi": Ends(("model.final_layernorm",)),
     "bert": Ends(("bert.pooler",), {"bert.embeddings": Passing}),
     "distilbert": Ends(("pre_classifier",), {"distilbert.embeddings": Passing}),
-    "roberta": Ends(("classifier.dense",), {"roberta.embeddings": Passing}),
+    **dict.fromkeys(ROBERTAS, Ends(("classifier.dense",), {"roberta.embeddings": Passing})),
 }
 """By model type; each is tested to be the whole model from any of its blocks on."""
 

@@ -51,21 +51,10 @@ def check_training(recipe: Recipe, family: Family) -> None:
 
 
 def _check_decoders_alone(recipe: Recipe, said: str) -> None:
-    """Raise InputError for what is made of a decoder's one stack of blocks and its final norm; `said`: what this model is."""
+    """Raise InputError for what is made of a decoder's one stack of blocks; `said`: what this model is."""
     if recipe.stones is not None:
         raise InputError(
             f"stones: a stone goes on with a decoder's upper blocks, and this is {said}; leave the section out"
-        )
-    if recipe.matching.strategy == "nearest":
-        raise InputError(
-            f"matching.strategy: nearest is measured on decoders, and this is {said}; write the pairs under matching.pairs with "
-            "strategy: explicit, or another strategy"
-        )
-    if recipe.matching.redraw_every:
-        raise InputError(f"matching.redraw_every: only a decoder's map is drawn again, and this is {said}; write 0")
-    if recipe.loss.report_norms_every:
-        raise InputError(
-            f"loss.report_norms_every: the norms are taken around a decoder's final norm, and this is {said}; write 0"
         )
 
 

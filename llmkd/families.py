@@ -395,7 +395,7 @@ def _run_encoder_decoder(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def scaled(model: PreTrainedModel, final: Tensor) -> Tensor:
-    """What the head of T5 with tied embeddings reads: they are drawn larger than a head's weight would be, and the state makes up for it."""
+    """What the head reads of a final state: T5's tied embeddings are drawn larger than a head's weight, and the state makes up for it."""
     return final * model.config.hidden_size**-0.5 if getattr(model.config, "scale_decoder_outputs", False) else final
 
 

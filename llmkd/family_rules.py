@@ -88,8 +88,6 @@ def check_evaluation(recipe: Recipe, kind: Kind) -> None:
         raise InputError(
             f"evaluation.tasks: lm-eval is run on decoders, and this is {said}; leave tasks out and write {cure}"
         )
-    if kind != "decoder" and settings.angles_rows:
-        raise InputError(f"evaluation.angles_rows: angles are measured on decoders, and this is {said}; leave it out")
     if kind == "encoder" and settings.generation is not None:
         raise InputError(
             "evaluation.generation: an encoder writes no texts; leave it out and write evaluation.classification"
@@ -100,14 +98,6 @@ def check_evaluation(recipe: Recipe, kind: Kind) -> None:
         raise InputError(f"evaluation.classification: only an encoder has classes, and this is {said}; leave it out")
     if settings.classification is not None:
         check_held_out(recipe)
-
-
-def check_angles(folder: Path, kind: Kind) -> None:
-    """Raise InputError where the models of a folder are not decoders."""
-    if kind != "decoder":
-        raise InputError(
-            f"{folder}: angles are measured on decoders, and its teacher is {SAID[kind]}; give a folder of decoders"
-        )
 
 
 def check_held_out(recipe: Recipe) -> None:

@@ -1,7 +1,8 @@
 """The map that is measured: each student block learns from the teacher block that it is most like before the first step.
 
 Likeness is linear CKA (llmkd.geometry), which compares states of any two widths, of about `TOKENS` tokens of the first step's batch. An
-encoder-decoder's two stacks are measured by themselves, each over its own tokens. The map stands in the run's folder, so that a resumed run learns by the same.
+encoder-decoder's two stacks are measured by themselves, each over its own tokens. The map stands in the run's folder, so that a resumed
+run learns by the same.
 """
 
 from __future__ import annotations

@@ -8,21 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmkd import (
-    angles,
-    caching,
-    curves,
-    doctor,
-    families,
-    family_rules,
-    findings,
-    jobs,
-    making,
-    models,
-    planner,
-    recipe_map,
-)
-from llmkd.angle_runs import Run
+from llmkd import caching, curves, doctor, families, family_rules, findings, jobs, making, models, planner, recipe_map
 from llmkd.architectures import KINDS, new_config
 from llmkd.config import Recipe, finetune_inputs, load_recipe, training_inputs
 from llmkd.errors import InputError
@@ -111,14 +97,6 @@ def test_plan_and_doctor_are_for_decoders(tiny: Path, tmp_path: Path) -> None:
         InputError, match="llmkd doctor looks at a decoder's rows, and this recipe's teacher is an encoder"
     ):
         doctor.examine(recipe)
-
-
-def test_angles_are_for_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = family_recipe(tmp_path, "encoder", new(ENCODERS["bert"](4), "encoder"))
-    run = Run("forward-s0", "student", "forward", 0, tmp_path, recipe, ())
-    monkeypatch.setattr(angles, "runs_of", lambda *asked: (tmp_path / "teacher", [run]))
-    with pytest.raises(InputError, match="angles are measured on decoders, and its teacher is an encoder; give a fold"):
-        angles.angles(tmp_path)
 
 
 def test_no_cache_of_another_family_is_written(tmp_path: Path, world: Any) -> None:

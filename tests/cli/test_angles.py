@@ -44,26 +44,6 @@ def still(world: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return trained(world, tiny, tmp_path_factory.mktemp("runs") / "still", **NARROW, **rate)
 
 
-@pytest.fixture
-def inside(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The child's work in this process; the orders that it was given."""
-    orders: list[Any] = []
-
-    def run(module: str, order: Any, talk: Path, label: str, variables: Any = None) -> int:
-        order = json.loads(json.dumps(order))
-        orders.append(order)
-        said: list[str] = []
-        with monkeypatch.context() as patch:
-            patch.setattr(child, "listen", lambda: (order, said.append))
-            code = angles.main()
-        if said[-1].startswith(child.REFUSAL):
-            raise InputError(said[-1].removeprefix(child.REFUSAL))
-        return code
-
-    monkeypatch.setattr(child, "run", run)
-    return orders
-
-
 def test_the_command_measures_a_training_folder_once(
     run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

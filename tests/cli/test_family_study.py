@@ -61,8 +61,8 @@ def test_study_of_another_family(tmp_path: Path, model_type: str) -> None:
     assert (drawn["student_blocks"], drawn["teacher_blocks"]) == ((2, 4) if model_type == "bert" else (3, 8))
     assert "Layer map of forward" in page.read_text() and report(folder) == page
     angles = json.loads((folder / "angles" / "forward-s0.json").read_text())
-    stacks = [(stack["stack"], stack["student_blocks"], stack["teacher_blocks"]) for stack in angles["stacks"]]
     assert angles["error"] is None and angles["rows"] == 5
+    stacks = [(stack["stack"], stack["student_blocks"], stack["teacher_blocks"]) for stack in angles["stacks"]]
     assert stacks == ([("", 2, 4)] if model_type == "bert" else [("encoder", 2, 4), ("decoder", 1, 4)])
     markdown = (folder / "report.md").read_text().split("## Angles between teacher blocks")[1]
     pictures = re.findall("Mean cosine between teacher blocks, forward(, [a-z]+)?", page.read_text())

@@ -16,13 +16,13 @@ from llmkd.data import Batch, collate
 from llmkd.distances import DISTANCES
 from llmkd.divergences import forward_kl
 from llmkd.errors import InputError
-from llmkd.families import blocks, depths
+from llmkd.families import CLASSIFIERS, DECODER_DEPTH, blocks, depths
 from llmkd.family_data import collate_classified, collate_sources
 from llmkd.stages import EMBEDDING
 from llmkd.student import Distiller, make_projectors
 from llmkd.teachers.base import output_state
 from llmkd.teachers.resident import ResidentTeacher
-from llmkd.term_norms import Tail
+from llmkd.term_norms import TAILS, Tail
 from tests.family_models import DECODERS, ENCODER_DECODERS, ENCODERS, new, run
 from tests.unit.test_families import (
     ENCODER_PAIRS,
@@ -163,6 +163,11 @@ def test_a_decoders_norms(name: str) -> None:
     for normed in (False, True):
         if not (normed and name == "opt_narrow"):
             check(teacher, student, ((0, 1), (1, 3)), batch, normed=normed)
+
+
+def test_every_family_has_a_tail() -> None:
+    """An encoder or encoder-decoder that is let in is one whose norms can be reported."""
+    assert set(TAILS) == {*CLASSIFIERS, *DECODER_DEPTH}
 
 
 def test_a_decoder_that_does_more_before_its_head_is_refused() -> None:

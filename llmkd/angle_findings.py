@@ -20,8 +20,9 @@ Values = list[list[float | None]]
 def angle_findings(folder: Path, entries: Sequence[Entry]) -> dict[str, Any] | None:
     """What `angles/` says of a study's students; None where there is nothing.
 
-    `students`: one per strategy, before and after training: means over seeds with half the 95 % interval, and by student block the
-    mean cosine of each pair of teacher blocks and the share above zero. `problems`: by name why a student has none.
+    `students`: one per strategy, and per stack of an encoder-decoder, before and after training: means over seeds with half the 95 %
+    interval, and by student block the mean cosine of each pair of teacher blocks and the share above zero. `problems`: by name why a
+    student has none.
     """
     found = [
         (entry, read(folder / FOLDER / f"{entry['name']}.json")) for entry in entries if entry["train"] is not None
@@ -29,13 +30,20 @@ def angle_findings(folder: Path, entries: Sequence[Entry]) -> dict[str, Any] | N
     known = [(entry, one) for entry, one in found if one is not None]
     if not known:
         return None
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    problems: dict[str, str] = {}
     for entry, one in known:
-        if one["error"] is None:
-            groups.setdefault(entry["strategy"], []).append(one)
+        if one["error"] is not None:
+            problems[entry["name"]] = one["error"]
+        elif "stacks" not in one:
+            problems[entry["name"]] = f"measured by an earlier llmkd; run llmkd angles {folder}"
+        else:
+            about = {key: value for key, value in one.items() if key != "stacks"}
+            for stack in one["stacks"]:
+                groups.setdefault((entry["strategy"], stack["stack"]), []).append({**about, **stack})
     return {
-        "students": [_group(strategy, members) for strategy, members in groups.items()],
-        "problems": {entry["name"]: one["error"] for entry, one in known if one["error"] is not None},
+        "students": [_group(strategy, members) for (strategy, _), members in groups.items()],
+        "problems": problems,
     }
 
 
@@ -43,6 +51,7 @@ def _group(strategy: str, members: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = members[0]
     return {
         "strategy": strategy,
+        "stack": first["stack"],
         "init": first["init"],
         "seeds": [one["seed"] for one in members],
         "rows": first["rows"],
@@ -126,7 +135,17 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def sentence(angles: dict[str, Any]) -> str:
     """What was found, in one sentence for both forms of the report."""
-    students = angles["students"]
+    stacks = dict.fromkeys(one["stack"] for one in angles["students"])
+    said = [_found([one for one in angles["students"] if one["stack"] == stack], stack) for stack in stacks]
+    return (
+        f"By strategy, the cosine between the directions from a student's block to two teacher blocks is, as a mean over tokens, pairs "
+        f"and blocks, {', '.join(said)}; where it is above zero, a small step towards one teacher block brings the "
+        "student's state nearer to the other too."
+    )
+
+
+def _found(students: Sequence[dict[str, Any]], stack: str) -> str:
+    """The ranges over strategies before and after, of one stack."""
     said = []
     for when in WHEN:
         means = [one[when]["mean"]["mean"] for one in students if one[when]["mean"]["mean"] is not None]
@@ -135,11 +154,8 @@ def sentence(angles: dict[str, Any]) -> str:
             said.append(
                 f"{when} training {_range(means, '{:.2f}')} (above zero at {_range(shares, '{:.0%}')} of tokens)"
             )
-    return (
-        f"By strategy, the cosine between the directions from a student's block to two teacher blocks is, as a mean over tokens, pairs "
-        f"and blocks, {' and '.join(said) or 'not known'}; where it is above zero, a small step towards one teacher block brings the "
-        "student's state nearer to the other too."
-    )
+    where = f"in the {stack} " if stack else ""
+    return f"{where}{' and '.join(said) or 'not known'}"
 
 
 def _range(values: Sequence[float], how: str) -> str:
@@ -150,8 +166,9 @@ def _range(values: Sequence[float], how: str) -> str:
 def setting(angles: dict[str, Any]) -> str:
     """On what the numbers stand, in a sentence or two."""
     first = angles["students"][0]
+    of_first = [one for one in angles["students"] if one["strategy"] == first["strategy"]]
     said = (
-        f"Over {first['tokens']:,} tokens of {first['rows']} held-out rows, padding left out; the last blocks' states are "
+        f"Over {tokens_read({'stacks': of_first})} of {first['rows']} held-out rows, padding left out; the last blocks' states are "
         f"{_final_states(angles['students'])}. "
         "paper_code is the layer-selection paper's own statistic, cos(T_first - S_first, T_last - S_first), which counts padding; a "
         "first block that is still a copy of the teacher's counts there as 0."
@@ -161,23 +178,33 @@ def setting(angles: dict[str, Any]) -> str:
     return said
 
 
+def tokens_read(one: dict[str, Any]) -> str:
+    """How many tokens a student's stacks read: `12 tokens`, or `12 tokens in the encoder and 9 in the decoder`."""
+    first, *rest = one["stacks"]
+    where = [f" in the {stack['stack']}" if stack["stack"] else "" for stack in one["stacks"]]
+    others = [f" and {stack['tokens']:,}{name}" for stack, name in zip(rest, where[1:], strict=True)]
+    return f"{first['tokens']:,} tokens{where[0]}{''.join(others)}"
+
+
 def _final_states(students: Sequence[dict[str, Any]]) -> str:
     """Which states the last blocks' are; where students differ in it, which of them."""
-    normed = [one["strategy"] for one in students if one["final_state"] == "normed"]
-    if normed and len(normed) < len(students):
+    normed = list(dict.fromkeys(one["strategy"] for one in students if one["final_state"] == "normed"))
+    if normed and any(one["final_state"] != "normed" for one in students):
         return f"raw, those of {', '.join(normed)} the ones after the final norm"
     return "those after the final norm" if normed else "raw"
 
 
 def angle_table(angles: dict[str, Any]) -> list[list[str]]:
-    """A line per strategy and time, a header first."""
-    head = ["strategy", "init", "students", "training", "mean over pairs", "share above zero"]
+    """A line per strategy, stack and time, a header first."""
+    named = any(one["stack"] for one in angles["students"])
+    head = ["strategy", *["stack"] * named, "init", "students", "training", "mean over pairs", "share above zero"]
     lines = [[*head, "paper_code, tokens", "paper_code, with padding"]]
     for one in angles["students"]:
         for when in WHEN:
             keys = ("mean", "above_zero", "paper_code", "paper_code_with_padding")
             cells = [_cell_text(one[when][key]) for key in keys]
-            lines.append([one["strategy"], one["init"], str(len(one["seeds"])), when, *cells])
+            about = [one["strategy"], *[one["stack"]] * named, one["init"], str(len(one["seeds"])), when]
+            lines.append([*about, *cells])
     return lines
 
 

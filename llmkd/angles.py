@@ -19,35 +19,38 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from llmkd import checkpoint, child
 from llmkd.agreement import Task, held_out
-from llmkd.angle_findings import FOLDER, WHEN
+from llmkd.angle_findings import FOLDER, WHEN, tokens_read
 from llmkd.angle_runs import Run, runs_of
 from llmkd.config import Recipe
 from llmkd.cosines import BINS, pairs_of
 from llmkd.data import Batch
 from llmkd.engines import saved_weights
 from llmkd.errors import InputError
-from llmkd.families import kind
-from llmkd.family_rules import check_angles
+from llmkd.families import Kind, Stack, family, kind, tokens_of
+from llmkd.family_data import collate_for, tokenize_for
+from llmkd.family_rules import held_out_data
+from llmkd.jobs import read_rows
 from llmkd.model_folders import resolve
-from llmkd.models import DTYPES, load_causal_lm, load_config, load_tokenizer
+from llmkd.models import DTYPES, load_config, load_model, load_tokenizer
 from llmkd.provenance import versions
 from llmkd.results import digest, model_contents, one_sentence, publish, up_to_date, written
 from llmkd.row_files import source_contents
 from llmkd.starts import initial_student
 from llmkd.student import make_projectors
-from llmkd.teachers.base import EMBEDDING
-from llmkd.viewpoints import TeacherStates, Viewpoint, look
+from llmkd.viewpoints import STACKS, TeacherStates, Viewpoint, look
 
 log = logging.getLogger("llmkd")
 
 ROWS = 100  # where neither the call nor the recipe says
+TOGETHER = 8  # of an encoder's rows, where the recipe's evaluation.batch_size is auto
+FORM = "by stack"  # of the result files; those of another are made again
 
 
 def angles(
@@ -55,22 +58,24 @@ def angles(
 ) -> dict[str, Path]:
     """Angles of every trained student of a study's folder, or of the one in a training folder; the result files by name.
 
-    The rows are the first of `evaluation.generation`'s source. A student that can't be looked from gets a file with `error` set, and is
-    tried again at the next call. Raises InputError for a folder that is neither, and where the rows can't be had.
+    The rows are the first of `evaluation.generation`'s source, of encoders `evaluation.classification`'s. A student that can't be looked
+    from gets a file with `error` set, and is tried again at the next call. Raises InputError for a folder that is neither, and where the
+    rows can't be had.
     """
     teacher, runs = runs_of(folder, recipe, overrides)
     first = runs[0].recipe
-    check_angles(folder, kind(load_config(teacher, trust_remote_code=first.teacher.trust_remote_code)))
-    if first.evaluation.generation is None:
+    section = held_out_section(kind(load_config(teacher, trust_remote_code=first.teacher.trust_remote_code)))
+    if getattr(first.evaluation, section) is None:
         raise InputError(
-            "evaluation.generation: the held-out rows are those of this section, which the recipe lacks; add it, e.g. "
-            "--set evaluation.generation.source=held_out.jsonl"
+            f"evaluation.{section}: the held-out rows are those of this section, which the recipe lacks; add it, e.g. "
+            f"--set evaluation.{section}.source=held_out.jsonl"
         )
     rows = rows or first.evaluation.angles_rows or ROWS
     out = folder / FOLDER
     files = {run.name: out / f"{run.name}.json" for run in runs}
-    shared = [str(rows), str(BINS), json.dumps(versions("torch", "transformers")), *model_contents(teacher)]
-    orders = [{**run.as_json(), "fingerprint": digest([*shared, *_made_of(run)])} for run in runs]
+    made_with = json.dumps(versions("torch", "transformers"))
+    shared = [FORM, str(rows), str(BINS), made_with, *model_contents(teacher)]
+    orders = [{**run.as_json(), "fingerprint": digest([*shared, *_made_of(run, section)])} for run in runs]
     todo = [order for order in orders if not up_to_date(files[order["name"]], order["fingerprint"])]
     log.info("angles: %d of %d students are up to date", len(orders) - len(todo), len(orders))
     out.mkdir(parents=True, exist_ok=True)
@@ -85,18 +90,22 @@ def angles(
     return files
 
 
-def _made_of(run: Run) -> list[str]:
-    """All that decides one student's angles, apart from the teacher and the number of rows."""
+def held_out_section(kind: Kind) -> Literal["generation", "classification"]:
+    """The section of `evaluation` whose rows models of this kind look at."""
+    return "classification" if kind == "encoder" else "generation"
+
+
+def _made_of(run: Run, section: str) -> list[str]:
+    """All that decides one student's angles, apart from the teacher and the number of rows. `section`: of `evaluation`, with the rows."""
     recipe = run.recipe
-    generation = recipe.evaluation.generation
-    assert generation is not None
+    rows = getattr(recipe.evaluation, section)
     data = recipe.data.model_dump(
         mode="json", include={"source", "name", "records_seed", "format", "max_length", "too_long"}
     )
-    asked = generation.model_dump(mode="json", include={"source", "name", "split"})
+    asked = rows.model_dump(mode="json", include={"source", "name", "split"})
     settings = [recipe.evaluation.dtype, recipe.evaluation.batch_size, recipe.train.dtype, recipe.seed]
     sections = [recipe.student.model_dump(mode="json"), recipe.matching.model_dump(mode="json"), run.pairs]
-    held = source_contents(generation.source or recipe.data.source, generation.split)
+    held = source_contents(rows.source or recipe.data.source, rows.split)
     start = recipe.student.path
     return [
         json.dumps([data, asked, settings, sections, held], sort_keys=True),
@@ -117,7 +126,7 @@ class Work:
     batches: list[Batch]
     device: torch.device
     out: Path
-    begun: dict[str, dict[str, Any]]
+    begun: dict[str, list[dict[str, Any]]]
     """What was seen from a starting model, by what that was made of."""
 
 
@@ -149,11 +158,19 @@ def main() -> int:
 
 
 def _batches(recipe: Recipe, teacher: Path, rows: int, out: Path) -> list[Batch]:
-    """The held-out rows in batches, as the comparison with the teacher reads them."""
+    """The held-out rows in batches: an encoder's as it classifies them, others' as the comparison with the teacher reads them."""
     trust = recipe.teacher.trust_remote_code
-    settings = recipe.evaluation.model_copy(update={"agreement_rows": rows})
-    task = Task(teacher, settings, recipe.data, out, out, trust)
-    return held_out(task, load_tokenizer(teacher, trust_remote_code=trust))[1]
+    of = family(load_config(teacher, trust_remote_code=trust))
+    tokenizer = load_tokenizer(teacher, trust_remote_code=trust)
+    if of.kind != "encoder":
+        settings = recipe.evaluation.model_copy(update={"agreement_rows": rows})
+        return held_out(Task(teacher, settings, recipe.data, out, out, trust), tokenizer)[1]
+    data = held_out_data(recipe).model_copy(update={"rows": rows})
+    lengths: dict[str, Any] = dict(max_length=data.max_length, too_long=data.too_long)
+    tokens = tokenize_for(of, read_rows(data), tokenizer, format=data.format, **lengths)
+    size = recipe.evaluation.batch_size if isinstance(recipe.evaluation.batch_size, int) else TOGETHER
+    parts = [range(start, min(start + size, len(tokens))) for start in range(0, len(tokens), size)]
+    return [collate_for(of)([tokens[row] for row in part], pad_id=tokenizer.pad_token_id) for part in parts]
 
 
 def measure(run: Run, work: Work) -> dict[str, Any]:
@@ -166,7 +183,7 @@ def measure(run: Run, work: Work) -> dict[str, Any]:
         model = _load(folder, recipe, trust, work.device)
         return Viewpoint(model, work.teacher, normed_last=normed, projectors=projectors)
 
-    width = json.loads((run.train / "model" / "config.json").read_text())["hidden_size"]
+    width = int(load_config(run.train / "model", trust_remote_code=trust).hidden_size)
     projected = width != work.teacher.width
     step, trained = trained_projectors(run, width, work) if projected else (None, None)
     seen = {"after": viewpoint(run.train / "model", trained)}
@@ -179,26 +196,28 @@ def measure(run: Run, work: Work) -> dict[str, Any]:
     found = {when: viewpoint.result() for when, viewpoint in seen.items()}
     if "before" in found:
         work.begun[begin] = found["before"]
-    tokens, positions = (sum(counts) for counts in zip(*map(_counts, work.batches), strict=True))
     how = {"before": "as drawn from the recipe's seed", "after": f"trained, from {step}"} if projected else None
+    depths = {"teacher_blocks": work.teacher.depths, "student_blocks": seen["after"].depths}
+    stacks = []
+    for number, stack in enumerate(work.teacher.stacks):
+        both = {"before": work.begun[begin][number], "after": found["after"][number]}
+        if both["after"]["blocks"]:  # a stack without a projector sees nothing
+            blocks = {key: each[number] for key, each in depths.items()}
+            about = {"stack": STACKS[stack.name], **_counts(work.batches, stack), **blocks}
+            stacks.append({**about, "pairs": pairs_of(blocks["teacher_blocks"]), **both})
     return {
         "rows": sum(len(batch.input_ids) for batch in work.batches),
-        "tokens": tokens,
-        "positions": positions,
-        "teacher_blocks": work.teacher.depth,
-        "student_blocks": seen["after"].depth,
         "final_state": recipe.matching.final_state,
         "projector": how,
-        "pairs": pairs_of(work.teacher.depth),
         "bins": BINS,
-        "before": work.begun[begin],
-        "after": found["after"],
+        "stacks": stacks,
     }
 
 
-def _counts(batch: Batch) -> tuple[int, int]:
-    """(tokens, positions with padding)"""
-    return batch.attended_at.numel(), batch.attended.numel()
+def _counts(batches: Sequence[Batch], stack: Stack) -> dict[str, int]:
+    """How many tokens a stack reads, and how many positions with padding."""
+    read = [tokens_of(batch, stack) for batch in batches]
+    return {"tokens": sum(one.at.numel() for one in read), "positions": sum(one.attended.numel() for one in read)}
 
 
 def _begin(run: Run, projected: bool) -> str:
@@ -220,7 +239,7 @@ def _start(recipe: Recipe, teacher: Path, folder: Path) -> Path:
 
 def _load(folder: Path, recipe: Recipe, trust: bool, device: torch.device) -> Any:
     dtype = DTYPES[recipe.evaluation.dtype]
-    model: Any = load_causal_lm(folder, dtype=dtype, ds_config=None, attention="auto", trust_remote_code=trust)
+    model: Any = load_model(folder, dtype=dtype, ds_config=None, attention="auto", trust_remote_code=trust)
     return model.to(device)
 
 
@@ -261,7 +280,7 @@ def _by_block(run: Run, made: nn.ModuleList, work: Work) -> dict[int, nn.Module]
     made = made.to(DTYPES[run.recipe.train.dtype]).to(work.device, torch.float32).requires_grad_(False)
     found: dict[int, nn.Module] = {}
     for (block, _), projector in zip(run.pairs, made, strict=True):
-        if block != EMBEDDING:
+        if block >= 0:  # not the embeddings'
             found.setdefault(block, projector)
     return found
 
@@ -273,7 +292,11 @@ def _write(out: Path, job: dict[str, Any], found: dict[str, Any]) -> None:
     settings = {
         "dtype": recipe.evaluation.dtype,
         "batch_size": recipe.evaluation.batch_size,
-        "generation": recipe.evaluation.generation and recipe.evaluation.generation.model_dump(mode="json"),
+        **{
+            name: section.model_dump(mode="json")
+            for name in ("generation", "classification")
+            if (section := getattr(recipe.evaluation, name)) is not None
+        },
     }
     whole = {**about, "init": recipe.student.init, "error": None, **found, "settings": settings}
     whole["versions"] = versions("torch", "transformers")
@@ -290,16 +313,19 @@ def angles_text(files: dict[str, Path]) -> str:
     if len(failed) == len(found):
         raise InputError(failed[0])
     head = ["student", "init", "", "mean cos", "share > 0", "lowest pair", "paper_code", "with padding"]
-    lines = [head]
-    for one in found:
-        lines += [_line(one, when) for when in WHEN if one["error"] is None]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    known = [one for one in found if one["error"] is None]
+    parts = [(one, stack) for one in known for stack in one["stacks"]]
+    named = any(stack["stack"] for _, stack in parts)
+    lines = [[*head[:2], *["stack"] * named, *head[2:]]]
+    for one, stack in parts:
+        lines += [[one["name"], one["init"], *[stack["stack"]] * named, *_line(stack[when], when)] for when in WHEN]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rows = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    known = next(one for one in found if one["error"] is None)
-    final = dict.fromkeys(one["final_state"] for one in found if one["error"] is None)
+    final = dict.fromkeys(one["final_state"] for one in known)
+    teacher_blocks = " + ".join(str(stack["teacher_blocks"]) for stack in known[0]["stacks"])
     said = (
-        f"cos(T_i - S, T_j - S) over {known['tokens']} tokens of {known['rows']} held-out rows, mean over student blocks and pairs "
-        f"i < j of {known['teacher_blocks']} teacher blocks; the last blocks' states are {' or '.join(final)}; paper_code: the mean "
+        f"cos(T_i - S, T_j - S) over {tokens_read(known[0])} of {known[0]['rows']} held-out rows, mean over student blocks and pairs "
+        f"i < j of {teacher_blocks} teacher blocks; the last blocks' states are {' or '.join(final)}; paper_code: the mean "
         "of cos(T_first - S_first, T_last - S_first) as the paper's code takes it"
     )
     return "\n".join(
@@ -307,8 +333,7 @@ def angles_text(files: dict[str, Path]) -> str:
     )
 
 
-def _line(one: dict[str, Any], when: str) -> list[str]:
-    seen = one[when]
+def _line(seen: dict[str, Any], when: str) -> list[str]:
     lowest = [value for block in seen["blocks"] for row in block["mean"] for value in row if value is not None]
     code = seen["paper_code"] or {}
     values = [
@@ -318,7 +343,7 @@ def _line(one: dict[str, Any], when: str) -> list[str]:
         code.get("tokens", {}).get("mean"),
         code.get("with_padding", {}).get("mean"),
     ]
-    return [one["name"], one["init"], when, *("-" if value is None else f"{value:.3f}" for value in values)]
+    return [when, *("-" if value is None else f"{value:.3f}" for value in values)]
 
 
 def average(values: Sequence[float | None]) -> float | None:

@@ -24,15 +24,14 @@ from llmkd.errors import InputError
 from llmkd.families import Family
 from llmkd.family_data import tokenize_for
 from llmkd.jobs import Job, read_rows
-from llmkd.layer_map import in_order_random
 from llmkd.matching import AllRows, terms_of
-from llmkd.recipe_map import with_embedding
+from llmkd.recipe_map import maps_of
 from llmkd.schedules import learning_rate
 from llmkd.stages import stage_count
 from llmkd.stones import Comparison, Stones, StoneWeights
 from llmkd.student import Distiller, make_projectors
 from llmkd.teachers import stage
-from llmkd.teachers.base import EMBEDDING, Teacher, blocks_needed
+from llmkd.teachers.base import Teacher, blocks_needed
 from llmkd.teachers.pipeline import PipelineTeacher
 from llmkd.teachers.resident import ResidentTeacher
 
@@ -41,12 +40,9 @@ log = logging.getLogger("llmkd")
 
 def rematch(job: Job, step: int, module: Distiller, teacher: Teacher | None) -> None:
     """Give student and teacher the map of this step (from 0): a function of (seed, step // redraw_every), the same on every rank."""
-    assert isinstance(teacher, ResidentTeacher) and job.teacher is not None  # config.py refuses other placements
-    matching = job.recipe.matching
-    blocks = sum(student != EMBEDDING for student, _ in job.pairs)
-    depth = models.load_config(job.teacher, trust_remote_code=job.recipe.teacher.trust_remote_code).num_hidden_layers
-    drawn = in_order_random(blocks, depth, job.recipe.seed, step // matching.redraw_every)
-    pairs = with_embedding(job.recipe, drawn)
+    assert isinstance(teacher, ResidentTeacher)  # config.py refuses other placements
+    draw = step // job.recipe.matching.redraw_every
+    pairs = maps_of(job.recipe, job.student_depths, job.teacher_depths, draw)
     module.rematch(pairs)
     teacher.use([block for _, block in pairs])
 
@@ -120,7 +116,9 @@ def load_teacher(world: World, job: Job) -> Teacher:
     depth = sum(families.depths(config))
     decodes = job.family.kind == "decoder"  # other families are loaded whole
     if job.redraws:
-        uses = [EMBEDDING] * job.recipe.matching.embedding + list(range(depth))  # any of them may be drawn
+        uses = [block for block in uses if block < 0] + list(
+            range(depth)
+        )  # the embeddings', and any block may be drawn
     needed = blocks_needed(uses, depth, logits=logits, normed_last=normed_last) if decodes else depth
     wire = None
     if settings.placement == "pipeline":

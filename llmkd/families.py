@@ -91,6 +91,16 @@ class Stack:
     """What its last block's output passes before anything reads it, where `final_state` does not give that already."""
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """What stands where a stack's states are, in one batch."""
+
+    ids: Tensor  # [B, T]
+    positions: Tensor  # [B, T], counted from 0 in each row (packed: in each document)
+    attended: Tensor  # [B, T] bool, False at padding
+    at: Tensor  # [N] flat positions that are not padding
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # From a configuration
 
@@ -289,17 +299,21 @@ def on_state(model: PreTrainedModel, block: int, take: Take, *, normed: bool) ->
     """Call `take` with a block's state, or with the embeddings' (EMBEDDING, DECODER_EMBEDDING), whenever the model is run.
 
     The embeddings' state of an encoder or encoder-decoder is what the first block reads (`hidden_states[0]`), as the layer-selection
-    paper's code compares it; a decoder's is the word embedding alone. `normed`: the last block's state is taken after T5's final norm
-    (a decoder's comes from `final_state`).
+    paper's code compares it; a decoder's is the word embedding alone. `normed`: the last block's state of each stack is taken after its
+    final norm, where it has one, as the last of `hidden_states` is.
     """
+    decodes = kind(model.config) == "decoder"
 
     def output(module: nn.Module, args: object, output: object) -> None:
         take(output_state(output))
 
+    def final(module: nn.Module, args: object, output: Any) -> None:
+        take(output.last_hidden_state)
+
     def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         take(args[0] if args else kwargs["hidden_states"])
 
-    if block == EMBEDDING and kind(model.config) == "decoder":
+    if block == EMBEDDING and decodes:
         model.get_input_embeddings().register_forward_hook(output)
         return
     for stack in stacks(model):
@@ -308,8 +322,19 @@ def on_state(model: PreTrainedModel, block: int, take: Take, *, normed: bool) ->
             stack.blocks[0].register_forward_pre_hook(first_input, with_kwargs=True)
         elif 0 <= place < len(stack.blocks):
             last = normed and place == len(stack.blocks) - 1
-            module = stack.norm if last and stack.norm is not None else stack.blocks[place]
-            module.register_forward_hook(output)
+            if last and decodes:
+                backbone(model).register_forward_hook(final)
+            else:
+                (stack.norm if last and stack.norm is not None else stack.blocks[place]).register_forward_hook(output)
+
+
+def tokens_of(batch: Batch, stack: Stack) -> Tokens:
+    """The tokens that a stack reads: of an encoder-decoder's encoder those of the source."""
+    if stack.name != "enc":
+        return Tokens(batch.input_ids, batch.position_ids, batch.attended, batch.attended_at)
+    ids, attended, at = batch.source_ids, batch.source_attended, batch.source_at
+    assert ids is not None and attended is not None and at is not None
+    return Tokens(ids, torch.arange(ids.shape[1], device=ids.device).expand(ids.shape), attended, at)
 
 
 def encoder_blocks(model: PreTrainedModel) -> range:
@@ -370,7 +395,11 @@ def _run_encoder_decoder(model: PreTrainedModel, batch: Batch, opened: Tensor | 
         encoder_attention_mask=mask,
         use_cache=False,
     ).last_hidden_state
-    # T5 with tied embeddings: they are drawn larger than a head's weight would be, and the state makes up for it.
+    return scaled(model, final)
+
+
+def scaled(model: PreTrainedModel, final: Tensor) -> Tensor:
+    """What the head reads of a final state: T5's tied embeddings are drawn larger than a head's weight, and the state makes up for it."""
     return final * model.config.hidden_size**-0.5 if getattr(model.config, "scale_decoder_outputs", False) else final
 
 

@@ -50,24 +50,8 @@ def check_training(recipe: Recipe, family: Family) -> None:
             f"stones: a stone goes on with the upper blocks of one stack, and this is {said}; leave the section out, or give a decoder or "
             "an encoder"
         )
-    _check_decoders_alone(recipe, said)
     if family.kind == "encoder":
         _check_encoder(recipe)
-
-
-def _check_decoders_alone(recipe: Recipe, said: str) -> None:
-    """Raise InputError for what is made of a decoder's one stack of blocks and its final norm; `said`: what this model is."""
-    if recipe.matching.strategy == "nearest":
-        raise InputError(
-            f"matching.strategy: nearest is measured on decoders, and this is {said}; write the pairs under matching.pairs with "
-            "strategy: explicit, or another strategy"
-        )
-    if recipe.matching.redraw_every:
-        raise InputError(f"matching.redraw_every: only a decoder's map is drawn again, and this is {said}; write 0")
-    if recipe.loss.report_norms_every:
-        raise InputError(
-            f"loss.report_norms_every: the norms are taken around a decoder's final norm, and this is {said}; write 0"
-        )
 
 
 def _check_encoder(recipe: Recipe) -> None:
@@ -100,8 +84,6 @@ def check_evaluation(recipe: Recipe, kind: Kind) -> None:
         raise InputError(
             f"evaluation.tasks: lm-eval is run on decoders, and this is {said}; leave tasks out and write {cure}"
         )
-    if kind != "decoder" and settings.angles_rows:
-        raise InputError(f"evaluation.angles_rows: angles are measured on decoders, and this is {said}; leave it out")
     if kind == "encoder" and settings.generation is not None:
         raise InputError(
             "evaluation.generation: an encoder writes no texts; leave it out and write evaluation.classification"
@@ -112,14 +94,6 @@ def check_evaluation(recipe: Recipe, kind: Kind) -> None:
         raise InputError(f"evaluation.classification: only an encoder has classes, and this is {said}; leave it out")
     if settings.classification is not None:
         check_held_out(recipe)
-
-
-def check_angles(folder: Path, kind: Kind) -> None:
-    """Raise InputError where the models of a folder are not decoders."""
-    if kind != "decoder":
-        raise InputError(
-            f"{folder}: angles are measured on decoders, and its teacher is {SAID[kind]}; give a folder of decoders"
-        )
 
 
 def check_held_out(recipe: Recipe) -> None:

@@ -24,7 +24,7 @@ from llmkd.family_data import check_format, label_names
 from llmkd.geometry import WIDTH_FREE
 from llmkd.layer_map import Pairs
 from llmkd.objective import Weights
-from llmkd.recipe_map import depths_of, maps_of, stones_of
+from llmkd.recipe_map import depths_of, encoders_of, maps_of, stones_of
 from llmkd.row_files import load_rows, source_contents
 from llmkd.stages import stage_count
 from llmkd.teachers import stage
@@ -50,8 +50,9 @@ class Job:
     seed: int
     makes_teacher: bool
     family: Family
-    encoders: tuple[int, int] | None = None
-    """Of encoder-decoders, how many blocks the student's and the teacher's encoder have."""
+    student_depths: tuple[int, ...] = ()
+    """How many blocks each of the student's stacks has."""
+    teacher_depths: tuple[int, ...] = ()
     stones: Pairs = ()
     """(student block, teacher block) of each stepping stone, by student block."""
 
@@ -59,6 +60,11 @@ class Job:
     def title(self) -> str:
         """What the run is called in logs: its folder."""
         return self.folder.name
+
+    @property
+    def encoders(self) -> tuple[int, int] | None:
+        """Of encoder-decoders, how many blocks the student's and the teacher's encoder have."""
+        return encoders_of(self.student_depths, self.teacher_depths)
 
     @property
     def redraws(self) -> bool:
@@ -126,7 +132,8 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         seed=recipe.seed,
         makes_teacher=False,
         family=family,
-        encoders=(student_depths[0], depths[0]) if len(depths) == 2 else None,
+        student_depths=student_depths,
+        teacher_depths=depths,
         stones=stones,
     )
     refuse_other_recipe(world, job)

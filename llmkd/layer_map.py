@@ -169,8 +169,9 @@ def layer_map(
     seed: int = 0,
     target_block: int | None = None,
     pairs: Sequence[Sequence[int]] | None = None,
+    draw: int = 0,
 ) -> Pairs:
-    """The pairs of a strategy by its name; `seed` is read by random and in_order_random alone.
+    """The pairs of a strategy by its name; `seed` is read by random and in_order_random alone, `draw` by the latter.
 
     Raises InputError on an unknown strategy, on bad depths, seed, target block or pairs, and on an option that the
     strategy would not read.
@@ -193,8 +194,10 @@ def layer_map(
     match strategy:
         case "all_to_one":
             return all_to_one(student_blocks, teacher_blocks, target_block)
-        case "random" | "in_order_random":
-            return STRATEGIES[strategy](student_blocks, teacher_blocks, seed)
+        case "random":
+            return random(student_blocks, teacher_blocks, seed)
+        case "in_order_random":
+            return in_order_random(student_blocks, teacher_blocks, seed, draw)
         case "explicit":
             return explicit(student_blocks, teacher_blocks, pairs or ())
         case _:

@@ -18,7 +18,7 @@ LEVELS = 10  # of a colour's strength
 
 
 def angle_section(results: Results) -> list[str]:
-    """The sentence, the table, and a picture per strategy."""
+    """The sentence, the table, and a picture per strategy and stack."""
     angles = results["angles"]
     problems = [paragraph(f"{name}: {why}.", "small") for name, why in angles["problems"].items()]
     if not angles["students"]:
@@ -42,8 +42,9 @@ def angle_section(results: Results) -> list[str]:
 
 
 def _figure(name: str, one: Row, known: dict[str, str]) -> str:
-    """A strategy's picture with, to be opened, a line per student block, and every cell as CSV."""
-    title = f"Mean cosine between teacher blocks, {one['strategy']}"
+    """The picture of a strategy's stack with, to be opened, a line per student block, and every cell as CSV."""
+    who = f"{one['strategy']}, {one['stack']}" if one["stack"] else one["strategy"]
+    title = f"Mean cosine between teacher blocks, {who}"
     summary = _summary(one)
     head = ("student block", *(f"{what} {when}" for when in WHEN for what in ("mean", "share above zero", "lowest")))
     link = csv_link(name, ("student block", "i", "j", *_columns()), _cells(one))
@@ -53,7 +54,7 @@ def _figure(name: str, one: Row, known: dict[str, str]) -> str:
         f"<p>{link}</p>{table(title, head, summary, 'numbers')}{paragraph(cut, 'small') if cut else ''}",
         "figure-numbers",
     )
-    caption = f"<b>{escape(one['strategy'])}</b>, init {escape(one['init'])}, mean of {len(one['seeds'])}"
+    caption = f"<b>{escape(who)}</b>, init {escape(one['init'])}, mean of {len(one['seeds'])}"
     return f"<figure>{_svg(name, title, one, summary, known)}\n<figcaption>{caption}</figcaption>\n{numbers}</figure>"
 
 

@@ -24,41 +24,45 @@ def depths_of(recipe: Recipe, shape: Any) -> tuple[int, ...]:
     return (settings.blocks, settings.decoder_blocks or settings.blocks)[: len(families.depths(shape))]
 
 
-def maps_of(recipe: Recipe, student: Sequence[int], teacher: Sequence[int]) -> Pairs:
+def maps_of(recipe: Recipe, student: Sequence[int], teacher: Sequence[int], draw: int = 0) -> Pairs:
     """The recipe's pairs of models whose stacks have these depths, each stack's by itself, the encoder's first.
 
-    Random maps of encoder and decoder are drawn independently.
+    Random maps of encoder and decoder are drawn independently. `draw` counts the redraws of a map that is drawn again. Of `nearest`,
+    which is not known before it is measured (llmkd.nearest), the pairs of `forward`: as many, and no block of the teacher lies deeper, so
+    that what is planned by them is enough. None where `loss.hidden` is 0.
     """
-    if len(teacher) == 1:
-        return pairs_of(recipe, student[0], teacher[0])
-    after = {EMBEDDING: DECODER_EMBEDDING}
-    first = _of_stack(recipe, student[0], teacher[0], recipe.seed)
-    second = _of_stack(recipe, student[1], teacher[1], recipe.seed + DECODER_SEED)
-    moved = ((after.get(s, s + student[0]), after.get(t, t + teacher[0])) for s, t in second)
-    return _asked_for(recipe, (*first, *moved), (student[0], teacher[0]))
+    matching = recipe.matching
+    strategy = "forward" if matching.strategy == "nearest" else matching.strategy
+    options: dict[str, Any] = dict(target_block=matching.target_block, pairs=matching.pairs, draw=draw)
+    maps = [
+        layer_map(strategy, *depths, seed=recipe.seed + number * DECODER_SEED, **options)
+        for number, depths in enumerate(zip(student, teacher, strict=True))
+    ]
+    pairs = through_stacks(recipe, maps, encoders_of(student, teacher))
+    return _asked_for(recipe, pairs, encoders_of(student, teacher))
 
 
 def pairs_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
-    """The recipe's pairs at these depths, the embedding pair first if it is asked for; none where `loss.hidden` is 0.
-
-    Of `nearest`, which is not known before it is measured (llmkd.nearest), those of `forward`: as many, and no block of the teacher lies
-    deeper, so that what is planned by them is enough.
-    """
-    return _asked_for(recipe, _of_stack(recipe, student_depth, teacher_depth, recipe.seed))
+    """`maps_of` for models of one stack."""
+    return maps_of(recipe, (student_depth,), (teacher_depth,))
 
 
-def _of_stack(recipe: Recipe, student_depth: int, teacher_depth: int, seed: int) -> Pairs:
-    """The map of one stack of blocks, the embedding pair first if it is asked for."""
-    matching = recipe.matching
-    pairs = layer_map(
-        "forward" if matching.strategy == "nearest" else matching.strategy,
-        student_depth,
-        teacher_depth,
-        seed=seed,
-        target_block=matching.target_block,
-        pairs=matching.pairs,
-    )
-    return with_embedding(recipe, pairs)
+def encoders_of(student: Sequence[int], teacher: Sequence[int]) -> tuple[int, int] | None:
+    """How many blocks the encoders of two encoder-decoders of these depths have; None for models of one stack."""
+    return (student[0], teacher[0]) if len(teacher) == 2 else None
+
+
+def through_stacks(recipe: Recipe, maps: Sequence[Pairs], encoders: tuple[int, int] | None) -> Pairs:
+    """Each stack's own map, the encoder's first -> pairs counted through all stacks, each stack's after its embeddings' where the recipe
+    matches them too."""
+    found: list[tuple[int, int]] = []
+    for pairs, (student, teacher), embedding in zip(
+        maps, ((0, 0), encoders or (0, 0)), (EMBEDDING, DECODER_EMBEDDING), strict=False
+    ):
+        if recipe.matching.embedding and pairs:
+            found.append((embedding, embedding))
+        found += [(s + student, t + teacher) for s, t in pairs]
+    return tuple(found)
 
 
 def _asked_for(recipe: Recipe, pairs: Pairs, encoders: tuple[int, int] | None = None) -> Pairs:
@@ -71,11 +75,6 @@ def _asked_for(recipe: Recipe, pairs: Pairs, encoders: tuple[int, int] | None = 
             "write one for each, in this order"
         )
     return () if recipe.loss.hidden == 0 else pairs
-
-
-def with_embedding(recipe: Recipe, pairs: Pairs) -> Pairs:
-    """The pairs, after the embeddings' where the recipe matches them too."""
-    return ((EMBEDDING, EMBEDDING), *pairs) if recipe.matching.embedding and pairs else pairs
 
 
 def stones_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
@@ -115,12 +114,15 @@ def pair_names(
     """How pairs are written in logs: `student<teacher`, `e` for the embeddings, `*` for a teacher block that is drawn again and again;
     of encoder-decoders `enc 0<3` and `dec 1<7`."""
 
+    first_student, first_teacher = encoders or (0, 0)
+
+    def stack(student: int) -> str:
+        return "" if encoders is None else "enc " if EMBEDDING <= student < first_student else "dec "
+
     def name(block: int, encoder: int) -> str:
         return "e" if block < 0 else str(block - encoder if block >= encoder else block)
 
-    if encoders is None:
-        return [f"{name(s, 0)}<{'*' if redraws and t >= 0 else name(t, 0)}" for s, t in pairs]
-    return [
-        f"{'enc' if EMBEDDING <= s < encoders[0] else 'dec'} {name(s, encoders[0])}<{name(t, encoders[1])}"
-        for s, t in pairs
-    ]
+    def drawn(block: int) -> str:
+        return "*" if redraws and block >= 0 else name(block, first_teacher)
+
+    return [f"{stack(s)}{name(s, first_student)}<{drawn(t)}" for s, t in pairs]

@@ -101,7 +101,7 @@ class Steering:
         if self._squares is not None:
             # each rank's scales hold its share of the mean gradient, `world.size` times
             squares = sum_tensor(self._world, self._squares.double()).div(self._world.size**2).tolist()
-            names = pair_names(self._job.pairs, redraws=self._job.redraws)
+            names = pair_names(self._job.pairs, self._job.encoders, redraws=self._job.redraws)
             said["norms"] = {
                 **dict(zip(PARTS, (squares[0] ** 0.5, squares[1] ** 0.5, sum(squares[2:]) ** 0.5), strict=True)),
                 "pairs": {name: square**0.5 for name, square in zip(names, squares[2:], strict=True)},

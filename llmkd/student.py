@@ -21,7 +21,7 @@ from llmkd.head import TeacherHead, TopK, head_losses
 from llmkd.matching import AllRows, Term, distance_sum, sampled, small_pass, stood_for
 from llmkd.stones import Stones
 from llmkd.teachers.base import Signal
-from llmkd.term_norms import FinalNorm, before_projector
+from llmkd.term_norms import Tail, before_projector
 
 Places = tuple[Tensor, float, Tensor | None]
 """(flat positions [N] that are compared, how many each of them stands for, how many all ranks' do where sets are of all ranks' samples)"""
@@ -89,7 +89,7 @@ class Distiller(nn.Module):
         self._matched: dict[int, Tensor] = {}  # pair number -> distance sum of this pass
         self._at: Places | None = None
         self._source_at: Places | None = None
-        self._final_norm = FinalNorm(model)
+        self._tail = Tail(model, normed_last=normed_last)
         self._squares: dict[int, Tensor] = {}
         self.squares: Tensor | None = None
         """[2 + pairs], after a pass with `report`: the squared norm of the gradient of each part of the loss (llmkd.term_norms)."""
@@ -116,9 +116,9 @@ class Distiller(nn.Module):
         positions = batch.attended_at if self._positions == "attended" else batch.trained_at
         self._at = self._places(positions, draw)
         self._source_at = None if batch.source_at is None else self._places(batch.source_at, draw)
-        self._hidden_scale, self._squares, self.squares = scales[2], {}, None
+        self._hidden_scale, self._source_weight, self._squares, self.squares = scales[2], source_weight, {}, None
         self.loss_head.report, self.loss_head.hear_teacher, self.loss_head.teacher_ce = report, False, None
-        self._final_norm.watch(report)
+        self._tail.watch(report)
         if self.stones is not None:
             self.stones.open()
         final = final_state(self.model, batch)
@@ -143,7 +143,7 @@ class Distiller(nn.Module):
         sums = torch.stack([ce, kl, *(d.detach() for d in distances)])
         if report:
             self.squares = self._all_squares(final)
-            self._final_norm.watch(False)
+            self._tail.watch(False)
         self._signal, self._matched = None, {}
         return loss, sums
 
@@ -155,7 +155,7 @@ class Distiller(nn.Module):
         loss = self.stones(final, batch, signal, self.loss_head, temperature=temperature, report=report)
         _, cross = self.loss_head.take_gradients()
         if cross is not None:  # the student's own cross term, where it enters the blocks
-            gradient = self._final_norm.before(final, cross.view(final.shape))
+            gradient = self._tail.before(final, cross.view(final.shape))
             self.stones.note(len(self.stones.pairs), "cross", gradient)
         return loss
 
@@ -165,7 +165,7 @@ class Distiller(nn.Module):
         for gradient in self.loss_head.take_gradients():
             whole = None if gradient is None else gradient.view(final.shape)
             none = torch.zeros((), device=final.device)
-            squares.append(none if whole is None else _square(self._final_norm.before(final, whole)))
+            squares.append(none if whole is None else _square(self._tail.before(final, whole)))
         return torch.stack([*squares, *(self._squares[number] for number in range(len(self._pairs)))])
 
     def _places(self, at: Tensor, draw: int) -> Places:
@@ -199,14 +199,13 @@ class Distiller(nn.Module):
                 continue
             theirs, at = self._signal.take(teacher), self._source_at if block in self._of_source else self._at
             self._matched[number] = self._compare(state, projected, theirs=theirs, at=at)
-            if self._final_norm.watching:
+            if self._tail.watching:
                 projector: Any = None if self.projectors is None else self.projectors[number]
                 compare = functools.partial(self._compare, theirs=theirs, at=at)
-                gradient = before_projector(projector, state, compare) * (
-                    self._hidden_scale * self._pair_weights[number]
-                )
-                normed = block == self._normed
-                self._squares[number] = _square(self._final_norm.before(state, gradient) if normed else gradient)
+                weight = self._hidden_scale * self._pair_weights[number]
+                weight *= self._source_weight if block in self._of_source else 1.0
+                gradient = before_projector(projector, state, compare) * weight
+                self._squares[number] = _square(self._tail.before_norm(block, state, gradient))
 
     def _compare(self, state: Tensor, projected: Tensor, *, theirs: Tensor, at: Places | None) -> Tensor:
         """The weighted sum of the recipe's distances between the student's state and the teacher's."""

@@ -6,7 +6,9 @@ that one batch are held; a student's state is looked from where it is born, by a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,32 +18,65 @@ from transformers import PreTrainedModel
 from llmkd.cosines import CodeCosine, PairCosines
 from llmkd.data import Batch
 from llmkd.errors import InputError
-from llmkd.families import final_state
-from llmkd.models import blocks
-from llmkd.teachers.base import Capture, output_state
+from llmkd.families import Stack, Tokens, final_state, on_state, stacks, tokens_of
+from llmkd.teachers.base import Capture
+
+STACKS = {"": "", "enc": "encoder", "dec": "decoder"}
+"""What a stack is called in results: nothing where a model has but one."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """One stack of the teacher's on one batch, as students see it."""
+
+    tokens: Tokens
+    states: list[Tensor]
+    """The raw state [B, T, H] of each block."""
+    last: Tensor
+    """The last block's state after the stack's final norm, where it has one."""
 
 
 class TeacherStates:
-    """What the teacher holds out to look at: every block's state of one batch, and its final state."""
+    """What the teacher holds out to look at: every block's state of one batch, stack by stack."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model.eval()
-        stack = blocks(model)
-        self.depth, self.width = len(stack), int(model.config.hidden_size)
-        self._capture = Capture(dict(enumerate(stack)), dict)
+        self.stacks, self.width = stacks(model), int(model.config.hidden_size)
+        self.last_width = int(
+            getattr(model.config, "word_embed_proj_dim", self.width)
+        )  # OPT-350m's final states are narrower
+        self._raw, self._last = Capture({}, dict), Capture({}, dict)
+        for stack in self.stacks:
+            for block in _numbers(stack):
+                on_state(model, block, self._raw.keeper(block), normed=False)
+            on_state(model, _numbers(stack)[-1], self._last.keeper(_numbers(stack)[-1]), normed=True)
 
-    def of(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
-        """(the raw state [B, T, H] of each block, the final state)"""
-        final = final_state(self._model, batch)
-        kept = self._capture.collect()
-        return [kept[block] for block in range(self.depth)], final
+    @property
+    def depths(self) -> list[int]:
+        """How many blocks each stack has."""
+        return [len(stack.blocks) for stack in self.stacks]
+
+    def of(self, batch: Batch) -> list[Sight]:
+        """Each stack's states on the batch."""
+        final_state(self._model, batch)
+        raw, last = self._raw.collect(), self._last.collect()
+        return [
+            Sight(tokens_of(batch, stack), [raw[block] for block in _numbers(stack)], last[_numbers(stack)[-1]])
+            for stack in self.stacks
+        ]
+
+
+def _numbers(stack: Stack) -> range:
+    """Of a stack's blocks, counted through all stacks."""
+    return range(stack.first, stack.first + len(stack.blocks))
 
 
 class Viewpoint:
     """A student from whose blocks the teacher's states are seen, with the projector of each block where the widths differ.
 
-    `normed_last`: the last blocks' states, of both models, are those after the final norm. `projectors`: by student block; a block
-    without one is left out where the widths differ. Raises InputError where none is left.
+    The blocks of an encoder-decoder's encoder see those of the teacher's encoder, its decoder's those of the decoder. `normed_last`: the
+    last blocks' states, of both models, are those after the final norm. `projectors`: by student block, counted through all stacks; a
+    block without one is left out where the widths differ. Raises InputError where none is left.
     """
 
     def __init__(
@@ -53,62 +88,63 @@ class Viewpoint:
         projectors: Mapping[int, nn.Module] | None = None,
     ) -> None:
         self._model = model.eval()
-        stack = blocks(model)
-        self.depth, width = len(stack), int(model.config.hidden_size)
+        self._stacks, width = stacks(model), int(model.config.hidden_size)
         self._projectors = dict(projectors or {}) if width != teacher.width else {}
-        seen = [block for block in range(self.depth) if width == teacher.width or block in self._projectors]
-        if not seen:
+        self._normed_last = normed_last
+        self._cosines: list[dict[int, PairCosines]] = []
+        self._codes: list[CodeCosine | None] = []
+        for number, (stack, depth) in enumerate(zip(self._stacks, teacher.depths, strict=True)):
+            seen = [block for block in _numbers(stack) if width == teacher.width or block in self._projectors]
+            self._cosines.append({block: PairCosines(depth, model.device) for block in seen})
+            coded = stack.first in seen and teacher.last_width == teacher.width
+            self._codes.append(CodeCosine() if coded else None)
+            for block in seen:
+                on_state(model, block, partial(self._add, number, block), normed=normed_last)
+            if coded:  # the paper's code reads hidden_states, whose last is the one after the final norm
+                on_state(model, stack.first, partial(self._add_code, number, stack.first), normed=True)
+        if not any(self._cosines):
             raise InputError(
                 f"its states are {width} wide and the teacher's {teacher.width}, and no projector stands between them; give a "
                 "student of the teacher's width, or one that was trained with a distance that has projectors"
             )
-        self._cosines = {block: PairCosines(teacher.depth, model.device) for block in seen}
-        self._code = CodeCosine() if 0 in seen else None
-        self._normed_last, self._one_block_teacher = normed_last, teacher.depth == 1
-        for block in seen:
-            stack[block].register_forward_hook(self._watcher(block))
-        self._batch: Batch | None = None
-        self._states: Sequence[Tensor] = ()
-        self._teacher_final: Tensor | None = None
+        self._seen: Sequence[Sight] = ()
 
-    def look(self, batch: Batch, states: Sequence[Tensor], teacher_final: Tensor) -> None:
+    @property
+    def depths(self) -> list[int]:
+        """How many blocks each stack has."""
+        return [len(stack.blocks) for stack in self._stacks]
+
+    def look(self, batch: Batch, seen: Sequence[Sight]) -> None:
         """Run the student on the batch; nothing of it is kept but sums."""
-        self._states = [*states[:-1], teacher_final] if self._normed_last else states
-        self._batch, self._teacher_final = batch, teacher_final
-        final = final_state(self._model, batch)
-        last = self.depth - 1
-        if self._normed_last and last in self._cosines:
-            self._add(last, final)
-        if last == 0:
-            self._add_code(final)
-        self._batch, self._states, self._teacher_final = None, (), None
+        self._seen = seen
+        final_state(self._model, batch)
+        self._seen = ()
 
-    def result(self) -> dict[str, Any]:
-        """The cosines by student block and the paper code's own statistic, as JSON."""
-        found = [{"block": block, **cosines.result()} for block, cosines in self._cosines.items()]
-        return {"blocks": found, "paper_code": None if self._code is None else self._code.result()}
+    def result(self) -> list[dict[str, Any]]:
+        """Stack by stack the cosines by student block, counted in its stack, and the paper code's own statistic, as JSON."""
+        return [
+            {
+                "blocks": [{"block": block - stack.first, **found.result()} for block, found in cosines.items()],
+                "paper_code": None if code is None else code.result(),
+            }
+            for stack, cosines, code in zip(self._stacks, self._cosines, self._codes, strict=True)
+        ]
 
-    def _watcher(self, block: int) -> Callable[..., None]:
-        def watch(module: nn.Module, args: object, output: object) -> None:
-            state, last = output_state(output), block == self.depth - 1
-            if not (last and self._normed_last):
-                self._add(block, state)
-            if block == 0 and not last:
-                self._add_code(state)
+    def _sight(self, number: int) -> Sight:
+        assert self._seen, "a block ran outside look()"
+        return self._seen[number]
 
-        return watch
+    def _add(self, number: int, block: int, state: Tensor) -> None:
+        seen = self._sight(number)
+        states = [*seen.states[:-1], seen.last] if self._normed_last else seen.states
+        self._cosines[number][block].add(state, states, seen.tokens.at, self._projectors.get(block))
 
-    def _add(self, block: int, state: Tensor) -> None:
-        assert self._batch is not None, "a block ran outside look()"
-        self._cosines[block].add(state, self._states, self._batch.attended_at, self._projectors.get(block))
-
-    def _add_code(self, state: Tensor) -> None:
-        """As the paper's code reads hidden_states[1] and [L]: the last of a model's is the one after its final norm."""
-        if self._code is None:
-            return
-        assert self._batch is not None and self._teacher_final is not None
-        first = self._teacher_final if self._one_block_teacher else self._states[0]
-        self._code.add(state, first, self._teacher_final, self._batch.attended, self._projectors.get(0))
+    def _add_code(self, number: int, block: int, state: Tensor) -> None:
+        """As the paper's code reads hidden_states[1] and [L]."""
+        seen, code = self._sight(number), self._codes[number]
+        assert code is not None
+        first = seen.last if len(seen.states) == 1 else seen.states[0]
+        code.add(state, first, seen.last, seen.tokens.attended, self._projectors.get(block))
 
 
 @torch.no_grad()
@@ -118,7 +154,7 @@ def look(
     """Let every viewpoint see the teacher's states of every batch, one batch after another."""
     for batch in batches:
         here = batch.to(device)
-        states, final = teacher.of(here)
+        seen = teacher.of(here)
         for viewpoint in viewpoints:
-            viewpoint.look(here, states, final)
-        del states, final  # before the next batch's are made
+            viewpoint.look(here, seen)
+        del seen  # before the next batch's are made

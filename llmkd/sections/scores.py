@@ -76,8 +76,10 @@ class Evaluation(Section):
             raise ValueError(f"batch_size: {self.batch_size} rows at once; write a whole number from 1 up, or auto")
         if self.agreement_rows and self.generation is None:
             raise ValueError("agreement_rows: the held-out rows are those of evaluation.generation; add that section")
-        if self.angles_rows and self.generation is None:
-            raise ValueError("angles_rows: the held-out rows are those of evaluation.generation; add that section")
+        if self.angles_rows and self.generation is None and self.classification is None:
+            raise ValueError(
+                "angles_rows: the held-out rows are those of evaluation.generation, of encoders evaluation.classification; add that section"
+            )
         return self
 
 

@@ -44,26 +44,6 @@ def still(world: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return trained(world, tiny, tmp_path_factory.mktemp("runs") / "still", **NARROW, **rate)
 
 
-@pytest.fixture
-def inside(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The child's work in this process; the orders that it was given."""
-    orders: list[Any] = []
-
-    def run(module: str, order: Any, talk: Path, label: str, variables: Any = None) -> int:
-        order = json.loads(json.dumps(order))
-        orders.append(order)
-        said: list[str] = []
-        with monkeypatch.context() as patch:
-            patch.setattr(child, "listen", lambda: (order, said.append))
-            code = angles.main()
-        if said[-1].startswith(child.REFUSAL):
-            raise InputError(said[-1].removeprefix(child.REFUSAL))
-        return code
-
-    monkeypatch.setattr(child, "run", run)
-    return orders
-
-
 def test_the_command_measures_a_training_folder_once(
     run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,12 +52,13 @@ def test_the_command_measures_a_training_folder_once(
     assert "forward-s0 | teacher | before" in out and f"{ROWS} held-out rows" in out and "paper_code" in out
     file = run / "angles" / "forward-s0.json"
     found = json.loads(file.read_text())
-    assert (found["error"], found["rows"], found["teacher_blocks"], found["student_blocks"]) == (None, ROWS, 6, 3)
-    assert found["projector"] is None and found["final_state"] == "raw" and found["tokens"] < found["positions"]
-    before, after = (found[when]["blocks"] for when in ("before", "after"))
-    assert before[0]["without_direction"] == [found["tokens"], 0, 0, 0, 0, 0]  # `spread` copies block 0
+    (stack,) = found["stacks"]
+    assert (found["error"], found["rows"], stack["teacher_blocks"], stack["student_blocks"]) == (None, ROWS, 6, 3)
+    assert found["projector"] is None and found["final_state"] == "raw" and stack["tokens"] < stack["positions"]
+    before, after = (stack[when]["blocks"] for when in ("before", "after"))
+    assert before[0]["without_direction"] == [stack["tokens"], 0, 0, 0, 0, 0]  # `spread` copies block 0
     assert after[0]["without_direction"] == [0] * 6 and after[0]["mean"] != before[0]["mean"]
-    assert found["before"]["paper_code"]["tokens"]["mean"] == 0
+    assert stack["before"]["paper_code"]["tokens"]["mean"] == 0
     assert [len(block["histogram"]) for block in after] == [15] * 3
     assert not list((run / "angles").glob("initial-*"))
 
@@ -94,12 +75,13 @@ def test_training_that_moves_nothing_has_the_same_angles_before_and_after(still:
         "before": "as drawn from the recipe's seed",
         "after": "trained, from checkpoints/step-00000001",
     }
-    assert len(found["before"]["blocks"]) == 3
-    for ours, theirs in zip(found["before"]["blocks"], found["after"]["blocks"], strict=True):
+    (stack,) = found["stacks"]
+    assert len(stack["before"]["blocks"]) == 3
+    for ours, theirs in zip(stack["before"]["blocks"], stack["after"]["blocks"], strict=True):
         assert ours["counted"] == theirs["counted"] and ours["mean"][0][5] != 1
         for row, other in zip(ours["mean"], theirs["mean"], strict=True):
             assert row == pytest.approx(other, abs=1e-5)
-    codes = [found[when]["paper_code"]["tokens"]["mean"] for when in ("before", "after")]
+    codes = [stack[when]["paper_code"]["tokens"]["mean"] for when in ("before", "after")]
     assert codes[0] == pytest.approx(codes[1], abs=1e-5)
 
 
@@ -171,7 +153,7 @@ def test_a_study_is_measured_student_by_student(run: Path, tmp_path: Path, insid
     files = angles.angles(tmp_path, rows=2)
     assert list(files) == ["ce_only-s0", "forward-s0"]
     ours, theirs = (json.loads(file.read_text()) for file in files.values())
-    assert ours["before"] == theirs["before"] and ours["after"] == theirs["after"]
+    assert ours["stacks"] == theirs["stacks"]
     assert "ce_only-s0" in angles.angles_text(files)
 
 
@@ -201,7 +183,9 @@ def test_a_wrong_recipe_is_named_with_the_cure(run: Path, tiny: Path, tmp_path: 
         angles.angles(run, overrides=["student.blocks=2"])
     with pytest.raises(InputError, match="evaluation.generation: the held-out rows are those of this section"):
         angles.angles(run, recipe=str(tiny / "recipe.yaml"))
-    with pytest.raises(InputError, match="angles_rows: the held-out rows are those of evaluation.generation; add"):
+    with pytest.raises(
+        InputError, match="angles_rows: the held-out rows are those of evaluation.generation, of encoders .*; add"
+    ):
         load_recipe(tiny / "recipe.yaml", ["evaluation.angles_rows=3"])
     folder = tmp_path / "forward-s0"
     shutil.copytree(run, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def test_study_of_another_family(tmp_path: Path, model_type: str) -> None:
     architecture = {"model_type": model_type, "num_hidden_layers": 4, **SHAPE}
     values["finetune"] = {"architecture": architecture, "train": values["train"]}
     section = {**HELD_OUT[model_type], "source": str(tmp_path / "held_out.jsonl")}
-    values["evaluation"] = {step: section, **({} if model_type == "bert" else {"agreement_rows": 6})}
+    values["evaluation"] = {step: section, "angles_rows": 5, **({} if model_type == "bert" else {"agreement_rows": 6})}
     values["student"] = {"blocks": 2, **({} if model_type == "bert" else {"decoder_blocks": 1})}
     values["study"] = {"strategies": ["forward"], "seeds": [0], "baselines": []}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
@@ -59,3 +60,14 @@ def test_study_of_another_family(tmp_path: Path, model_type: str) -> None:
     assert drawn["pairs"] == (two if model_type == "bert" else [*two, [2, 7]])
     assert (drawn["student_blocks"], drawn["teacher_blocks"]) == ((2, 4) if model_type == "bert" else (3, 8))
     assert "Layer map of forward" in page.read_text() and report(folder) == page
+    angles = json.loads((folder / "angles" / "forward-s0.json").read_text())
+    assert angles["error"] is None and angles["rows"] == 5
+    stacks = [(stack["stack"], stack["student_blocks"], stack["teacher_blocks"]) for stack in angles["stacks"]]
+    assert stacks == ([("", 2, 4)] if model_type == "bert" else [("encoder", 2, 4), ("decoder", 1, 4)])
+    markdown = (folder / "report.md").read_text().split("## Angles between teacher blocks")[1]
+    pictures = re.findall("Mean cosine between teacher blocks, forward(, [a-z]+)?", page.read_text())
+    if model_type == "bert":
+        assert "| forward | teacher | 1 | before |" in markdown and set(pictures) == {""}
+    else:
+        assert all(f"| forward | {stack} | teacher | 1 | after |" in markdown for stack, _, _ in stacks)
+        assert set(pictures) == {", encoder", ", decoder"}

@@ -69,7 +69,7 @@ def test_study_is_run_once_and_reported(recipe_file: Path, capfd: pytest.Capture
             assert agreed["error"] is None and agreed["rows"] == 4 and agreed["metrics"]["kl"] > 0
         if entry["train"] is not None:
             seen = json.loads((folder / "angles" / f"{entry['name']}.json").read_text())
-            assert seen["error"] is None and seen["rows"] == 4 and len(seen["after"]["blocks"]) == 3
+            assert seen["error"] is None and seen["rows"] == 4 and len(seen["stacks"][0]["after"]["blocks"]) == 3
     trained = folder / "students" / "all_to_one-s0"
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["pairs"] == [[0, 1], [1, 1], [2, 1]] and summary["world_size"] == 1

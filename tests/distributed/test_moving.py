@@ -230,7 +230,7 @@ def test_nearest_is_the_highest_cka_of_the_plain_models(
         sides.append(states)
     expected = torch.tensor([[1 - cka(s, t).item() for t in sides[1]] for s in sides[0]])
     found = json.loads((runs / "whole" / name / "map.json").read_text())
-    torch.testing.assert_close(torch.tensor(found["cka"]), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(found["cka"]["blocks"]), expected, rtol=1e-3, atol=1e-4)
     pairs = [[j, int(row.argmax())] for j, row in enumerate(expected)]
     assert found["pairs"] == [[-1, -1]] * (name == "nearest_zero3") + pairs
     summary = json.loads((runs / "whole" / name / "summary.json").read_text())

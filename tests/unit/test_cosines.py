@@ -189,7 +189,8 @@ def seen_from(folders: tuple[Path, Path], batches: list[Batch], normed: bool) ->
     teacher = TeacherStates(Load(folders[0], attn_implementation="sdpa"))
     student = Viewpoint(Load(folders[1], attn_implementation="sdpa"), teacher, normed_last=normed)
     look(teacher, [student], batches, CPU)
-    return student.result()
+    (stack,) = student.result()
+    return stack
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -233,7 +234,7 @@ def test_students_of_one_pass_may_look_at_either_last_state(
     both = [Viewpoint(Load(folders[1]), teacher, normed_last=normed) for normed in (True, False)]
     look(teacher, both, batches_of(rows, 3), CPU)
     apart = [seen_from(folders, batches_of(rows, 3), normed) for normed in (True, False)]
-    assert [one.result() for one in both] == apart and apart[0]["blocks"][0] != apart[1]["blocks"][0]
+    assert [one.result() for one in both] == [[one] for one in apart] and apart[0]["blocks"][0] != apart[1]["blocks"][0]
 
 
 def test_batches_do_not_change_the_numbers(folders: tuple[Path, Path], rows: list[dict[str, Any]]) -> None:
@@ -309,6 +310,6 @@ def test_widths_that_differ_need_a_projector(
     projectors = {block: torch.nn.Linear(16, 32, bias=False).requires_grad_(False) for block in (1, 2)}
     student = Viewpoint(Load(tmp_path / "narrow"), teacher, normed_last=False, projectors=projectors)
     look(teacher, [student], batches_of(rows, 8), CPU)
-    result = student.result()
+    (result,) = student.result()
     assert [block["block"] for block in result["blocks"]] == [1, 2] and result["paper_code"] is None
     assert all(-1 < value < 1 for block in result["blocks"] for value in [block["mean"][0][5]])

@@ -8,21 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmkd import (
-    angles,
-    caching,
-    curves,
-    doctor,
-    families,
-    family_rules,
-    findings,
-    jobs,
-    making,
-    models,
-    planner,
-    recipe_map,
-)
-from llmkd.angle_runs import Run
+from llmkd import caching, curves, doctor, families, family_rules, findings, jobs, making, models, planner, recipe_map
 from llmkd.architectures import KINDS, new_config
 from llmkd.config import Recipe, finetune_inputs, load_recipe, training_inputs
 from llmkd.errors import InputError
@@ -58,17 +44,6 @@ ENCODER_DECODER = Family("encoder_decoder")
             {"stones": {"pairs": [[0, 1]]}},
             r"stones: .*, and this is an encoder-decoder; leave the section out",
         ),
-        (
-            ENCODER_DECODER,
-            {"matching.strategy": "nearest"},
-            r"matching\.strategy: nearest .*; write the pairs under ma",
-        ),
-        (
-            ENCODER,
-            {"matching.strategy": "in_order_random", "matching.redraw_every": 2},
-            r"matching\.redraw_every: only a decoder's .* an encoder; write 0",
-        ),
-        (ENCODER_DECODER, {"loss.report_norms_every": 5}, r"loss\.report_norms_every: .* an encoder-decoder; write 0"),
         (ENCODER, {"student.decoder_blocks": 2}, r"student\.decoder_blocks: an encoder has one stack.*; leave it out"),
         (ENCODER, {"data.format": "text"}, r"data\.format: an encoder is not trained on text"),
         (ENCODER_DECODER, {"student.classifier": "new"}, r"student\.classifier: an encoder-decoder has no classes"),
@@ -126,14 +101,6 @@ def test_plan_and_doctor_are_for_decoders(tiny: Path, tmp_path: Path) -> None:
         InputError, match="llmkd doctor looks at a decoder's rows, and this recipe's teacher is an encoder"
     ):
         doctor.examine(recipe)
-
-
-def test_angles_are_for_decoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = family_recipe(tmp_path, "encoder", new(ENCODERS["bert"](4), "encoder"))
-    run = Run("forward-s0", "student", "forward", 0, tmp_path, recipe, ())
-    monkeypatch.setattr(angles, "runs_of", lambda *asked: (tmp_path / "teacher", [run]))
-    with pytest.raises(InputError, match="angles are measured on decoders, and its teacher is an encoder; give a fold"):
-        angles.angles(tmp_path)
 
 
 def test_no_cache_of_another_family_is_written(tmp_path: Path, world: Any) -> None:
@@ -228,6 +195,7 @@ def test_a_strategy_is_applied_to_each_stack(tiny: Path) -> None:
     assert recipe_map.pair_names(pairs, (2, 4)) == [
         "enc e<e", "enc 0<1", "enc 1<3", "dec e<e", "dec 0<3", "dec 1<7", "dec 2<11",
     ]  # fmt: skip
+    assert recipe_map.pair_names(pairs, (2, 4), redraws=True)[:4] == ["enc e<e", "enc 0<*", "enc 1<*", "dec e<e"]
     assert recipe_map.maps_of(two_stacks(tiny), (3,), (12,)) == forward(3, 12)
     assert recipe_map.pair_names(((EMBEDDING, EMBEDDING), *forward(3, 12))) == ["e<e", "0<3", "1<7", "2<11"]
     assert recipe_map.maps_of(two_stacks(tiny, **{"matching.strategy": "none"}), (2, 3), (4, 12)) == ()
@@ -253,6 +221,20 @@ def test_random_maps_of_the_two_stacks_are_drawn_apart(tiny: Path) -> None:
         assert sorted(t for _, t in first) == sorted(t for _, t in second) == [1, 3, 5, 7]
         same += first == second
     assert same < 6
+
+
+def test_each_redraw_of_the_two_stacks_is_drawn_apart(tiny: Path) -> None:
+    """The first draw is the map that the run was begun with; encoder and decoder follow draws of their own."""
+    recipe = two_stacks(tiny, **{"matching.strategy": "in_order_random", "matching.embedding": True})
+    draws = [recipe_map.maps_of(recipe, (2, 3), (8, 9), draw) for draw in range(12)]
+    assert draws[0] == recipe_map.maps_of(recipe, (2, 3), (8, 9))
+    assert len(set(draws)) == 12
+    for pairs in draws:
+        first, second = pairs[:3], pairs[3:]
+        assert [s for s, _ in first] == [EMBEDDING, 0, 1] and [s for s, _ in second] == [DECODER_EMBEDDING, 2, 3, 4]
+        assert all(0 <= t < 8 for _, t in first[1:]) and all(8 <= t < 17 for _, t in second[1:])
+    alike = (recipe_map.maps_of(recipe, (3, 3), (9, 9), draw) for draw in range(20))
+    assert sum([t for _, t in p[1:4]] == [t - 9 for _, t in p[5:]] for p in alike) < 5  # 1 in 84 by chance
 
 
 def test_distances_of_two_stacks_are_counted_like_the_maps(tiny: Path) -> None:

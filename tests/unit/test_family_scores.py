@@ -155,11 +155,6 @@ def test_what_encoders_are_not_asked(tmp_path: Path) -> None:
     family_rules.check_evaluation(base.changed(held_out), "encoder")
     for changes, kind, sentence in (
         ({"evaluation.tasks": ["piqa"]}, "encoder", r"evaluation\.tasks: lm-eval .* an encoder; leave tasks out and"),
-        (
-            {"evaluation.generation": {}, "evaluation.angles_rows": 4, "evaluation.classification": None},
-            "encoder_decoder",
-            r"evaluation\.angles_rows: .* an encoder-decoder; leave it out",
-        ),
         ({"evaluation.generation": {}}, "encoder", r"evaluation\.generation: an encoder writes no texts; leave it out"),
         ({"evaluation.classification": {}}, "encoder", r"classification\.source: the students are trained on all of"),
         ({"evaluation.classification.split": "train"}, "encoder", r"classification\.split: .*'train'.* held out"),

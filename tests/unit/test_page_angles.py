@@ -36,9 +36,10 @@ def seen(draw: Random, student_blocks: int, teacher_blocks: int, low: float = -0
 
 def angles_of(folder: Folder, name: str, before: Any, after: Any, teacher_blocks: int, **more: Any) -> None:
     entry = next(entry for entry in folder.study["entries"] if entry["name"] == name)
-    about = {"name": name, "seed": entry["seed"], "init": "teacher", "error": None, "rows": 20, "tokens": 1234}
-    shape = {"teacher_blocks": teacher_blocks, "final_state": "raw", "projector": None}
-    folder.write(f"angles/{name}.json", {**about, **shape, "before": before, "after": after, **more})
+    shape = {"stack": "", "tokens": 1234, "teacher_blocks": teacher_blocks, "student_blocks": len(before["blocks"])}
+    about = {"name": name, "seed": entry["seed"], "init": "teacher", "error": None, "rows": 20, "final_state": "raw"}
+    stacks = more.pop("stacks", [{**shape, "before": before, "after": after}])
+    folder.write(f"angles/{name}.json", {**about, "projector": None, "stacks": stacks, **more})
 
 
 @pytest.fixture
@@ -65,7 +66,8 @@ def test_a_study_without_angles_has_no_such_section(tmp_path: Path) -> None:
 def test_the_page_shows_the_means_over_seeds(study: Folder) -> None:
     read = Page(report(study.folder).read_text())
     assert read.csv("angles-0")[0][0] == "student block" and len(read.csv("angles-0")) == 1 + 3 * 21
-    files = [json.loads((study.folder / f"angles/forward-s{seed}.json").read_text()) for seed in (0, 1)]
+    written = [json.loads((study.folder / f"angles/forward-s{seed}.json").read_text()) for seed in (0, 1)]
+    files = [one["stacks"][0] for one in written]
     for block, i, j, before, _, after, share in read.csv("angles-0")[1:]:
         for shown, when, key in ((before, "before", "mean"), (after, "after", "mean"), (share, "after", "above_zero")):
             values = [one[when]["blocks"][int(block)][key][int(i)][int(j)] for one in files]
@@ -114,6 +116,35 @@ def test_what_failed_is_named_and_becomes_no_markup(study: Folder) -> None:
     assert report(study.folder).is_file()
 
 
+def test_two_stacks_have_a_line_and_a_picture_each(tmp_path: Path) -> None:
+    folder, draw = Folder(tmp_path), Random(2)
+    folder.students({"forward": [90.0]})
+    stacks = []
+    for stack, students, teachers, tokens in (("encoder", 2, 4, 1200), ("decoder", 3, 6, 34)):
+        shape = {"stack": stack, "tokens": tokens, "teacher_blocks": teachers, "student_blocks": students}
+        stacks.append({**shape, "before": seen(draw, students, teachers), "after": seen(draw, students, teachers)})
+    angles_of(folder, "forward-s0", stacks[0]["before"], None, 0, stacks=stacks)
+    read = Page(report(folder.folder).read_text())
+    assert [len(read.csv(f"angles-{n}")) - 1 for n in (0, 1)] == [2 * 10, 3 * 21]
+    for number, one in enumerate(stacks):
+        shown = {(int(b), int(i), int(j)): after for b, i, j, _, _, after, _ in read.csv(f"angles-{number}")[1:]}
+        for block in one["after"]["blocks"]:
+            assert float(shown[block["block"], 0, 2]) == pytest.approx(block["mean"][0][2], abs=1e-3)
+    labels = [a["aria-label"] for a, _ in read.all("svg") if "cosine" in a.get("aria-label", "")]
+    assert labels == [f"Mean cosine between teacher blocks, forward, {stack}" for stack in ("encoder", "decoder")]
+    markdown = (folder.folder / "report.md").read_text()
+    assert "1,200 tokens in the encoder and 34 in the decoder of 20 held-out rows" in markdown
+    lines = [line for line in markdown.splitlines() if line.startswith("| forward | ") and " before " in line]
+    assert ["encoder" in line for line in lines] == [True, False] and "| decoder |" in lines[1]
+
+
+def test_angles_of_an_earlier_form_are_named_with_the_cure(study: Folder) -> None:
+    study.write("angles/reverse-s0.json", {"name": "reverse-s0", "seed": 0, "error": None, "before": {}, "after": {}})
+    found = study.results()["angles"]
+    assert [one["strategy"] for one in found["students"]] == ["forward"]
+    assert found["problems"]["reverse-s0"] == f"measured by an earlier llmkd; run llmkd angles {study.folder}"
+
+
 def test_at_any_depth_the_section_stays_small(tmp_path: Path) -> None:
     """Five strategies of 16 blocks, as a teacher of 64 was seen from them."""
     folder, draw = Folder(tmp_path), Random(1)
@@ -127,13 +158,16 @@ def test_at_any_depth_the_section_stays_small(tmp_path: Path) -> None:
 
 
 def test_the_sentence_says_the_range_over_strategies() -> None:
-    def one(before: float, after: float) -> dict[str, Any]:
+    def one(before: float, after: float, stack: str = "") -> dict[str, Any]:
         cells = {"before": before, "after": after}
-        return {when: {"mean": {"mean": v}, "above_zero": {"mean": (v + 1) / 2}} for when, v in cells.items()}
+        seen = {when: {"mean": {"mean": v}, "above_zero": {"mean": (v + 1) / 2}} for when, v in cells.items()}
+        return {**seen, "stack": stack}
 
     said = sentence({"students": [one(0.5, 0.25), one(0.5, -0.125)]})
     assert "before training 0.50 (above zero at 75% of tokens)" in said
-    assert "after training -0.12 to 0.25 (above zero at 44% to 62% of tokens)" in said
+    assert "after training -0.12 to 0.25 (above zero at 44% to 62% of tokens)" in said and "in the" not in said
+    said = sentence({"students": [one(0.5, 0.25, "encoder"), one(0.75, 0.0, "decoder")]})
+    assert re.search("in the encoder before training 0.50 .*, in the decoder before training 0.75 .* 0.00 ", said)
 
 
 def test_blocks_are_taken_together_evenly() -> None:

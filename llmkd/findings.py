@@ -209,8 +209,10 @@ def _steered(line: dict[str, Any]) -> dict[str, float | None]:
     """What of a log line only some runs have: the temperature and weights that move, the stones' loss, the norms of parts' gradients."""
     found = {key: _finite(line[key]) for key in ("temperature", "stones") if key in line}
     found |= {f"weight of {part}": _finite(value) for part, value in line.get("weights", {}).items()}
-    norms = {part: value for part, value in line.get("norms", {}).items() if not isinstance(value, dict)}
-    return found | {f"norm of {part}": _finite(value) for part, value in norms.items()}
+    norms = {f"norm of {part}": value for part, value in line.get("norms", {}).items() if not isinstance(value, dict)}
+    for stone, parts in line.get("norms", {}).get("stones", {}).items():
+        norms |= {f"norm of {stone} {part}": value for part, value in parts.items()}
+    return found | {name: _finite(value) for name, value in norms.items()}
 
 
 def _maps(folder: Path, entries: Sequence[Entry], runs: Sequence[tuple[Entry, Any]]) -> list[dict[str, Any]]:

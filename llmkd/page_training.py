@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 from typing import Any
 
@@ -40,7 +41,7 @@ def training_section(results: Results) -> list[str]:
         return [missing("No student has logged a training step yet.")]
     drawn = [
         figure(
-            curves.curves(f"curve-{part.replace(' ', '-')}", part, having, list(groups), longest),
+            curves.curves(f"curve-{re.sub('[^a-z0-9]+', '-', part)}", part, having, list(groups), longest),
             f"<b>{escape(part)}</b>, {escape(words)}",
         )
         for part, words in {**PARTS, **_steered(groups)}.items()

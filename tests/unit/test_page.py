@@ -151,7 +151,7 @@ def test_what_only_some_runs_log_has_pictures_too() -> None:
     for number, line in enumerate(results["curves"]["forward-s1"]):
         line["temperature"] = 2.0 - number / 60
         if number % 20 == 0:
-            line |= {"norm of ce": 0.5 + number, "norm of stone 0<3 kl": 0.25}
+            line |= {"norm of ce": 0.5 + number, "norm of 0<3 kl": 0.25}
     read = Page(html(results, [], ""))
     assert len(read.all("svg")) == len(Page(html(example.study(seeds=(0, 1), log_lines=60), [], "")).all("svg")) + 3
     head, *lines = read.csv("curve-norm-of-ce")

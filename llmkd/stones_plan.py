@@ -18,7 +18,7 @@ def stone_rows(recipe: Recipe, teacher: Shapes, stones: Pairs) -> list[Row]:
     size = DTYPES[recipe.teacher.dtype].itemsize
     tokens = recipe.train.micro_batch_size * recipe.data.max_length
     state, block = tokens * teacher.hidden * size, block_activations(teacher, size) * tokens
-    upper = max(teacher.depth - 1 - block for _, block in stones)
+    upper = max(teacher.depth - 1 - block for block in _starts(recipe, stones))
     active = 1 if settings.sample == "one" else len(stones)
     how = f"{active + 1} states [B, T, H] x {size} B, a gradient in each state's place"
     rows = [Row("stones' states", (active + 1) * state, "device", ("head", "backward"), how)]
@@ -42,6 +42,13 @@ def stone_rows(recipe: Recipe, teacher: Shapes, stones: Pairs) -> list[Row]:
     return rows
 
 
+def _starts(recipe: Recipe, stones: Pairs) -> list[int]:
+    """The teacher block that each stone stands for; where the map is yet to be measured, the first, which has the most above it."""
+    assert recipe.stones is not None
+    measured = recipe.stones.pairs == "from_map" and recipe.matching.strategy == "nearest"
+    return [0 if measured else block for _, block in stones]
+
+
 def stones_wire(recipe: Recipe, teacher: Shapes, stones: Pairs, ranks: int) -> int:
     """Bytes that each rank receives for the stones of one micro-batch when a ZeRO-3 teacher's upper blocks are gathered, on average.
 
@@ -53,6 +60,6 @@ def stones_wire(recipe: Recipe, teacher: Shapes, stones: Pairs, ranks: int) -> i
     weights = shares(len(stones))
     often = [weight / sum(weights) if settings.sample == "one" else 1.0 for weight in weights]
     passes = 3 if settings.cross else 2
-    upper = [sum(teacher.each_block[block + 1 :]) + teacher.hidden for _, block in stones]
+    upper = [sum(teacher.each_block[block + 1 :]) + teacher.hidden for block in _starts(recipe, stones)]
     gathered = passes * sum(o * u for o, u in zip(often, upper, strict=True)) + (teacher.head if recipe.loss.kl else 0)
     return round(gathered * DTYPES[recipe.teacher.dtype].itemsize * (ranks - 1) / ranks)

@@ -212,6 +212,8 @@ def test_stones_are_planned(recipe: Recipe) -> None:
     assert row(rows, "stones, one pass").bytes == upper * state + block
     kept = planner.plan(recipe.changed({"stones.checkpoint": False, "teacher.placement": "replicated"}), 8)
     assert row(kept, "stones, one pass").bytes == upper * block
+    measured = planner.plan(recipe.changed({"stones.kl": 1.0, "matching.strategy": "nearest"}), 8)
+    assert row(measured, "stones, one pass").bytes == 35 * state + block  # whichever block is found, none has more above it
     alone = planner.plan(
         recipe.changed({"stones.kl": 1.0, "loss.kl": 0.0, "loss.ce": 0.0, "matching.distance": "mse"}), 8
     )

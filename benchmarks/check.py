@@ -16,7 +16,7 @@ from benchmarks.shapes import Work
 from llmkd.distances import normalized_mse
 from llmkd.distributed import World, sum_tensor
 from llmkd.divergences import DIVERGENCES
-from llmkd.models import blocks
+from llmkd.model_parts import blocks
 from llmkd.teachers.base import output_state
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative

@@ -18,7 +18,7 @@ from benchmarks.shapes import Work, labels
 from llmkd.distances import DISTANCES
 from llmkd.divergences import DIVERGENCES
 from llmkd.layer_map import Pairs
-from llmkd.models import backbone, head
+from llmkd.model_parts import backbone, head
 from llmkd.objective import Weights, divisors, scales
 from llmkd.student import Distiller
 from llmkd.teachers.resident import ResidentTeacher

@@ -18,7 +18,7 @@ from benchmarks.contestants import Contestant
 from benchmarks.measure import seconds_of, synchronise
 from benchmarks.shapes import Work
 from llmkd.distributed import World
-from llmkd.models import backbone
+from llmkd.model_parts import backbone
 
 PHASES = ("teacher", "student forward", "matching", "backward", "optimizer", "head and the rest")
 COMMUNICATION = ("gloo:", "nccl:", "c10d::", "nccldevkernel", "ncclkernel")

@@ -27,9 +27,10 @@ from llmkd.comparison import compare, final_states, text_likelihoods, token_agre
 from llmkd.config import Data, Evaluation
 from llmkd.data import IGNORE, Batch
 from llmkd.errors import InputError
-from llmkd.families import Family, family, whole_head
+from llmkd.families import Family, family
 from llmkd.family_data import collate_for, tokenize_for
 from llmkd.generation import prompts
+from llmkd.model_parts import whole_head
 from llmkd.models import DTYPES, check_same_tokens, load_config, load_model, load_tokenizer
 from llmkd.prompts import encoded, sources
 from llmkd.provenance import versions

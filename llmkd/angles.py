@@ -33,11 +33,12 @@ from llmkd.cosines import BINS, pairs_of
 from llmkd.data import Batch
 from llmkd.engines import saved_weights
 from llmkd.errors import InputError
-from llmkd.families import Kind, Stack, family, kind, tokens_of
+from llmkd.families import Kind, family, kind
 from llmkd.family_data import collate_for, tokenize_for
 from llmkd.family_rules import held_out_data
 from llmkd.jobs import read_rows
 from llmkd.model_folders import resolve
+from llmkd.model_parts import Stack, tokens_of
 from llmkd.models import DTYPES, load_config, load_model, load_tokenizer
 from llmkd.provenance import versions
 from llmkd.results import digest, model_contents, one_sentence, publish, up_to_date, written

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from llmkd import config, families, models
+from llmkd import config, families, model_parts, models
 from llmkd.config import ROOT
 from llmkd.connectors import fit_connectors, make_connectors
 from llmkd.data import Batch, steps_per_epoch
@@ -158,7 +158,7 @@ def _sharded_config(job: Job, shape: Any) -> dict[str, Any]:
     settings = job.recipe.teacher
     if settings.offload == "nvme":
         check_asynchronous_io("teacher.offload")
-    stack = models.blocks(models.without_weights(shape, trust_remote_code=settings.trust_remote_code))
+    stack = model_parts.blocks(models.without_weights(shape, trust_remote_code=settings.trust_remote_code))
     return teacher_ds_config(
         job.train.micro_batch_size,
         settings.dtype,
@@ -271,7 +271,7 @@ def fit_stones(
     """Fit the stones' connectors on the run's first batches, which `rows` gives (all ranks take part)."""
     settings = job.recipe.stones
     assert settings is not None and isinstance(teacher, ResidentTeacher)
-    stack = models.blocks(student.module.model), teacher.blocks
+    stack = model_parts.blocks(student.module.model), teacher.blocks
     connectors = student.module.stones.connectors
     steps = rows(start_step=0, steps=settings.connector_batches)
     fit_connectors(world, student, connectors, job.stones, *stack, teacher, steps)

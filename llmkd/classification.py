@@ -22,8 +22,9 @@ from llmkd import child
 from llmkd.class_metrics import METRICS, class_metrics
 from llmkd.config import Data, Evaluation
 from llmkd.errors import InputError
-from llmkd.families import family, final_state, head
+from llmkd.families import family
 from llmkd.family_data import collate_classified, tokenize_classified
+from llmkd.model_parts import final_state, head
 from llmkd.models import DTYPES, load_config, load_model, load_tokenizer
 from llmkd.provenance import versions
 from llmkd.results import (

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from llmkd.data import IGNORE, Batch
 from llmkd.divergences import DIVERGENCES
-from llmkd.families import Family, family, final_state, whole_head
+from llmkd.families import Family, family
 from llmkd.family_data import collate_for
+from llmkd.model_parts import final_state, whole_head
 
 Ids = list[int]
 

@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmkd.errors import InputError
-from llmkd.families import AUTO_CLASSES, CLASSIFIERS, blocks
+from llmkd.families import AUTO_CLASSES, CLASSIFIERS
 from llmkd.model_folders import copy_tokenizer, publish_folder
+from llmkd.model_parts import blocks
 from llmkd.models import load_config, load_model, quiet_about_unused, student_config
 
 

@@ -14,7 +14,8 @@ from llmkd.config import Recipe
 from llmkd.errors import InputError
 from llmkd.families import kind
 from llmkd.making import block_choice
-from llmkd.models import blocks, head, load_config, student_config
+from llmkd.model_parts import blocks, head
+from llmkd.models import load_config, student_config
 
 log = logging.getLogger("llmkd")
 

@@ -1,7 +1,7 @@
 """Hugging Face models loaded: one path, `load_model`, from a plain folder straight into shards under ZeRO-3.
 
 Every student starts as such a folder, whatever it is made from (llmkd.making). Where a model has its blocks and its head is said by
-llmkd.families.
+llmkd.model_parts.
 """
 
 from __future__ import annotations
@@ -22,12 +22,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from llmkd.engines import sharded_construction
 from llmkd.errors import InputError, first_line
-from llmkd.families import AUTO_CLASSES, by_stack, check_blocks, depths, kind, set_depths, width_settings
-from llmkd.families import backbone as backbone
-from llmkd.families import blocks as blocks
-from llmkd.families import check_logits as check_logits
-from llmkd.families import head as head
+from llmkd.families import AUTO_CLASSES, by_stack, check_blocks, check_logits, depths, kind, set_depths, width_settings
 from llmkd.model_folders import tensor_files
+from llmkd.model_parts import head
 
 log = logging.getLogger("llmkd")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

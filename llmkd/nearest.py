@@ -22,10 +22,10 @@ from llmkd import build, models, recipe_map
 from llmkd.data import Batch, batches
 from llmkd.distributed import World, all_rows, on_main, sum_counts
 from llmkd.errors import InputError
-from llmkd.families import Stack, Tokens, stacks, tokens_of
 from llmkd.geometry import centred_gram, similarity
 from llmkd.jobs import Job
 from llmkd.layer_map import Pairs, nearest
+from llmkd.model_parts import Stack, Tokens, stacks, tokens_of
 from llmkd.teachers.base import Teacher
 from llmkd.teachers.resident import ResidentTeacher
 

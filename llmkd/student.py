@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from llmkd.data import Batch
 from llmkd.distances import Distance
 from llmkd.divergences import Divergence
-from llmkd.families import blocks, encoder_blocks, final_state, head, head_bias, kind, on_state
+from llmkd.families import kind
 from llmkd.head import TeacherHead, TopK, head_losses
 from llmkd.matching import AllRows, Term, distance_sum, sampled, small_pass, stood_for
+from llmkd.model_parts import blocks, encoder_blocks, final_state, head, head_bias, on_state
 from llmkd.stones import Stones
 from llmkd.teachers.base import Signal
 from llmkd.term_norms import Tail, before_projector

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from llmkd.engines import full_shape, gathered
 from llmkd.errors import InputError
-from llmkd.families import ROBERTAS, kind, scaled, stacks
+from llmkd.families import ROBERTAS, kind
 from llmkd.matching import small_pass
-from llmkd.models import backbone, blocks
+from llmkd.model_parts import backbone, blocks, scaled, stacks
 from llmkd.teachers.base import output_state
 
 Step = Callable[[Tensor], Tensor]
@@ -50,7 +50,7 @@ TAILS: dict[str, Callable[[Any], list[Step]]] = {
     **dict.fromkeys(ROBERTAS, _roberta),
     **dict.fromkeys(("mt5", "t5"), _t5),
 }
-"""By model type, what `families.final_state` does after the last block; of a decoder it is found in a pass."""
+"""By model type, what `model_parts.final_state` does after the last block; of a decoder it is found in a pass."""
 
 
 class Tail:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from llmkd.cosines import CodeCosine, PairCosines
 from llmkd.data import Batch
 from llmkd.errors import InputError
-from llmkd.families import Stack, Tokens, final_state, on_state, stacks, tokens_of
+from llmkd.model_parts import Stack, Tokens, final_state, on_state, stacks, tokens_of
 from llmkd.teachers.base import Capture
 
 STACKS = {"": "", "enc": "encoder", "dec": "decoder"}

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from llmkd.data import Batch
 from llmkd.engines import frozen_engine, gathered
-from llmkd.families import Body, backbone, blocks, head, head_bias, kind, on_state
+from llmkd.families import kind
+from llmkd.model_parts import Body, backbone, blocks, head, head_bias, on_state
 from llmkd.teachers.base import Capture, Signal, States
 from llmkd.teachers.offload import OffloadedStates
 from llmkd.teachers.upper import UpperBlocks

@@ -15,16 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from llmkd.engines import parameter_count
 from llmkd.errors import InputError
+from llmkd.families import check_logits
 from llmkd.model_folders import tensor_files
-from llmkd.models import (
-    attention_implementation,
-    backbone,
-    blocks,
-    check_logits,
-    load_config,
-    student_config,
-    without_weights,
-)
+from llmkd.model_parts import backbone, blocks
+from llmkd.models import attention_implementation, load_config, student_config, without_weights
 from llmkd.stages import Cut, cut
 
 log = logging.getLogger("llmkd")

@@ -21,7 +21,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llmkd.data import Batch
 from llmkd.engines import gathered
 from llmkd.errors import InputError
-from llmkd.families import CLASSIFIERS, ROBERTAS, backbone, blocks, check_logits, final_state, kind
+from llmkd.families import CLASSIFIERS, ROBERTAS, check_logits, kind
+from llmkd.model_parts import backbone, blocks, final_state
 from llmkd.models import student_config
 from llmkd.teachers.base import output_state
 from llmkd.teachers.stage import PIPELINED
@@ -96,7 +97,7 @@ class UpperBlocks:
         self._shells = {start: _shell(model, start, again) for start in set(starts)}
 
     def __call__(self, block: int, state: Tensor, batch: Batch) -> Tensor:
-        """The final state (llmkd.families.final_state) that the teacher makes of `state` [B, T, H], were it the output of this block
+        """The final state (llmkd.model_parts.final_state) that the teacher makes of `state` [B, T, H], were it the output of this block
         (all ranks take part)."""
         shell = self._shells[block]
         rotary = getattr(backbone(shell), "rotary_emb", None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmkd import checkpoint, jobs, models
+from llmkd import checkpoint, jobs, model_parts, models
 from llmkd.config import load_recipe
 from llmkd.engines import check_asynchronous_io, frozen_engine, gathered, teacher_ds_config
 from llmkd.errors import InputError
@@ -73,7 +73,7 @@ def test_rotary_frequencies_stay_float32_under_zero3(tiny: Path, world: Any) -> 
 def test_zero3_teacher_never_holds_more_than_one_block_or_its_embeddings(tiny: Path, world: Any) -> None:
     """Weights whole, or on their way, are counted at every module that has some; fetching ahead is part of it."""
     counted: Any = models.without_weights(models.load_config(tiny / "teacher"))
-    stack: Any = models.blocks(counted)
+    stack: Any = model_parts.blocks(counted)
     block = sum(p.numel() for p in stack[0].parameters())
     ds = teacher_ds_config(2, "float32", "none", block=block, parameter=max(p.numel() for p in stack.parameters()))
     model: Any = models.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=ds, attention="sdpa")
@@ -85,15 +85,15 @@ def test_zero3_teacher_never_holds_more_than_one_block_or_its_embeddings(tiny: P
         held.append(sum(p.ds_numel for p in model.parameters() if p.ds_id in here))
         ahead.append(len(here - {p.ds_id for p in module.parameters()}))
 
-    engine = frozen_engine(models.backbone(model), ds)
-    for module in models.backbone(model).modules():
+    engine = frozen_engine(model_parts.backbone(model), ds)
+    for module in model_parts.backbone(model).modules():
         if list(module.parameters(recurse=False)):
             module.register_forward_pre_hook(count)
     for _ in range(3):  # DeepSpeed learns the order in the first passes and fetches ahead in the next ones
         with torch.no_grad():
             engine(input_ids=torch.arange(8)[None])
     embedding = model.get_input_embeddings().weight.ds_numel
-    assert len(held) > 3 * 9 * len(models.blocks(model)) and max(ahead[-20:]) > 1  # it does fetch ahead
+    assert len(held) > 3 * 9 * len(model_parts.blocks(model)) and max(ahead[-20:]) > 1  # it does fetch ahead
     assert max(held) <= max(block, embedding) and sorted(held)[-4] <= block
     assert sum(p.ds_numel for p in model.parameters() if p.ds_status.name == "AVAILABLE") == 0
 

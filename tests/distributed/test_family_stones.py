@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from llmkd import families, jobs, models, recipe_map, starts
+from llmkd import families, jobs, model_parts, models, recipe_map, starts
 from llmkd.config import dump_recipe
 from llmkd.connectors import RIDGE, make_connectors
 from llmkd.data import epoch_batches
@@ -105,7 +105,9 @@ def _fitted(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
 
 def _states(model: Any, block: int, batch: Any) -> torch.Tensor:
     kept: list[torch.Tensor] = []
-    hook = models.blocks(model)[block].register_forward_hook(lambda m, a, output: kept.append(output_state(output)))
+    hook = model_parts.blocks(model)[block].register_forward_hook(
+        lambda m, a, output: kept.append(output_state(output))
+    )
     with torch.no_grad():
         logits_of(model, batch)
     hook.remove()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmkd import build, jobs, models, starts, steering, student
+from llmkd import build, jobs, model_parts, models, starts, steering, student
 from llmkd.config import load_recipe
 from llmkd.data import collate, epoch_batches
 from llmkd.geometry import cka
@@ -221,7 +221,7 @@ def test_nearest_is_the_highest_cka_of_the_plain_models(
     for folder in (tmp_path / "student", tiny / "teacher"):
         model = models.load_causal_lm(folder, dtype=torch.float32, ds_config=None, attention="sdpa").eval()
         states: list[torch.Tensor] = []
-        for block in models.blocks(model):
+        for block in model_parts.blocks(model):
             block.register_forward_hook(
                 lambda m, a, output, states=states: states.append(output_state(output)[batch.attended])
             )

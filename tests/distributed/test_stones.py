@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from llmkd import build, engines, jobs, models, recipe_map, starts
+from llmkd import build, engines, jobs, model_parts, models, recipe_map, starts
 from llmkd.config import ROOT, load_recipe
 from llmkd.connectors import make_connectors
 from llmkd.data import collate, epoch_batches
@@ -308,7 +308,7 @@ def test_an_overwritten_weight_is_what_the_optimizer_goes_on_from(world: Any, st
 
 def test_a_sharded_teacher_lends_one_block_at_a_time(tiny: Path, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the stones' passes, forward and for the gradient; nothing stays gathered."""
-    counted: Any = models.blocks(models.without_weights(models.load_config(tiny / "teacher")))
+    counted: Any = model_parts.blocks(models.without_weights(models.load_config(tiny / "teacher")))
     block, largest = (
         sum(p.numel() for p in counted[0].parameters()),
         max(p.numel() for p in counted.parameters()),

@@ -18,7 +18,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmkd import build, cache_contents, cache_files, cache_plan, caching, jobs, models, planner, starts, study
+from llmkd import (
+    build,
+    cache_contents,
+    cache_files,
+    cache_plan,
+    caching,
+    jobs,
+    model_parts,
+    models,
+    planner,
+    starts,
+    study,
+)
 from llmkd.config import Recipe, load_recipe
 from llmkd.data import Batch, collate
 from llmkd.divergences import top_k_kl
@@ -488,7 +500,7 @@ def test_a_head_alone_is_the_model_s(tmp_path: Path, kind: str) -> None:
     config = AutoConfig.for_model(name, **small, tie_word_embeddings=bool(tied))
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config)
-    head = models.head(model)
+    head = model_parts.head(model)
     if head.bias is not None:
         torch.nn.init.normal_(head.bias)
     model.save_pretrained(tmp_path, max_shard_size="10KB")

@@ -18,7 +18,7 @@ from datasets import Dataset
 from tokenizers import pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from llmkd import making, models
+from llmkd import making, model_parts
 from llmkd.data import IGNORE, Batch, batches, collate, epoch_batches, micro_batch_rows, steps_per_epoch
 from llmkd.errors import InputError
 from llmkd.row_files import load_rows
@@ -432,10 +432,10 @@ def tiny_model() -> Iterator[Callable[[str, str], Any]]:
 
 def logits(model: Any, batch: Batch) -> torch.Tensor:
     """As the student runs it."""
-    final = models.backbone(model)(
+    final = model_parts.backbone(model)(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
     ).last_hidden_state
-    return models.head(model)(final)
+    return model_parts.head(model)(final)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

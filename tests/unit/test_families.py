@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmkd import families
+from llmkd import families, model_parts
 from llmkd.data import Batch, collate
 from llmkd.distances import DISTANCES
 from llmkd.divergences import forward_kl
@@ -210,8 +210,8 @@ def test_head_of_an_encoder_decoder_gives_the_models_own_loss(name: str) -> None
     assert batch.source_ids is not None and batch.source_attended is not None
     model.config.decoder_start_token_id = 0
     theirs = model(input_ids=batch.source_ids, attention_mask=batch.source_attended.long(), labels=batch.targets)
-    states = families.final_state(model, batch)
-    logits = torch.nn.functional.linear(states, families.head(model).weight, families.head_bias(model))
+    states = model_parts.final_state(model, batch)
+    logits = torch.nn.functional.linear(states, model_parts.head(model).weight, model_parts.head_bias(model))
     kept = batch.targets != -100
     torch.testing.assert_close(logits[kept], theirs.logits[kept], rtol=1e-10, atol=1e-10)
     own = torch.nn.functional.cross_entropy(logits[kept], batch.targets[kept])

@@ -16,8 +16,9 @@ from llmkd.data import Batch, collate
 from llmkd.distances import DISTANCES
 from llmkd.divergences import forward_kl
 from llmkd.errors import InputError
-from llmkd.families import CLASSIFIERS, DECODER_DEPTH, blocks, depths
+from llmkd.families import CLASSIFIERS, DECODER_DEPTH, depths
 from llmkd.family_data import collate_classified, collate_sources
+from llmkd.model_parts import blocks
 from llmkd.stages import EMBEDDING
 from llmkd.student import Distiller, make_projectors
 from llmkd.teachers.base import output_state

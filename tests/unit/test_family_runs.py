@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from llmkd import build, encoders, jobs, making, models, starts
+from llmkd import build, encoders, jobs, making, model_parts, models, starts
 from llmkd.config import Recipe, load_recipe
 from llmkd.engines import gathered
 from llmkd.families import CLASSIFIERS, depths
@@ -152,7 +152,7 @@ def test_copied_encoder_decoder_is_the_chosen_blocks_of_both_stacks(tmp_path: Pa
     starts.initial_student(recipe, tmp_path / "teacher", tmp_path / "student")
     student = models.load_model(tmp_path / "student", dtype=torch.float32, ds_config=None, attention="sdpa")
     chosen = [0, 3, 4 + 0, 4 + 5] if rule == "spread" else [1, 3, 4 + 2, 4 + 5]
-    stack, theirs = models.blocks(student), models.blocks(teacher)
+    stack, theirs = model_parts.blocks(student), model_parts.blocks(teacher)
     assert len(stack) == 4
     for block, old in zip(stack, chosen, strict=True):
         for key, tensor in block.state_dict().items():

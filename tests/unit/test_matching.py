@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmkd import making, models
+from llmkd import making, model_parts, models
 from llmkd.data import Batch, collate
 from llmkd.divergences import forward_kl
 from llmkd.geometry import SET_DISTANCES
@@ -275,7 +275,7 @@ def test_reported_norms_are_those_of_each_parts_own_gradient(
     batch, student, teacher = _batch(), _load(folder), _load(tiny / "teacher")
     states: dict[str, dict[int, torch.Tensor]] = {"student": {}, "teacher": {}}
     for name, model in (("student", student), ("teacher", teacher)):
-        for number, block in enumerate(models.blocks(model)):
+        for number, block in enumerate(model_parts.blocks(model)):
             block.register_forward_hook(functools.partial(_hold, states[name], number))
     inputs = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids)
     s, t = student(**inputs), teacher(**inputs)

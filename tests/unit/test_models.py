@@ -16,7 +16,7 @@ import transformers as hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from llmkd import making, model_folders, models
+from llmkd import making, model_folders, model_parts, models
 from llmkd.data import collate
 from llmkd.engines import gathered, teacher_ds_config
 from llmkd.errors import InputError
@@ -113,7 +113,7 @@ def variant(folder: Path, target: Path) -> Path:
 def test_blocks_and_head_are_those_of_the_model(kind: str) -> None:
     """No index can be off by one: each block's output is the next hidden state, the norm of the last one gives the logits."""
     model = new(CONFIGS[kind]())
-    stack, outputs = models.blocks(model), {}
+    stack, outputs = model_parts.blocks(model), {}
     assert len(stack) == 4
     for number, block in enumerate(stack):
         block.register_forward_hook(lambda module, args, output, n=number: outputs.update({n: output_state(output)}))
@@ -122,11 +122,11 @@ def test_blocks_and_head_are_those_of_the_model(kind: str) -> None:
     for number in range(3):
         torch.testing.assert_close(outputs[number], whole.hidden_states[number + 1])
         assert (outputs[number] - whole.hidden_states[number]).abs().max() > 0.01
-    body = models.backbone(model)
+    body = model_parts.backbone(model)
     norm = getattr(body, FINAL_NORM.get(kind, "norm"))
     final = body(input_ids=ids, use_cache=False).last_hidden_state
     torch.testing.assert_close(norm(outputs[3]), final)
-    torch.testing.assert_close(models.head(model)(final), whole.logits)
+    torch.testing.assert_close(model_parts.head(model)(final), whole.logits)
     assert (norm(outputs[2]) - final).abs().max() > 0.01
 
 
@@ -142,7 +142,7 @@ def test_model_that_changes_its_logits_after_the_head_is_refused(config: Callabl
     with pytest.raises(
         InputError, match=rf"changes its logits after the head \({key}\), which is not supported yet; give"
     ):
-        models.head(new(config()))
+        model_parts.head(new(config()))
     with pytest.raises(InputError, match=rf"changes its logits after the head \({key}\)"):
         models.check_usable(config(), section="teacher", attention="auto", packed=False)
 
@@ -159,9 +159,9 @@ def test_each_model_that_may_be_packed_keeps_documents_apart() -> None:
         models.check_usable(config, section="teacher", attention="auto", packed=True)
         model = new(config)
         alone = torch.cat([model(torch.tensor([row["input_ids"]])).logits[0] for row in rows])
-        body = models.backbone(model)
+        body = model_parts.backbone(model)
         final = body(input_ids=batch.input_ids, attention_mask=None, position_ids=batch.position_ids, use_cache=False)
-        together = models.head(model)(final.last_hidden_state)[0]
+        together = model_parts.head(model)(final.last_hidden_state)[0]
         torch.testing.assert_close(together, alone, rtol=0, atol=5e-5, msg=lambda text, kind=kind: f"{kind}: {text}")
 
 
@@ -340,7 +340,7 @@ def test_copied_student_is_the_chosen_blocks_of_its_teacher(
         models.load_causal_lm(folder, dtype=torch.float32, ds_config=None, attention="sdpa")
         for folder in (folders(kind), tmp_path / "student")
     )
-    ours, theirs = models.blocks(student), models.blocks(teacher)
+    ours, theirs = model_parts.blocks(student), model_parts.blocks(teacher)
     assert student.config.num_hidden_layers == len(ours) == 3
     for new_block, old in zip(ours, chosen, strict=True):
         for name, tensor in theirs[old].state_dict().items():
@@ -352,9 +352,11 @@ def test_copied_student_is_the_chosen_blocks_of_its_teacher(
     assert tied == teacher.config.tie_word_embeddings == student.config.tie_word_embeddings
     # And what it computes is what the teacher does with its blocks rearranged.
     if kind != "smollm3":  # whose blocks know their own number
-        stack = models.blocks(teacher)
+        stack = model_parts.blocks(teacher)
         rearranged = torch.nn.ModuleList(stack[old] for old in chosen)
-        holder = next(m for m in models.backbone(teacher).modules() if any(child is stack for child in m.children()))
+        holder = next(
+            m for m in model_parts.backbone(teacher).modules() if any(child is stack for child in m.children())
+        )
         setattr(holder, next(name for name, child in holder.named_children() if child is stack), rearranged)
         teacher.config.num_hidden_layers = 3
         ids = torch.arange(2, 12)[None]
@@ -423,7 +425,7 @@ def test_random_student_is_a_function_of_its_seed_alone(folders: Callable[[str],
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
     student = models.load_causal_lm(tmp_path / "a", dtype=torch.float32, ds_config=None, attention="sdpa")
-    assert len(models.blocks(student)) == 2
+    assert len(model_parts.blocks(student)) == 2
     assert first["model.layers.0.self_attn.q_proj.weight"].shape == (12, 24)
     assert first["model.layers.1.mlp.up_proj.weight"].shape == (40, 24)
     assert student(torch.arange(5)[None]).logits.shape == (1, 5, 64)

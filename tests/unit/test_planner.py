@@ -18,7 +18,7 @@ from llmkd.errors import InputError
 from llmkd.head import TeacherHead, head_losses
 from llmkd.making import qwen3_config
 from llmkd.matching import distance_sum, terms_of
-from llmkd.models import blocks
+from llmkd.model_parts import blocks
 from llmkd.placements import Cost, compare, recommended
 from llmkd.planner import GIB
 from tests.tensor_bytes import TensorBytes
@@ -213,7 +213,9 @@ def test_stones_are_planned(recipe: Recipe) -> None:
     kept = planner.plan(recipe.changed({"stones.checkpoint": False, "teacher.placement": "replicated"}), 8)
     assert row(kept, "stones, one pass").bytes == upper * block
     measured = planner.plan(recipe.changed({"stones.kl": 1.0, "matching.strategy": "nearest"}), 8)
-    assert row(measured, "stones, one pass").bytes == 35 * state + block  # whichever block is found, none has more above it
+    assert (
+        row(measured, "stones, one pass").bytes == 35 * state + block
+    )  # whichever block is found, none has more above it
     alone = planner.plan(
         recipe.changed({"stones.kl": 1.0, "loss.kl": 0.0, "loss.ce": 0.0, "matching.distance": "mse"}), 8
     )

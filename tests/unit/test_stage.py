@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as hf
 
-from llmkd import model_folders, models
+from llmkd import model_folders, model_parts, models
 from llmkd.data import collate
 from llmkd.errors import InputError
 from llmkd.stages import cut
@@ -45,19 +45,19 @@ def test_stages_one_after_the_other_are_the_whole_model(kind: str, tmp_path: Pat
     model.save_pretrained(tmp_path)
     bodies = [_load(tmp_path, part) for part in (range(0, 1), range(1, 3), range(3, 4))]
     states: dict[int, torch.Tensor] = {}
-    for number, block in enumerate(models.blocks(model)):
+    for number, block in enumerate(model_parts.blocks(model)):
         block.register_forward_hook(lambda module, args, output, n=number: states.update({n: output_state(output)}))
     for packed in (False, True):
         batch = collate(_rows(5, 1, 9), pad_id=0, packed=packed)
         common = dict(attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False)
-        final = models.backbone(model)(input_ids=batch.input_ids, **common).last_hidden_state
+        final = model_parts.backbone(model)(input_ids=batch.input_ids, **common).last_hidden_state
         state = bodies[0](input_ids=batch.input_ids, **common).last_hidden_state
         assert torch.equal(state, states[0])
         for body, last in ((bodies[1], states[2]), (bodies[2], final)):
             state = body(inputs_embeds=state, **common).last_hidden_state
             assert torch.equal(state, last)
         weight, bias = models.load_head(tmp_path, dtype=torch.float32)
-        assert torch.equal(weight, models.head(model).weight) and bias is None
+        assert torch.equal(weight, model_parts.head(model).weight) and bias is None
 
 
 def test_a_stage_reads_its_own_tensors_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

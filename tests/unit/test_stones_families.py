@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkd import families, models
+from llmkd import families, model_parts, models
 from llmkd.connectors import fit_connectors, make_connectors
 from llmkd.data import IGNORE, Batch, collate
 from llmkd.distances import DISTANCES
@@ -87,7 +87,7 @@ def plain(
     kept: dict[int, Tensor] = {}
     hooks = [
         block.register_forward_hook(lambda m, a, o, n=number: kept.update({n: output_state(o)}))
-        for number, block in enumerate(models.blocks(student))
+        for number, block in enumerate(model_parts.blocks(student))
     ]
     ours = logits_of(student, batch)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def plain(
     logits = []
     for (s, t), connector in zip(PAIRS, connectors, strict=True):
         state = kept[s] @ connector.weight.T
-        hooks.append(models.blocks(teacher)[t].register_forward_hook(lambda m, a, o, state=state: state))
+        hooks.append(model_parts.blocks(teacher)[t].register_forward_hook(lambda m, a, o, state=state: state))
         logits.append(logits_of(teacher, batch))
         hooks[-1].remove()
     for hook in hooks:
@@ -226,10 +226,10 @@ def test_connectors_of_an_encoder_are_fitted_over_the_tokens_that_are_not_paddin
     states: list[dict[int, Tensor]] = [{}, {}]
     for model, kept in zip((student, teacher), states, strict=True):
         plain_model = copy.deepcopy(model)
-        for number, block in enumerate(models.blocks(plain_model)):
+        for number, block in enumerate(model_parts.blocks(plain_model)):
             block.register_forward_hook(lambda m, a, o, n=number, kept=kept: kept.update({n: output_state(o).detach()}))
         logits_of(plain_model, batch)
-    blocks = models.blocks(student), models.blocks(teacher)
+    blocks = model_parts.blocks(student), model_parts.blocks(teacher)
     fit_connectors(world, AsAnEngine(module), stones.connectors, PAIRS, *blocks, source_of(teacher), [[batch]])
     for (s, t), connector in zip(PAIRS, stones.connectors, strict=True):
         ours, theirs = states[0][s][batch.attended], states[1][t][batch.attended]

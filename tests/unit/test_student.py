@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmkd import making, models
+from llmkd import making, model_parts, models
 from llmkd.data import IGNORE, Batch, collate
 from llmkd.distances import DISTANCES
 from llmkd.divergences import forward_kl
@@ -278,7 +278,7 @@ def test_no_tensor_of_tokens_by_vocabulary_ever_exists(teacher: Any, tiny: Path)
     with TensorBytes() as made:
         loss, _ = module(batch, source.signals(batch), (1.0, 1.0, 1.0))
         loss.backward()
-    weight = models.head(student).weight.shape
+    weight = model_parts.head(student).weight.shape
     assert weight == (320, 32) and batch.attended_at.numel() == 43
     logits = [shape for shape in made.shapes if 320 in shape and set(shape) != set(weight)]
     assert max(shape.numel() for shape in logits) == 4 * 320  # the chunk of 4 tokens
@@ -300,7 +300,7 @@ def test_a_part_without_weight_is_not_run(teacher: Any, tiny: Path, scales: tupl
     loss.backward()
     assert (len(runs), len(lent)) == (int(scales[:2] != (0.0, 0.0)), int(scales[1] != 0))
     assert (sums[1] != 0) == (scales[1] != 0) and sums[2] > 0
-    assert (models.head(student).weight.grad is not None) == bool(runs)
+    assert (model_parts.head(student).weight.grad is not None) == bool(runs)
 
 
 def test_a_divergence_of_a_signal_that_has_no_logits_is_no_zero(teacher: Any, tiny: Path) -> None:
@@ -339,9 +339,9 @@ def test_a_teacher_cut_short_gives_the_whole_teachers_states(
     assert "UNEXPECTED" not in caplog.text
     cut = ResidentTeacher(models.without_head(part), uses, normed_last=False, ds_config=None, logits=False)
     runs: list[nn.Module] = []
-    for block in models.blocks(teacher):
+    for block in model_parts.blocks(teacher):
         block.register_forward_hook(lambda module, *a: runs.append(module))
-    for block in models.blocks(part):
+    for block in model_parts.blocks(part):
         block.register_forward_hook(lambda module, *a: runs.append(module))
     batch = _batch()
     short = cut.signals(batch)
@@ -356,7 +356,7 @@ def test_a_teacher_without_logits_holds_no_head(tiny: Path) -> None:
     model = models.load_causal_lm(
         tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa", first_blocks=2
     )
-    head_weight = weakref.ref(models.head(model).weight)
+    head_weight = weakref.ref(model_parts.head(model).weight)
     source = ResidentTeacher(models.without_head(model), [1], normed_last=False, ds_config=None, logits=False)
     del model
     gc.collect()

@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from llmkd import families, models
+from llmkd import model_parts
 from llmkd.data import Batch, collate
 from llmkd.errors import InputError
 from llmkd.family_data import collate_classified
@@ -59,13 +59,15 @@ def test_from_any_block_of_an_encoder_on_it_is_the_whole_model(kind: str, checkp
     segments = {} if batch.segments is None else {"token_type_ids": batch.segments}
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **segments).logits
     final = UpperBlocks(model, [1], again=checkpointed)(1, _state(model, batch, 1), batch)
-    torch.testing.assert_close(families.head(model)(final)[:, 0], logits)
+    torch.testing.assert_close(model_parts.head(model)(final)[:, 0], logits)
 
 
 def _state(model: Any, batch: Batch, block: int) -> Tensor:
     kept: list[Tensor] = []
-    hook = models.blocks(model)[block].register_forward_hook(lambda m, a, output: kept.append(output_state(output)))
-    families.final_state(model, batch)
+    hook = model_parts.blocks(model)[block].register_forward_hook(
+        lambda m, a, output: kept.append(output_state(output))
+    )
+    model_parts.final_state(model, batch)
     hook.remove()
     return kept[0]
 
@@ -73,7 +75,7 @@ def _state(model: Any, batch: Batch, block: int) -> Tensor:
 def _check(model: Any, batch: Batch, checkpointed: bool, where: Tensor) -> None:
     """Final state to the bit, and the gradient of a hook that lets the state be changed, at positions [B, T] that count."""
     model.eval().requires_grad_(False)
-    stack = models.blocks(model)
+    stack = model_parts.blocks(model)
     upper = UpperBlocks(model, range(len(stack)), again=checkpointed)
     for block, module in enumerate(stack):
         states: list[Tensor] = []
@@ -83,7 +85,7 @@ def _check(model: Any, batch: Batch, checkpointed: bool, where: Tensor) -> None:
             return (states[0], *output[1:]) if isinstance(output, tuple) else states[0]
 
         hook = module.register_forward_hook(opened)
-        final = families.final_state(model, batch)
+        final = model_parts.final_state(model, batch)
         hook.remove()
         torch.manual_seed(0)
         towards = torch.randn_like(final) * where[..., None]

@@ -38,15 +38,6 @@ from llmkd.teachers.resident import ResidentTeacher
 log = logging.getLogger("llmkd")
 
 
-def rematch(job: Job, step: int, module: Distiller, teacher: Teacher | None) -> None:
-    """Give student and teacher the map of this step (from 0): a function of (seed, step // redraw_every), the same on every rank."""
-    assert isinstance(teacher, ResidentTeacher)  # config.py refuses other placements
-    draw = step // job.recipe.matching.redraw_every
-    pairs = maps_of(job.recipe, job.student_depths, job.teacher_depths, draw)
-    module.rematch(pairs)
-    teacher.use([block for _, block in pairs])
-
-
 def accumulation_steps(train: config.Train, world_size: int) -> int:
     """Micro-batches per rank and step. Raises InputError unless ranks * micro_batch_size divides batch_size."""
     together = world_size * train.micro_batch_size
@@ -275,3 +266,12 @@ def fit_stones(
     connectors = student.module.stones.connectors
     steps = rows(start_step=0, steps=settings.connector_batches)
     fit_connectors(world, student, connectors, job.stones, *stack, teacher, steps)
+
+
+def rematch(job: Job, step: int, module: Distiller, teacher: Teacher | None) -> None:
+    """Give student and teacher the map of this step (from 0): a function of (seed, step // redraw_every), the same on every rank."""
+    assert isinstance(teacher, ResidentTeacher)  # config.py refuses other placements
+    draw = step // job.recipe.matching.redraw_every
+    pairs = maps_of(job.recipe, job.student_depths, job.teacher_depths, draw)
+    module.rematch(pairs)
+    teacher.use([block for _, block in pairs])

@@ -89,9 +89,8 @@ class Steering:
             assert module.squares is not None
             self._squares = module.squares if self._squares is None else self._squares + module.squares
         teacher = module.loss_head.teacher_ce
-        if (
-            self._changes_temperature and teacher is not None
-        ):  # None once loss.kl has come to weigh nothing, and no stone goes on
+        # None once loss.kl has come to weigh nothing, and no stone goes on
+        if self._changes_temperature and teacher is not None:
             both = torch.stack([sums[0], teacher]).double()
             self._heard = both if self._heard is None else self._heard + both
 

@@ -92,13 +92,9 @@ def plain_run(
     rows = load_rows(recipe.data.source, name=None, split="train", rows=recipe.data.rows)
     data = tokenize(rows, tokenizer, format="auto", max_length=recipe.data.max_length, too_long=recipe.data.too_long)
     pairs = pairs_of(recipe, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
-    projectors = make_projectors(
-        len(pairs),
-        student.config.hidden_size,
-        teacher.config.hidden_size,
-        bias=recipe.matching.projector_bias,
-        seed=recipe.seed,
-    )
+    widths = student.config.hidden_size, teacher.config.hidden_size
+    count = len(pairs) if recipe.matching.projects(*widths) else 0
+    projectors = make_projectors(count, *widths, bias=recipe.matching.projector_bias, seed=recipe.seed)
     parameters = [*student.parameters(), *(projectors.parameters() if projectors is not None else [])]
     optimizer = torch.optim.AdamW(
         [

@@ -44,6 +44,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "ce_only": {"matching.strategy": "none", "loss.kl": 0.0},
     "jsd": {"matching.strategy": "none", "loss.divergence": "jsd", "loss.beta": 0.3, "loss.temperature": 2.0},
     "akl": {"loss.divergence": "akl", "loss.kl_positions": "attended"},
+    "projected": {"matching.projector": "always"},
     "redrawn": {
         "matching.strategy": "in_order_random",
         "matching.redraw_every": 2,
@@ -77,6 +78,7 @@ ONE_RANK: dict[str, tuple[str, dict[str, Any]]] = {
     "jsd": ("jsd", {}),
     "akl": ("akl", {}),
     "hidden_only_zero2": ("hidden_only", {"train.deepspeed": "zero2"}),
+    "projected": ("projected", {}),
     "redrawn": ("redrawn", {}),
     "tied": ("tied", {"train.micro_batch_size": 2}),
 }

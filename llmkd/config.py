@@ -309,10 +309,10 @@ def _validated(values: dict[str, Any], where: str) -> Recipe:
             json.dumps(values, default=str)
         )  # as JSON: strict, yet a list may fill a tuple
     except ValidationError as error:
-        raise InputError(f"{where}: {_sentence(error)}") from error
+        raise InputError(f"{where}: {_sentence(error, values)}") from error
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
     """A pydantic error in one sentence with the cure: an unknown key, which may be a missing one misspelt, or the first."""
     problem = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
     # less the kinds of value that a key may have, which pydantic names: `str`, `dict[str,float]`
@@ -320,6 +320,12 @@ def _sentence(error: ValidationError) -> str:
     key = ".".join(str(part) for part in location)
     kind = problem["type"]
     message = problem["msg"].removeprefix("Value error, ")
+    examples = [] if kind in ("extra_forbidden", "missing", "value_error") else _examples(location[:2])
+    if examples:  # of several kinds of value, pydantic's sentence knows one
+        given: Any = values
+        for part in location[:2]:
+            given = given[part]
+        return f"{'.'.join(map(str, location[:2]))}: {given!r} can't be read; write e.g. {' or '.join(examples)}"
     if kind == "extra_forbidden":
         known = _keys_at(location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
@@ -334,13 +340,30 @@ def _sentence(error: ValidationError) -> str:
     return f"{key}: {message[0].lower()}{message[1:]} (got {problem['input']!r}){cure}"
 
 
+def _examples(location: Sequence[Any]) -> list[str]:
+    """What may be written at [section, key], as YAML, where the field says so by examples."""
+    section = None if len(location) != 2 else _section_at(location[:1])
+    field = None if section is None else section.model_fields.get(location[1])
+    found = [] if field is None else field.examples or []
+    return [yaml.safe_dump(one, default_flow_style=True, width=1000).removesuffix("...\n").strip() for one in found]
+
+
 def _keys_at(location: Sequence[Any]) -> list[str]:
+    section = _section_at(location)
+    assert section is not None, location
+    return list(section.model_fields)
+
+
+def _section_at(location: Sequence[Any]) -> type[Section] | None:
+    """The class of the section at this place of a recipe; None where a value stands there."""
     section: Any = Recipe
     for part in location:
         annotation = section.model_fields[part].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(option for option in options if isinstance(option, type) and issubclass(option, Section))
-    return list(section.model_fields)
+        section = next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
+        if section is None:
+            return None
+    return section
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

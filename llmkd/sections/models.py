@@ -100,7 +100,9 @@ class Student(Section):
     classifier: Literal["new", "copied"] | None = None
     """Encoders, init teacher: whether the map to the classes is drawn anew (the default, as the layer-selection paper's code has it) or
     the teacher's."""
-    copy_blocks: Literal["spread", "matched"] | tuple[int, ...] = "spread"
+    copy_blocks: Literal["spread", "matched"] | tuple[int, ...] = Field(
+        default="spread", examples=["spread", "matched", [0, 4, 8]]
+    )
     """Which teacher blocks are copied: `spread` first to last evenly, `matched` those of the forward map, or their numbers."""
     path: str | None = None
     hidden_size: int | None = Field(default=None, gt=0)

@@ -16,13 +16,15 @@ from llmkd.sections.base import Positions, Section, one_of, weighted
 class Matching(Section):
     strategy: str = "forward"
     """One of llmkd.layer_map.STRATEGIES; `nearest`, measured before the first step; or `explicit` with `pairs`."""
-    pairs: tuple[tuple[int, int], ...] | None = None
+    pairs: tuple[tuple[int, int], ...] | None = Field(default=None, examples=[[[0, 3], [1, 7]]])
     """(student block, teacher block), 0-based, for strategy explicit."""
     target_block: int | None = Field(default=None, ge=0)
     """The one teacher block of all_to_one; default the middle one."""
     redraw_every: int = Field(default=0, ge=0)
     """in_order_random: draw the map again after so many steps; 0 draws it once."""
-    distance: str | dict[str, float] = "normalized_mse"
+    distance: str | dict[str, float] = Field(
+        default="normalized_mse", examples=["procrustes", {"procrustes": 1.0, "mse": 0.1}]
+    )
     """One of llmkd.matching.KNOWN, or several with their weights: {procrustes: 1.0, mse: 0.1}."""
     pair_weights: tuple[float, ...] | None = None
     """What each pair counts in the hidden loss, in the map's order (the embeddings' first); default 1 each."""
@@ -134,7 +136,9 @@ class Loss(Section):
     ce: float = Field(default=1.0, ge=0)
     kl: float = Field(default=1.0, ge=0)
     hidden: float = Field(default=3.0, ge=0)
-    divergence: str | dict[str, float] = "forward_kl"
+    divergence: str | dict[str, float] = Field(
+        default="forward_kl", examples=["jsd", {"forward_kl": 0.5, "reverse_kl": 0.5}]
+    )
     """One of llmkd.divergences.DIVERGENCES, or several with their weights: {forward_kl: 0.5, reverse_kl: 0.5}."""
     beta: float | None = Field(default=None, ge=0, le=1)
     """jsd: the teacher's share of the mixture; default 0.5, which is symmetric."""
@@ -185,7 +189,9 @@ class Loss(Section):
 class Stones(Section):
     """Block-wise logit distillation: the student's lower blocks under the teacher's upper ones, beside the student's own loss."""
 
-    pairs: Literal["from_map"] | tuple[tuple[int, int], ...] = "from_map"
+    pairs: Literal["from_map"] | tuple[tuple[int, int], ...] = Field(
+        "from_map", examples=["from_map", [[0, 3], [1, 7]]]
+    )
     """One stone per (student block, teacher block): the teacher goes on from after its block. `from_map`: the layer map's pairs."""
     ce: float = Field(default=1.0, ge=0)
     """Weight of the stones' cross-entropy; of n stones, by student block, the i-th counts 1/2^(n-i)."""

@@ -114,7 +114,17 @@ def test_file_that_is_no_text_and_missing_file(tmp_path: Path) -> None:
         (["matching.distance={mse: 1.0, l2: 1.0}"], "matching.distance: 'l2' is not known; choose from"),
         (["matching.distance={mse: 0}"], "matching.distance.mse: a weight of 0.0; write a number above 0, or leave"),
         (["matching.distance={}"], "matching.distance: names none; write one of mse, "),
-        (["matching.distance=3"], "matching.distance: input should be a valid string (got 3)"),
+        *(
+            ([f"matching.distance={wrong}"], "write e.g. procrustes or {mse: 0.1, procrustes: 1.0}")
+            for wrong in ("3", "{mse: high}")
+        ),
+        (["stones.pairs=[0, 1]"], "stones.pairs: [0, 1] can't be read; write e.g. from_map or [[0, 3], [1, 7]]"),
+        (["stones.pairs=[[0, 1, 2]]"], "stones.pairs: [[0, 1, 2]] can't be read; write e.g. from_map or [[0, 3], "),
+        (["matching.pairs=[0, 1]"], "matching.pairs: [0, 1] can't be read; write e.g. [[0, 3], [1, 7]]"),
+        (
+            ["loss.divergence={forward_kl: x}"],
+            "loss.divergence: {'forward_kl': 'x'} can't be read; write e.g. jsd or {",
+        ),
         (["matching.scope=batch"], "matching.scope: normalized_mse compares token by token, wherever the tokens are"),
         (
             ["matching.distance=cka", "matching.projector=always"],
@@ -195,7 +205,10 @@ def test_file_that_is_no_text_and_missing_file(tmp_path: Path) -> None:
         (["student.path=x"], "student.path: only init checkpoint reads it; write init: checkpoint"),
         (["student.hidden_size=8"], "student.hidden_size: copied blocks keep the teacher's width; leave it out, or"),
         (["student.copy_blocks=[0, 1]"], "student.copy_blocks: names 2 blocks, student.blocks says 3; make them equal"),
-        (["student.copy_blocks=sprad"], "student.copy_blocks: input should be 'spread' or 'matched' (got 'sprad')"),
+        (
+            ["student.copy_blocks=sprad"],
+            "student.copy_blocks: 'sprad' can't be read; write e.g. spread or matched or [0",
+        ),
         (["data.source=records"], "data.rows: the built-in task is endless; say how many"),
         (["study.seeds=[0, 0]"], "study.seeds: [0, 0] names one twice; write each once"),
         (["study.strategies=[forwards]"], "study.strategies: 'forwards' is not known; did you mean 'forward'?"),

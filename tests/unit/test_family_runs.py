@@ -178,3 +178,21 @@ def test_narrow_random_student_learns_through_projectors(
     assert all(torch.equal(parameter, weights[key]) for key, parameter in again.named_parameters())
     assert {40} <= {size for parameter in again.parameters() for size in parameter.shape}
     assert 48 not in {size for parameter in again.parameters() for size in parameter.shape}
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "bart"])
+def test_a_sharded_teacher_teaches_what_a_whole_one_does(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """On one rank; the same on two, beside plain PyTorch, in tests/invariant/test_families.py."""
+    kind = "encoder" if name in ENCODERS else "encoder_decoder"
+    shape = ENCODERS[name](4) if kind == "encoder" else ENCODER_DECODERS[name](4, 3)
+    recipe = family_recipe(tmp_path, kind, new(shape, kind), **{"matching.strategy": "reverse"})
+    losses = []
+    for placement in ("replicated", "zero3"):
+        folder = tmp_path / placement
+        trained(world, recipe.changed({"teacher.placement": placement}), folder, monkeypatch)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses.append([(line["ce"], line["kl"], *line["pairs"].values()) for line in lines])
+    assert len(losses[0]) == recipe.train.steps
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-5, atol=1e-6)

@@ -57,8 +57,9 @@ def trained(world: Any, recipe: Recipe, folder: Path, monkeypatch: pytest.Monkey
         made.append(load(*args))
         return made[0]
 
-    monkeypatch.setattr(build, "load_student", kept)
-    assert train(world, jobs.distil_job(world, recipe, folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "load_student", kept)
+        assert train(world, jobs.distil_job(world, recipe, folder))
     model = made[0].model
     with gathered(list(model.parameters())):
         return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

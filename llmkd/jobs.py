@@ -79,45 +79,17 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
     )
     teacher_config = models.load_config(teacher, trust_remote_code=recipe.teacher.trust_remote_code)
     family = families.family(teacher_config)
-    family_rules.check_training(recipe, family)
-    depths = families.depths(teacher_config)
     checkpoint = None
     student_config = teacher_config
     if recipe.student.init == "checkpoint":
         path = recipe.student.path or ""
         checkpoint = on_main(world, lambda: model_folders.resolve(path, "student.path"))
         student_config = models.load_config(checkpoint, trust_remote_code=recipe.student.trust_remote_code)
-        family_rules.check_same_classes(family, families.family(student_config))
-    student_depths = depths_of(recipe, student_config)
-    pairs = maps_of(recipe, student_depths, depths)
-    stones = stones_of(recipe, student_depths[0], depths[0])
-    if stones:
-        check_upper(teacher_config)
-    weights = Weights(
-        ce=recipe.loss.ce,
-        kl=recipe.loss.kl,
-        hidden=recipe.loss.hidden if pairs else 0.0,
-        kl_positions=recipe.loss.kl_positions,
-        hidden_positions=recipe.matching.positions,
-        pairs=recipe.matching.pair_weights if pairs else None,
-    )
-    if not (weights.ce or weights.kl or weights.hidden or stones):
-        raise InputError(
-            "loss: ce, kl and hidden are all 0, so there is nothing to learn from; give one of them a weight"
-        )
-    _check_redraws(recipe, teacher_config, student_config)
-    if checkpoint is None:
-        rule = recipe.student.copy_blocks if recipe.student.init == "teacher" else "spread"
-        models.student_config(teacher_config, making.stack_choices(rule, student_depths, depths), recipe.student.width)
-    else:
-        _check_vocabularies(recipe, teacher, checkpoint)
-    _check_shape(recipe, "teacher", teacher_config, recipe.teacher_path, compared=bool(pairs))
-    _check_shape(recipe, "student", student_config, recipe.student.path or "", compared=bool(pairs))
-    if recipe.teacher.placement == "pipeline" and (weights.kl or weights.hidden):
-        stage.check_pipelined(teacher_config)
-        stage_count(recipe.teacher.stages, world.size, world.local_size, sum(depths))
-    if recipe.teacher.offload_states and world.device.type != "cuda":
-        raise InputError("teacher.offload_states: there is no GPU here whose memory it would spare; write false")
+    pairs, stones, weights = check_student(recipe, family, teacher_config, student_config)
+    if checkpoint is not None:
+        check_vocabularies(recipe, teacher, checkpoint)
+    ranks = {"ranks": world.size, "ranks_per_node": world.local_size}
+    check_place(recipe, teacher_config, weights, **ranks, gpu=world.device.type == "cuda")
     job = Job(
         folder=folder,
         recipe=recipe,
@@ -132,12 +104,78 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         seed=recipe.seed,
         makes_teacher=False,
         family=family,
-        student_depths=student_depths,
-        teacher_depths=depths,
+        student_depths=depths_of(recipe, student_config),
+        teacher_depths=families.depths(teacher_config),
         stones=stones,
     )
     refuse_other_recipe(world, job)
     return job
+
+
+def check_student(recipe: Recipe, family: Family, teacher: Any, student: Any) -> tuple[Pairs, Pairs, Weights]:
+    """(pairs, stones, weights) of a student; `teacher` and `student`: configurations, the latter its checkpoint's, or the teacher's where
+    the student is made of it.
+
+    All that a training run may refuse by configurations alone, so that a study can ask before its teacher is there. Raises InputError.
+    """
+    family_rules.check_training(recipe, family)
+    checkpoint = recipe.student.init == "checkpoint"
+    if checkpoint:
+        family_rules.check_same_classes(family, families.family(student))
+    depths, student_depths = families.depths(teacher), depths_of(recipe, student)
+    pairs = maps_of(recipe, student_depths, depths)
+    stones = stones_of(recipe, student_depths[0], depths[0])
+    if stones:
+        check_upper(teacher)
+    weights = _weights(recipe, pairs, stones)
+    _check_redraws(recipe, teacher, student)
+    if not checkpoint:
+        rule = recipe.student.copy_blocks if recipe.student.init == "teacher" else "spread"
+        models.student_config(teacher, making.stack_choices(rule, student_depths, depths), recipe.student.width)
+    _check_shape(recipe, "teacher", teacher, _teacher_name(recipe), compared=bool(pairs))
+    _check_shape(recipe, "student", student, recipe.student.path or "", compared=bool(pairs))
+    return pairs, stones, weights
+
+
+def check_place(recipe: Recipe, teacher: Any, weights: Weights, *, ranks: int, ranks_per_node: int, gpu: bool) -> None:
+    """Raise InputError where the ranks of a run, or their devices, can't hold its teacher as the recipe asks."""
+    if recipe.teacher.placement == "pipeline" and (weights.kl or weights.hidden):
+        stage.check_pipelined(teacher)
+        stage_count(recipe.teacher.stages, ranks, ranks_per_node, sum(families.depths(teacher)))
+    if recipe.teacher.offload_states and not gpu:
+        raise InputError("teacher.offload_states: there is no GPU here whose memory it would spare; write false")
+
+
+def _weights(recipe: Recipe, pairs: Pairs, stones: Pairs) -> Weights:
+    """The weights of the loss's parts. Raises InputError where nothing is left to learn from."""
+    weights = Weights(
+        ce=recipe.loss.ce,
+        kl=recipe.loss.kl,
+        hidden=recipe.loss.hidden if pairs else 0.0,
+        kl_positions=recipe.loss.kl_positions,
+        hidden_positions=recipe.matching.positions,
+        pairs=recipe.matching.pair_weights if pairs else None,
+    )
+    if not (weights.ce or weights.kl or weights.hidden or stones):
+        raise InputError(
+            "loss: ce, kl and hidden are all 0, so there is nothing to learn from; give one of them a weight"
+        )
+    return weights
+
+
+def teacher_family(recipe: Recipe, shape: Any) -> Family:
+    """The family of a recipe's teacher, of this configuration, also before it is made: an encoder's classes are those of its data."""
+    found = families.family(shape)
+    if recipe.finetune is None or found.kind != "encoder":
+        return found
+    return Family("encoder", labels=label_names(read_rows(recipe.finetune.data or recipe.data)))
+
+
+def _teacher_name(recipe: Recipe) -> str:
+    """Where the recipe says what the teacher is."""
+    if recipe.finetune is None:
+        return recipe.teacher_path
+    return recipe.finetune.path or "finetune.architecture"
 
 
 def _check_redraws(recipe: Recipe, teacher: Any, student: Any) -> None:
@@ -152,7 +190,7 @@ def _check_redraws(recipe: Recipe, teacher: Any, student: Any) -> None:
         )
 
 
-def _check_vocabularies(recipe: Recipe, teacher: Path, student: Path) -> None:
+def check_vocabularies(recipe: Recipe, teacher: Path, student: Path) -> None:
     """Raise InputError where a student that is given knows other tokens than its teacher."""
     models.check_same_tokens(
         models.load_tokenizer(teacher, trust_remote_code=recipe.teacher.trust_remote_code),

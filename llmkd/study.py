@@ -38,13 +38,14 @@ class Stopped(Exception):
 def study(recipe: Recipe, ranks: int | None = None) -> Path:
     """Run what is missing of a study and return the path of its report. Raises InputError on bad input, Stopped on a signal."""
     from llmkd.report import report
+    from llmkd.study_checks import check
 
     if not recipe.study.students:
         raise InputError("study.strategies: name at least one, e.g. [none, forward, reverse]")
     folder = recipe.folder
     ranks = ranks or recipe.study.ranks
     entries = manifest(recipe)
-    _check(recipe, entries, ranks)
+    check(recipe, entries, ranks)
     folder.mkdir(parents=True, exist_ok=True)
     publish(folder / "recipe.yaml", dump_recipe(recipe))
     publish(folder / "study.json", json.dumps(_stated(recipe, entries), indent=1))
@@ -201,64 +202,6 @@ def _only_for(recipe: Recipe, strategy: str) -> dict[str, Any]:
     if strategy != "in_order_random" and recipe.matching.redraw_every:
         dropped["matching.redraw_every"] = 0
     return dropped
-
-
-def _check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> None:
-    """Raise InputError, before anything is written, for what would stop the study hours later.
-
-    Maps that do not fit the depths, ranks that do not share the batch, tasks that are not there, and students or a teacher already
-    there that another recipe made.
-    """
-    from llmkd.build import accumulation_steps, total_steps
-    from llmkd.checkpoint import check_same
-    from llmkd.evaluation import check_tasks
-    from llmkd.families import depths, family, kind
-    from llmkd.family_rules import check_evaluation, check_training, held_out_data, teacher_shape
-    from llmkd.generation import check as check_generation
-    from llmkd.jobs import read_rows, student_inputs, teacher_inputs
-    from llmkd.model_folders import resolve
-    from llmkd.models import load_config
-    from llmkd.recipe_map import depths_of, maps_of, stones_of
-
-    scored = (recipe.evaluation.tasks, recipe.evaluation.generation, recipe.evaluation.classification)
-    if not any(step not in ((), None) for step in scored):
-        raise InputError(
-            "evaluation: a study with nothing to score by; name lm-eval tasks under evaluation.tasks, or write evaluation.generation: {}"
-        )
-    teacher = teacher_shape(recipe)
-    check_evaluation(recipe, kind(teacher))
-    if recipe.evaluation.classification is not None:
-        read_rows(held_out_data(recipe))
-    if recipe.evaluation.tasks:
-        check_tasks(recipe.evaluation)
-    if recipe.evaluation.generation is not None:
-        check_generation(recipe.evaluation, recipe.data)
-    runs = [(recipe.train, recipe.data)]
-    if recipe.finetune is not None:
-        runs.append((recipe.finetune.train, recipe.finetune.data or recipe.data))
-    for train, data in runs:
-        accumulation_steps(train, ranks)
-        total_steps(train, len(read_rows(data)))
-    if recipe.student.init == "checkpoint":
-        path = resolve(recipe.student.path or "", "student.path")
-        student = load_config(path, trust_remote_code=recipe.student.trust_remote_code)
-    else:
-        student = teacher
-    for entry in entries:
-        if entry["kind"] == "teacher":
-            inputs = teacher_inputs(recipe) if recipe.finetune is not None else {}
-        elif entry["train"] is not None:
-            one = entry_recipe(recipe, entry)
-            check_training(one, family(teacher))
-            student_depths = depths_of(one, student)
-            maps_of(one, student_depths, depths(teacher))
-            stones_of(one, student_depths[0], depths(teacher)[0])
-            inputs = student_inputs(one)
-        else:
-            continue
-        meta = recipe.folder / entry["model"] / "llmkd.json"
-        if entry["train"] is not None and meta.is_file():
-            check_same(json.loads(meta.read_text())["inputs"], inputs, meta.parent.parent)
 
 
 def _launch(recipe: Recipe, entry: dict[str, Any], ranks: int) -> None:

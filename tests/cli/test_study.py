@@ -145,7 +145,7 @@ def test_a_variant_is_a_student_with_keys_of_its_own(recipe_file: Path) -> None:
         ("study.variants={a: {data.rows: 7}}", "study.variants.a: data.rows is the same for all students"),
         ("study.variants={a: {loss.hiden: 7}}", "hiden.*hidden"),
         ("evaluation.tasks=[records_choise]", "no task 'records_choise'.*did you mean records_choice"),
-        ("student.blocks=9", "the student has 9 blocks and the teacher 6"),
+        ("student.blocks=9", "student.blocks: 9 blocks can't be copied from a teacher of 6"),
         ("matching.target_block=6", "target"),
         ("teacher.path=/nowhere", "teacher.path: no folder '/nowhere'"),
         ("data.source=/nowhere.jsonl", "data.source: no file or folder '/nowhere.jsonl'"),

@@ -1,0 +1,148 @@
+"""What a training run would refuse hours into a study is refused by the study itself: one sentence, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import datasets.config
+import pytest
+import torch
+import transformers as hf
+import yaml
+
+from llmkd import jobs
+from llmkd.cli import main
+from llmkd.config import load_recipe
+from llmkd.errors import InputError
+from llmkd.study import entry_recipe, manifest
+from llmkd.study_checks import check
+from tests.tiny import recipe_values
+
+MADE: dict[str, Any] = dict(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=6)
+MADE |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
+NARROW = {"student.init": "random", "student.hidden_size": 24}
+NARROW |= {"student.num_attention_heads": 3, "student.num_key_value_heads": 1}
+REDRAWN = {"matching.strategy": "in_order_random", "matching.redraw_every": 5}
+SILENT = {"loss.ce": 0.0, "loss.kl": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def _same_everywhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU, and what datasets keeps goes with the test; a process that is started fails it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
+
+
+@pytest.fixture(params=["there", "to be made"])
+def file(request: pytest.FixtureRequest, tiny: Path, tmp_path: Path) -> Path:
+    """A study's recipe, its teacher there, or to be made by it."""
+    values = recipe_values(tiny)
+    values |= {"output": str(tmp_path / "runs"), "study": {"strategies": ["forward"], "baselines": []}}
+    values["evaluation"] = {"generation": {"source": "records", "items": 4, "max_new_tokens": 8}}
+    if request.param == "there":
+        shutil.copytree(tiny / "teacher", tmp_path / "teacher")
+        values["teacher"]["path"] = str(tmp_path / "teacher")
+    else:
+        values["teacher"].pop("path")
+        train = dict(steps=1, batch_size=8, micro_batch_size=4, learning_rate=0.1)
+        values["finetune"] = {"architecture": MADE, "train": train}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path / "study.yaml"
+
+
+def refused(file: Path, capsys: pytest.CaptureFixture[str], *sets: str) -> str:
+    """What `llmkd study` says; that it wrote nothing is checked."""
+    before = sorted(file.parent.rglob("*"))
+    with pytest.raises(SystemExit) as caught:
+        main(["study", str(file), *(word for one in sets for word in ("--set", one))])
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and not out, (caught.value.code, out)
+    *_, said = err.splitlines()  # before it stands how far the rows were read
+    assert said.startswith("Error: ") and err.count("Error") == 1, err
+    assert sorted(file.parent.rglob("*")) == before
+    return said
+
+
+def variant(**changes: Any) -> str:
+    return f"study.variants={json.dumps({'other': changes})}"
+
+
+def test_the_study_that_is_spoilt_below_is_good(file: Path) -> None:
+    recipe = load_recipe(file)
+    check(recipe, manifest(recipe), 1)
+    check(recipe.changed({"teacher.placement": "pipeline"}), manifest(recipe), 2)
+
+
+@pytest.mark.parametrize(
+    ("sets", "sentence"),
+    [
+        ([variant(**{**NARROW, **REDRAWN})], "matching.redraw_every: the student's states have 24 numbers and the"),
+        ([variant(**{**SILENT, "loss.hidden": 0.0})], "so there is nothing to learn from"),
+        ([variant(**{**SILENT, "matching.strategy": "none"})], "so there is nothing to learn from"),
+        (["loss.ce=0", "loss.kl=0", "study.strategies=[forward, none]"], "so there is nothing to learn from"),
+        (["student.copy_blocks=[0, 1, 9]"], "student.copy_blocks: 9 is not a block of the teacher (0 to 5)"),
+        ([variant(**{"student.copy_blocks": [0, 1, 9]})], "student.copy_blocks: 9 is not a block of the teacher"),
+        (["data.max_length=100"], "data.max_length: 100 tokens are more than the 64 positions of "),
+        (["teacher.offload_states=true"], "teacher.offload_states: there is no GPU here"),
+        (["teacher.placement=pipeline", "teacher.stages=2"], "teacher.stages: pipelines of 2 stages are not possible"),
+        (["teacher.share_cache=true", "student.copy_blocks=[0, 1, 9]"], "student.copy_blocks: 9 is not a block of"),
+    ],
+)
+def test_what_a_run_refuses_is_refused_before_the_study(
+    file: Path, capsys: pytest.CaptureFixture[str], sets: list[str], sentence: str
+) -> None:
+    assert sentence in refused(file, capsys, *sets)
+
+
+@pytest.mark.parametrize("file", ["there"], indirect=True)
+def test_the_run_itself_refuses_in_the_same_words(file: Path, world: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each entry of a good study is a good run, and a spoilt one says one sentence to both."""
+    recipe = load_recipe(file)
+    [entry] = [one for one in manifest(recipe) if one["train"]]
+    jobs.distil_job(world, entry_recipe(recipe, entry), file.parent / "run")
+    for change in ("student.copy_blocks=[0, 1, 9]", "data.max_length=100", "teacher.offload_states=true"):
+        with pytest.raises(InputError) as caught:
+            jobs.distil_job(world, entry_recipe(load_recipe(file, [change]), entry), file.parent / "run")
+        assert refused(file, capsys, change) == f"Error: {caught.value}"
+
+
+def test_stones_of_a_teacher_that_has_none(
+    file: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An OLMo, there, or the start of the teacher to be made."""
+    folder = tmp_path / "olmo"
+    shutil.copytree(tiny / "teacher", folder)
+    hf.OlmoConfig(**{k: v for k, v in MADE.items() if k != "head_dim"}).save_pretrained(folder)
+    made = load_recipe(file).finetune is not None
+    where = ["finetune.architecture=null", f"finetune.path={folder}"] if made else [f"teacher.path={folder}"]
+    said = refused(file, capsys, *where, variant(stones={"kl": 1.0}))
+    assert "stones: a 'olmo' teacher has not been shown to work from one of its blocks on" in said
+
+
+def test_a_students_own_checkpoint_is_asked_too(
+    file: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each variant's by itself: one deeper than its teacher, and one that knows other tokens."""
+    student = tmp_path / "student"
+    shutil.copytree(tiny / "teacher", student)
+    shape = json.loads((student / "config.json").read_text())
+    own = {"student.init": "checkpoint", "student.path": str(student), "student.blocks": None}
+    deeper = {**shape, "num_hidden_layers": 7, "layer_types": ["full_attention"] * 7}
+    (student / "config.json").write_text(json.dumps(deeper))
+    assert "the student has 7 blocks and the teacher 6" in refused(file, capsys, variant(**own))
+    (student / "config.json").write_text(json.dumps(shape))
+    tokens = json.loads((student / "tokenizer.json").read_text())
+    vocabulary = tokens["model"]["vocab"]
+    (one, two), *_ = [pair for pair in zip(list(vocabulary)[100:], list(vocabulary)[101:], strict=False)]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (student / "tokenizer.json").write_text(json.dumps(tokens))
+    recipe = load_recipe(file, [variant(**own)])
+    if recipe.finetune is not None:  # no tokenizer yet to compare with
+        check(recipe, manifest(recipe), 1)
+    else:
+        assert "teacher and student tokenizers differ, first at token" in refused(file, capsys, variant(**own))

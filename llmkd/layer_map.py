@@ -182,15 +182,7 @@ def layer_map(
         raise InputError(f"strategy {strategy!r} is not known: {hint}choose from {', '.join(CHOICES)}")
     if strategy == "nearest":
         raise InputError(f"strategy {NEAREST}")
-    if target_block is not None and strategy != "all_to_one":
-        raise InputError(
-            f"target_block is given, but strategy {strategy!r} does not read it: "
-            "leave it out, or use strategy 'all_to_one'"
-        )
-    if pairs is not None and strategy != "explicit":
-        raise InputError(
-            f"pairs are given, but strategy {strategy!r} does not read them: leave them out, or use strategy 'explicit'"
-        )
+    check_options(strategy, target_block, pairs)
     match strategy:
         case "all_to_one":
             return all_to_one(student_blocks, teacher_blocks, target_block)
@@ -202,6 +194,19 @@ def layer_map(
             return explicit(student_blocks, teacher_blocks, pairs or ())
         case _:
             return STRATEGIES[strategy](student_blocks, teacher_blocks)
+
+
+def check_options(strategy: str, target_block: object, pairs: object) -> None:
+    """Raise InputError for an option that the strategy would not read."""
+    if target_block is not None and strategy != "all_to_one":
+        raise InputError(
+            f"target_block is given, but strategy {strategy!r} does not read it: "
+            "leave it out, or use strategy 'all_to_one'"
+        )
+    if pairs is not None and strategy != "explicit":
+        raise InputError(
+            f"pairs are given, but strategy {strategy!r} does not read them: leave them out, or use strategy 'explicit'"
+        )
 
 
 def table(pairs: Pairs, student_blocks: int, teacher_blocks: int) -> str:

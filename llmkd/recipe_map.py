@@ -9,7 +9,7 @@ from llmkd import families
 from llmkd.config import Recipe
 from llmkd.errors import InputError
 from llmkd.families import DECODER_EMBEDDING
-from llmkd.layer_map import Pairs, layer_map
+from llmkd.layer_map import Pairs, check_options, layer_map
 from llmkd.teachers.base import EMBEDDING
 
 DECODER_SEED = 2**16
@@ -31,15 +31,21 @@ def maps_of(recipe: Recipe, student: Sequence[int], teacher: Sequence[int], draw
     which is not known before it is measured (llmkd.nearest), the pairs of `forward`: as many, and no block of the teacher lies deeper, so
     that what is planned by them is enough. None where `loss.hidden` is 0.
     """
-    matching = recipe.matching
-    strategy = "forward" if matching.strategy == "nearest" else matching.strategy
-    options: dict[str, Any] = dict(target_block=matching.target_block, pairs=matching.pairs, draw=draw)
     maps = [
-        layer_map(strategy, *depths, seed=recipe.seed + number * DECODER_SEED, **options)
+        _stack_map(recipe, *depths, number=number, draw=draw)
         for number, depths in enumerate(zip(student, teacher, strict=True))
     ]
     pairs = through_stacks(recipe, maps, encoders_of(student, teacher))
     return _asked_for(recipe, pairs, encoders_of(student, teacher))
+
+
+def _stack_map(recipe: Recipe, student: int, teacher: int, *, number: int = 0, draw: int = 0) -> Pairs:
+    """The recipe's own pairs of one stack, counted in it (`number` 1: an encoder-decoder's decoder); of `nearest`, those of `forward`."""
+    matching = recipe.matching
+    options: dict[str, Any] = dict(target_block=matching.target_block, pairs=matching.pairs)
+    check_options(matching.strategy, **options)
+    strategy = "forward" if matching.strategy == "nearest" else matching.strategy
+    return layer_map(strategy, student, teacher, seed=recipe.seed + number * DECODER_SEED, draw=draw, **options)
 
 
 def pairs_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
@@ -87,13 +93,10 @@ def stones_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
     if settings is None:
         return ()
     if settings.pairs == "from_map":
-        matching = recipe.matching
-        options: dict[str, Any] = dict(seed=recipe.seed, target_block=matching.target_block, pairs=matching.pairs)
-        strategy = "forward" if matching.strategy == "nearest" else matching.strategy
-        pairs = layer_map(strategy, student_depth, teacher_depth, **options)
+        pairs = _stack_map(recipe, student_depth, teacher_depth)
         if not pairs:
             raise InputError(
-                f"stones.pairs: the layer map of strategy {matching.strategy!r} has no pairs; write them, e.g. [[0, 3]], or another "
+                f"stones.pairs: the layer map of strategy {recipe.matching.strategy!r} has no pairs; write them, e.g. [[0, 3]], or another "
                 "matching.strategy"
             )
     else:

@@ -201,6 +201,26 @@ def test_a_strategy_is_applied_to_each_stack(tiny: Path) -> None:
     assert recipe_map.maps_of(two_stacks(tiny, **{"matching.strategy": "none"}), (2, 3), (4, 12)) == ()
 
 
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        (
+            {"matching.target_block": 3},
+            "target_block is given, but strategy 'nearest' does not read it: leave it out, or",
+        ),
+        (
+            {"matching.pairs": [[0, 1]]},
+            "pairs are given, but strategy 'nearest' does not read them: leave them out, or",
+        ),
+    ],
+)
+def test_what_the_recipes_own_strategy_does_not_read_is_named_by_it(tiny: Path, option: Any, sentence: str) -> None:
+    """Though `nearest` is planned by the pairs of `forward`."""
+    assert recipe_map.pairs_of(two_stacks(tiny, **{"matching.strategy": "nearest"}), 3, 12) == forward(3, 12)
+    with pytest.raises(InputError, match=sentence):
+        recipe_map.pairs_of(two_stacks(tiny, **{"matching.strategy": "nearest"}, **option), 3, 12)
+
+
 def test_each_pair_of_both_stacks_has_a_weight(tiny: Path) -> None:
     assert (
         len(recipe_map.maps_of(two_stacks(tiny, **{"matching.pair_weights": [1.0, 2.0, 3.0, 4.0]}), (2, 2), (4, 4)))

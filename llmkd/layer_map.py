@@ -33,7 +33,7 @@ def reverse(student_blocks: int, teacher_blocks: int) -> Pairs:
     return tuple(enumerate(reversed(_targets(student_blocks, teacher_blocks))))
 
 
-def all_to_one(student_blocks: int, teacher_blocks: int, target_block: int | None = None) -> Pairs:
+def all_to_one(student_blocks: int, teacher_blocks: int, target_block: int | None = None, stack: str = "") -> Pairs:
     """Every student block learns from one teacher block, by default the middle one.
 
     The middle is block `L_t//2 - 1` (block 0 if there is but one): the paper's code reads `hidden_states[L_t//2]`,
@@ -43,7 +43,7 @@ def all_to_one(student_blocks: int, teacher_blocks: int, target_block: int | Non
     target = max(teacher_blocks // 2 - 1, 0) if target_block is None else target_block
     if not _is_block(target, teacher_blocks):
         raise InputError(
-            f"target_block {target!r} is not a block of the teacher, which has {teacher_blocks}: "
+            f"target_block {target!r} is not a block of the {_side('teacher', stack)}, which has {teacher_blocks}: "
             f"write a whole number from 0 to {teacher_blocks - 1}"
         )
     return tuple((j, target) for j in range(student_blocks))
@@ -116,7 +116,7 @@ def none(student_blocks: int, teacher_blocks: int) -> Pairs:
     return ()
 
 
-def explicit(student_blocks: int, teacher_blocks: int, pairs: Sequence[Sequence[int]]) -> Pairs:
+def explicit(student_blocks: int, teacher_blocks: int, pairs: Sequence[Sequence[int]], stack: str = "") -> Pairs:
     """The user's own pairs, checked and kept in the order given.
 
     A student block may learn from several teacher blocks and the other way round; the student may be the deeper one.
@@ -134,7 +134,7 @@ def explicit(student_blocks: int, teacher_blocks: int, pairs: Sequence[Sequence[
         for side, block, blocks in (("student", pair[0], student_blocks), ("teacher", pair[1], teacher_blocks)):
             if not _is_block(block, blocks):
                 raise InputError(
-                    f"pairs[{number}] is {list(pair)}: {block!r} is not a block of the {side}, which has {blocks}: "
+                    f"pairs[{number}] is {list(pair)}: {block!r} is not a block of the {_side(side, stack)}, which has {blocks}: "
                     f"write a whole number from 0 to {blocks - 1}"
                 )
         if (pair[0], pair[1]) in checked:
@@ -170,8 +170,11 @@ def layer_map(
     target_block: int | None = None,
     pairs: Sequence[Sequence[int]] | None = None,
     draw: int = 0,
+    stack: str = "",
 ) -> Pairs:
     """The pairs of a strategy by its name; `seed` is read by random and in_order_random alone, `draw` by the latter.
+
+    `stack`: what messages call the blocks' stack, `encoder` or `decoder`, of models that have two.
 
     Raises InputError on an unknown strategy, on bad depths, seed, target block or pairs, and on an option that the
     strategy would not read.
@@ -183,15 +186,19 @@ def layer_map(
     if strategy == "nearest":
         raise InputError(f"strategy {NEAREST}")
     check_options(strategy, target_block, pairs)
+    if strategy not in ("none", "explicit"):
+        _check_depths(student_blocks, teacher_blocks, stack)
+    if strategy in ("pkd_skip", "pkd_last"):
+        _check_patient(strategy, student_blocks, teacher_blocks, stack)
     match strategy:
         case "all_to_one":
-            return all_to_one(student_blocks, teacher_blocks, target_block)
+            return all_to_one(student_blocks, teacher_blocks, target_block, stack)
         case "random":
             return random(student_blocks, teacher_blocks, seed)
         case "in_order_random":
             return in_order_random(student_blocks, teacher_blocks, seed, draw)
         case "explicit":
-            return explicit(student_blocks, teacher_blocks, pairs or ())
+            return explicit(student_blocks, teacher_blocks, pairs or (), stack)
         case _:
             return STRATEGIES[strategy](student_blocks, teacher_blocks)
 
@@ -301,22 +308,27 @@ def _check_counts(student_blocks: int, teacher_blocks: int) -> None:
             raise InputError(f"{side} blocks: {blocks!r} is not a depth; write a whole number from 1 up")
 
 
-def _check_depths(student_blocks: int, teacher_blocks: int) -> None:
+def _side(side: str, stack: str) -> str:
+    """Whose blocks a message speaks of: `student`, or of models of two stacks `student's decoder`."""
+    return f"{side}'s {stack}" if stack else side
+
+
+def _check_depths(student_blocks: int, teacher_blocks: int, stack: str = "") -> None:
     _check_counts(student_blocks, teacher_blocks)
     if student_blocks > teacher_blocks:
         # Most often the two numbers were swapped, so this is refused even where a rule could be stretched to it.
         raise InputError(
-            f"the student has {student_blocks} blocks and the teacher {teacher_blocks}: "
-            f"give the student at most {teacher_blocks}, or write the pairs yourself with strategy 'explicit', "
+            f"the {_side('student', stack)} has {student_blocks} blocks and the {_side('teacher', stack)} {teacher_blocks}: "
+            f"give the {_side('student', stack)} at most {teacher_blocks}, or write the pairs yourself with strategy 'explicit', "
             "or match none with strategy 'none'"
         )
 
 
-def _check_patient(strategy: str, student_blocks: int, teacher_blocks: int) -> None:
-    _check_depths(student_blocks, teacher_blocks)
+def _check_patient(strategy: str, student_blocks: int, teacher_blocks: int, stack: str = "") -> None:
+    _check_depths(student_blocks, teacher_blocks, stack)
     if student_blocks == 1:
         raise InputError(
-            f"strategy {strategy!r} leaves out the student's last block, and the student has no other: "
+            f"strategy {strategy!r} leaves out the student's last block, and the {_side('student', stack)} has no other: "
             "give it 2 blocks or more, or use strategy 'forward' or 'none'"
         )
 

@@ -16,6 +16,10 @@ DECODER_SEED = 2**16
 """Added to a recipe's seed where an encoder-decoder's decoder draws its map."""
 
 
+STACKS = ("encoder", "decoder")
+"""Of encoder-decoders, in the order in which their blocks are counted."""
+
+
 def depths_of(recipe: Recipe, shape: Any) -> tuple[int, ...]:
     """How many blocks each stack of the student has; `shape` is the configuration of its teacher, or of its own checkpoint."""
     settings = recipe.student
@@ -31,21 +35,46 @@ def maps_of(recipe: Recipe, student: Sequence[int], teacher: Sequence[int], draw
     which is not known before it is measured (llmkd.nearest), the pairs of `forward`: as many, and no block of the teacher lies deeper, so
     that what is planned by them is enough. None where `loss.hidden` is 0.
     """
+    stacks = STACKS if len(teacher) == 2 else ("",)
     maps = [
-        _stack_map(recipe, *depths, number=number, draw=draw)
-        for number, depths in enumerate(zip(student, teacher, strict=True))
+        _stack_map(recipe, *depths, stack=stack, draw=draw)
+        for stack, *depths in zip(stacks, student, teacher, strict=True)
     ]
     pairs = through_stacks(recipe, maps, encoders_of(student, teacher))
     return _asked_for(recipe, pairs, encoders_of(student, teacher))
 
 
-def _stack_map(recipe: Recipe, student: int, teacher: int, *, number: int = 0, draw: int = 0) -> Pairs:
-    """The recipe's own pairs of one stack, counted in it (`number` 1: an encoder-decoder's decoder); of `nearest`, those of `forward`."""
+def _stack_map(recipe: Recipe, student: int, teacher: int, *, stack: str = "", draw: int = 0) -> Pairs:
+    """The recipe's own pairs of one stack, counted in it (`stack`: one of STACKS, of models of two); of `nearest`, those of `forward`."""
     matching = recipe.matching
-    options: dict[str, Any] = dict(target_block=matching.target_block, pairs=matching.pairs)
-    check_options(matching.strategy, **options)
+    check_options(matching.strategy, matching.target_block, matching.pairs)
     strategy = "forward" if matching.strategy == "nearest" else matching.strategy
-    return layer_map(strategy, student, teacher, seed=recipe.seed + number * DECODER_SEED, draw=draw, **options)
+    options: dict[str, Any] = {key: _of_stack(key, getattr(matching, key), stack) for key in ("target_block", "pairs")}
+    if options["pairs"] == () and isinstance(matching.pairs, dict) and any(matching.pairs.values()):
+        return ()  # the other stack's are all
+    seed = recipe.seed + DECODER_SEED * (stack == "decoder")
+    try:
+        return layer_map(strategy, student, teacher, seed=seed, draw=draw, stack=stack, **options)
+    except InputError as error:
+        [key, *_] = [*(key for key, value in options.items() if value is not None), ""]
+        if not (stack and key) or isinstance(getattr(matching, key), dict):
+            raise
+        raise InputError(
+            f"{error}, or give each stack its own: matching.{key}: {{encoder: .., decoder: ..}}"
+        ) from error
+
+
+def _of_stack(key: str, value: Any, stack: str) -> Any:
+    """A stack's own value of a setting that may be given by stack: no pairs, or the default block, where it is left out."""
+    if not isinstance(value, dict):
+        return value
+    if not stack:
+        example = "[[0, 1], [1, 3]]" if key == "pairs" else "2"
+        raise InputError(
+            f"matching.{key}: it is given for encoder and decoder apart, and these models have one stack of blocks; write it plainly, "
+            f"e.g. {example}"
+        )
+    return value.get(stack, () if key == "pairs" else None)
 
 
 def pairs_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,14 +12,21 @@ from llmkd.matching import KNOWN, terms_of
 from llmkd.objective import Change
 from llmkd.sections.base import Positions, Section, one_of, weighted
 
+Stack = Literal["encoder", "decoder"]
+BlockPairs = tuple[tuple[int, int], ...]
+Block = Annotated[int, Field(ge=0)]
+
 
 class Matching(Section):
     strategy: str = "forward"
     """One of llmkd.layer_map.STRATEGIES; `nearest`, measured before the first step; or `explicit` with `pairs`."""
-    pairs: tuple[tuple[int, int], ...] | None = Field(default=None, examples=[[[0, 3], [1, 7]]])
-    """(student block, teacher block), 0-based, for strategy explicit."""
-    target_block: int | None = Field(default=None, ge=0)
-    """The one teacher block of all_to_one; default the middle one."""
+    pairs: BlockPairs | dict[Stack, BlockPairs] | None = Field(
+        default=None, examples=[[[0, 3], [1, 7]], {"encoder": [[0, 1], [1, 3]], "decoder": [[0, 2]]}]
+    )
+    """(student block, teacher block), 0-based, for strategy explicit. Of an encoder-decoder a list is for both stacks; given by stack, one
+    that is left out has no pair."""
+    target_block: Block | dict[Stack, Block] | None = Field(default=None, examples=[5, {"encoder": 2, "decoder": 1}])
+    """The one teacher block of all_to_one, of an encoder-decoder of both stacks or by stack; default the middle one."""
     redraw_every: int = Field(default=0, ge=0)
     """in_order_random: draw the map again after so many steps; 0 draws it once."""
     distance: str | dict[str, float] = Field(

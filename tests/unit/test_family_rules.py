@@ -10,7 +10,7 @@ import pytest
 
 from llmkd import caching, curves, doctor, families, family_rules, findings, jobs, making, models, planner, recipe_map
 from llmkd.architectures import KINDS, new_config
-from llmkd.config import Recipe, finetune_inputs, load_recipe, training_inputs
+from llmkd.config import Recipe, dump_recipe, finetune_inputs, load_recipe, training_inputs
 from llmkd.errors import InputError
 from llmkd.families import DECODER_EMBEDDING, Family
 from llmkd.layer_map import forward
@@ -219,6 +219,150 @@ def test_what_the_recipes_own_strategy_does_not_read_is_named_by_it(tiny: Path, 
     assert recipe_map.pairs_of(two_stacks(tiny, **{"matching.strategy": "nearest"}), 3, 12) == forward(3, 12)
     with pytest.raises(InputError, match=sentence):
         recipe_map.pairs_of(two_stacks(tiny, **{"matching.strategy": "nearest"}, **option), 3, 12)
+
+
+def explicit(tiny: Path, pairs: Any, **changes: Any) -> Recipe:
+    return two_stacks(tiny, **{"matching.strategy": "explicit", "matching.pairs": pairs}, **changes)
+
+
+def test_each_stack_has_pairs_of_its_own(tiny: Path) -> None:
+    """4 + 3 blocks -> 2 + 1, counted through both stacks."""
+    apart = explicit(tiny, {"encoder": [[0, 1], [1, 3]], "decoder": [[0, 2]]})
+    assert recipe_map.maps_of(apart, (2, 1), (4, 3)) == ((0, 1), (1, 3), (2, 6))
+    embedded = apart.changed({"matching.embedding": True})
+    assert recipe_map.pair_names(recipe_map.maps_of(embedded, (2, 1), (4, 3)), (2, 4)) == [
+        "enc e<e", "enc 0<1", "enc 1<3", "dec e<e", "dec 0<2",
+    ]  # fmt: skip
+    both = explicit(tiny, {"encoder": [[0, 1]], "decoder": [[0, 1]]})
+    assert recipe_map.maps_of(both, (2, 1), (4, 3)) == recipe_map.maps_of(explicit(tiny, [[0, 1]]), (2, 1), (4, 3))
+    one = explicit(tiny, {"encoder": [[1, 3]]}, **{"matching.embedding": True})
+    assert recipe_map.maps_of(one, (2, 1), (4, 3)) == ((EMBEDDING, EMBEDDING), (1, 3))
+    with pytest.raises(InputError, match="3 weights for the 2 pairs enc e<e, enc 1<3; write one for each"):
+        recipe_map.maps_of(one.changed({"matching.pair_weights": [1.0, 2.0, 3.0]}), (2, 1), (4, 3))
+
+
+def test_each_stack_has_a_target_block_of_its_own(tiny: Path) -> None:
+    """A stack that is left out has the middle one."""
+    found = {}
+    for name, target in {"apart": {"encoder": 2, "decoder": 1}, "one": {"encoder": 3}, "same": 2, "none": None}.items():
+        recipe = two_stacks(tiny, **{"matching.strategy": "all_to_one", "matching.target_block": target})
+        found[name] = recipe_map.maps_of(recipe, (2, 1), (4, 3))
+    assert found["apart"] == ((0, 2), (1, 2), (2, 5))
+    assert found["one"] == ((0, 3), (1, 3), (2, 4))
+    assert found["same"] == ((0, 2), (1, 2), (2, 6))
+    assert found["none"] == ((0, 1), (1, 1), (2, 4))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "key", "value", "sentence"),
+    [
+        (
+            "explicit",
+            "pairs",
+            [[0, 1], [1, 2]],
+            r"pairs\[1\] is \[1, 2\]: 1 is not a block of the student's decoder, which has 1: .* matching.pairs: {encoder",
+        ),
+        (
+            "explicit",
+            "pairs",
+            {"decoder": [[0, 3]]},
+            "3 is not a block of the teacher's decoder, which has 3: write a whole",
+        ),
+        (
+            "explicit",
+            "pairs",
+            {"encoder": [[2, 3]]},
+            "2 is not a block of the student's encoder, which has 2: write a whole",
+        ),
+        ("explicit", "pairs", {"encoder": [], "decoder": []}, "'explicit' has no pairs: write some as .student block"),
+        ("explicit", "pairs", {}, "'explicit' has no pairs: write some as .student block"),
+        ("forward", "pairs", {"encoder": [[0, 1]]}, "strategy 'forward' does not read them: leave them out"),
+        (
+            "all_to_one",
+            "target_block",
+            {"encoder": 4},
+            "target_block 4 is not a block of the teacher's encoder, which has 4",
+        ),
+        (
+            "all_to_one",
+            "target_block",
+            3,
+            "decoder, which has 3: .* each stack its own: matching.target_block: {encoder",
+        ),
+        ("forward", "target_block", {"encoder": 4}, "strategy 'forward' does not read it"),
+        ("pkd_last", "embedding", False, "leaves out the student's last block, and the student's decoder has no other"),
+    ],
+)
+def test_a_mistake_in_a_stacks_map_names_the_stack(
+    tiny: Path, strategy: str, key: str, value: Any, sentence: str
+) -> None:
+    recipe = two_stacks(tiny, **{"matching.strategy": strategy, f"matching.{key}": value})
+    with pytest.raises(InputError, match=sentence):
+        recipe_map.maps_of(recipe, (2, 1), (4, 3))
+
+
+def test_a_decoder_deeper_than_its_teachers_is_named(tiny: Path) -> None:
+    with pytest.raises(
+        InputError, match="the student's decoder has 4 blocks and the teacher's decoder 3: give the stu"
+    ):
+        recipe_map.maps_of(two_stacks(tiny), (2, 4), (4, 3))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "key", "value", "sentence"),
+    [
+        (
+            "explicit",
+            "pairs",
+            {"encoder": [[0, 1]]},
+            r"matching\.pairs: .* one stack of blocks; write it plainly, e\.g\. \[\[0, 1",
+        ),
+        (
+            "all_to_one",
+            "target_block",
+            {"encoder": 1},
+            r"matching\.target_block: .*one stack of blocks; write it plainly, e\.g\. 2",
+        ),
+    ],
+)
+def test_models_of_one_stack_are_not_matched_by_stack(
+    tiny: Path, strategy: str, key: str, value: Any, sentence: str
+) -> None:
+    recipe = two_stacks(tiny, **{"matching.strategy": strategy, f"matching.{key}": value, "stones": {"kl": 1.0}})
+    for of in (recipe_map.pairs_of, recipe_map.stones_of):
+        with pytest.raises(InputError, match=sentence):
+            of(recipe, 3, 6)
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        (
+            "matching.pairs={encoder: [[0]]}",
+            r"matching\.pairs: .*\[\[0\]\]} can't be read; write e\.g\. \[\[0, 3\], .* or {decoder:",
+        ),
+        ("matching.pairs={encodr: [[0, 1]]}", r"matching\.pairs: .*encodr.* can't be read; write e\.g\. \[\[0, 3\],"),
+        ("matching.pairs=3", r"matching\.pairs: 3 can't be read; write e\.g\."),
+        (
+            "matching.target_block={decoder: -1}",
+            r"matching\.target_block: .*-1} can't be read; write e\.g\. 5 or {decoder: 1, enc",
+        ),
+        ("matching.target_block=-1", r"matching\.target_block: -1 can't be read; write e\.g\. 5 or"),
+    ],
+)
+def test_what_is_neither_plain_nor_by_stack_is_refused_by_its_key(tiny: Path, value: str, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        load_recipe(tiny / "recipe.yaml", [value])
+
+
+def test_pairs_by_stack_stand_in_the_recipe_and_change_no_other_fingerprint(tiny: Path, tmp_path: Path) -> None:
+    apart = explicit(tiny, {"encoder": [[0, 1]], "decoder": [[0, 2]]})
+    (tmp_path / "again.yaml").write_text(dump_recipe(apart))
+    assert load_recipe(tmp_path / "again.yaml") == apart
+    inputs = training_inputs(explicit(tiny, [[0, 1], [1, 2]]))
+    assert inputs["matching.pairs"] == [[0, 1], [1, 2]] and inputs["matching.target_block"] is None
+    assert training_inputs(two_stacks(tiny))["matching.pairs"] is None
+    assert training_inputs(apart) != training_inputs(explicit(tiny, {"encoder": [[0, 1]], "decoder": [[0, 1]]}))
 
 
 def test_each_pair_of_both_stacks_has_a_weight(tiny: Path) -> None:

@@ -144,6 +144,21 @@ def test_encoder_decoder_is_trained_exported_and_loaded_again(
     assert (tmp_path / "run" / "model" / "generation_config.json").exists()
 
 
+def test_a_decoders_blocks_learn_from_pairs_of_their_own(world: Any, tmp_path: Path) -> None:
+    """T5 of 4 + 3 blocks -> 2 + 1: the encoder's second block has a pair, which one list for both stacks could not give it."""
+    teacher = new(ENCODER_DECODERS["t5"](4, 3), "encoder_decoder")
+    pairs = {"encoder": [[0, 1], [1, 3]], "decoder": [[0, 2]]}
+    changes = {"student.decoder_blocks": 1, "matching.strategy": "explicit", "matching.embedding": False}
+    recipe = family_recipe(tmp_path, "encoder_decoder", teacher, **changes, **{"matching.pairs": pairs})
+    job = jobs.distil_job(world, recipe, tmp_path / "run")
+    assert job.pairs == ((0, 1), (1, 3), (2, 6))
+    assert train(world, job)
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert list(logged[0]["pairs"]) == ["enc 0<1", "enc 1<3", "dec 0<2"]
+    assert all(value > 0 for value in logged[0]["pairs"].values())
+    assert logged[0]["hidden"] == pytest.approx(sum(logged[0]["pairs"].values()) / 3)
+
+
 @pytest.mark.parametrize("rule", ["spread", "matched"])
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
 @torch.no_grad()

@@ -127,6 +127,16 @@ def _run(given: dict[str, Any], train: Path, recipe: Recipe) -> Run:
     return Run(**given, train=train, recipe=recipe, pairs=_pairs(meta["pairs"]))
 
 
+def for_pairs(run: Run) -> str:
+    """With what a run that matched no pair would have matched some; nothing for one that did."""
+    if run.pairs:
+        return ""
+    recipe = run.recipe
+    lacking = ["a strategy other than none"] * (recipe.matching.strategy == "none")
+    lacking += ["loss.hidden above 0"] * (recipe.loss.hidden == 0)
+    return f"with {' and '.join(lacking) or 'pairs'} "
+
+
 def _own_recipe(folder: Path) -> Path:
     """The recipe that a run left beside its model."""
     file = folder / "recipe.yaml"

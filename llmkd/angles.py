@@ -27,7 +27,7 @@ from torch import nn
 from llmkd import checkpoint, child
 from llmkd.agreement import Task, held_out
 from llmkd.angle_findings import FOLDER, WHEN, tokens_read
-from llmkd.angle_runs import Run, runs_of
+from llmkd.angle_runs import Run, for_pairs, runs_of
 from llmkd.config import Recipe
 from llmkd.cosines import BINS, pairs_of
 from llmkd.data import Batch
@@ -261,8 +261,8 @@ def trained_projectors(run: Run, width: int, work: Work) -> tuple[str, dict[int,
     if not run.pairs or not saved:
         lacks = "the run matched no pair" if not run.pairs else f"no checkpoint is left in {run.train / 'checkpoints'}"
         raise InputError(
-            f"{where}, and {lacks}, so no trained projector stands between them; train it again with a strategy other than none "
-            "and keep its checkpoints, or give a student of the teacher's width"
+            f"{where}, and {lacks}, so no trained projector stands between them; train it again {for_pairs(run)}and keep its "
+            "checkpoints, or give a student of the teacher's width"
         )
     weights = saved_weights(saved[-1] / checkpoint.TAG, "projectors.")
     if not weights:

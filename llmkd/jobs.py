@@ -157,6 +157,11 @@ def _weights(recipe: Recipe, pairs: Pairs, stones: Pairs) -> Weights:
         pairs=recipe.matching.pair_weights if pairs else None,
     )
     if not (weights.ce or weights.kl or weights.hidden or stones):
+        if recipe.loss.hidden:
+            raise InputError(
+                f"loss: ce and kl are 0, and strategy {recipe.matching.strategy} matches no pair for loss.hidden to weigh, so there is "
+                "nothing to learn from; give ce or kl a weight, or write another matching.strategy"
+            )
         raise InputError(
             "loss: ce, kl and hidden are all 0, so there is nothing to learn from; give one of them a weight"
         )

@@ -16,7 +16,7 @@ from llmkd.checkpoint import check_same
 from llmkd.config import Recipe
 from llmkd.errors import InputError
 from llmkd.evaluation import check_tasks
-from llmkd.families import Family, kind
+from llmkd.families import Family, depths, kind
 from llmkd.family_rules import check_evaluation, held_out_data, teacher_shape
 from llmkd.generation import check as check_generation
 from llmkd.jobs import (
@@ -30,6 +30,7 @@ from llmkd.jobs import (
 )
 from llmkd.model_folders import resolve
 from llmkd.models import load_config
+from llmkd.recipe_map import depths_of, maps_of
 from llmkd.study import entry_recipe
 
 
@@ -49,6 +50,7 @@ def check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> None
         accumulation_steps(train, ranks)
         total_steps(train, len(read_rows(data)))
     family = teacher_family(recipe, teacher)
+    _check_pair_weights(recipe, entries, teacher)
     if recipe.teacher.share_cache:
         _check_trained(writing_recipe(recipe), family, teacher, ranks)
     for entry in entries:
@@ -80,12 +82,40 @@ def _check_scores(recipe: Recipe) -> None:
         check_generation(settings, recipe.data)
 
 
+def _check_pair_weights(recipe: Recipe, entries: Sequence[dict[str, Any]], teacher: PreTrainedConfig) -> None:
+    """Raise InputError where students that share the recipe's pair weights have maps of different numbers of pairs."""
+    if recipe.matching.pair_weights is None:
+        return
+    counts: dict[str, int] = {}
+    for entry in entries:
+        name = entry["strategy"]
+        if entry["kind"] != "student" or "matching.pair_weights" in recipe.study.changes(name):
+            continue
+        one = entry_recipe(recipe, entry).changed({"matching.pair_weights": None})
+        pairs = maps_of(one, depths_of(one, _student_shape(one, teacher)[0]), depths(teacher))
+        if pairs:  # where none is matched, no weight is read
+            counts[name] = len(pairs)
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{name} has {count} pairs" for name, count in counts.items())
+        name, count = min(counts.items(), key=lambda item: item[1])
+        example = f"{{{name}_weighted: {{matching.strategy: {name}, matching.pair_weights: {[1.0] * count}}}}}"
+        raise InputError(
+            f"matching.pair_weights: {said}, and one list can't weigh them all; take it out, and write under study.variants a student for "
+            f"each strategy with weights of its own, e.g. {example}"
+        )
+
+
+def _student_shape(recipe: Recipe, teacher: PreTrainedConfig) -> tuple[PreTrainedConfig, Path | None]:
+    """What a student is made of, its checkpoint's configuration or the teacher's, and the checkpoint."""
+    if recipe.student.init != "checkpoint":
+        return teacher, None
+    checkpoint = resolve(recipe.student.path or "", "student.path")
+    return load_config(checkpoint, trust_remote_code=recipe.student.trust_remote_code), checkpoint
+
+
 def _check_trained(recipe: Recipe, family: Family, teacher: PreTrainedConfig, ranks: int) -> None:
     """Raise InputError for a student that its training would refuse; `teacher`: of that shape, be it there or not yet made."""
-    student, checkpoint = teacher, None
-    if recipe.student.init == "checkpoint":
-        checkpoint = resolve(recipe.student.path or "", "student.path")
-        student = load_config(checkpoint, trust_remote_code=recipe.student.trust_remote_code)
+    student, checkpoint = _student_shape(recipe, teacher)
     _, _, weights = check_student(recipe, family, teacher, student)
     if checkpoint is not None and (known := _tokenizer_folder(recipe)) is not None:
         check_vocabularies(recipe, known, checkpoint)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from llmkd import angles, child, jobs
 from llmkd.cli import main
@@ -116,7 +117,7 @@ def spoil_weights(folder: Path) -> None:
     [
         (
             spoil_checkpoints,
-            "16 wide and the teacher's 32, and no checkpoint is left in .*train it again with a strategy",
+            "16 wide and the teacher's 32, and no checkpoint is left in .*train it again and keep its",
         ),
         (spoil_pairs, "16 wide and the teacher's 32, and the run matched no pair, .* or give a student of the teacher"),
         (spoil_weights, "still: .*model: can't be loaded with attention .*; choose another model"),
@@ -132,6 +133,33 @@ def test_a_student_that_can_not_be_looked_from_is_named(
         angles.angles_text(angles.angles(folder, rows=2))
     angles.angles(folder, rows=2)
     assert len(inside) == 2  # a noted error is no result
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (
+            "loss.hidden=0",
+            "the run matched no pair, .*; train it again with loss.hidden above 0 and keep its checkpoints",
+        ),
+        (
+            "matching.strategy=none",
+            "the run matched no pair, .*; train it again with a strategy other than none and keep",
+        ),
+    ],
+)
+def test_a_run_without_pairs_is_told_what_would_have_matched_some(
+    still: Path, tmp_path: Path, inside: list[Any], override: str, sentence: str
+) -> None:
+    folder = tmp_path / "still"
+    shutil.copytree(still, folder, ignore=shutil.ignore_patterns("angles"))
+    spoil_pairs(folder)
+    key, _, value = override.partition("=")
+    file = folder / "model" / "llmkd.json"
+    meta = json.loads(file.read_text())
+    file.write_text(json.dumps({**meta, "inputs": {**meta["inputs"], key: yaml.safe_load(value)}}))
+    with pytest.raises(InputError, match=sentence):
+        angles.angles_text(angles.angles(folder, overrides=[override], rows=2))
 
 
 def test_a_study_is_measured_student_by_student(run: Path, tmp_path: Path, inside: list[Any]) -> None:

@@ -83,8 +83,23 @@ def test_the_study_that_is_spoilt_below_is_good(file: Path) -> None:
     [
         ([variant(**{**NARROW, **REDRAWN})], "matching.redraw_every: the student's states have 24 numbers and the"),
         ([variant(**{**SILENT, "loss.hidden": 0.0})], "so there is nothing to learn from"),
-        ([variant(**{**SILENT, "matching.strategy": "none"})], "so there is nothing to learn from"),
-        (["loss.ce=0", "loss.kl=0", "study.strategies=[forward, none]"], "so there is nothing to learn from"),
+        (
+            [variant(**{**SILENT, "matching.strategy": "none"})],
+            "loss: ce and kl are 0, and strategy none matches no pair",
+        ),
+        (
+            ["loss.ce=0", "loss.kl=0", "study.strategies=[forward, none]"],
+            "loss: ce and kl are 0, and strategy none matches",
+        ),
+        (
+            ["matching.pair_weights=[1, 2, 3]", "study.strategies=[forward, none, pkd_skip]"],
+            "matching.pair_weights: forward has 3 pairs, pkd_skip has 2 pairs, and one list can't weigh them all; take it out, and write "
+            "under study.variants a student for each strategy",
+        ),
+        (
+            ["matching.pair_weights=[1, 2]"],
+            "matching.pair_weights: 2 weights for the 3 pairs 0<1, 1<3, 2<5; write one for",
+        ),
         (["student.copy_blocks=[0, 1, 9]"], "student.copy_blocks: 9 is not a block of the teacher (0 to 5)"),
         ([variant(**{"student.copy_blocks": [0, 1, 9]})], "student.copy_blocks: 9 is not a block of the teacher"),
         (["data.max_length=100"], "data.max_length: 100 tokens are more than the 64 positions of "),
@@ -97,6 +112,17 @@ def test_what_a_run_refuses_is_refused_before_the_study(
     file: Path, capsys: pytest.CaptureFixture[str], sets: list[str], sentence: str
 ) -> None:
     assert sentence in refused(file, capsys, *sets)
+
+
+def test_variants_with_weights_of_their_own_are_the_cure(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the sentence says to write is a good study."""
+    said = refused(file, capsys, "matching.pair_weights=[1, 2, 3]", "study.strategies=[forward, pkd_skip]")
+    cure = yaml.safe_load(said.rpartition("e.g. ")[2])
+    recipe = load_recipe(file, [f"study.variants={json.dumps(cure)}", "study.strategies=[forward]"])
+    assert recipe.study.variants and recipe.matching.pair_weights is None
+    check(recipe, manifest(recipe), 1)
+    weighted = recipe.changed({"matching.pair_weights": [1.0, 2.0, 3.0]})
+    check(weighted, manifest(weighted), 1)
 
 
 @pytest.mark.parametrize("file", ["there"], indirect=True)

@@ -58,6 +58,7 @@ def _group(strategy: str, members: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "tokens": first["tokens"],
         "final_state": first["final_state"],
         "projector": first["projector"],
+        "projector_left_out": first.get("projector_left_out", False),  # files from before it lack it
         "teacher_blocks": grouped(first["teacher_blocks"]),
         **{when: _seen([one[when] for one in members], first["teacher_blocks"]) for when in WHEN},
     }
@@ -175,7 +176,18 @@ def setting(angles: dict[str, Any]) -> str:
     )
     if any(one["projector"] for one in angles["students"]):
         said += " The widths differ: the students' states are seen through their projectors, as drawn before and as trained after."
-    return said
+    return said + _left_out(angles["students"])
+
+
+def _left_out(students: Sequence[dict[str, Any]]) -> str:
+    """Whose trained projectors at equal width are not looked through, if any are."""
+    names = list(dict.fromkeys(one["strategy"] for one in students if one["projector_left_out"]))
+    if not names:
+        return ""
+    return (
+        f" {', '.join(names)} learned through projectors at equal width (matching.projector: always), which are left out here: raw "
+        "states are compared."
+    )
 
 
 def tokens_read(one: dict[str, Any]) -> str:

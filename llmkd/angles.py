@@ -105,6 +105,8 @@ def _made_of(run: Run, section: str) -> list[str]:
     )
     asked = rows.model_dump(mode="json", include={"source", "name", "split"})
     settings = [recipe.evaluation.dtype, recipe.evaluation.batch_size, recipe.train.dtype, recipe.seed]
+    if recipe.matching.projector == "always":
+        settings.append("projector_left_out is said")  # files from before it are made again
     sections = [recipe.student.model_dump(mode="json"), recipe.matching.model_dump(mode="json"), run.pairs]
     held = source_contents(rows.source or recipe.data.source, rows.split)
     start = recipe.student.path
@@ -210,6 +212,7 @@ def measure(run: Run, work: Work) -> dict[str, Any]:
         "rows": sum(len(batch.input_ids) for batch in work.batches),
         "final_state": recipe.matching.final_state,
         "projector": how,
+        "projector_left_out": bool(run.pairs) and not projected and recipe.matching.projects(width, width),
         "bins": BINS,
         "stacks": stacks,
     }

@@ -86,6 +86,22 @@ def test_training_that_moves_nothing_has_the_same_angles_before_and_after(still:
     assert codes[0] == pytest.approx(codes[1], abs=1e-5)
 
 
+def test_a_projector_at_equal_width_is_left_out_and_the_file_says_so(
+    world: Any, tiny: Path, run: Path, tmp_path: Path, inside: list[Any]
+) -> None:
+    """The states are raw: without its projectors in the checkpoints, the same angles."""
+    folder = trained(world, tiny, tmp_path / "always", **{"matching.projector": "always"})
+    found = json.loads(angles.angles(folder, rows=2)["always"].read_text())
+    shutil.rmtree(folder / "checkpoints")
+    shutil.rmtree(folder / "angles")
+    again = json.loads(angles.angles(folder, rows=2)["always"].read_text())
+    assert found["error"] is None and found["projector"] is None and found["projector_left_out"] is True
+    assert found["stacks"] == again["stacks"]
+    shutil.copytree(run, tmp_path / "plain", ignore=shutil.ignore_patterns("angles"))
+    plain = angles.angles(tmp_path / "plain", rows=2)["plain"]
+    assert json.loads(plain.read_text())["projector_left_out"] is False
+
+
 def test_other_rows_or_another_model_are_measured_again(run: Path, tmp_path: Path, inside: list[Any]) -> None:
     folder = tmp_path / "forward-s0"
     shutil.copytree(run, folder)

@@ -63,6 +63,18 @@ def test_a_study_without_angles_has_no_such_section(tmp_path: Path) -> None:
     assert "Angles" not in page and "Angles" not in (tmp_path / "report.md").read_text()
 
 
+def test_the_report_says_whose_projectors_are_left_out(study: Folder) -> None:
+    said = (
+        "reverse learned through projectors at equal width (matching.projector: always), which are left out here: raw"
+    )
+    report(study.folder)
+    assert "left out here" not in (study.folder / "report.md").read_text()
+    file = study.folder / "angles" / "reverse-s0.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "projector_left_out": True}))
+    page = report(study.folder).read_text()
+    assert said in page and said in (study.folder / "report.md").read_text()
+
+
 def test_the_page_shows_the_means_over_seeds(study: Folder) -> None:
     read = Page(report(study.folder).read_text())
     assert read.csv("angles-0")[0][0] == "student block" and len(read.csv("angles-0")) == 1 + 3 * 21

@@ -45,6 +45,11 @@ def terms_of(weights: Mapping[str, float]) -> tuple[Term, ...]:
     )
 
 
+def kinds(terms: Sequence[Sequence[Term]]) -> list[Distance]:
+    """The distances that pairs with these terms have, each once, in the order in which they are named."""
+    return list(dict.fromkeys(term.distance for of_pair in terms for term in of_pair))
+
+
 def distance_sum(
     student: Tensor,
     teacher: Tensor,

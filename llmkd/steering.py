@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +101,26 @@ class Steering:
         if self._squares is not None:
             # each rank's scales hold its share of the mean gradient, `world.size` times
             squares = sum_tensor(self._world, self._squares.double()).div(self._world.size**2).tolist()
-            names = pair_names(self._job.pairs, self._job.encoders, redraws=self._job.redraws)
-            said["norms"] = {
-                **dict(zip(PARTS, (squares[0] ** 0.5, squares[1] ** 0.5, sum(squares[2:]) ** 0.5), strict=True)),
-                "pairs": {name: square**0.5 for name, square in zip(names, squares[2:], strict=True)},
-            }
+            said["norms"] = self._norms(squares)
         if self._heard is not None and self._dynamic is not None:
             student, teacher = (total / by.ce for total in sum_tensor(self._world, self._heard).tolist())
             self._dynamic.change(self._step, self._steps, student, teacher)
         return said
+
+    def _norms(self, squares: Sequence[float]) -> dict[str, Any]:
+        """The reported norms by name; of distances and divergences where there are several."""
+        recipe = self._job.recipe
+        pairs = pair_names(self._job.pairs, self._job.encoders, redraws=self._job.redraws)
+        several = {
+            "distances": list(recipe.matching.distances) if pairs else [],
+            "divergences": list(recipe.loss.divergences),
+        }
+        named = {"pairs": pairs, **{kind: names for kind, names in several.items() if len(names) > 1}}
+        norms = iter([square**0.5 for square in squares])
+        ce, kl = next(norms), next(norms)
+        of_names = {kind: {name: next(norms) for name in names} for kind, names in named.items()}
+        assert next(norms, None) is None
+        return {"ce": ce, "kl": kl, "hidden": sum(squares[2 : 2 + len(pairs)]) ** 0.5, **of_names}
 
     def values(self) -> dict[str, Any]:
         """The changing settings of this step, as they are logged. Called before `end`, which may set the next steps'."""

@@ -159,11 +159,7 @@ class Loss(Section):
 
     @model_validator(mode="after")
     def _known(self) -> Loss:
-        weighted(
-            "loss.divergence",
-            {self.divergence: 1.0} if isinstance(self.divergence, str) else self.divergence,
-            DIVERGENCES,
-        )
+        weighted("loss.divergence", self.divergences, DIVERGENCES)
         with_parameters(self.divergence, self.parameters)
         for part in ("ce", "kl", "hidden"):
             if self.schedules is not None and getattr(self.schedules, part) is not None and getattr(self, part) == 0:
@@ -179,6 +175,11 @@ class Loss(Section):
                 "write both, the smaller as minimum"
             )
         return self
+
+    @property
+    def divergences(self) -> dict[str, float]:
+        """Each divergence's weight in the divergence part."""
+        return {self.divergence: 1.0} if isinstance(self.divergence, str) else self.divergence
 
     @property
     def parameters(self) -> dict[str, float | None]:

@@ -285,7 +285,11 @@ def test_norms_are_reported_at_their_steps(runs: Path) -> None:
     assert ["norms" in line for line in lines] == [False, True] * 3
     assert lines[1]["norms"]["ce"] > 0 < lines[1]["norms"]["kl"] and lines[1]["norms"]["pairs"]["1<3"] == 0
     assert lines[5]["norms"]["ce"] == lines[5]["norms"]["kl"] == 0 < lines[5]["norms"]["hidden"]
-    assert "norms ce:" in (runs / "whole" / "rank0.log").read_text()
+    for kind, names in (("distances", ["procrustes", "normalized_mse"]), ("divergences", ["forward_kl", "reverse_kl"])):
+        assert list(lines[1]["norms"][kind]) == names and all(norm > 0 for norm in lines[1]["norms"][kind].values())
+    assert list(lines[5]["norms"]["divergences"].values()) == [0, 0]
+    said = (runs / "whole" / "rank0.log").read_text()
+    assert "norms ce:" in said and " procrustes:" in said and " reverse_kl:" in said
 
 
 def test_a_dynamic_temperature_follows_what_its_file_says(runs: Path) -> None:

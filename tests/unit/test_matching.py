@@ -11,7 +11,7 @@ import torch
 
 from llmkd import making, model_parts, models
 from llmkd.data import Batch, collate
-from llmkd.divergences import forward_kl
+from llmkd.divergences import DIVERGENCES, forward_kl, with_parameters
 from llmkd.geometry import SET_DISTANCES
 from llmkd.matching import KNOWN, distance_sum, draw_seed, sampled, stood_for, terms_of
 from llmkd.student import Distiller, make_projectors
@@ -188,7 +188,8 @@ def _load(folder: Path) -> Any:
 
 
 def _run(tiny: Path, folder: Path, mix: dict[str, float], report: bool = False, **changes: Any) -> Any:
-    student = _load(folder)
+    dtype = changes.pop("dtype", torch.float32)
+    student = _load(folder).to(dtype)
     if changes.pop("checkpointing", False):
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     settings: dict[str, Any] = dict(
@@ -198,7 +199,9 @@ def _run(tiny: Path, folder: Path, mix: dict[str, float], report: bool = False, 
     scales = changes.pop("scales", (1.0, 1.0, 3.0))
     module = Distiller(student, pairs, distance=terms_of(mix), **{**settings, **changes}).train()
     normed = bool(changes.get("normed_last"))
-    source = ResidentTeacher(_load(tiny / "teacher"), [t for _, t in pairs], normed_last=normed, ds_config=None)
+    source = ResidentTeacher(
+        _load(tiny / "teacher").to(dtype), [t for _, t in pairs], normed_last=normed, ds_config=None
+    )
     batch = _batch()
     loss, sums = module(batch, source.signals(batch), scales, draw=3, report=report)
     loss.backward()
@@ -265,14 +268,18 @@ def test_reported_norms_are_those_of_each_parts_own_gradient(
     """By autograd on the plain model: CE and KL with respect to the last block's output, a distance with respect to its block's."""
     folder, pairs, scales = narrow if narrower else copied, ((0, 4), (1, 1), (2, 5)), (0.5, 2.0, 3.0)
     projectors = make_projectors(3, 24, 32, bias=True, seed=0) if narrower else None
+    projectors = None if projectors is None else projectors.double()
     mix, weights = {"procrustes": 1.0, "mse": 0.3}, (1.0, 0.5, 2.0)
+    divergences = {"forward_kl": 0.75, "reverse_kl": 0.5, "tvd": 2.0}
     settings: dict[str, Any] = dict(normed_last=normed, pair_weights=weights, scales=scales, projectors=projectors)
+    settings["divergence"] = with_parameters(divergences, {})
+    settings["dtype"] = torch.float64
     loss, _, grads, module = _run(tiny, folder, mix, report=True, **settings)
     silent_loss, _, silent_grads, silent = _run(tiny, folder, mix, **settings)
     assert silent.squares is None  # and a report changes nothing of the step
     torch.testing.assert_close((loss, grads), (silent_loss, silent_grads), rtol=0, atol=0)
 
-    batch, student, teacher = _batch(), _load(folder), _load(tiny / "teacher")
+    batch, student, teacher = _batch(), _load(folder).double(), _load(tiny / "teacher").double()
     states: dict[str, dict[int, torch.Tensor]] = {"student": {}, "teacher": {}}
     for name, model in (("student", student), ("teacher", teacher)):
         for number, block in enumerate(model_parts.blocks(model)):
@@ -282,9 +289,15 @@ def test_reported_norms_are_those_of_each_parts_own_gradient(
     at, targets = batch.trained_at, batch.targets.flatten()[batch.trained_at]
     ours, theirs = (output.logits.flatten(0, 1)[at] for output in (s, t))
     ce = scales[0] * torch.nn.functional.cross_entropy(ours, targets, reduction="sum")
-    kl = scales[1] * forward_kl(ours, theirs.detach(), 1.0).sum()
+    kls = [
+        scales[1] * weight * DIVERGENCES[name](ours, theirs.detach(), 1.0).sum() for name, weight in divergences.items()
+    ]
     last = states["student"][2]
-    expected = [torch.autograd.grad(part, last, retain_graph=True)[0].square().sum() for part in (ce, kl)]
+    ce_square, kl_square, *of_divergences = [
+        torch.autograd.grad(part, last, retain_graph=True)[0].square().sum()
+        for part in (ce, torch.stack(kls).sum(), *kls)
+    ]
+    of_pairs, of_distances = [], dict.fromkeys(mix, torch.zeros(()))
     for number, (i, j) in enumerate(pairs):
         leaf = states["student"][i].detach().requires_grad_()
         seen, target = leaf, states["teacher"][j].detach()
@@ -292,10 +305,15 @@ def test_reported_norms_are_those_of_each_parts_own_gradient(
             seen, target = student.model.norm(leaf), teacher.model.norm(target)
         projected = seen if projectors is None else projectors[number](seen)
         seen, projected, target = (side.flatten(0, 1)[batch.attended_at] for side in (seen, projected, target))
-        value = plain({"procrustes": 1.0}, seen, target) + plain({"mse": 0.3}, projected, target)
-        (gradient,) = torch.autograd.grad(scales[2] * weights[number] * value, leaf)
-        expected.append(gradient.square().sum())
-    torch.testing.assert_close(module.squares, torch.stack(expected).float(), rtol=1e-3, atol=1e-9)
+        values = {"procrustes": plain({"procrustes": 1.0}, seen, target), "mse": plain({"mse": 0.3}, projected, target)}
+        own = {
+            name: torch.autograd.grad(scales[2] * weights[number] * value, leaf, retain_graph=True)[0]
+            for name, value in values.items()
+        }
+        of_pairs.append((own["procrustes"] + own["mse"]).square().sum())
+        of_distances = {name: square + own[name].square().sum() for name, square in of_distances.items()}
+    expected = [ce_square, kl_square, *of_pairs, *of_distances.values(), *of_divergences]
+    torch.testing.assert_close(module.squares, torch.stack(expected), rtol=1e-6, atol=1e-12)
 
 
 def test_the_teachers_cross_entropy_is_heard_when_asked_for(tiny: Path, copied: Path) -> None:

@@ -6,8 +6,8 @@ Projectors stand beside the student, never in it, so an exported student holds n
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from llmkd.distances import Distance
 from llmkd.divergences import Divergence
 from llmkd.families import kind
 from llmkd.loss_head import LossHead
-from llmkd.matching import AllRows, Term, distance_sum, kinds, sampled, stood_for
+from llmkd.matching import AllRows, Term, distance_sum, kinds, of_each_pair, sampled, stood_for
 from llmkd.model_parts import blocks, encoder_blocks, final_state, head, head_bias, on_state
 from llmkd.stones import Stones
 from llmkd.teachers.base import Signal
@@ -32,7 +32,8 @@ class Distiller(nn.Module):
     """A student that computes its own losses from a batch and the teacher's signal.
 
     pairs: (student block, teacher block), EMBEDDING (-1) for the embeddings. `teacher_width` differs from the student's: each pair
-    gets a projector Linear(H_s -> H_t), which distances of any widths pass by. `positions`: match "trained" or "attended" positions,
+    gets a projector Linear(H_s -> H_t), which distances of any widths pass by (nn.Identity: the pair has no others). `distance`: of all
+    pairs, or the terms of each. `positions`: match "trained" or "attended" positions,
     `tokens` of them per micro-batch (None: all). `pair_weights`: what each pair's distance counts in the loss. `all_rows`: gathers the
     rows of all ranks, where a set-level distance is over all of them. `keeps_head`: run the head even in a pass in which neither of its
     parts counts: an engine would take a parameter without a gradient to have that of the step before.
@@ -43,7 +44,7 @@ class Distiller(nn.Module):
         model: PreTrainedModel,
         pairs: Sequence[tuple[int, int]],
         *,
-        distance: Distance | Sequence[Term],
+        distance: Distance | Sequence[Term] | Sequence[Sequence[Term]],
         positions: str,
         normed_last: bool,
         divergence: Divergence,
@@ -70,7 +71,7 @@ class Distiller(nn.Module):
             chunk=chunk,
         )
         self._pairs = tuple(pairs)
-        self._terms = (Term(distance),) if callable(distance) else tuple(distance)
+        self._terms = of_each_pair(distance, len(pairs))
         self._positions = positions
         self._tokens = tokens
         self._pair_weights = (1.0,) * len(pairs) if pair_weights is None else tuple(pair_weights)
@@ -201,7 +202,7 @@ class Distiller(nn.Module):
             if self._signal is None or number in self._matched:
                 continue
             theirs, at = self._signal.take(teacher), self._source_at if block in self._of_source else self._at
-            self._matched[number] = self._compare(self._terms, state, projected, theirs=theirs, at=at)
+            self._matched[number] = self._compare(self._terms[number], state, projected, theirs=theirs, at=at)
             if self._tail.watching:
                 self._report(number, state, theirs, at)
 
@@ -209,6 +210,7 @@ class Distiller(nn.Module):
         """Note the squared norm of a pair's gradient, and of each of its distances where the pairs have several."""
         block = self._pairs[number][0]
         projector: Any = None if self.projectors is None else self.projectors[number]
+        projector = None if isinstance(projector, nn.Identity) else projector
         weight = self._hidden_scale * self._pair_weights[number]
         weight *= self._source_weight if block in self._of_source else 1.0
 
@@ -216,10 +218,11 @@ class Distiller(nn.Module):
             compare = functools.partial(self._compare, terms, theirs=theirs, at=at)
             return _square(self._tail.before_norm(block, state, before_projector(projector, state, compare) * weight))
 
-        self._squares[number] = square(self._terms)
-        several = kinds([self._terms])
+        terms = self._terms[number]
+        self._squares[number] = square(terms)
+        several = kinds(self._terms)
         if len(several) > 1:
-            own = {term.distance: square([term]) for term in self._terms}
+            own = {term.distance: square([term]) for term in terms}
             none = torch.zeros_like(self._squares[number])
             self._of_kinds = {kind: self._of_kinds.get(kind, none) + own.get(kind, none) for kind in several}
 
@@ -241,19 +244,26 @@ class Distiller(nn.Module):
 
 
 def make_projectors(
-    pairs: int, student_width: int, teacher_width: int, *, bias: bool, seed: int
+    pairs: int, student_width: int, teacher_width: int, *, bias: bool, seed: int, without: Collection[int] = ()
 ) -> nn.ModuleList | None:
-    """One Linear(H_s -> H_t) per pair: drawn from the seed (Xavier uniform), the identity where the widths agree; None for no pair."""
-    if pairs == 0:
+    """One Linear(H_s -> H_t) per pair: drawn from the seed (Xavier uniform), the identity where the widths agree; None for no pair.
+
+    `without`: the pairs that need none, where nn.Identity stands; None where these are all.
+    """
+    if len(without) == pairs:
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        projectors = nn.ModuleList(nn.Linear(student_width, teacher_width, bias=bias) for _ in range(pairs))
+        projectors = nn.ModuleList(
+            nn.Identity() if number in without else nn.Linear(student_width, teacher_width, bias=bias)
+            for number in range(pairs)
+        )
         for projector in projectors:
-            weight = cast(Tensor, projector.weight)
-            nn.init.eye_(weight) if student_width == teacher_width else nn.init.xavier_uniform_(weight)
-            if bias and student_width == teacher_width:
-                nn.init.zeros_(cast(Tensor, projector.bias))
+            if isinstance(projector, nn.Linear):
+                equal = student_width == teacher_width
+                nn.init.eye_(projector.weight) if equal else nn.init.xavier_uniform_(projector.weight)
+                if bias and equal:
+                    nn.init.zeros_(projector.bias)
     return projectors
 
 

@@ -22,10 +22,11 @@ class Matching(Section):
     """The one teacher block of all_to_one; default the middle one."""
     redraw_every: int = Field(default=0, ge=0)
     """in_order_random: draw the map again after so many steps; 0 draws it once."""
-    distance: str | dict[str, float] = Field(
+    distance: str | dict[str, float] | tuple[str | dict[str, float], ...] = Field(
         default="normalized_mse", examples=["procrustes", {"procrustes": 1.0, "mse": 0.1}]
     )
-    """One of llmkd.matching.KNOWN, or several with their weights: {procrustes: 1.0, mse: 0.1}."""
+    """One of llmkd.matching.KNOWN, or several with their weights: {procrustes: 1.0, mse: 0.1}; or a list of these, one for each pair in
+    the map's order (the embeddings' first)."""
     pair_weights: tuple[float, ...] | None = None
     """What each pair counts in the hidden loss, in the map's order (the embeddings' first); default 1 each."""
     tokens: int | None = Field(default=None, gt=1)
@@ -49,12 +50,18 @@ class Matching(Section):
             raise ValueError(
                 f"matching.redraw_every: strategy {self.strategy} is not drawn again; write strategy: in_order_random, or leave it out"
             )
-        weighted("matching.distance", self.distances, KNOWN)
-        if self.scope == "batch" and not any(term.of_set for term in terms_of(self.distances)):
+        if not self.mixes:
+            raise ValueError("matching.distance: the list is empty; write a distance for each pair, or one for all")
+        for number, mix in enumerate(self.mixes):
+            weighted(
+                f"matching.distance[{number}]" if isinstance(self.distance, tuple) else "matching.distance", mix, KNOWN
+            )
+        terms = [term for mix in self.mixes for term in terms_of(mix)]
+        if self.scope == "batch" and not any(term.of_set for term in terms):
             raise ValueError(
                 f"matching.scope: {' and '.join(self.distances)} compares token by token, wherever the tokens are; leave it out"
             )
-        if self.projector == "always" and all(term.width_free for term in terms_of(self.distances)):
+        if self.projector == "always" and all(term.width_free for term in terms):
             raise ValueError(
                 f"matching.projector: {' and '.join(self.distances)} compares states as they are; add another distance, or leave it out"
             )
@@ -65,13 +72,31 @@ class Matching(Section):
         return self
 
     @property
-    def distances(self) -> dict[str, float]:
-        """Each distance's weight in a pair's sum."""
-        return {self.distance: 1.0} if isinstance(self.distance, str) else self.distance
+    def mixes(self) -> tuple[dict[str, float], ...]:
+        """Each distance's weight in a pair's sum: one for all pairs, or as many as the recipe lists."""
+        given = self.distance if isinstance(self.distance, tuple) else (self.distance,)
+        return tuple({one: 1.0} if isinstance(one, str) else one for one in given)
+
+    @property
+    def distances(self) -> tuple[str, ...]:
+        """All distances that any pair has, each once."""
+        return tuple(dict.fromkeys(name for mix in self.mixes for name in mix))
+
+    def mixes_of(self, pairs: int) -> tuple[dict[str, float], ...]:
+        """Each pair's, of so many; there may be none although the recipe lists some."""
+        if not isinstance(self.distance, tuple):
+            return self.mixes * pairs
+        assert pairs in (0, len(self.mixes)), "recipe_map has counted them"
+        return self.mixes[:pairs]
+
+    def unprojected(self, pairs: int) -> tuple[int, ...]:
+        """Which of so many pairs need no projector, as all their distances compare states of any widths."""
+        mixes = enumerate(self.mixes_of(pairs))
+        return tuple(number for number, mix in mixes if all(term.width_free for term in terms_of(mix)))
 
     def projects(self, student_width: int, teacher_width: int) -> bool:
-        """Whether a learned map stands between states of these widths."""
-        free = all(term.width_free for term in terms_of(self.distances))
+        """Whether a learned map stands between states of these widths, of any pair."""
+        free = all(term.width_free for mix in self.mixes for term in terms_of(mix))
         return not free and (self.projector == "always" or student_width != teacher_width)
 
 

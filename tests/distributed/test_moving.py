@@ -38,7 +38,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "student.hidden_size": 24,
         "student.num_attention_heads": 3,
         "student.num_key_value_heads": 1,
-        "matching.distance": {"mse": 0.1, "gram": 1.0},
+        "matching.distance": ["gram", {"mse": 0.1, "gram": 1.0}, "mse"],
         "loss.report_norms_every": 2,
     },
     "scheduled": {

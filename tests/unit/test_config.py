@@ -113,6 +113,11 @@ def test_file_that_is_no_text_and_missing_file(tmp_path: Path) -> None:
         (["loss.temperature=0"], "loss.temperature: input should be greater than 0 (got 0)"),
         (["matching.distance={mse: 1.0, l2: 1.0}"], "matching.distance: 'l2' is not known; choose from"),
         (["matching.distance={mse: 0}"], "matching.distance.mse: a weight of 0.0; write a number above 0, or leave"),
+        (["matching.distance=[mse, l2]"], "matching.distance[1]: 'l2' is not known; choose from"),
+        (
+            ["matching.distance=[]"],
+            "matching.distance: the list is empty; write a distance for each pair, or one for all",
+        ),
         (["matching.distance={}"], "matching.distance: names none; write one of mse, "),
         *(
             ([f"matching.distance={wrong}"], "write e.g. procrustes or {mse: 0.1, procrustes: 1.0}")
@@ -341,6 +346,7 @@ IGNORED += [
 ]
 NOTICED = ["seed=1", "student.blocks=2", "matching.strategy=none", "loss.hidden=1.0", "data.rows=3", "train.steps=5"]
 NOTICED += ["loss.divergence=jsd", "loss.divergence=tvd", "matching.tokens=9", "matching.pair_weights=[1,2]"]
+NOTICED += ["matching.distance=[mse, cka]"]
 NOTICED += ["matching.projector=always"]
 NOTICED += [
     "train.learning_rate=0.1",
@@ -461,7 +467,7 @@ def test_mixes_and_schedules_are_read_and_noticed(recipe: Path) -> None:
             "loss.schedules.hidden={shape: linear, final: 0.0, until: 0.5}",
         ],
     )
-    assert mixed.matching.distances == {"procrustes": 1.0, "mse": 0.1} and mixed.matching.projects(24, 32)
+    assert mixed.matching.mixes == ({"procrustes": 1.0, "mse": 0.1},) and mixed.matching.projects(24, 32)
     assert not mixed.matching.projects(32, 32)
     assert load_recipe(recipe, ["matching.projector=always"]).matching.projects(32, 32)
     assert not load_recipe(recipe, ["matching.distance={procrustes: 1, cka: 2}"]).matching.projects(24, 32)
@@ -469,6 +475,17 @@ def test_mixes_and_schedules_are_read_and_noticed(recipe: Path) -> None:
     named = {key for key in same.keys() | other.keys() if same.get(key) != other.get(key)}
     assert {"matching.distance.mse", "loss.divergence.reverse_kl", "loss.schedules.hidden.until"} <= named
     assert load_recipe_again(mixed, recipe.parent) == mixed
+
+
+def test_a_list_of_distances_is_one_for_each_pair(recipe: Path) -> None:
+    listed = load_recipe(recipe, ["matching.distance=[cka, normalized_mse, {procrustes: 1, mse: 0.1}]"])
+    matching = listed.matching
+    assert matching.mixes_of(3) == ({"cka": 1.0}, {"normalized_mse": 1.0}, {"procrustes": 1.0, "mse": 0.1})
+    assert matching.mixes_of(0) == () and matching.distances == ("cka", "normalized_mse", "procrustes", "mse")
+    assert matching.unprojected(3) == (0,) and matching.projects(24, 32) and not matching.projects(32, 32)
+    assert load_recipe_again(listed, recipe.parent) == listed
+    one = load_recipe(recipe, ["matching.distance=cka"]).matching
+    assert one.mixes_of(2) == ({"cka": 1.0},) * 2 and one.unprojected(2) == (0, 1)
 
 
 def load_recipe_again(recipe: Recipe, folder: Path) -> Recipe:

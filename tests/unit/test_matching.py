@@ -12,7 +12,7 @@ import torch
 from llmkd import making, model_parts, models
 from llmkd.data import Batch, collate
 from llmkd.divergences import DIVERGENCES, forward_kl, with_parameters
-from llmkd.geometry import SET_DISTANCES
+from llmkd.geometry import SET_DISTANCES, WIDTH_FREE
 from llmkd.matching import KNOWN, distance_sum, draw_seed, sampled, stood_for, terms_of
 from llmkd.student import Distiller, make_projectors
 from llmkd.teachers.resident import ResidentTeacher
@@ -187,7 +187,7 @@ def _load(folder: Path) -> Any:
     return models.load_causal_lm(folder, dtype=torch.float32, ds_config=None, attention="sdpa")
 
 
-def _run(tiny: Path, folder: Path, mix: dict[str, float], report: bool = False, **changes: Any) -> Any:
+def _run(tiny: Path, folder: Path, mix: Any, report: bool = False, **changes: Any) -> Any:
     dtype = changes.pop("dtype", torch.float32)
     student = _load(folder).to(dtype)
     if changes.pop("checkpointing", False):
@@ -197,7 +197,8 @@ def _run(tiny: Path, folder: Path, mix: dict[str, float], report: bool = False, 
     )
     pairs = changes.pop("pairs", ((0, 4), (1, 1), (2, 5)))
     scales = changes.pop("scales", (1.0, 1.0, 3.0))
-    module = Distiller(student, pairs, distance=terms_of(mix), **{**settings, **changes}).train()
+    distance = terms_of(mix) if isinstance(mix, dict) else mix
+    module = Distiller(student, pairs, distance=distance, **{**settings, **changes}).train()
     normed = bool(changes.get("normed_last"))
     source = ResidentTeacher(
         _load(tiny / "teacher").to(dtype), [t for _, t in pairs], normed_last=normed, ds_config=None
@@ -314,6 +315,53 @@ def test_reported_norms_are_those_of_each_parts_own_gradient(
         of_distances = {name: square + own[name].square().sum() for name, square in of_distances.items()}
     expected = [ce_square, kl_square, *of_pairs, *of_distances.values(), *of_divergences]
     torch.testing.assert_close(module.squares, torch.stack(expected), rtol=1e-6, atol=1e-12)
+
+
+LISTED = ({"gram": 1.0, "cka": 0.5}, {"mse": 1.0}, {"procrustes": 2.0, "mse": 0.3})
+"""A sum for each of three pairs; the first needs no projector."""
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_distance_of_its_own_for_each_pair(tiny: Path, narrow: Path, checkpointing: bool) -> None:
+    """Values, gradients and norms by autograd on the plain model; no parameter is there without a gradient."""
+    pairs, scales, weights = ((0, 4), (1, 1), (2, 5)), (0.0, 0.0, 3.0), (1.0, 0.5, 2.0)
+    made = make_projectors(3, 24, 32, bias=True, seed=0, without=(0,))
+    assert made is not None
+    projectors = made.double()
+    settings: dict[str, Any] = dict(pair_weights=weights, scales=scales, projectors=projectors, dtype=torch.float64)
+    settings["checkpointing"] = checkpointing
+    distance = [terms_of(mix) for mix in LISTED]
+    loss, sums, grads, module = _run(tiny, narrow, distance, report=True, **settings)
+    assert {name for name, _ in module.named_parameters() if "projectors" in name} == {
+        f"projectors.{number}.{part}" for number in (1, 2) for part in ("weight", "bias")
+    }
+
+    batch, student, teacher = _batch(), _load(narrow).double(), _load(tiny / "teacher").double()
+    inputs = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids)
+    states: dict[str, dict[int, torch.Tensor]] = {"student": {}, "teacher": {}}
+    for name, model in (("student", student), ("teacher", teacher)):
+        for number, block in enumerate(model_parts.blocks(model)):
+            block.register_forward_hook(functools.partial(_hold, states[name], number))
+        model(**inputs)
+    projectors.zero_grad()
+    values, squares = [], dict.fromkeys(("gram", "cka", "mse", "procrustes"), torch.zeros(()))
+    for (i, j), mix, projector, weight in zip(pairs, LISTED, projectors, weights, strict=True):
+        state, target = states["student"][i], states["teacher"][j].detach().flatten(0, 1)[batch.attended_at]
+        seen = {name: state if name in WIDTH_FREE else projector(state) for name in mix}
+        parts = {name: plain({name: mix[name]}, seen[name].flatten(0, 1)[batch.attended_at], target) for name in mix}
+        for name, part in parts.items():
+            (gradient,) = torch.autograd.grad(3.0 * weight * part, state, retain_graph=True)
+            squares[name] = squares[name] + gradient.square().sum()
+        values.append(torch.stack([*parts.values()]).sum())
+    expected = 3.0 * sum(weight * value for weight, value in zip(weights, values, strict=True))
+    assert isinstance(expected, torch.Tensor)
+    expected.backward()
+    plainly = {f"projectors.{name}": p.grad for name, p in projectors.named_parameters()}
+    plainly |= {f"model.{name}": p.grad for name, p in student.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(sums[2:], torch.stack(values).detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(grads, plainly, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(module.squares[5:9], torch.stack([*squares.values()]), rtol=1e-7, atol=0)
 
 
 def test_the_teachers_cross_entropy_is_heard_when_asked_for(tiny: Path, copied: Path) -> None:

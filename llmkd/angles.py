@@ -228,7 +228,8 @@ def _begin(run: Run, projected: bool) -> str:
     """What decides what a student's start sees, within one call."""
     recipe = run.recipe
     seed = recipe.seed if projected or recipe.student.init == "random" else None
-    drawn = [run.pairs, recipe.matching.projector_bias] if projected else None
+    without = recipe.matching.unprojected(len(run.pairs))
+    drawn = [run.pairs, recipe.matching.projector_bias, without] if projected else None
     shared = [recipe.student.model_dump(mode="json"), recipe.train.dtype, recipe.matching.final_state]
     return json.dumps([*shared, seed, drawn])
 
@@ -249,12 +250,7 @@ def _load(folder: Path, recipe: Recipe, trust: bool, device: torch.device) -> An
 
 def drawn_projectors(run: Run, width: int, work: Work) -> dict[int, nn.Module]:
     """The projectors as training drew them, by student block; a block of several pairs has its first pair's."""
-    recipe = run.recipe
-    made = make_projectors(
-        len(run.pairs), width, work.teacher.width, bias=recipe.matching.projector_bias, seed=recipe.seed
-    )
-    assert made is not None, "the widths differ and there are pairs"
-    return _by_block(run, made, work)
+    return _by_block(run, _made(run, width, work), work)
 
 
 def trained_projectors(run: Run, width: int, work: Work) -> tuple[str, dict[int, nn.Module]]:
@@ -273,10 +269,24 @@ def trained_projectors(run: Run, width: int, work: Work) -> tuple[str, dict[int,
             f"{where}, and {saved[-1]} holds no projector; train it again with a distance that has projectors, or give a student of "
             "the teacher's width"
         )
-    made = make_projectors(len(run.pairs), width, work.teacher.width, bias=run.recipe.matching.projector_bias, seed=0)
-    assert made is not None
+    made = _made(run, width, work)
     made.load_state_dict(weights)
     return f"{saved[-1].parent.name}/{saved[-1].name}", _by_block(run, made, work)
+
+
+def _made(run: Run, width: int, work: Work) -> nn.ModuleList:
+    """The projectors of the run's pairs as its recipe draws them, nn.Identity where a pair has none."""
+    recipe, count = run.recipe, len(run.pairs)
+    made = make_projectors(
+        count,
+        width,
+        work.teacher.width,
+        bias=recipe.matching.projector_bias,
+        seed=recipe.seed,
+        without=recipe.matching.unprojected(count),
+    )
+    assert made is not None, "the widths differ and there are pairs"
+    return made
 
 
 def _by_block(run: Run, made: nn.ModuleList, work: Work) -> dict[int, nn.Module]:
@@ -284,7 +294,7 @@ def _by_block(run: Run, made: nn.ModuleList, work: Work) -> dict[int, nn.Module]
     made = made.to(DTYPES[run.recipe.train.dtype]).to(work.device, torch.float32).requires_grad_(False)
     found: dict[int, nn.Module] = {}
     for (block, _), projector in zip(run.pairs, made, strict=True):
-        if block >= 0:  # not the embeddings'
+        if block >= 0 and not isinstance(projector, nn.Identity):  # not the embeddings'
             found.setdefault(block, projector)
     return found
 

@@ -218,12 +218,13 @@ def load_student(
     width = model.config.hidden_size
     target = target_width or width
     projected = len(job.pairs) if matching.projects(width, target) else 0
-    projectors = make_projectors(projected, width, target, bias=matching.projector_bias, seed=job.seed)
+    without = matching.unprojected(projected)
+    projectors = make_projectors(projected, width, target, bias=matching.projector_bias, seed=job.seed, without=without)
     divergence = with_parameters(job.recipe.loss.divergence, job.recipe.loss.parameters)
     module = Distiller(
         model,
         job.pairs,
-        distance=terms_of(matching.distances),
+        distance=[terms_of(mix) for mix in matching.mixes_of(len(job.pairs))],
         positions=matching.positions,
         normed_last=matching.final_state == "normed",
         divergence=divergence,

@@ -18,9 +18,10 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from llmkd.errors import InputError
+from llmkd.matching import KNOWN
 from llmkd.sections.base import Section
 from llmkd.sections.models import Student, Teacher
-from llmkd.sections.objective import Loss, Matching, Stones
+from llmkd.sections.objective import Loss, Matching, Stones, within
 from llmkd.sections.run import Cache, Data, Finetune, Train
 from llmkd.sections.scores import Evaluation, Study
 
@@ -81,6 +82,22 @@ class Recipe(Section):
                 "loss.schedules.temperature: dynamic reads the student's own cross-entropy, and with loss.ce and loss.kl at 0 its head is "
                 "not run; write loss.ce: 1e-6, say, or another shape"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _schedules_move_something(self) -> Recipe:
+        schedules = self.loss.schedules
+        if schedules is None:
+            return self
+        within("distance", "hidden", schedules.distances, self.matching.distances, KNOWN)
+        of_stones = self.stones is not None and (self.stones.kl > 0 or self.stones.cross > 0)
+        for key, there, cure in (
+            ("stones", self.stones is not None, "lays no stones; add the section stones"),
+            ("distances", self.loss.hidden > 0, "compares no states, as loss.hidden is 0; give it a weight"),
+            ("divergences", self.loss.kl > 0 or of_stones, "takes no divergence, as loss.kl is 0; give it a weight"),
+        ):
+            if getattr(schedules, key) is not None and not there:
+                raise ValueError(f"loss.schedules.{key}: the recipe {cure}, or leave the schedule out")
         return self
 
     @model_validator(mode="after")
@@ -206,6 +223,9 @@ def training_inputs(recipe: Recipe) -> dict[str, Any]:
     for key in ("architecture", "offload_states", "share_cache", "stages"):  # stages, like ranks, change nothing
         values["teacher"].pop(key)
     values["loss"] = {key: value for key, value in values["loss"].items() if value is not None}
+    for key in ("stones", "distances", "divergences"):  # schedules that came later
+        if "schedules" in values["loss"] and values["loss"]["schedules"][key] is None:
+            values["loss"]["schedules"].pop(key)
     for key in (
         "decoder_blocks",
         "classifier",

@@ -186,6 +186,11 @@ DIVERGENCES: dict[str, Divergence] = {
 """By the recipe's `loss.divergence`, with the papers' usual parameter where there is one."""
 
 
+def parts_of(divergence: Divergence) -> tuple[tuple[Divergence, float], ...]:
+    """The divergences of a weighted sum and their weights; none for one that is no sum."""
+    return divergence.keywords["parts"] if isinstance(divergence, partial) and divergence.func is mixed else ()
+
+
 def parameters(divergence: Divergence) -> dict[str, float]:
     """What a divergence reads besides logits and temperature, and its value: the recipe's keys under `loss`."""
     return dict(divergence.keywords) if isinstance(divergence, partial) else {}

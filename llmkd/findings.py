@@ -210,6 +210,8 @@ def _steered(line: dict[str, Any]) -> dict[str, float | None]:
     found = {key: _finite(line[key]) for key in ("temperature", "stones") if key in line}
     found |= {f"weight of {part}": _finite(value) for part, value in line.get("weights", {}).items()}
     norms = {f"norm of {part}": value for part, value in line.get("norms", {}).items() if not isinstance(value, dict)}
+    for kind in ("distances", "divergences"):
+        norms |= {f"norm of {name}": value for name, value in line.get("norms", {}).get(kind, {}).items()}
     for stone, parts in line.get("norms", {}).get("stones", {}).items():
         norms |= {f"norm of {stone} {part}": value for part, value in parts.items()}
     return found | {name: _finite(value) for name, value in norms.items()}

@@ -91,6 +91,8 @@ def line(step: int, steps: int, values: dict[str, Any]) -> str:
         text += f" hidden {values['hidden']:.4f} [{pairs}]"
     if "norms" in values:
         text += " norms " + " ".join(f"{part}:{values['norms'][part]:.3g}" for part in PARTS)
+        for kind in ("distances", "divergences"):
+            text += "".join(f" {name}:{norm:.3g}" for name, norm in values["norms"].get(kind, {}).items())
         for stone, parts in values["norms"].get("stones", {}).items():
             text += f" {stone} " + " ".join(f"{part}:{norm:.3g}" for part, norm in parts.items())
     if "temperature" in values:

@@ -61,8 +61,7 @@ def plan(recipe: Recipe, ranks: int, config: PreTrainedConfig | None = None) -> 
     found = config or teacher_config(recipe)
     teacher, student = shapes(found), shapes(initial_student_config(recipe, found))
     pairs = pairs_of(recipe, student.depth, teacher.depth)
-    projected = bool(pairs) and recipe.matching.projects(student.hidden, teacher.hidden)
-    projectors = len(pairs) * student.hidden * teacher.hidden if projected else 0
+    projectors = projected_parameters(recipe, student, teacher, pairs)
     stones = stones_of(recipe, student.depth, teacher.depth)
     projectors += len(stones) * student.hidden * teacher.hidden
     zero = load_ds_config(recipe.train.deepspeed, ROOT / "ds_configs")
@@ -245,6 +244,13 @@ def activation_rows(
     return [*rows, *distance_rows(recipe, student, teacher, pairs, ranks)]
 
 
+def projected_parameters(recipe: Recipe, student: Shapes, teacher: Shapes, pairs: Sequence[tuple[int, int]]) -> int:
+    """How many numbers the pairs' projectors have."""
+    if not recipe.matching.projects(student.hidden, teacher.hidden):
+        return 0
+    return (len(pairs) - len(recipe.matching.unprojected(len(pairs)))) * student.hidden * teacher.hidden
+
+
 def distance_rows(
     recipe: Recipe, student: Shapes, teacher: Shapes, pairs: Sequence[tuple[int, int]], ranks: int
 ) -> list[Row]:
@@ -254,11 +260,16 @@ def distance_rows(
     size, matching = DTYPES[recipe.train.dtype].itemsize, recipe.matching
     tokens = recipe.train.micro_batch_size * recipe.data.max_length
     tokens = tokens if matching.tokens is None else min(tokens, matching.tokens)
-    width = teacher.hidden if matching.projects(student.hidden, teacher.hidden) else student.hidden
+    sums = [terms_of(mix) for mix in matching.mixes_of(len(pairs))]
+    projects = matching.projects(student.hidden, teacher.hidden)
+    # a pair's distances through its projector leave one gradient, those of any widths beside it another
+    through = sum(projects and not all(term.width_free for term in terms) for terms in sums)
+    beside = sum(not projects or any(term.width_free for term in terms) for terms in sums)
+    widths = through * teacher.hidden + beside * student.hidden
     shown = "[B, T, H]" if matching.tokens is None else f"[{tokens}, H]"
-    how = f"{len(pairs)} pairs x {shown} x {size} B"
-    rows = [Row("gradients of the distances", len(pairs) * tokens * width * size, "device", ("head", "backward"), how)]
-    if of_set := sum(term.of_set for term in terms_of(matching.distances)):
+    how = f"{through + beside} x {shown} x {size} B, of {len(pairs)} pairs"
+    rows = [Row("gradients of the distances", widths * tokens * size, "device", ("head", "backward"), how)]
+    if of_set := max(sum(term.of_set for term in terms) for terms in sums):
         copies = SET_COPIES + (MIX_COPIES if of_set > 1 else 0)
         together = tokens * (ranks if matching.scope == "batch" else 1)
         wider = max(student.hidden, teacher.hidden)

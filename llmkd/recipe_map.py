@@ -101,14 +101,16 @@ def through_stacks(recipe: Recipe, maps: Sequence[Pairs], encoders: tuple[int, i
 
 
 def _asked_for(recipe: Recipe, pairs: Pairs, encoders: tuple[int, int] | None = None) -> Pairs:
-    """The pairs, each with a weight if the recipe gives any; none where `loss.hidden` is 0."""
-    given = recipe.matching.pair_weights
-    if given is not None and pairs and len(given) != len(pairs):
-        names = pair_names(pairs, encoders=encoders)
-        raise InputError(
-            f"matching.pair_weights: {len(given)} weights for the {len(pairs)} pairs {', '.join(names)}; "
-            "write one for each, in this order"
-        )
+    """The pairs, each with a weight and a distance if the recipe gives any; none where `loss.hidden` is 0."""
+    matching = recipe.matching
+    listed = {"pair_weights": ("weights", matching.pair_weights), "distance": ("distances", matching.distance)}
+    for key, (what, given) in listed.items():
+        if isinstance(given, tuple) and pairs and len(given) != len(pairs):
+            names = pair_names(pairs, encoders=encoders)
+            raise InputError(
+                f"matching.{key}: {len(given)} {what} for the {len(pairs)} pairs {', '.join(names)}; "
+                "write one for each, in this order"
+            )
     return () if recipe.loss.hidden == 0 else pairs
 
 

@@ -6,8 +6,8 @@ Projectors stand beside the student, never in it, so an exported student holds n
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from llmkd.data import Batch
 from llmkd.distances import Distance
 from llmkd.divergences import Divergence
 from llmkd.families import kind
-from llmkd.head import TeacherHead, TopK, head_losses
-from llmkd.matching import AllRows, Term, distance_sum, sampled, small_pass, stood_for
+from llmkd.loss_head import LossHead
+from llmkd.matching import AllRows, Term, distance_sum, kinds, of_each_pair, sampled, stood_for
 from llmkd.model_parts import blocks, encoder_blocks, final_state, head, head_bias, on_state
 from llmkd.stones import Stones
 from llmkd.teachers.base import Signal
@@ -32,7 +32,8 @@ class Distiller(nn.Module):
     """A student that computes its own losses from a batch and the teacher's signal.
 
     pairs: (student block, teacher block), EMBEDDING (-1) for the embeddings. `teacher_width` differs from the student's: each pair
-    gets a projector Linear(H_s -> H_t), which distances of any widths pass by. `positions`: match "trained" or "attended" positions,
+    gets a projector Linear(H_s -> H_t), which distances of any widths pass by (nn.Identity: the pair has no others). `distance`: of all
+    pairs, or the terms of each. `positions`: match "trained" or "attended" positions,
     `tokens` of them per micro-batch (None: all). `pair_weights`: what each pair's distance counts in the loss. `all_rows`: gathers the
     rows of all ranks, where a set-level distance is over all of them. `keeps_head`: run the head even in a pass in which neither of its
     parts counts: an engine would take a parameter without a gradient to have that of the step before.
@@ -43,7 +44,7 @@ class Distiller(nn.Module):
         model: PreTrainedModel,
         pairs: Sequence[tuple[int, int]],
         *,
-        distance: Distance | Sequence[Term],
+        distance: Distance | Sequence[Term] | Sequence[Sequence[Term]],
         positions: str,
         normed_last: bool,
         divergence: Divergence,
@@ -70,10 +71,7 @@ class Distiller(nn.Module):
             chunk=chunk,
         )
         self._pairs = tuple(pairs)
-        terms = (Term(distance),) if callable(distance) else tuple(distance)
-        apart = projectors is not None
-        self._as_it_is = tuple(term for term in terms if apart and term.width_free)
-        self._projected = tuple(term for term in terms if not (apart and term.width_free))
+        self._terms = of_each_pair(distance, len(pairs))
         self._positions = positions
         self._tokens = tokens
         self._pair_weights = (1.0,) * len(pairs) if pair_weights is None else tuple(pair_weights)
@@ -92,8 +90,10 @@ class Distiller(nn.Module):
         self._source_at: Places | None = None
         self._tail = Tail(model, normed_last=normed_last)
         self._squares: dict[int, Tensor] = {}
+        self._of_kinds: dict[Distance, Tensor] = {}
         self.squares: Tensor | None = None
-        """[2 + pairs], after a pass with `report`: the squared norm of the gradient of each part of the loss (llmkd.term_norms)."""
+        """[2 + pairs + distances + divergences], after a pass with `report`: the squared norm of the gradient of each part of the loss
+        (llmkd.term_norms). Each distance is over all pairs; distances and divergences are there where there are several."""
 
     def forward(
         self,
@@ -117,8 +117,10 @@ class Distiller(nn.Module):
         positions = batch.attended_at if self._positions == "attended" else batch.trained_at
         self._at = self._places(positions, draw)
         self._source_at = None if batch.source_at is None else self._places(batch.source_at, draw)
-        self._hidden_scale, self._source_weight, self._squares, self.squares = scales[2], source_weight, {}, None
+        self._hidden_scale, self._source_weight = scales[2], source_weight
+        self._squares, self._of_kinds, self.squares = {}, {}, None
         self.loss_head.report, self.loss_head.hear_teacher, self.loss_head.teacher_ce = report, False, None
+        self.loss_head.report_mix = False
         self._tail.watch(report)
         if self.stones is not None:
             self.stones.open()
@@ -132,8 +134,8 @@ class Distiller(nn.Module):
         loss = ce = kl = torch.zeros((), dtype=torch.float32, device=final.device)
         # Before the head's loss, which takes the teacher's final state.
         of_stones = None if self.stones is None else self._of_stones(final, batch, signal, temperature, report)
+        self.loss_head.report_mix = report  # not before: what the stones say through the head is not the teacher
         if scales[0] or scales[1] or self._keeps_head:  # else the head is not gathered nor run, and both parts read 0
-            # not before: what the stones say through the head is not the teacher
             self.loss_head.hear_teacher = hear_teacher and (scales[1] > 0 or of_stones is not None)
             loss, ce, kl = self.loss_head(final, batch, signal, scales[0], scales[1], temperature)
         if distances:
@@ -161,13 +163,14 @@ class Distiller(nn.Module):
         return loss
 
     def _all_squares(self, final: Tensor) -> Tensor:
-        """CE's and KL's squared gradient norms at the last block's output, then the pairs' own, [2 + pairs]."""
-        squares = []
+        """The squared gradient norms at the last block's output of what the head says, and the pairs' own, as `squares` has them."""
+        of_head: list[Tensor] = []
         for gradient in self.loss_head.take_gradients():
             whole = None if gradient is None else gradient.view(final.shape)
             none = torch.zeros((), device=final.device)
-            squares.append(none if whole is None else _square(self._tail.before(final, whole)))
-        return torch.stack([*squares, *(self._squares[number] for number in range(len(self._pairs)))])
+            of_head.append(none if whole is None else _square(self._tail.before(final, whole)))
+        of_pairs = [self._squares[number] for number in range(len(self._pairs))]
+        return torch.stack([*of_head[:2], *of_pairs, *self._of_kinds.values(), *of_head[2:]])
 
     def _places(self, at: Tensor, draw: int) -> Places:
         """Those of the flat positions [N] that are compared in this pass."""
@@ -178,6 +181,15 @@ class Distiller(nn.Module):
         """From now on learn by these pairs, of the student blocks that it was made with."""
         assert [student for student, _ in pairs] == [student for student, _ in self._pairs]
         self._pairs = tuple(pairs)
+
+    def reweigh(self, terms: Sequence[Sequence[Term]] | None, divergence: Divergence | None) -> None:
+        """From now on learn by these terms of each pair, and by this divergence; None leaves them."""
+        if terms is not None:
+            self._terms = of_each_pair(terms, len(self._pairs))
+        if divergence is not None:
+            self.loss_head.compare_by(divergence)
+            if self.stones is not None:
+                self.stones.compare_by(divergence)
 
     def _matcher(self, block: int) -> Callable[[Tensor], None]:
         def match(state: Tensor) -> None:
@@ -199,155 +211,68 @@ class Distiller(nn.Module):
             if self._signal is None or number in self._matched:
                 continue
             theirs, at = self._signal.take(teacher), self._source_at if block in self._of_source else self._at
-            self._matched[number] = self._compare(state, projected, theirs=theirs, at=at)
+            self._matched[number] = self._compare(self._terms[number], state, projected, theirs=theirs, at=at)
             if self._tail.watching:
-                projector: Any = None if self.projectors is None else self.projectors[number]
-                compare = functools.partial(self._compare, theirs=theirs, at=at)
-                weight = self._hidden_scale * self._pair_weights[number]
-                weight *= self._source_weight if block in self._of_source else 1.0
-                gradient = before_projector(projector, state, compare) * weight
-                self._squares[number] = _square(self._tail.before_norm(block, state, gradient))
+                self._report(number, state, theirs, at)
 
-    def _compare(self, state: Tensor, projected: Tensor, *, theirs: Tensor, at: Places | None) -> Tensor:
-        """The weighted sum of the recipe's distances between the student's state and the teacher's."""
+    def _report(self, number: int, state: Tensor, theirs: Tensor, at: Places | None) -> None:
+        """Note the squared norm of a pair's gradient, and of each of its distances where the pairs have several."""
+        block = self._pairs[number][0]
+        projector: Any = None if self.projectors is None else self.projectors[number]
+        projector = None if isinstance(projector, nn.Identity) else projector
+        weight = self._hidden_scale * self._pair_weights[number]
+        weight *= self._source_weight if block in self._of_source else 1.0
+
+        def square(terms: Sequence[Term]) -> Tensor:
+            compare = functools.partial(self._compare, terms, theirs=theirs, at=at)
+            return _square(self._tail.before_norm(block, state, before_projector(projector, state, compare) * weight))
+
+        terms = self._terms[number]
+        self._squares[number] = square(terms)
+        several = kinds(self._terms)
+        if len(several) > 1:
+            own = {term.distance: square([term]) for term in terms}
+            none = torch.zeros_like(self._squares[number])
+            self._of_kinds = {kind: self._of_kinds.get(kind, none) + own.get(kind, none) for kind in several}
+
+    def _compare(
+        self, terms: Sequence[Term], state: Tensor, projected: Tensor, *, theirs: Tensor, at: Places | None
+    ) -> Tensor:
+        """The weighted sum of distances between the student's state and the teacher's."""
         assert at is not None
         places, factor, together = at
+        apart = self.projectors is not None
+        as_it_is = [term for term in terms if apart and term.width_free]
+        through = [term for term in terms if not (apart and term.width_free)]
         parts = [
-            distance_sum(ours, theirs, places, terms, factor=factor, all_rows=self._all_rows, together=together)
-            for ours, terms in ((state, self._as_it_is), (projected, self._projected))
-            if terms
+            distance_sum(ours, theirs, places, some, factor=factor, all_rows=self._all_rows, together=together)
+            for ours, some in ((state, as_it_is), (projected, through))
+            if some
         ]
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
-class LossHead(nn.Module):
-    """The student's head under its chunked loss. It owns the head's parameters (shared), so the engine gathers them for it."""
-
-    def __init__(
-        self,
-        head: nn.Linear,
-        bias: Tensor | None,
-        *,
-        divergence: Divergence,
-        temperature: float,
-        kl_positions: str,
-        chunk: int,
-    ) -> None:
-        super().__init__()
-        self.weight = head.weight
-        if bias is head.bias:
-            self.bias = bias
-        else:  # BART's, which is no parameter
-            self.register_buffer("bias", bias, persistent=False)
-        self._divergence = divergence
-        self._temperature = temperature
-        self._kl_positions = kl_positions
-        self._chunk = chunk
-        self.report = False
-        """Whether the next pass keeps both parts' own gradients for `take_gradients`, each at the price of the head's products."""
-        self._gradients: list[Tensor | None] = [None, None]
-        self.hear_teacher = False
-        self.teacher_ce: Tensor | None = None
-        """After a pass with `hear_teacher`: the teacher's cross-entropy sum over the trained positions, for one product more."""
-
-    def take_gradients(self) -> list[Tensor | None]:
-        """CE's and KL's gradients with respect to the final state [B * T, H], once; None for a part that was not run."""
-        gradients = self._gradients
-        self._gradients = [None, None]
-        return gradients
-
-    def forward(
-        self,
-        final: Tensor,
-        batch: Batch,
-        signal: Signal | None,
-        ce_scale: float,
-        kl_scale: float,
-        temperature: float | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, CE sum, KL sum); logits exist only at the positions that count, a chunk at a time."""
-        if self.hear_teacher:
-            self.teacher_ce = self._heard(batch, signal)
-        lent = None if signal is None or kl_scale == 0 else signal.head
-        known = None if signal is None or kl_scale == 0 else signal.top_k
-        taught = lent is not None or known is not None
-        assert taught or kl_scale == 0, "a divergence is asked for, and the signal has neither a head nor a top k"
-        at = batch.attended_at if taught and self._kl_positions == "attended" else batch.trained_at
-        states = final.flatten(0, 1)[at]
-        targets = batch.targets.flatten()[at]
-        settings: dict[str, Any] = dict(
-            ce_scale=ce_scale,
-            kl_scale=kl_scale,
-            divergence=self._divergence,
-            temperature=self._temperature if temperature is None else temperature,
-            chunk=self._chunk,
-        )
-        compared = torch.full_like(targets, taught, dtype=torch.bool)
-        losses = functools.partial(
-            self._losses, final, at, states, targets=targets, compared=compared, settings=settings
-        )
-        if known is not None:
-            return losses(TopK(known.ids.flatten(0, 1), known.log_probabilities.flatten(0, 1), known.columns).at(at))
-        if lent is None:
-            return losses(None)
-        assert signal is not None
-        theirs = signal.take_final()
-        assert theirs is not None, "a signal that lends its head has a final state"
-        theirs = theirs.flatten(0, 1)[at]
-        with lent() as (weight, bias):
-            return losses(TeacherHead(theirs, weight, bias))
-
-    def _heard(self, batch: Batch, signal: Signal | None) -> Tensor:
-        """The teacher's own cross-entropy sum over the trained positions (all ranks take part)."""
-        assert signal is not None and signal.final is not None and signal.head is not None
-        targets = batch.targets.flatten()[batch.trained_at]
-        settings: dict[str, Any] = dict(
-            ce_scale=1.0, kl_scale=0.0, divergence=self._divergence, temperature=1.0, chunk=self._chunk
-        )
-        theirs, nowhere = signal.final.flatten(0, 1)[batch.trained_at], torch.zeros_like(targets, dtype=torch.bool)
-        with signal.head() as (weight, bias):
-            return head_losses(theirs, weight, bias, None, targets, nowhere, **settings)[1]
-
-    def _losses(
-        self,
-        final: Tensor,
-        at: Tensor,
-        states: Tensor,
-        teacher: TeacherHead | TopK | None,
-        *,
-        targets: Tensor,
-        compared: Tensor,
-        settings: dict[str, Any],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `forward`, of states [N, H] gathered at flat positions `at` of the final state."""
-        if self.report:
-            bias = None if self.bias is None else self.bias.detach()
-            for number, only in enumerate(({"kl_scale": 0.0}, {"ce_scale": 0.0})):
-                leaf = states.detach().requires_grad_()
-                alone = {**settings, **only}
-                if alone["ce_scale"] or (alone["kl_scale"] and teacher is not None):
-                    with small_pass():
-                        part = head_losses(leaf, self.weight.detach(), bias, teacher, targets, compared, **alone)[0]
-                        (gradient,) = torch.autograd.grad(part, leaf)
-                    whole = torch.zeros_like(final).flatten(0, 1)
-                    self._gradients[number] = whole.index_copy_(0, at, gradient)
-        return head_losses(states, self.weight, self.bias, teacher, targets, compared, **settings)
-
-
 def make_projectors(
-    pairs: int, student_width: int, teacher_width: int, *, bias: bool, seed: int
+    pairs: int, student_width: int, teacher_width: int, *, bias: bool, seed: int, without: Collection[int] = ()
 ) -> nn.ModuleList | None:
-    """One Linear(H_s -> H_t) per pair: drawn from the seed (Xavier uniform), the identity where the widths agree; None for no pair."""
-    if pairs == 0:
+    """One Linear(H_s -> H_t) per pair: drawn from the seed (Xavier uniform), the identity where the widths agree; None for no pair.
+
+    `without`: the pairs that need none, where nn.Identity stands; None where these are all.
+    """
+    if len(without) == pairs:
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        projectors = nn.ModuleList(nn.Linear(student_width, teacher_width, bias=bias) for _ in range(pairs))
+        projectors = nn.ModuleList(
+            nn.Identity() if number in without else nn.Linear(student_width, teacher_width, bias=bias)
+            for number in range(pairs)
+        )
         for projector in projectors:
-            weight = cast(Tensor, projector.weight)
-            nn.init.eye_(weight) if student_width == teacher_width else nn.init.xavier_uniform_(weight)
-            if bias and student_width == teacher_width:
-                nn.init.zeros_(cast(Tensor, projector.bias))
+            if isinstance(projector, nn.Linear):
+                equal = student_width == teacher_width
+                nn.init.eye_(projector.weight) if equal else nn.init.xavier_uniform_(projector.weight)
+                if bias and equal:
+                    nn.init.zeros_(projector.bias)
     return projectors
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -29,10 +30,11 @@ class Matching(Section):
     """The one teacher block of all_to_one, of an encoder-decoder of both stacks or by stack; default the middle one."""
     redraw_every: int = Field(default=0, ge=0)
     """in_order_random: draw the map again after so many steps; 0 draws it once."""
-    distance: str | dict[str, float] = Field(
+    distance: str | dict[str, float] | tuple[str | dict[str, float], ...] = Field(
         default="normalized_mse", examples=["procrustes", {"procrustes": 1.0, "mse": 0.1}]
     )
-    """One of llmkd.matching.KNOWN, or several with their weights: {procrustes: 1.0, mse: 0.1}."""
+    """One of llmkd.matching.KNOWN, or several with their weights: {procrustes: 1.0, mse: 0.1}; or a list of these, one for each pair in
+    the map's order (the embeddings' first)."""
     pair_weights: tuple[float, ...] | None = None
     """What each pair counts in the hidden loss, in the map's order (the embeddings' first); default 1 each."""
     tokens: int | None = Field(default=None, gt=1)
@@ -56,12 +58,18 @@ class Matching(Section):
             raise ValueError(
                 f"matching.redraw_every: strategy {self.strategy} is not drawn again; write strategy: in_order_random, or leave it out"
             )
-        weighted("matching.distance", self.distances, KNOWN)
-        if self.scope == "batch" and not any(term.of_set for term in terms_of(self.distances)):
+        if not self.mixes:
+            raise ValueError("matching.distance: the list is empty; write a distance for each pair, or one for all")
+        for number, mix in enumerate(self.mixes):
+            weighted(
+                f"matching.distance[{number}]" if isinstance(self.distance, tuple) else "matching.distance", mix, KNOWN
+            )
+        terms = [term for mix in self.mixes for term in terms_of(mix)]
+        if self.scope == "batch" and not any(term.of_set for term in terms):
             raise ValueError(
                 f"matching.scope: {' and '.join(self.distances)} compares token by token, wherever the tokens are; leave it out"
             )
-        if self.projector == "always" and all(term.width_free for term in terms_of(self.distances)):
+        if self.projector == "always" and all(term.width_free for term in terms):
             raise ValueError(
                 f"matching.projector: {' and '.join(self.distances)} compares states as they are; add another distance, or leave it out"
             )
@@ -72,13 +80,31 @@ class Matching(Section):
         return self
 
     @property
-    def distances(self) -> dict[str, float]:
-        """Each distance's weight in a pair's sum."""
-        return {self.distance: 1.0} if isinstance(self.distance, str) else self.distance
+    def mixes(self) -> tuple[dict[str, float], ...]:
+        """Each distance's weight in a pair's sum: one for all pairs, or as many as the recipe lists."""
+        given = self.distance if isinstance(self.distance, tuple) else (self.distance,)
+        return tuple({one: 1.0} if isinstance(one, str) else one for one in given)
+
+    @property
+    def distances(self) -> tuple[str, ...]:
+        """All distances that any pair has, each once."""
+        return tuple(dict.fromkeys(name for mix in self.mixes for name in mix))
+
+    def mixes_of(self, pairs: int) -> tuple[dict[str, float], ...]:
+        """Each pair's, of so many; there may be none although the recipe lists some."""
+        if not isinstance(self.distance, tuple):
+            return self.mixes * pairs
+        assert pairs in (0, len(self.mixes)), "recipe_map has counted them"
+        return self.mixes[:pairs]
+
+    def unprojected(self, pairs: int) -> tuple[int, ...]:
+        """Which of so many pairs need no projector, as all their distances compare states of any widths."""
+        mixes = enumerate(self.mixes_of(pairs))
+        return tuple(number for number, mix in mixes if all(term.width_free for term in terms_of(mix)))
 
     def projects(self, student_width: int, teacher_width: int) -> bool:
-        """Whether a learned map stands between states of these widths."""
-        free = all(term.width_free for term in terms_of(self.distances))
+        """Whether a learned map stands between states of these widths, of any pair."""
+        free = all(term.width_free for mix in self.mixes for term in terms_of(mix))
         return not free and (self.projector == "always" or student_width != teacher_width)
 
 
@@ -132,11 +158,32 @@ class Schedules(Section):
     kl: Schedule | None = None
     hidden: Schedule | None = None
     temperature: TemperatureSchedule | None = None
+    stones: Schedule | None = None
+    """A factor on all weights of `stones`, from 1."""
+    distances: dict[str, Schedule] | None = None
+    """By name, the weight of a distance within matching.distance, in each pair from its own: {procrustes: {shape: linear, final: 0.0}}."""
+    divergences: dict[str, Schedule] | None = None
+    """By name, the weight of a divergence within the sum that loss.divergence is."""
 
     def change(self, part: str) -> Change | None:
-        """How the weight of ce, kl or hidden moves, if it does."""
+        """How the weight of ce, kl or hidden moves, or the factor on stones, if it does."""
         found: Schedule | None = getattr(self, part)
         return None if found is None else found.change
+
+
+def within(
+    what: str, part: str, schedules: dict[str, Schedule] | None, names: tuple[str, ...], known: Mapping[str, Any]
+) -> None:
+    """Raise ValueError where the weight of a distance or divergence moves that is none of several."""
+    where = f"loss.schedules.{what}s"
+    for name in schedules or {}:
+        one_of(where, name, known)
+        if len(names) == 1:
+            raise ValueError(
+                f"{where}.{name}: there is one {what}, {names[0]}, which has no weight beside another; write loss.schedules.{part}"
+            )
+        if name not in names:
+            raise ValueError(f"{where}.{name}: it is not among {', '.join(names)}; name one of these, or leave it out")
 
 
 class Loss(Section):
@@ -166,11 +213,7 @@ class Loss(Section):
 
     @model_validator(mode="after")
     def _known(self) -> Loss:
-        weighted(
-            "loss.divergence",
-            {self.divergence: 1.0} if isinstance(self.divergence, str) else self.divergence,
-            DIVERGENCES,
-        )
+        weighted("loss.divergence", self.divergences, DIVERGENCES)
         with_parameters(self.divergence, self.parameters)
         for part in ("ce", "kl", "hidden"):
             if self.schedules is not None and getattr(self.schedules, part) is not None and getattr(self, part) == 0:
@@ -178,6 +221,8 @@ class Loss(Section):
                     f"loss.schedules.{part}: it starts at loss.{part}, which is 0, and a part that begins without weight is left out of "
                     f"the run; write loss.{part}: 1e-6, say, or leave the schedule out"
                 )
+        if self.schedules is not None:
+            within("divergence", "kl", self.schedules.divergences, tuple(self.divergences), DIVERGENCES)
         dynamic = None if self.schedules is None else self.schedules.temperature
         low, high = (None, None) if dynamic is None else (dynamic.minimum, dynamic.maximum)
         if (low or self.temperature / 2) > (high or self.temperature):
@@ -186,6 +231,11 @@ class Loss(Section):
                 "write both, the smaller as minimum"
             )
         return self
+
+    @property
+    def divergences(self) -> dict[str, float]:
+        """Each divergence's weight in the divergence part."""
+        return {self.divergence: 1.0} if isinstance(self.divergence, str) else self.divergence
 
     @property
     def parameters(self) -> dict[str, float | None]:

@@ -74,6 +74,10 @@ def test_the_recipe_that_is_spoilt_below_is_good(place: Path, world: Any) -> Non
         ({"student.init": "checkpoint", "student.path": "/nowhere"}, "student.path: no folder '/nowhere'; give"),
         ({"student.blocks": 7}, "the student has 7 blocks and the teacher 6: give the student at most 6, or"),
         (
+            {"matching.distance": ["mse", {"cka": 1.0}]},
+            "matching.distance: 2 distances for the 3 pairs 0<1, 1<3, 2<5; write one for each, in this order",
+        ),
+        (
             {"matching.pair_weights": [1.0, 2.0]},
             "matching.pair_weights: 2 weights for the 3 pairs 0<1, 1<3, 2<5; write one for each, in this order",
         ),

@@ -113,6 +113,33 @@ def test_file_that_is_no_text_and_missing_file(tmp_path: Path) -> None:
         (["loss.temperature=0"], "loss.temperature: input should be greater than 0 (got 0)"),
         (["matching.distance={mse: 1.0, l2: 1.0}"], "matching.distance: 'l2' is not known; choose from"),
         (["matching.distance={mse: 0}"], "matching.distance.mse: a weight of 0.0; write a number above 0, or leave"),
+        (
+            ["loss.schedules.distances={mse: {final: 0.0}}"],
+            "loss.schedules.distances.mse: there is one distance, normalized_mse, which has no weight beside another; write "
+            "loss.schedules.hidden",
+        ),
+        (
+            ["matching.distance=[mse, cka]", "loss.schedules.distances={gram: {final: 0.0}}"],
+            "loss.schedules.distances.gram: it is not among mse, cka; name one of these, or leave it out",
+        ),
+        (["loss.schedules.distances={l2: {final: 0.0}}"], "loss.schedules.distances: 'l2' is not known; choose from"),
+        (
+            ["loss.divergence={tvd: 1, jsd: 1}", "loss.schedules.divergences={akl: {final: 0.0}}"],
+            "loss.schedules.divergences.akl: it is not among tvd, jsd; name one of these, or leave it out",
+        ),
+        (
+            ["loss.schedules.stones={final: 0.0}"],
+            "loss.schedules.stones: the recipe lays no stones; add the section stones, or leave the schedule out",
+        ),
+        (
+            ["matching.distance=[mse, cka]", "loss.schedules.distances={mse: {final: 0.0}}", "loss.hidden=0"],
+            "loss.schedules.distances: the recipe compares no states, as loss.hidden is 0; give it a weight, or leave",
+        ),
+        (["matching.distance=[mse, l2]"], "matching.distance[1]: 'l2' is not known; choose from"),
+        (
+            ["matching.distance=[]"],
+            "matching.distance: the list is empty; write a distance for each pair, or one for all",
+        ),
         (["matching.distance={}"], "matching.distance: names none; write one of mse, "),
         *(
             ([f"matching.distance={wrong}"], "write e.g. procrustes or {mse: 0.1, procrustes: 1.0}")
@@ -341,6 +368,7 @@ IGNORED += [
 ]
 NOTICED = ["seed=1", "student.blocks=2", "matching.strategy=none", "loss.hidden=1.0", "data.rows=3", "train.steps=5"]
 NOTICED += ["loss.divergence=jsd", "loss.divergence=tvd", "matching.tokens=9", "matching.pair_weights=[1,2]"]
+NOTICED += ["matching.distance=[mse, cka]"]
 NOTICED += ["matching.projector=always"]
 NOTICED += [
     "train.learning_rate=0.1",
@@ -461,7 +489,7 @@ def test_mixes_and_schedules_are_read_and_noticed(recipe: Path) -> None:
             "loss.schedules.hidden={shape: linear, final: 0.0, until: 0.5}",
         ],
     )
-    assert mixed.matching.distances == {"procrustes": 1.0, "mse": 0.1} and mixed.matching.projects(24, 32)
+    assert mixed.matching.mixes == ({"procrustes": 1.0, "mse": 0.1},) and mixed.matching.projects(24, 32)
     assert not mixed.matching.projects(32, 32)
     assert load_recipe(recipe, ["matching.projector=always"]).matching.projects(32, 32)
     assert not load_recipe(recipe, ["matching.distance={procrustes: 1, cka: 2}"]).matching.projects(24, 32)
@@ -469,6 +497,29 @@ def test_mixes_and_schedules_are_read_and_noticed(recipe: Path) -> None:
     named = {key for key in same.keys() | other.keys() if same.get(key) != other.get(key)}
     assert {"matching.distance.mse", "loss.divergence.reverse_kl", "loss.schedules.hidden.until"} <= named
     assert load_recipe_again(mixed, recipe.parent) == mixed
+
+
+def test_a_schedule_that_came_later_is_noticed_where_it_is_asked_for(recipe: Path) -> None:
+    """And a run with schedules that was begun before it came goes on."""
+    begun = ["matching.distance={cka: 1, mse: 1}", "loss.schedules.hidden={final: 0.0}"]
+    old = training_inputs(load_recipe(recipe, begun))
+    assert {key for key in old if key.startswith("loss.schedules.")} == {
+        *(f"loss.schedules.{part}" for part in ("ce", "kl", "temperature")),
+        *(f"loss.schedules.hidden.{key}" for key in ("shape", "final", "until")),
+    }
+    new = training_inputs(load_recipe(recipe, [*begun, "loss.schedules.distances.mse={final: 2.0}"]))
+    assert new["loss.schedules.distances.mse.final"] == 2.0 and new.items() > old.items()
+
+
+def test_a_list_of_distances_is_one_for_each_pair(recipe: Path) -> None:
+    listed = load_recipe(recipe, ["matching.distance=[cka, normalized_mse, {procrustes: 1, mse: 0.1}]"])
+    matching = listed.matching
+    assert matching.mixes_of(3) == ({"cka": 1.0}, {"normalized_mse": 1.0}, {"procrustes": 1.0, "mse": 0.1})
+    assert matching.mixes_of(0) == () and matching.distances == ("cka", "normalized_mse", "procrustes", "mse")
+    assert matching.unprojected(3) == (0,) and matching.projects(24, 32) and not matching.projects(32, 32)
+    assert load_recipe_again(listed, recipe.parent) == listed
+    one = load_recipe(recipe, ["matching.distance=cka"]).matching
+    assert one.mixes_of(2) == ({"cka": 1.0},) * 2 and one.unprojected(2) == (0, 1)
 
 
 def load_recipe_again(recipe: Recipe, folder: Path) -> Recipe:

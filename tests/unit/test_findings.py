@@ -1,7 +1,7 @@
 """Numbers of a study's files, worked out by hand: what is there, what is not, and what failed."""
 
 import json
-from math import nan
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,7 @@ def test_curves_are_the_logged_lines_thinned_with_both_ends(study: Folder) -> No
 def test_curves_hold_what_a_run_steers_and_reports(study: Folder) -> None:
     plain: dict[str, Any] = {"step": 1, "loss": 1.0, "ce": 1.0, "kl": 0.5, "hidden": 0.5, "pairs": {"0<3": 0.5}}
     norms = {"ce": 0.25, "kl": nan, "hidden": 0.5, "pairs": {"0<3": 0.5}, "stones": {"0<3": {"ce": 0.125}}}
+    norms |= {"distances": {"mse": 0.0625, "cka": 2.0}, "divergences": {"tvd": 1.0, "forward_kl": inf}}
     steered = {**plain, "step": 2, "temperature": 1.5, "weights": {"kl": 0.75}, "norms": norms, "stones": 3.0}
     study.lines("students/none-s0/metrics.jsonl", [plain, steered])
     first, second = study.results()["curves"]["none-s0"]
@@ -198,6 +199,10 @@ def test_curves_hold_what_a_run_steers_and_reports(study: Folder) -> None:
         "norm of ce": 0.25,
         "norm of kl": None,
         "norm of hidden": 0.5,
+        "norm of mse": 0.0625,
+        "norm of cka": 2.0,
+        "norm of tvd": 1.0,
+        "norm of forward_kl": None,
         "norm of 0<3 ce": 0.125,
     }
 

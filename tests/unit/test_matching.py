@@ -11,8 +11,8 @@ import torch
 
 from llmkd import making, model_parts, models
 from llmkd.data import Batch, collate
-from llmkd.divergences import forward_kl
-from llmkd.geometry import SET_DISTANCES
+from llmkd.divergences import DIVERGENCES, forward_kl, with_parameters
+from llmkd.geometry import SET_DISTANCES, WIDTH_FREE
 from llmkd.matching import KNOWN, distance_sum, draw_seed, sampled, stood_for, terms_of
 from llmkd.student import Distiller, make_projectors
 from llmkd.teachers.resident import ResidentTeacher
@@ -187,18 +187,25 @@ def _load(folder: Path) -> Any:
     return models.load_causal_lm(folder, dtype=torch.float32, ds_config=None, attention="sdpa")
 
 
-def _run(tiny: Path, folder: Path, mix: dict[str, float], report: bool = False, **changes: Any) -> Any:
-    student = _load(folder)
+def _run(tiny: Path, folder: Path, mix: Any, report: bool = False, **changes: Any) -> Any:
+    dtype = changes.pop("dtype", torch.float32)
+    student = _load(folder).to(dtype)
     if changes.pop("checkpointing", False):
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     settings: dict[str, Any] = dict(
         positions="attended", normed_last=False, divergence=forward_kl, temperature=1.0, kl_positions="trained", chunk=4
     )
     pairs = changes.pop("pairs", ((0, 4), (1, 1), (2, 5)))
+    reweighed = changes.pop("reweighed", None)
     scales = changes.pop("scales", (1.0, 1.0, 3.0))
-    module = Distiller(student, pairs, distance=terms_of(mix), **{**settings, **changes}).train()
+    distance = terms_of(mix) if isinstance(mix, dict) else mix
+    module = Distiller(student, pairs, distance=distance, **{**settings, **changes}).train()
+    if reweighed is not None:
+        module.reweigh(*reweighed)
     normed = bool(changes.get("normed_last"))
-    source = ResidentTeacher(_load(tiny / "teacher"), [t for _, t in pairs], normed_last=normed, ds_config=None)
+    source = ResidentTeacher(
+        _load(tiny / "teacher").to(dtype), [t for _, t in pairs], normed_last=normed, ds_config=None
+    )
     batch = _batch()
     loss, sums = module(batch, source.signals(batch), scales, draw=3, report=report)
     loss.backward()
@@ -265,14 +272,18 @@ def test_reported_norms_are_those_of_each_parts_own_gradient(
     """By autograd on the plain model: CE and KL with respect to the last block's output, a distance with respect to its block's."""
     folder, pairs, scales = narrow if narrower else copied, ((0, 4), (1, 1), (2, 5)), (0.5, 2.0, 3.0)
     projectors = make_projectors(3, 24, 32, bias=True, seed=0) if narrower else None
+    projectors = None if projectors is None else projectors.double()
     mix, weights = {"procrustes": 1.0, "mse": 0.3}, (1.0, 0.5, 2.0)
+    divergences = {"forward_kl": 0.75, "reverse_kl": 0.5, "tvd": 2.0}
     settings: dict[str, Any] = dict(normed_last=normed, pair_weights=weights, scales=scales, projectors=projectors)
+    settings["divergence"] = with_parameters(divergences, {})
+    settings["dtype"] = torch.float64
     loss, _, grads, module = _run(tiny, folder, mix, report=True, **settings)
     silent_loss, _, silent_grads, silent = _run(tiny, folder, mix, **settings)
     assert silent.squares is None  # and a report changes nothing of the step
     torch.testing.assert_close((loss, grads), (silent_loss, silent_grads), rtol=0, atol=0)
 
-    batch, student, teacher = _batch(), _load(folder), _load(tiny / "teacher")
+    batch, student, teacher = _batch(), _load(folder).double(), _load(tiny / "teacher").double()
     states: dict[str, dict[int, torch.Tensor]] = {"student": {}, "teacher": {}}
     for name, model in (("student", student), ("teacher", teacher)):
         for number, block in enumerate(model_parts.blocks(model)):
@@ -282,9 +293,15 @@ def test_reported_norms_are_those_of_each_parts_own_gradient(
     at, targets = batch.trained_at, batch.targets.flatten()[batch.trained_at]
     ours, theirs = (output.logits.flatten(0, 1)[at] for output in (s, t))
     ce = scales[0] * torch.nn.functional.cross_entropy(ours, targets, reduction="sum")
-    kl = scales[1] * forward_kl(ours, theirs.detach(), 1.0).sum()
+    kls = [
+        scales[1] * weight * DIVERGENCES[name](ours, theirs.detach(), 1.0).sum() for name, weight in divergences.items()
+    ]
     last = states["student"][2]
-    expected = [torch.autograd.grad(part, last, retain_graph=True)[0].square().sum() for part in (ce, kl)]
+    ce_square, kl_square, *of_divergences = [
+        torch.autograd.grad(part, last, retain_graph=True)[0].square().sum()
+        for part in (ce, torch.stack(kls).sum(), *kls)
+    ]
+    of_pairs, of_distances = [], dict.fromkeys(mix, torch.zeros(()))
     for number, (i, j) in enumerate(pairs):
         leaf = states["student"][i].detach().requires_grad_()
         seen, target = leaf, states["teacher"][j].detach()
@@ -292,10 +309,88 @@ def test_reported_norms_are_those_of_each_parts_own_gradient(
             seen, target = student.model.norm(leaf), teacher.model.norm(target)
         projected = seen if projectors is None else projectors[number](seen)
         seen, projected, target = (side.flatten(0, 1)[batch.attended_at] for side in (seen, projected, target))
-        value = plain({"procrustes": 1.0}, seen, target) + plain({"mse": 0.3}, projected, target)
-        (gradient,) = torch.autograd.grad(scales[2] * weights[number] * value, leaf)
-        expected.append(gradient.square().sum())
-    torch.testing.assert_close(module.squares, torch.stack(expected).float(), rtol=1e-3, atol=1e-9)
+        values = {"procrustes": plain({"procrustes": 1.0}, seen, target), "mse": plain({"mse": 0.3}, projected, target)}
+        own = {
+            name: torch.autograd.grad(scales[2] * weights[number] * value, leaf, retain_graph=True)[0]
+            for name, value in values.items()
+        }
+        of_pairs.append((own["procrustes"] + own["mse"]).square().sum())
+        of_distances = {name: square + own[name].square().sum() for name, square in of_distances.items()}
+    expected = [ce_square, kl_square, *of_pairs, *of_distances.values(), *of_divergences]
+    torch.testing.assert_close(module.squares, torch.stack(expected), rtol=1e-6, atol=1e-12)
+
+
+LISTED = ({"gram": 1.0, "cka": 0.5}, {"mse": 1.0}, {"procrustes": 2.0, "mse": 0.3})
+"""A sum for each of three pairs; the first needs no projector."""
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_distance_of_its_own_for_each_pair(tiny: Path, narrow: Path, checkpointing: bool) -> None:
+    """Values, gradients and norms by autograd on the plain model; no parameter is there without a gradient."""
+    pairs, scales, weights = ((0, 4), (1, 1), (2, 5)), (0.0, 0.0, 3.0), (1.0, 0.5, 2.0)
+    made = make_projectors(3, 24, 32, bias=True, seed=0, without=(0,))
+    assert made is not None
+    projectors = made.double()
+    settings: dict[str, Any] = dict(pair_weights=weights, scales=scales, projectors=projectors, dtype=torch.float64)
+    settings["checkpointing"] = checkpointing
+    distance = [terms_of(mix) for mix in LISTED]
+    loss, sums, grads, module = _run(tiny, narrow, distance, report=True, **settings)
+    assert {name for name, _ in module.named_parameters() if "projectors" in name} == {
+        f"projectors.{number}.{part}" for number in (1, 2) for part in ("weight", "bias")
+    }
+
+    batch, student, teacher = _batch(), _load(narrow).double(), _load(tiny / "teacher").double()
+    inputs = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids)
+    states: dict[str, dict[int, torch.Tensor]] = {"student": {}, "teacher": {}}
+    for name, model in (("student", student), ("teacher", teacher)):
+        for number, block in enumerate(model_parts.blocks(model)):
+            block.register_forward_hook(functools.partial(_hold, states[name], number))
+        model(**inputs)
+    projectors.zero_grad()
+    values: list[torch.Tensor] = []
+    squares: dict[str, torch.Tensor] = {name: torch.zeros(()) for name in ("gram", "cka", "mse", "procrustes")}
+    for (i, j), mix, projector, weight in zip(pairs, LISTED, projectors, weights, strict=True):
+        state, target = states["student"][i], states["teacher"][j].detach().flatten(0, 1)[batch.attended_at]
+        seen = {name: state if name in WIDTH_FREE else projector(state) for name in mix}
+        parts = {name: plain({name: mix[name]}, seen[name].flatten(0, 1)[batch.attended_at], target) for name in mix}
+        for name, part in parts.items():
+            (gradient,) = torch.autograd.grad(3.0 * weight * part, state, retain_graph=True)
+            squares[name] = squares[name] + gradient.square().sum()
+        values.append(torch.stack([*parts.values()]).sum())
+    expected = 3.0 * sum(weight * value for weight, value in zip(weights, values, strict=True))
+    assert isinstance(expected, torch.Tensor)
+    expected.backward()
+    plainly = {f"projectors.{name}": p.grad for name, p in projectors.named_parameters()}
+    plainly |= {f"model.{name}": p.grad for name, p in student.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(sums[2:], torch.stack(values).detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(grads, plainly, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(module.squares[5:9], torch.stack([*squares.values()]), rtol=1e-7, atol=0)
+
+
+def test_a_student_whose_sums_were_reweighed_is_one_with_these_weights(tiny: Path, narrow: Path) -> None:
+    """A weight of 0 leaves out its term, and where all have come to 0 projectors get zeros, not nothing."""
+
+    def run(mix: dict[str, float], divergences: dict[str, float], to: Any = None) -> Any:
+        projectors = make_projectors(3, 24, 32, bias=True, seed=0)
+        settings: dict[str, Any] = dict(projectors=projectors, divergence=with_parameters(divergences, {}), report=True)
+        return _run(tiny, narrow, mix, reweighed=to, **settings)
+
+    before, kls = {"procrustes": 1.0, "mse": 0.3, "cosine": 1.0}, {"forward_kl": 1.0, "reverse_kl": 1.0}
+    after, kls_after = {"procrustes": 0.0, "mse": 0.7, "cosine": 0.1}, {"forward_kl": 0.0, "reverse_kl": 2.0}
+    to = [terms_of(after)] * 3, with_parameters(kls_after, {})
+    loss, sums, grads, module = run(before, kls, to)
+    left = {name: weight for name, weight in after.items() if weight}
+    expected_loss, expected_sums, expected_grads, expected = run(left, {"reverse_kl": 2.0})
+    torch.testing.assert_close((loss, sums, grads), (expected_loss, expected_sums, expected_grads))
+    assert module.squares[5] == module.squares[8] == 0  # procrustes and forward KL
+    torch.testing.assert_close(module.squares[6:8], expected.squares[5:7])
+
+    nothing = [terms_of(dict.fromkeys(before, 0.0))] * 3, with_parameters(dict.fromkeys(kls, 0.0), {})
+    _, sums, grads, _ = run(before, kls, nothing)
+    assert not sums[1:].any()
+    projectors = [grads[f"projectors.{n}.{part}"] for n in range(3) for part in ("weight", "bias")]
+    assert not any(gradient.any() for gradient in projectors)
 
 
 def test_the_teachers_cross_entropy_is_heard_when_asked_for(tiny: Path, copied: Path) -> None:

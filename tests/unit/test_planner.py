@@ -21,6 +21,7 @@ from llmkd.matching import distance_sum, terms_of
 from llmkd.model_parts import blocks
 from llmkd.placements import Cost, compare, recommended
 from llmkd.planner import GIB
+from llmkd.student import make_projectors
 from tests.tensor_bytes import TensorBytes
 
 QWEN3_8B: dict[str, Any] = {
@@ -302,6 +303,22 @@ def test_a_set_level_distance_takes_what_is_planned(
     together = planner.distance_rows(alone.changed({"matching.scope": "batch"}), shape, shape, [(0, 1)], ranks=4)
     assert together[1].bytes == 4 * planner.distance_rows(alone, shape, shape, [(0, 1)], ranks=1)[1].bytes
     assert len(planner.distance_rows(changed.changed({"matching.distance": "mse"}), shape, shape, [(0, 1)], 1)) == 1
+
+
+def test_each_pairs_distances_and_projector_are_counted(recipe: Recipe) -> None:
+    """Of three pairs one has a projector alone, one a distance beside it too, one none."""
+    changed = recipe.changed({"matching.distance": ["mse", {"mse": 1.0, "gram": 1.0}, "cka"], "data.max_length": 8})
+    wide = model_shapes.shapes(Qwen3Config(**SMALL))
+    narrow, pairs = replace(wide, hidden=wide.hidden // 2), [(0, 1), (1, 3), (2, 5)]
+    tokens, size = 8 * recipe.train.micro_batch_size, planner.DTYPES[recipe.train.dtype].itemsize
+    rows = planner.distance_rows(changed, narrow, wide, pairs, ranks=1)
+    assert rows[0].bytes == tokens * size * (2 * wide.hidden + 2 * narrow.hidden)
+    rows = planner.distance_rows(changed, wide, wide, pairs, ranks=1)
+    assert rows[0].bytes == tokens * size * 3 * wide.hidden
+    projectors = make_projectors(3, 24, 32, bias=False, seed=0, without=changed.matching.unprojected(3))
+    assert projectors is not None and sum(p.numel() for p in projectors.parameters()) == 2 * 24 * 32
+    assert planner.projected_parameters(changed, narrow, wide, pairs) == 2 * narrow.hidden * wide.hidden
+    assert planner.projected_parameters(changed, wide, wide, pairs) == 0
 
 
 def test_a_pipeline_of_qwen3_8b_sends_a_tenth_of_zero3_s_bytes_at_most() -> None:

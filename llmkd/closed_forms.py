@@ -114,6 +114,7 @@ def mixed(
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of the parts' values and of their gradients; each but the last is given buffers of its own to spoil."""
     value, gradient = torch.zeros_like(q[:, 0]), torch.zeros_like(q)
+    parts = tuple(part for part in parts if part[1])  # what has come to weigh nothing is not run
     for number, (divergence, weight) in enumerate(parts):
         form = closed_form(divergence)
         assert form is not None

@@ -10,17 +10,18 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from llmkd.errors import InputError
+from llmkd.matching import KNOWN
 from llmkd.sections.base import Section
 from llmkd.sections.models import Student, Teacher
-from llmkd.sections.objective import Loss, Matching, Stones
+from llmkd.sections.objective import Loss, Matching, Stones, within
 from llmkd.sections.run import Cache, Data, Finetune, Train
 from llmkd.sections.scores import Evaluation, Study
 
@@ -81,6 +82,22 @@ class Recipe(Section):
                 "loss.schedules.temperature: dynamic reads the student's own cross-entropy, and with loss.ce and loss.kl at 0 its head is "
                 "not run; write loss.ce: 1e-6, say, or another shape"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _schedules_move_something(self) -> Recipe:
+        schedules = self.loss.schedules
+        if schedules is None:
+            return self
+        within("distance", "hidden", schedules.distances, self.matching.distances, KNOWN)
+        of_stones = self.stones is not None and (self.stones.kl > 0 or self.stones.cross > 0)
+        for key, there, cure in (
+            ("stones", self.stones is not None, "lays no stones; add the section stones"),
+            ("distances", self.loss.hidden > 0, "compares no states, as loss.hidden is 0; give it a weight"),
+            ("divergences", self.loss.kl > 0 or of_stones, "takes no divergence, as loss.kl is 0; give it a weight"),
+        ):
+            if getattr(schedules, key) is not None and not there:
+                raise ValueError(f"loss.schedules.{key}: the recipe {cure}, or leave the schedule out")
         return self
 
     @model_validator(mode="after")
@@ -206,6 +223,9 @@ def training_inputs(recipe: Recipe) -> dict[str, Any]:
     for key in ("architecture", "offload_states", "share_cache", "stages"):  # stages, like ranks, change nothing
         values["teacher"].pop(key)
     values["loss"] = {key: value for key, value in values["loss"].items() if value is not None}
+    for key in ("stones", "distances", "divergences"):  # schedules that came later
+        if "schedules" in values["loss"] and values["loss"]["schedules"][key] is None:
+            values["loss"]["schedules"].pop(key)
     for key in (
         "decoder_blocks",
         "classifier",
@@ -358,12 +378,21 @@ def _section_at(location: Sequence[Any]) -> type[Section] | None:
     """The class of the section at this place of a recipe; None where a value stands there."""
     section: Any = Recipe
     for part in location:
+        if get_origin(section) is dict:  # of sections by name
+            section = section.__args__[1]
+            continue
+        if section not in _sections((section,)):
+            return None
         annotation = section.model_fields[part].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]
-        section = next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
-        if section is None:
-            return None
-    return section
+        section = next(iter(_sections(options)), None) or next(
+            (o for o in options if get_origin(o) is dict and _sections(o.__args__)), None
+        )
+    return next(iter(_sections((section,))), None)
+
+
+def _sections(options: Iterable[Any]) -> list[type[Section]]:
+    return [o for o in options if isinstance(o, type) and issubclass(o, Section)]
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -54,6 +54,10 @@ class LossHead(nn.Module):
         gradients, self._gradients = self._gradients, []
         return gradients or [None] * (2 + len(parts))
 
+    def compare_by(self, divergence: Divergence) -> None:
+        """From now on compare logits by this divergence."""
+        self._divergence = divergence
+
     @property
     def divergences(self) -> tuple[tuple[Divergence, float], ...]:
         """The divergences of a sum with their weights; none where there is one divergence."""

@@ -127,7 +127,7 @@ class _DistanceSum(torch.autograd.Function):
         ours, theirs = student.flatten(0, 1), teacher.flatten(0, 1)
         wide = torch.promote_types(torch.promote_types(ours.dtype, theirs.dtype), torch.float32)
         gradient = ours.new_empty(at.numel(), ours.shape[1])
-        by_token, by_set = ([t for t in terms if t.of_set == whole] for whole in (False, True))
+        by_token, by_set = ([t for t in terms if t.of_set == whole and t.weight] for whole in (False, True))
         value = gradient.new_zeros((), dtype=wide)
         if by_token:
             value = value + _by_token(ours, theirs, at, by_token, gradient, wide)
@@ -136,6 +136,10 @@ class _DistanceSum(torch.autograd.Function):
             of_sets, slope = _by_set(ours[at], theirs[at], by_set, wide, all_rows, stand)
             value = value + of_sets
             gradient = gradient.add_(slope) if by_token else gradient.copy_(slope)
+        if not (
+            by_token or by_set
+        ):  # all have come to weigh nothing: a gradient of zeros, for an engine would repeat its last
+            gradient.zero_()
         # Not save_for_backward: activation checkpointing would drop these and ask for the teacher's state again.
         ctx.gradient, ctx.at, ctx.shape, ctx.factor = gradient, at, student.shape, factor
         return value if factor == 1 else value * factor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from llmkd.distributed import World, on_main, sum_tensor
+from llmkd.divergences import with_parameters
 from llmkd.jobs import Job
-from llmkd.matching import draw_seed
+from llmkd.matching import draw_seed, terms_of
 from llmkd.metrics import forget_after
 from llmkd.objective import PARTS, Change, Divisors, Weights, weights_of_step
 from llmkd.recipe_map import pair_names
 from llmkd.schedules import dynamic_temperature
+from llmkd.sections.objective import Schedule
 from llmkd.student import Distiller
 
 TEMPERATURES = "temperature.jsonl"
@@ -35,6 +37,9 @@ class Steering:
         self._changes = (
             {} if schedules is None else {part: c for part in PARTS if (c := schedules.change(part)) is not None}
         )
+        self._of_stones = None if schedules is None else schedules.change("stones")
+        self._distances = {} if schedules is None else moving(schedules.distances)
+        self._divergences = {} if schedules is None else moving(schedules.divergences)
         self._temperature: Change | None = None
         self._dynamic: DynamicTemperature | None = None
         settings = None if schedules is None else schedules.temperature
@@ -54,6 +59,32 @@ class Steering:
         """The weights of the loss at this step (from 1)."""
         self._step, self._squares, self._heard = step, None, None
         return weights_of_step(self._job.weights, self._changes, step - 1, self._steps)
+
+    @property
+    def weight_of_stones(self) -> float:
+        """The factor on all stones' weights in this step."""
+        return 1.0 if self._of_stones is None else self._of_stones.at(self._step - 1, self._steps, 1.0)
+
+    def reweigh(self, module: Distiller) -> None:
+        """Tell the student this step's weights within its sums of distances and of divergences, where these move."""
+        terms = [terms_of(mix) for mix in self._mixes()] if self._distances else None
+        divergence = None
+        if self._divergences:
+            loss = self._job.recipe.loss
+            divergence = with_parameters(self._moved(loss.divergences, self._divergences), loss.parameters)
+        module.reweigh(terms, divergence)
+
+    def _mixes(self) -> list[dict[str, float]]:
+        """The weights of each pair's distances in this step."""
+        mixes = self._job.recipe.matching.mixes_of(len(self._job.pairs))
+        return [self._moved(mix, self._distances) for mix in mixes]
+
+    def _moved(self, mix: Mapping[str, float], changes: Mapping[str, Change]) -> dict[str, float]:
+        """The weights of a sum in this step, each from the recipe's on."""
+        return {
+            name: changes[name].at(self._step - 1, self._steps, weight) if name in changes else weight
+            for name, weight in mix.items()
+        }
 
     def options(self, micro_batch: int) -> dict[str, Any]:
         """What the student is told beside a micro-batch of this step."""
@@ -127,10 +158,30 @@ class Steering:
         said: dict[str, Any] = {}
         if self._temperature is not None or self._dynamic is not None:
             said["temperature"] = self.temperature
+        if weights := self._weights_now():
+            said["weights"] = weights
+        return said
+
+    def _weights_now(self) -> dict[str, float]:
+        """The weights that move, by name; a distance's by pair where the pairs' differ."""
+        found: dict[str, float] = {}
         if self._changes:
             now = weights_of_step(self._job.weights, self._changes, self._step - 1, self._steps)
-            said["weights"] = {part: getattr(now, part) for part in self._changes}
-        return said
+            found |= {part: getattr(now, part) for part in self._changes}
+        if self._of_stones is not None:
+            found["stones"] = self.weight_of_stones
+        pairs = pair_names(self._job.pairs, self._job.encoders, redraws=self._job.redraws)
+        for name in self._distances:
+            of_pairs = {pair: mix[name] for pair, mix in zip(pairs, self._mixes(), strict=True) if name in mix}
+            alike = len(set(of_pairs.values())) == 1
+            found |= {name if alike else f"{name} of {pair}": weight for pair, weight in of_pairs.items()}
+        divergences = self._moved(self._job.recipe.loss.divergences, self._divergences)
+        return found | {name: divergences[name] for name in self._divergences}
+
+
+def moving(schedules: Mapping[str, Schedule] | None) -> dict[str, Change]:
+    """Those of the schedules by which anything changes."""
+    return {name: one.change for name, one in (schedules or {}).items() if one.change is not None}
 
 
 class DynamicTemperature:

@@ -114,7 +114,8 @@ class Stones(nn.Module):
         self._one = one
         self._seed = seed
         self._states: dict[int, Tensor] | None = None
-        self._factors: dict[int, float] = {}  # of the step's stones
+        self._factors: dict[int, float] | None = None  # of the step's stones; None before the first step
+        self._weight = 1.0  # of all stones in this step
         self._scales = (0.0, 0.0)
         self._squares: dict[tuple[int, str], Tensor] = {}  # of the step, by stone (n: the student) and part
         self._reset()
@@ -134,15 +135,26 @@ class Stones(nn.Module):
 
         return keep
 
-    def begin(self, step: int, *, trained: int, compared: int, ranks: int) -> None:
-        """Choose the stones of a step (from 0); the global counts of positions with a target and with a divergence divide the sums."""
+    def begin(self, step: int, *, trained: int, compared: int, ranks: int, weight: float = 1.0) -> None:
+        """Choose the stones of a step (from 0); the global counts of positions with a target and with a divergence divide the sums.
+
+        `weight`: a factor on the whole objective in this step; at 0 no stone is run.
+        """
         weights = shares(len(self.pairs))
         self._factors = {drawn(len(weights), self._seed, step): sum(weights)} if self._one else dict(enumerate(weights))
-        self._scales = (ranks / trained, ranks / compared)
+        if weight == 0:
+            self._factors = {}
+        self._weight = weight
+        self._scales = (ranks * weight / trained, ranks * weight / compared)
         self._squares = {}
         self._divisors = [a + b for a, b in zip(self._divisors, (trained, compared, compared), strict=True)]
+        self._crossed += compared if self._factors else 0
         for number in self._factors:
             self._own[number] = [a + b for a, b in zip(self._own[number], (trained, compared, compared), strict=True)]
+
+    def compare_by(self, divergence: Divergence) -> None:
+        """From now on compare logits by this divergence."""
+        self._comparison = replace(self._comparison, divergence=divergence)
 
     def open(self) -> None:
         """A pass of the student begins."""
@@ -165,15 +177,17 @@ class Stones(nn.Module):
         """
         states, self._states = self._states, None
         assert states is not None
-        if not self._factors:
+        if self._factors is None:
             return final.new_zeros((), dtype=torch.float32)
         assert signal is not None and signal.upper is not None and signal.head is not None
         connected = {number: self._connected(number, states) for number in range(len(self.pairs))}
         loss = final.new_zeros((), dtype=torch.float32)
-        if self._one:
+        if self._one or not self._factors:
             # ZeRO-3 repeats a parameter's last gradient where a step gives it none: what no drawn stone reaches gets one of zeros.
             idle = [connected.pop(n) for n in range(len(self.pairs)) if n not in self._factors]
             loss = torch.stack([nothing.float().sum() for nothing in (*idle, final[:, :0])]).sum()
+        if not self._factors:
+            return loss
         ensemble = self._ensemble(connected, batch, signal) if self._weights.cross else None
         how = self._comparison if temperature is None else replace(self._comparison, temperature=temperature)
         with signal.head() as lent:
@@ -195,6 +209,7 @@ class Stones(nn.Module):
     def _connected(self, number: int, states: dict[int, Tensor]) -> Tensor:
         """A stone's state [B, T, H_t] at teacher width; of a stone that is not of the step, [B, 0, H_t]."""
         state = states[self.pairs[number][0]]
+        assert self._factors is not None
         return self.connectors[number](state if number in self._factors else state[:, :0])
 
     @torch.no_grad()
@@ -283,34 +298,43 @@ class Stones(nn.Module):
     # What is logged
 
     def _reset(self) -> None:
-        self._sums: Tensor | None = None  # [n + 1, 3], the last row the student's own cross term
+        self._sums: Tensor | None = (
+            None  # [2, n + 1, 3], bare and times the step's weight; the last row: the student's cross
+        )
+        self._crossed = 0
         self._divisors = [0, 0, 0]
         self._own = [[0, 0, 0] for _ in self.pairs]
 
     def _add(self, number: int, sums: Tensor) -> None:
         if self._sums is None:
-            self._sums = torch.zeros(len(self.pairs) + 1, len(PARTS), dtype=torch.float64, device=sums.device)
-        self._sums[number] += sums
+            self._sums = torch.zeros(2, len(self.pairs) + 1, len(PARTS), dtype=torch.float64, device=sums.device)
+        self._sums[0, number] += sums
+        self._sums[1, number] += sums.double() * self._weight
 
     def flush(self, world: World) -> dict[str, float]:
         """The interval's means over all ranks (all ranks take part): `stones`, their weighted loss, and each stone's parts by name.
 
-        A stone that was not drawn in the interval is left out. `stones` counts it as 0 then, so that it, too, is unbiased.
+        A stone that was not drawn in the interval is left out. `stones` counts it as 0 then, so that it, too, is unbiased. In `stones` each
+        step has its weight, elsewhere none.
         """
-        assert self._sums is not None
-        *rows, own_cross = sum_tensor(world, self._sums).tolist()
+        if self._sums is None:  # the stones weighed nothing
+            self._reset()
+            return {"stones": 0.0}
+        (*rows, own_cross), (*weighted, cross) = sum_tensor(world, self._sums).tolist()
         given = (self._weights.ce, self._weights.kl, self._weights.cross)
         all_shares = shares(len(self.pairs))
         factors = [sum(all_shares)] * len(rows) if self._one else all_shares
-        total = given[2] * own_cross[2] / self._divisors[2]
+        total = given[2] * cross[2] / self._divisors[2]
         values: dict[str, float] = {}
-        for (student, teacher), sums, factor, own in zip(self.pairs, rows, factors, self._own, strict=True):
-            total += factor * sum(w * s / by for w, s, by in zip(given, sums, self._divisors, strict=True))
+        for (student, teacher), sums, counted, factor, own in zip(
+            self.pairs, rows, weighted, factors, self._own, strict=True
+        ):
+            total += factor * sum(w * s / by for w, s, by in zip(given, counted, self._divisors, strict=True))
             if own[0]:
                 read = zip(PARTS, given, sums, own, strict=True)
                 values |= {f"stones/{student}<{teacher}/{part}": s / by for part, w, s, by in read if w}
         if given[2]:
-            values["stones/student/cross"] = own_cross[2] / self._divisors[2]
+            values["stones/student/cross"] = own_cross[2] / self._crossed
         self._reset()
         return {"stones": total, **values}
 

@@ -182,6 +182,15 @@ class Distiller(nn.Module):
         assert [student for student, _ in pairs] == [student for student, _ in self._pairs]
         self._pairs = tuple(pairs)
 
+    def reweigh(self, terms: Sequence[Sequence[Term]] | None, divergence: Divergence | None) -> None:
+        """From now on learn by these terms of each pair, and by this divergence; None leaves them."""
+        if terms is not None:
+            self._terms = of_each_pair(terms, len(self._pairs))
+        if divergence is not None:
+            self.loss_head.compare_by(divergence)
+            if self.stones is not None:
+                self.stones.compare_by(divergence)
+
     def _matcher(self, block: int) -> Callable[[Tensor], None]:
         def match(state: Tensor) -> None:
             if torch.is_grad_enabled() or not self.training:

@@ -84,13 +84,15 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         counts += [sum(batch.source_count for batch in micro_batches), int(stopping.asked)]
         trained, attended, source, asked_to_stop = sum_counts(world, counts)  # all ranks, on the CPU
         weights = steering.begin(step)
+        steering.reweigh(module)
         by = divisors(weights, trained=trained, attended=attended, pairs=len(job.pairs))
         for group in student.optimizer.param_groups:
             group["lr"] = run.rate(step - 1)
         if job.redraws:
             build.rematch(job, step - 1, module, teacher)
         if module.stones is not None:
-            module.stones.begin(step - 1, trained=by.ce, compared=by.kl, ranks=world.size)
+            counts_of = dict(trained=by.ce, compared=by.kl)
+            module.stones.begin(step - 1, **counts_of, ranks=world.size, weight=steering.weight_of_stones)
 
         for number, batch in enumerate(micro_batches):
             batch = batch.to(world.device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -150,11 +151,32 @@ class Schedules(Section):
     kl: Schedule | None = None
     hidden: Schedule | None = None
     temperature: TemperatureSchedule | None = None
+    stones: Schedule | None = None
+    """A factor on all weights of `stones`, from 1."""
+    distances: dict[str, Schedule] | None = None
+    """By name, the weight of a distance within matching.distance, in each pair from its own: {procrustes: {shape: linear, final: 0.0}}."""
+    divergences: dict[str, Schedule] | None = None
+    """By name, the weight of a divergence within the sum that loss.divergence is."""
 
     def change(self, part: str) -> Change | None:
-        """How the weight of ce, kl or hidden moves, if it does."""
+        """How the weight of ce, kl or hidden moves, or the factor on stones, if it does."""
         found: Schedule | None = getattr(self, part)
         return None if found is None else found.change
+
+
+def within(
+    what: str, part: str, schedules: dict[str, Schedule] | None, names: tuple[str, ...], known: Mapping[str, Any]
+) -> None:
+    """Raise ValueError where the weight of a distance or divergence moves that is none of several."""
+    where = f"loss.schedules.{what}s"
+    for name in schedules or {}:
+        one_of(where, name, known)
+        if len(names) == 1:
+            raise ValueError(
+                f"{where}.{name}: there is one {what}, {names[0]}, which has no weight beside another; write loss.schedules.{part}"
+            )
+        if name not in names:
+            raise ValueError(f"{where}.{name}: it is not among {', '.join(names)}; name one of these, or leave it out")
 
 
 class Loss(Section):
@@ -192,6 +214,8 @@ class Loss(Section):
                     f"loss.schedules.{part}: it starts at loss.{part}, which is 0, and a part that begins without weight is left out of "
                     f"the run; write loss.{part}: 1e-6, say, or leave the schedule out"
                 )
+        if self.schedules is not None:
+            within("divergence", "kl", self.schedules.divergences, tuple(self.divergences), DIVERGENCES)
         dynamic = None if self.schedules is None else self.schedules.temperature
         low, high = (None, None) if dynamic is None else (dynamic.minimum, dynamic.maximum)
         if (low or self.temperature / 2) > (high or self.temperature):

@@ -50,6 +50,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
             "ce": {"shape": "linear", "final": 0.0, "until": 0.5},
             "kl": {"shape": "cosine", "final": 0.0, "until": 0.7},
             "hidden": {"shape": "linear", "final": 6.0},
+            "distances": {"procrustes": {"shape": "linear", "final": 0.0}},
+            "divergences": {"reverse_kl": {"shape": "linear", "final": 1.0}},
             "temperature": {"shape": "linear", "final": 3.0},
         },
         "loss.report_norms_every": 2,
@@ -64,7 +66,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "loss.hidden": 0.0,
         "loss.kl": 0.0,
         "loss.temperature": 4.0,
-        "loss.schedules": {"temperature": {"shape": "dynamic", "every": 2, "maximum": 6.0}},
+        "loss.schedules": {
+            "temperature": {"shape": "dynamic", "every": 2, "maximum": 6.0},
+            "stones": {"shape": "linear", "final": 0.5},
+        },
         "loss.report_norms_every": 2,
         "stones": {"ce": 0.3, "kl": 0.7, "cross": 0.2, "connector_batches": 2},
         "teacher.placement": "zero3",
@@ -248,6 +253,8 @@ def test_schedules_say_where_they_are(runs: Path) -> None:
     assert [line["weights"]["ce"] for line in lines] == pytest.approx([1.0, 0.5, 0, 0, 0, 0])
     assert [line["weights"]["kl"] for line in lines] == pytest.approx([1.0, 0.75, 0.25, 0, 0, 0])
     assert [line["weights"]["hidden"] for line in lines] == pytest.approx([3.0, 3.6, 4.2, 4.8, 5.4, 6.0])
+    assert [line["weights"]["procrustes"] for line in lines] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+    assert [line["weights"]["reverse_kl"] for line in lines] == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
     for line in lines:
         total = sum(line["weights"][part] * line[part] for part in ("ce", "kl", "hidden"))
         assert line["loss"] == pytest.approx(total)
@@ -269,6 +276,7 @@ def test_stones_of_a_measured_map_follow_a_dynamic_temperature_and_say_their_nor
     assert [line["temperature"] for line in lines] == [4.0, 4.0, *[c["temperature"] for c in changes[:2] for _ in "ab"]]
     assert len({change["temperature"] for change in changes}) == 3
     assert [change["student_ce"] for change in changes] == pytest.approx([line["ce"] for line in lines[1::2]])
+    assert [line["weights"]["stones"] for line in lines] == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
     for step, line in enumerate(lines, start=1):
         assert ("norms" in line) == (step % 2 == 0)
         if "norms" in line:
@@ -288,6 +296,7 @@ def test_norms_are_reported_at_their_steps(runs: Path) -> None:
     for kind, names in (("distances", ["procrustes", "normalized_mse"]), ("divergences", ["forward_kl", "reverse_kl"])):
         assert list(lines[1]["norms"][kind]) == names and all(norm > 0 for norm in lines[1]["norms"][kind].values())
     assert list(lines[5]["norms"]["divergences"].values()) == [0, 0]
+    assert lines[5]["norms"]["distances"]["procrustes"] == 0 < lines[5]["norms"]["distances"]["normalized_mse"]
     said = (runs / "whole" / "rank0.log").read_text()
     assert "norms ce:" in said and " procrustes:" in said and " reverse_kl:" in said
 

@@ -113,6 +113,36 @@ def test_file_that_is_no_text_and_missing_file(tmp_path: Path) -> None:
         (["loss.temperature=0"], "loss.temperature: input should be greater than 0 (got 0)"),
         (["matching.distance={mse: 1.0, l2: 1.0}"], "matching.distance: 'l2' is not known; choose from"),
         (["matching.distance={mse: 0}"], "matching.distance.mse: a weight of 0.0; write a number above 0, or leave"),
+        (
+            ["loss.schedules.distances={mse: {final: 0.0}}"],
+            "loss.schedules.distances.mse: there is one distance, normalized_mse, which has no weight beside another; write "
+            "loss.schedules.hidden",
+        ),
+        (
+            ["matching.distance=[mse, cka]", "loss.schedules.distances={gram: {final: 0.0}}"],
+            "loss.schedules.distances.gram: it is not among mse, cka; name one of these, or leave it out",
+        ),
+        (
+            ["loss.schedules.distances={mse: {shap: linear}}"],
+            "unknown key 'loss.schedules.distances.mse.shap'; did you mean 'shape'?",
+        ),
+        (
+            ["loss.schedules.divergences={tvd: 3}"],
+            "loss.schedules.divergences.tvd: a section is a mapping of keys (got 3)",
+        ),
+        (["loss.schedules.distances={l2: {final: 0.0}}"], "loss.schedules.distances: 'l2' is not known; choose from"),
+        (
+            ["loss.divergence={tvd: 1, jsd: 1}", "loss.schedules.divergences={akl: {final: 0.0}}"],
+            "loss.schedules.divergences.akl: it is not among tvd, jsd; name one of these, or leave it out",
+        ),
+        (
+            ["loss.schedules.stones={final: 0.0}"],
+            "loss.schedules.stones: the recipe lays no stones; add the section stones, or leave the schedule out",
+        ),
+        (
+            ["matching.distance=[mse, cka]", "loss.schedules.distances={mse: {final: 0.0}}", "loss.hidden=0"],
+            "loss.schedules.distances: the recipe compares no states, as loss.hidden is 0; give it a weight, or leave",
+        ),
         (["matching.distance=[mse, l2]"], "matching.distance[1]: 'l2' is not known; choose from"),
         (
             ["matching.distance=[]"],
@@ -475,6 +505,18 @@ def test_mixes_and_schedules_are_read_and_noticed(recipe: Path) -> None:
     named = {key for key in same.keys() | other.keys() if same.get(key) != other.get(key)}
     assert {"matching.distance.mse", "loss.divergence.reverse_kl", "loss.schedules.hidden.until"} <= named
     assert load_recipe_again(mixed, recipe.parent) == mixed
+
+
+def test_a_schedule_that_came_later_is_noticed_where_it_is_asked_for(recipe: Path) -> None:
+    """And a run with schedules that was begun before it came goes on."""
+    begun = ["matching.distance={cka: 1, mse: 1}", "loss.schedules.hidden={final: 0.0}"]
+    old = training_inputs(load_recipe(recipe, begun))
+    assert {key for key in old if key.startswith("loss.schedules.")} == {
+        *(f"loss.schedules.{part}" for part in ("ce", "kl", "temperature")),
+        *(f"loss.schedules.hidden.{key}" for key in ("shape", "final", "until")),
+    }
+    new = training_inputs(load_recipe(recipe, [*begun, "loss.schedules.distances.mse={final: 2.0}"]))
+    assert new["loss.schedules.distances.mse.final"] == 2.0 and new.items() > old.items()
 
 
 def test_a_list_of_distances_is_one_for_each_pair(recipe: Path) -> None:

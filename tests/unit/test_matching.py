@@ -196,9 +196,12 @@ def _run(tiny: Path, folder: Path, mix: Any, report: bool = False, **changes: An
         positions="attended", normed_last=False, divergence=forward_kl, temperature=1.0, kl_positions="trained", chunk=4
     )
     pairs = changes.pop("pairs", ((0, 4), (1, 1), (2, 5)))
+    reweighed = changes.pop("reweighed", None)
     scales = changes.pop("scales", (1.0, 1.0, 3.0))
     distance = terms_of(mix) if isinstance(mix, dict) else mix
     module = Distiller(student, pairs, distance=distance, **{**settings, **changes}).train()
+    if reweighed is not None:
+        module.reweigh(*reweighed)
     normed = bool(changes.get("normed_last"))
     source = ResidentTeacher(
         _load(tiny / "teacher").to(dtype), [t for _, t in pairs], normed_last=normed, ds_config=None
@@ -344,7 +347,8 @@ def test_a_distance_of_its_own_for_each_pair(tiny: Path, narrow: Path, checkpoin
             block.register_forward_hook(functools.partial(_hold, states[name], number))
         model(**inputs)
     projectors.zero_grad()
-    values, squares = [], dict.fromkeys(("gram", "cka", "mse", "procrustes"), torch.zeros(()))
+    values: list[torch.Tensor] = []
+    squares: dict[str, torch.Tensor] = {name: torch.zeros(()) for name in ("gram", "cka", "mse", "procrustes")}
     for (i, j), mix, projector, weight in zip(pairs, LISTED, projectors, weights, strict=True):
         state, target = states["student"][i], states["teacher"][j].detach().flatten(0, 1)[batch.attended_at]
         seen = {name: state if name in WIDTH_FREE else projector(state) for name in mix}
@@ -362,6 +366,31 @@ def test_a_distance_of_its_own_for_each_pair(tiny: Path, narrow: Path, checkpoin
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-9, atol=0)
     torch.testing.assert_close(grads, plainly, rtol=1e-7, atol=1e-12)
     torch.testing.assert_close(module.squares[5:9], torch.stack([*squares.values()]), rtol=1e-7, atol=0)
+
+
+def test_a_student_whose_sums_were_reweighed_is_one_with_these_weights(tiny: Path, narrow: Path) -> None:
+    """A weight of 0 leaves out its term, and where all have come to 0 projectors get zeros, not nothing."""
+
+    def run(mix: dict[str, float], divergences: dict[str, float], to: Any = None) -> Any:
+        projectors = make_projectors(3, 24, 32, bias=True, seed=0)
+        settings: dict[str, Any] = dict(projectors=projectors, divergence=with_parameters(divergences, {}), report=True)
+        return _run(tiny, narrow, mix, reweighed=to, **settings)
+
+    before, kls = {"procrustes": 1.0, "mse": 0.3, "cosine": 1.0}, {"forward_kl": 1.0, "reverse_kl": 1.0}
+    after, kls_after = {"procrustes": 0.0, "mse": 0.7, "cosine": 0.1}, {"forward_kl": 0.0, "reverse_kl": 2.0}
+    to = [terms_of(after)] * 3, with_parameters(kls_after, {})
+    loss, sums, grads, module = run(before, kls, to)
+    left = {name: weight for name, weight in after.items() if weight}
+    expected_loss, expected_sums, expected_grads, expected = run(left, {"reverse_kl": 2.0})
+    torch.testing.assert_close((loss, sums, grads), (expected_loss, expected_sums, expected_grads))
+    assert module.squares[5] == module.squares[8] == 0  # procrustes and forward KL
+    torch.testing.assert_close(module.squares[6:8], expected.squares[5:7])
+
+    nothing = [terms_of(dict.fromkeys(before, 0.0))] * 3, with_parameters(dict.fromkeys(kls, 0.0), {})
+    _, sums, grads, _ = run(before, kls, nothing)
+    assert not sums[1:].any()
+    projectors = [grads[f"projectors.{n}.{part}"] for n in range(3) for part in ("weight", "bias")]
+    assert not any(gradient.any() for gradient in projectors)
 
 
 def test_the_teachers_cross_entropy_is_heard_when_asked_for(tiny: Path, copied: Path) -> None:

@@ -393,6 +393,48 @@ def test_the_expected_gradient_of_a_sampled_stone_is_that_of_all(teacher: Any, s
     assert {f"stones/{s}<{t}/kl" for s, t in PAIRS} <= told.keys()
 
 
+@pytest.mark.parametrize("one", [False, True])
+def test_a_weight_of_all_stones_scales_their_loss_and_at_0_leaves_zeros(
+    teacher: Any, student: Any, world: Any, one: bool
+) -> None:
+    batch, source = _batch(), _source(teacher)
+    parameters = [p for n, p in student.named_parameters() if n != "lm_head.weight"]
+    found = {}
+    for weight in (1.0, 0.25, 0.0):
+        stones = _stones(student, teacher, one=one, cross=0.0 if one else CROSS)
+        stones.begin(0, trained=batch.counts[0], compared=batch.counts[0], ranks=1, weight=weight)
+        loss, _ = _distiller(student, stones)(batch, source.signals(batch), (0.0, 0.0, 0.0))
+        grads = torch.autograd.grad(loss, [*parameters, *stones.parameters()], allow_unused=True)
+        found[weight] = loss.item(), grads, stones.flush(world)
+    whole, (loss, grads, told) = found[1.0], found[0.25]
+    assert loss == pytest.approx(whole[0] / 4, rel=1e-12) and told["stones"] == pytest.approx(loss, rel=1e-12)
+    assert {key: value for key, value in told.items() if key != "stones"} == pytest.approx(
+        {key: value for key, value in whole[2].items() if key != "stones"}
+    )
+    for ours, theirs in zip(grads, whole[1], strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            torch.testing.assert_close(ours, theirs / 4, rtol=1e-9, atol=1e-14)
+    loss, grads, told = found[0.0]
+    assert loss == 0 and told == {"stones": 0.0}
+    assert all(g is not None and not g.any() for g in grads)
+
+
+def test_stones_that_cease_are_logged_by_their_steps(teacher: Any, student: Any, world: Any) -> None:
+    """The loss over all steps of the interval, each part over those in which it was run."""
+    batch, source, stones = _batch(), _source(teacher), _stones(student, teacher, cross=CROSS)
+    module, losses = _distiller(student, stones), []
+    for step, weight in enumerate((1.0, 0.5, 0.0)):
+        stones.begin(step, trained=batch.counts[0], compared=batch.counts[0], ranks=1, weight=weight)
+        losses.append(module(batch, source.signals(batch), (0.0, 0.0, 0.0))[0].item())
+    told = stones.flush(world)
+    assert told["stones"] == pytest.approx(sum(losses) / 3, rel=1e-10)
+    stones.begin(3, trained=batch.counts[0], compared=batch.counts[0], ranks=1)
+    module(batch, source.signals(batch), (0.0, 0.0, 0.0))
+    alone = stones.flush(world)
+    assert {**told, "stones": 0} == pytest.approx({**alone, "stones": 0}, rel=1e-10)
+
+
 def test_a_stone_that_was_not_drawn_is_not_logged(teacher: Any, student: Any, world: Any) -> None:
     batch, one = _batch(), _stones(student, teacher, one=True)
     module = _distiller(student, one)

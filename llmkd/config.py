@@ -10,9 +10,9 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -378,12 +378,21 @@ def _section_at(location: Sequence[Any]) -> type[Section] | None:
     """The class of the section at this place of a recipe; None where a value stands there."""
     section: Any = Recipe
     for part in location:
+        if get_origin(section) is dict:  # of sections by name
+            section = section.__args__[1]
+            continue
+        if section not in _sections((section,)):
+            return None
         annotation = section.model_fields[part].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]
-        section = next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
-        if section is None:
-            return None
-    return section
+        section = next(iter(_sections(options)), None) or next(
+            (o for o in options if get_origin(o) is dict and _sections(o.__args__)), None
+        )
+    return next(iter(_sections((section,))), None)
+
+
+def _sections(options: Iterable[Any]) -> list[type[Section]]:
+    return [o for o in options if isinstance(o, type) and issubclass(o, Section)]
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

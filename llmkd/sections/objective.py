@@ -124,6 +124,8 @@ class Schedule(Section):
             raise ValueError(
                 f"final: shape {self.shape} {'does not read' if self.final is not None else 'needs'} it; {cure}"
             )
+        if "until" in self.model_fields_set and self.shape not in ("linear", "cosine"):
+            raise ValueError(f"until: shape {self.shape} does not read it; leave it out, or write shape: linear")
         return self
 
     @property
@@ -147,7 +149,7 @@ class TemperatureSchedule(Schedule):
 
     @model_validator(mode="after")
     def _bounds(self) -> TemperatureSchedule:
-        given = [key for key in ("minimum", "maximum") if getattr(self, key) is not None]
+        given = [key for key in ("minimum", "maximum", "every") if key in self.model_fields_set]
         if given and self.shape != "dynamic":
             raise ValueError(f"{given[0]}: shape {self.shape} does not read it; leave it out, or write shape: dynamic")
         return self

@@ -122,6 +122,22 @@ def test_file_that_is_no_text_and_missing_file(tmp_path: Path) -> None:
             ["matching.distance=[mse, cka]", "loss.schedules.distances={gram: {final: 0.0}}"],
             "loss.schedules.distances.gram: it is not among mse, cka; name one of these, or leave it out",
         ),
+        (
+            ["loss.schedules.distances={mse: {shap: linear}}"],
+            "unknown key 'loss.schedules.distances.mse.shap'; did you mean 'shape'?",
+        ),
+        (
+            ["loss.schedules.divergences={tvd: 3}"],
+            "loss.schedules.divergences.tvd: a section is a mapping of keys (got 3)",
+        ),
+        (
+            ["loss.schedules.temperature={shape: dynamic, until: 0.5}"],
+            "loss.schedules.temperature.until: shape dynamic does not read it; leave it out",
+        ),
+        (
+            ["loss.schedules.temperature={shape: linear, final: 2.0, every: 5}"],
+            "loss.schedules.temperature.every: shape linear does not read it; leave it out, or write shape: dynamic",
+        ),
         (["loss.schedules.distances={l2: {final: 0.0}}"], "loss.schedules.distances: 'l2' is not known; choose from"),
         (
             ["loss.divergence={tvd: 1, jsd: 1}", "loss.schedules.divergences={akl: {final: 0.0}}"],

@@ -124,7 +124,7 @@ class Schedule(Section):
             raise ValueError(
                 f"final: shape {self.shape} {'does not read' if self.final is not None else 'needs'} it; {cure}"
             )
-        if "until" in self.model_fields_set and self.shape not in ("linear", "cosine"):
+        if self.until != 1 and self.shape not in ("linear", "cosine"):
             raise ValueError(f"until: shape {self.shape} does not read it; leave it out, or write shape: linear")
         return self
 
@@ -149,7 +149,12 @@ class TemperatureSchedule(Schedule):
 
     @model_validator(mode="after")
     def _bounds(self) -> TemperatureSchedule:
-        given = [key for key in ("minimum", "maximum", "every") if key in self.model_fields_set]
+        usual = {
+            "minimum": None,
+            "maximum": None,
+            "every": 10,
+        }  # by value: a recipe that was written out names every key
+        given = [key for key, value in usual.items() if getattr(self, key) != value]
         if given and self.shape != "dynamic":
             raise ValueError(f"{given[0]}: shape {self.shape} does not read it; leave it out, or write shape: dynamic")
         return self

@@ -369,6 +369,22 @@ def test_changed_is_checked_again_and_leaves_the_first_alone(recipe: Path) -> No
         loaded.changed({"matching.strategy": "nope"})
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "temperature={shape: dynamic}",
+        "temperature={shape: constant}",
+        "temperature={shape: linear, final: 2.0}",
+        "kl={shape: constant}",
+        "hidden={final: 0.0, until: 0.5}",
+    ],
+)
+def test_a_recipe_written_out_with_every_key_reads_as_it_was(recipe: Path, tmp_path: Path, schedule: str) -> None:
+    loaded = load_recipe(recipe, [f"loss.schedules.{schedule}", "stones.kl=1.0"])
+    (tmp_path / "again.yaml").write_text(dump_recipe(loaded))
+    assert load_recipe(tmp_path / "again.yaml") == loaded
+
+
 IGNORED = ["name=other", "output=elsewhere", "study.seeds=[1]", "evaluation.limit=3", "train.save_every=7"]
 IGNORED += [
     "teacher.offload_states=true",

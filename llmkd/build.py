@@ -107,9 +107,8 @@ def load_teacher(world: World, job: Job) -> Teacher:
     depth = sum(families.depths(config))
     decodes = job.family.kind == "decoder"  # other families are loaded whole
     if job.redraws:
-        uses = [block for block in uses if block < 0] + list(
-            range(depth)
-        )  # the embeddings', and any block may be drawn
+        # the embeddings', and any block may be drawn
+        uses = [block for block in uses if block < 0] + list(range(depth))
     needed = blocks_needed(uses, depth, logits=logits, normed_last=normed_last) if decodes else depth
     wire = None
     if settings.placement == "pipeline":

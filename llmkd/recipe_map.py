@@ -117,8 +117,8 @@ def _asked_for(recipe: Recipe, pairs: Pairs, encoders: tuple[int, int] | None = 
 def stones_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
     """The recipe's stepping stones at these depths, by student block; none where it has no `stones` section.
 
-    From the map of `nearest`, which is not known before it is measured, those of `forward`, as many: a plan by them may count too few
-    teacher blocks, for what is nearest may lie anywhere.
+    From the map of `nearest`, which is not known before it is measured, those of `forward`, as many; what is nearest may lie anywhere, and
+    a plan counts by the first block (llmkd.stones_plan).
     """
     settings = recipe.stones
     if settings is None:

@@ -18,15 +18,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llmkd import build, cache_contents, jobs, starts
-from llmkd.config import Recipe, dump_recipe, load_recipe
-from llmkd.data import announced, batches
-from llmkd.distributed import World, start
-from llmkd.engines import engine
-from llmkd.launch import launch
-from llmkd.objective import divisors, scales
-from llmkd.planner import GIB
+from llmkd.data.batches import announced, batches
+from llmkd.distributed.engines import engine
+from llmkd.distributed.launch import launch
+from llmkd.distributed.ranks import World, start
+from llmkd.losses.objective import divisors, scales
+from llmkd.planning.rows import GIB
 from llmkd.provenance import commit, hardware
+from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
+from llmkd.training import build, cache_contents, initial, jobs
 
 STRATEGIES = ("none", "forward", "reverse", "all_to_one", "random")
 NO_TEACHER = {"matching.strategy": "none", "loss.kl": 0.0}
@@ -96,10 +96,10 @@ class Stepper:
         job = jobs.distil_job(world, recipe, folder)
         accumulation = build.accumulation_steps(job.train, world.size)
         ds_config = build.training_ds_config(world, job.train, accumulation, folder)
-        tokenizer = starts.job_tokenizer(world, job, resuming=False)
+        tokenizer = initial.job_tokenizer(world, job, resuming=False)
         data = build.tokenized(world, job.data, tokenizer)
         cached = cache_contents.open_teacher(world, job, tokenizer, data)
-        starts.write_initial(world, job, tokenizer, resuming=False)
+        initial.write_initial(world, job, tokenizer, resuming=False)
         module = build.load_student(job, ds_config, build.teacher_width(job))
         self._teacher = cached or (build.load_teacher(world, job) if job.teacher is not None else None)
         train = job.train

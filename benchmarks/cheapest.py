@@ -1,7 +1,7 @@
 """Cross-entropy plus forward KL at temperature 1 and nothing else: four products per chunk and the fewest passes over the logits.
 
-It is what the benchmark calls unavoidable. `llmkd.head` does more (other divergences, temperatures, widths, biases, masks) and is
-compared with this.
+It is what the benchmark calls unavoidable. `llmkd.losses.chunked_head` does more (other divergences, temperatures, widths, biases,
+masks) and is compared with this.
 """
 
 from __future__ import annotations

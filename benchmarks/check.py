@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 from benchmarks.contestants import Terms
 from benchmarks.passes import HIDDEN_WEIGHT
 from benchmarks.shapes import Work
-from llmkd.distances import normalized_mse
-from llmkd.distributed import World, sum_tensor
-from llmkd.divergences import DIVERGENCES
-from llmkd.model_parts import blocks
-from llmkd.teachers.base import output_state
+from llmkd.distributed.ranks import World, sum_tensor
+from llmkd.losses.distances import normalized_mse
+from llmkd.losses.divergences import DIVERGENCES
+from llmkd.models.parts import blocks, output_state
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative
 OWN_TYPE = {"trl/gkd": {torch.bfloat16: 0.3}, "trl/gkd liger": {torch.bfloat16: 0.3}}

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from benchmarks.passes import Llmkd, Paper, Pass, Passes, Plain, Unavoidable
 from benchmarks.shapes import Work
-from llmkd.divergences import DIVERGENCES
-from llmkd.engines import engine
+from llmkd.distributed.engines import engine
 from llmkd.layer_map import Pairs, layer_map
+from llmkd.losses.divergences import DIVERGENCES
 
 STRATEGIES = ("none", "forward", "reverse", "all_to_one", "random")
 MATCHED = STRATEGIES[1:]

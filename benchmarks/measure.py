@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.contestants import Contestant, SharedEngine, hooks_put_back
 from benchmarks.shapes import Work
-from llmkd.distributed import World, barrier, highest, sum_tensor
+from llmkd.distributed.ranks import World, barrier, highest, sum_tensor
 from tests.tensor_bytes import TensorBytes
 
 MIB = 2**20

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 from benchmarks.cheapest import cheapest_losses
 from benchmarks.shapes import Work, labels
-from llmkd.distances import DISTANCES
-from llmkd.divergences import DIVERGENCES
 from llmkd.layer_map import Pairs
-from llmkd.model_parts import backbone, head
-from llmkd.objective import Weights, divisors, scales
-from llmkd.student import Distiller
+from llmkd.losses.distances import DISTANCES
+from llmkd.losses.divergences import DIVERGENCES
+from llmkd.losses.objective import Weights, divisors, scales
+from llmkd.models.parts import backbone, head
+from llmkd.student.distiller import Distiller
 from llmkd.teachers.resident import ResidentTeacher
 
 HIDDEN_WEIGHT = 3.0

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-import llmkd.student
+import llmkd.student.distiller
 from benchmarks.contestants import Contestant
 from benchmarks.measure import seconds_of, synchronise
 from benchmarks.shapes import Work
-from llmkd.distributed import World
-from llmkd.model_parts import backbone
+from llmkd.distributed.ranks import World
+from llmkd.models.parts import backbone
 
 PHASES = ("teacher", "student forward", "matching", "backward", "optimizer", "head and the rest")
 COMMUNICATION = ("gloo:", "nccl:", "c10d::", "nccldevkernel", "ncclkernel")
@@ -91,7 +91,7 @@ def _watched(clock: Clock, contestant: Contestant) -> Iterator[None]:
         for owner, method, phase in (
             (contestant.engine, "backward", "backward"),
             (contestant.engine, "step", "optimizer"),
-            (llmkd.student, "distance_sum", "matching"),
+            (llmkd.student.distiller, "distance_sum", "matching"),
         ):
             _wrap(stack, owner, method, clock, phase)
         yield

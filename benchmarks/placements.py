@@ -15,11 +15,12 @@ import click
 import torch
 import yaml
 
-from llmkd import making, models
-from llmkd.config import load_recipe
-from llmkd.making import qwen3_config
-from llmkd.placements import compare
+from llmkd.models import load
+from llmkd.models import make as making
+from llmkd.models.make import qwen3_config
+from llmkd.planning.placements import compare
 from llmkd.provenance import commit, hardware, versions
+from llmkd.recipe.recipe import load_recipe
 from tests.distributed.runner import run_on_ranks, start_ranks
 from tests.tiny import make, recipe_values
 
@@ -47,7 +48,7 @@ MIB = 2**20
 def prepare(folder: Path) -> Path:
     """A random teacher of `SHAPE`, rows of exactly `TOKENS` tokens, and the recipe of three students' blocks."""
     make(folder)
-    tokenizer = models.load_tokenizer(folder / "teacher")
+    tokenizer = load.load_tokenizer(folder / "teacher")
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     shape = making.qwen3_config(SHAPE, special)
     making.new_model(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmkd import making, models
-from llmkd.data import Batch, collate
+from llmkd.data.batches import Batch, collate
+from llmkd.models import load, make
 
 VOCABULARY = 151_936
 PAD = 0
@@ -64,8 +64,8 @@ def make_model(size: Size, blocks: int, dtype: torch.dtype, device: torch.device
         tie_word_embeddings=size.tied,
         initializer_range=0.02,
     )
-    config = making.qwen3_config(shape, {"bos_token_id": None, "eos_token_id": None, "pad_token_id": PAD})
-    attention, _ = models.attention_implementation("auto", dtype)
+    config = make.qwen3_config(shape, {"bos_token_id": None, "eos_token_id": None, "pad_token_id": PAD})
+    attention, _ = load.attention_implementation("auto", dtype)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)

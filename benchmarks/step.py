@@ -27,12 +27,12 @@ from benchmarks.measure import Memory, bytes_up_to_backward, mean_loss, memory, 
 from benchmarks.passes import CHUNK, Llmkd
 from benchmarks.phases import operations_of, phases_of
 from benchmarks.shapes import SIZES, Size, Work, make_model, make_work
-from llmkd.config import ROOT
-from llmkd.distributed import World, quiet, start, stop
-from llmkd.engines import complete_ds_config, load_ds_config, zero_stage
+from llmkd.distributed.engines import complete_ds_config, load_ds_config, zero_stage
+from llmkd.distributed.ranks import World, quiet, start, stop
 from llmkd.errors import InputError
+from llmkd.files import ROOT
 from llmkd.layer_map import forward
-from llmkd.models import DTYPES
+from llmkd.models.load import DTYPES
 from llmkd.provenance import commit, hardware, versions
 
 SECTION = "A training step"

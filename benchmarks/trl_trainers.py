@@ -26,9 +26,9 @@ from transformers import PreTrainedModel
 
 from benchmarks.contestants import Terms
 from benchmarks.shapes import PAD, Work, labels
-from llmkd.distributed import World
-from llmkd.engines import zero_stage
-from llmkd.making import new_tokenizer
+from llmkd.distributed.engines import zero_stage
+from llmkd.distributed.ranks import World
+from llmkd.models.make import new_tokenizer
 
 
 def kinds(device: torch.device) -> tuple[str, ...]:

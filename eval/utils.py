@@ -13,7 +13,8 @@ from datasets import Dataset, DatasetDict
 if importlib.util.find_spec("llmkd") is None:  # the lm_eval command in a checkout that is not installed
     sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from llmkd import records, text_metrics
+from llmkd.data import records
+from llmkd.evaluation import text_metrics
 
 FEWSHOT_EXAMPLES = 64
 

@@ -56,8 +56,8 @@ def maps(
 ) -> None:
     """Show which teacher block teaches which student block."""
     from llmkd.layer_map import CONVENTION, NEAREST, STRATEGIES, drawing, layer_map, table
-    from llmkd.stages import cut
-    from llmkd.stages import drawing as stages_drawing
+    from llmkd.teachers.pipeline_schedule import cut
+    from llmkd.teachers.pipeline_schedule import drawing as stages_drawing
 
     if stages is not None and stages > teacher_blocks:
         raise InputError(
@@ -129,7 +129,7 @@ def train(
 @RANKS
 def finetune(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None:
     """Make the recipe's teacher (its finetune section) with cross-entropy alone."""
-    from llmkd.config import load_recipe
+    from llmkd.recipe.recipe import load_recipe
 
     if load_recipe(recipe, overrides).finetune is None:
         raise InputError(f"recipe {recipe!r} has no finetune section, so there is no teacher to make; add one")
@@ -148,8 +148,8 @@ def cache(recipe: str, output: str | None, overrides: tuple[str, ...], ranks: in
 
 
 def _launch(recipe: str, overrides: tuple[str, ...], options: list[str], ranks: int | None) -> None:
-    from llmkd.config import load_recipe
-    from llmkd.launch import launch
+    from llmkd.distributed.launch import launch
+    from llmkd.recipe.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides)
     sets = [part for override in overrides for part in ("--set", override)]
@@ -172,7 +172,7 @@ def _ranks(asked: int | None) -> int:
 @RANKS
 def study(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None:
     """Train strategies x seeds and the baselines, evaluate and report. What is done is not done again."""
-    from llmkd.config import load_recipe
+    from llmkd.recipe.recipe import load_recipe
     from llmkd.study import Stopped
     from llmkd.study import study as run
 
@@ -192,7 +192,7 @@ def study(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 def report(folder: Path) -> None:
     """Write the report of a study's folder, whole or half done."""
-    from llmkd.report import report as write
+    from llmkd.report.write import report as write
 
     _show(write(folder))
 
@@ -204,7 +204,7 @@ def report(folder: Path) -> None:
 )
 def compare(folders: tuple[Path, ...], output: Path | None) -> None:
     """Set several studies side by side, and say what can't be compared."""
-    from llmkd.compare import compare as run
+    from llmkd.report.across_studies import compare as run
 
     file = output or folders[0].resolve().parent / "comparison.md"
     click.echo(run(folders, file))
@@ -214,7 +214,7 @@ def compare(folders: tuple[Path, ...], output: Path | None) -> None:
 def _show(path: Path) -> None:
     import json
 
-    from llmkd.report import table_text
+    from llmkd.report.write import table_text
 
     click.echo(table_text(json.loads((path.parent / "results.json").read_text())))
     click.echo(f"\nReport: {path}")
@@ -231,9 +231,9 @@ def _show(path: Path) -> None:
 @SET
 def evaluate(model: Path, recipe: str, output: Path | None, overrides: tuple[str, ...]) -> None:
     """Score one HF folder by lm-eval with a recipe's tasks."""
-    from llmkd.config import load_recipe
-    from llmkd.evaluation import evaluate as run
-    from llmkd.model_folders import resolve
+    from llmkd.evaluation.lm_eval_step import evaluate as run
+    from llmkd.models.folders import resolve
+    from llmkd.recipe.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides)
     folder = resolve(str(model), "MODEL")
@@ -269,9 +269,9 @@ def generate(
     overrides: tuple[str, ...],
 ) -> None:
     """Let models continue held-out prompts, score the texts and show some. A study's folder stands for all its models."""
-    from llmkd.config import load_recipe
-    from llmkd.generation import generate as run
-    from llmkd.generation import models_of, shown
+    from llmkd.evaluation.generation import generate as run
+    from llmkd.evaluation.generation import models_of, shown
+    from llmkd.recipe.recipe import load_recipe
 
     studies = [path for path in models if (path / "study.json").is_file()]
     named = {"backend": backend, "items": items}
@@ -299,8 +299,8 @@ def angles(run: Path, recipe: str | None, rows: int | None, overrides: tuple[str
 
     RUN is a study's folder or one student's training folder; the results are in RUN/angles.
     """
-    from llmkd.angles import angles as measure
-    from llmkd.angles import angles_text
+    from llmkd.evaluation.angles import angles as measure
+    from llmkd.evaluation.angles import angles_text
 
     click.echo(angles_text(measure(run, recipe=recipe, overrides=overrides, rows=rows)))
 
@@ -312,11 +312,11 @@ def angles(run: Path, recipe: str | None, rows: int | None, overrides: tuple[str
 @SET
 def plan(recipe: str, ranks: int, device_gib: float, overrides: tuple[str, ...]) -> None:
     """Show the memory a run needs on each rank, and other placements."""
-    from llmkd.config import load_recipe
-    from llmkd.model_shapes import teacher_config
-    from llmkd.placements import compare, placements_text, stages_text
-    from llmkd.planner import plan as rows
-    from llmkd.planner import plan_text
+    from llmkd.planning.memory import plan as rows
+    from llmkd.planning.memory import plan_text
+    from llmkd.planning.placements import compare, placements_text, stages_text
+    from llmkd.planning.shapes import teacher_config
+    from llmkd.recipe.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides)
     teacher = teacher_config(settings)
@@ -335,8 +335,8 @@ def doctor(recipe: str, rows: int, overrides: tuple[str, ...]) -> None:
     """Show what a recipe trains on, and what would spoil it."""
     import datasets
 
-    from llmkd.config import load_recipe
-    from llmkd.doctor import doctor_text, examine
+    from llmkd.planning.doctor import doctor_text, examine
+    from llmkd.recipe.recipe import load_recipe
 
     datasets.disable_progress_bars()
     click.echo(doctor_text(*examine(load_recipe(recipe, overrides), rows)))

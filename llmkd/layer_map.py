@@ -11,6 +11,11 @@ from collections.abc import Callable, Sequence
 
 from llmkd.errors import InputError
 
+DECODER_EMBEDDING = -2
+"""The embeddings that an encoder-decoder's decoder reads; its encoder's are EMBEDDING (-1)."""
+EMBEDDING = -1
+"""The "block" number of the embeddings' output, where the embedding pair is asked for."""
+
 Pairs = tuple[tuple[int, int], ...]
 
 CONVENTION = "block i = output of block i, hidden_states[i+1] in HF's count"

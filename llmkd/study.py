@@ -11,24 +11,45 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmkd.config import Recipe, dump_recipe
+import torch
+from transformers import PreTrainedConfig
+
+from llmkd.data.batches import Family
+from llmkd.distributed.launch import launch
 from llmkd.errors import InputError
-from llmkd.launch import launch
-from llmkd.results import publish
+from llmkd.evaluation.checks import check_evaluation, held_out_data
+from llmkd.evaluation.generation import check as check_generation
+from llmkd.evaluation.lm_eval_step import check_tasks
+from llmkd.files import publish
+from llmkd.models.families import depths, kind
+from llmkd.models.folders import resolve
+from llmkd.models.load import load_config
+from llmkd.recipe.recipe import Recipe, dump_recipe
+from llmkd.recipe.study_entries import (
+    AGREEMENT,
+    CLASSIFICATIONS,
+    EVALUATIONS,
+    GENERATIONS,
+    RESULTS,
+    entry_recipe,
+    manifest,
+)
+from llmkd.training.build import accumulation_steps, total_steps
+from llmkd.training.checkpoint import check_same
+from llmkd.training.checks import teacher_shape
+from llmkd.training.jobs import (
+    check_place,
+    check_student,
+    check_vocabularies,
+    read_rows,
+    student_inputs,
+    teacher_family,
+    teacher_inputs,
+)
+from llmkd.training.pairs import depths_of, maps_of
+from llmkd.training.write_cache import writing_recipe
 
 log = logging.getLogger("llmkd")
-
-GENERATIONS, AGREEMENT, EVALUATIONS = "generations", "agreement", "evaluations"  # the folders of a study's results
-CLASSIFICATIONS = "classifications"
-RESULTS = (GENERATIONS, CLASSIFICATIONS, AGREEMENT, EVALUATIONS)
-CE_ONLY: dict[str, Any] = {
-    "matching.strategy": "none",
-    "loss.kl": 0.0,
-    "loss.hidden": 0.0,
-    "loss.ce": 1.0,
-    "loss.schedules": None,
-    "stones": None,
-}
 
 
 class Stopped(Exception):
@@ -37,8 +58,8 @@ class Stopped(Exception):
 
 def study(recipe: Recipe, ranks: int | None = None) -> Path:
     """Run what is missing of a study and return the path of its report. Raises InputError on bad input, Stopped on a signal."""
-    from llmkd.report import report
-    from llmkd.study_checks import check
+    from llmkd.report.write import report
+    from llmkd.study import check
 
     if not recipe.study.students:
         raise InputError("study.strategies: name at least one, e.g. [none, forward, reverse]")
@@ -73,12 +94,12 @@ def study(recipe: Recipe, ranks: int | None = None) -> Path:
 
 def _score(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> list[str]:
     """Have every model write, compare it with the teacher, run lm-eval; what one step can't do must not cost the others theirs."""
-    from llmkd.agreement import agree
-    from llmkd.angles import angles
-    from llmkd.classification import classify
-    from llmkd.evaluation import evaluate
-    from llmkd.family_rules import held_out_data
-    from llmkd.generation import generate
+    from llmkd.evaluation.agreement import agree
+    from llmkd.evaluation.angles import angles
+    from llmkd.evaluation.checks import held_out_data
+    from llmkd.evaluation.classification import classify
+    from llmkd.evaluation.generation import generate
+    from llmkd.evaluation.lm_eval_step import evaluate
 
     settings, folder = recipe.evaluation, recipe.folder
     trust = recipe.teacher.trust_remote_code or recipe.student.trust_remote_code
@@ -121,89 +142,6 @@ def _stated(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> dict[str, Any]
     return {**said, "margins_history": history, "entries": list(entries)}
 
 
-def manifest(recipe: Recipe) -> list[dict[str, Any]]:
-    """Every row of the study's table: teacher, baselines, then strategies x seeds; paths are relative to the study's folder."""
-    return [{**entry, **_results(recipe, entry)} for entry in _models(recipe)]
-
-
-def _results(recipe: Recipe, entry: dict[str, Any]) -> dict[str, str | None]:
-    """Where an entry's results will be; None for a step that the recipe does not ask for."""
-    settings = recipe.evaluation
-    asked = {
-        "generation": GENERATIONS if settings.generation is not None else None,
-        "classification": CLASSIFICATIONS if settings.classification is not None else None,
-        "agreement": AGREEMENT if settings.agreement_rows and entry["kind"] != "teacher" else None,
-        "evaluation": EVALUATIONS if settings.tasks else None,
-    }
-    return {step: folder and f"{folder}/{entry['name']}.json" for step, folder in asked.items()}
-
-
-def _models(recipe: Recipe) -> list[dict[str, Any]]:
-    made = recipe.finetune is not None
-    entries = [
-        _entry(
-            "teacher",
-            "teacher",
-            None,
-            None,
-            "teacher/model" if made else recipe.teacher_path,
-            "teacher" if made else None,
-        )
-    ]
-    seeds = recipe.study.seeds
-    if "undistilled" in recipe.study.baselines:
-        if recipe.student.init == "checkpoint":
-            entries.append(_entry("undistilled", "baseline", None, None, recipe.student.path or "", None))
-        elif recipe.student.init == "random":
-            entries += [
-                _entry(f"undistilled-s{s}", "baseline", "undistilled", s, f"undistilled/s{s}", None) for s in seeds
-            ]
-        else:
-            entries.append(_entry("undistilled", "baseline", "undistilled", None, "undistilled/copied", None))
-    if "ce_only" in recipe.study.baselines:
-        entries += [_student("baseline", "ce_only", seed) for seed in seeds]
-    return entries + [_student("student", name, seed) for name in recipe.study.students for seed in seeds]
-
-
-def _student(kind: str, strategy: str, seed: int) -> dict[str, Any]:
-    name = f"{strategy}-s{seed}"
-    return _entry(name, kind, strategy, seed, f"students/{name}/model", f"students/{name}")
-
-
-def _entry(
-    name: str, kind: str, strategy: str | None, seed: int | None, model: str, train: str | None
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "kind": kind,
-        "strategy": strategy,
-        "seed": seed,
-        "model": model,
-        "train": train,
-    }
-
-
-def entry_recipe(recipe: Recipe, entry: dict[str, Any]) -> Recipe:
-    """The recipe of one student of a study."""
-    changes = CE_ONLY if entry["strategy"] == "ce_only" else recipe.study.changes(entry["strategy"])
-    if recipe.teacher.share_cache:
-        changes = {**changes, "teacher.placement": "cache"}
-    strategy = str(changes.get("matching.strategy", recipe.matching.strategy))
-    return recipe.changed({**_only_for(recipe, strategy), **changes, "seed": entry["seed"]})
-
-
-def _only_for(recipe: Recipe, strategy: str) -> dict[str, Any]:
-    """Settings that belong to one strategy are dropped for the others of a study."""
-    dropped: dict[str, Any] = {}
-    if strategy != "explicit" and recipe.matching.pairs is not None:
-        dropped["matching.pairs"] = None
-    if strategy != "all_to_one" and recipe.matching.target_block is not None:
-        dropped["matching.target_block"] = None
-    if strategy != "in_order_random" and recipe.matching.redraw_every:
-        dropped["matching.redraw_every"] = 0
-    return dropped
-
-
 def _launch(recipe: Recipe, entry: dict[str, Any], ranks: int) -> None:
     """Train one entry; its whole recipe travels as a file."""
     file = recipe.folder / "recipes" / f"{entry['name']}.yaml"
@@ -241,9 +179,9 @@ def _run(ranks: int, arguments: list[str], what: str, rest: str) -> None:
 
 def _write_undistilled(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> None:
     """The students as they are before the first step, for the baseline."""
-    from llmkd.jobs import student_inputs
-    from llmkd.model_folders import resolve
-    from llmkd.starts import initial_student
+    from llmkd.models.folders import resolve
+    from llmkd.training.initial import initial_student
+    from llmkd.training.jobs import student_inputs
 
     for entry in entries:
         target = recipe.folder / entry["model"]
@@ -262,6 +200,101 @@ def _model(recipe: Recipe, entry: dict[str, Any]) -> Path:
     inside = recipe.folder / entry["model"]
     if entry["train"] is not None or entry["strategy"] == "undistilled":
         return inside
-    from llmkd.model_folders import resolve
+    from llmkd.models.folders import resolve
 
     return resolve(entry["model"], entry["name"], recipe.teacher.revision if entry["kind"] == "teacher" else None)
+
+
+def check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> None:
+    """Raise InputError, before anything is written, for what would stop the study hours later.
+
+    Students that can't be trained as their recipe says, ranks that do not share the batch, tasks that are not there, and students or a
+    teacher already there that another recipe made.
+    """
+    _check_scores(recipe)
+    teacher = teacher_shape(recipe)
+    check_evaluation(recipe, kind(teacher))
+    runs = [(recipe.train, recipe.data)]
+    if recipe.finetune is not None:
+        runs.append((recipe.finetune.train, recipe.finetune.data or recipe.data))
+    for train, data in runs:
+        accumulation_steps(train, ranks)
+        total_steps(train, len(read_rows(data)))
+    family = teacher_family(recipe, teacher)
+    _check_pair_weights(recipe, entries, teacher)
+    if recipe.teacher.share_cache:
+        _check_trained(writing_recipe(recipe), family, teacher, ranks)
+    for entry in entries:
+        if entry["train"] is None:
+            continue
+        if entry["kind"] == "teacher":
+            inputs = teacher_inputs(recipe)
+        else:
+            one = entry_recipe(recipe, entry)
+            _check_trained(one, family, teacher, ranks)
+            inputs = student_inputs(one)
+        meta = recipe.folder / entry["model"] / "llmkd.json"
+        if meta.is_file():
+            check_same(json.loads(meta.read_text())["inputs"], inputs, meta.parent.parent)
+
+
+def _check_scores(recipe: Recipe) -> None:
+    """Raise InputError for scores that can't be had of any model."""
+    settings = recipe.evaluation
+    if not any(step not in ((), None) for step in (settings.tasks, settings.generation, settings.classification)):
+        raise InputError(
+            "evaluation: a study with nothing to score by; name lm-eval tasks under evaluation.tasks, or write evaluation.generation: {}"
+        )
+    if settings.classification is not None:
+        read_rows(held_out_data(recipe))
+    if settings.tasks:
+        check_tasks(settings)
+    if settings.generation is not None:
+        check_generation(settings, recipe.data)
+
+
+def _check_pair_weights(recipe: Recipe, entries: Sequence[dict[str, Any]], teacher: PreTrainedConfig) -> None:
+    """Raise InputError where students that share the recipe's pair weights have maps of different numbers of pairs."""
+    if recipe.matching.pair_weights is None:
+        return
+    counts: dict[str, int] = {}
+    for entry in entries:
+        name = entry["strategy"]
+        if entry["kind"] != "student" or "matching.pair_weights" in recipe.study.changes(name):
+            continue
+        one = entry_recipe(recipe, entry).changed({"matching.pair_weights": None})
+        pairs = maps_of(one, depths_of(one, _student_shape(one, teacher)[0]), depths(teacher))
+        if pairs:  # where none is matched, no weight is read
+            counts[name] = len(pairs)
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{name} has {count} pairs" for name, count in counts.items())
+        name, count = min(counts.items(), key=lambda item: item[1])
+        example = f"{{{name}_weighted: {{matching.strategy: {name}, matching.pair_weights: {[1.0] * count}}}}}"
+        raise InputError(
+            f"matching.pair_weights: {said}, and one list can't weigh them all; take it out, and write under study.variants a student for "
+            f"each strategy with weights of its own, e.g. {example}"
+        )
+
+
+def _student_shape(recipe: Recipe, teacher: PreTrainedConfig) -> tuple[PreTrainedConfig, Path | None]:
+    """What a student is made of, its checkpoint's configuration or the teacher's, and the checkpoint."""
+    if recipe.student.init != "checkpoint":
+        return teacher, None
+    checkpoint = resolve(recipe.student.path or "", "student.path")
+    return load_config(checkpoint, trust_remote_code=recipe.student.trust_remote_code), checkpoint
+
+
+def _check_trained(recipe: Recipe, family: Family, teacher: PreTrainedConfig, ranks: int) -> None:
+    """Raise InputError for a student that its training would refuse; `teacher`: of that shape, be it there or not yet made."""
+    student, checkpoint = _student_shape(recipe, teacher)
+    _, _, weights = check_student(recipe, family, teacher, student)
+    if checkpoint is not None and (known := _tokenizer_folder(recipe)) is not None:
+        check_vocabularies(recipe, known, checkpoint)
+    check_place(recipe, teacher, weights, ranks=ranks, ranks_per_node=ranks, gpu=torch.cuda.is_available())
+
+
+def _tokenizer_folder(recipe: Recipe) -> Path | None:
+    """The folder of the teacher, or of what it starts from; None where its tokenizer is still to be trained."""
+    if recipe.finetune is None:
+        return resolve(recipe.teacher.path or "", "teacher.path", recipe.teacher.revision)
+    return None if recipe.finetune.path is None else resolve(recipe.finetune.path, "finetune.path")

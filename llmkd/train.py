@@ -26,10 +26,9 @@ import click
 import datasets
 import transformers
 
-from llmkd import __version__, build, caching, checkpoint, jobs, recipe_map, starts
-from llmkd.config import Recipe, dump_recipe, load_recipe
-from llmkd.data import announced
-from llmkd.distributed import (
+from llmkd import __version__
+from llmkd.data.batches import announced
+from llmkd.distributed.ranks import (
     World,
     barrier,
     lost_rank,
@@ -42,12 +41,15 @@ from llmkd.distributed import (
     tell_mistake,
 )
 from llmkd.errors import InputError
-from llmkd.jobs import Job
-from llmkd.metrics import Journal, Meter, peak_memory_gib
-from llmkd.objective import divisors, scales
+from llmkd.losses.objective import divisors, scales
 from llmkd.provenance import commit, hardware, versions
-from llmkd.runs import prepared
-from llmkd.steering import Steering
+from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
+from llmkd.training import build, checkpoint, initial, jobs, write_cache
+from llmkd.training.jobs import Job
+from llmkd.training.metrics import Journal, Meter, peak_memory_gib
+from llmkd.training.pairs import pair_names
+from llmkd.training.prepare import prepare
+from llmkd.training.steps import Steering
 
 log = logging.getLogger("llmkd")
 
@@ -59,7 +61,7 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     if on_main(world, lambda: jobs.finished(job)):
         log.info("%s: already done, %s", job.title, job.folder / "model")
         return True
-    run = prepared(world, job)
+    run = prepare(world, job)
     job, student, module, teacher, steps = run.job, run.student, run.module, run.teacher, run.steps
     journal = Journal(
         world,
@@ -69,7 +71,7 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         recipe=job.inputs,
         run_name=f"{job.recipe.name}-{job.title}",
     )
-    meter = Meter(world, job.weights, recipe_map.pair_names(job.pairs, job.encoders, redraws=job.redraws))
+    meter = Meter(world, job.weights, pair_names(job.pairs, job.encoders, redraws=job.redraws))
     steering = Steering(world, job, steps, start_step=run.first)
 
     totals = {"seconds": 0.0, "tokens": 0}
@@ -179,14 +181,14 @@ def _finish(
     )
     if world.is_main:
         (job.folder / "summary.json").write_text(json.dumps(summary, indent=1))
-        starts.remove_initial(job)
+        initial.remove_initial(job)
     barrier(world)
     log.info("%s: done, %s", job.title, job.folder / "model")
 
 
 def _card(job: Job, steps: int) -> str:
     """The exported model's README: what it is, and the recipe that made it."""
-    pairs = ", ".join(recipe_map.pair_names(job.pairs, job.encoders, redraws=job.redraws)) or "none"
+    pairs = ", ".join(pair_names(job.pairs, job.encoders, redraws=job.redraws)) or "none"
     return (
         f"# {job.recipe.name}: {job.title}\n\nTrained by llmkd {__version__}, {steps} steps.\n\n"
         f"- started from: {job.initial.name if job.initial.parent == job.folder else job.initial}\n"
@@ -279,7 +281,7 @@ def command(
     if recipe.finetune is not None:
         train(world, jobs.finetune_job(world, recipe, recipe.folder / "teacher"), stopping)
     if cache_only and sum_counts(world, [int(stopping.asked)]) == [0]:
-        caching.cache(world, recipe, stopping, trusted=trust_cache)
+        write_cache.cache(world, recipe, stopping, trusted=trust_cache)
     elif not teacher_only and sum_counts(world, [int(stopping.asked)]) == [0]:
         train(world, jobs.distil_job(world, recipe, output or student_folder(recipe)), stopping)
     stop()

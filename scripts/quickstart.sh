@@ -7,7 +7,7 @@ source scripts/environment.sh
 
 # The recipe's models are so small that Hugging Face would be chosen; the final texts are vLLM's all the same, where it is installed.
 backend=vllm
-if ! python -c 'import sys; from llmkd.vllm_backend import vllm_version; sys.exit(vllm_version() is None)'; then
+if ! python -c 'import sys; from llmkd.inference.vllm_setup import vllm_version; sys.exit(vllm_version() is None)'; then
   backend=hf
   llmkd_say "vLLM is not installed here, so Hugging Face writes the texts (LLMKD_VLLM=1 bash scripts/environment.sh installs it)"
 fi

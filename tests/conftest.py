@@ -32,8 +32,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def world() -> Iterator[Any]:
     """A process group of this one process."""
-    from llmkd import distributed
+    from llmkd.distributed import ranks
 
-    distributed.quiet()
-    yield distributed.start(60)
-    distributed.stop()
+    ranks.quiet()
+    yield ranks.start(60)
+    ranks.stop()

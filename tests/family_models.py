@@ -14,13 +14,13 @@ import transformers as hf
 import yaml
 from torch import Tensor
 
-from llmkd import making
-from llmkd.config import Recipe, load_recipe
-from llmkd.data import IGNORE, Batch
-from llmkd.distances import DISTANCES
-from llmkd.families import DECODER_EMBEDDING, depths
-from llmkd.stages import EMBEDDING
-from llmkd.teachers.base import output_state
+from llmkd.data.batches import IGNORE, Batch
+from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING
+from llmkd.losses.distances import DISTANCES
+from llmkd.models import make
+from llmkd.models.families import depths
+from llmkd.models.parts import output_state
+from llmkd.recipe.recipe import Recipe, load_recipe
 from tests import definitions
 from tests.tiny import WORDS, recipe_values
 
@@ -177,7 +177,7 @@ def write_rows(folder: Path, kind: str) -> None:
 def family_recipe(folder: Path, kind: str, teacher: Any, **changes: Any) -> Recipe:
     """Rows, a teacher with a tokenizer of its family, and a recipe of two steps for them."""
     write_rows(folder, kind)
-    tokenizer = making.new_tokenizer(WORDS, VOCABULARY, kind)  # type: ignore[arg-type]
+    tokenizer = make.new_tokenizer(WORDS, VOCABULARY, kind)  # type: ignore[arg-type]
     if kind == "encoder":
         names = ("first", "second", "third")
         teacher.config.id2label, teacher.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}

@@ -13,16 +13,16 @@ import torch.nn.functional as F
 import yaml
 from transformers import AutoModelForCausalLM
 
-from llmkd import making, models
-from llmkd.config import Recipe
-from llmkd.data import IGNORE, collate, epoch_batches
-from llmkd.layer_map import in_order_random
-from llmkd.recipe_map import pairs_of
-from llmkd.row_files import load_rows
-from llmkd.schedules import learning_rate
-from llmkd.student import make_projectors
-from llmkd.teachers.base import EMBEDDING
-from llmkd.tokenizing import tokenize
+from llmkd.data.batches import IGNORE, collate, epoch_batches
+from llmkd.data.rows import load_rows
+from llmkd.data.tokens import tokenize
+from llmkd.layer_map import EMBEDDING, in_order_random
+from llmkd.losses.schedules import learning_rate
+from llmkd.models import load as models
+from llmkd.models import make as making
+from llmkd.recipe.recipe import Recipe
+from llmkd.student.distiller import make_projectors
+from llmkd.training.pairs import pairs_of
 from tests import definitions
 
 BLOCKS = 6

@@ -9,17 +9,19 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from llmkd.data import Batch
-from llmkd.head import TopK
-from llmkd.stages import EMBEDDING as EMBEDDING
+from llmkd.data.batches import Batch
+from llmkd.layer_map import EMBEDDING
+from llmkd.losses.chunked_head import TopK
+from llmkd.models.parts import output_state
 
 Head = Callable[[], contextlib.AbstractContextManager[tuple[Tensor, Tensor | None]]]
 Upper = Callable[[int, Tensor, Batch], Tensor]
-"""(block, state in place of its output, batch) -> the final state, with a gradient to the state: llmkd.teachers.upper.UpperBlocks."""
+"""(block, state in place of its output, batch) -> the final state, with a gradient to the state:
+llmkd.teachers.upper_blocks.UpperBlocks."""
 
 
 class States(Protocol):
-    """States that wait for the student, by block: a dict, or llmkd.teachers.offload.OffloadedStates."""
+    """States that wait for the student, by block: a dict, or llmkd.teachers.resident.OffloadedStates."""
 
     def __getitem__(self, block: int, /) -> Tensor: ...
     def __setitem__(self, block: int, state: Tensor, /) -> None: ...
@@ -90,13 +92,6 @@ def blocks_needed(uses: Iterable[int], depth: int, *, logits: bool, normed_last:
     """How many of a teacher's first blocks must be run for these uses; all of them where logits or the normed last state are asked for."""
     last = max(uses, default=EMBEDDING)
     return depth if logits or (normed_last and last == depth - 1) else last + 1
-
-
-def output_state(output: object) -> Tensor:
-    """The state in a block's output, which is a tensor or a tuple that opens with it."""
-    state = output[0] if isinstance(output, tuple) else output
-    assert isinstance(state, Tensor)
-    return state
 
 
 class Capture:

@@ -1,8 +1,8 @@
 """A teacher cut into stages over the ranks of a pipeline: no weight is ever sent, states stream to the rank that owns a micro-batch.
 
-Each member of a pipeline holds one stage and owns micro-batches of its own. `llmkd.stages` says what is worked on and sent at each
-tick; here it is done. The members are in step without ever waiting for all: a stage waits for the state from the stage before it,
-and an owner for the states of its own micro-batch.
+Each member of a pipeline holds one stage and owns micro-batches of its own. `llmkd.teachers.pipeline_schedule` says what is worked on
+and sent at each tick; here it is done. The members are in step without ever waiting for all: a stage waits for the state from the stage
+before it, and an owner for the states of its own micro-batch.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmkd.data import Batch
-from llmkd.distributed import Sending, Wire
-from llmkd.layer_map import Pairs
-from llmkd.stages import EMBEDDING, FINAL, NEXT, Cut, last_tick, routes, transfers
+from llmkd.data.batches import Batch
+from llmkd.distributed.ranks import Sending, Wire
+from llmkd.layer_map import EMBEDDING, Pairs
 from llmkd.teachers.base import Capture, Signal
+from llmkd.teachers.pipeline_schedule import FINAL, NEXT, Cut, last_tick, routes, transfers
 
 TICKS_IN_FLIGHT = 1
 """Ticks whose sends may still be under way while a stage works on; the tensors of older ones are waited for and let go."""
@@ -56,7 +56,7 @@ class Turn:
 class PipelineTeacher:
     """One member of a pipelined teacher.
 
-    `body`: this member's stage (`llmkd.teachers.stage.load_stage`). `head`: the teacher's head [V, H], whole, because the loss
+    `body`: this member's stage (`llmkd.teachers.pipeline_stage.load_stage`). `head`: the teacher's head [V, H], whole, because the loss
     is where the student is; None where no divergence asks for it, and then no final state is sent.
     """
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from llmkd.page import html
-from tests.unit import example_results as example
+from llmkd.report.page.document import html
+from tests.unit.report import example_results as example
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from llmkd import angles, child
 from llmkd.errors import InputError
+from llmkd.evaluation import angles
+from llmkd.inference import child
 
 
 @pytest.fixture

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import yaml
 
-from llmkd import angles, child, jobs
 from llmkd.cli import main
-from llmkd.config import dump_recipe, load_recipe
 from llmkd.errors import InputError
-from llmkd.study import manifest
+from llmkd.evaluation import angles
+from llmkd.inference import child
+from llmkd.recipe.recipe import dump_recipe, load_recipe
+from llmkd.recipe.study_entries import manifest
 from llmkd.train import train
+from llmkd.training import jobs
 
 ROWS = 6
 

@@ -19,16 +19,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, OPTConfig
 
-from llmkd import build, cli, jobs, making, models
-from llmkd.config import ROOT, load_recipe
+from llmkd import cli
 from llmkd.errors import InputError
+from llmkd.files import ROOT
+from llmkd.models import load, make
+from llmkd.recipe.recipe import load_recipe
 from llmkd.train import train
+from llmkd.training import build, jobs
 
 
 @pytest.fixture(autouse=True)
 def _same_everywhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """What datasets keeps goes with the test, and a machine with flash-attn answers as one without."""
-    monkeypatch.setattr(models, "_flash_attention", lambda: False)
+    monkeypatch.setattr(load, "_flash_attention", lambda: False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
@@ -163,7 +166,7 @@ def test_world_size_that_does_not_divide_the_batch(place: Path, world: Any) -> N
 
 def _other_tokens(place: Path) -> tuple[dict[str, Any], str]:
     student = Path(shutil.copytree(place / "teacher", place / "student"))
-    making.new_tokenizer(["some other words than the teacher's own words"], 300).save_pretrained(student)
+    make.new_tokenizer(["some other words than the teacher's own words"], 300).save_pretrained(student)
     return {"student.init": "checkpoint", "student.path": str(student)}, "tokenizers differ, first at token"
 
 
@@ -381,11 +384,11 @@ def test_a_mistake_that_only_another_rank_meets_is_told(place: Path) -> None:
 
 def test_a_start_that_another_recipe_left_is_not_used(place: Path, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run killed before its first checkpoint leaves `initial`; with other blocks asked for, it is made again."""
-    making.copied_student(place / "teacher", (5,), place / "run" / "initial", dtype=torch.float32)
+    make.copied_student(place / "teacher", (5,), place / "run" / "initial", dtype=torch.float32)
     seen: list[int] = []
 
     def watch(job: jobs.Job, *_: Any) -> None:
-        seen.append(models.load_config(job.initial).num_hidden_layers)
+        seen.append(load.load_config(job.initial).num_hidden_layers)
         raise InputError("far enough")
 
     monkeypatch.setattr(build, "load_student", watch)

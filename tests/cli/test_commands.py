@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmkd import __version__, cli
-from llmkd.config import ROOT
+from llmkd.files import ROOT
 
 PACKAGE = Path(cli.__file__).parent
 COMMANDS = sorted(cli.cli.commands)
@@ -113,17 +113,17 @@ def test_plan_needs_neither_weights_nor_ranks(capsys: pytest.CaptureFixture[str]
 
 def test_plan_draws_the_run_s_own_cut_of_a_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
     """36 blocks and the embeddings of 3.2 blocks in 8 stages: the run's stages, where equal blocks alone would be others."""
-    from llmkd import stages
-    from llmkd.config import load_recipe
-    from llmkd.making import qwen3_config
-    from llmkd.teachers.stage import teacher_cut
+    from llmkd.models.make import qwen3_config
+    from llmkd.recipe.recipe import load_recipe
+    from llmkd.teachers import pipeline_schedule
+    from llmkd.teachers.pipeline_stage import teacher_cut
 
     command = ["plan", "qwen3_8b_to_9_blocks", "--ranks", "8", "--set", "teacher.placement=pipeline"]
     text = output(command, capsys)
     architecture = load_recipe("qwen3_8b_to_9_blocks").teacher.architecture
     assert architecture is not None
     parts = teacher_cut(qwen3_config(architecture.model_dump(), {}), 8)
-    assert parts != stages.cut([1] * 36, 8)
+    assert parts != pipeline_schedule.cut([1] * 36, 8)
     assert re.findall(r"blocks (\d+)-(\d+) ", text) == [(str(part.start), str(part.stop - 1)) for part in parts]
     assert "final state -> student 8 and head" in text
     maps = ["maps", "--student-blocks", "9", "--teacher-blocks", "36", "--strategy", "forward", "--stages", "8"]

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from llmkd import angles, jobs
 from llmkd.errors import InputError
+from llmkd.evaluation import angles
 from llmkd.train import train
+from llmkd.training import jobs
 from tests.family_models import ENCODER_DECODERS, ENCODERS, family_recipe, new
 
 ROWS = 6

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from llmkd.config import load_recipe
-from llmkd.report import report
+from llmkd.recipe.recipe import load_recipe
+from llmkd.recipe.study_entries import read_study
+from llmkd.report.write import report
 from llmkd.study import study
-from llmkd.study_files import read_study
 from tests.family_models import write_rows
 from tests.tiny import recipe_values
 

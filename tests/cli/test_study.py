@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmkd import generation
 from llmkd.cli import main
-from llmkd.config import load_recipe
 from llmkd.errors import InputError
-from llmkd.study import entry_recipe, manifest, study
+from llmkd.evaluation import generation
+from llmkd.recipe.recipe import load_recipe
+from llmkd.recipe.study_entries import entry_recipe, manifest
+from llmkd.study import study
 from tests.tiny import recipe_values
 
 

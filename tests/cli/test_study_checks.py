@@ -14,12 +14,12 @@ import torch
 import transformers as hf
 import yaml
 
-from llmkd import jobs
 from llmkd.cli import main
-from llmkd.config import load_recipe
 from llmkd.errors import InputError
-from llmkd.study import entry_recipe, manifest
-from llmkd.study_checks import check
+from llmkd.recipe.recipe import load_recipe
+from llmkd.recipe.study_entries import entry_recipe, manifest
+from llmkd.study import check
+from llmkd.training import jobs
 from tests.tiny import recipe_values
 
 MADE: dict[str, Any] = dict(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=6)

@@ -50,10 +50,11 @@ def start_ranks(ranks: int, module: str, tasks: Path, output: Path) -> list[subp
 
 def main(tasks: Path) -> None:
     """Every rank's part of `run_on_ranks`."""
-    from llmkd import caching, distributed, jobs
-    from llmkd.config import load_recipe
+    from llmkd.distributed import ranks as distributed
     from llmkd.errors import InputError
+    from llmkd.recipe.recipe import load_recipe
     from llmkd.train import Stopping, train
+    from llmkd.training import jobs, write_cache
 
     work = json.loads(tasks.read_text())
     distributed.quiet()
@@ -67,7 +68,7 @@ def main(tasks: Path) -> None:
             only = changes.pop("only", None)
             recipe = load_recipe(work["recipe"]).changed(changes)
             if only == "cache":
-                assert caching.cache(world, recipe, Stopping())
+                assert write_cache.cache(world, recipe, Stopping())
                 continue
             train(world, jobs.distil_job(world, recipe, Path(work["output"]) / name))
         except InputError as error:

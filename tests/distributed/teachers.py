@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from llmkd import build, cache_contents, data, distributed, jobs, starts
-from llmkd.config import Recipe, load_recipe
-from llmkd.data import Batch, collate
-from llmkd.teachers.cache import CacheTeacher
+from llmkd.data import batches as data
+from llmkd.data.batches import Batch, collate
+from llmkd.distributed import ranks
+from llmkd.recipe.recipe import Recipe, load_recipe
+from llmkd.teachers.cached import CacheTeacher
+from llmkd.training import build, cache_contents, initial, jobs
 from tests.tensor_bytes import TensorBytes
 from tests.wire_bytes import WireBytes
 
@@ -118,7 +120,7 @@ def _present(world: Any, recipe: Recipe, job: Any, rounds: int) -> tuple[Any, li
 
 def _cached(world: Any, recipe: Recipe, job: Any, rounds: int) -> tuple[Any, list[list[Batch]]]:
     """The teacher as a cache that is there, and four steps of the rows that it holds."""
-    tokenizer = starts.job_tokenizer(world, job, resuming=False)
+    tokenizer = initial.job_tokenizer(world, job, resuming=False)
     rows = build.tokenized(world, job.data, tokenizer)
     size = recipe.train.batch_size
     found = data.batches(
@@ -161,8 +163,8 @@ EXAMS = {"uneven": uneven, "measured": measured, "stones": stones}
 def main(tasks: Path) -> None:
     """Every rank's part: each scenario is (exam, recipe changes, further arguments); results go to rankN.json."""
     work = json.loads(tasks.read_text())
-    distributed.quiet()
-    world = distributed.start(60)
+    ranks.quiet()
+    world = ranks.start(60)
     torch.manual_seed(0)
     results = {}
     for name, (exam, changes, arguments) in work["scenarios"].items():
@@ -171,7 +173,7 @@ def main(tasks: Path) -> None:
         job = jobs.distil_job(world, recipe, Path(work["output"]) / name)
         results[name] = EXAMS[exam](world, recipe, job, **arguments)
     (Path(work["output"]) / f"rank{world.rank}.json").write_text(json.dumps(results))
-    distributed.stop()
+    ranks.stop()
 
 
 if __name__ == "__main__":

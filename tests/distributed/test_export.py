@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmkd import checkpoint, jobs, model_parts, models
-from llmkd.config import load_recipe
-from llmkd.engines import check_asynchronous_io, frozen_engine, gathered, teacher_ds_config
+from llmkd.distributed.engines import check_asynchronous_io, frozen_engine, gathered, teacher_ds_config
 from llmkd.errors import InputError
+from llmkd.models import load, parts
+from llmkd.recipe.recipe import load_recipe
 from llmkd.train import train
+from llmkd.training import checkpoint, jobs
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -37,7 +38,7 @@ def test_exported_student_gives_the_logits_it_gave_in_training(
     monkeypatch.setattr(checkpoint, "export", watched)
     assert train(world, jobs.distil_job(world, recipe, tmp_path / "run"))
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
-    assert model.dtype == models.DTYPES[dtype] and model.config.use_cache
+    assert model.dtype == load.DTYPES[dtype] and model.config.use_cache
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
     with torch.no_grad():
         logits = model(input_ids=ids).logits
@@ -58,8 +59,8 @@ def test_exported_student_gives_the_logits_it_gave_in_training(
 
 def test_rotary_frequencies_stay_float32_under_zero3(tiny: Path, world: Any) -> None:
     """zero.Init would round them to the model's dtype; compare with a model loaded without it."""
-    plain = models.load_causal_lm(tiny / "teacher", dtype=torch.bfloat16, ds_config=None, attention="sdpa")
-    sharded = models.load_causal_lm(
+    plain = load.load_causal_lm(tiny / "teacher", dtype=torch.bfloat16, ds_config=None, attention="sdpa")
+    sharded = load.load_causal_lm(
         tiny / "teacher",
         dtype=torch.bfloat16,
         ds_config=teacher_ds_config(2, "bfloat16", "none", block=1, parameter=1),
@@ -72,11 +73,11 @@ def test_rotary_frequencies_stay_float32_under_zero3(tiny: Path, world: Any) -> 
 
 def test_zero3_teacher_never_holds_more_than_one_block_or_its_embeddings(tiny: Path, world: Any) -> None:
     """Weights whole, or on their way, are counted at every module that has some; fetching ahead is part of it."""
-    counted: Any = models.without_weights(models.load_config(tiny / "teacher"))
-    stack: Any = model_parts.blocks(counted)
+    counted: Any = load.without_weights(load.load_config(tiny / "teacher"))
+    stack: Any = parts.blocks(counted)
     block = sum(p.numel() for p in stack[0].parameters())
     ds = teacher_ds_config(2, "float32", "none", block=block, parameter=max(p.numel() for p in stack.parameters()))
-    model: Any = models.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=ds, attention="sdpa")
+    model: Any = load.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=ds, attention="sdpa")
     held: list[int] = []
     ahead: list[int] = []
 
@@ -85,15 +86,15 @@ def test_zero3_teacher_never_holds_more_than_one_block_or_its_embeddings(tiny: P
         held.append(sum(p.ds_numel for p in model.parameters() if p.ds_id in here))
         ahead.append(len(here - {p.ds_id for p in module.parameters()}))
 
-    engine = frozen_engine(model_parts.backbone(model), ds)
-    for module in model_parts.backbone(model).modules():
+    engine = frozen_engine(parts.backbone(model), ds)
+    for module in parts.backbone(model).modules():
         if list(module.parameters(recurse=False)):
             module.register_forward_pre_hook(count)
     for _ in range(3):  # DeepSpeed learns the order in the first passes and fetches ahead in the next ones
         with torch.no_grad():
             engine(input_ids=torch.arange(8)[None])
     embedding = model.get_input_embeddings().weight.ds_numel
-    assert len(held) > 3 * 9 * len(model_parts.blocks(model)) and max(ahead[-20:]) > 1  # it does fetch ahead
+    assert len(held) > 3 * 9 * len(parts.blocks(model)) and max(ahead[-20:]) > 1  # it does fetch ahead
     assert max(held) <= max(block, embedding) and sorted(held)[-4] <= block
     assert sum(p.ds_numel for p in model.parameters() if p.ds_status.name == "AVAILABLE") == 0
 

@@ -17,15 +17,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmkd import build, jobs, models, recipe_map, starts
-from llmkd.config import ROOT, Recipe, load_recipe
-from llmkd.data import Batch, epoch_batches
-from llmkd.families import DECODER_EMBEDDING, depths, family
-from llmkd.family_data import collate_for, tokenize_for
-from llmkd.geometry import cka
-from llmkd.layer_map import in_order_random
-from llmkd.stages import EMBEDDING
+from llmkd.data.batches import Batch, epoch_batches
+from llmkd.data.other_families import collate_for, tokenize_for
+from llmkd.files import ROOT
+from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING, in_order_random
+from llmkd.losses.set_distances import cka
+from llmkd.models import load
+from llmkd.models.families import depths, family
+from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.train import train
+from llmkd.training import build, initial, jobs
+from llmkd.training import pairs as recipe_map
 from tests.distributed.runner import run_on_ranks
 from tests.family_models import CLASSES, ENCODER_DECODERS, ENCODERS, family_recipe, new, run
 
@@ -127,7 +129,7 @@ def test_nearest_is_the_highest_cka_of_the_plain_models(
     """Each stack by itself, over its own tokens of the first step's rows, by `output_hidden_states` in float64."""
     folder, kind = two(name), TEACHERS[name][0]
     recipe = load_recipe(folder / "recipe.yaml").changed(scenarios(folder)["nearest"])
-    starts.initial_student(recipe, folder / "teacher", tmp_path / "student")
+    initial.initial_student(recipe, folder / "teacher", tmp_path / "student")
     teacher, student = (
         CLASSES[kind].from_pretrained(path).double().eval() for path in (folder / "teacher", tmp_path / "student")
     )
@@ -159,7 +161,7 @@ def test_nearest_is_the_highest_cka_of_the_plain_models(
 
 def first_batch(recipe: Recipe, teacher: Path) -> Batch:
     """The rows of the first step."""
-    of, tokenizer = family(models.load_config(teacher)), models.load_tokenizer(teacher)
+    of, tokenizer = family(load.load_config(teacher)), load.load_tokenizer(teacher)
     lengths: dict[str, Any] = dict(max_length=recipe.data.max_length, too_long=recipe.data.too_long)
     data = tokenize_for(of, jobs.read_rows(recipe.data), tokenizer, format="auto", **lengths)
     order = epoch_batches(np.array(data["length"]), batch_size=8, seed=recipe.seed, epoch=0, grouped=True)

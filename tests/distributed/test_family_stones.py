@@ -11,17 +11,19 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from llmkd import families, jobs, model_parts, models, recipe_map, starts
-from llmkd.config import dump_recipe
-from llmkd.connectors import RIDGE, make_connectors
-from llmkd.data import epoch_batches
-from llmkd.family_data import collate_for, tokenize_for
-from llmkd.schedules import learning_rate, scheduled
-from llmkd.teachers.base import output_state
+from llmkd.data.batches import epoch_batches
+from llmkd.data.other_families import collate_for, tokenize_for
+from llmkd.losses.schedules import learning_rate, scheduled
+from llmkd.models import families, load
+from llmkd.models import parts as model_parts
+from llmkd.models.parts import output_state
+from llmkd.recipe.recipe import dump_recipe
+from llmkd.student.connectors import RIDGE, make_connectors
 from llmkd.train import train
+from llmkd.training import initial, jobs, pairs
 from tests.distributed.runner import run_on_ranks
 from tests.family_models import CLASSES, DECODERS, ENCODERS, family_recipe, new, plain_losses
-from tests.unit.test_stones_families import WEIGHTS, logits_of, plain
+from tests.unit.student.test_stepping_stones_families import WEIGHTS, logits_of, plain
 
 KINDS = {"bert": "encoder", "roberta": "encoder", "opt_narrow": "decoder", "gemma3_text": "decoder"}
 ASKED: dict[str, Any] = {
@@ -49,15 +51,15 @@ def _recipe(folder: Path, name: str) -> Any:
 
 def plain_run(folder: Path, recipe: Any) -> tuple[dict[str, torch.Tensor], list[float]]:
     """(weights, each step's stones' loss) of the recipe on whole batches, in one process."""
-    starts.initial_student(recipe, folder / "teacher", folder / "start")
-    shape = models.load_config(folder / "teacher")
-    of, tokenizer = families.family(shape), models.load_tokenizer(folder / "teacher")
+    initial.initial_student(recipe, folder / "teacher", folder / "start")
+    shape = load.load_config(folder / "teacher")
+    of, tokenizer = families.family(shape), load.load_tokenizer(folder / "teacher")
     teacher, student = (CLASSES[of.kind].from_pretrained(folder / name) for name in ("teacher", "start"))
     teacher.eval().requires_grad_(False)
     student.train()
     lengths: dict[str, Any] = dict(max_length=recipe.data.max_length, too_long="drop")
     data = tokenize_for(of, jobs.read_rows(recipe.data), tokenizer, format="auto", **lengths)
-    stones = recipe_map.stones_of(recipe, 2, 4)
+    stones = pairs.stones_of(recipe, 2, 4)
     settings = recipe.train
     order = epoch_batches(
         torch.tensor(data["length"]).numpy(), batch_size=settings.batch_size, seed=recipe.seed, epoch=0, grouped=True

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from llmkd import jobs
-from llmkd.config import load_recipe
+from llmkd.recipe.recipe import load_recipe
 from llmkd.train import train
+from llmkd.training import jobs
 from tests.distributed.test_resume import lines, start_training, when_at_step
 
 OPTIONS: dict[str, Any] = {

@@ -12,15 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmkd import build, jobs, model_parts, models, starts, steering, student
-from llmkd.config import load_recipe
-from llmkd.data import collate, epoch_batches
-from llmkd.geometry import cka
+from llmkd.data.batches import collate, epoch_batches
 from llmkd.layer_map import in_order_random
-from llmkd.matching import draw_seed, sampled
-from llmkd.schedules import dynamic_temperature
-from llmkd.teachers.base import output_state
+from llmkd.losses.distance_sum import draw_seed, sampled
+from llmkd.losses.schedules import dynamic_temperature
+from llmkd.losses.set_distances import cka
+from llmkd.models import load
+from llmkd.models import parts as model_parts
+from llmkd.models.parts import output_state
+from llmkd.recipe.recipe import load_recipe
+from llmkd.student import distiller
 from llmkd.train import train
+from llmkd.training import build, initial, jobs, steps
 from tests.distributed.runner import run_on_ranks
 
 COMMON = {"train.steps": 6, "train.save_every": 3, "train.keep_checkpoints": 9, "train.micro_batch_size": 2}
@@ -137,7 +140,7 @@ def test_resumed_is_uninterrupted_on_two_ranks(runs: Path, tiny: Path) -> None:
 def _sample_as_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process draws from each half of a micro-batch's rows what the rank that had them would have drawn, by the same numbers."""
     now: dict[str, Any] = {}
-    forward = student.Distiller.forward
+    forward = distiller.Distiller.forward
 
     def drawing(*numbers: int) -> int:
         now["numbers"] = numbers
@@ -155,9 +158,9 @@ def _sample_as_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(drawn) < len(at)
         return drawn, len(at) / len(drawn)
 
-    monkeypatch.setattr(steering, "draw_seed", drawing)
-    monkeypatch.setattr(student.Distiller, "forward", running)
-    monkeypatch.setattr(student, "sampled", both)
+    monkeypatch.setattr(steps, "draw_seed", drawing)
+    monkeypatch.setattr(distiller.Distiller, "forward", running)
+    monkeypatch.setattr(distiller, "sampled", both)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -215,8 +218,8 @@ def test_nearest_is_the_highest_cka_of_the_plain_models(
 ) -> None:
     """By `output_hidden_states` and the definition of CKA, over every token of the first step's rows."""
     recipe = load_recipe(tiny / "recipe.yaml").changed({**COMMON, **SCENARIOS[name]})
-    starts.initial_student(recipe, tiny / "teacher", tmp_path / "student")
-    data = build.tokenized(world, recipe.data, models.load_tokenizer(tiny / "teacher"))
+    initial.initial_student(recipe, tiny / "teacher", tmp_path / "student")
+    data = build.tokenized(world, recipe.data, load.load_tokenizer(tiny / "teacher"))
 
     order = epoch_batches(
         np.array(data["length"]), batch_size=8, seed=recipe.seed, epoch=0, grouped=recipe.data.batching == "grouped"
@@ -224,7 +227,7 @@ def test_nearest_is_the_highest_cka_of_the_plain_models(
     batch = collate([data[int(i)] for i in order[0]], pad_id=0, packed=False)
     sides = []
     for folder in (tmp_path / "student", tiny / "teacher"):
-        model = models.load_causal_lm(folder, dtype=torch.float32, ds_config=None, attention="sdpa").eval()
+        model = load.load_causal_lm(folder, dtype=torch.float32, ds_config=None, attention="sdpa").eval()
         states: list[torch.Tensor] = []
         for block in model_parts.blocks(model):
             block.register_forward_hook(

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from llmkd import checkpoint, jobs
-from llmkd.config import ROOT, load_recipe
 from llmkd.errors import InputError
+from llmkd.files import ROOT
+from llmkd.recipe.recipe import load_recipe
 from llmkd.train import train
+from llmkd.training import checkpoint, jobs
 from tests.distributed.runner import run_on_ranks
 
 OPTIONS = {

@@ -14,20 +14,25 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from llmkd import build, engines, jobs, model_parts, models, recipe_map, starts
-from llmkd.config import ROOT, load_recipe
-from llmkd.connectors import make_connectors
-from llmkd.data import collate, epoch_batches
-from llmkd.row_files import load_rows
-from llmkd.schedules import learning_rate
-from llmkd.stones import drawn, shares
-from llmkd.teachers import upper
+from llmkd.data.batches import collate, epoch_batches
+from llmkd.data.rows import load_rows
+from llmkd.data.tokens import tokenize
+from llmkd.distributed import engines
+from llmkd.files import ROOT
+from llmkd.losses.schedules import learning_rate
+from llmkd.models import load as models
+from llmkd.models import parts as model_parts
+from llmkd.recipe.recipe import load_recipe
+from llmkd.student.connectors import make_connectors
+from llmkd.student.stepping_stones import drawn, shares
+from llmkd.teachers import upper_blocks as upper
 from llmkd.teachers.resident import ResidentTeacher
-from llmkd.tokenizing import tokenize
 from llmkd.train import train
+from llmkd.training import build, initial, jobs
+from llmkd.training import pairs as recipe_map
 from tests.distributed.runner import run_on_ranks
 from tests.tiny import load, plain_losses
-from tests.unit.test_stones import plain_stones
+from tests.unit.student.test_stepping_stones import plain_stones
 
 NARROW = {
     "student.init": "random",
@@ -114,7 +119,7 @@ def _states(model: Any, block: int, batch: Any) -> torch.Tensor:
 def plain_run(tiny: Path, changes: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """(weights, what each step would log) in plain PyTorch: one process, whole batches, whole logits, connectors by lstsq."""
     recipe = load_recipe(tiny / "recipe.yaml").changed(changes)
-    starts.initial_student(recipe, tiny / "teacher", folder)
+    initial.initial_student(recipe, tiny / "teacher", folder)
     teacher, student = load(tiny / "teacher").eval().requires_grad_(False), load(folder).train()
     pairs, stones = (
         of(recipe, 3, teacher.config.num_hidden_layers) for of in (recipe_map.pairs_of, recipe_map.stones_of)
@@ -241,7 +246,7 @@ def _check(run: Path, plain: Any, asked: str, spread: dict[str, Any]) -> None:
 def test_the_stones_change_the_student(runs: Path, tiny: Path, tmp_path: Path) -> None:
     """Alone they train the lower blocks and leave the last norm, which no stone passes; the plain runs agree with them on both."""
     recipe = load_recipe(tiny / "recipe.yaml").changed(ASKED["alone"])
-    starts.initial_student(recipe, tiny / "teacher", tmp_path / "student")
+    initial.initial_student(recipe, tiny / "teacher", tmp_path / "student")
     before, after = (
         load_file(folder / "model.safetensors") for folder in (tmp_path / "student", runs / "alone_zero2" / "model")
     )

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from llmkd.config import load_recipe
-from llmkd.placements import compare
-from llmkd.planner import plan
+from llmkd.planning.memory import plan
+from llmkd.planning.placements import compare
+from llmkd.recipe.recipe import load_recipe
 from tests.distributed.runner import start_ranks
 
 PIPELINE = {"teacher.placement": "pipeline"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmkd.teachers.offload import OffloadedStates
+from llmkd.teachers.resident import OffloadedStates
 
 pytestmark = pytest.mark.gpu
 BLOCKS, SHAPE = 8, (4, 1024, 2048)

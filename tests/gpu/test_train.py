@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from llmkd import starts
-from llmkd.config import load_recipe
-from llmkd.launch import launch
+from llmkd.distributed.launch import launch
+from llmkd.recipe.recipe import load_recipe
+from llmkd.training import initial
 from tests.tiny import plain_run
 
 pytestmark = pytest.mark.gpu
@@ -57,7 +57,7 @@ def test_losses_on_gpus_are_those_of_plain_pytorch(
         assert launch(ranks, ["--recipe", str(tiny / "recipe.yaml"), "--cache-only", *sets]).code == 0
     assert launch(ranks, ["--recipe", str(tiny / "recipe.yaml"), "--output", str(run), *sets]).code == 0
     recipe = load_recipe(tiny / "recipe.yaml")
-    starts.initial_student(recipe, tiny / "teacher", tmp_path / "student")
+    initial.initial_student(recipe, tiny / "teacher", tmp_path / "student")
     _, losses = plain_run(recipe, tiny / "teacher", tmp_path / "student")
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for ours, theirs in zip(logged, losses, strict=True):

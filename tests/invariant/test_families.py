@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmkd import build, jobs, models, recipe_map, starts
-from llmkd.config import load_recipe
-from llmkd.data import epoch_batches
-from llmkd.families import family
-from llmkd.family_data import collate_for, tokenize_for
-from llmkd.schedules import learning_rate
+from llmkd.data.batches import epoch_batches
+from llmkd.data.other_families import collate_for, tokenize_for
+from llmkd.losses.schedules import learning_rate
+from llmkd.models import load
+from llmkd.models.families import family
+from llmkd.recipe.recipe import load_recipe
+from llmkd.training import build, initial, jobs
+from llmkd.training import pairs as recipe_map
 from tests.distributed.runner import run_on_ranks
 from tests.family_models import CLASSES, ENCODER_DECODERS, ENCODERS, family_recipe, new, plain_losses
 
@@ -32,12 +34,12 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 def plain_run(folder: Path, kind: str) -> dict[str, torch.Tensor]:
     """The recipe's two steps on whole batches."""
     recipe = load_recipe(folder / "recipe.yaml")
-    starts.initial_student(recipe, folder / "teacher", folder / "start")
+    initial.initial_student(recipe, folder / "teacher", folder / "start")
     teacher, student = (CLASSES[kind].from_pretrained(folder / name) for name in ("teacher", "start"))
     teacher.eval()
     student.train()
-    shape = models.load_config(folder / "teacher")
-    of, tokenizer = family(shape), models.load_tokenizer(folder / "teacher")
+    shape = load.load_config(folder / "teacher")
+    of, tokenizer = family(shape), load.load_tokenizer(folder / "teacher")
     lengths: dict[str, Any] = dict(max_length=recipe.data.max_length, too_long="drop")
     data = tokenize_for(of, jobs.read_rows(recipe.data), tokenizer, format="auto", **lengths)
     depths = recipe_map.depths_of(recipe, shape), build.families.depths(shape)

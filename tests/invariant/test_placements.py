@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from llmkd import starts
-from llmkd.config import load_recipe
+from llmkd.recipe.recipe import load_recipe
+from llmkd.training import initial
 from tests.distributed.runner import run_on_ranks
 from tests.invariant.test_same_student import OBJECTIVES, objective_changes
 from tests.tiny import assert_same_weights, plain_run
@@ -56,7 +56,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _with_zero2(tiny: Path, scenarios: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    from llmkd.config import ROOT
+    from llmkd.files import ROOT
 
     cpu = json.loads((ROOT / "ds_configs" / "cpu.json").read_text())
     (tiny / "cpu_zero2.json").write_text(
@@ -159,7 +159,7 @@ def test_a_pipelined_teacher_makes_the_student_of_plain_pytorch(
     batching = changes.get("data.batching", "grouped")
     recipe = load_recipe(tiny / "recipe.yaml").changed({**_asked(tiny, asked), "data.batching": batching})
     teacher = Path(recipe.teacher_path)
-    starts.initial_student(recipe, teacher, tmp_path / "student")
+    initial.initial_student(recipe, teacher, tmp_path / "student")
     weights, losses = plain_run(recipe, teacher, tmp_path / "student")
     logged = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
     assert len(logged) == len(losses) == 4

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmkd import starts
-from llmkd.config import load_recipe
+from llmkd.recipe.recipe import load_recipe
+from llmkd.training import initial
 from tests.distributed.runner import run_on_ranks
 from tests.tiny import assert_same_weights, plain_run
 
@@ -117,7 +117,7 @@ def _changes(tiny: Path, objective: str, spread: dict[str, Any]) -> dict[str, An
 @pytest.fixture(scope="module")
 def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All the runs above, in two process groups."""
-    from llmkd.config import ROOT
+    from llmkd.files import ROOT
 
     cpu = json.loads((ROOT / "ds_configs" / "cpu.json").read_text())
     for name, stage in STAGE.items():
@@ -142,7 +142,7 @@ def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
             )
             teacher = Path(recipe.teacher_path)
             student = tmp_path_factory.mktemp("initial") / "student"
-            starts.initial_student(recipe, teacher, student)
+            initial.initial_student(recipe, teacher, student)
             done[objective, batching] = plain_run(recipe, teacher, student)
         return done[objective, batching]
 
@@ -178,7 +178,7 @@ def test_a_teacher_of_whom_no_logits_are_asked_is_cut_after_its_last_mapped_bloc
 
 def test_the_runs_did_move_the_student(runs: Path, tiny: Path, tmp_path: Path) -> None:
     recipe = load_recipe(tiny / "recipe.yaml")
-    starts.initial_student(recipe, tiny / "teacher", tmp_path / "student")
+    initial.initial_student(recipe, tiny / "teacher", tmp_path / "student")
     before, after = (
         load_file(tmp_path / "student" / "model.safetensors"),
         load_file(runs / "2" / "zero3" / "model" / "model.safetensors"),

@@ -16,13 +16,13 @@ from benchmarks.contestants import make_passes
 from benchmarks.measure import Memory
 from benchmarks.passes import HIDDEN_WEIGHT, Llmkd, Paper, Pass
 from benchmarks.shapes import PAD, Row, Size, Work, as_batch, labels, make_model, make_rows, make_work
-from llmkd.distances import DISTANCES
-from llmkd.distributed import World
-from llmkd.divergences import forward_kl
-from llmkd.engines import complete_ds_config
-from llmkd.head import IGNORED
+from llmkd.distributed.engines import complete_ds_config
+from llmkd.distributed.ranks import World
 from llmkd.layer_map import forward
-from llmkd.student import Distiller
+from llmkd.losses.chunked_head import IGNORED
+from llmkd.losses.distances import DISTANCES
+from llmkd.losses.divergences import forward_kl
+from llmkd.student.distiller import Distiller
 from llmkd.teachers.resident import ResidentTeacher
 
 SIZE = Size(32, 48, 4, 2, 8, 4, 2, True, 3, 24, vocabulary=157)

@@ -45,12 +45,16 @@ def test_no_module_is_named_like_one_we_use() -> None:
 
 
 def test_every_room_has_its_floor() -> None:
-    layers = next(c for c in PYPROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "layers")
-    named = [name.strip() for floor in layers["layers"] for name in floor.split(":")]
-    assert len(named) == len(set(named))
-    required = {name for name in named if not name.startswith("(")}
-    assert required <= set(ROOMS) <= {name.strip("()") for name in named}
-    assert layers["exhaustive"]
+    (layers,) = (c for c in PYPROJECT["tool"]["importlinter"]["contracts"] if c["type"] == "layers")
+    named = [name.strip() for floor in layers["layers"] for name in floor.split("|")]
+    assert sorted(named) == sorted(ROOMS) and layers["exhaustive"]
+
+
+def test_a_room_says_what_it_is_in_one_sentence_and_holds_at_most_twenty_files() -> None:
+    for room in {path.parent for path in SOURCES} - {PACKAGE}:
+        assert len(list(room.glob("*.py"))) <= 21, room  # with __init__.py
+        (only,) = ast.parse((room / "__init__.py").read_text()).body
+        assert isinstance(only, ast.Expr) and isinstance(only.value, ast.Constant), room
 
 
 def collective_imports(source: str) -> set[str]:
@@ -67,8 +71,8 @@ def collective_imports(source: str) -> set[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_only_distributed_and_engines_know_of_ranks(path: Path) -> None:
-    if path not in (PACKAGE / "distributed.py", PACKAGE / "engines.py"):
+def test_only_the_room_distributed_knows_of_ranks(path: Path) -> None:
+    if path.parent != PACKAGE / "distributed":
         assert collective_imports(path.read_text()) == set()
 
 
@@ -85,7 +89,9 @@ def test_only_distributed_and_engines_know_of_ranks(path: Path) -> None:
 )
 def test_such_an_import_is_seen(line: str) -> None:
     assert collective_imports(line)
-    assert not collective_imports("import torch\nfrom llmkd.distributed import barrier\nfrom . import distributed")
+    assert not collective_imports(
+        "import torch\nfrom llmkd.distributed.ranks import barrier\nfrom . import distributed"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,7 +162,7 @@ def test_a_wheel_carries_what_the_code_reads(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    read = [*SOURCES, *PACKAGE.glob("*.js"), *PACKAGE.glob("*.css")]
+    read = [*SOURCES, *PACKAGE.rglob("*.js"), *PACKAGE.rglob("*.css")]
     expected = {path.relative_to(ROOT).as_posix() for path in read} | {
         f"llmkd/_shipped/{path.relative_to(ROOT).as_posix()}"
         for folder in SHIPPED

@@ -1,0 +1,200 @@
+"""Rows of text to micro-batches: which tokens are trained, in which order, padded or packed.
+
+The order is a pure function of (seed, step), so a run resumes at the exact row by knowing its step, and the rows of a
+step do not depend on the number of ranks or on accumulation.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from llmkd.errors import InputError
+
+Kind = Literal["decoder", "encoder", "encoder_decoder"]
+
+log = logging.getLogger("llmkd")
+IGNORE = -100
+MULTIPLE = 8
+"""To which the rows of a batch are padded."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. Positions are those of states: `targets[b, t]` is the token that position t must predict."""
+
+    input_ids: Tensor  # [B, T]
+    position_ids: Tensor  # [B, T], counted from 0 in each row (packed: in each document)
+    attention_mask: Tensor | None  # [B, T]; None when packed, where position_ids keep documents apart
+    targets: Tensor  # [B, T], IGNORE where the next token is not trained
+    attended: Tensor  # [B, T] bool, False at padding
+    trained_at: Tensor  # [N] flat positions with a target
+    attended_at: Tensor  # [M] flat positions that are not padding
+    rows: tuple[int, ...] = ()  # the rows' numbers in the tokenized data, in the order in which they stand here
+    segments: Tensor | None = None  # [B, T] to which of two texts a token belongs, where an encoder is told
+    source_ids: Tensor | None = None  # [B, S] what an encoder-decoder's encoder reads; all else is then its decoder's
+    source_attended: Tensor | None = None  # [B, S] bool, False at padding
+    source_at: Tensor | None = None  # [K] flat positions of the source that are not padding
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on the device."""
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {k: v for k, v in parts.items() if isinstance(v, Tensor)}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(trained positions, attended positions); shapes only, nothing is read from the device."""
+        return self.trained_at.numel(), self.attended_at.numel()
+
+    @property
+    def source_count(self) -> int:
+        """How many positions of the source are not padding; 0 where there is none."""
+        return 0 if self.source_at is None else self.source_at.numel()
+
+
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    """Whole batches in one pass; the rest of the rows sits out, others each time."""
+    if rows < batch_size:
+        raise InputError(
+            f"train.batch_size: {batch_size} rows per step, but the data has only {rows}; write a smaller batch, or "
+            "give more rows"
+        )
+    return rows // batch_size
+
+
+def epoch_batches(lengths: np.ndarray, *, batch_size: int, seed: int, epoch: int, grouped: bool) -> np.ndarray:
+    """[steps, batch_size] row numbers of one pass, longest first in each step. A pure function of its arguments.
+
+    Grouped: within windows of about 32 batches rows are sorted by length before they are cut into batches, and the
+    batches shuffled.
+    """
+    steps = steps_per_epoch(len(lengths), batch_size)
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths))[: steps * batch_size]
+    if grouped:
+        windows = np.array_split(order, math.ceil(steps / 32))
+        order = np.concatenate([w[np.argsort(-lengths[w], kind="stable")] for w in windows])
+    cut = order.reshape(steps, batch_size)
+    if grouped:
+        cut = cut[random.permutation(steps)]
+    return np.stack([b[np.argsort(-lengths[b], kind="stable")] for b in cut])
+
+
+def micro_batch_rows(rows: np.ndarray, *, rank: int, world_size: int, accumulation: int) -> list[np.ndarray]:
+    """This rank's micro-batches of a step; neighbours in length go to different ranks, so that none waits long."""
+    return list(rows.reshape(accumulation, world_size, -1)[:, rank])
+
+
+def collate(
+    rows: Sequence[dict[str, Any]], *, pad_id: int, packed: bool, multiple: int = MULTIPLE, numbers: Sequence[int] = ()
+) -> Batch:
+    """Tokenized rows -> one Batch: padded on the right to a multiple of 8, or packed end to end in one row.
+
+    `numbers`: which rows of the data these are, where somebody asks (a cached teacher does).
+    """
+    ids = [torch.as_tensor(row["input_ids"]) for row in rows]
+    targets = [_targets(i, torch.as_tensor(row["trained"])) for i, row in zip(ids, rows, strict=True)]
+    if packed:
+        input_ids, target = torch.cat(ids)[None], torch.cat(targets)[None]
+        position_ids = torch.cat([torch.arange(len(i)) for i in ids])[None]
+        attended = torch.ones_like(input_ids, dtype=torch.bool)
+        mask = None
+    else:
+        width = -(-max(len(i) for i in ids) // multiple) * multiple
+        input_ids = torch.stack([_padded(i, width, pad_id) for i in ids])
+        target = torch.stack([_padded(t, width, IGNORE) for t in targets])
+        attended = torch.stack([_padded(torch.ones_like(i), width, 0) for i in ids]).bool()
+        position_ids = torch.arange(width).expand(len(ids), width).contiguous()
+        mask = attended.long()
+    return Batch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=mask,
+        targets=target,
+        attended=attended,
+        trained_at=(target.flatten() != IGNORE).nonzero().flatten(),
+        attended_at=attended.flatten().nonzero().flatten(),
+        rows=tuple(int(number) for number in numbers),
+    )
+
+
+def _targets(ids: Tensor, trained: Tensor) -> Tensor:
+    """[T]: the next token where it is trained, else IGNORE. The last one predicts none: nothing crosses documents."""
+    following = torch.where(trained.bool(), ids, IGNORE)[1:]
+    return torch.cat([following, torch.tensor([IGNORE])])
+
+
+def _padded(values: Tensor, width: int, fill: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, width - len(values)), value=fill)
+
+
+def announced(steps: Iterator[list[Batch]], tell: Callable[[list[Batch]], None]) -> Iterator[list[Batch]]:
+    """The same steps; `tell` hears of each when the step before it is about to be trained."""
+    waiting: list[list[Batch]] = []
+    for batches_of_step in steps:
+        tell(batches_of_step)
+        waiting.append(batches_of_step)
+        if len(waiting) == 2:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+def batches(
+    data: Dataset,
+    *,
+    seed: int,
+    start_step: int,
+    steps: int,
+    batch_size: int,
+    accumulation: int,
+    rank: int,
+    world_size: int,
+    pad_id: int,
+    packed: bool,
+    make: Callable[..., Batch] = collate,
+) -> Iterator[list[Batch]]:
+    """For each step from `start_step` on, this rank's micro-batches, made ready one step ahead; `make` makes one of its rows."""
+    lengths = np.array(data["length"])
+    per_epoch = steps_per_epoch(len(lengths), batch_size)
+
+    @functools.lru_cache(maxsize=1)
+    def of_epoch(epoch: int) -> np.ndarray:
+        return epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch, grouped=not packed)
+
+    def of_step(step: int) -> list[Batch]:
+        epoch, place = divmod(step, per_epoch)
+        mine = micro_batch_rows(of_epoch(epoch)[place], rank=rank, world_size=world_size, accumulation=accumulation)
+        return [
+            make([data[int(r)] for r in micro], pad_id=pad_id, packed=packed, numbers=micro.tolist()) for micro in mine
+        ]
+
+    # A thread, not a worker process: a process would be ended by the signal that asks this one to save and stop.
+    with ThreadPoolExecutor(1) as ahead:
+        following = ahead.submit(of_step, start_step) if start_step < steps else None
+        for step in range(start_step, steps):
+            assert following is not None
+            ready = following.result()
+            following = ahead.submit(of_step, step + 1) if step + 1 < steps else None
+            yield ready
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model's kind, and what must be known of it to make its batches."""
+
+    kind: Kind
+    labels: tuple[str, ...] = ()
+    """An encoder's classes, in the order of its logits."""
+    start: int = 0
+    """The token id with which an encoder-decoder's decoder begins."""

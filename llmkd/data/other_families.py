@@ -1,0 +1,222 @@
+"""Rows and batches of the families that do not just continue a text: classified texts for encoders, source and target for encoder-decoders.
+
+`tokenize_for(family, ...)` and `collate_for(family)` are what a run uses, for decoders too (llmkd.data.batches). An encoder's row has
+one position that is trained, its class. An encoder-decoder's prompt is what its encoder reads, the completion what its decoder writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from llmkd.data.batches import IGNORE, MULTIPLE, Batch, Family, collate
+from llmkd.data.tokens import check_columns, kept_rows, tokenize
+from llmkd.errors import InputError
+
+FORMATS = {
+    "decoder": ("auto", "prompt_completion", "messages", "text"),
+    "encoder": ("auto", "classification"),
+    "encoder_decoder": ("auto", "prompt_completion"),
+}
+"""By kind of model, the formats of rows (data.format) that it can be trained on."""
+
+
+def check_format(family: Family, format: str) -> None:
+    """Raise InputError for rows that this kind of model can't be trained on."""
+    if format not in FORMATS[family.kind]:
+        said = family.kind.replace("_", "-")
+        raise InputError(
+            f"data.format: an {said} is not trained on {format}; write {' or '.join(FORMATS[family.kind])}"
+            if family.kind != "decoder"
+            else f"data.format: {format} is for encoders, and this model is a decoder; write {' or '.join(FORMATS['decoder'])}"
+        )
+
+
+def tokenize_for(
+    family: Family, rows: Dataset, tokenizer: Any, *, format: str, max_length: int, too_long: str
+) -> Dataset:
+    """The rows as tokens for a model of this family. Raises InputError for a row that lacks its columns, or when no row is left."""
+    check_format(family, format)
+    lengths: dict[str, Any] = dict(max_length=max_length, too_long=too_long)
+    if family.kind == "encoder":
+        return tokenize_classified(rows, tokenizer, family.labels, **lengths)
+    if family.kind == "encoder_decoder":
+        return tokenize_sources(rows, tokenizer, family.start, **lengths)
+    return tokenize(rows, tokenizer, format=format, **lengths)
+
+
+def collate_for(family: Family) -> Callable[..., Batch]:
+    """What makes a batch of rows of `tokenize_for`."""
+    return {"decoder": collate, "encoder": collate_classified, "encoder_decoder": collate_sources}[family.kind]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoders: texts and their classes
+
+
+def label_names(rows: Dataset) -> tuple[str, ...]:
+    """The classes of labelled rows in the order of an encoder's logits: texts in alphabetical order, numbers from 0 to the largest."""
+    check_columns(rows, ("label",), "classification")
+    values = set(rows["label"])
+    if all(isinstance(value, str) for value in values):
+        names = sorted(values)
+    elif all(isinstance(value, int) and value >= 0 for value in values):
+        names = [str(number) for number in range(max(values) + 1)]
+    else:
+        odd = next(v for v in values if not isinstance(v, str | int) or (isinstance(v, int) and v < 0))
+        raise InputError(f"data: the label {odd!r} is no class; write texts, or whole numbers from 0 up")
+    if len(names) < 2:
+        raise InputError(f"data: all rows have the label {names[0]!r}; give rows of two classes or more")
+    return tuple(names)
+
+
+def label_number(label: object, names: Sequence[str], number: int) -> int:
+    """A row's class as its place among the classes: by its name, else by its number. Raises InputError for a label that is none of them."""
+    if str(label) in names:  # first, for classes may be named by numbers that do not begin at 0
+        return list(names).index(str(label))
+    if not isinstance(label, int) or not 0 <= label < len(names):
+        raise InputError(
+            f"data row {number}: the label {label!r} is none of the model's classes ({', '.join(names)}); mend the row, or leave it out"
+        )
+    return label
+
+
+def tokenize_classified(
+    rows: Dataset, tokenizer: Any, labels: Sequence[str], *, max_length: int, too_long: str
+) -> Dataset:
+    """Rows of text (or text_a and text_b) and label -> {input_ids, segments, label, length, row}, by the tokenizer's own template."""
+    pair = "text" not in rows.column_names
+    columns = ("text_a", "text_b", "label") if pair else ("text", "label")
+    check_columns(rows, columns, "classification")
+    cut = {"truncation": True, "max_length": max_length} if too_long == "truncate" else {}
+
+    def encoded(columns: dict[str, list[Any]], numbers: list[int]) -> dict[str, Any]:
+        texts = [columns["text_a"], columns["text_b"]] if pair else [columns["text"]]
+        for number, *parts in zip(numbers, *texts, strict=True):
+            _check_texts(parts, number)
+        found = tokenizer(*texts, **cut)
+        ids = found["input_ids"]
+        segments = found["token_type_ids"] if "token_type_ids" in found else [[0] * len(row) for row in ids]
+        classes = [label_number(v, labels, n) for v, n in zip(columns["label"], numbers, strict=True)]
+        length = [len(row) for row in ids]
+        whole = length if not cut else [len(row) for row in tokenizer(*texts)["input_ids"]]
+        return {
+            "input_ids": ids,
+            "segments": segments,
+            "class": classes,
+            "length": length,
+            "whole": whole,
+            "useful": [True] * len(ids),
+            "row": numbers,
+        }
+
+    names = rows.column_names
+    found = rows.map(encoded, batched=True, with_indices=True, remove_columns=names, load_from_cache_file=False)
+    return kept_rows(found, max_length=max_length, too_long=too_long)
+
+
+def collate_classified(
+    rows: Sequence[dict[str, Any]], *, pad_id: int, packed: bool = False, numbers: Sequence[int] = ()
+) -> Batch:
+    """Rows of `tokenize_classified` -> one Batch, padded on the right; targets [B, 1] are the classes."""
+    assert not packed, "families.check_usable refuses it"
+    ids, attended = _padded([row["input_ids"] for row in rows], pad_id)
+    segments, _ = _padded([row["segments"] for row in rows], 0)
+    return Batch(
+        input_ids=ids,
+        position_ids=torch.arange(ids.shape[1]).expand(ids.shape).contiguous(),
+        attention_mask=attended.long(),
+        targets=torch.tensor([[row["class"]] for row in rows]),
+        attended=attended,
+        trained_at=torch.arange(len(rows)),
+        attended_at=attended.flatten().nonzero().flatten(),
+        rows=tuple(int(number) for number in numbers),
+        segments=segments if segments.any() else None,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoder-decoders: source and target
+
+
+def tokenize_sources(rows: Dataset, tokenizer: Any, start: int, *, max_length: int, too_long: str) -> Dataset:
+    """Rows of prompt and completion -> {source_ids, target_ids, length, row}; both with the tokenizer's own leading and closing tokens.
+
+    `target_ids` begin with `start`, which the decoder reads first and never writes, and end with an end of sequence. `max_length` bounds
+    each of the two.
+    """
+    check_columns(rows, ("prompt", "completion"), "prompt_completion")
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise InputError(
+            "the tokenizer has no end-of-sequence token, by which a student learns to stop; set its eos_token"
+        )
+
+    def encoded(columns: dict[str, list[Any]], numbers: list[int]) -> dict[str, Any]:
+        for number, *parts in zip(numbers, columns["prompt"], columns["completion"], strict=True):
+            _check_texts(parts, number)
+        sources = tokenizer(columns["prompt"])["input_ids"]
+        written = tokenizer(text_target=columns["completion"])["input_ids"]
+        targets = [[start, *ids] if ids[-1:] == [eos] else [start, *ids, eos] for ids in written]
+        whole = [max(len(s), len(t) - 1) for s, t in zip(sources, targets, strict=True)]
+        useful = [bool(s) for s in sources]  # an encoder without a token has nothing to say
+        if too_long == "truncate":
+            # the tokenizer's own truncation keeps the token that closes a text
+            sources = tokenizer(columns["prompt"], truncation=True, max_length=max_length)["input_ids"]
+            targets = [t[: max_length + 1] for t in targets]
+        return {
+            "source_ids": sources,
+            "target_ids": targets,
+            "length": [len(s) + len(t) - 1 for s, t in zip(sources, targets, strict=True)],
+            "whole": whole,
+            "useful": useful,
+            "row": numbers,
+        }
+
+    names = rows.column_names
+    found = rows.map(encoded, batched=True, with_indices=True, remove_columns=names, load_from_cache_file=False)
+    return kept_rows(found, max_length=max_length, too_long=too_long)
+
+
+def collate_sources(
+    rows: Sequence[dict[str, Any]], *, pad_id: int, packed: bool = False, numbers: Sequence[int] = ()
+) -> Batch:
+    """Rows of `tokenize_sources` -> one Batch, both sides padded on the right."""
+    assert not packed, "families.check_usable refuses it"
+    source, source_attended = _padded([row["source_ids"] for row in rows], pad_id)
+    ids, attended = _padded([row["target_ids"][:-1] for row in rows], pad_id)
+    targets, _ = _padded([row["target_ids"][1:] for row in rows], IGNORE)
+    return Batch(
+        input_ids=ids,
+        position_ids=torch.arange(ids.shape[1]).expand(ids.shape).contiguous(),
+        attention_mask=attended.long(),
+        targets=targets,
+        attended=attended,
+        trained_at=(targets.flatten() != IGNORE).nonzero().flatten(),
+        attended_at=attended.flatten().nonzero().flatten(),
+        rows=tuple(int(number) for number in numbers),
+        source_ids=source,
+        source_attended=source_attended,
+        source_at=source_attended.flatten().nonzero().flatten(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_texts(values: Sequence[Any], number: int) -> None:
+    for value in values:
+        if not isinstance(value, str):
+            raise InputError(f"data row {number}: a text is {type(value).__name__}; make it a text")
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """(ids [B, T], which of them are the rows' own [B, T] bool), T a multiple of 8."""
+    width = -(-max(len(row) for row in rows) // MULTIPLE) * MULTIPLE
+    ids = torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, torch.arange(width)[None] < lengths[:, None]

@@ -1,0 +1,1 @@
+"""Ranks, DeepSpeed engines, and the starting of ranks: the only room that imports torch.distributed or deepspeed."""

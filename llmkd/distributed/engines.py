@@ -1,0 +1,306 @@
+"""DeepSpeed engines: their configurations, models built in shards, what is read from shards and written into them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # noqa: F401  (zero.Init patches tensor constructors; dynamo must be imported before it does)
+from torch import Tensor, nn
+
+from llmkd.distributed.ranks import World
+from llmkd.errors import InputError
+
+# isort: split
+import deepspeed  # after llmkd.distributed.ranks, which says what accelerator there is
+
+OFFLOADED = ("param", "optimizer")
+RECIPE = "recipe"
+"""The value in a ds_configs JSON that the recipe decides."""
+
+
+def load_ds_config(name: str, folder: Path) -> dict[str, Any]:
+    """A DeepSpeed configuration by its name in `folder` (ds_configs/) or by a path of the user's own."""
+    file = Path(name) if name.endswith(".json") else folder / f"{name}.json"
+    if not file.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
+        raise InputError(
+            f"train.deepspeed: no DeepSpeed configuration {name!r}; write one of {known}, or the path of a .json file"
+        )
+    try:
+        config = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}: not valid JSON at line {error.lineno}: {error.msg}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: a DeepSpeed configuration is a JSON object")
+    return config
+
+
+def complete_ds_config(
+    config: dict[str, Any],
+    *,
+    world_size: int,
+    micro_batch: int,
+    accumulation: int,
+    clip: float,
+    dtype: str,
+    nvme_path: str,
+) -> dict[str, Any]:
+    """Write the recipe's numbers into a DeepSpeed configuration. Raises InputError where a number of the user's own disagrees."""
+    decided: dict[str, Any] = {
+        "train_batch_size": world_size * micro_batch * accumulation,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip,
+        "bf16.enabled": dtype == "bfloat16",
+        "zero_optimization.offload_param.nvme_path": nvme_path,
+        "zero_optimization.offload_optimizer.nvme_path": nvme_path,
+    }
+    completed = json.loads(json.dumps(config))
+    for key, value in decided.items():
+        *parents, last = key.split(".")
+        section = completed
+        for parent in parents:
+            section = section.get(parent, {}) if key.endswith("nvme_path") else section.setdefault(parent, {})
+        found = section.get(last, RECIPE if not key.endswith("nvme_path") else None)
+        if found == RECIPE:
+            section[last] = value
+        elif not key.endswith("nvme_path") and found != value:
+            raise InputError(
+                f"DeepSpeed configuration: {key} is {found}, the recipe gives {value}; write {RECIPE!r} there, or leave it out"
+            )
+    if zero_stage(completed) == 0 and dtype == "bfloat16":
+        raise InputError(
+            "DeepSpeed configuration: without ZeRO (stage 0) DeepSpeed keeps no fp32 gradients of a bfloat16 model; write stage 1, "
+            "or train.dtype: float32"
+        )
+    for section in ("optimizer", "scheduler", "fp16", "amp"):
+        if completed.get(section, {}).get("enabled", section in ("optimizer", "scheduler")) and section in completed:
+            raise InputError(f"DeepSpeed configuration: {section!r} is the recipe's business (train.*); remove it")
+    return completed
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    """The ZeRO stage a DeepSpeed configuration asks for."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def teacher_ds_config(
+    micro_batch: int, dtype: str, offload: str, *, block: int, parameter: int, nvme_path: str = ""
+) -> dict[str, Any]:
+    """ZeRO-3 for a frozen teacher: parameters only, and never more of them gathered than one block, or its embeddings alone.
+
+    `block` and `parameter`: weights of the largest block and of the largest parameter in one. DeepSpeed gathers a module's parameters
+    before it runs, lets them go after, and meanwhile fetches ahead until as many are there as `stage3_max_live_parameters` says,
+    which the last one fetched may exceed; so the limit is a block less its largest parameter. Its defaults (1e9 live, 5e7 ahead)
+    would hold a whole 1B teacher on every rank.
+    """
+    ahead = max(block - parameter, 1)
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "stage3_max_live_parameters": ahead,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": ahead,
+        "stage3_param_persistence_threshold": 0,
+    }
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_optimization": zero,
+        "steps_per_print": 10**9,
+    }
+    if offload != "none":
+        zero["offload_param"] = {"device": offload, "pin_memory": torch.cuda.is_available()}
+    if offload == "nvme":
+        zero["offload_param"] |= {"nvme_path": nvme_path, "buffer_count": 5, "max_in_cpu": 0}
+        config["aio"] = {"block_size": 2**20, "queue_depth": 8, "single_submit": False, "overlap_events": True}
+    return config
+
+
+def check_asynchronous_io(key: str) -> None:
+    """Build (once per machine) or load what DeepSpeed reads NVMe with. Raises InputError where that is not possible."""
+    try:
+        deepspeed.ops.op_builder.AsyncIOBuilder().load(verbose=False)
+    except Exception as error:  # a missing compiler, header or library, each with an error of its own
+        raise InputError(
+            f"{key}: nvme needs DeepSpeed's asynchronous I/O, which is compiled on first use and could not be ({_last_line(str(error))}); "
+            "install libaio and a C++ compiler (Debian: apt-get install libaio-dev g++ ninja-build), or write cpu"
+        ) from error
+
+
+@contextlib.contextmanager
+def sharded_construction(config: dict[str, Any] | None) -> Iterator[None]:
+    """Inside, transformers builds and loads a model straight into ZeRO-3 shards, if `config` asks for stage 3."""
+    if config is None or zero_stage(config) != 3:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    keep = HfDeepSpeedConfig(config)  # transformers holds a weak reference to it
+    try:
+        yield
+    finally:
+        del keep
+
+
+def engine(
+    module: nn.Module,
+    config: dict[str, Any],
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    weight_decay: float,
+) -> Any:
+    """A DeepSpeed engine that trains `module` with AdamW; vectors (norms, biases) do not decay."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {
+            "params": [p for p in trained if full_shape(p).numel() and len(full_shape(p)) > 1],
+            "weight_decay": weight_decay,
+        },
+        {"params": [p for p in trained if len(full_shape(p)) <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    options = {"lr": learning_rate, "betas": betas, "eps": epsilon}
+    if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
+        if shutil.which(os.environ.get("CXX", "c++")) is None:
+            raise InputError(
+                "DeepSpeed configuration: an offloaded optimizer is compiled on first use, and there is no C++ compiler; install one "
+                "(Debian: apt-get install g++), or use a configuration without offload_optimizer"
+            )
+        optimizer: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **options)
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=True, **options)
+    if "nvme" in (config.get("zero_optimization", {}).get(f"offload_{part}", {}).get("device") for part in OFFLOADED):
+        check_asynchronous_io("train.deepspeed")
+    made, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    return made
+
+
+def frozen_engine(module: nn.Module, config: dict[str, Any]) -> Any:
+    """A DeepSpeed engine that only runs `module` forward: shards, no optimizer, no gradients."""
+    made, *_ = deepspeed.initialize(model=module.requires_grad_(False), config=config)
+    made.eval()
+    return made
+
+
+def on_other_ranks(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of an engine that is to load what another number of ranks saved."""
+    if zero_stage(config) == 0:
+        return config  # nothing is sharded
+    return {**config, "checkpoint": {**config.get("checkpoint", {}), "load_universal": True}}
+
+
+def merge_shards(shards: Path, whole: Path) -> None:
+    """Write a checkpoint's shards as whole tensors, which any number of ranks can load, into a folder of a new folder (rank 0 alone).
+
+    DeepSpeed's own converter, in a process of its own. Without ZeRO there are no shards to merge.
+    """
+    shutil.rmtree(whole.parent, ignore_errors=True)
+    whole.parent.mkdir()
+    if not list(shards.glob("*_optim_states.pt")):
+        shutil.copytree(shards, whole)
+        return
+    folders = ["--input_folder", str(shards), "--output_folder", str(whole)]
+    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]  # more would hold more of it in memory
+    module = "deepspeed.checkpoint.ds_to_universal"
+    done = subprocess.run(
+        [sys.executable, "-m", module, *folders, *workers, "--inject_missing_state"], capture_output=True, text=True
+    )
+    if done.returncode:
+        shutil.rmtree(whole.parent, ignore_errors=True)
+        raise InputError(
+            f"{shards}: DeepSpeed could not merge its shards for another number of ranks ({_last_line(done.stderr)}); "
+            "go on with the number of ranks that wrote it"
+        )
+
+
+def saved_weights(shards: Path, prefix: str) -> dict[str, Tensor]:
+    """The parameters of a checkpoint whose names start with the prefix, which is cut off; float32, on the CPU (any one process).
+
+    The checkpoint's shards are read whole into memory, optimizer states included.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    if list(shards.glob("*_optim_states.pt")):
+        found: Any = get_fp32_state_dict_from_zero_checkpoint(str(shards.parent), tag=shards.name, lazy_mode=True)
+    else:  # without ZeRO each rank's file holds whole tensors
+        found = torch.load(shards / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+    kept = {name: tensor for name, tensor in found.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor.contiguous().float().clone() for name, tensor in kept.items()}
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["it gave no reason"])[-1]
+
+
+def load_shards(engine: Any, folder: Path) -> None:
+    """Load what `save_checkpoint` or `merge_shards` wrote (all ranks take part)."""
+    decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+    loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    if loaded is None:
+        raise InputError(f"{folder}: DeepSpeed could not load it; remove {folder.parent} to resume from the one before")
+    # From whole tensors DeepSpeed gives every group the first one's settings, so that norms would decay, and one tensor as the
+    # count of steps, which each group would then count up.
+    for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
+    for state in engine.optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter, partitioned or not."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """The number of weights of a module, partitioned or not."""
+    return sum(full_shape(p).numel() for p in module.parameters())
+
+
+def gathered(parameters: Iterable[Tensor | None]) -> contextlib.AbstractContextManager[Any]:
+    """Inside, these parameters are whole on every rank (all ranks take part)."""
+    sharded = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
+    return deepspeed.zero.GatheredParameters(sharded) if sharded else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def overwrite(world: World, parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter of an engine another value, the same on every rank: its shards and the optimizer's fp32 copy of them, too."""
+    value = value.to(device=world.device, dtype=torch.float32)
+    if not hasattr(parameter, "ds_id"):
+        parameter.copy_(value)
+        deepspeed.utils.safe_set_full_fp32_param(parameter, value)
+        return
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.copy_(value)
+    # DeepSpeed's own setter of a whole parameter fails where ranks don't divide it; shards are of one size, the last filled up.
+    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    filled = torch.nn.functional.pad(value.flatten(), (0, size * world.size - value.numel()))
+    deepspeed.utils.safe_set_local_fp32_param(parameter, filled[world.rank * size : (world.rank + 1) * size])
+
+
+def whole_state(world: World, module: nn.Module) -> dict[str, Tensor]:
+    """The module's weights on rank 0's CPU, gathered one at a time (all ranks take part); empty on the others."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        with gathered([parameter]):
+            if world.is_main:
+                state[name] = parameter.detach().to("cpu", copy=True)
+    if world.is_main:
+        persistent = module.state_dict().keys()
+        state.update(
+            {name: value.detach().to("cpu", copy=True) for name, value in module.named_buffers() if name in persistent}
+        )
+    return state

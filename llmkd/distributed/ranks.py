@@ -1,0 +1,281 @@
+"""Ranks and collectives: with llmkd.distributed.engines the only file that imports deepspeed or torch.distributed.
+
+The floors below compute on tensors and know nothing of ranks; what is here is applied to them from outside.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from llmkd.errors import InputError
+
+os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns on every rank that it found none
+
+import deepspeed  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+Result = TypeVar("Result")
+SPOKEN = "llmkd/spoken"
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers. `control` carries small CPU tensors and objects, so that the device is never waited for."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    control: Any
+    local_size: int
+    """Ranks on this machine."""
+    timeout: timedelta
+    """How long a rank waits for another."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(timeout_seconds: int = 1800) -> World:
+    """Join the process group that the launcher (deepspeed, torchrun, llmkd train) described, or make one of a single process."""
+    # DeepSpeed looks here for its shared-memory operator alone, which only inference uses; looking it up would compile probes, and
+    # building it would ask for a C++ compiler and a minute.
+    setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 (a name its type stubs do not know)
+    timeout = timedelta(seconds=timeout_seconds)
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    else:
+        _share_cores()
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend=dist.get_backend(), auto_mpi_discovery=False, timeout=timeout, verbose=False
+        )
+    control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, control, _local_size(), timeout)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def tell_mistake(sentence: str, patience_seconds: float = 3) -> None:
+    """Print the mistake that ends this rank: rank 0 does, another rank only where rank 0 has not met one.
+
+    Launchers end the others at the first exit, so the others wait for rank 0 to speak, and it for them to have heard.
+    """
+    patience = timedelta(seconds=patience_seconds)
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if size == 1:
+        if os.environ.get("RANK", "0") == "0":
+            print(sentence, file=sys.stderr, flush=True)
+        return
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        if rank == 0:
+            store.set(SPOKEN, "yes")
+            print(sentence, file=sys.stderr, flush=True)
+            store.wait([f"{SPOKEN}/{other}" for other in range(1, size)], patience)
+        else:
+            store.wait([SPOKEN], patience)
+            store.set(f"{SPOKEN}/{rank}", "heard")
+    except dist.DistError:  # nobody else has met it
+        if rank != 0:
+            print(sentence, file=sys.stderr, flush=True)
+
+
+def _share_cores() -> None:
+    """Give each rank of a CPU machine its share of the cores; without this every rank starts a thread per core and all crawl."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _local_size()))
+
+
+def _local_size() -> int:
+    """Ranks on this machine, as torchrun (and `llmkd train`) or the deepspeed launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def barrier(world: World) -> None:
+    """Wait until every rank is here."""
+    dist.barrier(group=world.control)
+
+
+def sum_counts(world: World, counts: list[int]) -> list[int]:
+    """Add small integers over the ranks, on the CPU: the device is not waited for."""
+    tensor = torch.tensor(counts, dtype=torch.int64)
+    dist.all_reduce(tensor, group=world.control)
+    return tensor.tolist()
+
+
+def sum_tensor(world: World, tensor: Tensor) -> Tensor:
+    """Add a device tensor over the ranks."""
+    if world.size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_rows(world: World, rows: Tensor) -> tuple[Tensor, int]:
+    """(every rank's rows [N, H] under one another, where this rank's [n, H] begin); no gradient passes. All ranks take part."""
+    if world.size == 1:
+        return rows.detach(), 0
+    counts = sum_counts(world, [len(rows) if rank == world.rank else 0 for rank in range(world.size)])
+    mine = rows.new_zeros(max(counts), rows.shape[1])  # a collective moves equal shares
+    mine[: len(rows)] = rows.detach()
+    shares = [torch.empty_like(mine) for _ in counts]
+    dist.all_gather(shares, mine)
+    whole = torch.cat([share[:count] for share, count in zip(shares, counts, strict=True)])
+    return whole, sum(counts[: world.rank])
+
+
+def highest(world: World, value: float) -> float:
+    """The largest of the ranks' values."""
+    tensor = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=world.control)
+    return tensor.item()
+
+
+def on_main(world: World, work: Callable[[], Result]) -> Result:
+    """Run `work` on rank 0 while the others wait, and give every rank its result (or its InputError)."""
+    answer: list[Any] = [None, None]
+    failure: BaseException | None = None
+    if world.is_main:
+        try:
+            answer[0] = work()
+        except InputError as error:
+            answer[1] = str(error)
+        except BaseException as error:  # the other ranks must not wait for ever; raised again below
+            failure, answer[1] = error, f"rank 0 failed: {type(error).__name__}: {error}"
+    dist.broadcast_object_list(answer, src=0, group=world.control)
+    if failure is not None:
+        raise failure
+    if answer[1] is not None:
+        raise InputError(answer[1])
+    return answer[0]
+
+
+class LostRank(RuntimeError):
+    """A rank waited for another that is gone, or that did not answer in time."""
+
+
+@dataclass(frozen=True)
+class Sending:
+    """A tensor on its way to or from a member of a wire; it is kept alive until it has been waited for."""
+
+    tensor: Tensor
+    said: str
+    work: Any
+
+    def wait(self) -> Tensor:
+        """The tensor, received (or taken by the other side). Raises LostRank where that does not come about."""
+        try:
+            self.work.wait()
+        except RuntimeError as error:  # gloo and NCCL have no type of error for it
+            raise LostRank(f"{self.said}, in vain ({str(error).splitlines()[0]})") from error
+        return self.tensor
+
+
+class Wire:
+    """Sends tensors between the members of a group of consecutive ranks, and counts the bytes this one sends.
+
+    In process groups of its own, so that nothing comes between: on NCCL what two ranks send each other must be posted in one order on
+    both sides, and collectives of other groups keep theirs.
+    """
+
+    def __init__(self, world: World, size: int) -> None:
+        self._ranks: list[int] = []
+        self._group: Any = None
+        self._control: Any = None
+        for first in range(0, world.size, size):  # every rank takes part in the making of every group
+            ranks = list(range(first, first + size))
+            group = dist.new_group(ranks, timeout=world.timeout)
+            control = dist.new_group(ranks, timeout=world.timeout, backend="gloo")
+            if world.rank in ranks:
+                self._ranks, self._group, self._control = ranks, group, control
+        self.member = world.rank - self._ranks[0]
+        self.size = size
+        self.sent_bytes = 0
+        self._seconds = int(world.timeout.total_seconds())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every member's small value of CPU tensors and numbers (all take part)."""
+        values: list[Any] = [None] * self.size
+        if self.size == 1:
+            return [value]
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def post(self, sends: Sequence[tuple[Tensor, int, bool]]) -> list[Sending]:
+        """Start to send (True) or receive (False) each tensor to or from a member, all at once. Both sides post in one order."""
+        if not sends:
+            return []
+        posts, said = [], []
+        for tensor, member, is_sent in sends:
+            rank = self._ranks[member]
+            posts.append(dist.P2POp(dist.isend if is_sent else dist.irecv, tensor, rank, self._group))
+            verb = "take" if is_sent else "send"
+            said.append(f"waited for rank {rank} to {verb} a teacher's state, for up to {self._seconds} s")
+            self.sent_bytes += tensor.nbytes if is_sent else 0
+        works = dist.batch_isend_irecv(posts)
+        if len(works) == 1:  # NCCL makes one of all
+            works = works * len(posts)
+        return [Sending(s[0], text, work) for s, text, work in zip(sends, said, works, strict=True)]
+
+
+def lost_rank(error: BaseException) -> bool:
+    """Whether an error says that other ranks no longer answer."""
+    said = str(error).lower()  # of gloo's own, the one on a timeout does not name it
+    return isinstance(error, LostRank | dist.DistError) or "gloo" in said or "pair closure" in said
+
+
+def silent_ranks(patience_seconds: float = 3) -> list[int]:
+    """After a wait in vain: which ranks do not answer a roll call either, most likely the ones that began it.
+
+    This rank's connections are closed first, so that ranks which wait for this one notice, and answer, at once.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    store = dist.distributed_c10d._get_default_store()
+    deadline = time.monotonic() + patience_seconds
+    silent = []
+    try:
+        store.set(f"llmkd/answers/{rank}", "yes")
+        dist.destroy_process_group()
+        for other in set(range(size)) - {rank}:
+            left = max(deadline - time.monotonic(), 0.05)
+            try:
+                store.wait([f"llmkd/answers/{other}"], timedelta(seconds=left))
+            except dist.DistStoreError:  # not in time
+                silent.append(other)
+    except dist.DistNetworkError:  # rank 0, which holds the store, is gone, and nobody else can be asked
+        return [0]
+    return silent
+
+
+def quiet() -> None:
+    """Keep DeepSpeed's own log to warnings, and its calls of torch's older names out of the user's sight."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

@@ -1,0 +1,1 @@
+"""Five scoring steps over a list of model folders, each in a process of its own."""

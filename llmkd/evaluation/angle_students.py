@@ -1,0 +1,151 @@
+"""Which students a folder holds, each with the recipe that trained it: a study's, or the one of a training folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmkd.errors import InputError
+from llmkd.models.folders import resolve
+from llmkd.recipe.inputs import training_inputs
+from llmkd.recipe.recipe import Recipe, load_recipe
+from llmkd.recipe.study_entries import entry_recipe, read_study
+
+log = logging.getLogger("llmkd")
+
+DECIDES = ("student.", "matching.", "train.dtype", "seed")  # the recipe's part by which a student's start is made anew
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained student: where it was trained, by which recipe, and with which pairs."""
+
+    name: str
+    kind: str
+    strategy: str
+    seed: int
+    train: Path
+    recipe: Recipe
+    pairs: tuple[tuple[int, int], ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "strategy": self.strategy,
+            "seed": self.seed,
+            "train": str(self.train.resolve()),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "pairs": self.pairs,
+        }
+
+    @staticmethod
+    def of_json(value: dict[str, Any]) -> Run:
+        given = {key: value[key] for key in ("name", "kind", "strategy", "seed")}
+        recipe = Recipe.model_validate_json(json.dumps(value["recipe"]))
+        return Run(**given, train=Path(value["train"]), recipe=recipe, pairs=_pairs(value["pairs"]))
+
+
+def runs_of(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[Path, list[Run]]:
+    """(the teacher's folder, the trained students). Raises InputError for a folder without one.
+
+    `recipe`: a file in place of the study's own recipe.yaml or the training folder's.
+    """
+    if (folder / "study.json").is_file():
+        return _of_study(folder, recipe, overrides)
+    if (folder / "model" / "llmkd.json").is_file():
+        return _of_training(folder, recipe, overrides)
+    if (folder / "llmkd.json").is_file():
+        raise InputError(f"{folder}: a model's folder; give the training folder around it, {folder.resolve().parent}")
+    if (folder / "checkpoints").is_dir():
+        raise InputError(f"{folder}: its training has not ended, so there is no model yet; run its command again")
+    raise InputError(
+        f"{folder}: neither a study (no study.json) nor a student's training folder (no model/llmkd.json); give e.g. runs/quickstart "
+        "or runs/quickstart/students/forward-s0"
+    )
+
+
+def _of_study(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[Path, list[Run]]:
+    """All trained students of a study, and cross-entropy alone; what is not trained yet is passed over, with a word about it."""
+    entries = read_study(folder)["entries"]
+    whole = load_recipe(recipe or folder / "recipe.yaml", overrides)
+    runs = []
+    for entry in entries:
+        if entry["train"] is None or entry["kind"] == "teacher":
+            continue
+        train = folder / entry["train"]
+        if not (train / "model" / "llmkd.json").is_file():
+            log.info("angles: %s has no model yet and is left out", entry["name"])
+            continue
+        given = {key: entry[key] for key in ("name", "kind", "strategy", "seed")}
+        runs.append(_run(given, train, entry_recipe(whole, entry)))
+    if not runs:
+        raise InputError(f"{folder}: no student of this study has been trained yet; run llmkd study first")
+    teacher = next(entry for entry in entries if entry["kind"] == "teacher")
+    inside = folder / teacher["model"]
+    if teacher["train"] is not None and inside.is_dir():  # so that a study may be moved
+        return inside, runs
+    return resolve(whole.teacher_path, "teacher.path", whole.teacher.revision), runs
+
+
+def _of_training(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[Path, list[Run]]:
+    """The student of a training folder; one that lies in a study has that study's teacher."""
+    name = folder.resolve().name
+    meta = json.loads((folder / "model" / "llmkd.json").read_text())
+    if "student.init" not in meta["inputs"]:
+        raise InputError(
+            f"{folder}: this run made a teacher, and angles are seen from a student; give a student's folder"
+        )
+    strategy, seed = meta["strategy"], meta["inputs"]["seed"]
+    given = {"name": name, "kind": "student", "strategy": strategy, "seed": seed}
+    own = load_recipe(_own_recipe(folder) if recipe is None else recipe, overrides)
+    if recipe is not None:  # a run may have been given its strategy and seed on the command line
+        own = own.changed({"matching.strategy": strategy, "seed": seed})
+    run = _run(given, folder, own)
+    study = folder.resolve().parent.parent
+    if (study / "study.json").is_file() and any(entry["name"] == name for entry in read_study(study)["entries"]):
+        inside = study / "teacher" / "model"
+        if own.teacher.path is None and inside.is_dir():
+            return inside, [run]
+    return resolve(own.teacher_path, "teacher.path", own.teacher.revision), [run]
+
+
+def _run(given: dict[str, Any], train: Path, recipe: Recipe) -> Run:
+    """Raises InputError unless the recipe makes the student's start as its training did."""
+    meta = json.loads((train / "model" / "llmkd.json").read_text())
+    ours, theirs = training_inputs(recipe), meta["inputs"]
+    for key in sorted(ours.keys() & theirs.keys()):  # a key that one of them lacks is newer than the run
+        if key.startswith(DECIDES) and ours[key] != theirs[key]:
+            raise InputError(
+                f"{train} was trained by another recipe: {key} was {theirs[key]!r}, here it is {ours[key]!r}; give its own recipe by "
+                "--recipe"
+            )
+    return Run(**given, train=train, recipe=recipe, pairs=_pairs(meta["pairs"]))
+
+
+def for_pairs(run: Run) -> str:
+    """With what a run that matched no pair would have matched some; nothing for one that did."""
+    if run.pairs:
+        return ""
+    recipe = run.recipe
+    lacking = ["a strategy other than none"] * (recipe.matching.strategy == "none")
+    lacking += ["loss.hidden above 0"] * (recipe.loss.hidden == 0)
+    return f"with {' and '.join(lacking) or 'pairs'} "
+
+
+def _own_recipe(folder: Path) -> Path:
+    """The recipe that a run left beside its model."""
+    file = folder / "recipe.yaml"
+    if not file.is_file():
+        raise InputError(
+            f"{folder}: its recipe.yaml is not at hand; give the recipe that trained this student by --recipe"
+        )
+    return file
+
+
+def _pairs(values: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    return tuple((student, teacher) for student, teacher in values)

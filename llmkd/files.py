@@ -1,0 +1,108 @@
+"""Files of results: published whole or not at all, and known again by a fingerprint of all that made them."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+PACKAGE = Path(__file__).resolve().parent
+"""The folder of the package llmkd."""
+ROOT = PACKAGE.parent if (PACKAGE.parent / "ds_configs").is_dir() else PACKAGE / "_shipped"
+"""The folder of recipes/, ds_configs/ and eval/: the repository, or what a wheel carries."""
+
+
+def publish(file: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all, whenever we are stopped."""
+    tmp = file.with_name(file.name + ".tmp")
+    tmp.write_text(text)
+    os.replace(tmp, file)
+
+
+def publish_json(file: Path, value: Any) -> None:
+    """Publish strict JSON: a NaN raises ValueError."""
+    publish(file, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False))
+
+
+def publish_lines(file: Path, values: Iterable[Any]) -> None:
+    """Publish one JSON value a line."""
+    publish(file, "".join(json.dumps(value, allow_nan=False, ensure_ascii=False) + "\n" for value in values))
+
+
+def digest(parts: Sequence[str]) -> str:
+    """A hash of texts, 32 hexadecimal digits."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def contents(root: Path, files: Iterable[Path]) -> list[str]:
+    """Each file's name under `root`, and the hash of its content."""
+    named = []
+    for file in files:
+        with file.open("rb") as stream:
+            named.append(f"{os.path.relpath(file, root)} {hashlib.file_digest(stream, 'sha256').hexdigest()}")
+    return named
+
+
+def sources(*modules: ModuleType) -> list[str]:
+    """Each module's name without its packages, and the hash of its source; where the module's file lies does not matter."""
+    hashes = [hashlib.sha256(inspect.getsource(module).encode()).hexdigest() for module in modules]
+    return [f"{module.__name__.rpartition('.')[2]} {found}" for module, found in zip(modules, hashes, strict=True)]
+
+
+def read(file: Path) -> Any:
+    """A JSON file's value, or None if it is not there or not whole."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def read_lines(file: Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """The lines of a JSONL file, at most `limit`; a line that a killed process left half-written is left out."""
+    found = []
+    try:
+        with file.open() as lines:
+            for line in islice(lines, limit):
+                try:
+                    found.append(json.loads(line))
+                except ValueError:
+                    continue
+    except OSError:
+        return []
+    return found
+
+
+def publish_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a folder beside, then put it in place by one rename."""
+    tmp = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    write(tmp)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(tmp, folder)
+
+
+def write_json_durably(file: Path, values: Any) -> None:
+    """Publish a small file."""
+    tmp = file.with_name(file.name + ".tmp")
+    tmp.write_text(json.dumps(values, indent=1))
+    sync(tmp)
+    os.replace(tmp, file)
+
+
+def sync(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Continue token ids with a model folder, by Hugging Face or vLLM."""

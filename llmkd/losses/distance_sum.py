@@ -1,0 +1,226 @@
+"""The weighted sum of a pair's distances over some positions, with its gradient, at once: nothing of it but [N, H] waits.
+
+A `Term` is a distance and its weight. What a distance of llmkd.losses.distances says of each token is added up; what one of
+llmkd.losses.set_distances says of a set of N tokens counts N times, so that both are divided by one global count of tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkd.losses.chunked_head import rows_at_once
+from llmkd.losses.closed_forms import ClosedDistance, closed_distance
+from llmkd.losses.distances import DISTANCES, Distance
+from llmkd.losses.set_distances import SET_DISTANCES, WIDTH_FREE
+
+AllRows = Callable[[Tensor], tuple[Tensor, int]]
+"""[n, H] -> every rank's rows [N, H] under one another, and where this rank's begin."""
+KNOWN: dict[str, Distance] = {**DISTANCES, **SET_DISTANCES}
+"""By the recipe's `matching.distance`."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One distance of a pair: [n, H], [n, H] -> [n], or with `of_set` -> []."""
+
+    distance: Distance
+    weight: float = 1.0
+    of_set: bool = False
+    width_free: bool = False
+    """It compares states of two widths as they are; no projector stands between."""
+
+
+def terms_of(weights: Mapping[str, float]) -> tuple[Term, ...]:
+    """The terms of distances by name, each with its weight."""
+    return tuple(
+        Term(KNOWN[name], weight, of_set=name in SET_DISTANCES, width_free=name in WIDTH_FREE)
+        for name, weight in weights.items()
+    )
+
+
+def of_each_pair(
+    distance: Distance | Sequence[Term] | Sequence[Sequence[Term]], pairs: int
+) -> tuple[tuple[Term, ...], ...]:
+    """The terms of each of so many pairs: from one distance or one sum of them for all, or a sum for each."""
+    if callable(distance):
+        return ((Term(distance),),) * pairs
+    alike = tuple(term for term in distance if isinstance(term, Term))
+    if alike:
+        return (alike,) * pairs
+    found = tuple(tuple(terms) for terms in distance if not isinstance(terms, Term))
+    assert len(found) == pairs, (len(found), pairs)
+    return found
+
+
+def kinds(terms: Sequence[Sequence[Term]]) -> list[Distance]:
+    """The distances that pairs with these terms have, each once, in the order in which they are named."""
+    return list(dict.fromkeys(term.distance for of_pair in terms for term in of_pair))
+
+
+def distance_sum(
+    student: Tensor,
+    teacher: Tensor,
+    at: Tensor,
+    distance: Distance | Sequence[Term],
+    *,
+    factor: float = 1.0,
+    all_rows: AllRows | None = None,
+    together: Tensor | None = None,
+) -> Tensor:
+    """`factor` times the weighted sum of distances over some positions; what other positions hold, NaN included, changes nothing.
+
+    student [B, T, H_s], teacher [B, T, H_t], at [N] (flat positions, each once); a token-wise distance may be given alone. The
+    gradient is computed at once, token-wise a few rows at a time, and all that waits for the backward pass is one [N, H_s] of the
+    student's dtype. `factor`: how many positions each of these stands for (`sampled`).
+
+    A set is the N tokens of this call, or with `all_rows` those of all ranks. Then each rank's value is its own N times the
+    distance D of the whole set, and its gradient is that of (all ranks' N) x D with respect to its own rows, the others' taken as
+    constants: summed over the ranks, just the gradient of the sum of the values, as if one rank held all rows. Where these positions
+    stand for others, `together` [] says for how many all ranks' do (`stood_for`), which then takes the place of all ranks' N.
+    """
+    terms = (Term(distance),) if callable(distance) else tuple(distance)
+    return _DistanceSum.apply(student, teacher, at, terms, factor, all_rows, together)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def sampled(at: Tensor, count: int | None, seed: int) -> tuple[Tensor, float]:
+    """(`count` of the positions `at` [N], drawn without replacement by the seed and in order; how many each stands for); None takes all.
+
+    For token-wise distances the expected sum is that of all positions. A set's distance is another one for fewer tokens, smaller
+    the closer their number is to the width, so this is no unbiased estimate of the larger set's.
+    """
+    if count is None or at.numel() <= count:
+        return at, 1.0
+    drawn = torch.randperm(at.numel(), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    return at[drawn.to(at.device, non_blocking=True)], at.numel() / count
+
+
+def stood_for(at: Tensor, all_rows: AllRows) -> Tensor:
+    """How many positions [] all ranks have where this one has `at` [N], before any is sampled (all ranks take part)."""
+    counts, _ = all_rows(torch.tensor([[at.numel()]], dtype=torch.float64, device=at.device))
+    return counts.sum()
+
+
+def draw_seed(*numbers: int) -> int:
+    """A seed for `sampled` that differs wherever one of the numbers does (seed, step, micro-batch, rank), the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest())
+
+
+class _DistanceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        at: Tensor,
+        terms: tuple[Term, ...],
+        factor: float,
+        all_rows: AllRows | None,
+        together: Tensor | None,
+    ) -> Tensor:
+        ours, theirs = student.flatten(0, 1), teacher.flatten(0, 1)
+        wide = torch.promote_types(torch.promote_types(ours.dtype, theirs.dtype), torch.float32)
+        gradient = ours.new_empty(at.numel(), ours.shape[1])
+        by_token, by_set = ([t for t in terms if t.of_set == whole and t.weight] for whole in (False, True))
+        value = gradient.new_zeros((), dtype=wide)
+        if by_token:
+            value = value + _by_token(ours, theirs, at, by_token, gradient, wide)
+        if by_set:
+            stand = None if together is None else together / factor  # `factor` comes on top
+            of_sets, slope = _by_set(ours[at], theirs[at], by_set, wide, all_rows, stand)
+            value = value + of_sets
+            gradient = gradient.add_(slope) if by_token else gradient.copy_(slope)
+        if not (
+            by_token or by_set
+        ):  # all have come to weigh nothing: a gradient of zeros, for an engine would repeat its last
+            gradient.zero_()
+        # Not save_for_backward: activation checkpointing would drop these and ask for the teacher's state again.
+        ctx.gradient, ctx.at, ctx.shape, ctx.factor = gradient, at, student.shape, factor
+        return value if factor == 1 else value * factor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, ctx.gradient = ctx.gradient.mul_(grads[0] if ctx.factor == 1 else grads[0] * ctx.factor), None
+        if len(gradient) < ctx.shape[:-1].numel():
+            gradient = gradient.new_zeros(ctx.shape).flatten(0, 1).index_copy_(0, ctx.at, gradient)
+        return gradient.view(ctx.shape), *(None,) * 6
+
+
+def _by_token(
+    ours: Tensor, theirs: Tensor, at: Tensor, terms: Sequence[Term], gradient: Tensor, wide: torch.dtype
+) -> Tensor:
+    """The token-wise terms' weighted sum; `gradient` [N, H] is filled."""
+    forms = [(closed_distance(term.distance) or _by_autograd(term.distance), term.weight) for term in terms]
+    few = rows_at_once(len(gradient), gradient.shape[1], at.device.type)
+    sums = []
+    for rows, part in zip(at.split(few), gradient.split(few), strict=True):
+        total = None
+        for form, weight in forms:  # each works in place on rows of its own
+            value, slope = form(ours.index_select(0, rows).to(wide), theirs.index_select(0, rows).to(wide))
+            sums.append(value.sum() if weight == 1 else value.sum() * weight)
+            slope = slope if weight == 1 else slope.mul_(weight)
+            total = slope if total is None else total.add_(slope)
+        assert total is not None
+        part.copy_(total)
+    return torch.stack(sums).sum() if sums else gradient.new_zeros((), dtype=wide)
+
+
+def _by_set(
+    ours: Tensor,
+    theirs: Tensor,
+    terms: Sequence[Term],
+    wide: torch.dtype,
+    all_rows: AllRows | None,
+    stand: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(the set-level terms' weighted sum, its gradient [n, H]) of rows [n, H_s], [n, H_t]; `stand` [] takes the place of the number of
+    all ranks' rows."""
+    count, start = len(ours), 0
+    if all_rows is not None:
+        (everyones, start), (theirs, _) = all_rows(ours), all_rows(theirs)
+    else:
+        everyones = ours
+    everyones, theirs = everyones.to(wide), theirs.to(wide)
+    value, gradient = everyones.new_zeros(()), everyones.new_zeros(count, ours.shape[1])
+    if not len(everyones):
+        return value, gradient
+    leaf = everyones[start : start + count].clone().requires_grad_()
+    with small_pass():
+        whole = torch.cat([everyones[:start], leaf, everyones[start + count :]])
+        for term in terms:
+            distance = term.distance(whole, theirs)
+            (slope,) = torch.autograd.grad(distance, leaf, retain_graph=term is not terms[-1])
+            value = value + distance.detach() * (term.weight * count)
+            gradient.add_(slope, alpha=term.weight * len(everyones))
+            del distance, slope  # the next term's pass begins with this one's memory
+    return value, gradient if stand is None else gradient.mul_(stand / len(everyones))
+
+
+def _by_autograd(distance: Distance) -> ClosedDistance:
+    """(value, gradient) of a distance that is known by its value alone."""
+
+    def form(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = student.requires_grad_()
+        with small_pass():
+            value = distance(leaf, teacher)
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), gradient
+
+    return form
+
+
+@contextlib.contextmanager
+def small_pass() -> Iterator[None]:
+    """A backward pass of its own within a forward pass.
+
+    Within a checkpointed block every tensor saved for a backward pass is dropped and made again by running the block a second time;
+    identity hooks keep this small pass, which is over before the block is, out of that.
+    """
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        yield

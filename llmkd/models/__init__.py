@@ -1,0 +1,1 @@
+"""Hugging Face models: which kinds, where their blocks and heads are, how they are loaded and made."""

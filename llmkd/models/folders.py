@@ -1,0 +1,124 @@
+"""HF model folders: found, fetched, told apart by their contents, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from llmkd.errors import InputError, first_line
+
+
+def resolve(path: str, what: str, revision: str | None = None) -> Path:
+    """The local folder of a model: a folder as it is, a hub name by download of its safetensors, tokenizer and configuration.
+
+    Raises InputError when it is neither, when the hub can't be reached, or when it holds no safetensors.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
+            raise InputError(f"{what}: no folder {path!r}; give an HF model folder or a hub name such as Qwen/Qwen3-8B")
+        folder = _download(path, what, revision)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{what}: {path!r} holds no config.json; give a folder written by save_pretrained")
+    if not list(folder.glob("*.safetensors")):
+        raise InputError(f"{what}: {path!r} holds no .safetensors file; convert it (pickled weights are never loaded)")
+    _check_whole(folder, what)
+    return folder
+
+
+def folder_contents(folder: Path, *, weights_alone: bool = False) -> str:
+    """A hash by which a changed model folder is noticed: of each file its name, its size, and what `_sample` reads of it.
+
+    All of a large model's bytes would take minutes. `weights_alone`: of the weights and config.json, not of the tokenizer.
+    """
+    digest = hashlib.sha256()
+    files = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".txt", ".model")]
+    if weights_alone:
+        files = [f for f in files if f.suffix == ".safetensors" or f.name == "config.json"]
+    for file in sorted(files):
+        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+        for part in _sample(file):
+            digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _sample(file: Path) -> Iterator[bytes]:
+    """All of a file up to 2 MiB; of a larger safetensors file its header and the first 64 KiB of every tensor, of another its two ends.
+
+    Not seen is a change of other bytes alone: some rows edited within a tensor, say. Training changes them all.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size <= 2 * 2**20:
+            yield stream.read()
+        elif file.suffix != ".safetensors":
+            yield stream.read(2**20)
+            stream.seek(-(2**20), os.SEEK_END)
+            yield stream.read()
+        else:  # eight bytes say how long the header is, which has every tensor's place behind it
+            start = 8 + int.from_bytes(stream.read(8), "little")
+            if start > size:
+                raise InputError(f"{file} is not whole; download or copy the model again")
+            header = stream.read(start - 8)
+            yield header
+            places = [value["data_offsets"] for name, value in json.loads(header).items() if name != "__metadata__"]
+            for first, last in sorted(places):
+                stream.seek(start + first)
+                yield stream.read(min(last - first, 2**16))
+
+
+def _check_whole(folder: Path, what: str) -> None:
+    """Raise InputError if a file of weights is missing or cut short, or is a git-lfs pointer; only headers are read."""
+    file = index = folder / "model.safetensors.index.json"
+    try:
+        files = set(tensor_files(folder).values()) if index.is_file() else folder.glob("*.safetensors")
+        for file in sorted(files):
+            with safe_open(file, framework="pt"):
+                pass
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{what}: {file} is not whole ({first_line(error)}); download or copy the model again"
+        ) from error
+
+
+def _download(name: str, what: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client has a score of network errors; all mean the same to the user
+        raise InputError(
+            f"{what}: no folder {name!r} here, and the hub did not give it ({first_line(error)}); give the path of a "
+            "local HF folder"
+        ) from error
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy everything of a model folder that is neither weights nor configuration: tokenizer, chat template, generation settings."""
+    for file in source.iterdir():
+        if (
+            file.is_file()
+            and file.suffix in (".json", ".txt", ".model", ".jinja", ".py")
+            and file.name not in ("config.json", "llmkd.json", "adapter_config.json")
+            and ".index." not in file.name
+        ):
+            shutil.copy2(file, folder / file.name)
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    names: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names.update(dict.fromkeys(tensors.keys(), file))
+    return names

@@ -1,0 +1,291 @@
+"""Hugging Face models loaded: one path, `load_model`, from a plain folder straight into shards under ZeRO-3.
+
+Every student starts as such a folder, whatever it is made from (llmkd.models.make). Where a model has its blocks and its head is said by
+llmkd.models.parts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from llmkd.distributed.engines import sharded_construction
+from llmkd.errors import InputError, first_line
+from llmkd.models.families import (
+    AUTO_CLASSES,
+    by_stack,
+    check_blocks,
+    check_logits,
+    depths,
+    kind,
+    set_depths,
+    width_settings,
+)
+from llmkd.models.folders import tensor_files
+from llmkd.models.parts import head
+
+log = logging.getLogger("llmkd")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PACKABLE = (
+    "gemma",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+    "stablelm",
+)
+"""Model types that keep packed documents apart by their position ids; each is tested. OPT, Bloom, Falcon and Mamba do not."""
+
+
+def without_weights(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model of that shape to count and look at; it holds no weight."""
+    with torch.device("meta"):
+        return AUTO_CLASSES[kind(config)].from_config(config, trust_remote_code=trust_remote_code)
+
+
+def check_usable(config: PreTrainedConfig, *, section: str, attention: str, packed: bool) -> None:
+    """Raise InputError for a model that can't be used as a recipe's section asks; its weights need not be there.
+
+    Packed rows are for the model types that a test has shown to keep documents apart.
+    """
+    check_logits(config)
+    check_blocks(config)
+    if attention == "flash_attention_2" and not _flash_attention():
+        raise InputError(f"{section}.attention: flash_attention_2 needs a GPU and the package flash-attn; write auto")
+    if packed and config.model_type not in PACKABLE:
+        raise InputError(
+            f"data.batching: packed rows of a {config.model_type!r} model might see each other; write grouped "
+            f"(packed is for {', '.join(PACKABLE)})"
+        )
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a model folder."""
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(
+            f"{folder}: transformers can't read this model ({first_line(error)}); give another, or mend its config.json"
+        ) from error
+    if not hasattr(config, "num_hidden_layers"):
+        raise InputError(
+            f"{folder}: a model of type {config.model_type!r} is more than a causal language model; give one of text alone"
+        )
+    kind(config)
+    return config
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder."""
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(
+            f"{folder}: holds no tokenizer that transformers can read ({first_line(error)}); copy the model's tokenizer into it"
+        ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
+        raise InputError(f"{folder}: its tokenizer has no vocabulary; copy the model's tokenizer files into the folder")
+    return tokenizer
+
+
+def check_same_tokens(teacher: Any, student: Any) -> None:
+    """Raise InputError unless both tokenizers give every token the same id; the first that differs is named."""
+    ours, theirs = teacher.get_vocab(), student.get_vocab()
+    if ours == theirs:
+        return
+    different = [(i, t) for t, i in [*ours.items(), *theirs.items()] if ours.get(t) != theirs.get(t)]
+    token_id, token = min(different)
+    raise InputError(
+        f"teacher and student tokenizers differ, first at token {token!r} (id {token_id}): teacher id {ours.get(token)}, student id "
+        f"{theirs.get(token)}; their logits can't be compared, use a student with the teacher's tokenizer"
+    )
+
+
+def student_config(teacher: PreTrainedConfig, blocks: Sequence[int], width: dict[str, int]) -> PreTrainedConfig:
+    """The teacher's configuration at the student's depth (and width, where given); per-block settings follow their blocks."""
+    config = copy.deepcopy(teacher)
+    set_depths(config, [len(chosen) for chosen in by_stack(blocks, depths(teacher))])
+    for key, value in teacher.to_dict().items():  # layer_types, and SmolLM3's no_rope_layers
+        if "layer" in key and isinstance(value, list | tuple) and len(value) == teacher.num_hidden_layers:
+            setattr(config, key, [value[block] for block in blocks])
+    if getattr(config, "max_window_layers", None) is not None:
+        config.max_window_layers = min(config.max_window_layers, len(blocks))
+    for key, value in width.items():
+        for name in width_settings(teacher, key):
+            if not hasattr(config, name):
+                raise InputError(
+                    f"student.{key}: the teacher's model type {teacher.model_type!r} has no such setting; leave it out"
+                )
+            setattr(config, name, value)
+    if getattr(teacher, "word_embed_proj_dim", None) == teacher.hidden_size:  # OPT: as wide as the rest
+        config.word_embed_proj_dim = config.hidden_size
+    heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if shared and heads % shared:
+        raise InputError(
+            f"student.num_key_value_heads: {heads} attention heads can't share {shared} key-value heads; write a divisor of {heads}"
+        )
+    if getattr(config, "head_dim", None) is None and config.hidden_size % heads:
+        raise InputError(
+            f"student.num_attention_heads: {heads} heads can't share a width of {config.hidden_size}; write a divisor of it"
+        )
+    return config
+
+
+def attention_implementation(asked: str, dtype: torch.dtype) -> tuple[str, str]:
+    """(name for transformers, why): flash_attention_2 when it is installed, there is a GPU and the model is in half precision."""
+    if asked != "auto":
+        return asked, "as the recipe says"
+    if _flash_attention() and dtype == torch.float32:
+        return "sdpa", "flash-attn does not compute in float32"
+    if _flash_attention():
+        return "flash_attention_2", "flash-attn is installed and there is a GPU"
+    return "sdpa", "no GPU" if not torch.cuda.is_available() else "flash-attn is not installed"
+
+
+def _flash_attention() -> bool:
+    return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+
+
+def load_causal_lm(folder: Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+    """As `load_model`, where only a decoder will do. Raises InputError for another family."""
+    found = kind(load_config(folder, trust_remote_code=trust_remote_code))
+    if found != "decoder":
+        raise InputError(
+            f"{folder}: an {found.replace('_', '-')} where a causal language model is needed; give a decoder"
+        )
+    return load_model(folder, trust_remote_code=trust_remote_code, **options)
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    ds_config: dict[str, Any] | None,
+    attention: str,
+    trust_remote_code: bool = False,
+    first_blocks: int | None = None,
+) -> PreTrainedModel:
+    """Load a model of any family from safetensors; straight into shards if `ds_config` asks for ZeRO-3.
+
+    `first_blocks`: build and load no more than so many of a decoder's blocks. Raises InputError when the folder's weights do not fill
+    the model (transformers itself would only warn and make them up).
+    """
+    shape = load_config(folder, trust_remote_code=trust_remote_code)
+    name, why = attention_implementation(attention, dtype)
+    log.info("%s: attention %s (%s)", folder, name, why)
+    part: dict[str, Any] = {}
+    if first_blocks is not None:
+        part["config"] = student_config(shape, range(first_blocks), {})
+    try:
+        with sharded_construction(ds_config), quiet_about_unused(part):
+            loaded: Any = AUTO_CLASSES[kind(shape)].from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=name,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                **part,
+            )
+    except (ImportError, OSError, ValueError) as error:
+        raise InputError(
+            f"{folder}: can't be loaded with attention {name!r} ({first_line(error)}); choose another model, or another attention"
+        ) from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):  # out of memory, and the like
+            raise
+        raise InputError(
+            f"{folder}: its weights have other shapes than its config.json says; give the weights with their own config.json"
+        ) from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{folder}: its weights lack {len(missing)} tensors of the model, first {missing[0]!r}; give the whole weights"
+        )
+    _restore_float32_buffers(model)
+    model.config.use_cache = False
+    return model
+
+
+def load_head(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The head's weight [V, H] and bias [V] or None, alone: nothing else of the folder's weights is read.
+
+    Some model types are stored under other names than they have in memory, which transformers alone knows: these are read through a
+    model of one block, which is let go.
+    """
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    model: Any = without_weights(config, trust_remote_code=trust_remote_code)
+    module = head(model)
+    modules = {id(m): name for name, m in model.named_modules()}
+    names = [modules[id(module)]]
+    if config.tie_word_embeddings:  # a tied head is stored once, as the embedding
+        names.append(modules[id(model.get_input_embeddings())])
+    files = tensor_files(folder)
+    stored = next((name for name in names if f"{name}.weight" in files), None)
+    if stored is None:
+        options: dict[str, Any] = dict(attention="eager", trust_remote_code=trust_remote_code, first_blocks=1)
+        found = head(load_causal_lm(folder, dtype=dtype, ds_config=None, **options))
+        return found.weight.detach(), None if found.bias is None else found.bias.detach()
+
+    def tensor(name: str) -> Tensor:
+        with safe_open(files[name], framework="pt") as tensors:
+            return tensors.get_tensor(name).to(dtype, copy=True)
+
+    return tensor(f"{stored}.weight"), None if module.bias is None else tensor(f"{names[0]}.bias")
+
+
+@contextlib.contextmanager
+def quiet_about_unused(part: dict[str, Any]) -> Iterator[None]:
+    """Where a part of a model is loaded, keep transformers from listing the tensors that are left in the files."""
+    before = transformers.utils.logging.get_verbosity()
+    if part:
+        transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+
+
+def without_head(model: PreTrainedModel) -> PreTrainedModel:
+    """The model below its head, as a model of its own: what the head alone holds is let go with the whole."""
+    base: Any = model.base_model
+    return base
+
+
+def _restore_float32_buffers(model: PreTrainedModel) -> None:
+    """Give rotary frequencies back their float32 values.
+
+    DeepSpeed's zero.Init makes every new floating tensor of its own dtype, so that a bf16 model computes its positions from
+    frequencies of 8 bits: wrong by several positions at a few thousand tokens, and not what the exported model does.
+    """
+    for module in model.modules():
+        rounded = [
+            n
+            for n in module._non_persistent_buffers_set
+            if n.endswith("inv_freq") and (b := module._buffers[n]) is not None and b.dtype == torch.bfloat16
+        ]
+        if not rounded:
+            continue
+        fresh = type(module)(module.config)  # type: ignore[call-arg,arg-type]
+        for name in rounded:
+            module._buffers[name] = fresh._buffers[name].to(module._buffers[name].device)  # type: ignore[union-attr]

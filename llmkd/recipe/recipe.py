@@ -1,0 +1,295 @@
+"""The recipe: one YAML file that says one run, whole. Frozen and strict: an unknown key is an error that names the nearest.
+
+`load_recipe("recipes/quickstart.yaml", ["train.steps=50"])` gives a `Recipe`. Every number lives here once; code passes
+single values on (`temperature=recipe.loss.temperature`), never the recipe, to the floors below.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_origin
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from llmkd.errors import InputError
+from llmkd.files import ROOT
+from llmkd.losses.distance_sum import KNOWN
+from llmkd.recipe.evaluation import Evaluation, Study
+from llmkd.recipe.models import Student, Teacher
+from llmkd.recipe.objective import Loss, Matching, Stones, within
+from llmkd.recipe.run import Cache, Data, Finetune, Train
+from llmkd.recipe.section import Section
+from llmkd.recipe.yaml_files import RecipeDumper, parse_yaml, read_text
+
+
+class Recipe(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Names the run's folder."""
+    output: str = "runs"
+    """The run's folder is `output`/`name`."""
+    seed: int = Field(default=0, ge=0)
+    """Of the data order, new weights, projectors and random maps."""
+    teacher: Teacher = Field(default_factory=Teacher)
+    finetune: Finetune | None = None
+    student: Student
+    matching: Matching = Field(default_factory=Matching)
+    loss: Loss = Field(default_factory=Loss)
+    stones: Stones | None = None
+    """Left out: no stepping stones."""
+    data: Data = Field(default_factory=Data)
+    train: Train
+    cache: Cache = Field(default_factory=Cache)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    study: Study = Field(default_factory=Study)
+
+    @model_validator(mode="after")
+    def _one_teacher(self) -> Recipe:
+        if (self.teacher.path is None) == (self.finetune is None):
+            raise ValueError(
+                "teacher.path: there is one teacher; give either teacher.path (where it is) or finetune (how to make it)"
+            )
+        for where, data in (("data", self.data), ("finetune.data", self.finetune.data if self.finetune else None)):
+            if data is not None and data.source == "records" and data.rows is None:
+                raise ValueError(f"{where}.rows: the built-in task is endless; say how many to use, e.g. rows: 20000")
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_is_heard(self) -> Recipe:
+        moving = None if self.loss.schedules is None else self.loss.schedules.temperature
+        reads_cache = self.teacher.placement == "cache" or self.teacher.share_cache
+        if moving is not None and moving.shape == "dynamic" and reads_cache and self.cache.top_k:
+            raise ValueError(
+                "loss.schedules.temperature: dynamic reads the teacher's own cross-entropy, which a cache of the likeliest tokens does not "
+                "hold; leave out cache.top_k, or write another shape"
+            )
+        of_stones = self.stones is not None and (self.stones.kl > 0 or self.stones.cross > 0)
+        if moving is not None and not (self.loss.kl or of_stones):
+            without = "" if self.stones is None else ", and so are stones.kl and stones.cross"
+            raise ValueError(
+                f"loss.schedules.temperature: loss.kl is 0{without}, so that nothing is compared at a temperature; give one a weight, or "
+                "leave the schedule out"
+            )
+        if moving is not None and moving.shape == "dynamic" and not (self.loss.ce or self.loss.kl):
+            raise ValueError(
+                "loss.schedules.temperature: dynamic reads the student's own cross-entropy, and with loss.ce and loss.kl at 0 its head is "
+                "not run; write loss.ce: 1e-6, say, or another shape"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedules_move_something(self) -> Recipe:
+        schedules = self.loss.schedules
+        if schedules is None:
+            return self
+        within("distance", "hidden", schedules.distances, self.matching.distances, KNOWN)
+        of_stones = self.stones is not None and (self.stones.kl > 0 or self.stones.cross > 0)
+        for key, there, cure in (
+            ("stones", self.stones is not None, "lays no stones; add the section stones"),
+            ("distances", self.loss.hidden > 0, "compares no states, as loss.hidden is 0; give it a weight"),
+            ("divergences", self.loss.kl > 0 or of_stones, "takes no divergence, as loss.kl is 0; give it a weight"),
+        ):
+            if getattr(schedules, key) is not None and not there:
+                raise ValueError(f"loss.schedules.{key}: the recipe {cure}, or leave the schedule out")
+        return self
+
+    @model_validator(mode="after")
+    def _map_in_place(self) -> Recipe:
+        moves = (
+            "redraw_every"
+            if self.matching.redraw_every
+            else "strategy"
+            if self.matching.strategy == "nearest"
+            else None
+        )
+        if moves is None or (self.teacher.placement in ("replicated", "zero3") and not self.teacher.share_cache):
+            return self
+        where = "share_cache" if self.teacher.share_cache else f"placement {self.teacher.placement}"
+        reason = "has the blocks of one map, known before training"
+        if moves == "redraw_every":
+            raise ValueError(
+                f"matching.redraw_every: a teacher under {where} {reason}; write teacher.placement: replicated or zero3, or redraw_every: 0"
+            )
+        raise ValueError(
+            f"matching.strategy: nearest is measured, and a teacher under {where} {reason}; write teacher.placement: replicated or zero3, "
+            "or measure with one (train.steps: 1) and write the pairs of its map.json here, with strategy: explicit"
+        )
+
+    @model_validator(mode="after")
+    def _top_k_is_enough(self) -> Recipe:
+        reads_cache = self.teacher.placement == "cache" or self.teacher.share_cache
+        if reads_cache and self.cache.top_k and self.loss.kl and self.loss.divergence != "forward_kl":
+            raise ValueError(
+                f"loss.divergence: {self.loss.divergence} needs the teacher's whole distribution, and cache.top_k keeps the likeliest "
+                "tokens alone; write divergence: forward_kl, or leave out cache.top_k"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stones_have_a_teacher(self) -> Recipe:
+        if self.stones is None:
+            return self
+        if self.teacher.placement in ("pipeline", "cache") or self.teacher.share_cache:
+            placed = "share_cache" if self.teacher.share_cache else f"placement {self.teacher.placement}"
+            raise ValueError(
+                f"stones: they run the teacher's upper blocks on the student's states, which {placed} has no place for; write "
+                "teacher.placement: replicated or zero3, or leave out stones"
+            )
+        if self.teacher.placement == "zero3" and not self.stones.checkpoint:
+            raise ValueError(
+                "stones.checkpoint: a zero3 teacher's blocks are let go between the passes; write true, or placement: replicated"
+            )
+        if self.stones.pairs == "from_map" and self.matching.redraw_every:
+            raise ValueError(
+                "stones.pairs: a connector learns to lead to one teacher block, and a redrawn map would change it (matching.redraw_every); "
+                "write the stones, e.g. [[0, 3], [1, 7]], or redraw_every: 0"
+            )
+        return self
+
+    @property
+    def measures_map(self) -> bool:
+        """Whether a map is asked for that is measured before the first step."""
+        of_stones = self.stones is not None and self.stones.pairs == "from_map"
+        return self.matching.strategy == "nearest" and (self.loss.hidden > 0 or of_stones)
+
+    @property
+    def logits(self) -> bool:
+        """Whether anything is asked of the teacher's logits."""
+        return self.loss.kl > 0 or self.stones is not None
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output) / self.name
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where the teacher's cache is written and read."""
+        return Path(self.cache.path) if self.cache.path else self.folder / "cache"
+
+    @property
+    def teacher_path(self) -> str:
+        """Where the teacher is read: the given path, or what `finetune` makes."""
+        return self.teacher.path or str(self.folder / "teacher" / "model")
+
+    def changed(self, changes: Mapping[str, Any]) -> Recipe:
+        """A copy with dotted keys replaced, checked again: `recipe.changed({"matching.strategy": "reverse"})`."""
+        values = self.model_dump(mode="json")
+        for key, value in changes.items():
+            _put(values, key, value)
+        return _validated(values, "the changed recipe")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key.sub=value` overrides (values in YAML). Raises InputError for all it can't understand."""
+    file = find_recipe(path)
+    values = parse_yaml(read_text(file), str(file))
+    if not isinstance(values, dict):
+        raise InputError(f"{file}: a recipe is a mapping of sections; write teacher:, student:, train: and so on")
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key:
+            raise InputError(f"--set {override!r}: no value is given; write key.sub=value, e.g. --set train.steps=100")
+        _put(values, key.strip(), parse_yaml(text, f"--set {override!r}"))
+    return _validated(values, str(file))
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The recipe file: the path itself, or a bare name in recipes/."""
+    for candidate in (Path(path), ROOT / "recipes" / f"{path}.yaml", ROOT / path):
+        if candidate.is_file():
+            return candidate
+    known = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml"))
+    raise InputError(f"recipe {str(path)!r}: no such file; give the path of a YAML file, or one of {', '.join(known)}")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every default written out."""
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=RecipeDumper, sort_keys=False, width=120)
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            raise InputError(
+                f"--set {key}: {parent} is a value, not a section; set {key.split('.' + last)[0]} as a whole"
+            )
+    values[last] = value
+
+
+def _validated(values: dict[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate_json(
+            json.dumps(values, default=str)
+        )  # as JSON: strict, yet a list may fill a tuple
+    except ValidationError as error:
+        raise InputError(f"{where}: {_sentence(error, values)}") from error
+
+
+def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
+    """A pydantic error in one sentence with the cure: an unknown key, which may be a missing one misspelt, or the first."""
+    problem = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
+    # less the kinds of value that a key may have, which pydantic names: `str`, `dict[str,float]`
+    location = [part for part in problem["loc"] if not (isinstance(part, str) and ("[" in part or part == "str"))]
+    key = ".".join(str(part) for part in location)
+    kind = problem["type"]
+    message = problem["msg"].removeprefix("Value error, ")
+    examples = [] if kind in ("extra_forbidden", "missing", "value_error") else _examples(location[:2])
+    if examples:  # of several kinds of value, pydantic's sentence knows one
+        given: Any = values
+        for part in location[:2]:
+            given = given[part]
+        return f"{'.'.join(map(str, location[:2]))}: {given!r} can't be read; write e.g. {' or '.join(examples)}"
+    if kind == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}")
+    if kind == "missing":
+        return f"key {key!r} is missing; add it"
+    if kind == "value_error":  # a validator's own sentence; it names its key in full, or from the section down
+        return message if not location or message.startswith(str(location[0])) else f"{key}.{message}"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{key}: a section is a mapping of keys (got {problem['input']!r}); write at least one of {', '.join(_keys_at(location))}"
+    cure = "; write it in quotes" if kind == "string_type" else ""
+    return f"{key}: {message[0].lower()}{message[1:]} (got {problem['input']!r}){cure}"
+
+
+def _examples(location: Sequence[Any]) -> list[str]:
+    """What may be written at [section, key], as YAML, where the field says so by examples."""
+    section = None if len(location) != 2 else _section_at(location[:1])
+    field = None if section is None else section.model_fields.get(location[1])
+    found = [] if field is None else field.examples or []
+    return [yaml.safe_dump(one, default_flow_style=True, width=1000).removesuffix("...\n").strip() for one in found]
+
+
+def _keys_at(location: Sequence[Any]) -> list[str]:
+    section = _section_at(location)
+    assert section is not None, location
+    return list(section.model_fields)
+
+
+def _section_at(location: Sequence[Any]) -> type[Section] | None:
+    """The class of the section at this place of a recipe; None where a value stands there."""
+    section: Any = Recipe
+    for part in location:
+        if get_origin(section) is dict:  # of sections by name
+            section = section.__args__[1]
+            continue
+        if section not in _sections((section,)):
+            return None
+        annotation = section.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(iter(_sections(options)), None) or next(
+            (o for o in options if get_origin(o) is dict and _sections(o.__args__)), None
+        )
+    return next(iter(_sections((section,))), None)
+
+
+def _sections(options: Iterable[Any]) -> list[type[Section]]:
+    return [o for o in options if isinstance(o, type) and issubclass(o, Section)]

@@ -1,0 +1,1 @@
+"""From a study's files to statistics, sentences, pictures and one page."""

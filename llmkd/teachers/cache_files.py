@@ -1,0 +1,320 @@
+"""The files of a teacher's cache: which tensors a shard holds, how shards are published, checked and mapped into memory.
+
+    cache/  manifest.json              what it holds, of what it was made, and of each shard its rows, size and SHA-256
+            shard-00000.safetensors    the states of rows [first, last), token after token without padding, row after row
+
+While it is being written, `plan.json` stands in for the manifest, each finished shard has its record in `shard-00000.json`, and a shard
+that a signal cut short lies in `shard-00000.partial.safetensors`. Every file is written beside and put in place by one rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmkd.errors import InputError
+from llmkd.files import sha256, sync, write_json_durably
+from llmkd.layer_map import EMBEDDING
+from llmkd.teachers.quantization import LARGEST, STORED
+
+FORMAT = 1
+IDS, LOG_PROBABILITIES, OFFSETS, DONE = "top_k.ids", "top_k.log_probabilities", "offsets", "done"
+FINAL = "final"
+IDENTITY = {
+    "teacher": "another teacher",
+    "teacher.dtype": "a teacher in another dtype",
+    "tokenizer": "another tokenizer",
+    "data": "other data",
+}
+"""What a cache is made of, each with a fingerprint, and how it is called where it differs."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a cache holds of each token, and of what it was made."""
+
+    identity: dict[str, str]
+    """The fingerprints, by the keys of IDENTITY."""
+    recipe: dict[str, Any]
+    """Recipe keys that help to say why a fingerprint differs."""
+    rows: int
+    tokens: int
+    hidden: int
+    dtype: str
+    """A key of quantization.STORED."""
+    blocks: tuple[int, ...]
+    """The teacher's blocks, EMBEDDING for the embeddings' output."""
+    final: bool
+    """Whether the final state is there."""
+    top_k: int | None
+    """How many log-probabilities are there; None: none."""
+    columns: int | None
+    """Over how many tokens of the vocabulary they were normalised: those that both heads have."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A published shard's record."""
+
+    file: str
+    first: int
+    last: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole cache."""
+
+    contents: Contents
+    shards: tuple[Shard, ...]
+    made: dict[str, Any]
+    """With which versions and recipe."""
+
+
+def state_name(block: int) -> str:
+    """The tensor of a block's states."""
+    return "embedding" if block == EMBEDDING else f"block.{block}"
+
+
+def state_names(contents: Contents) -> list[str]:
+    """The tensors of states [tokens, H], in a fixed order."""
+    return [*(state_name(block) for block in contents.blocks), *([FINAL] if contents.final else [])]
+
+
+def layout(contents: Contents, tokens: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name -> (shape, dtype) of all that a shard holds of so many tokens."""
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name in state_names(contents):
+        found[name] = ((tokens, contents.hidden), STORED[contents.dtype])
+        if contents.dtype in LARGEST:
+            found[f"{name}.scale"] = ((tokens,), torch.float32)
+    if contents.top_k is not None:
+        found[IDS] = ((tokens, contents.top_k), torch.int32)
+        # float32 whatever `dtype` says: the rest's mass is 1 - Σ, which has no digits to lose.
+        found[LOG_PROBABILITIES] = ((tokens, contents.top_k), torch.float32)
+    return found
+
+
+def sizes(contents: Contents) -> dict[str, int]:
+    """Name -> bytes in the whole cache; a state's scales count with it."""
+    total: dict[str, int] = {}
+    for name, (shape, dtype) in layout(contents, contents.tokens).items():
+        count = torch.Size(shape).numel() * dtype.itemsize
+        key = "top_k" if name.startswith("top_k") else name.removesuffix(".scale")
+        total[key] = total.get(key, 0) + count
+    return total
+
+
+def cut(lengths: Sequence[int], bytes_per_token: int, shard_bytes: int) -> list[tuple[int, int]]:
+    """Row ranges [first, last) of shards of at most so many bytes, or of one row: the same on any number of ranks."""
+    ranges, first, size = [], 0, 0
+    for row, length in enumerate(lengths):
+        here = length * bytes_per_token
+        if size and size + here > shard_bytes:
+            ranges.append((first, row))
+            first, size = row, 0
+        size += here
+    return [*ranges, (first, len(lengths))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Is it this one?
+
+
+def difference(have: Contents, want: Contents) -> str | None:
+    """Why a cache of these contents can't serve who wants those, as the rest of a sentence; None if it can."""
+    for key, name in IDENTITY.items():
+        if have.identity[key] != want.identity[key]:
+            return f"was made of {name}{_named(key, have.recipe, want.recipe)}"
+    if have.dtype != want.dtype and (state_names(want) or state_names(have)):
+        return f"stores {have.dtype}, the recipe's cache.dtype is {want.dtype}"
+    missing = [state_name(block) for block in want.blocks if block not in have.blocks]
+    if missing:
+        return f"holds {', '.join(state_names(have)) or 'no states'} and lacks {', '.join(missing)}"
+    if want.final and not have.final:
+        return "holds no final state, which the divergence (loss.kl) or the last pair (final_state: normed) needs"
+    if want.top_k is not None and (have.top_k, have.columns) != (want.top_k, want.columns):
+        found = "no" if have.top_k is None else f"the {have.top_k} likeliest tokens' (of {have.columns})"
+        return f"holds {found} log-probabilities, the recipe asks for cache.top_k {want.top_k} (of {want.columns})"
+    return None
+
+
+def _named(key: str, have: Mapping[str, Any], want: Mapping[str, Any]) -> str:
+    for name in sorted(have.keys() | want.keys()):
+        if name.split(".")[0] == key.split(".")[0] and have.get(name) != want.get(name):
+            return f" ({name} was {have.get(name)!r}, now {want.get(name)!r})"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def shard_file(folder: Path, number: int, *, partial: bool = False) -> Path:
+    """Where a shard lies, or what was done of it when a signal came."""
+    return folder / f"shard-{number:05d}{'.partial' if partial else ''}.safetensors"
+
+
+def publish(file: Path, tensors: dict[str, Tensor], rows: tuple[int, int]) -> None:
+    """Write a shard and, after it, its record: without a record a file is not there."""
+    tmp = file.with_name(file.name + ".tmp")
+    save_file(tensors, tmp)
+    sync(tmp)
+    tokens = int(tensors[OFFSETS][-1])
+    shard = Shard(file.name, *rows, tokens, tmp.stat().st_size, sha256(tmp))
+    os.replace(tmp, file)
+    write_json_durably(file.with_suffix(".json"), asdict(shard))
+
+
+def record(file: Path) -> Shard | None:
+    """The record of a published shard whose file is there in its size; None where there is none."""
+    try:
+        shard = Shard(**json.loads(file.with_suffix(".json").read_text()))
+        return shard if file.stat().st_size == shard.bytes else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def read_partial(file: Path) -> dict[str, Tensor] | None:
+    """What an interrupted shard holds, if it is as it was written."""
+    shard = record(file)
+    if shard is None or sha256(file) != shard.sha256:
+        return None
+    with safe_open(file, framework="pt") as tensors:
+        return {name: tensors.get_tensor(name).clone() for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+
+
+def remove(file: Path) -> None:
+    """Take a shard's file and record away, whichever is there."""
+    file.with_suffix(".json").unlink(missing_ok=True)
+    file.unlink(missing_ok=True)
+
+
+def finish(folder: Path, contents: Contents, shards: Sequence[Shard], made: dict[str, Any]) -> None:
+    """Publish the manifest over the shards' records, which are then no longer needed."""
+    values = {"format": FORMAT, "contents": asdict(contents), "shards": [asdict(s) for s in shards], "made": made}
+    write_json_durably(folder / "manifest.json", {**values, "checksum": _checksum(values)})
+    for shard in shards:
+        (folder / shard.file).with_suffix(".json").unlink(missing_ok=True)
+    (folder / "plan.json").unlink(missing_ok=True)
+
+
+def reopen(folder: Path, manifest: Manifest, damaged: Sequence[Shard]) -> None:
+    """Turn a whole cache back into one under way, without the damaged shards."""
+    for shard in manifest.shards:
+        file = folder / shard.file
+        remove(file) if shard in damaged else write_json_durably(file.with_suffix(".json"), asdict(shard))
+    write_plan(folder, manifest.contents, [(s.first, s.last) for s in manifest.shards])
+    (folder / "manifest.json").unlink()
+
+
+def write_plan(folder: Path, contents: Contents, ranges: Sequence[tuple[int, int]]) -> None:
+    """Say what is being written here, so that it can be gone on with."""
+    write_json_durably(folder / "plan.json", {"format": FORMAT, "contents": asdict(contents), "ranges": list(ranges)})
+
+
+def read_plan(folder: Path) -> tuple[Contents, list[tuple[int, int]]] | None:
+    """What is being written here; None where nothing is."""
+    if not (folder / "plan.json").is_file():
+        return None
+    values = _json(folder / "plan.json")
+    return _contents(values["contents"]), [(first, last) for first, last in values["ranges"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest; None where there is none. Raises InputError for one that was changed or that another version wrote."""
+    file = folder / "manifest.json"
+    if not file.is_file():
+        return None
+    values = _json(file)
+    if values.pop("checksum", None) != _checksum(values):
+        raise InputError(f"{file}: was changed since it was written; remove {folder} and run llmkd cache again")
+    return Manifest(_contents(values["contents"]), tuple(Shard(**s) for s in values["shards"]), values["made"])
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text())
+        found = values["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: can't be read; remove {file.parent} and run llmkd cache again") from error
+    if found != FORMAT:
+        raise InputError(
+            f"{file}: is of format {found}, this version of llmkd reads {FORMAT}; run llmkd cache again elsewhere"
+        )
+    return values
+
+
+def _contents(values: dict[str, Any]) -> Contents:
+    return Contents(**{**values, "blocks": tuple(values["blocks"])})
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def problem(folder: Path, shard: Shard, contents: Contents) -> str | None:
+    """What is wrong with a shard, from its size and its header; None if nothing is."""
+    file = folder / shard.file
+    if not file.is_file():
+        return "is missing"
+    if file.stat().st_size != shard.bytes:
+        return f"has {file.stat().st_size} bytes where {shard.bytes} were written"
+    expected = layout(contents, shard.tokens)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = set(tensors.keys())
+            shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in expected.keys() & names}
+    except (OSError, SafetensorError) as error:
+        return f"can't be opened ({error})"
+    return (
+        None
+        if {OFFSETS, *expected} <= names and shapes == {k: v[0] for k, v in expected.items()}
+        else "has another header"
+    )
+
+
+def changed(folder: Path, shard: Shard) -> str | None:
+    """What is wrong with a shard's bytes; None if they are those that were written."""
+    return None if sha256(folder / shard.file) == shard.sha256 else "does not have the checksum it was written with"
+
+
+def changed_shards(folder: Path, shards: Sequence[Shard]) -> Iterator[tuple[Shard, str | None]]:
+    """`changed` of each; several at a time, since hashing leaves the interpreter free."""
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        yield from zip(shards, pool.map(lambda shard: changed(folder, shard), shards), strict=True)
+
+
+def damage(folder: Path, shard: Shard, what: str) -> InputError:
+    """The error for a shard that must not be trained on."""
+    return InputError(
+        f"{folder / shard.file}: {what}, so nothing is trained on it; run llmkd cache again with the same recipe, which makes the "
+        "damaged shards anew and keeps the others"
+    )
+
+
+def mapped(folder: Path, shard: Shard, names: Sequence[str]) -> dict[str, Tensor]:
+    """The shard's tensors over its file: no byte is read before it is used."""
+    try:
+        with safe_open(folder / shard.file, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in [OFFSETS, *names]}
+    except (OSError, SafetensorError) as error:
+        raise damage(folder, shard, f"can't be opened ({error})") from error

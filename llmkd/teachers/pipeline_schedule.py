@@ -1,0 +1,220 @@
+"""A teacher cut into stages: which blocks a rank holds, what it sends to whom, and when. Whole numbers only.
+
+A pipeline has P members; member s holds stage s and owns a micro-batch of each round. Items, that is micro-batches, are numbered
+round * P + owner, and stage s works on item i at tick i + s. So every stage has one item at every tick but the first and last
+P - 1 of a stream; what is sent at a tick follows from its number alone, in an order that all members share.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llmkd.errors import InputError
+from llmkd.layer_map import EMBEDDING, Pairs
+
+FINAL = -2
+"""Stands for the final state, after the last block and the final norm."""
+NEXT = -3
+"""Stands for the state that a stage hands to the next one."""
+
+Cut = tuple[range, ...]
+"""Each stage's blocks."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """A state that a stage sends to the owner of every item: a block's output, EMBEDDING or FINAL."""
+
+    stage: int
+    block: int
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One state on the wire: what of which item, from which member to which."""
+
+    item: int
+    block: int
+    source: int
+    target: int
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who holds what
+
+
+def stage_count(asked: int | None, ranks: int, ranks_per_node: int, depth: int) -> int:
+    """How many stages a teacher of `depth` blocks is cut into; by default as many as there are ranks on a node.
+
+    Raises InputError where the ranks can't be shared into pipelines of so many, or a stage would have no block.
+    """
+    stages = asked or min(ranks, ranks_per_node)
+    fitting = [str(n) for n in range(1, min(ranks, depth) + 1) if ranks % n == 0]
+    if ranks % stages or stages > depth:
+        why = (
+            f"a teacher of {depth} blocks has no more stages" if stages > depth else f"{ranks} ranks make no whole ones"
+        )
+        raise InputError(
+            f"teacher.stages: pipelines of {stages} stages are not possible, {why}; write {' or '.join(fitting)}"
+        )
+    return stages
+
+
+def cut(costs: Sequence[int], stages: int, *, embedding: int = 0) -> Cut:
+    """Contiguous stages of at least one block each. `costs`: each block's weights, which are also its work per token.
+
+    The slowest stage sets the pace, so its work is made as small as it can be. Of the cuts that do, the one is taken that evens
+    out the weights held, the embeddings' (which cost memory and no time) counted with stage 0.
+    """
+    assert 1 <= stages <= len(costs), (stages, len(costs))
+    pace = max(sum(costs[i] for i in part) for part in _best_cut(costs, stages, lambda stage, work: work, max))
+
+    def unevenness(stage: int, work: float) -> float:
+        return math.inf if work > pace else (work + (embedding if stage == 0 else 0)) ** 2
+
+    return _best_cut(costs, stages, unevenness, lambda a, b: a + b)
+
+
+def _best_cut(
+    costs: Sequence[int],
+    stages: int,
+    value: Callable[[int, float], float],
+    join: Callable[[float, float], float],
+) -> Cut:
+    """The cut of least value, by the best cuts of every beginning into fewer stages; of equals, the one whose stages begin earliest."""
+    sums = [0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    best: list[float] = [0.0] + [math.inf] * len(costs)
+    starts: list[list[int]] = []
+    for stage in range(stages):
+        tried = [
+            min(
+                ((join(best[start], value(stage, sums[end] - sums[start])), start) for start in range(stage, end)),
+                default=(math.inf, 0),
+            )
+            for end in range(len(costs) + 1)
+        ]
+        best, chosen = [value for value, _ in tried], [start for _, start in tried]
+        starts.append(chosen)
+    parts: list[range] = []
+    end = len(costs)
+    for chosen in reversed(starts):
+        parts.insert(0, range(chosen[end], end))
+        end = chosen[end]
+    return tuple(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who sends what to whom, and when
+
+
+def routes(pairs: Pairs, parts: Cut, *, final: bool, normed_last: bool) -> tuple[Route, ...]:
+    """The states that leave their stage for the owner, each once however many pairs use it, from the first block to the last.
+
+    `final`: the divergence needs the final state. `normed_last`: the last block's pairs compare it after the final norm, so that
+    they take the final state, too.
+    """
+    depth = parts[-1].stop
+    wanted = {block for _, block in pairs}
+    if normed_last and depth - 1 in wanted:
+        wanted, final = wanted - {depth - 1}, True
+    found = [Route(0, EMBEDDING)] if EMBEDDING in wanted else []
+    found += [Route(stage, block) for stage, part in enumerate(parts) for block in part if block in wanted]
+    return (*found, Route(len(parts) - 1, FINAL)) if final else tuple(found)
+
+
+def transfers(tick: int, exists: Callable[[int], bool], sent: Sequence[Route], stages: int) -> list[Transfer]:
+    """What crosses the wire after a tick's work, in the order that every member keeps. An owner's own stage sends it nothing."""
+    found = []
+    for stage in range(stages):
+        item = tick - stage
+        if not exists(item):
+            continue
+        if stage + 1 < stages:
+            found.append(Transfer(item, NEXT, stage, stage + 1))
+        owner = item % stages
+        found += [Transfer(item, r.block, stage, owner) for r in sent if r.stage == stage and owner != stage]
+    return found
+
+
+def last_tick(rounds: int, stages: int) -> int:
+    """The tick in which the last stage works on the last item of so many rounds; -1 where there is none."""
+    return rounds * stages + stages - 2 if rounds else -1
+
+
+def states_per_item(sent: Sequence[Route], stages: int) -> float:
+    """States on the wire for one micro-batch, which is what each member sends per round on average: P - 1 from stage to stage, and
+    each route for all owners but the one whose own stage it leaves."""
+    return (stages - 1) * (1 + len(sent) / stages)
+
+
+def states_held(sent: Sequence[Route], parts: Cut) -> int:
+    """The most states [B, T, H] that a member holds at a time, sends of one tick under way beside those of the tick just done.
+
+    All routes' states of its own micro-batch, those of its next one that have come early, the state that enters the stage, and
+    twice what the stage makes of an item.
+    """
+    stages = len(parts)
+    most = 0
+    for member, part in enumerate(parts):
+        early = sum(r.stage + member <= stages - 2 for r in sent)
+        made = {r.block for r in sent if r.stage == member} - {part.stop - 1} | {
+            NEXT
+        }  # the last block's output is the next's input
+        most = max(most, len(sent) + early + (stages > 1) * (1 + 2 * len(made)))
+    return most
+
+
+def bubble(stages: int, rounds: int) -> float:
+    """The share of a stage's ticks that it has nothing to do, in a stream of so many rounds."""
+    return (stages - 1) / (rounds * stages + stages - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shown
+
+
+LINE = 120
+"""Columns of a drawing, where its arrows leave room."""
+
+
+def drawing(pairs: Pairs, parts: Cut, *, final: bool = True, normed_last: bool = False) -> str:
+    """The stages from top to bottom, a column per block of a stage, # where a student block learns from it, and what goes where."""
+    sent = routes(pairs, parts, final=final, normed_last=normed_last)
+    widest = max(len(part) for part in parts)
+    between = " " if 2 * widest <= 60 else ""
+    names = [f"stage {stage}   blocks {part.start}-{part.stop - 1}" for stage, part in enumerate(parts)]
+    width = max(len(name) for name in names)
+    lines = ["token ids", "  |"]
+    for stage, part in enumerate(parts):
+        here = [route.block for route in sent if route.stage == stage]
+        cells = between.join("#" if block in here else "." for block in part).ljust(widest * (len(between) + 1) - 1)
+        arrows = [_arrow(block, pairs, parts[-1].stop, normed_last) for block in here]
+        said = "; ".join(arrow.replace(" ", "\0") for arrow in arrows)  # an arrow stays on its line
+        drawn = f"{names[stage].ljust(width)}   {cells}   "
+        first, *further = textwrap.wrap(said, max(LINE - len(drawn), 30)) or [""]
+        lines.append(f"{drawn}{first}".replace("\0", " ").rstrip())
+        lines += [f"{'  |'.ljust(len(drawn))}{more}".replace("\0", " ") for more in further]
+        if stage + 1 < len(parts):
+            lines.append("  v")
+    per_item = states_per_item(sent, len(parts))
+    to_owners = per_item - len(parts) + 1
+    lines += [
+        "",
+        f"per micro-batch {per_item:g} states [B, T, H] cross the wire: {len(parts) - 1} from stage to stage, {to_owners:g} on "
+        "average to the rank that owns it",
+    ]
+    return "\n".join(lines)
+
+
+def _arrow(block: int, pairs: Pairs, depth: int, normed_last: bool) -> str:
+    name = {EMBEDDING: "embeddings", FINAL: "final state"}.get(block, str(block))
+    teacher = depth - 1 if block == FINAL and normed_last else block
+    students = [s for s, t in pairs if t == teacher]
+    shown = ", ".join("embeddings" if s == EMBEDDING else str(s) for s in students)
+    goals = [f"student {shown}"] if students else []
+    return f"{name} -> {' and '.join([*goals, 'head'] if block == FINAL else goals)}"

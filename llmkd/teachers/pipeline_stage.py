@@ -1,0 +1,105 @@
+"""One stage of a teacher: its blocks alone, read from the safetensors files without a look at the others' tensors."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from llmkd.distributed.engines import parameter_count
+from llmkd.errors import InputError
+from llmkd.models.families import check_logits
+from llmkd.models.folders import tensor_files
+from llmkd.models.load import attention_implementation, load_config, student_config, without_weights
+from llmkd.models.parts import backbone, blocks
+from llmkd.teachers.pipeline_schedule import Cut, cut
+
+log = logging.getLogger("llmkd")
+
+PIPELINED = ("llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3", "stablelm")
+"""Model types whose stages, one after the other, are the whole model; each is tested. They do nothing to their embeddings (Gemma
+scales them) and name their parts alike: model.embed_tokens, model.layers.N, model.norm, lm_head."""
+
+
+def check_pipelined(config: PreTrainedConfig) -> None:
+    """Raise InputError for a model type that has not been shown to be the sum of its stages."""
+    check_logits(config)
+    if config.model_type not in PIPELINED:
+        raise InputError(
+            f"teacher.placement: a {config.model_type!r} model has not been shown to work cut into stages; write zero3 or replicated "
+            f"(pipeline is for {', '.join(PIPELINED)})"
+        )
+
+
+def teacher_cut(config: PreTrainedConfig, stages: int, *, trust_remote_code: bool = False) -> Cut:
+    """The teacher's blocks cut into stages by their counted weights; no weight is made."""
+    model = without_weights(config, trust_remote_code=trust_remote_code)
+    costs = [parameter_count(block) for block in blocks(model)]
+    return cut(costs, stages, embedding=parameter_count(model.get_input_embeddings()))
+
+
+def load_stage(
+    folder: Path,
+    part: range,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The backbone with these blocks alone, frozen. Stage 0 takes `input_ids`, a later one `inputs_embeds`, the state before it.
+
+    Its `last_hidden_state` is the last block's output; of the stage that holds the model's last block, the final state.
+    """
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    check_pipelined(config)
+    name, why = attention_implementation(attention, dtype)
+    log.info("%s: stage of blocks %d to %d, attention %s (%s)", folder, part.start, part.stop - 1, name, why)
+    small = student_config(config, part, {})
+    with torch.device("meta"):  # nothing is made, and nothing drawn, that is not read below
+        model = AutoModelForCausalLM.from_config(
+            small, dtype=dtype, attn_implementation=name, trust_remote_code=trust_remote_code
+        )
+    body: Any = backbone(model)
+    if part.start > 0:
+        body.embed_tokens = None
+    if part.stop < config.num_hidden_layers:
+        body.norm = nn.Identity()
+    names = {name: _name_in_file(name, part) for name, _ in body.named_parameters()}
+    read = read_tensors(folder, names.values(), dtype=dtype, device=device)
+    body.load_state_dict({name: read[source] for name, source in names.items()}, strict=True, assign=True)
+    body.rotary_emb = type(body.rotary_emb)(config=small).to(
+        device
+    )  # computed, not read: float32 whatever the model's dtype
+    body.config.use_cache = False
+    return body.eval().requires_grad_(False)
+
+
+def read_tensors(folder: Path, names: Iterable[str], *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """These tensors of a model folder, and no byte of any other. Raises InputError where one is missing."""
+    files = tensor_files(folder)
+    of_file: dict[Path, list[str]] = {}
+    for name in names:
+        if name not in files:
+            raise InputError(
+                f"{folder}: its weights lack the tensor {name!r}; give the whole weights, as save_pretrained writes them"
+            )
+        of_file.setdefault(files[name], []).append(name)
+    found = {}
+    for file, wanted in sorted(of_file.items()):
+        with safe_open(file, framework="pt", device=str(device)) as tensors:
+            for name in wanted:
+                found[name] = tensors.get_tensor(name).to(dtype)
+    return found
+
+
+def _name_in_file(name: str, part: range) -> str:
+    match = re.fullmatch(r"layers\.(\d+)\.(.*)", name)
+    return f"model.layers.{part[int(match[1])]}.{match[2]}" if match else f"model.{name}"

@@ -1,0 +1,286 @@
+"""The parts of a training run, made from its job: data, rates, engine settings, teacher, student, stones."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from llmkd.data.batches import Batch, Family, steps_per_epoch
+from llmkd.data.other_families import tokenize_for
+from llmkd.distributed.engines import (
+    check_asynchronous_io,
+    complete_ds_config,
+    load_ds_config,
+    parameter_count,
+    teacher_ds_config,
+)
+from llmkd.distributed.ranks import Wire, World, all_rows, on_main
+from llmkd.errors import InputError
+from llmkd.files import ROOT
+from llmkd.losses.distance_sum import AllRows, terms_of
+from llmkd.losses.divergences import Divergence, with_parameters
+from llmkd.losses.schedules import learning_rate
+from llmkd.models import families, load
+from llmkd.models.parts import blocks
+from llmkd.recipe import recipe
+from llmkd.student.connectors import fit_connectors, make_connectors
+from llmkd.student.distiller import Distiller, make_projectors
+from llmkd.student.stepping_stones import Comparison, Stones, StoneWeights
+from llmkd.teachers import pipeline_stage as stage
+from llmkd.teachers.base import Teacher, blocks_needed
+from llmkd.teachers.pipeline import PipelineTeacher
+from llmkd.teachers.pipeline_schedule import stage_count
+from llmkd.teachers.resident import ResidentTeacher
+from llmkd.training.jobs import Job, read_rows
+from llmkd.training.pairs import maps_of
+
+log = logging.getLogger("llmkd")
+
+
+def accumulation_steps(train: recipe.Train, world_size: int) -> int:
+    """Micro-batches per rank and step. Raises InputError unless ranks * micro_batch_size divides batch_size."""
+    together = world_size * train.micro_batch_size
+    if train.batch_size % together:
+        fitting = [n for n in range(1, train.batch_size + 1) if train.batch_size % (n * train.micro_batch_size) == 0]
+        raise InputError(
+            f"train.batch_size: {train.batch_size} rows can't be shared by {world_size} ranks x micro_batch_size {train.micro_batch_size}; "
+            f"write a multiple of {together}, or use {' or '.join(map(str, fitting))} ranks"
+        )
+    return train.batch_size // together
+
+
+def total_steps(train: recipe.Train, rows: int) -> int:
+    """Optimizer steps of the run."""
+    per_epoch = steps_per_epoch(rows, train.batch_size)
+    return train.steps if train.steps is not None else math.ceil((train.epochs or 0) * per_epoch)
+
+
+def rate_of_step(train: recipe.Train, steps: int) -> Callable[[int], float]:
+    """Step (from 0) -> learning rate. Raises InputError at once if the schedule makes no sense for so many steps."""
+    rate = functools.partial(
+        learning_rate,
+        peak=train.learning_rate,
+        final=train.final_learning_rate,
+        warmup=train.warmup_steps,
+        total=steps,
+        shape=train.schedule,
+    )
+    try:
+        rate(0) if steps else None
+    except InputError as error:
+        raise InputError(f"train.warmup_steps: {error}") from error
+    return rate
+
+
+def training_ds_config(world: World, train: recipe.Train, accumulation: int, folder: Path) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run, completed from the recipe."""
+    return complete_ds_config(
+        load_ds_config(train.deepspeed, ROOT / "ds_configs"),
+        world_size=world.size,
+        micro_batch=train.micro_batch_size,
+        accumulation=accumulation,
+        clip=train.clip,
+        dtype=train.dtype,
+        nvme_path=str(folder / "nvme"),
+    )
+
+
+def tokenized(world: World, data: recipe.Data, tokenizer: Any, family: Family = Family("decoder")) -> Dataset:  # noqa: B008 (frozen)
+    """The job's rows as tokens; rank 0 reads them first, so that downloads and caches are made once."""
+    first: list[Dataset] = []
+    on_main(world, lambda: first.append(read_rows(data)))
+    rows = first[0] if first else read_rows(data)
+    lengths: dict[str, Any] = dict(max_length=data.max_length, too_long=data.too_long)
+    return tokenize_for(family, rows, tokenizer, format=data.format, **lengths)
+
+
+def load_teacher(world: World, job: Job) -> Teacher:
+    """The job's teacher in its placement."""
+    settings = job.recipe.teacher
+    assert job.teacher is not None and settings.placement != "cache", (
+        "llmkd.training.cache_contents opens a cached teacher"
+    )
+    sharded = settings.placement == "zero3"
+    logits = job.weights.kl > 0 or bool(job.stones)
+    normed_last = job.recipe.matching.final_state == "normed"
+    uses = [teacher for _, teacher in sorted(job.pairs, key=lambda pair: pair[0])]  # as the student's blocks take them
+    recipe = load.load_config(job.teacher, trust_remote_code=settings.trust_remote_code)
+    depth = sum(families.depths(recipe))
+    decodes = job.family.kind == "decoder"  # other families are loaded whole
+    if job.redraws:
+        # the embeddings', and any block may be drawn
+        uses = [block for block in uses if block < 0] + list(range(depth))
+    needed = blocks_needed(uses, depth, logits=logits, normed_last=normed_last) if decodes else depth
+    wire = None
+    if settings.placement == "pipeline":
+        wire = Wire(world, stage_count(settings.stages, world.size, world.local_size, depth))
+        needed = max(needed, wire.size)  # a stage has at least one block
+    if needed < depth:
+        log.info("%s: the teacher's first %d of %d blocks are loaded: no more is asked of it", job.title, needed, depth)
+    if wire is not None:
+        return _pipelined(world, job, job.teacher, wire, load.student_config(recipe, range(needed), {}))
+    ds = _sharded_config(job, load.student_config(recipe, range(needed), {})) if sharded else None
+    model = load.load_model(
+        job.teacher,
+        dtype=load.DTYPES[settings.dtype],
+        ds_config=ds,
+        attention=settings.attention,
+        trust_remote_code=settings.trust_remote_code,
+        first_blocks=needed if needed < depth else None,
+    )
+    if not logits and decodes:
+        model = load.without_head(model)
+    if not sharded:
+        cast(nn.Module, model).to(world.device)  # a student is placed by its engine
+    return ResidentTeacher(
+        model,
+        uses,
+        normed_last=normed_last and needed == depth,
+        ds_config=ds,
+        logits=logits,
+        offload_to=torch.cuda.Stream() if settings.offload_states else None,
+        stones=[block for _, block in job.stones],
+        checkpointed=job.recipe.stones is None or job.recipe.stones.checkpoint,
+    )
+
+
+def _sharded_config(job: Job, shape: Any) -> dict[str, Any]:
+    """The DeepSpeed configuration of a zero3 teacher of this shape, whose blocks are counted before any is made."""
+    settings = job.recipe.teacher
+    if settings.offload == "nvme":
+        check_asynchronous_io("teacher.offload")
+    stack = blocks(load.without_weights(shape, trust_remote_code=settings.trust_remote_code))
+    return teacher_ds_config(
+        job.train.micro_batch_size,
+        settings.dtype,
+        settings.offload,
+        block=max(parameter_count(block) for block in stack),
+        parameter=max(parameter.numel() for parameter in stack.parameters()),
+        nvme_path=str(job.folder / "nvme" / "teacher"),
+    )
+
+
+def _pipelined(world: World, job: Job, folder: Path, wire: Wire, shape: Any) -> PipelineTeacher:
+    """This rank's stage of the job's teacher, `shape` the part of it that is run, and the head where the divergence asks for it."""
+    settings = job.recipe.teacher
+    depth = load.load_config(folder, trust_remote_code=settings.trust_remote_code).num_hidden_layers
+    parts = stage.teacher_cut(shape, wire.size, trust_remote_code=settings.trust_remote_code)
+    log.info("teacher: %s", ", ".join(f"stage {s} blocks {p.start}-{p.stop - 1}" for s, p in enumerate(parts)))
+    where: dict[str, Any] = dict(
+        dtype=load.DTYPES[settings.dtype], device=world.device, trust_remote_code=settings.trust_remote_code
+    )
+    head = None
+    if job.weights.kl:
+        weight, _ = load.load_head(folder, dtype=where["dtype"], trust_remote_code=settings.trust_remote_code)
+        head = weight.to(world.device)
+    return PipelineTeacher(
+        stage.load_stage(folder, parts[wire.member], attention=settings.attention, **where),
+        parts,
+        wire,
+        job.pairs,
+        head=head,
+        normed_last=job.recipe.matching.final_state == "normed" and parts[-1].stop == depth,
+        width=shape.hidden_size,
+        dtype=where["dtype"],
+        device=world.device,
+    )
+
+
+def teacher_width(job: Job) -> int | None:
+    """The teacher's hidden size, from its configuration; None without a teacher."""
+    if job.teacher is None:
+        return None
+    return load.load_config(job.teacher, trust_remote_code=job.recipe.teacher.trust_remote_code).hidden_size
+
+
+def rows_of_all_ranks(world: World, job: Job) -> AllRows | None:
+    """What gathers the rows of a set-level distance that is over all ranks; None where it is a rank's own."""
+    return functools.partial(all_rows, world) if job.pairs and job.recipe.matching.scope == "batch" else None
+
+
+def load_student(
+    job: Job, ds_config: dict[str, Any], target_width: int | None, gather: AllRows | None = None
+) -> Distiller:
+    """The job's student, with its projectors and losses, ready for an engine. `gather`: see `rows_of_all_ranks`."""
+    dtype = load.DTYPES[job.train.dtype]
+    settings, matching = job.recipe.student, job.recipe.matching
+    attention = job.recipe.teacher.attention if job.makes_teacher else settings.attention
+    model = load.load_model(
+        job.initial,
+        dtype=dtype,
+        ds_config=ds_config,
+        attention=attention,
+        # a copied or random student runs the code of its teacher
+        trust_remote_code=(
+            settings if settings.init == "checkpoint" and not job.makes_teacher else job.recipe.teacher
+        ).trust_remote_code,
+    )
+    width = model.config.hidden_size
+    target = target_width or width
+    projected = len(job.pairs) if matching.projects(width, target) else 0
+    without = matching.unprojected(projected)
+    projectors = make_projectors(projected, width, target, bias=matching.projector_bias, seed=job.seed, without=without)
+    divergence = with_parameters(job.recipe.loss.divergence, job.recipe.loss.parameters)
+    module = Distiller(
+        model,
+        job.pairs,
+        distance=[terms_of(mix) for mix in matching.mixes_of(len(job.pairs))],
+        positions=matching.positions,
+        normed_last=matching.final_state == "normed",
+        divergence=divergence,
+        temperature=job.recipe.loss.temperature,
+        kl_positions=job.recipe.loss.kl_positions,
+        chunk=job.train.head_chunk,
+        projectors=None if projectors is None else projectors.to(dtype),
+        tokens=matching.tokens,
+        pair_weights=job.weights.pairs,
+        keeps_head=job.weights.ce > 0 or job.weights.kl > 0,
+        all_rows=gather,
+        stones=make_stones(job, width, target, divergence) if job.stones else None,
+    )
+    if job.train.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return module
+
+
+def make_stones(job: Job, student_width: int, teacher_width: int, divergence: Divergence) -> Stones:
+    """The job's stones, their connectors not yet fitted."""
+    settings, loss = job.recipe.stones, job.recipe.loss
+    assert settings is not None
+    return Stones(
+        job.stones,
+        make_connectors(len(job.stones), student_width, teacher_width).to(load.DTYPES[job.train.dtype]),
+        weights=StoneWeights(ce=settings.ce, kl=settings.kl, cross=settings.cross),
+        comparison=Comparison(divergence, loss.temperature, loss.kl_positions, job.train.head_chunk),
+        one=settings.sample == "one",
+        seed=job.seed,
+    )
+
+
+def fit_stones(
+    world: World, job: Job, student: Any, teacher: Teacher | None, rows: Callable[..., Iterable[Sequence[Batch]]]
+) -> None:
+    """Fit the stones' connectors on the run's first batches, which `rows` gives (all ranks take part)."""
+    settings = job.recipe.stones
+    assert settings is not None and isinstance(teacher, ResidentTeacher)
+    stack = blocks(student.module.model), teacher.blocks
+    connectors = student.module.stones.connectors
+    steps = rows(start_step=0, steps=settings.connector_batches)
+    fit_connectors(world, student, connectors, job.stones, *stack, teacher, steps)
+
+
+def rematch(job: Job, step: int, module: Distiller, teacher: Teacher | None) -> None:
+    """Give student and teacher the map of this step (from 0): a function of (seed, step // redraw_every), the same on every rank."""
+    assert isinstance(teacher, ResidentTeacher)  # config.py refuses other placements
+    draw = step // job.recipe.matching.redraw_every
+    pairs = maps_of(job.recipe, job.student_depths, job.teacher_depths, draw)
+    module.rematch(pairs)
+    teacher.use([block for _, block in pairs])

@@ -1,0 +1,170 @@
+"""Checkpoints that are either whole or not there, and the export of a trained student.
+
+    checkpoints/step-00000100/      DeepSpeed's shards, `state.json` (step, ranks, what was trained), `rng-<rank>.pt`
+
+A checkpoint is written beside, under a name ending in .tmp, and published by one rename; so is an exported model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from llmkd.distributed.engines import load_shards, merge_shards, whole_state
+from llmkd.distributed.ranks import World, barrier, on_main
+from llmkd.errors import InputError
+from llmkd.models.folders import copy_tokenizer
+
+log = logging.getLogger("llmkd")
+
+TAG = "shards"
+
+
+def save(world: World, engine: Any, folder: Path, *, step: int, inputs: dict[str, Any], keep: int) -> Path:
+    """Save a sharded checkpoint (all ranks take part), publish it, and remove all but the newest `keep`."""
+    final = folder / f"step-{step:08d}"
+    tmp = final.with_name(final.name + ".tmp")
+    if world.is_main:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+    barrier(world)
+    engine.save_checkpoint(str(tmp), tag=TAG, save_latest=False)
+    torch.save(_rng_state(), tmp / f"rng-{world.rank}.pt")
+    barrier(world)
+    if world.is_main:
+        (tmp / "state.json").write_text(
+            json.dumps({"step": step, "world_size": world.size, "inputs": inputs}, indent=1)
+        )
+        _sync(tmp)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(tmp, final)
+        for old in whole(folder)[:-keep]:
+            shutil.rmtree(old)
+    barrier(world)
+    return final
+
+
+def whole(folder: Path) -> list[Path]:
+    """The published checkpoints, oldest first."""
+    return sorted(
+        p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name) and (p / "state.json").is_file()
+    )
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A published checkpoint: where it is, the step it was made after, and on how many ranks."""
+
+    folder: Path
+    step: int
+    world_size: int
+
+
+def newest(folder: Path, inputs: dict[str, Any]) -> Saved | None:
+    """The newest whole checkpoint. Raises InputError if another recipe wrote it."""
+    found = whole(folder)
+    if not found:
+        return None
+    state = json.loads((found[-1] / "state.json").read_text())
+    check_same(state["inputs"], inputs, found[-1])
+    return Saved(found[-1], int(state["step"]), int(state["world_size"]))
+
+
+def check_same(theirs: dict[str, Any], ours: dict[str, Any], where: Path) -> None:
+    """Raise InputError naming the first recipe key in which what stands at `where` differs from this run."""
+    for key in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(key) != ours.get(key):
+            raise InputError(
+                f"{where} was made by another recipe: {key} was {theirs.get(key)!r}, now {ours.get(key)!r}; give --output another folder, "
+                f"put the recipe back, or remove {where}"
+            )
+
+
+def load(world: World, engine: Any, saved: Saved) -> None:
+    """Put engine, optimizer and random generators back as they were (all ranks take part).
+
+    On another number of ranks than wrote it, the engine must have been made for it (`llmkd.distributed.engines.on_other_ranks`); the random
+    generators then stay as they are.
+    """
+    if saved.world_size == world.size:
+        load_shards(engine, saved.folder / TAG)
+        _set_rng_state(torch.load(saved.folder / f"rng-{world.rank}.pt", weights_only=True))
+        return
+    tmp = saved.folder.with_name(f"{saved.folder.name}.whole.tmp")
+    on_main(world, lambda: merge_shards(saved.folder / TAG, tmp / TAG))
+    load_shards(engine, tmp / TAG)
+    barrier(world)
+    if world.is_main:
+        shutil.rmtree(tmp)
+
+
+def _rng_state() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": (version, list(words), gauss),
+        "numpy": (
+            str(name),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _sync(folder: Path) -> None:
+    """Have the file system write the folder out before its name is changed."""
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def export(
+    world: World, model: PreTrainedModel, folder: Path, *, tokenizer_from: Path, card: str, meta: dict[str, Any]
+) -> None:
+    """Write the student as a clean HF folder: safetensors, tokenizer, generation config, model card, `llmkd.json` (all ranks take part)."""
+    state = whole_state(world, model)
+
+    def write() -> None:
+        tmp = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        copy_tokenizer(tokenizer_from, tmp)
+        model.config.use_cache = True
+        model.save_pretrained(tmp, state_dict=state)
+        if model.can_generate() and not (tmp / "generation_config.json").is_file():
+            GenerationConfig.from_model_config(model.config).save_pretrained(tmp)
+        model.config.use_cache = False
+        (tmp / "README.md").write_text(card)
+        (tmp / "llmkd.json").write_text(json.dumps(meta, indent=1))
+        _sync(tmp)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(tmp, folder)
+
+    on_main(world, write)

@@ -1,0 +1,73 @@
+"""What a recipe may ask of which family of models; asked before anything is written."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+from llmkd.data.batches import Family
+from llmkd.data.other_families import check_format
+from llmkd.errors import InputError
+from llmkd.models.architectures import new_config
+from llmkd.models.families import KIND_NAMES
+from llmkd.models.folders import resolve
+from llmkd.models.load import load_config
+from llmkd.recipe.recipe import Recipe
+
+
+def teacher_shape(recipe: Recipe) -> PreTrainedConfig:
+    """The configuration of the recipe's teacher, or of what it starts from, before it is there."""
+    if recipe.finetune is not None and recipe.finetune.architecture is not None:
+        return new_config(recipe.finetune.architecture.model_dump())
+    start = recipe.finetune.path if recipe.finetune is not None else recipe.teacher.path
+    where = "teacher.path" if recipe.finetune is None else "finetune.path"
+    folder = resolve(start or "", where, recipe.teacher.revision)
+    return load_config(folder, trust_remote_code=recipe.teacher.trust_remote_code)
+
+
+def check_training(recipe: Recipe, family: Family) -> None:
+    """Raise InputError for a student's training that this family's models can't have."""
+    check_format(family, recipe.data.format)
+    student, said = recipe.student, KIND_NAMES[family.kind]
+    if student.decoder_blocks is not None and family.kind != "encoder_decoder":
+        raise InputError(f"student.decoder_blocks: {said} has one stack of blocks; leave it out")
+    if student.classifier is not None and family.kind != "encoder":
+        raise InputError(f"student.classifier: {said} has no classes; leave it out")
+    if family.kind == "decoder":
+        return
+    if recipe.teacher.placement not in ("replicated", "zero3") or recipe.teacher.share_cache:
+        key = "share_cache" if recipe.teacher.share_cache else "placement"
+        cure = "false" if recipe.teacher.share_cache else "replicated or zero3"
+        raise InputError(
+            f"teacher.{key}: only a decoder can be cut into stages or cached, and this is {said}; write {cure}"
+        )
+    if recipe.teacher.offload_states:
+        raise InputError(f"teacher.offload_states: not made for {said} yet; write false")
+    if recipe.stones is not None and family.kind == "encoder_decoder":
+        raise InputError(
+            f"stones: a stone goes on with the upper blocks of one stack, and this is {said}; leave the section out, or give a decoder or "
+            "an encoder"
+        )
+    if family.kind == "encoder":
+        _check_encoder(recipe)
+
+
+def _check_encoder(recipe: Recipe) -> None:
+    if recipe.loss.kl_positions != "trained":
+        raise InputError(
+            "loss.kl_positions: an encoder has one distribution per row, that of its classes; write trained"
+        )
+    if recipe.matching.positions != "attended":
+        raise InputError("matching.positions: no token of an encoder's text is trained, its class is; write attended")
+
+
+def check_same_classes(teacher: Family, student: Family) -> None:
+    """Raise InputError where a student that is given is of another kind than its teacher, or knows other classes."""
+    if teacher.kind != student.kind:
+        raise InputError(
+            f"student.path: the teacher is {KIND_NAMES[teacher.kind]}, the student {KIND_NAMES[student.kind]}; give two of one kind"
+        )
+    if teacher.labels != student.labels:
+        raise InputError(
+            f"student.path: the teacher's classes are {', '.join(teacher.labels)}, the student's {', '.join(student.labels)}; give a "
+            "student of the same classes in the same order"
+        )

@@ -1,0 +1,313 @@
+"""From a recipe to one training run, checked before anything is written.
+
+A `Job` is all that the loop needs to know; distilling a student and fine-tuning a teacher are two ways to make one.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from llmkd.data.batches import Family
+from llmkd.data.other_families import check_format, label_names
+from llmkd.data.rows import load_rows, source_contents
+from llmkd.distributed.engines import load_ds_config
+from llmkd.distributed.ranks import World, on_main
+from llmkd.errors import InputError
+from llmkd.files import ROOT
+from llmkd.layer_map import Pairs
+from llmkd.losses.objective import Weights
+from llmkd.losses.set_distances import WIDTH_FREE
+from llmkd.models import families, folders, load, make
+from llmkd.models.architectures import KINDS, STARTS
+from llmkd.recipe.inputs import finetune_inputs, fingerprint, training_inputs
+from llmkd.recipe.recipe import Recipe
+from llmkd.recipe.run import Data, Train
+from llmkd.teachers import pipeline_stage as stage
+from llmkd.teachers.pipeline_schedule import stage_count
+from llmkd.teachers.upper_blocks import check_upper
+from llmkd.training import checks
+from llmkd.training.checkpoint import check_same
+from llmkd.training.pairs import depths_of, encoders_of, maps_of, stones_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run. `teacher` is None where nothing is asked of one (fine-tuning; cross-entropy alone)."""
+
+    folder: Path
+    recipe: Recipe
+    inputs: dict[str, Any]
+    """What decides the result; a checkpoint or a model of other inputs is refused."""
+    initial: Path
+    tokenizer: Path | None
+    """The folder whose tokenizer is used; None where one is trained on the data."""
+    teacher: Path | None
+    pairs: Pairs
+    weights: Weights
+    train: Train
+    data: Data
+    seed: int
+    makes_teacher: bool
+    family: Family
+    student_depths: tuple[int, ...] = ()
+    """How many blocks each of the student's stacks has."""
+    teacher_depths: tuple[int, ...] = ()
+    stones: Pairs = ()
+    """(student block, teacher block) of each stepping stone, by student block."""
+
+    @property
+    def title(self) -> str:
+        """What the run is called in logs: its folder."""
+        return self.folder.name
+
+    @property
+    def encoders(self) -> tuple[int, int] | None:
+        """Of encoder-decoders, how many blocks the student's and the teacher's encoder have."""
+        return encoders_of(self.student_depths, self.teacher_depths)
+
+    @property
+    def redraws(self) -> bool:
+        """Whether the map is drawn again while the student learns; `pairs` is then the first draw."""
+        return bool(self.pairs) and self.recipe.matching.redraw_every > 0
+
+
+def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
+    """A student under the recipe's strategy. Raises InputError before anything is written."""
+    teacher = on_main(world, lambda: folders.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
+    teacher_config = load.load_config(teacher, trust_remote_code=recipe.teacher.trust_remote_code)
+    family = families.family(teacher_config)
+    checkpoint = None
+    student_config = teacher_config
+    if recipe.student.init == "checkpoint":
+        path = recipe.student.path or ""
+        checkpoint = on_main(world, lambda: folders.resolve(path, "student.path"))
+        student_config = load.load_config(checkpoint, trust_remote_code=recipe.student.trust_remote_code)
+    pairs, stones, weights = check_student(recipe, family, teacher_config, student_config)
+    if checkpoint is not None:
+        check_vocabularies(recipe, teacher, checkpoint)
+    ranks = {"ranks": world.size, "ranks_per_node": world.local_size}
+    check_place(recipe, teacher_config, weights, **ranks, gpu=world.device.type == "cuda")
+    job = Job(
+        folder=folder,
+        recipe=recipe,
+        inputs=on_main(world, lambda: student_inputs(recipe)),
+        initial=checkpoint or folder / "initial",
+        tokenizer=checkpoint or teacher,
+        teacher=teacher if weights.kl or weights.hidden or stones else None,
+        pairs=pairs,
+        weights=weights,
+        train=recipe.train,
+        data=recipe.data,
+        seed=recipe.seed,
+        makes_teacher=False,
+        family=family,
+        student_depths=depths_of(recipe, student_config),
+        teacher_depths=families.depths(teacher_config),
+        stones=stones,
+    )
+    refuse_other_recipe(world, job)
+    return job
+
+
+def check_student(recipe: Recipe, family: Family, teacher: Any, student: Any) -> tuple[Pairs, Pairs, Weights]:
+    """(pairs, stones, weights) of a student; `teacher` and `student`: configurations, the latter its checkpoint's, or the teacher's where
+    the student is made of it.
+
+    All that a training run may refuse by configurations alone, so that a study can ask before its teacher is there. Raises InputError.
+    """
+    checks.check_training(recipe, family)
+    checkpoint = recipe.student.init == "checkpoint"
+    if checkpoint:
+        checks.check_same_classes(family, families.family(student))
+    depths, student_depths = families.depths(teacher), depths_of(recipe, student)
+    pairs = maps_of(recipe, student_depths, depths)
+    stones = stones_of(recipe, student_depths[0], depths[0])
+    if stones:
+        check_upper(teacher)
+    weights = _weights(recipe, pairs, stones)
+    _check_redraws(recipe, teacher, student)
+    if not checkpoint:
+        rule = recipe.student.copy_blocks if recipe.student.init == "teacher" else "spread"
+        load.student_config(teacher, make.stack_choices(rule, student_depths, depths), recipe.student.width)
+    _check_shape(recipe, "teacher", teacher, _teacher_name(recipe), compared=bool(pairs))
+    _check_shape(recipe, "student", student, recipe.student.path or "", compared=bool(pairs))
+    return pairs, stones, weights
+
+
+def check_place(recipe: Recipe, teacher: Any, weights: Weights, *, ranks: int, ranks_per_node: int, gpu: bool) -> None:
+    """Raise InputError where the ranks of a run, or their devices, can't hold its teacher as the recipe asks."""
+    if recipe.teacher.placement == "pipeline" and (weights.kl or weights.hidden):
+        stage.check_pipelined(teacher)
+        stage_count(recipe.teacher.stages, ranks, ranks_per_node, sum(families.depths(teacher)))
+    if recipe.teacher.offload_states and not gpu:
+        raise InputError("teacher.offload_states: there is no GPU here whose memory it would spare; write false")
+
+
+def _weights(recipe: Recipe, pairs: Pairs, stones: Pairs) -> Weights:
+    """The weights of the loss's parts. Raises InputError where nothing is left to learn from."""
+    weights = Weights(
+        ce=recipe.loss.ce,
+        kl=recipe.loss.kl,
+        hidden=recipe.loss.hidden if pairs else 0.0,
+        kl_positions=recipe.loss.kl_positions,
+        hidden_positions=recipe.matching.positions,
+        pairs=recipe.matching.pair_weights if pairs else None,
+    )
+    if not (weights.ce or weights.kl or weights.hidden or stones):
+        if recipe.loss.hidden:
+            raise InputError(
+                f"loss: ce and kl are 0, and strategy {recipe.matching.strategy} matches no pair for loss.hidden to weigh, so there is "
+                "nothing to learn from; give ce or kl a weight, or write another matching.strategy"
+            )
+        raise InputError(
+            "loss: ce, kl and hidden are all 0, so there is nothing to learn from; give one of them a weight"
+        )
+    return weights
+
+
+def teacher_family(recipe: Recipe, shape: Any) -> Family:
+    """The family of a recipe's teacher, of this configuration, also before it is made: an encoder's classes are those of its data."""
+    found = families.family(shape)
+    if recipe.finetune is None or found.kind != "encoder":
+        return found
+    return Family("encoder", labels=label_names(read_rows(recipe.finetune.data or recipe.data)))
+
+
+def _teacher_name(recipe: Recipe) -> str:
+    """Where the recipe says what the teacher is."""
+    if recipe.finetune is None:
+        return recipe.teacher_path
+    return recipe.finetune.path or "finetune.architecture"
+
+
+def _check_redraws(recipe: Recipe, teacher: Any, student: Any) -> None:
+    """Raise InputError where a map is drawn again whose pairs have a projector each; `teacher` and `student`: the configurations."""
+    width: int = recipe.student.hidden_size or student.hidden_size
+    matching = recipe.matching
+    if matching.redraw_every and matching.projects(width, teacher.hidden_size):
+        why = f"the student's states have {width} numbers and the teacher's {teacher.hidden_size}, and a projector is"
+        raise InputError(
+            f"matching.redraw_every: {'projectors are' if width == teacher.hidden_size else why} learned for one teacher block; write "
+            f"redraw_every: 0, or a distance that needs none ({', '.join(WIDTH_FREE)})"
+        )
+
+
+def check_vocabularies(recipe: Recipe, teacher: Path, student: Path) -> None:
+    """Raise InputError where a student that is given knows other tokens than its teacher."""
+    load.check_same_tokens(
+        load.load_tokenizer(teacher, trust_remote_code=recipe.teacher.trust_remote_code),
+        load.load_tokenizer(student, trust_remote_code=recipe.student.trust_remote_code),
+    )
+
+
+def _check_shape(recipe: Recipe, section: str, shape: Any, name: str, *, compared: bool) -> None:
+    """Raise InputError for a model that can't be run as its section says, on rows so long, or whose states can't be compared."""
+    attention = recipe.teacher.attention if section == "teacher" else recipe.student.attention
+    load.check_usable(shape, section=section, attention=attention, packed=recipe.data.batching == "packed")
+    _check_lengths(recipe.data.max_length, families.positions(shape), name)
+    if compared:
+        normed = recipe.matching.final_state == "normed"
+        families.check_states(shape, normed=normed, embedding=recipe.matching.embedding)
+
+
+def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
+    """The teacher of a recipe with a `finetune` section: the same loop, cross-entropy alone."""
+    settings = recipe.finetune
+    if settings is None:
+        raise InputError("the recipe has no finetune section; there is no teacher to make")
+    start = settings.path
+    data = settings.data or recipe.data
+    given = None if start is None else on_main(world, lambda: folders.resolve(start, "finetune.path"))
+    if given is None:
+        assert settings.architecture is not None
+        type_ = settings.architecture.model_type
+        family = Family(KINDS[type_], start=STARTS.get(type_, 0))
+        _check_lengths(data.max_length, settings.architecture.max_position_embeddings, "finetune.architecture")
+        if data.batching == "packed" and family.kind != "decoder":
+            raise InputError("data.batching: only a decoder's rows are packed; write grouped")
+    else:
+        shape = load.load_config(given, trust_remote_code=recipe.teacher.trust_remote_code)
+        _check_lengths(data.max_length, families.positions(shape), start or "")
+        packed = data.batching == "packed"
+        load.check_usable(shape, section="teacher", attention=recipe.teacher.attention, packed=packed)
+        family = families.family(shape)
+    check_format(family, data.format)
+    if family.kind == "encoder":  # its classes are the data's, whatever the checkpoint knew before
+        family = Family("encoder", labels=on_main(world, lambda: label_names(read_rows(data))))
+    job = Job(
+        folder=folder,
+        recipe=recipe,
+        inputs=on_main(world, lambda: teacher_inputs(recipe)),
+        initial=folder / "initial" if given is None or family.kind == "encoder" else given,
+        tokenizer=given,
+        teacher=None,
+        pairs=(),
+        weights=Weights(ce=1.0, kl=0.0, hidden=0.0, kl_positions="trained", hidden_positions="trained"),
+        train=settings.train,
+        data=data,
+        seed=settings.seed,
+        makes_teacher=True,
+        family=family,
+    )
+    refuse_other_recipe(world, job)
+    return job
+
+
+def student_inputs(recipe: Recipe) -> dict[str, Any]:
+    """What decides what a student becomes: the recipe's part of it, and the contents of the files it names."""
+    inputs = {**training_inputs(recipe), **_contents(recipe.train, recipe.data)}
+    for key, path in (("teacher.path", recipe.teacher.path), ("student.path", recipe.student.path)):
+        if path is not None and Path(path).is_dir():
+            inputs[f"{key}:contents"] = folders.folder_contents(Path(path))
+    return {**inputs, **(teacher_inputs(recipe) if recipe.finetune else {})}
+
+
+def teacher_inputs(recipe: Recipe) -> dict[str, Any]:
+    """What decides what a recipe's own teacher becomes, as `student_inputs` does a student's."""
+    assert recipe.finetune is not None
+    start = recipe.finetune.path
+    found = _contents(recipe.finetune.train, recipe.finetune.data or recipe.data)
+    if start is not None and Path(start).is_dir():
+        found["path:contents"] = folders.folder_contents(Path(start))
+    return {**finetune_inputs(recipe), **{f"finetune.{key}": value for key, value in found.items()}}
+
+
+def _contents(train: Train, data: Data) -> dict[str, str]:
+    """Hashes of the local files that these sections name; of what lies on the hub the name must do."""
+    found = {}
+    if (rows := source_contents(data.source, data.split)) is not None:
+        found["data.source:contents"] = rows
+    if train.deepspeed.endswith(".json"):
+        found["train.deepspeed:contents"] = fingerprint(load_ds_config(train.deepspeed, ROOT / "ds_configs"))
+    return found
+
+
+def refuse_other_recipe(world: World, job: Job) -> None:
+    """Raise InputError if the folder holds the checkpoints or the model of another recipe."""
+    on_main(world, lambda: finished(job))
+
+
+def finished(job: Job) -> bool:
+    """Whether the job's model is already there, whole and of the same inputs. Raises InputError if it is of others."""
+    meta = job.folder / "model" / "llmkd.json"
+    if not meta.is_file():
+        return False
+    check_same(json.loads(meta.read_text())["inputs"], job.inputs, job.folder)
+    return True
+
+
+def _check_lengths(max_length: int, positions: int | None, where: str) -> None:
+    if positions is not None and max_length > positions:
+        raise InputError(
+            f"data.max_length: {max_length} tokens are more than the {positions} positions of {where}; write at most {positions}"
+        )
+
+
+def read_rows(data: Data) -> Dataset:
+    """The rows that a recipe's data section names, as text."""
+    return load_rows(data.source, name=data.name, split=data.split, rows=data.rows, records_seed=data.records_seed)

@@ -1,0 +1,160 @@
+"""A recipe's layer map at given depths, and how its pairs are written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llmkd.errors import InputError
+from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING, Pairs, check_options, layer_map
+from llmkd.models import families
+from llmkd.recipe.recipe import Recipe
+
+DECODER_SEED = 2**16
+"""Added to a recipe's seed where an encoder-decoder's decoder draws its map."""
+
+
+STACKS = ("encoder", "decoder")
+"""Of encoder-decoders, in the order in which their blocks are counted."""
+
+
+def depths_of(recipe: Recipe, shape: Any) -> tuple[int, ...]:
+    """How many blocks each stack of the student has; `shape` is the configuration of its teacher, or of its own checkpoint."""
+    settings = recipe.student
+    if settings.blocks is None:
+        return families.depths(shape)
+    return (settings.blocks, settings.decoder_blocks or settings.blocks)[: len(families.depths(shape))]
+
+
+def maps_of(recipe: Recipe, student: Sequence[int], teacher: Sequence[int], draw: int = 0) -> Pairs:
+    """The recipe's pairs of models whose stacks have these depths, each stack's by itself, the encoder's first.
+
+    Random maps of encoder and decoder are drawn independently. `draw` counts the redraws of a map that is drawn again. Of `nearest`,
+    which is not known before it is measured (llmkd.training.nearest), the pairs of `forward`: as many, and no block of the teacher lies
+    deeper, so that what is planned by them is enough. None where `loss.hidden` is 0.
+    """
+    stacks = STACKS if len(teacher) == 2 else ("",)
+    maps = [
+        _stack_map(recipe, *depths, stack=stack, draw=draw)
+        for stack, *depths in zip(stacks, student, teacher, strict=True)
+    ]
+    pairs = through_stacks(recipe, maps, encoders_of(student, teacher))
+    return _asked_for(recipe, pairs, encoders_of(student, teacher))
+
+
+def _stack_map(recipe: Recipe, student: int, teacher: int, *, stack: str = "", draw: int = 0) -> Pairs:
+    """The recipe's own pairs of one stack, counted in it (`stack`: one of STACKS, of models of two); of `nearest`, those of `forward`."""
+    matching = recipe.matching
+    check_options(matching.strategy, matching.target_block, matching.pairs)
+    strategy = "forward" if matching.strategy == "nearest" else matching.strategy
+    options: dict[str, Any] = {key: _of_stack(key, getattr(matching, key), stack) for key in ("target_block", "pairs")}
+    if options["pairs"] == () and isinstance(matching.pairs, dict) and any(matching.pairs.values()):
+        return ()  # the other stack's are all
+    seed = recipe.seed + DECODER_SEED * (stack == "decoder")
+    try:
+        return layer_map(strategy, student, teacher, seed=seed, draw=draw, stack=stack, **options)
+    except InputError as error:
+        [key, *_] = [*(key for key, value in options.items() if value is not None), ""]
+        if not (stack and key) or isinstance(getattr(matching, key), dict):
+            raise
+        raise InputError(
+            f"{error}, or give each stack its own: matching.{key}: {{encoder: .., decoder: ..}}"
+        ) from error
+
+
+def _of_stack(key: str, value: Any, stack: str) -> Any:
+    """A stack's own value of a setting that may be given by stack: no pairs, or the default block, where it is left out."""
+    if not isinstance(value, dict):
+        return value
+    if not stack:
+        example = "[[0, 1], [1, 3]]" if key == "pairs" else "2"
+        raise InputError(
+            f"matching.{key}: it is given for encoder and decoder apart, and these models have one stack of blocks; write it plainly, "
+            f"e.g. {example}"
+        )
+    return value.get(stack, () if key == "pairs" else None)
+
+
+def pairs_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
+    """`maps_of` for models of one stack."""
+    return maps_of(recipe, (student_depth,), (teacher_depth,))
+
+
+def encoders_of(student: Sequence[int], teacher: Sequence[int]) -> tuple[int, int] | None:
+    """How many blocks the encoders of two encoder-decoders of these depths have; None for models of one stack."""
+    return (student[0], teacher[0]) if len(teacher) == 2 else None
+
+
+def through_stacks(recipe: Recipe, maps: Sequence[Pairs], encoders: tuple[int, int] | None) -> Pairs:
+    """Each stack's own map, the encoder's first -> pairs counted through all stacks, each stack's after its embeddings' where the recipe
+    matches them too."""
+    found: list[tuple[int, int]] = []
+    for pairs, (student, teacher), embedding in zip(
+        maps, ((0, 0), encoders or (0, 0)), (EMBEDDING, DECODER_EMBEDDING), strict=False
+    ):
+        if recipe.matching.embedding and pairs:
+            found.append((embedding, embedding))
+        found += [(s + student, t + teacher) for s, t in pairs]
+    return tuple(found)
+
+
+def _asked_for(recipe: Recipe, pairs: Pairs, encoders: tuple[int, int] | None = None) -> Pairs:
+    """The pairs, each with a weight and a distance if the recipe gives any; none where `loss.hidden` is 0."""
+    matching = recipe.matching
+    listed = {"pair_weights": ("weights", matching.pair_weights), "distance": ("distances", matching.distance)}
+    for key, (what, given) in listed.items():
+        if isinstance(given, tuple) and pairs and len(given) != len(pairs):
+            names = pair_names(pairs, encoders=encoders)
+            raise InputError(
+                f"matching.{key}: {len(given)} {what} for the {len(pairs)} pairs {', '.join(names)}; "
+                "write one for each, in this order"
+            )
+    return () if recipe.loss.hidden == 0 else pairs
+
+
+def stones_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
+    """The recipe's stepping stones at these depths, by student block; none where it has no `stones` section.
+
+    From the map of `nearest`, which is not known before it is measured, those of `forward`, as many; what is nearest may lie anywhere, and
+    a plan counts by the first block (llmkd.planning.stepping_stones).
+    """
+    settings = recipe.stones
+    if settings is None:
+        return ()
+    if settings.pairs == "from_map":
+        pairs = _stack_map(recipe, student_depth, teacher_depth)
+        if not pairs:
+            raise InputError(
+                f"stones.pairs: the layer map of strategy {recipe.matching.strategy!r} has no pairs; write them, e.g. [[0, 3]], or another "
+                "matching.strategy"
+            )
+    else:
+        pairs = settings.pairs
+    for side, blocks, depth in (
+        ("student", [s for s, _ in pairs], student_depth),
+        ("teacher", [t for _, t in pairs], teacher_depth),
+    ):
+        for block in blocks:
+            if not 0 <= block < depth:
+                raise InputError(f"stones.pairs: {block} is not a block of the {side} (0 to {depth - 1})")
+    return tuple(sorted(pairs))
+
+
+def pair_names(
+    pairs: Sequence[tuple[int, int]], encoders: tuple[int, int] | None = None, *, redraws: bool = False
+) -> list[str]:
+    """How pairs are written in logs: `student<teacher`, `e` for the embeddings, `*` for a teacher block that is drawn again and again;
+    of encoder-decoders `enc 0<3` and `dec 1<7`."""
+
+    first_student, first_teacher = encoders or (0, 0)
+
+    def stack(student: int) -> str:
+        return "" if encoders is None else "enc " if EMBEDDING <= student < first_student else "dec "
+
+    def name(block: int, encoder: int) -> str:
+        return "e" if block < 0 else str(block - encoder if block >= encoder else block)
+
+    def drawn(block: int) -> str:
+        return "*" if redraws and block >= 0 else name(block, first_teacher)
+
+    return [f"{stack(s)}{name(s, first_student)}<{drawn(t)}" for s, t in pairs]

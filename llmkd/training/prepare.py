@@ -1,0 +1,113 @@
+"""One training run, its parts made and ready to begin, or taken up from its newest checkpoint."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmkd.data.batches import Batch, batches
+from llmkd.data.other_families import collate_for
+from llmkd.distributed.engines import engine, on_other_ranks
+from llmkd.distributed.ranks import World, on_main
+from llmkd.errors import InputError
+from llmkd.recipe.recipe import dump_recipe
+from llmkd.student.distiller import Distiller
+from llmkd.teachers.base import Teacher
+from llmkd.training import build, cache_contents, checkpoint, initial, nearest
+from llmkd.training.jobs import Job
+
+log = logging.getLogger("llmkd")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of one training run, ready to begin."""
+
+    job: Job
+    student: Any
+    """The DeepSpeed engine around `module`."""
+    module: Distiller
+    teacher: Teacher | None
+    rows: Callable[..., Iterator[list[Batch]]]
+    """The micro-batches of each step, by `start_step` and `steps`."""
+    rate: Callable[[int], float]
+    first: int
+    """Steps that are done already."""
+    steps: int
+
+
+def prepare(world: World, job: Job) -> Run:
+    """Make the parts of a run, or take them up from its newest checkpoint (all ranks take part).
+
+    What can be wrong is looked at first; nothing is written before that.
+    """
+    settings = job.train
+    accumulation = build.accumulation_steps(settings, world.size)
+    resume = on_main(world, lambda: checkpoint.newest(job.folder / "checkpoints", job.inputs))
+    if settings.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise InputError("train.wandb: the package wandb is not installed; run pip install wandb, or leave the key out")
+    ds_config = build.training_ds_config(world, settings, accumulation, job.folder)
+    if resume is not None and resume.world_size != world.size:
+        ds_config = on_other_ranks(ds_config)
+    tokenizer = initial.job_tokenizer(world, job, resuming=resume is not None)
+    data = build.tokenized(world, job.data, tokenizer, job.family)
+    steps = build.total_steps(settings, len(data))
+    rate = build.rate_of_step(settings, steps)
+    cached = cache_contents.open_teacher(world, job, tokenizer, data)
+    initial.write_initial(world, job, tokenizer, resuming=resume is not None)  # the first thing written
+    reading: dict[str, Any] = dict(
+        seed=job.seed,
+        batch_size=settings.batch_size,
+        accumulation=accumulation,
+        rank=world.rank,
+        world_size=world.size,
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        packed=job.data.batching == "packed",
+        make=collate_for(job.family),
+    )
+    if job.recipe.measures_map and not job.makes_teacher:
+        job = nearest.settled(world, job, data, reading, resuming=resume is not None)
+    module = build.load_student(job, ds_config, build.teacher_width(job), build.rows_of_all_ranks(world, job))
+    teacher = cached or (build.load_teacher(world, job) if job.teacher is not None else None)
+    student = engine(
+        module,
+        ds_config,
+        learning_rate=settings.learning_rate,
+        betas=settings.betas,
+        epsilon=settings.epsilon,
+        weight_decay=settings.weight_decay,
+    )
+    torch.manual_seed(job.seed * 65536 + world.rank)  # dropout, where a model has it, differs from rank to rank
+    if resume is not None:
+        checkpoint.load(world, student, resume)
+        log.info("%s: resumed from %s", job.title, resume.folder)
+    if world.is_main:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / "recipe.yaml").write_text(dump_recipe(job.recipe))
+    rows = functools.partial(batches, data, **reading)
+    if resume is None and module.stones is not None:
+        build.fit_stones(world, job, student, teacher, rows)
+    _announce(world, job, steps, accumulation, len(data))
+    return Run(
+        job=job,
+        student=student,
+        module=module,
+        teacher=teacher,
+        rows=rows,
+        rate=rate,
+        first=0 if resume is None else resume.step,
+        steps=steps,
+    )
+
+
+def _announce(world: World, job: Job, steps: int, accumulation: int, rows: int) -> None:
+    settings = job.train
+    spread = f"{world.size} ranks x {accumulation} accumulation x {settings.micro_batch_size}"
+    log.info("%s: %d rows, %d steps of %d rows = %s", job.title, rows, steps, settings.batch_size, spread)
+    log.info("%s: %s on %s, %s", job.title, settings.deepspeed, world.device, settings.dtype)

@@ -1,0 +1,279 @@
+"""Write a teacher's cache: run the teacher once over the recipe's rows and keep what its students will ask for.
+
+The rows are cut into shards by their lengths alone; the ranks take shards in turn, so that any number of them writes the same files.
+What is done is not done again: a whole shard is kept, one cut short by a signal is gone on with at its next row, and of a run that was
+killed outright only the shards under way are lost.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor
+
+from llmkd.data.batches import Batch, collate
+from llmkd.distributed.ranks import World, barrier, on_main, sum_counts
+from llmkd.errors import InputError
+from llmkd.models import folders
+from llmkd.models.families import KIND_NAMES
+from llmkd.provenance import commit, versions
+from llmkd.recipe.recipe import Recipe
+from llmkd.teachers import cache_files
+from llmkd.teachers.base import Signal, Teacher
+from llmkd.teachers.cache_files import DONE, FINAL, IDS, LOG_PROBABILITIES, OFFSETS, Contents
+from llmkd.teachers.quantization import stored
+from llmkd.training import build, cache_contents, initial, jobs
+from llmkd.training.cache_progress import Plan, prepare
+
+log = logging.getLogger("llmkd")
+
+
+class Stopping(Protocol):
+    """Knows whether a signal has asked the run to stop, and which."""
+
+    @property
+    def asked(self) -> bool: ...
+    @property
+    def name(self) -> str: ...
+
+
+def cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool = False) -> bool:
+    """Write the recipe's cache, or what is missing of it; True when it is whole. All ranks take part, and the same call goes on.
+
+    Every byte of a cache that is there is compared with its checksum; of a `trusted` one only if `cache.verify` has training do so.
+    """
+    recipe = writing_recipe(recipe)
+    folder = recipe.cache_folder
+    job = jobs.distil_job(world, recipe, folder)
+    if job.family.kind != "decoder":
+        raise InputError(
+            f"llmkd cache keeps what a decoder says, and the teacher is {KIND_NAMES[job.family.kind]}; train without a cache"
+        )
+    teacher = on_main(world, lambda: folders.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
+    tokenizer = initial.job_tokenizer(world, job, resuming=False)
+    data = build.tokenized(world, job.data, tokenizer)
+    wanted = on_main(
+        world,
+        lambda: cache_contents.contents(
+            recipe, cache_contents.students(recipe, *cache_contents.depths(recipe)), teacher, tokenizer, data
+        ),
+    )
+    plan = on_main(world, lambda: prepare(recipe, wanted, np.array(data["length"]).tolist(), trusted=trusted))
+    if not plan.left and (folder / "manifest.json").is_file():
+        log.info("cache: already whole, %s", folder)
+        return True
+    model = _teacher(world, replace(job, teacher=teacher), plan.contents)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    rows = _Rows(data, np.array(data["length"]), pad_id, recipe.data.batching == "packed")
+    whole = _write(world, plan, model, rows, recipe, stopping)
+    barrier(world)
+    if whole:
+        made = {**versions("torch", "transformers"), "commit": commit(), "recipe": recipe.name}
+        on_main(world, lambda: _finish(plan, made))
+        log.info("cache: done, %s", folder)
+    else:
+        log.info("cache: stopped by %s; saved %s; the same command goes on from there", stopping.name, folder)
+    return whole
+
+
+def writing_recipe(recipe: Recipe) -> Recipe:
+    """The recipe under which the teacher runs once, wherever its students will find it afterwards."""
+    placement = recipe.cache.teacher_placement or recipe.teacher.placement
+    return recipe.changed(
+        {
+            "teacher.placement": "replicated" if placement == "cache" else placement,
+            "cache.micro_batch_size": recipe.cache.micro_batch_size or recipe.train.micro_batch_size,
+        }
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The recipe's rows, and how they are put together for the teacher."""
+
+    data: Dataset
+    lengths: np.ndarray
+    pad_id: int
+    packed: bool
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        return collate(
+            [self.data[int(n)] for n in numbers], pad_id=self.pad_id, packed=self.packed, numbers=list(numbers)
+        )
+
+
+def _teacher(world: World, job: jobs.Job, wanted: Contents) -> Teacher:
+    """The teacher in its own placement, asked for each wanted block once, as the block itself gives it."""
+    weights = replace(job.weights, kl=1.0 if wanted.final or wanted.top_k else 0.0)
+    recipe = job.recipe.changed({"matching.final_state": "raw"})
+    pairs = tuple((0, block) for block in wanted.blocks)
+    return build.load_teacher(world, replace(job, recipe=recipe, pairs=pairs, weights=weights))
+
+
+class _Shard:
+    """A shard under way in memory: every tensor whole from the beginning, filled row by row in any order."""
+
+    def __init__(self, folder: Path, number: int, rows: tuple[int, int], contents: Contents, lengths: np.ndarray):
+        self._partial = cache_files.shard_file(folder, number, partial=True)
+        self._file = cache_files.shard_file(folder, number)
+        self._rows = rows
+        self._offsets = np.concatenate([[0], np.cumsum(lengths)])
+        found = cache_files.read_partial(self._partial)
+        self._done = torch.zeros(len(lengths), dtype=torch.bool) if found is None else found[DONE]
+        self._tensors = found or {
+            **{
+                name: torch.zeros(s, dtype=d)
+                for name, (s, d) in cache_files.layout(contents, int(lengths.sum())).items()
+            },
+            OFFSETS: torch.from_numpy(self._offsets),
+        }
+
+    def micro_batches(self, size: int) -> Iterator[list[int]]:
+        """The rows that are not there yet, some of like length at a time, the longest first."""
+        left = (~self._done).nonzero().flatten().numpy()
+        left = left[np.argsort(-np.diff(self._offsets)[left], kind="stable")]
+        for start in range(0, len(left), size):
+            yield (left[start : start + size] + self._rows[0]).tolist()
+
+    def put(self, rows: Sequence[int], values: dict[str, Tensor]) -> None:
+        """What the teacher said of these rows, end to end."""
+        places = [row - self._rows[0] for row in rows]
+        lengths = [int(self._offsets[place + 1] - self._offsets[place]) for place in places]
+        for name, value in values.items():
+            for place, part in zip(places, value.split(lengths), strict=True):
+                self._tensors[name][self._offsets[place] : self._offsets[place + 1]] = part
+        self._done[places] = True
+
+    @property
+    def whole(self) -> bool:
+        """Whether every row is there."""
+        return bool(self._done.all())
+
+    def publish(self) -> None:
+        """Put the whole shard in place; what a signal left of it goes."""
+        assert self.whole
+        cache_files.publish(self._file, {k: v for k, v in self._tensors.items() if k != DONE}, self._rows)
+        cache_files.remove(self._partial)
+
+    def publish_partial(self) -> None:
+        """Keep what is done of the shard, which is some of its rows."""
+        cache_files.publish(self._partial, {**self._tensors, DONE: self._done}, self._rows)
+
+
+class _Disk:
+    """Takes the rows as they come, and has a thread write each shard while the next one is filled; in the end, what there is of one."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._written: Future[None] | None = None
+        self._shard: _Shard | None = None
+
+    def __enter__(self) -> _Disk:
+        return self
+
+    def put(self, shard: _Shard, rows: Sequence[int], values: dict[str, Tensor]) -> None:
+        """What the teacher said of some rows of a shard; one shard after another."""
+        shard.put(rows, values)
+        self._shard = shard
+        if shard.whole:
+            self._wait()  # no more than one shard waits in memory
+            self._written, self._shard = self._pool.submit(shard.publish), None
+
+    def _wait(self) -> None:
+        if self._written is not None:
+            self._written.result()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with self._pool:
+            self._wait()
+            if self._shard is not None and kind is None:
+                self._shard.publish_partial()
+
+
+def _write(world: World, plan: Plan, teacher: Teacher, rows: _Rows, recipe: Recipe, stopping: Stopping) -> bool:
+    """Run the teacher over what is left; True unless a signal stopped it (all ranks take part).
+
+    Where the teacher's weights lie on several ranks, these work in step, on as many micro-batches at a time as a pipeline has in
+    flight, and a rank without work of its own runs a row whose signal is dropped. One shard is written to disk, by a thread, while
+    the next is computed.
+    """
+    assert recipe.cache.micro_batch_size is not None  # writing_recipe sees to it
+    work = _work(plan, rows, world, recipe.cache.micro_batch_size)
+    alone, idle = recipe.teacher.placement == "replicated", rows.batch([0])
+    together = 1 if alone else world.size
+    with _Disk() as disk:
+        while True:
+            items = list(itertools.islice(work, together))
+            busy, asked = sum_counts(world, [len(items), int(stopping.asked)])
+            if not busy or asked:
+                break
+            asked_for = [rows.batch(micro).to(world.device) for _, micro in items]
+            asked_for += [] if alone else [idle.to(world.device)] * (together - len(items))
+            teacher.expect(asked_for)
+            for number, batch in enumerate(asked_for):
+                values = said(teacher.signals(batch), batch, plan.contents, recipe.train.head_chunk)
+                if number < len(items):
+                    disk.put(*items[number], values)
+    return not asked
+
+
+def _work(plan: Plan, rows: _Rows, world: World, micro_batch_size: int) -> Iterator[tuple[_Shard, list[int]]]:
+    """This rank's shards, each with its micro-batches."""
+    mine = plan.left[world.rank :: world.size]
+    for done, number in enumerate(mine):
+        first, last = plan.ranges[number]
+        shard = _Shard(plan.folder, number, (first, last), plan.contents, rows.lengths[first:last])
+        log.info("cache: shard %d, %d of %d on this rank", number, done + 1, len(mine))
+        for micro in shard.micro_batches(micro_batch_size):
+            yield shard, micro
+
+
+@torch.no_grad()
+def said(signal: Signal, batch: Batch, wanted: Contents, chunk: int) -> dict[str, Tensor]:
+    """What is stored of a signal: each tensor's values at the batch's tokens, end to end, on the CPU."""
+    states = {cache_files.state_name(block): signal.take(block) for block in wanted.blocks}
+    last = signal.take_final()
+    if wanted.final:
+        assert last is not None
+        states[FINAL] = last
+    found: dict[str, Tensor] = {}
+    for name, state in states.items():
+        values, scales = stored(state.flatten(0, 1)[batch.attended_at], wanted.dtype)
+        found[name] = values.cpu()
+        if scales is not None:
+            found[f"{name}.scale"] = scales.cpu()
+    if wanted.top_k is not None:
+        assert last is not None and signal.head is not None and wanted.columns is not None
+        with signal.head() as (weight, bias):
+            final = last.flatten(0, 1)[batch.attended_at]
+            head = weight[: wanted.columns], None if bias is None else bias[: wanted.columns]
+            parts = [_likeliest(part, *head, wanted.top_k) for part in final.split(chunk)]
+        found[IDS], found[LOG_PROBABILITIES] = (torch.cat(column) for column in zip(*parts, strict=True))
+    return found
+
+
+def _likeliest(final: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """(ids, log-probabilities) [n, k] of the likeliest tokens."""
+    found = F.linear(final, weight, bias).float().log_softmax(-1).topk(k, dim=-1)
+    return found.indices.int().cpu(), found.values.cpu()
+
+
+def _finish(plan: Plan, made: dict[str, Any]) -> None:
+    files = [cache_files.shard_file(plan.folder, number) for number in range(len(plan.ranges))]
+    shards = [shard for file in files if (shard := cache_files.record(file)) is not None]
+    assert len(shards) == len(files), "every shard has been published"
+    cache_files.finish(plan.folder, plan.contents, shards, made)

@@ -1,0 +1,179 @@
+"""The DeepSpeed files: parsed by DeepSpeed itself, no key ignored, nothing that matters left to a default."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
+
+FOLDER = Path(__file__).parents[3] / "ds_configs"
+FILES = sorted(FOLDER.glob("*.json"))
+
+# Every leaf that the recipe decides, with a value that no default of DeepSpeed's equals.
+RECIPE_VALUES: dict[str, Any] = {
+    "train_batch_size": 21,
+    "train_micro_batch_size_per_gpu": 3,
+    "gradient_accumulation_steps": 7,
+    "gradient_clipping": 0.25,
+    "bf16.enabled": True,
+    "zero_optimization.offload_param.nvme_path": "/nowhere/nvme",
+    "zero_optimization.offload_optimizer.nvme_path": "/nowhere/nvme",
+}
+
+
+class Recording(dict[str, Any]):
+    """A dict that remembers which of its keys were asked for, by itself and by its copies."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        super().__init__(content)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+
+def leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"bf16": {"enabled": x}}` -> `{"bf16.enabled": x}`."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def filled(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The configuration with every "recipe" replaced."""
+    return {
+        key: filled(value, f"{prefix}{key}.")
+        if isinstance(value, dict)
+        else RECIPE_VALUES[f"{prefix}{key}"]
+        if value == "recipe"
+        else value
+        for key, value in config.items()
+    }
+
+
+@pytest.fixture(params=FILES, ids=lambda file: file.stem)
+def config(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return json.loads(request.param.read_text())
+
+
+def test_the_five_files_are_here() -> None:
+    assert [file.stem for file in FILES] == ["cpu", "zero2", "zero3", "zero3_offload_cpu", "zero3_offload_nvme"]
+
+
+def test_deepspeed_takes_what_the_recipe_gives(config: dict[str, Any]) -> None:
+    parsed = DeepSpeedConfig(filled(config))
+    assert parsed.train_batch_size == 21
+    assert parsed.train_micro_batch_size_per_gpu == 3
+    assert parsed.gradient_accumulation_steps == 7
+    assert parsed.gradient_clipping == 0.25
+    assert parsed.bfloat16_config.enabled is True
+    for section in (parsed.zero_config.offload_param, parsed.zero_config.offload_optimizer):
+        assert section is None or section.device != "nvme" or str(section.nvme_path) == "/nowhere/nvme"
+
+
+def test_the_recipe_decides_the_same_keys_in_every_file(config: dict[str, Any]) -> None:
+    decided = {key for key, value in leaves(config).items() if value == "recipe"}
+    always = {key for key in RECIPE_VALUES if not key.endswith("nvme_path")}
+    devices = {"offload_param", "offload_optimizer"}
+    nvme = {
+        f"zero_optimization.{part}.nvme_path"
+        for part in devices
+        if config["zero_optimization"].get(part, {}).get("device") == "nvme"
+    }
+    assert decided == always | nvme
+
+
+def test_no_key_is_unknown_to_deepspeed(config: dict[str, Any]) -> None:
+    # DeepSpeed's models forbid unknown keys in zero_optimization, bf16 and fp16; elsewhere it never looks at them.
+    recording = Recording({k: Recording(v) if isinstance(v, dict) else v for k, v in filled(config).items()})
+    DeepSpeedConfig(recording)
+    assert set(recording) - recording.asked == set()
+    for name in ("data_types", "checkpoint", "torch_autocast", "aio"):
+        section = recording.get(name, Recording({}))
+        assert set(section) - section.asked == set(), name
+
+
+@pytest.mark.parametrize("section", [None, "data_types", "zero_optimization", "bf16"])
+def test_a_misspelt_key_is_noticed(config: dict[str, Any], section: str | None) -> None:
+    # The check above can fail: a key that DeepSpeed does not know stays unasked, or is refused.
+    (config if section is None else config[section])["gradient_cliping"] = 1.0
+    with pytest.raises((AssertionError, ValueError), match="gradient_cliping"):
+        test_no_key_is_unknown_to_deepspeed(config)
+
+
+def test_nothing_that_changes_numbers_is_left_to_a_default(config: dict[str, Any]) -> None:
+    stated = set(leaves(config))
+    assert stated >= {
+        "gradient_clipping",
+        "gradient_allreduce_op",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "communication_data_type",
+        "data_types.grad_accum_dtype",
+        "bf16.enabled",
+        "bf16.check_grad_overflow",
+        "fp16.enabled",
+        "zero_optimization.stage",
+        "zero_optimization.overlap_comm",
+        "zero_optimization.contiguous_gradients",
+        "zero_optimization.reduce_bucket_size",
+        "zero_optimization.offload_optimizer.device",
+    }
+    if config["zero_optimization"]["stage"] == 3:
+        assert stated >= {
+            "zero_optimization.stage3_param_persistence_threshold",
+            "zero_optimization.stage3_prefetch_bucket_size",
+            "zero_optimization.stage3_max_live_parameters",
+            "zero_optimization.stage3_max_reuse_distance",
+            "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+            "zero_optimization.sub_group_size",
+            "zero_optimization.zero_quantized_weights",
+            "zero_optimization.offload_param.device",
+        }
+
+
+def test_sums_are_fp32_and_the_mean_is_what_the_loop_undoes(config: dict[str, Any]) -> None:
+    parsed = DeepSpeedConfig(filled(config))
+    assert parsed.communication_data_type == torch.float32
+    assert parsed.grad_accum_dtype == "fp32"
+    assert (parsed.gradient_allreduce_op, parsed.prescale_gradients, parsed.gradient_predivide_factor) == (
+        "mean",
+        False,
+        1.0,
+    )
+    assert not parsed.bfloat16_config.bf16_master_weights_and_grads
+
+
+def test_the_files_differ_only_in_zero_and_aio() -> None:
+    parts = {
+        file.stem: {k: v for k, v in json.loads(file.read_text()).items() if k not in ("zero_optimization", "aio")}
+        for file in FILES
+    }
+    assert all(part == parts["zero3"] for part in parts.values())
+
+
+def test_cpu_keeps_no_matrix_whole() -> None:
+    # A threshold above a small model's matrices would quietly turn ZeRO-3 off where the tests and the quickstart look at it.
+    cpu = json.loads((FOLDER / "cpu.json").read_text())["zero_optimization"]
+    assert cpu["stage"] == 3
+    assert cpu["stage3_param_persistence_threshold"] < 64 * 32
+
+
+def test_the_table_names_every_key(config: dict[str, Any]) -> None:
+    table = (FOLDER / "README.md").read_text()
+    keys = (set(config) | set(config["zero_optimization"])) - {"zero_optimization", "stage"}
+    assert {key for key in keys if key not in table} == set()

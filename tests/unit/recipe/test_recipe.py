@@ -1,0 +1,561 @@
+"""The recipe: what it refuses, in which words; what it reads, and that it is read back as it was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from llmkd.errors import InputError
+from llmkd.files import ROOT
+from llmkd.recipe.inputs import fingerprint, training_inputs
+from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "teacher": {"path": "somewhere"},
+    "student": {"blocks": 3},
+    "train": {"steps": 4, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 0.003},
+    "data": {"source": "rows.jsonl"},
+}
+ARCHITECTURE = dict.fromkeys(
+    (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+    ),
+    8,
+)
+FINETUNE = {"architecture": ARCHITECTURE, "train": SMALL["train"]}
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(SMALL))
+    return file
+
+
+def refusal(file: Path, *overrides: str) -> str:
+    """The sentence a recipe is refused with: one line, one sentence."""
+    with pytest.raises(InputError) as caught:
+        load_recipe(file, overrides)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and not sentence.endswith("."), sentence
+    assert ". " not in sentence.replace("e.g. ", ""), sentence
+    return sentence
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("studnet.blocks=3", "unknown key 'studnet'; did you mean 'student'?"),
+        ("train.learning_rat=1", "unknown key 'train.learning_rat'; did you mean 'learning_rate'?"),
+        ("train.lr=1", "unknown key 'train.lr'; known here: steps, epochs, batch_size"),
+        ("teacher.architecture={vocab: 8}", "unknown key 'teacher.architecture.vocab'; did you mean"),
+        ("finetune.train.step=3", "unknown key 'finetune.train.step'; did you mean 'steps'?"),
+        ("finetune.data.max_len=3", "unknown key 'finetune.data.max_len'; did you mean 'max_length'?"),
+        ("matching.stratagy=reverse", "unknown key 'matching.stratagy'; did you mean 'strategy'?"),
+    ],
+)
+def test_unknown_key_names_the_nearest(recipe: Path, override: str, expected: str) -> None:
+    assert expected in refusal(
+        recipe, *([f"finetune={FINETUNE}", "teacher.path="] if "finetune" in override else []), override
+    )
+
+
+def test_a_misspelt_key_is_named_rather_than_the_one_it_should_be(tmp_path: Path) -> None:
+    train = {"learning_rat" if key == "learning_rate" else key: value for key, value in SMALL["train"].items()}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**SMALL, "train": train}))
+    assert "unknown key 'train.learning_rat'; did you mean 'learning_rate'?" in refusal(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: a\nname: b\n", "not valid YAML at line 2 (key 'name' is written twice)"),
+        ("name: a\ntrain:\n  steps: 3\n  steps: 4\n", "line 4 (key 'steps' is written twice)"),
+        ("name: [a\n", "not valid YAML at line"),
+        ("? [a]\n: b\n", "a key must be one word"),
+        ("", "a recipe is a mapping of sections; write"),
+        ("- a\n", "a recipe is a mapping of sections; write"),
+        ("name: a\n", "key 'student' is missing; add it"),
+        ("!!python/object/apply:os.getcwd []\n", "not valid YAML"),
+    ],
+)
+def test_broken_file_is_refused_in_one_sentence(tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    sentence = refusal(file)
+    assert expected in sentence and str(file) in sentence
+
+
+def test_file_that_is_no_text_and_missing_file(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"\x80\x02\xff\xfe")
+    assert "can't be read as a text" in refusal(tmp_path / "model.bin")
+    assert "'nowhere': no such file; give the path of a YAML file, or one of" in refusal(Path("nowhere"))
+    assert RECIPES[0].stem in refusal(Path("nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["matching.strategy=revers"], "matching.strategy: 'revers' is not known; did you mean 'reverse'? choose from"),
+        (["matching.distance=l2"], "matching.distance: 'l2' is not known; choose from"),
+        (["loss.divergence=kl"], "loss.divergence: 'kl' is not known;"),
+        (["loss.temperature=0"], "loss.temperature: input should be greater than 0 (got 0)"),
+        (["matching.distance={mse: 1.0, l2: 1.0}"], "matching.distance: 'l2' is not known; choose from"),
+        (["matching.distance={mse: 0}"], "matching.distance.mse: a weight of 0.0; write a number above 0, or leave"),
+        (
+            ["loss.schedules.distances={mse: {final: 0.0}}"],
+            "loss.schedules.distances.mse: there is one distance, normalized_mse, which has no weight beside another; write "
+            "loss.schedules.hidden",
+        ),
+        (
+            ["matching.distance=[mse, cka]", "loss.schedules.distances={gram: {final: 0.0}}"],
+            "loss.schedules.distances.gram: it is not among mse, cka; name one of these, or leave it out",
+        ),
+        (
+            ["loss.schedules.distances={mse: {shap: linear}}"],
+            "unknown key 'loss.schedules.distances.mse.shap'; did you mean 'shape'?",
+        ),
+        (
+            ["loss.schedules.divergences={tvd: 3}"],
+            "loss.schedules.divergences.tvd: a section is a mapping of keys (got 3)",
+        ),
+        (
+            ["loss.schedules.temperature={shape: dynamic, until: 0.5}"],
+            "loss.schedules.temperature.until: shape dynamic does not read it; leave it out",
+        ),
+        (
+            ["loss.schedules.temperature={shape: linear, final: 2.0, every: 5}"],
+            "loss.schedules.temperature.every: shape linear does not read it; leave it out, or write shape: dynamic",
+        ),
+        (["loss.schedules.distances={l2: {final: 0.0}}"], "loss.schedules.distances: 'l2' is not known; choose from"),
+        (
+            ["loss.divergence={tvd: 1, jsd: 1}", "loss.schedules.divergences={akl: {final: 0.0}}"],
+            "loss.schedules.divergences.akl: it is not among tvd, jsd; name one of these, or leave it out",
+        ),
+        (
+            ["loss.schedules.stones={final: 0.0}"],
+            "loss.schedules.stones: the recipe lays no stones; add the section stones, or leave the schedule out",
+        ),
+        (
+            ["matching.distance=[mse, cka]", "loss.schedules.distances={mse: {final: 0.0}}", "loss.hidden=0"],
+            "loss.schedules.distances: the recipe compares no states, as loss.hidden is 0; give it a weight, or leave",
+        ),
+        (["matching.distance=[mse, l2]"], "matching.distance[1]: 'l2' is not known; choose from"),
+        (
+            ["matching.distance=[]"],
+            "matching.distance: the list is empty; write a distance for each pair, or one for all",
+        ),
+        (["matching.distance={}"], "matching.distance: names none; write one of mse, "),
+        *(
+            ([f"matching.distance={wrong}"], "write e.g. procrustes or {mse: 0.1, procrustes: 1.0}")
+            for wrong in ("3", "{mse: high}")
+        ),
+        (["stones.pairs=[0, 1]"], "stones.pairs: [0, 1] can't be read; write e.g. from_map or [[0, 3], [1, 7]]"),
+        (["stones.pairs=[[0, 1, 2]]"], "stones.pairs: [[0, 1, 2]] can't be read; write e.g. from_map or [[0, 3], "),
+        (["matching.pairs=[0, 1]"], "matching.pairs: [0, 1] can't be read; write e.g. [[0, 3], [1, 7]]"),
+        (
+            ["loss.divergence={forward_kl: x}"],
+            "loss.divergence: {'forward_kl': 'x'} can't be read; write e.g. jsd or {",
+        ),
+        (["matching.scope=batch"], "matching.scope: normalized_mse compares token by token, wherever the tokens are"),
+        (
+            ["matching.distance=cka", "matching.projector=always"],
+            "matching.projector: cka compares states as they are; add another distance, or leave it out",
+        ),
+        (["matching.tokens=1"], "matching.tokens: input should be greater than 1 (got 1)"),
+        (["matching.pair_weights=[0, 0]"], "matching.pair_weights: [0.0, 0.0]; write numbers from 0 up, one of them"),
+        (["matching.pair_weights=[1, -1]"], "matching.pair_weights: [1.0, -1.0]; write numbers from 0 up"),
+        (
+            ["matching.redraw_every=5"],
+            "matching.redraw_every: strategy forward is not drawn again; write strategy: in_",
+        ),
+        (
+            ["matching.strategy=in_order_random", "matching.redraw_every=5", "teacher.placement=pipeline"],
+            "matching.redraw_every: a teacher under placement pipeline has the blocks of one map, known before training; write teacher."
+            "placement: replicated or zero3, or redraw_every: 0",
+        ),
+        (
+            ["matching.strategy=in_order_random", "matching.redraw_every=5", "teacher.share_cache=true"],
+            "matching.redraw_every: a teacher under share_cache has the blocks of one map",
+        ),
+        (
+            ["matching.strategy=nearest", "teacher.placement=cache"],
+            "matching.strategy: nearest is measured, and a teacher under placement cache has the blocks of one map, known before training; "
+            "write teacher.placement: replicated or zero3, or measure with one",
+        ),
+        (["loss.divergence={forward_kl: 0.5, kl: 0.5}"], "loss.divergence: 'kl' is not known;"),
+        (["loss.schedules.kl={shape: linear}"], "loss.schedules.kl.final: shape linear needs it; say where it ends"),
+        (
+            ["loss.schedules.kl={shape: constant, final: 1}"],
+            "loss.schedules.kl.final: shape constant does not read it; leave it out",
+        ),
+        (["loss.schedules.hiden={final: 0}"], "unknown key 'loss.schedules.hiden'; did you mean 'hidden'?"),
+        (
+            ["loss.ce=0", "loss.schedules.ce={final: 1}"],
+            "loss.schedules.ce: it starts at loss.ce, which is 0, and a part that begins without weight is left out of the run",
+        ),
+        (
+            ["loss.schedules.temperature={final: 2, minimum: 1}"],
+            "loss.schedules.temperature.minimum: shape cosine does not read it; leave it out, or write shape: dynamic",
+        ),
+        (
+            ["loss.schedules.temperature={shape: dynamic, minimum: 3}"],
+            "loss.schedules.temperature.minimum: 3.0 is above the maximum, 1.0; write both, the smaller as minimum",
+        ),
+        (
+            ["loss.schedules.temperature={shape: dynamic, final: 3}"],
+            "temperature.final: shape dynamic does not read it",
+        ),
+        (
+            ["loss.schedules.temperature={shape: dynamic}", "teacher.placement=cache", "cache.top_k=8"],
+            "loss.schedules.temperature: dynamic reads the teacher's own cross-entropy, which a cache of the likeliest tokens",
+        ),
+        (["loss.beta=0.3"], "loss.beta: forward_kl does not read it; leave it out, or write divergence: jsd"),
+        (
+            ["loss.divergence=jsd", "loss.skew=0.3"],
+            "loss.skew: jsd does not read it; leave it out, or write divergence: skew_kl",
+        ),
+        (["loss.divergence=jsd", "loss.beta=1.5"], "loss.beta: input should be less than or equal to 1 (got 1.5)"),
+        (["loss.divergence=skew_kl", "loss.skew=1.0"], "loss.skew: input should be less than 1 (got 1.0)"),
+        (["train.learning_rate=.nan"], "train.learning_rate: input should be a finite number"),
+        (["train.learning_rate=.inf"], "train.learning_rate: input should be a finite number"),
+        (["train.learning_rate='1e-4'"], "train.learning_rate: input should be a valid number (got '1e-4')"),
+        (["train.clip=off"], "train.clip: input should be a valid number (got False)"),
+        (["train.log_every=yes"], "train.log_every: input should be a valid integer (got True)"),
+        (["train.steps=1.5"], "train.steps: input should be a valid integer"),
+        (["train.schedule=cosin"], "train.schedule: input should be 'cosine', 'linear' or 'constant' (got 'cosin')"),
+        (["train.dtype=bf16"], "train.dtype: input should be 'float32' or 'bfloat16' (got 'bf16')"),
+        (["name=2024"], "name: input should be a valid string (got 2024); write it in quotes"),
+        (["name=a/b"], "name: "),
+        (["train=5"], "train: a section is a mapping of keys (got 5); write at least one of steps, epochs"),
+        (["student="], "student: a section is a mapping of keys (got None); write at least one of init"),
+        (["train.epochs=1"], "train.steps: how long to train is said once; give exactly one of steps and epochs"),
+        (["train.batch_size=7"], "train.batch_size: 7 is no multiple of micro_batch_size 4; write one"),
+        (["teacher.offload=cpu"], "teacher.offload: only a zero3 teacher is offloaded; write placement: zero3"),
+        (["student.blocks="], "student.blocks: say how many blocks the student has"),
+        (["student.init=checkpoint"], "student.path: init checkpoint needs the HF folder"),
+        (["student.path=x"], "student.path: only init checkpoint reads it; write init: checkpoint"),
+        (["student.hidden_size=8"], "student.hidden_size: copied blocks keep the teacher's width; leave it out, or"),
+        (["student.copy_blocks=[0, 1]"], "student.copy_blocks: names 2 blocks, student.blocks says 3; make them equal"),
+        (
+            ["student.copy_blocks=sprad"],
+            "student.copy_blocks: 'sprad' can't be read; write e.g. spread or matched or [0",
+        ),
+        (["data.source=records"], "data.rows: the built-in task is endless; say how many"),
+        (["study.seeds=[0, 0]"], "study.seeds: [0, 0] names one twice; write each once"),
+        (["study.strategies=[forwards]"], "study.strategies: 'forwards' is not known; did you mean 'forward'?"),
+        (["teacher.path="], "teacher.path: there is one teacher; give either teacher.path"),
+        ([f"finetune={FINETUNE}"], "teacher.path: there is one teacher; give either teacher.path"),
+        (
+            [f"finetune={FINETUNE}", "teacher.path=", "finetune.path=x"],
+            "finetune: a teacher has one start; give exactly",
+        ),
+        ([f"finetune={FINETUNE}", "teacher.path=", "finetune.data.source=records"], "finetune.data.rows: the built-in"),
+        (
+            [f"finetune={FINETUNE}", "teacher.path=", "finetune.train.batch_size=9"],
+            "finetune.train.batch_size: 9 is no",
+        ),
+    ],
+)
+def test_bad_value_names_the_key_and_the_cure(recipe: Path, overrides: list[str], expected: str) -> None:
+    assert expected in refusal(recipe, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.steps", "--set 'train.steps': no value is given; write key.sub=value"),
+        ("=3", "write key.sub=value"),
+        ("train.steps=[", "--set 'train.steps=[': not valid YAML at line 1 ("),
+        ("data={source: a, source: b}", "key 'source' is written twice"),
+        ("name.sub=3", "--set name.sub: name is a value, not a section; set name as a whole"),
+        ("data.source.x=3", "--set data.source.x: source is a value, not a section; set data.source as a whole"),
+    ],
+)
+def test_set_refuses(recipe: Path, override: str, expected: str) -> None:
+    assert expected in refusal(recipe, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.learning_rate=1e-4", 1e-4),
+        ("train.learning_rate=1E-4", 1e-4),
+        ("train.learning_rate=2.5e-05", 2.5e-5),
+        ("train.learning_rate=.5e-3", 5e-4),
+        ("train.learning_rate=1", 1.0),
+        ("train.betas=[0.9, 0.95]", (0.9, 0.95)),
+        ("train.wandb=null", None),
+        ("train.wandb=", None),
+        ("student.copy_blocks=[0, 1, 5]", (0, 1, 5)),
+        ("matching.pairs=[[0, 1], [2, 3]]", ((0, 1), (2, 3))),
+        ("matching.strategy=none", "none"),
+        ("study.strategies=[none, forward]", ("none", "forward")),
+        ("data.source=a=b:c", "a=b:c"),
+        ("teacher.architecture.vocab_size=8", 8),
+        ("train.activation_checkpointing=true", True),
+    ],
+)
+def test_set_takes_yaml(recipe: Path, override: str, value: Any) -> None:
+    full = [f"teacher.architecture={ARCHITECTURE}"] if "architecture" in override else []
+    found: Any = load_recipe(recipe, [*full, override])
+    for part in override.partition("=")[0].split("."):
+        found = getattr(found, part)
+    assert found == value and type(found) is type(value)
+
+
+def test_later_set_wins_and_whole_sections_can_be_set(recipe: Path) -> None:
+    changed = load_recipe(
+        recipe, ["seed=1", "seed=2", "teacher.path=null", f"finetune={FINETUNE}", "finetune.train.steps=9"]
+    )
+    assert changed.seed == 2
+    assert changed.finetune is not None and changed.finetune.train.steps == 9
+    assert changed.teacher_path == "runs/small/teacher/model"
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_every_recipe_of_the_repository_loads_and_reads_back_as_it_was(file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(file.stem)
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    again = load_recipe(tmp_path / "again.yaml")
+    assert again == recipe and dump_recipe(again) == dump_recipe(recipe)
+
+
+def test_there_are_recipes() -> None:
+    assert RECIPES
+
+
+def test_dump_and_load_are_inverse_for_what_yaml_mistakes(recipe: Path, tmp_path: Path) -> None:
+    awkward = [
+        "name='1e5'",
+        "data.source='no'",
+        "data.split='1.0'",
+        "train.epsilon=1e-12",
+        "train.learning_rate=1e-300",
+    ]
+    before = load_recipe(recipe, [*awkward, "student.copy_blocks=[2, 1, 0]", "train.wandb='null'"])
+    (tmp_path / "again.yaml").write_text(dump_recipe(before))
+    again = load_recipe(tmp_path / "again.yaml")
+    assert again == before
+    assert (again.name, again.data.source, again.data.split, again.train.wandb) == ("1e5", "no", "1.0", "null")
+
+
+def test_frozen_and_closed(recipe: Path) -> None:
+    loaded = load_recipe(recipe)
+    for section, key in ((loaded, "seed"), (loaded.train, "steps"), (loaded.matching, "strategy")):
+        with pytest.raises(ValidationError):
+            setattr(section, key, 1)
+    for section in (loaded.teacher, loaded.student, loaded.data, loaded.train, loaded.evaluation):
+        hash(section)  # nothing in it can be changed in place either
+
+
+def test_changed_is_checked_again_and_leaves_the_first_alone(recipe: Path) -> None:
+    loaded = load_recipe(recipe)
+    reversed_ = loaded.changed({"matching.strategy": "reverse", "matching.pairs": None, "seed": 3})
+    assert (reversed_.matching.strategy, reversed_.seed) == ("reverse", 3)
+    assert (loaded.matching.strategy, loaded.seed) == ("forward", 0)
+    with pytest.raises(InputError, match=r"matching\.strategy: 'nope' is not known"):
+        loaded.changed({"matching.strategy": "nope"})
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "temperature={shape: dynamic}",
+        "temperature={shape: constant}",
+        "temperature={shape: linear, final: 2.0}",
+        "kl={shape: constant}",
+        "hidden={final: 0.0, until: 0.5}",
+    ],
+)
+def test_a_recipe_written_out_with_every_key_reads_as_it_was(recipe: Path, tmp_path: Path, schedule: str) -> None:
+    loaded = load_recipe(recipe, [f"loss.schedules.{schedule}", "stones.kl=1.0"])
+    (tmp_path / "again.yaml").write_text(dump_recipe(loaded))
+    assert load_recipe(tmp_path / "again.yaml") == loaded
+
+
+IGNORED = ["name=other", "output=elsewhere", "study.seeds=[1]", "evaluation.limit=3", "train.save_every=7"]
+IGNORED += [
+    "teacher.offload_states=true",
+    f"teacher.architecture={ARCHITECTURE}",
+    "train.keep_checkpoints=9",
+    "train.log_every=1",
+    "train.timeout_seconds=5",
+    "train.wandb=project",
+    "loss.report_norms_every=5",
+    "matching.scope=micro_batch",
+    "matching.redraw_every=0",
+    "matching.projector=if_needed",
+]
+NOTICED = ["seed=1", "student.blocks=2", "matching.strategy=none", "loss.hidden=1.0", "data.rows=3", "train.steps=5"]
+NOTICED += ["loss.divergence=jsd", "loss.divergence=tvd", "matching.tokens=9", "matching.pair_weights=[1,2]"]
+NOTICED += ["matching.distance=[mse, cka]"]
+NOTICED += ["matching.projector=always"]
+NOTICED += [
+    "train.learning_rate=0.1",
+    "train.warmup_steps=1",
+    "train.batch_size=16",
+    "teacher.path=other",
+    "train.clip=0",
+]
+NOTICED += ["data.max_length=9", "loss.temperature=2.0", "student.init=random", "matching.distance=mse"]
+
+
+def test_training_inputs_notice_what_is_computed_and_nothing_else(recipe: Path) -> None:
+    same = training_inputs(load_recipe(recipe))
+    for override in IGNORED:
+        assert training_inputs(load_recipe(recipe, [override])) == same, override
+    for override in NOTICED:
+        key = override.partition("=")[0]
+        other = training_inputs(load_recipe(recipe, [override]))
+        assert {k for k in same.keys() | other.keys() if same.get(k) != other.get(k)} == {key}
+        assert fingerprint(other) != fingerprint(same)
+
+
+def test_a_teacher_that_the_recipe_makes_counts_by_how_it_is_made(recipe: Path) -> None:
+    made = [f"finetune={FINETUNE}", "teacher.path="]
+    inputs = training_inputs(load_recipe(recipe, made))
+    for override in ("output=elsewhere", "name=other", "finetune.train.log_every=3"):
+        assert training_inputs(load_recipe(recipe, [*made, override])) == inputs, override
+    for override in ("finetune.train.steps=5", "finetune.architecture.hidden_size=16"):
+        assert training_inputs(load_recipe(recipe, [*made, override])) != inputs, override
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["stones.weight=1"], "unknown key 'stones.weight'; "),
+        (
+            ["loss.kl=0", "stones={kl: 0, ce: 1}", "loss.schedules.temperature={shape: linear, final: 2.0}"],
+            "loss.schedules.temperature: loss.kl is 0, and so are stones.kl and stones.cross, so that nothing is",
+        ),
+        (
+            ["loss.kl=0", "loss.ce=0", "stones={kl: 1}", "loss.schedules.temperature={shape: dynamic}"],
+            "loss.schedules.temperature: dynamic reads the student's own cross-entropy, and with loss.ce and loss.kl at 0 its",
+        ),
+        (
+            ["stones.kl=1", "matching.strategy=in_order_random", "matching.redraw_every=2"],
+            "stones.pairs: a connector learns to lead to one teacher block, and a redrawn map would change it",
+        ),
+        (
+            ["loss.kl=0", "loss.schedules.temperature={shape: cosine, final: 2.0}"],
+            "loss.schedules.temperature: loss.kl is 0, so that nothing is compared at a temperature; give one a weight, or leave the",
+        ),
+        (["stones.kl=-1"], "stones.kl: "),
+        (["stones={kl: 0, ce: 0}"], "stones: ce, kl and cross are all 0; give one of them a weight"),
+        (["stones={sample: one, cross: 0.1}"], "stones.sample: the cross term needs every stone's logits; write all"),
+        (["stones.pairs=[[0, 1], [0, 2]]"], "stones.pairs: [[0, 1], [0, 2]] must name at least one pair, and each"),
+        (["stones.pairs=[]"], "stones.pairs: [] must name at least one pair"),
+        (["stones.pairs=forward"], "stones.pairs"),
+        (
+            ["stones.kl=1", "teacher.placement=pipeline"],
+            "placement pipeline has no place for; write teacher.placement: ",
+        ),
+        (["stones.kl=1", "teacher.placement=cache"], "placement cache has no place for; write teacher.placement: "),
+        (["stones.kl=1", "teacher.share_cache=true"], "share_cache has no place for; write teacher.placement: "),
+        (
+            ["stones.checkpoint=false", "teacher.placement=zero3"],
+            "stones.checkpoint: a zero3 teacher's blocks are let go",
+        ),
+    ],
+)
+def test_stones_that_can_not_be_are_refused(recipe: Path, overrides: list[str], expected: str) -> None:
+    assert expected in refusal(recipe, *overrides)
+
+
+def test_stones_are_off_unless_asked_for_and_then_decide_the_result(recipe: Path) -> None:
+    plain, with_stones = load_recipe(recipe), load_recipe(recipe, ["stones.kl=0.5"])
+    assert plain.stones is None and not any(key.startswith("stones") for key in training_inputs(plain))
+    assert plain.changed({"loss.kl": 0.0}).logits is False and with_stones.changed({"loss.kl": 0.0}).logits is True
+    assert training_inputs(with_stones)["stones.kl"] == 0.5 and training_inputs(with_stones)["stones.sample"] == "all"
+    (recipe.parent / "again.yaml").write_text(dump_recipe(with_stones.changed({"stones.pairs": [[0, 2], [1, 3]]})))
+    again = load_recipe(recipe.parent / "again.yaml").stones
+    assert again is not None and again.pairs == ((0, 2), (1, 3))
+
+
+def test_a_map_is_measured_for_whatever_asks_for_it(recipe: Path) -> None:
+    nearest = load_recipe(recipe, ["matching.strategy=nearest"])
+    assert nearest.measures_map and not load_recipe(recipe).measures_map
+    assert not nearest.changed({"loss.hidden": 0.0}).measures_map
+    assert nearest.changed({"loss.hidden": 0.0, "stones": {"kl": 1.0}}).measures_map
+    assert not nearest.changed({"loss.hidden": 0.0, "stones": {"pairs": [[0, 1]]}}).measures_map
+    load_recipe(recipe, ["loss.kl=0", "stones.kl=1", "loss.schedules.temperature={shape: linear, final: 2.0}"])
+    written = {"stones": {"pairs": [[0, 1]]}, "matching.strategy": "in_order_random", "matching.redraw_every": 2}
+    load_recipe(recipe).changed(written)
+
+
+def test_every_key_is_named_once(recipe: Path) -> None:
+    """Flat keys are what a refusal of another recipe names; a key with a dot of its own would make two of one."""
+    inputs = training_inputs(load_recipe(recipe))
+    assert all(not isinstance(value, dict) for value in inputs.values())
+    left_out = {
+        "name",
+        "output",
+        "evaluation",
+        "study",
+        "finetune",
+        "cache",
+        "stones",
+    }  # no cache is read, no stone laid
+    assert set(Recipe.model_fields) - left_out == {key.split(".")[0] for key in inputs}
+
+
+def test_mixes_and_schedules_are_read_and_noticed(recipe: Path) -> None:
+    same = training_inputs(load_recipe(recipe))
+    mixed = load_recipe(
+        recipe,
+        [
+            "matching.distance={procrustes: 1, mse: 0.1}",
+            "loss.divergence={forward_kl: 0.5, reverse_kl: 0.5}",
+            "loss.schedules.hidden={shape: linear, final: 0.0, until: 0.5}",
+        ],
+    )
+    assert mixed.matching.mixes == ({"procrustes": 1.0, "mse": 0.1},) and mixed.matching.projects(24, 32)
+    assert not mixed.matching.projects(32, 32)
+    assert load_recipe(recipe, ["matching.projector=always"]).matching.projects(32, 32)
+    assert not load_recipe(recipe, ["matching.distance={procrustes: 1, cka: 2}"]).matching.projects(24, 32)
+    other = training_inputs(mixed)
+    named = {key for key in same.keys() | other.keys() if same.get(key) != other.get(key)}
+    assert {"matching.distance.mse", "loss.divergence.reverse_kl", "loss.schedules.hidden.until"} <= named
+    assert load_recipe_again(mixed, recipe.parent) == mixed
+
+
+def test_a_schedule_that_came_later_is_noticed_where_it_is_asked_for(recipe: Path) -> None:
+    """And a run with schedules that was begun before it came goes on."""
+    begun = ["matching.distance={cka: 1, mse: 1}", "loss.schedules.hidden={final: 0.0}"]
+    old = training_inputs(load_recipe(recipe, begun))
+    assert {key for key in old if key.startswith("loss.schedules.")} == {
+        *(f"loss.schedules.{part}" for part in ("ce", "kl", "temperature")),
+        *(f"loss.schedules.hidden.{key}" for key in ("shape", "final", "until")),
+    }
+    new = training_inputs(load_recipe(recipe, [*begun, "loss.schedules.distances.mse={final: 2.0}"]))
+    assert new["loss.schedules.distances.mse.final"] == 2.0 and new.items() > old.items()
+
+
+def test_a_list_of_distances_is_one_for_each_pair(recipe: Path) -> None:
+    listed = load_recipe(recipe, ["matching.distance=[cka, normalized_mse, {procrustes: 1, mse: 0.1}]"])
+    matching = listed.matching
+    assert matching.mixes_of(3) == ({"cka": 1.0}, {"normalized_mse": 1.0}, {"procrustes": 1.0, "mse": 0.1})
+    assert matching.mixes_of(0) == () and matching.distances == ("cka", "normalized_mse", "procrustes", "mse")
+    assert matching.unprojected(3) == (0,) and matching.projects(24, 32) and not matching.projects(32, 32)
+    assert load_recipe_again(listed, recipe.parent) == listed
+    one = load_recipe(recipe, ["matching.distance=cka"]).matching
+    assert one.mixes_of(2) == ({"cka": 1.0},) * 2 and one.unprojected(2) == (0, 1)
+
+
+def load_recipe_again(recipe: Recipe, folder: Path) -> Recipe:
+    (folder / "again.yaml").write_text(dump_recipe(recipe))
+    return load_recipe(folder / "again.yaml")

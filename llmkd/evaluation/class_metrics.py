@@ -11,16 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from llmkd.evaluation.text_metrics import Metric
+
 Score = Callable[[np.ndarray], Any]
 """Sums over items -> a score of them all."""
 
 METRICS = {
-    "accuracy": ("accuracy", True),
-    "f1": ("F1, mean over classes", True),
-    "f1_second": ("F1 of the second class", True),
-    "cross_entropy": ("cross-entropy", False),
+    "accuracy": Metric("accuracy", True, False),
+    "f1": Metric("F1, mean over classes", True, False),
+    "f1_second": Metric("F1 of the second class", True, False),
+    "cross_entropy": Metric("cross-entropy", False, False),
 }
-"""Every metric of a classification: how it is called, and whether higher is better."""
+"""Every metric of a classification, in the order of a table."""
 
 
 def class_metrics(

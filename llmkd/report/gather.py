@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from llmkd.evaluation import class_metrics, text_metrics
+from llmkd.evaluation.results import SCORED
 from llmkd.files import read, read_lines
 from llmkd.recipe.study_entries import STEPS, Entry, read_study, steps_asked
 from llmkd.report.angles import angle_findings
@@ -28,12 +28,6 @@ CURVE_POINTS = 200  # of one run; a longer curve is thinned
 COST = ("steps", "seconds", "tokens", "tokens_per_second", "memory_gib", "world_size", "resumed_from_step")
 LOWER_IS_BETTER = re.compile(r"perplexity|bits_per_byte|brier|^ter$")  # lm-eval's, where the file does not say
 OF_100 = ("bleu", "chrf", "ter")  # lm-eval's metrics that go from 0 to 100
-AGREEMENT = {
-    "token_agreement": ("tokens as the teacher's", True),
-    "kl": ("KL to the teacher", False),
-    "top1": ("top-1 as the teacher's", True),
-    "likelihood": ("log-likelihood by the teacher", True),
-}
 
 
 def gather(folder: Path, with_items: bool = True) -> dict[str, Any]:
@@ -121,12 +115,8 @@ def _metrics(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 def _metric(name: str, lower: bool) -> dict[str, Any]:
     step, _, short = name.partition("/")
-    if step == "generation":
-        label, higher, percent = text_metrics.METRICS.get(short, (short, True, False))
-    elif step == "classification":
-        label, higher, percent = *class_metrics.METRICS.get(short, (short, True)), False
-    elif step == "agreement":
-        label, higher, percent = *AGREEMENT.get(short, (short, True)), False
+    if step in SCORED:
+        label, higher, percent = SCORED[step].LABELS.get(short, (short, True, False))
     else:
         label, higher, percent, step = name, not lower, short in OF_100, "lm-eval"
     return {"name": name, "label": label, "higher_is_better": higher, "percent": percent, "step": step}

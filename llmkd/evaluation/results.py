@@ -1,0 +1,441 @@
+"""The result files of the scoring steps as dataclasses: one class a step, read and written here and nowhere else.
+
+A step's folder holds, for each model, `<name>.json` (a class of this module) and, for all steps but the angles, a file with one line
+per item (`GeneratedText`, `ComparedItem`, `ClassifiedRow`, `TaskItem`). Readers are tolerant of older and of hand-made files: a key
+that is absent has its default, a key that is not known here is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from math import isfinite
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeGuard, TypeVar
+
+from llmkd.evaluation import class_metrics, text_metrics
+from llmkd.evaluation.text_metrics import Metric
+from llmkd.files import read, read_lines
+
+Scores = dict[str, float | None]
+"""Metric -> its value; None where the step could not give it."""
+Matrix = list[list[float | None]]
+"""By teacher block and teacher block."""
+When = Literal["before", "after"]
+WHEN: tuple[When, When] = ("before", "after")
+"""Of a student's training: when its angles are measured."""
+
+AGREEMENT_METRICS = {
+    "token_agreement": Metric("tokens as the teacher's", True, False),
+    "kl": Metric("KL to the teacher", False, False),
+    "top1": Metric("top-1 as the teacher's", True, False),
+    "likelihood": Metric("log-likelihood by the teacher", True, False),
+}
+"""Every metric of the agreement with the teacher, in the order of a table."""
+
+
+class _Fields:
+    """A dataclass that is made from a JSON object, whatever else the object holds."""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]  # its subclasses are dataclasses
+        return cls(**{name: value[name] for name in names if name in value})
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult(_Fields):
+    """What the result files of all steps hold: whose they are, what they were made of, and what went wrong."""
+
+    name: str = ""
+    fingerprint: str = ""
+    error: str | None = None
+    """Why the step failed; it may have numbers all the same, where one of several tasks failed."""
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of the result file."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredModel(StepResult):
+    """A model's scores of one step. A step with nothing further to tell can use this class as it is."""
+
+    STEP: ClassVar[str] = ""
+    LABELS: ClassVar[Mapping[str, Metric]] = {}
+    """How the step's metrics are shown; one that is not here is shown by its own name, higher is better."""
+    LINES: ClassVar[str] = ".jsonl"
+    """How the name of the file with a line per item ends, in place of `.json`."""
+
+    model: str = ""
+    dtype: str | None = None
+    backend: str | None = None
+    """What ran the model, where there is a choice: hf or vllm."""
+    metrics: Scores = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return super().from_json({**value, "metrics": numbers(value.get("metrics", {}))})
+
+    @property
+    def tasks(self) -> Mapping[str, Scores]:
+        """Task -> metric -> value. A step without tasks of its own is its only task."""
+        return {self.STEP: self.metrics}
+
+    @property
+    def items(self) -> Mapping[str, int]:
+        """Task -> how many items it was scored on, as far as the file tells."""
+        return {}
+
+    @property
+    def directions(self) -> Mapping[str, Mapping[str, bool]]:
+        """Task -> metric -> whether higher is better, where the file tells."""
+        return {}
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether the file holds numbers, be it of a step that failed."""
+        return any(self.tasks.values())
+
+    def to_json(self) -> dict[str, Any]:
+        whole = super().to_json()
+        if self.backend is None:
+            del whole["backend"]
+        return whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult(ScoredModel):
+    """Scores of the texts that a model wrote."""
+
+    STEP = "generation"
+    LABELS = text_metrics.METRICS
+
+    why: str = ""
+    """Why this backend."""
+    load_seconds: float = 0.0
+    new_tokens: int = 0
+    prompts: int | None = None
+
+    @property
+    def items(self) -> Mapping[str, int]:
+        return _counted(self.STEP, self.prompts)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return super().from_json({**value, "prompts": value.get("items")})
+
+    def to_json(self) -> dict[str, Any]:
+        return _renamed(super().to_json(), {"prompts": "items"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgreementResult(ScoredModel):
+    """How far a student agrees with the teacher."""
+
+    STEP = "agreement"
+    LABELS = AGREEMENT_METRICS
+
+    teacher: str = ""
+    rows: int | None = None
+    tokens: int = 0
+
+    @property
+    def items(self) -> Mapping[str, int]:
+        return _counted(self.STEP, self.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationResult(ScoredModel):
+    """How well an encoder puts rows into classes."""
+
+    STEP = "classification"
+    LABELS = class_metrics.METRICS
+
+    rows: int | None = None
+    classes: list[str] = field(default_factory=list)
+
+    @property
+    def items(self) -> Mapping[str, int]:
+        return _counted(self.STEP, self.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LmEvalResult(ScoredModel):
+    """Scores of lm-eval's tasks. `metrics` is empty: each task has its own, in `task_scores`."""
+
+    STEP = "lm-eval"
+    LINES = ".samples.jsonl"
+
+    why: str = ""
+    task_scores: dict[str, Scores] = field(default_factory=dict)
+    stderr: dict[str, Scores] = field(default_factory=dict)
+    task_items: dict[str, int] = field(default_factory=dict)
+    higher_is_better: dict[str, dict[str, bool]] = field(default_factory=dict)
+    num_fewshot: dict[str, int | None] = field(default_factory=dict)
+    command: str | None = None
+    """lm-eval's command line that gives the same scores by hand."""
+    batch_size: int | str | None = None
+
+    @property
+    def tasks(self) -> Mapping[str, Scores]:
+        return self.task_scores
+
+    @property
+    def items(self) -> Mapping[str, int]:
+        return self.task_items
+
+    @property
+    def directions(self) -> Mapping[str, Mapping[str, bool]]:
+        return self.higher_is_better
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        tasks = {task: numbers(scores) for task, scores in value.get("tasks", {}).items()}
+        return super().from_json({**value, "task_scores": tasks, "task_items": value.get("items", {})})
+
+    def to_json(self) -> dict[str, Any]:
+        whole = super().to_json()
+        del whole["metrics"]
+        return _renamed(whole, {"task_scores": "tasks", "task_items": "items"})
+
+
+def numbers(scores: Mapping[str, object]) -> Scores:
+    """The scores with None for what is no finite number: lm-eval writes "N/A" for what it can't give, and JSON's NaN is no score."""
+    return {name: value if _is_number(value) else None for name, value in scores.items()}
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _counted(step: str, count: int | None) -> dict[str, int]:
+    return {} if count is None else {step: count}
+
+
+def _renamed(values: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(key, key): value for key, value in values.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A line per item
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedText(_Fields):
+    """What a model wrote for one prompt."""
+
+    item: int
+    prompt: str
+    references: list[str]
+    text: str
+    token_ids: list[int] = field(default_factory=list)
+    finished: bool = False
+    """Whether the model ended the text itself."""
+    scores: Scores = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedItem(_Fields):
+    """One held-out row or text, as student and teacher see it; None where the item is of the other sort."""
+
+    item: int
+    token_agreement: float | None = None
+    kl: float | None = None
+    top1: float | None = None
+    likelihood: float | None = None
+    tokens: int = 0
+    """Trained tokens of the row."""
+
+    @property
+    def scores(self) -> Scores:
+        return {name: getattr(self, name) for name in AGREEMENT_METRICS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifiedRow(_Fields):
+    """One row: its class and the one that the model gave it, as numbers."""
+
+    item: int
+    label: int
+    predicted: int
+    classes: int
+    """How many classes there are."""
+    scores: Scores = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskItem(_Fields):
+    """One item of one of lm-eval's tasks; what a task does not have is left out of the file."""
+
+    task: str
+    item: int
+    filter: str | None = None
+    prompt: str | None = None
+    output: Any = None
+    choices: list[str] | None = None
+    target: Any = None
+    references: list[str] | None = None
+    metrics: Scores = field(default_factory=dict)
+
+    @property
+    def scores(self) -> Scores:
+        return self.metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Angles
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockAngles(_Fields):
+    """The cosines between all pairs of teacher blocks, seen from one student block.
+
+    Matrices [L, L] by teacher block: mean cosine and share above zero (1 on the diagonal; None where no token counts). Lists by pair
+    i < j: tokens counted, and the histogram's counts; by teacher block: tokens at which its state has no direction.
+    """
+
+    block: int
+    mean: Matrix
+    above_zero: Matrix
+    mean_of_pairs: float | None
+    above_zero_of_pairs: float | None
+    counted: list[int] = field(default_factory=list)
+    without_direction: list[int] = field(default_factory=list)
+    histogram: list[list[int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineSummary(_Fields):
+    """One stream of cosines."""
+
+    mean: float | None
+    above_zero: float | None = None
+    counted: int = 0
+    not_finite: int = 0
+    histogram: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperCode:
+    """The statistic of the paper's own code, with padding as there and over tokens alone."""
+
+    with_padding: CosineSummary
+    tokens: CosineSummary
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentView:
+    """What one stack of a student sees of the teacher's."""
+
+    blocks: list[BlockAngles]
+    paper_code: PaperCode | None
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        code = value["paper_code"]
+        return cls(
+            blocks=[BlockAngles.from_json(block) for block in value["blocks"]],
+            paper_code=code
+            and PaperCode(**{key: CosineSummary.from_json(code[key]) for key in ("with_padding", "tokens")}),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackAngles(_Fields):
+    """One stack of blocks before and after training: a decoder's only one, or an encoder-decoder's `encoder` or `decoder`."""
+
+    stack: str
+    """Empty where a model has but one."""
+    tokens: int
+    positions: int = 0
+    """Tokens and padding."""
+    teacher_blocks: int
+    student_blocks: int
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+    before: StudentView
+    after: StudentView
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return super().from_json({**value, **{when: StudentView.from_json(value[when]) for when in WHEN}})
+
+    def view(self, when: When) -> StudentView:
+        return self.before if when == "before" else self.after
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredAngles(_Fields):
+    """What was measured of one student."""
+
+    rows: int
+    final_state: str
+    projector: dict[str, str] | None = None
+    """When -> whose projectors the states were seen through; None where the widths are the same."""
+    projector_left_out: bool = False
+    """Whether the student was trained through a projector that these angles leave out."""
+    bins: int = 0
+    stacks: list[StackAngles]
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return super().from_json({**value, "stacks": [StackAngles.from_json(stack) for stack in value["stacks"]]})
+
+    def tokens_read(self) -> str:
+        """How many tokens the stacks read: `12 tokens`, or `12 tokens in the encoder and 9 in the decoder`."""
+        return tokens_read(self.stacks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AngleResult(StepResult):
+    """How a student's blocks see the teacher's. `measured` is None of a step that failed, and of a file by an earlier llmkd."""
+
+    kind: str = ""
+    strategy: str = ""
+    seed: int | None = None
+    init: str = ""
+    measured: MeasuredAngles | None = None
+    settings: dict[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        whole = value.get("error") is None and "stacks" in value
+        return super().from_json({**value, "measured": MeasuredAngles.from_json(value) if whole else None})
+
+    def to_json(self) -> dict[str, Any]:
+        """What was measured stands among the other keys of the file."""
+        whole = super().to_json()
+        measured = whole.pop("measured") or {}
+        return {**whole, **measured}
+
+
+def tokens_read(stacks: list[StackAngles]) -> str:
+    """How many tokens the stacks read: `12 tokens`, or `12 tokens in the encoder and 9 in the decoder`."""
+    first, *others = [f"{stack.tokens:,}" for stack in stacks]
+    where = [f" in the {stack.stack}" if stack.stack else "" for stack in stacks]
+    return f"{first} tokens{where[0]}" + "".join(f" and {n}{at}" for n, at in zip(others, where[1:], strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+SCORED: dict[str, type[ScoredModel]] = {
+    one.STEP: one for one in (GenerationResult, ClassificationResult, LmEvalResult, AgreementResult)
+}
+"""Step -> the class of its result files; of a step that is not here, ScoredModel."""
+
+R = TypeVar("R", bound=StepResult)
+L = TypeVar("L", bound=_Fields)
+
+
+def read_result(file: Path, kind: type[R]) -> R | None:
+    """A result file, or None if it is not there or not whole."""
+    value = read(file)
+    return kind.from_json(value) if isinstance(value, dict) else None
+
+
+def read_items(file: Path, kind: type[L], limit: int | None = None) -> list[L]:
+    """The lines of a file with one line per item, at most `limit`; none where there is no such file."""
+    return [kind.from_json(line) for line in read_lines(file, limit)]

@@ -9,7 +9,6 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -31,8 +30,11 @@ from llmkd.recipe.study_entries import (
     EVALUATIONS,
     GENERATIONS,
     RESULTS,
+    StudyEntry,
+    StudyFile,
     entry_recipe,
-    manifest,
+    read_study,
+    study_entries,
 )
 from llmkd.training.build import accumulation_steps, total_steps
 from llmkd.training.checkpoint import check_same
@@ -59,30 +61,29 @@ class Stopped(Exception):
 def study(recipe: Recipe, ranks: int | None = None) -> Path:
     """Run what is missing of a study and return the path of its report. Raises InputError on bad input, Stopped on a signal."""
     from llmkd.report.write import report
-    from llmkd.study import check
 
     if not recipe.study.students:
         raise InputError("study.strategies: name at least one, e.g. [none, forward, reverse]")
     folder = recipe.folder
     ranks = ranks or recipe.study.ranks
-    entries = manifest(recipe)
+    entries = study_entries(recipe)
     check(recipe, entries, ranks)
     folder.mkdir(parents=True, exist_ok=True)
     publish(folder / "recipe.yaml", dump_recipe(recipe))
-    publish(folder / "study.json", json.dumps(_stated(recipe, entries), indent=1))
+    _study_file(recipe, entries).write(folder)
 
-    runs = [entry for entry in entries if entry["train"] is not None]
+    trained = [entry for entry in entries if entry.train is not None]
     cached = not recipe.teacher.share_cache
-    for number, entry in enumerate(runs, start=1):
-        if (folder / entry["model"] / "llmkd.json").is_file():
-            log.info("study %d/%d: %s is done", number, len(runs), entry["name"])
+    for number, entry in enumerate(trained, start=1):
+        if (folder / entry.model / "llmkd.json").is_file():
+            log.info("study %d/%d: %s is done", number, len(trained), entry.name)
             continue
-        if entry["kind"] == "student" and not cached:
+        if entry.kind == "student" and not cached:
             _cache(recipe, ranks)
             cached = True
-        log.info("study %d/%d: training %s on %d ranks", number, len(runs), entry["name"], ranks)
+        log.info("study %d/%d: training %s on %d ranks", number, len(trained), entry.name, ranks)
         _launch(recipe, entry, ranks)
-        if entry["kind"] == "teacher":
+        if entry.kind == "teacher":
             _write_undistilled(recipe, entries)
     _write_undistilled(recipe, entries)
     mistakes = _score(recipe, entries)
@@ -92,7 +93,7 @@ def study(recipe: Recipe, ranks: int | None = None) -> Path:
     return written
 
 
-def _score(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> list[str]:
+def _score(recipe: Recipe, entries: Sequence[StudyEntry]) -> list[str]:
     """Have every model write, compare it with the teacher, run lm-eval; what one step can't do must not cost the others theirs."""
     from llmkd.evaluation.agreement import agree
     from llmkd.evaluation.angles import angles
@@ -103,9 +104,9 @@ def _score(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> list[str]:
 
     settings, folder = recipe.evaluation, recipe.folder
     trust = recipe.teacher.trust_remote_code or recipe.student.trust_remote_code
-    jobs = [(entry["name"], _model(recipe, entry)) for entry in entries]
-    teacher = next(model for entry, (_, model) in zip(entries, jobs, strict=True) if entry["kind"] == "teacher")
-    others = [job for entry, job in zip(entries, jobs, strict=True) if entry["kind"] != "teacher"]
+    jobs = [(entry.name, _model(recipe, entry)) for entry in entries]
+    teacher = next(model for entry, (_, model) in zip(entries, jobs, strict=True) if entry.kind == "teacher")
+    others = [job for entry, job in zip(entries, jobs, strict=True) if entry.kind != "teacher"]
     steps: list[Callable[[], object]] = []
     if settings.generation is not None:
         steps.append(lambda: generate(jobs, settings, recipe.data, folder / GENERATIONS, trust_remote_code=trust))
@@ -127,29 +128,25 @@ def _score(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> list[str]:
     return mistakes
 
 
-def _stated(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What `study.json` says: the table's rows, and the margins, with how many results there were when each was first said.
-
-    A margin counts only if it was said before the results; the report tells where one was not.
-    """
+def _study_file(recipe: Recipe, entries: Sequence[StudyEntry]) -> StudyFile:
+    """What `study.json` holds. A margin counts only if it was set before the results: the history shows where one was not."""
+    folder = recipe.folder
     margins = {margin.metric: margin.within for margin in recipe.study.margins}
-    file = recipe.folder / "study.json"
-    history = json.loads(file.read_text()).get("margins_history", []) if file.is_file() else []
+    history = read_study(folder).margins_history if (folder / "study.json").is_file() else []
     if not history or history[-1]["margins"] != margins:
-        results = [f for step in RESULTS for f in (recipe.folder / step).glob("*.json")]
+        results = [file for step in RESULTS for file in (folder / step).glob("*.json")]
         history = [*history, {"margins": margins, "results": len(results)}]
-    said = {"name": recipe.name, "reference": recipe.study.compared_with, "margins": margins}
-    return {**said, "margins_history": history, "entries": list(entries)}
+    return StudyFile(recipe.name, recipe.study.compared_with, margins, history, entries)
 
 
-def _launch(recipe: Recipe, entry: dict[str, Any], ranks: int) -> None:
+def _launch(recipe: Recipe, entry: StudyEntry, ranks: int) -> None:
     """Train one entry; its whole recipe travels as a file."""
-    file = recipe.folder / "recipes" / f"{entry['name']}.yaml"
+    file = recipe.folder / "recipes" / f"{entry.name}.yaml"
     file.parent.mkdir(exist_ok=True)
-    teacher = entry["kind"] == "teacher"
+    teacher = entry.kind == "teacher"
     publish(file, dump_recipe(recipe if teacher else entry_recipe(recipe, entry)))
-    where = ["--teacher-only"] if teacher else ["--output", str(recipe.folder / entry["train"])]
-    _run(ranks, ["--recipe", str(file), *where], f"training {entry['name']}", "its last checkpoint")
+    where = ["--teacher-only"] if teacher else ["--output", str(entry.run_folder(recipe.folder))]
+    _run(ranks, ["--recipe", str(file), *where], f"training {entry.name}", "its last checkpoint")
 
 
 def _cache(recipe: Recipe, ranks: int) -> None:
@@ -177,17 +174,17 @@ def _run(ranks: int, arguments: list[str], what: str, rest: str) -> None:
         )
 
 
-def _write_undistilled(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> None:
+def _write_undistilled(recipe: Recipe, entries: Sequence[StudyEntry]) -> None:
     """The students as they are before the first step, for the baseline."""
     from llmkd.models.folders import resolve
     from llmkd.training.initial import initial_student
     from llmkd.training.jobs import student_inputs
 
     for entry in entries:
-        target = recipe.folder / entry["model"]
-        if entry["strategy"] != "undistilled":
+        target = recipe.folder / entry.model
+        if entry.strategy != "undistilled":
             continue
-        seeded = recipe if entry["seed"] is None else recipe.changed({"seed": entry["seed"]})
+        seeded = recipe if entry.seed is None else recipe.changed({"seed": entry.seed})
         decides = ("student.", "teacher.", "finetune.", "seed", "train.dtype")
         made_of = json.dumps({k: v for k, v in student_inputs(seeded).items() if k.startswith(decides)})
         if not (target / "llmkd.json").is_file() or (target / "llmkd.json").read_text() != made_of:
@@ -195,17 +192,17 @@ def _write_undistilled(recipe: Recipe, entries: Sequence[dict[str, Any]]) -> Non
             publish(target / "llmkd.json", made_of)
 
 
-def _model(recipe: Recipe, entry: dict[str, Any]) -> Path:
+def _model(recipe: Recipe, entry: StudyEntry) -> Path:
     """Where an entry's model is: in the study's folder, or where the recipe reads it from."""
-    inside = recipe.folder / entry["model"]
-    if entry["train"] is not None or entry["strategy"] == "undistilled":
+    inside = recipe.folder / entry.model
+    if entry.train is not None or entry.strategy == "undistilled":
         return inside
     from llmkd.models.folders import resolve
 
-    return resolve(entry["model"], entry["name"], recipe.teacher.revision if entry["kind"] == "teacher" else None)
+    return resolve(entry.model, entry.name, recipe.teacher.revision if entry.kind == "teacher" else None)
 
 
-def check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> None:
+def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
     """Raise InputError, before anything is written, for what would stop the study hours later.
 
     Students that can't be trained as their recipe says, ranks that do not share the batch, tasks that are not there, and students or a
@@ -225,15 +222,15 @@ def check(recipe: Recipe, entries: Sequence[dict[str, Any]], ranks: int) -> None
     if recipe.teacher.share_cache:
         _check_trained(writing_recipe(recipe), family, teacher, ranks)
     for entry in entries:
-        if entry["train"] is None:
+        if entry.train is None:
             continue
-        if entry["kind"] == "teacher":
+        if entry.kind == "teacher":
             inputs = teacher_inputs(recipe)
         else:
             one = entry_recipe(recipe, entry)
             _check_trained(one, family, teacher, ranks)
             inputs = student_inputs(one)
-        meta = recipe.folder / entry["model"] / "llmkd.json"
+        meta = recipe.folder / entry.model / "llmkd.json"
         if meta.is_file():
             check_same(json.loads(meta.read_text())["inputs"], inputs, meta.parent.parent)
 
@@ -253,14 +250,14 @@ def _check_scores(recipe: Recipe) -> None:
         check_generation(settings, recipe.data)
 
 
-def _check_pair_weights(recipe: Recipe, entries: Sequence[dict[str, Any]], teacher: PreTrainedConfig) -> None:
+def _check_pair_weights(recipe: Recipe, entries: Sequence[StudyEntry], teacher: PreTrainedConfig) -> None:
     """Raise InputError where students that share the recipe's pair weights have maps of different numbers of pairs."""
     if recipe.matching.pair_weights is None:
         return
     counts: dict[str, int] = {}
     for entry in entries:
-        name = entry["strategy"]
-        if entry["kind"] != "student" or "matching.pair_weights" in recipe.study.changes(name):
+        name = entry.strategy or entry.name
+        if entry.kind != "student" or "matching.pair_weights" in recipe.study.changes(name):
             continue
         one = entry_recipe(recipe, entry).changed({"matching.pair_weights": None})
         pairs = maps_of(one, depths_of(one, _student_shape(one, teacher)[0]), depths(teacher))

@@ -71,23 +71,23 @@ def runs_of(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple
 
 def _of_study(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[Path, list[Run]]:
     """All trained students of a study, and cross-entropy alone; what is not trained yet is passed over, with a word about it."""
-    entries = read_study(folder)["entries"]
+    entries = read_study(folder).entries
     whole = load_recipe(recipe or folder / "recipe.yaml", overrides)
     runs = []
     for entry in entries:
-        if entry["train"] is None or entry["kind"] == "teacher":
+        if entry.train is None or entry.kind == "teacher":
             continue
-        train = folder / entry["train"]
+        train = entry.run_folder(folder)
         if not (train / "model" / "llmkd.json").is_file():
-            log.info("angles: %s has no model yet and is left out", entry["name"])
+            log.info("angles: %s has no model yet and is left out", entry.name)
             continue
-        given = {key: entry[key] for key in ("name", "kind", "strategy", "seed")}
+        given = {"name": entry.name, "kind": entry.kind, "strategy": entry.strategy, "seed": entry.seed}
         runs.append(_run(given, train, entry_recipe(whole, entry)))
     if not runs:
         raise InputError(f"{folder}: no student of this study has been trained yet; run llmkd study first")
-    teacher = next(entry for entry in entries if entry["kind"] == "teacher")
-    inside = folder / teacher["model"]
-    if teacher["train"] is not None and inside.is_dir():  # so that a study may be moved
+    teacher = next(entry for entry in entries if entry.kind == "teacher")
+    inside = folder / teacher.model
+    if teacher.train is not None and inside.is_dir():  # so that a study may be moved
         return inside, runs
     return resolve(whole.teacher_path, "teacher.path", whole.teacher.revision), runs
 
@@ -107,7 +107,7 @@ def _of_training(folder: Path, recipe: str | None, overrides: Sequence[str]) -> 
         own = own.changed({"matching.strategy": strategy, "seed": seed})
     run = _run(given, folder, own)
     study = folder.resolve().parent.parent
-    if (study / "study.json").is_file() and any(entry["name"] == name for entry in read_study(study)["entries"]):
+    if (study / "study.json").is_file() and any(entry.name == name for entry in read_study(study).entries):
         inside = study / "teacher" / "model"
         if own.teacher.path is None and inside.is_dir():
             return inside, [run]

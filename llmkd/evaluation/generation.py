@@ -29,6 +29,7 @@ from llmkd.inference.vllm_setup import CPU_HEAD_SIZES, check_installed, on_cpu, 
 from llmkd.provenance import versions
 from llmkd.recipe.evaluation import Generation
 from llmkd.recipe.recipe import Data, Evaluation
+from llmkd.recipe.study_entries import read_study
 
 log = logging.getLogger("llmkd")
 
@@ -230,14 +231,14 @@ def _models_of_study(study: Path) -> list[tuple[str, Path]]:
     from llmkd.models.folders import resolve
 
     found = []
-    for entry in json.loads((study / "study.json").read_text())["entries"]:
-        inside = study / entry["model"]
+    for entry in read_study(study).entries:
+        inside = study / entry.model
         if inside.is_dir():
-            found.append((entry["name"], inside))
-        elif entry["train"] is None and entry["strategy"] != "undistilled":  # the study reads it from elsewhere
-            found.append((entry["name"], resolve(entry["model"], entry["name"])))
+            found.append((entry.name, inside))
+        elif entry.train is None and entry.strategy != "undistilled":  # the study reads it from elsewhere
+            found.append((entry.name, resolve(entry.model, entry.name)))
         else:
-            log.info("generation: %s has no model yet and is left out", entry["name"])
+            log.info("generation: %s has no model yet and is left out", entry.name)
     return found
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llmkd.errors import InputError
-from llmkd.files import read
+from llmkd.files import publish_json, read
 from llmkd.recipe.recipe import Recipe
 
 GENERATIONS, AGREEMENT, EVALUATIONS = "generations", "agreement", "evaluations"  # the folders of a study's results
 CLASSIFICATIONS = "classifications"
 RESULTS = (GENERATIONS, CLASSIFICATIONS, AGREEMENT, EVALUATIONS)
-CE_ONLY: dict[str, Any] = {
+CE_ONLY: Mapping[str, object] = {
     "matching.strategy": "none",
     "loss.kl": 0.0,
     "loss.hidden": 0.0,
@@ -26,84 +28,157 @@ STEPS = {
     "lm-eval": "evaluation",
     "agreement": "agreement",
 }
-"""What is asked of a model -> the key of a study's entry that names its file, in the order of the report's columns."""
-Entry = dict[str, Any]
+"""Scoring step -> the field of `StudyEntry` that names its result file, in the order of the report's columns."""
 
 
-def manifest(recipe: Recipe) -> list[dict[str, Any]]:
-    """Every row of the study's table: teacher, baselines, then strategies x seeds; paths are relative to the study's folder."""
-    return [{**entry, **_results(recipe, entry)} for entry in _models(recipe)]
+@dataclass(frozen=True, kw_only=True)
+class StudyEntry:
+    """One model of a study, as `study.json` lists it. Paths are relative to the study's folder."""
+
+    name: str
+    kind: Literal["teacher", "baseline", "student"]
+    strategy: str | None
+    """Strategy, variant or baseline; None for the teacher and for a checkpoint as it is."""
+    seed: int | None
+    model: str
+    """The model's folder, or the hub name of one that the study does not make."""
+    train: str | None
+    """The folder of its training run; None where it is not trained."""
+    generation: str | None = None
+    classification: str | None = None
+    agreement: str | None = None
+    evaluation: str | None = None
+    """The four result files; None for a step that the recipe does not ask for."""
+
+    @property
+    def steps(self) -> list[str]:
+        """The scoring steps that the study asks of this model."""
+        return [step for step in STEPS if self.result_file(step) is not None]
+
+    def run_folder(self, study: Path) -> Path:
+        """The folder of its training run, in a study's folder."""
+        assert self.train is not None, self.name
+        return study / self.train
+
+    def result_file(self, step: str) -> str | None:
+        """The file of a scoring step's result."""
+        file: str | None = getattr(self, STEPS[step])
+        return file
 
 
-def _results(recipe: Recipe, entry: dict[str, Any]) -> dict[str, str | None]:
-    """Where an entry's results will be; None for a step that the recipe does not ask for."""
-    settings = recipe.evaluation
-    asked = {
-        "generation": GENERATIONS if settings.generation is not None else None,
-        "classification": CLASSIFICATIONS if settings.classification is not None else None,
-        "agreement": AGREEMENT if settings.agreement_rows and entry["kind"] != "teacher" else None,
-        "evaluation": EVALUATIONS if settings.tasks else None,
-    }
-    return {step: folder and f"{folder}/{entry['name']}.json" for step, folder in asked.items()}
+@dataclass(frozen=True)
+class StudyFile:
+    """`study.json`: a study's models, and what was decided before there were results."""
+
+    name: str
+    reference: str
+    margins: Mapping[str, float]
+    """Metric -> the largest difference that counts as none."""
+    margins_history: Sequence[Mapping[str, Any]]
+    """Every set of margins, with the number of result files there were when it was first written."""
+    entries: Sequence[StudyEntry]
+
+    def write(self, folder: Path) -> None:
+        publish_json(folder / "study.json", asdict(self))
 
 
-def _models(recipe: Recipe) -> list[dict[str, Any]]:
+def read_study(folder: Path) -> StudyFile:
+    """`study.json`. Raises InputError if the folder holds none."""
+    values = read(folder / "study.json")
+    if values is None:
+        raise InputError(
+            f"{folder}: no study here (no readable study.json); give a study's folder, e.g. runs/quickstart"
+        )
+    return StudyFile(
+        name=values["name"],
+        reference=values.get("reference") or "forward",
+        margins=values.get("margins") or {},
+        margins_history=values.get("margins_history") or [],
+        entries=[
+            StudyEntry(**{field.name: entry.get(field.name) for field in fields(StudyEntry)})
+            for entry in values["entries"]
+        ],
+    )
+
+
+def study_entries(recipe: Recipe) -> list[StudyEntry]:
+    """Every model of the study: teacher, baselines, then strategies x seeds."""
+    seeds = recipe.study.seeds
     made = recipe.finetune is not None
     entries = [
         _entry(
+            recipe,
             "teacher",
             "teacher",
-            None,
-            None,
-            "teacher/model" if made else recipe.teacher_path,
-            "teacher" if made else None,
+            model="teacher/model" if made else recipe.teacher_path,
+            train="teacher" if made else None,
         )
     ]
-    seeds = recipe.study.seeds
     if "undistilled" in recipe.study.baselines:
-        if recipe.student.init == "checkpoint":
-            entries.append(_entry("undistilled", "baseline", None, None, recipe.student.path or "", None))
-        elif recipe.student.init == "random":
-            entries += [
-                _entry(f"undistilled-s{s}", "baseline", "undistilled", s, f"undistilled/s{s}", None) for s in seeds
-            ]
-        else:
-            entries.append(_entry("undistilled", "baseline", "undistilled", None, "undistilled/copied", None))
+        entries += _undistilled(recipe)
     if "ce_only" in recipe.study.baselines:
-        entries += [_student("baseline", "ce_only", seed) for seed in seeds]
-    return entries + [_student("student", name, seed) for name in recipe.study.students for seed in seeds]
+        entries += [_student(recipe, "baseline", "ce_only", seed) for seed in seeds]
+    return entries + [_student(recipe, "student", name, seed) for name in recipe.study.students for seed in seeds]
 
 
-def _student(kind: str, strategy: str, seed: int) -> dict[str, Any]:
+def _undistilled(recipe: Recipe) -> list[StudyEntry]:
+    """The students before their first step: one per seed where the start is random."""
+    if recipe.student.init == "checkpoint":
+        return [_entry(recipe, "undistilled", "baseline", model=recipe.student.path or "")]
+    if recipe.student.init == "teacher":
+        return [_entry(recipe, "undistilled", "baseline", strategy="undistilled", model="undistilled/copied")]
+    return [
+        _entry(
+            recipe, f"undistilled-s{seed}", "baseline", strategy="undistilled", seed=seed, model=f"undistilled/s{seed}"
+        )
+        for seed in recipe.study.seeds
+    ]
+
+
+def _student(recipe: Recipe, kind: Literal["baseline", "student"], strategy: str, seed: int) -> StudyEntry:
     name = f"{strategy}-s{seed}"
-    return _entry(name, kind, strategy, seed, f"students/{name}/model", f"students/{name}")
+    train = f"students/{name}"
+    return _entry(recipe, name, kind, strategy=strategy, seed=seed, model=f"{train}/model", train=train)
 
 
 def _entry(
-    name: str, kind: str, strategy: str | None, seed: int | None, model: str, train: str | None
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "kind": kind,
-        "strategy": strategy,
-        "seed": seed,
-        "model": model,
-        "train": train,
-    }
+    recipe: Recipe,
+    name: str,
+    kind: Literal["teacher", "baseline", "student"],
+    *,
+    model: str,
+    strategy: str | None = None,
+    seed: int | None = None,
+    train: str | None = None,
+) -> StudyEntry:
+    settings = recipe.evaluation
+    return StudyEntry(
+        name=name,
+        kind=kind,
+        strategy=strategy,
+        seed=seed,
+        model=model,
+        train=train,
+        generation=f"{GENERATIONS}/{name}.json" if settings.generation is not None else None,
+        classification=f"{CLASSIFICATIONS}/{name}.json" if settings.classification is not None else None,
+        agreement=f"{AGREEMENT}/{name}.json" if settings.agreement_rows and kind != "teacher" else None,
+        evaluation=f"{EVALUATIONS}/{name}.json" if settings.tasks else None,
+    )
 
 
-def entry_recipe(recipe: Recipe, entry: dict[str, Any]) -> Recipe:
+def entry_recipe(recipe: Recipe, entry: StudyEntry) -> Recipe:
     """The recipe of one student of a study."""
-    changes = CE_ONLY if entry["strategy"] == "ce_only" else recipe.study.changes(entry["strategy"])
+    assert entry.strategy is not None, entry
+    changes = dict(CE_ONLY if entry.strategy == "ce_only" else recipe.study.changes(entry.strategy))
     if recipe.teacher.share_cache:
-        changes = {**changes, "teacher.placement": "cache"}
+        changes["teacher.placement"] = "cache"
     strategy = str(changes.get("matching.strategy", recipe.matching.strategy))
-    return recipe.changed({**_only_for(recipe, strategy), **changes, "seed": entry["seed"]})
+    return recipe.changed({**_only_for(recipe, strategy), **changes, "seed": entry.seed})
 
 
-def _only_for(recipe: Recipe, strategy: str) -> dict[str, Any]:
+def _only_for(recipe: Recipe, strategy: str) -> dict[str, object]:
     """Settings that belong to one strategy are dropped for the others of a study."""
-    dropped: dict[str, Any] = {}
+    dropped: dict[str, object] = {}
     if strategy != "explicit" and recipe.matching.pairs is not None:
         dropped["matching.pairs"] = None
     if strategy != "all_to_one" and recipe.matching.target_block is not None:
@@ -111,18 +186,3 @@ def _only_for(recipe: Recipe, strategy: str) -> dict[str, Any]:
     if strategy != "in_order_random" and recipe.matching.redraw_every:
         dropped["matching.redraw_every"] = 0
     return dropped
-
-
-def read_study(folder: Path) -> dict[str, Any]:
-    """`study.json`. Raises InputError if the folder holds none."""
-    study = read(folder / "study.json")
-    if study is None:
-        raise InputError(
-            f"{folder}: no study here (no readable study.json); give a study's folder, e.g. runs/quickstart"
-        )
-    return study
-
-
-def steps_asked(entry: Entry) -> list[str]:
-    """The steps that a study asks of an entry."""
-    return [step for step, key in STEPS.items() if entry.get(key)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmkd.evaluation.angle_files import FOLDER, WHEN, tokens_read
 from llmkd.files import read
-from llmkd.recipe.study_entries import Entry
+from llmkd.recipe.study_entries import StudyEntry
 from llmkd.report.significance import half_width
 
 MOST_STUDENT_BLOCKS = 4  # shown of a strategy, evenly from first to last
@@ -17,16 +17,14 @@ MOST_TEACHER_BLOCKS = 12  # along a side of a picture; of a deeper teacher neigh
 Values = list[list[float | None]]
 
 
-def angle_findings(folder: Path, entries: Sequence[Entry]) -> dict[str, Any] | None:
+def angle_findings(folder: Path, entries: Sequence[StudyEntry]) -> dict[str, Any] | None:
     """What `angles/` says of a study's students; None where there is nothing.
 
     `students`: one per strategy, and per stack of an encoder-decoder, before and after training: means over seeds with half the 95 %
     interval, and by student block the mean cosine of each pair of teacher blocks and the share above zero. `problems`: by name why a
     student has none.
     """
-    found = [
-        (entry, read(folder / FOLDER / f"{entry['name']}.json")) for entry in entries if entry["train"] is not None
-    ]
+    found = [(entry, read(folder / FOLDER / f"{entry.name}.json")) for entry in entries if entry.train is not None]
     known = [(entry, one) for entry, one in found if one is not None]
     if not known:
         return None
@@ -34,13 +32,13 @@ def angle_findings(folder: Path, entries: Sequence[Entry]) -> dict[str, Any] | N
     problems: dict[str, str] = {}
     for entry, one in known:
         if one["error"] is not None:
-            problems[entry["name"]] = one["error"]
+            problems[entry.name] = one["error"]
         elif "stacks" not in one:
-            problems[entry["name"]] = f"measured by an earlier llmkd; run llmkd angles {folder}"
+            problems[entry.name] = f"measured by an earlier llmkd; run llmkd angles {folder}"
         else:
             about = {key: value for key, value in one.items() if key != "stacks"}
             for stack in one["stacks"]:
-                groups.setdefault((entry["strategy"], stack["stack"]), []).append({**about, **stack})
+                groups.setdefault((entry.strategy or entry.name, stack["stack"]), []).append({**about, **stack})
     return {
         "students": [_group(strategy, members) for (strategy, _), members in groups.items()],
         "problems": problems,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from statistics import fmean
@@ -16,11 +17,11 @@ from typing import Any
 
 from llmkd.evaluation.results import SCORED
 from llmkd.files import read, read_lines
-from llmkd.recipe.study_entries import STEPS, Entry, read_study, steps_asked
+from llmkd.recipe.study_entries import STEPS, StudyEntry, read_study
 from llmkd.report.angles import angle_findings
 from llmkd.report.comparisons import comparisons
 from llmkd.report.conclusion import conclusion, notes
-from llmkd.report.files import found_before_failing, result
+from llmkd.report.files import ScoredEntry, found_before_failing, result
 from llmkd.report.item_scores import ItemScores, no_items
 from llmkd.report.significance import half_width
 
@@ -36,34 +37,33 @@ def gather(folder: Path, with_items: bool = True) -> dict[str, Any]:
     Raises InputError if the folder holds no study.
     """
     study = read_study(folder)
-    entries = [{**entry, **outcome(folder, entry)} for entry in study["entries"]]
-    runs = [(entry, _summary(folder, entry)) for entry in entries if entry["train"] is not None]
-    margins = study.get("margins") or {}
+    entries = [scored(folder, entry) for entry in study.entries]
+    runs = [(entry, _summary(folder, entry)) for entry in entries if entry.train is not None]
+    margins = dict(study.margins)
     metrics = _metrics(entries)
     rows = _rows(entries)
     results = {
-        "name": study["name"],
+        "name": study.name,
         "models": len(entries),
-        "scored": sum(not entry["problems"] for entry in entries),
-        "seeds": list(dict.fromkeys(entry["seed"] for entry in entries if entry["seed"] is not None)),
-        "reference": study.get("reference") or "forward",
+        "scored": sum(not entry.problems for entry in entries),
+        "seeds": list(dict.fromkeys(entry.seed for entry in entries if entry.seed is not None)),
+        "reference": study.reference,
         "margins": margins,
-        "margins_history": study.get("margins_history") or [],
+        "margins_history": list(study.margins_history),
         "primary": _primary(margins, metrics),
         "metrics": metrics,
         "rows": rows,
-        "problems": {entry["name"]: _problem(entry) for entry in entries if entry["problems"]},
-        "items": _agreed(entry["items"] for entry in entries),
+        "problems": {entry.name: _problem(entry) for entry in entries if entry.problems},
+        "items": _agreed(entry.items for entry in entries),
         "maps": _maps(folder, entries, runs),
         "runs": [_run(folder, entry, summary) for entry, summary in runs],
-        "curves": {entry["name"]: curve for entry, _ in runs if (curve := _curve(folder / entry["train"]))},
+        "curves": {entry.name: curve for entry, _ in runs if (curve := _curve(entry.run_folder(folder)))},
         "angles": angle_findings(folder, entries),
         "backends": _backends(entries),
         "conditions": {
-            step: _agreed(entry["conditions"][step] for entry in entries if step in entry["conditions"])
-            for step in STEPS
+            step: _agreed(entry.conditions[step] for entry in entries if step in entry.conditions) for step in STEPS
         },
-        "versions": _agreed([e["versions"] for e in entries] + [summary.get("versions") or {} for _, summary in runs]),
+        "versions": _agreed([e.versions for e in entries] + [summary.get("versions") or {} for _, summary in runs]),
         "hardware": _agreed(summary.get("hardware") or {} for _, summary in runs),
         "commit": ", ".join(dict.fromkeys(s["commit"] for _, s in runs if s.get("commit"))) or None,
     }
@@ -72,10 +72,10 @@ def gather(folder: Path, with_items: bool = True) -> dict[str, Any]:
     return {**results, "conclusion": conclusion(results), "notes": notes(results)}
 
 
-def outcome(folder: Path, entry: Entry) -> dict[str, Any]:
+def scored(folder: Path, entry: StudyEntry) -> ScoredEntry:
     """One model's scores by metric, and by step the problem that there are none, what it was scored by and how."""
     made: dict[str, Any] = {"scores": {}, "problems": {}, "items": {}, "versions": {}, "conditions": {}, "lower": []}
-    for step in steps_asked(entry):
+    for step in entry.steps:
         found = result(folder, entry, step)
         if isinstance(found, str):
             made["problems"][step] = found
@@ -97,18 +97,18 @@ def outcome(folder: Path, entry: Entry) -> dict[str, Any]:
         made["lower"] += [
             f"{t}/{m}" for t, values in tasks.items() for m in values if t not in better and LOWER_IS_BETTER.search(m)
         ]
-    return made
+    return ScoredEntry(**asdict(entry), **made)
 
 
-def _problem(entry: Entry) -> str:
+def _problem(entry: ScoredEntry) -> str:
     """One sentence of all of a model's problems."""
-    return "; ".join(f"{step} {problem}" for step, problem in entry["problems"].items())
+    return "; ".join(f"{step} {problem}" for step, problem in entry.problems.items())
 
 
-def _metrics(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+def _metrics(entries: Sequence[ScoredEntry]) -> list[dict[str, Any]]:
     """Every metric that a model has, step by step, with what it takes to show it."""
-    lower = {name for entry in entries for name in entry["lower"]}
-    names = dict.fromkeys(name for entry in entries for name in entry["scores"])
+    lower = {name for entry in entries for name in entry.lower}
+    names = dict.fromkeys(name for entry in entries for name in entry.scores)
     made = [_metric(name, name in lower) for name in names]
     return sorted(made, key=lambda metric: list(STEPS).index(metric["step"]))  # sorted is stable
 
@@ -129,39 +129,39 @@ def _primary(margins: dict[str, float], metrics: Sequence[dict[str, Any]]) -> st
     return chosen if chosen in names else None
 
 
-def _rows(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+def _rows(entries: Sequence[ScoredEntry]) -> list[dict[str, Any]]:
     """One row per strategy or baseline, its seeds together, in the study's order."""
-    groups: dict[str, list[Entry]] = {}
+    groups: dict[str, list[ScoredEntry]] = {}
     for entry in entries:
-        groups.setdefault(entry["strategy"] or entry["name"], []).append(entry)
+        groups.setdefault(entry.strategy or entry.name, []).append(entry)
     rows = []
     for name, members in groups.items():
-        names = dict.fromkeys(metric for member in members for metric in member["scores"])
-        missing = {step: [m["problems"][step] for m in members if step in m["problems"]] for step in STEPS}
+        names = dict.fromkeys(metric for member in members for metric in member.scores)
+        missing = {step: [m.problems[step] for m in members if step in m.problems] for step in STEPS}
         rows.append(
             {
                 "name": name,
-                "kind": members[0]["kind"],
+                "kind": members[0].kind,
                 "models": len(members),
-                "seeds": [member["seed"] for member in members if member["seed"] is not None],
-                "problems": [f"{member['name']}: {_problem(member)}" for member in members if member["problems"]],
+                "seeds": [member.seed for member in members if member.seed is not None],
+                "problems": [f"{member.name}: {_problem(member)}" for member in members if member.problems],
                 "missing": {step: problems for step, problems in missing.items() if problems},
-                "steps": steps_asked(members[0]),
-                "cells": {metric: _cell([m for m in members if metric in m["scores"]], metric) for metric in names},
+                "steps": members[0].steps,
+                "cells": {metric: _cell([m for m in members if metric in m.scores], metric) for metric in names},
             }
         )
     return rows
 
 
-def _cell(members: Sequence[Entry], metric: str) -> dict[str, Any]:
+def _cell(members: Sequence[ScoredEntry], metric: str) -> dict[str, Any]:
     """Mean over the models that have the number, and the half width of its t-interval where there are two or more."""
-    values = [member["scores"][metric] for member in members]
+    values = [member.scores[metric] for member in members]
     return {
         "mean": fmean(values),
         "half_width": half_width(values),
         "n": len(values),
         "values": values,
-        "seeds": [member["seed"] for member in members],
+        "seeds": [member.seed for member in members],
     }
 
 
@@ -169,14 +169,14 @@ def _cell(members: Sequence[Entry], metric: str) -> dict[str, Any]:
 # Training runs
 
 
-def _summary(folder: Path, entry: Entry) -> dict[str, Any]:
-    return read(folder / entry["train"] / "summary.json") or {}
+def _summary(folder: Path, entry: ScoredEntry) -> dict[str, Any]:
+    return read(entry.run_folder(folder) / "summary.json") or {}
 
 
-def _run(folder: Path, entry: Entry, summary: dict[str, Any]) -> dict[str, Any]:
+def _run(folder: Path, entry: ScoredEntry, summary: dict[str, Any]) -> dict[str, Any]:
     """What training an entry cost; or how far it has come."""
-    run = {"name": entry["name"], "strategy": entry["strategy"], "seed": entry["seed"]}
-    last = next((line["step"] for line in reversed(read_lines(folder / entry["train"] / "metrics.jsonl"))), None)
+    run = {"name": entry.name, "strategy": entry.strategy, "seed": entry.seed}
+    last = next((line["step"] for line in reversed(read_lines(entry.run_folder(folder) / "metrics.jsonl"))), None)
     state = "done" if summary else "not run" if last is None else "unfinished"
     return {**run, "state": state, "last_step": summary.get("steps", last), **{key: summary.get(key) for key in COST}}
 
@@ -209,21 +209,23 @@ def _steered(line: dict[str, Any]) -> dict[str, float | None]:
     return found | {name: _finite(value) for name, value in norms.items()}
 
 
-def _maps(folder: Path, entries: Sequence[Entry], runs: Sequence[tuple[Entry, Any]]) -> list[dict[str, Any]]:
+def _maps(
+    folder: Path, entries: Sequence[ScoredEntry], runs: Sequence[tuple[ScoredEntry, Any]]
+) -> list[dict[str, Any]]:
     """Each strategy's map; one per seed where the seeds' maps differ."""
-    teacher_blocks = next((_blocks(folder / e["model"]) for e in entries if e["kind"] == "teacher"), None)
-    groups: dict[tuple[str, str], list[Entry]] = {}
+    teacher_blocks = next((_blocks(folder / e.model) for e in entries if e.kind == "teacher"), None)
+    groups: dict[tuple[str, str], list[ScoredEntry]] = {}
     for entry, summary in runs:
         if summary.get("pairs"):
-            groups.setdefault((entry["strategy"], json.dumps(summary["pairs"])), []).append(entry)
+            groups.setdefault((entry.strategy or entry.name, json.dumps(summary["pairs"])), []).append(entry)
     return [
         {
             "strategy": strategy,
-            "runs": [member["name"] for member in members],
+            "runs": [member.name for member in members],
             "pairs": [
                 pair for pair in json.loads(pairs) if min(pair) >= 0
             ],  # of the embeddings there is nothing to draw
-            "student_blocks": _blocks(folder / members[0]["model"]),
+            "student_blocks": _blocks(folder / members[0].model),
             "teacher_blocks": teacher_blocks,
         }
         for (strategy, pairs), members in groups.items()
@@ -244,13 +246,13 @@ def _blocks(model: Path) -> int | None:
     return None
 
 
-def _backends(entries: Sequence[Entry]) -> dict[str, dict[str, list[str]]]:
+def _backends(entries: Sequence[ScoredEntry]) -> dict[str, dict[str, list[str]]]:
     """Step -> backend -> the models that it ran."""
     found: dict[str, dict[str, list[str]]] = {}
     for entry in entries:
-        for step, condition in entry["conditions"].items():
+        for step, condition in entry.conditions.items():
             if "backend" in condition:
-                found.setdefault(step, {}).setdefault(condition["backend"], []).append(entry["name"])
+                found.setdefault(step, {}).setdefault(condition["backend"], []).append(entry.name)
     return found
 
 

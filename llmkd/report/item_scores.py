@@ -18,8 +18,7 @@ import numpy as np
 from llmkd.evaluation import text_metrics
 from llmkd.evaluation.class_metrics import class_statistics, f1_scores
 from llmkd.files import read_lines
-from llmkd.recipe.study_entries import Entry, steps_asked
-from llmkd.report.files import details
+from llmkd.report.files import ScoredEntry, details
 from llmkd.report.significance import Array, Score, mean_score
 
 TOLERANCE = 1e-4  # relative: result files may hold rounded numbers
@@ -53,9 +52,9 @@ def no_items(metric: str, one: Models, other: Models) -> None:
 class ItemScores:
     """The items' statistics of a study's models. A model's files are read when first asked for, once."""
 
-    def __init__(self, folder: Path, entries: Sequence[Entry]) -> None:
+    def __init__(self, folder: Path, entries: Sequence[ScoredEntry]) -> None:
         self._folder = folder
-        self._entries = {(entry["strategy"] or entry["name"], entry["seed"]): entry for entry in entries}
+        self._entries = {(entry.strategy or entry.name, entry.seed): entry for entry in entries}
         self._read: dict[str, dict[str, Sums]] = {}
         self._texts = {
             name: cache(statistics) for name, (statistics, _) in CORPUS.items()
@@ -76,18 +75,18 @@ class ItemScores:
         both = np.array([[sums.by_item[item] for item in items] for sums in models], dtype=float)
         return both[: len(one)], both[len(one) :], models[0].score
 
-    def _sums(self, entry: Entry) -> dict[str, Sums]:
-        name = entry["name"]
+    def _sums(self, entry: ScoredEntry) -> dict[str, Sums]:
+        name = entry.name
         if name not in self._read:
-            read = [self._lines(entry, step) for step in steps_asked(entry) if step not in entry["problems"]]
+            read = [self._lines(entry, step) for step in entry.steps if step not in entry.problems]
             candidates = [(metric, sums) for found in read for metric, kinds in found.items() for sums in kinds]
             self._read[name] = {}
             for metric, sums in candidates:
-                if metric not in self._read[name] and _gives_back(sums, entry["scores"].get(metric)):
+                if metric not in self._read[name] and _gives_back(sums, entry.scores.get(metric)):
                     self._read[name][metric] = sums
         return self._read[name]
 
-    def _lines(self, entry: Entry, step: str) -> dict[str, list[Sums]]:
+    def _lines(self, entry: ScoredEntry, step: str) -> dict[str, list[Sums]]:
         """Metric -> the ways in which its items may make its score, from one step's lines."""
         lines = read_lines(details(self._folder, entry, step))
         values: dict[str, dict[Item, float]] = {}

@@ -19,7 +19,7 @@ from llmkd.layer_map import drawing
 from llmkd.recipe.study_entries import read_study
 from llmkd.report.angles import angle_table, sentence, setting
 from llmkd.report.files import generations
-from llmkd.report.gather import gather, outcome
+from llmkd.report.gather import gather, scored
 
 LONGEST_REASON = 60  # characters of a failure inside a table; the whole sentence stands below it
 LONGEST_IN_TERMINAL = 20
@@ -47,9 +47,9 @@ def _scores_csv(folder: Path) -> str:
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(["name", "kind", "strategy", "seed", "metric", "value"])
-    for entry in read_study(folder)["entries"]:
-        model = [entry[key] for key in ("name", "kind", "strategy", "seed")]
-        lines.writerows([*model, metric, value] for metric, value in outcome(folder, entry)["scores"].items())
+    for entry in read_study(folder).entries:
+        model = [entry.name, entry.kind, entry.strategy, entry.seed]
+        lines.writerows([*model, metric, value] for metric, value in scored(folder, entry).scores.items())
     return text.getvalue()
 
 

@@ -17,6 +17,7 @@ from llmkd.errors import InputError
 from llmkd.layer_map import Pairs
 from llmkd.models import folders, load
 from llmkd.recipe.recipe import Recipe
+from llmkd.recipe.study_entries import entry_recipe, study_entries
 from llmkd.teachers import cache_files
 from llmkd.teachers.cache_files import Contents, Manifest
 from llmkd.teachers.cached import CacheTeacher
@@ -64,9 +65,7 @@ def contents(recipe: Recipe, students: Sequence[Student], teacher: Path, tokeniz
 
 def students(recipe: Recipe, student_depth: int, teacher_depth: int) -> list[Student]:
     """The students that a cache must serve: those of the recipe's study, each with each seed, or the recipe's own."""
-    from llmkd.recipe.study_entries import entry_recipe, manifest
-
-    entries = [entry for entry in manifest(recipe) if entry["kind"] == "student"]
+    entries = [entry for entry in study_entries(recipe) if entry.kind == "student"]
     recipes = [entry_recipe(recipe, entry) for entry in entries] or [recipe]
     same = [one.student.path == recipe.student.path for one in recipes]
     deep = [

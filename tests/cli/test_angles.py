@@ -16,7 +16,7 @@ from llmkd.errors import InputError
 from llmkd.evaluation import angles
 from llmkd.inference import child
 from llmkd.recipe.recipe import dump_recipe, load_recipe
-from llmkd.recipe.study_entries import manifest
+from llmkd.recipe.study_entries import StudyFile, study_entries
 from llmkd.train import train
 from llmkd.training import jobs
 
@@ -184,8 +184,7 @@ def test_a_study_is_measured_student_by_student(run: Path, tmp_path: Path, insid
     """Three students of one start, one of them not trained yet and left out; the start is measured once."""
     asked = {"study.strategies": ["forward", "reverse"], "study.seeds": [0], "study.baselines": ["ce_only"]}
     recipe = load_recipe(run / "recipe.yaml").changed(asked)
-    entries = manifest(recipe)
-    (tmp_path / "study.json").write_text(json.dumps({"name": "tiny", "entries": entries}))
+    StudyFile("tiny", "forward", {}, [], study_entries(recipe)).write(tmp_path)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     with pytest.raises(InputError, match="no student of this study has been trained yet; run llmkd study first"):
         angles.angles(tmp_path)

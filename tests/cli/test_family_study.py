@@ -47,9 +47,9 @@ def test_study_of_another_family(tmp_path: Path, model_type: str) -> None:
     recipe = load_recipe(tmp_path / "recipe.yaml")
     page = study(recipe)
     folder = recipe.folder
-    for entry in read_study(folder)["entries"]:
-        found = json.loads((folder / entry[step]).read_text())
-        assert found["error"] is None and found["metrics"], (entry["name"], found)
+    for entry in read_study(folder).entries:
+        found = json.loads((folder / (entry.result_file(step) or "")).read_text())
+        assert found["error"] is None and found["metrics"], (entry.name, found)
     if model_type != "bert":
         found = json.loads((folder / "agreement" / "forward-s0.json").read_text())
         assert found["error"] is None and found["metrics"]["kl"] > 0

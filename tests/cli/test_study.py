@@ -13,7 +13,7 @@ from llmkd.cli import main
 from llmkd.errors import InputError
 from llmkd.evaluation import generation
 from llmkd.recipe.recipe import load_recipe
-from llmkd.recipe.study_entries import entry_recipe, manifest
+from llmkd.recipe.study_entries import entry_recipe, study_entries
 from llmkd.study import study
 from tests.tiny import recipe_values
 
@@ -115,22 +115,22 @@ def test_a_step_that_can_not_be_done_costs_the_others_nothing(
 
 def test_every_entry_has_a_recipe_of_its_own(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file, ["study.seeds=[3, 4]", "study.strategies=[none, forward, all_to_one]"])
-    entries = {e["name"]: e for e in manifest(recipe)}
+    entries = {e.name: e for e in study_entries(recipe)}
     assert len(entries) == 2 + 2 + 6
     one = entry_recipe(recipe, entries["all_to_one-s4"])
     assert (one.seed, one.matching.strategy, one.matching.target_block) == (4, "all_to_one", 1)
     assert entry_recipe(recipe, entries["forward-s3"]).matching.target_block is None
     ce_only = entry_recipe(recipe, entries["ce_only-s3"])
     assert (ce_only.loss.kl, ce_only.loss.hidden, ce_only.loss.ce) == (0, 0, 1)
-    assert entries["undistilled"]["seed"] is None
+    assert entries["undistilled"].seed is None
     random = recipe.changed({"student.init": "random"})
-    assert [e["name"] for e in manifest(random)][1:3] == ["undistilled-s3", "undistilled-s4"]
+    assert [e.name for e in study_entries(random)][1:3] == ["undistilled-s3", "undistilled-s4"]
 
 
 def test_a_variant_is_a_student_with_keys_of_its_own(recipe_file: Path) -> None:
     cosine = {"matching.distance": "cosine", "loss.hidden": 0.5}
     recipe = load_recipe(recipe_file, [f"study.variants={json.dumps({'cosine': cosine})}", "study.strategies=[none]"])
-    entries = {e["name"]: e for e in manifest(recipe) if e["kind"] == "student"}
+    entries = {e.name: e for e in study_entries(recipe) if e.kind == "student"}
     assert list(entries) == [f"{name}-s{seed}" for name in ("none", "cosine") for seed in recipe.study.seeds]
     one = entry_recipe(recipe, entries[f"cosine-s{recipe.study.seeds[0]}"])
     assert (one.matching.distance, one.loss.hidden, one.matching.strategy) == ("cosine", 0.5, recipe.matching.strategy)

@@ -17,7 +17,7 @@ import yaml
 from llmkd.cli import main
 from llmkd.errors import InputError
 from llmkd.recipe.recipe import load_recipe
-from llmkd.recipe.study_entries import entry_recipe, manifest
+from llmkd.recipe.study_entries import entry_recipe, study_entries
 from llmkd.study import check
 from llmkd.training import jobs
 from tests.tiny import recipe_values
@@ -74,8 +74,8 @@ def variant(**changes: Any) -> str:
 
 def test_the_study_that_is_spoilt_below_is_good(file: Path) -> None:
     recipe = load_recipe(file)
-    check(recipe, manifest(recipe), 1)
-    check(recipe.changed({"teacher.placement": "pipeline"}), manifest(recipe), 2)
+    check(recipe, study_entries(recipe), 1)
+    check(recipe.changed({"teacher.placement": "pipeline"}), study_entries(recipe), 2)
 
 
 @pytest.mark.parametrize(
@@ -120,16 +120,16 @@ def test_variants_with_weights_of_their_own_are_the_cure(file: Path, capsys: pyt
     cure = yaml.safe_load(said.rpartition("e.g. ")[2])
     recipe = load_recipe(file, [f"study.variants={json.dumps(cure)}", "study.strategies=[forward]"])
     assert recipe.study.variants and recipe.matching.pair_weights is None
-    check(recipe, manifest(recipe), 1)
+    check(recipe, study_entries(recipe), 1)
     weighted = recipe.changed({"matching.pair_weights": [1.0, 2.0, 3.0]})
-    check(weighted, manifest(weighted), 1)
+    check(weighted, study_entries(weighted), 1)
 
 
 @pytest.mark.parametrize("file", ["there"], indirect=True)
 def test_the_run_itself_refuses_in_the_same_words(file: Path, world: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Each entry of a good study is a good run, and a spoilt one says one sentence to both."""
     recipe = load_recipe(file)
-    [entry] = [one for one in manifest(recipe) if one["train"]]
+    [entry] = [one for one in study_entries(recipe) if one.train]
     jobs.distil_job(world, entry_recipe(recipe, entry), file.parent / "run")
     for change in ("student.copy_blocks=[0, 1, 9]", "data.max_length=100", "teacher.offload_states=true"):
         with pytest.raises(InputError) as caught:
@@ -169,6 +169,6 @@ def test_a_students_own_checkpoint_is_asked_too(
     (student / "tokenizer.json").write_text(json.dumps(tokens))
     recipe = load_recipe(file, [variant(**own)])
     if recipe.finetune is not None:  # no tokenizer yet to compare with
-        check(recipe, manifest(recipe), 1)
+        check(recipe, study_entries(recipe), 1)
     else:
         assert "teacher and student tokenizers differ, first at token" in refused(file, capsys, variant(**own))

@@ -344,14 +344,14 @@ def test_the_command_runs_a_study_and_shows_what_was_written(
     study = tmp_path / "study"
     shutil.copytree(trained, study / "teacher" / "model")
     entries = [
-        {"name": name, "model": model, "train": train, "strategy": None}
+        {"name": name, "kind": "baseline", "model": model, "train": train, "strategy": None, "seed": None}
         for name, model, train in (
             ("teacher", "teacher/model", "teacher"),
             ("forward-s0", "students/forward-s0/model", "students/forward-s0"),
             ("given", str(trained), None),
         )
     ]
-    (study / "study.json").write_text(json.dumps({"entries": entries}))
+    (study / "study.json").write_text(json.dumps({"name": "made-up", "entries": entries}))
     assert generation.models_of([study]) == [("teacher", study / "teacher" / "model"), ("given", trained)]
     with pytest.raises(InputError, match="two models are called 'teacher'; give each a call of its own"):
         generation.models_of([study, study / "teacher" / "model"])

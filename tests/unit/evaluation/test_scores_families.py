@@ -20,6 +20,7 @@ from llmkd.models import load
 from llmkd.models.families import family
 from llmkd.recipe.evaluation import Generation
 from llmkd.recipe.recipe import Data, Evaluation
+from llmkd.report.files import ScoredEntry
 from llmkd.report.item_scores import ItemScores
 from tests.family_models import CLASSES, ENCODER_DECODERS, ENCODERS, family_recipe, new
 
@@ -102,9 +103,17 @@ def _check_scores(folder: Path, file: Path) -> None:
     expected = class_metrics.class_metrics(labels, predicted, nats, 3)
     assert found["metrics"] == pytest.approx(expected, rel=1e-5) and found["error"] is None
     assert len(set(predicted)) > 1
-    entry: dict[str, Any] = {"name": "one", "strategy": "forward", "seed": 0, "problems": {}}
-    entry["classification"] = file.name
-    entry["scores"] = {f"classification/{key}": value for key, value in found["metrics"].items()}
+    scores = {f"classification/{key}": value for key, value in found["metrics"].items()}
+    about: dict[str, Any] = {
+        "name": "one",
+        "kind": "student",
+        "strategy": "forward",
+        "seed": 0,
+        "model": "",
+        "train": None,
+    }
+    about |= {"problems": {}, "items": {}, "versions": {}, "conditions": {}, "lower": []}
+    entry = ScoredEntry(**about, classification=file.name, scores=scores)
     items = ItemScores(file.parent, [entry])
     for metric in ("accuracy", "f1", "cross_entropy"):
         sums = items(f"classification/{metric}", [("forward", 0)], [("forward", 0)])

@@ -251,19 +251,19 @@ def test_one_cache_serves_students_who_ask_for_more_than_the_study_s_recipe(
     assert contents["blocks"] == [1, 3, 5] and contents["final"]
     planned = {row.what: row.bytes for row in memory.plan(here.changed({"teacher.placement": "cache"}), 1)}
     assert planned["teacher's cache"] == 1000 * 64 * 4 * 32 * 4  # rows the plan takes, and four states
-    students = [entry for entry in study_entries.manifest(here) if entry["kind"] == "student"]
-    assert [entry["strategy"] for entry in students] == ["forward", "raw", "taught"]
+    students = [entry for entry in study_entries.study_entries(here) if entry.kind == "student"]
+    assert [entry.strategy for entry in students] == ["forward", "raw", "taught"]
     for entry in students:
         one = study_entries.entry_recipe(here, entry)
         online = one.changed({"teacher.placement": "replicated", "teacher.share_cache": False})
         last: dict[str, dict[str, Any]] = {}
         for name, run in (("cached", one), ("online", online)):
-            folder = tmp_path / f"{entry['name']}-{name}"
+            folder = tmp_path / f"{entry.name}-{name}"
             assert train(world, jobs.distil_job(world, run, folder), Never())  # type: ignore[arg-type]
             last[name] = json.loads((folder / "summary.json").read_text())["last"]
         for part in ("loss", "ce", "kl", "hidden"):
-            assert last["cached"][part] == pytest.approx(last["online"][part], rel=2e-5), (entry["name"], part)
-        assert (last["cached"]["kl"] > 0) == (entry["strategy"] == "taught") and last["cached"]["hidden"] > 0
+            assert last["cached"][part] == pytest.approx(last["online"][part], rel=2e-5), (entry.name, part)
+        assert (last["cached"]["kl"] > 0) == (entry.strategy == "taught") and last["cached"]["hidden"] > 0
 
 
 def test_a_top_k_cache_is_for_forward_kl(recipe: Recipe) -> None:

@@ -17,6 +17,7 @@ from llmkd.planning import doctor, memory
 from llmkd.recipe.inputs import finetune_inputs, training_inputs
 from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
 from llmkd.report import gather
+from llmkd.report.files import ScoredEntry
 from llmkd.report.page import training_plots
 from llmkd.train import Stopping
 from llmkd.training import checks, jobs, write_cache
@@ -430,7 +431,15 @@ def test_report_knows_the_depth_of_every_family(tmp_path: Path, kind: str, confi
 
 def test_report_draws_no_embeddings(tmp_path: Path) -> None:
     """Their pair has no place in a map of blocks."""
-    entry = {"name": "forward-s0", "strategy": "forward", "kind": "student", "model": "model"}
+    about: dict[str, Any] = {
+        "name": "forward-s0",
+        "strategy": "forward",
+        "seed": 0,
+        "kind": "student",
+        "train": "train",
+    }
+    about |= {"scores": {}, "problems": {}, "items": {}, "versions": {}, "conditions": {}, "lower": []}
+    entry = ScoredEntry(**about, model="model")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps({"num_hidden_layers": 2}))
     summary = {"pairs": [[EMBEDDING, EMBEDDING], [0, 1], [1, 3], [DECODER_EMBEDDING, DECODER_EMBEDDING]]}

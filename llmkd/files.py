@@ -19,6 +19,16 @@ ROOT = PACKAGE.parent if (PACKAGE.parent / "ds_configs").is_dir() else PACKAGE /
 """The folder of recipes/, ds_configs/ and eval/: the repository, or what a wheel carries."""
 
 
+def fetched_by(path: str) -> str:
+    """The end of a sentence about a missing path of a shipped recipe: which script fetches it; nothing for any other path.
+
+    `scripts/fetch_X.py` fetches `runs/X`.
+    """
+    folders = Path(path).parts
+    script = ROOT / "scripts" / f"fetch_{folders[1]}.py" if len(folders) > 1 and folders[0] == "runs" else None
+    return f"; python scripts/{script.name} fetches it" if script is not None and script.is_file() else ""
+
+
 def publish(file: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all, whenever we are stopped."""
     tmp = file.with_name(file.name + ".tmp")

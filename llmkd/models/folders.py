@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from llmkd.errors import InputError, first_line
+from llmkd.files import fetched_by
 
 
 def resolve(path: str, what: str, revision: str | None = None) -> Path:
@@ -22,7 +23,9 @@ def resolve(path: str, what: str, revision: str | None = None) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         if folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
-            raise InputError(f"{what}: no folder {path!r}; give an HF model folder or a hub name such as Qwen/Qwen3-8B")
+            raise InputError(
+                f"{what}: no folder {path!r}; give an HF model folder or a hub name such as Qwen/Qwen3-8B{fetched_by(path)}"
+            )
         folder = _download(path, what, revision)
     if not (folder / "config.json").is_file():
         raise InputError(f"{what}: {path!r} holds no config.json; give a folder written by save_pretrained")

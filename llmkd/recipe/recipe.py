@@ -201,7 +201,8 @@ def find_recipe(path: str | Path) -> Path:
     for candidate in (Path(path), ROOT / "recipes" / f"{path}.yaml", ROOT / path):
         if candidate.is_file():
             return candidate
-    known = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml"))
+    folder = ROOT / "recipes"
+    known = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
     raise InputError(f"recipe {str(path)!r}: no such file; give the path of a YAML file, or one of {', '.join(known)}")
 
 

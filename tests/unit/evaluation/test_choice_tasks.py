@@ -5,6 +5,9 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +20,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.tasks.hellaswag.utils import preprocess
 
+from llmkd.errors import InputError
 from llmkd.files import ROOT
+
+SCRIPT = ROOT / "scripts" / "fetch_choice_data.py"
 
 QUESTION = {
     "id": "q1",
@@ -34,12 +40,14 @@ SCENE = {
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fetch_choice_data", ROOT / "scripts" / "fetch_choice_data.py")
+def script() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)  # as if it were run: it imports the file beside it
+        spec.loader.exec_module(module)
+        yield module
 
 
 @pytest.fixture
@@ -104,7 +112,7 @@ def test_a_second_call_changes_nothing(made: Path, script: ModuleType, capsys: p
 
 
 def test_a_folder_without_all_files_is_refused_and_nothing_written(script: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="csqa_train.jsonl.gz"):
+    with pytest.raises(InputError, match="csqa_train.jsonl.gz"):
         script.fetch(tmp_path / "out", "auto", tmp_path, tmp_path)
     assert not (tmp_path / "out").exists()
 
@@ -126,6 +134,21 @@ def test_the_hub_is_asked_for_every_split(script: ModuleType) -> None:
         (name, split) for name in ("tau/commonsense_qa", "Rowan/hellaswag") for split in ("train", "validation")
     }
     assert tables["hellaswag", "train"] == [{"id": "Rowan/hellaswag"}]
+
+
+def test_without_the_hub_the_script_names_another_source(script: ModuleType) -> None:
+    def load(name: str, *, split: str) -> list[dict[str, Any]]:
+        raise ConnectionError(f"no route to {name}\nsecond line")
+
+    with pytest.raises(InputError, match=r"no route to tau/commonsense_qa\).*leave out --source"):
+        script.from_hub(load)
+
+
+def test_a_mistake_is_one_sentence_and_exit_code_2() -> None:
+    command = [sys.executable, str(SCRIPT), "--source", "folder"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Error: --source folder") and len(done.stderr.splitlines()) == 1
 
 
 @given(st.text(alphabet="ab. :,", max_size=30))

@@ -194,6 +194,8 @@ def test_folders_that_hold_no_whole_model(folders: Callable[[str], Path], tmp_pa
     assert "no folder '/nowhere/model'; give an HF model folder or a hub name" in _refusal("/nowhere/model")
     assert "no folder './model'" in _refusal("./model")
     assert "no folder 'model'" in _refusal("model")
+    assert _refusal("runs/minilm/model").endswith("; python scripts/fetch_minilm.py fetches it")
+    assert "fetch" not in _refusal("runs/mine/model")
     assert "the hub did not give it (" in _refusal("no-one/nothing") and "local HF folder" in _refusal("no-one/nothing")
     (tmp_path / "empty").mkdir()
     assert "holds no config.json; give a folder written by save_pretrained" in _refusal(tmp_path / "empty")

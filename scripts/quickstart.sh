@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # From nothing to a report: makes the environment if need be, then runs the embedded study on two ranks.
-# What is already done is kept: a second call installs nothing and goes on where the study stands.
-# Arguments are handed on to `llmkd study`, for example: bash scripts/quickstart.sh --set study.seeds=[0]
+# A second call installs nothing and continues where the study stopped.
+# Arguments go to `llmkd study`, for example: bash scripts/quickstart.sh --set study.seeds=[0]
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 source scripts/environment.sh
 
-# The recipe's models are so small that Hugging Face would be chosen; the final texts are vLLM's all the same, where it is installed.
+# For models as small as the recipe's Hugging Face would be chosen; here vLLM writes the texts wherever it is installed.
 backend=vllm
 if ! python -c 'import sys; from llmkd.inference.vllm_setup import vllm_version; sys.exit(vllm_version() is None)'; then
   backend=hf

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything a change must pass: lint, format, types, the floors of the design, tests. Arguments are handed on to pytest.
-# Every step runs, so that one call tells all that is wrong; the exit status is that of the first step that failed.
+# Everything a change must pass: lint, format, types, the direction of imports, tests. Arguments go to pytest.
+# Every step runs, so that one call shows all that is wrong; the exit status is that of the first step that failed.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 source scripts/environment.sh
 
@@ -26,7 +26,7 @@ step() {
 step "lint" ruff check .
 step "format" ruff format --check .
 step "types" pyright --pythonpath "$(command -v python)"
-step "floors" lint-imports --no-cache --no-logo
+step "imports" lint-imports --no-cache --no-logo
 step "tests" python -m pytest "$@"
 
 if [[ $first_failure != 0 ]]; then

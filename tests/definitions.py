@@ -1,4 +1,4 @@
-"""Each divergence as its paper writes it: probabilities in float64, one position after another. What the product is compared with."""
+"""Each divergence as its paper defines it, in float64 and by loops over positions: what the package's own are compared with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def divergence(
     name: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float, **parameters: float
 ) -> Tensor:
-    """`[N, V]` x 2 -> `[N]` in float64, differentiable; the parameters' usual values are those of the papers' own code."""
+    """`[N, V]` x 2 -> `[N]` in float64, differentiable; the default parameters are those of the papers' own code."""
     rows = zip(student_logits.double().flatten(0, -2), teacher_logits.double().flatten(0, -2), strict=True)
     values = [
         DEFINITIONS[name]((t / temperature).softmax(-1), (s / temperature).softmax(-1), **parameters) for s, t in rows
@@ -18,8 +18,8 @@ def divergence(
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
-    some = p > 0
-    return (p[some] * (p[some] / q[some]).log()).sum()
+    positive = p > 0
+    return (p[positive] * (p[positive] / q[positive]).log()).sum()
 
 
 def forward_kl(p: Tensor, q: Tensor) -> Tensor:
@@ -53,21 +53,21 @@ def akl(p: Tensor, q: Tensor, akl_mu: float = 0.5) -> Tensor:
     for rank, v in enumerate(sorted(range(len(p)), key=lambda v: -p[v].item())):
         total += p[v].item()
         gaps["head" if rank == 0 or total <= akl_mu else "tail"] += abs(p[v].item() - q[v].item())
-    both = gaps["head"] + gaps["tail"]
-    if both == 0:
+    total_gap = gaps["head"] + gaps["tail"]
+    if total_gap == 0:
         return 0 * kl(p, q)
-    return gaps["head"] / both * kl(p, q) + gaps["tail"] / both * kl(q, p)
+    return gaps["head"] / total_gap * kl(p, q) + gaps["tail"] / total_gap * kl(q, p)
 
 
 def top_k(p: Tensor, q: Tensor, top_k: int = 64) -> Tensor:
     likeliest = sorted(range(len(p)), key=lambda v: -p[v].item())
-    single, others = likeliest[:top_k], likeliest[top_k:]
-    sides = [torch.cat([side[single], side[others].sum()[None]]) for side in (p, q)]
+    kept, bucket = likeliest[:top_k], likeliest[top_k:]
+    sides = [torch.cat([side[kept], side[bucket].sum()[None]]) for side in (p, q)]
     return kl(*sides)
 
 
 def top_k_kl(student_logits: Tensor, ids: Tensor, log_probabilities: Tensor, temperature: float) -> Tensor:
-    """`[N, V]`, `[N, K]`, `[N, K]` -> `[N]`: KL over K + 1 buckets, the last one of everything else."""
+    """`[N, V]`, `[N, K]`, `[N, K]` -> `[N]`: KL over K + 1 buckets, the last one for all other tokens."""
     values = []
     for logits, chosen, teacher in zip(student_logits.double(), ids, log_probabilities.double(), strict=True):
         p, q = teacher.exp(), (logits / temperature).softmax(-1)[chosen]

@@ -1,4 +1,4 @@
-"""Exact bytes of the tensors that code makes, whatever the allocator and the operating system do with them."""
+"""Exact bytes of the tensors that code creates, independent of the allocator and the operating system."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from torch.utils._pytree import tree_leaves
 
 
 class TensorBytes(TorchDispatchMode):
-    """Inside the context, follows every storage that an operation makes until it is let go.
+    """Inside the context, follows every storage that an operation creates until it is released.
 
-    `live` and `peak`: bytes of the storages made inside that are (were at most) alive at a time. What existed before counts for
-    nothing, and neither do an operation's own temporaries that never become a tensor. `shapes`: of every tensor made.
+    `live` and `peak`: bytes of those storages that are alive now, and that were alive at the same time at most. Storages that existed
+    before do not count, nor do an operation's internal temporaries that never become a tensor. `shapes`: of every tensor created.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
         self.shapes: set[torch.Size] = set()
-        self._known: dict[int, int] = {}  # storage -> its bytes, 0 for what was there before
+        self._sizes: dict[int, int] = {}  # storage -> its bytes, 0 for one that existed before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _tensors((args, kwargs)):
-            self._follow(tensor, made_here=False)
+            self._follow(tensor, created=False)
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             self.shapes.add(tensor.shape)
-            self._follow(tensor, made_here=True)
+            self._follow(tensor, created=True)
         return result
 
-    def _follow(self, tensor: Tensor, *, made_here: bool) -> None:
+    def _follow(self, tensor: Tensor, *, created: bool) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known:
+        if key in self._sizes:
             return
-        self._known[key] = storage.nbytes() if made_here else 0
-        self.live += self._known[key]
+        self._sizes[key] = storage.nbytes() if created else 0
+        self.live += self._sizes[key]
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._let_go, key).atexit = False
+        weakref.finalize(storage, self._release, key).atexit = False
 
-    def _let_go(self, key: int) -> None:
-        self.live -= self._known.pop(key)
+    def _release(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Bytes that this rank sends and receives, seen where every call of torch.distributed passes."""
+"""Bytes that this rank sends and receives, counted where every call of torch.distributed passes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class WireBytes(TorchDispatchMode):
-    """Inside the context, counts `received` and `sent` bytes from rank to rank, and `gathered`: what gathers bring of the others.
+    """Inside the context, counts the bytes `received` and `sent` from rank to rank, and `gathered`: from gathers.
 
-    Broadcasts of whole numbers are let pass; other collectives are refused, so that none is missed.
+    Broadcasts of integers are not counted; any other collective is an error, so that none is missed.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class WireBytes(TorchDispatchMode):
             self.sent += first
         elif "allgather" in name:  # (outputs, inputs, ...)
             self.gathered += first - _bytes(args[1])
-        elif "broadcast" in name:  # DeepSpeed compares the ranks' orders of parameters while it learns them
+        elif "broadcast" in name:  # DeepSpeed compares the ranks' parameter orders while it records them
             assert all(not t.is_floating_point() for t in tree_leaves(args[0])), "weights are gathered, not broadcast"
         else:
             raise AssertionError(f"{name} is not counted")

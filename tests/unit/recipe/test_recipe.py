@@ -328,7 +328,7 @@ def test_later_set_wins_and_whole_sections_can_be_set(recipe: Path) -> None:
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_every_recipe_of_the_repository_loads_and_reads_back_as_it_was(file: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(file.stem)
+    recipe = load_recipe(file)
     (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
     again = load_recipe(tmp_path / "again.yaml")
     assert again == recipe and dump_recipe(again) == dump_recipe(recipe)

@@ -55,32 +55,30 @@ def maps(
     stages: int | None,
 ) -> None:
     """Show which teacher block teaches which student block."""
-    from llmkd.layer_map import CONVENTION, NEAREST, STRATEGIES, drawing, layer_map, table
-    from llmkd.teachers.pipeline_schedule import cut
-    from llmkd.teachers.pipeline_schedule import drawing as stages_drawing
+    from llmkd.layer_map import CONVENTION, OPTIONS, RULES, STRATEGIES, drawing, layer_map, needs_states, table
+    from llmkd.teachers.pipeline_schedule import cut_into_stages, pipeline_drawing
 
     if stages is not None and stages > teacher_blocks:
         raise InputError(
             f"--stages {stages}: each needs a block, of which there are {teacher_blocks}; write at most that"
         )
-
-    for name in strategy or (["explicit"] if pairs else [*STRATEGIES, "nearest"]):
-        if name == "nearest":
-            click.echo(f"{NEAREST}\n")
+    options = {"target_block": target_block, "pairs": [_pair(p) for p in pairs] or None}
+    rules = [name for name in RULES if STRATEGIES[name].least_student_blocks <= student_blocks]
+    names = strategy or (["explicit"] if pairs else [*rules, "nearest"])
+    # An option goes to the strategies that read it. Where none was asked for, the strategies refuse it.
+    unread = {key for key in options if strategy and OPTIONS[key] not in strategy}
+    for name in names:
+        known = STRATEGIES.get(name)
+        if known is not None and known.is_measured:
+            click.echo(f"{needs_states(name)}\n")
             continue
-        if name.startswith("pkd") and student_blocks == 1 and not strategy:
-            continue  # it has no pair there; asked for by name, it says so
+        read = unread if known is None else unread.union(known.options)
         chosen = layer_map(
-            name,
-            student_blocks,
-            teacher_blocks,
-            seed=seed,
-            target_block=target_block if name == "all_to_one" or strategy else None,
-            pairs=[_pair(p) for p in pairs] if name == "explicit" else None,
+            name, student_blocks, teacher_blocks, seed=seed, **{key: options[key] for key in read & options.keys()}
         )
         click.echo(f"{name}: {student_blocks} student blocks, {teacher_blocks} teacher blocks\n")
         if stages is not None:
-            click.echo(stages_drawing(chosen, cut([1] * teacher_blocks, stages)))
+            click.echo(pipeline_drawing(chosen, cut_into_stages([1] * teacher_blocks, stages)))
             click.echo("blocks of equal cost; embeddings not counted; llmkd plan draws a recipe's own cut\n")
             continue
         click.echo(table(chosen, student_blocks, teacher_blocks))
@@ -322,7 +320,7 @@ def plan(recipe: str, ranks: int, device_gib: float, overrides: tuple[str, ...])
     teacher = teacher_config(settings)
     click.echo(plan_text(rows(settings, ranks, teacher)))
     if settings.logits or (settings.loss.hidden and settings.matching.strategy != "none"):
-        if settings.teacher.placement == "pipeline":
+        if settings.teacher.placed.is_staged:
             click.echo(f"\n{stages_text(settings, ranks, teacher)}")
         click.echo(f"\n{placements_text(compare(settings, ranks, teacher), device_gib)}")
 

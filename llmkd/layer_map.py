@@ -6,8 +6,11 @@ public code; pkd_skip and pkd_last: Sun et al., arXiv 1908.09355.
 """
 
 import difflib
+import inspect
 import random as python_random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
 
 from llmkd.errors import InputError
 
@@ -16,6 +19,18 @@ DECODER_EMBEDDING = -2
 EMBEDDING = -1
 """The "block" number of the embeddings' output, where the embedding pair is asked for."""
 
+
+class OtherState(Enum):
+    """A teacher's states that no pair can name; being no numbers, they equal no block and neither embedding."""
+
+    FINAL = "final"
+    """The state after the last block and the final norm."""
+    NEXT = "next"
+    """The state that a pipeline's stage hands to the next one."""
+
+
+State = int | OtherState
+"""A block's output or an embedding, by its number, or one of the others."""
 Pairs = tuple[tuple[int, int], ...]
 
 CONVENTION = "block i = output of block i, hidden_states[i+1] in HF's count"
@@ -38,7 +53,7 @@ def reverse(student_blocks: int, teacher_blocks: int) -> Pairs:
     return tuple(enumerate(reversed(_targets(student_blocks, teacher_blocks))))
 
 
-def all_to_one(student_blocks: int, teacher_blocks: int, target_block: int | None = None, stack: str = "") -> Pairs:
+def all_to_one(student_blocks: int, teacher_blocks: int, target_block: int | None = None) -> Pairs:
     """Every student block learns from one teacher block, by default the middle one.
 
     The middle is block `L_t//2 - 1` (block 0 if there is but one): the paper's code reads `hidden_states[L_t//2]`,
@@ -48,7 +63,7 @@ def all_to_one(student_blocks: int, teacher_blocks: int, target_block: int | Non
     target = max(teacher_blocks // 2 - 1, 0) if target_block is None else target_block
     if not _is_block(target, teacher_blocks):
         raise InputError(
-            f"target_block {target!r} is not a block of the {_side('teacher', stack)}, which has {teacher_blocks}: "
+            f"target_block {target!r} is not a block of the teacher, which has {teacher_blocks}: "
             f"write a whole number from 0 to {teacher_blocks - 1}"
         )
     return tuple((j, target) for j in range(student_blocks))
@@ -121,7 +136,7 @@ def none(student_blocks: int, teacher_blocks: int) -> Pairs:
     return ()
 
 
-def explicit(student_blocks: int, teacher_blocks: int, pairs: Sequence[Sequence[int]], stack: str = "") -> Pairs:
+def explicit(student_blocks: int, teacher_blocks: int, pairs: Sequence[Sequence[int]] | None = None) -> Pairs:
     """The user's own pairs, checked and kept in the order given.
 
     A student block may learn from several teacher blocks and the other way round; the student may be the deeper one.
@@ -139,7 +154,7 @@ def explicit(student_blocks: int, teacher_blocks: int, pairs: Sequence[Sequence[
         for side, block, blocks in (("student", pair[0], student_blocks), ("teacher", pair[1], teacher_blocks)):
             if not _is_block(block, blocks):
                 raise InputError(
-                    f"pairs[{number}] is {list(pair)}: {block!r} is not a block of the {_side(side, stack)}, which has {blocks}: "
+                    f"pairs[{number}] is {list(pair)}: {block!r} is not a block of the {side}, which has {blocks}: "
                     f"write a whole number from 0 to {blocks - 1}"
                 )
         if (pair[0], pair[1]) in checked:
@@ -151,74 +166,77 @@ def explicit(student_blocks: int, teacher_blocks: int, pairs: Sequence[Sequence[
     return tuple(checked)
 
 
-# The rules that need depths alone. `explicit` is what the user writes instead of a rule, `nearest` needs the models' states.
-STRATEGIES: dict[str, Callable[..., Pairs]] = {
-    "forward": forward,
-    "reverse": reverse,
-    "all_to_one": all_to_one,
-    "random": random,
-    "in_order_random": in_order_random,
-    "pkd_skip": pkd_skip,
-    "pkd_last": pkd_last,
-    "none": none,
+@dataclass(frozen=True)
+class Strategy:
+    """A rule that gives pairs, and what is special about it."""
+
+    rule: Callable[..., Pairs]
+    """(student_blocks, teacher_blocks) and, by name, those of `seed`, `draw` and its options that it takes -> pairs."""
+    options: tuple[str, ...] = ()
+    """The keys of a recipe's `matching` section that this strategy alone reads."""
+    is_measured: bool = False
+    """The rule needs the models' states instead: the similarity of every student block with every teacher block."""
+    is_written: bool = False
+    """The user writes the pairs."""
+    least_student_blocks: int = 1
+
+    @property
+    def arguments(self) -> frozenset[str]:
+        """What the rule takes by name."""
+        return frozenset(inspect.signature(self.rule).parameters) - {"student_blocks", "teacher_blocks"}
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "forward": Strategy(forward),
+    "reverse": Strategy(reverse),
+    "all_to_one": Strategy(all_to_one, options=("target_block",)),
+    "random": Strategy(random),
+    "in_order_random": Strategy(in_order_random, options=("redraw_every",)),
+    "pkd_skip": Strategy(pkd_skip, least_student_blocks=2),
+    "pkd_last": Strategy(pkd_last, least_student_blocks=2),
+    "none": Strategy(none),
+    "nearest": Strategy(nearest, is_measured=True),
+    "explicit": Strategy(explicit, options=("pairs",), is_written=True),
 }
-CHOICES = (*STRATEGIES, "nearest", "explicit")
-NEAREST = "nearest needs the models' states: `llmkd train --strategy nearest` measures and prints the map"
+RULES = tuple(name for name, strategy in STRATEGIES.items() if not (strategy.is_measured or strategy.is_written))
+"""The strategies that need depths alone."""
+OPTIONS = {option: name for name, strategy in STRATEGIES.items() for option in strategy.options}
+"""The strategy that reads each option."""
 
 
 def layer_map(
-    strategy: str,
-    student_blocks: int,
-    teacher_blocks: int,
-    *,
-    seed: int = 0,
-    target_block: int | None = None,
-    pairs: Sequence[Sequence[int]] | None = None,
-    draw: int = 0,
-    stack: str = "",
+    strategy: str, student_blocks: int, teacher_blocks: int, *, seed: int = 0, draw: int = 0, **options: object
 ) -> Pairs:
-    """The pairs of a strategy by its name; `seed` is read by random and in_order_random alone, `draw` by the latter.
+    """The pairs of a strategy by its name; `seed` and `draw` are for the strategies that draw. An option that is None is not given.
 
-    `stack`: what messages call the blocks' stack, `encoder` or `decoder`, of models that have two.
-
-    Raises InputError on an unknown strategy, on bad depths, seed, target block or pairs, and on an option that the
-    strategy would not read.
+    Raises InputError on an unknown or measured strategy, on bad depths, seed or option, and on an option that the strategy does not read.
     """
-    if strategy not in CHOICES:
-        near = difflib.get_close_matches(str(strategy), CHOICES, n=1)
+    if strategy not in STRATEGIES:
+        near = difflib.get_close_matches(str(strategy), STRATEGIES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise InputError(f"strategy {strategy!r} is not known: {hint}choose from {', '.join(CHOICES)}")
-    if strategy == "nearest":
-        raise InputError(f"strategy {NEAREST}")
-    check_options(strategy, target_block, pairs)
-    if strategy not in ("none", "explicit"):
-        _check_depths(student_blocks, teacher_blocks, stack)
-    if strategy in ("pkd_skip", "pkd_last"):
-        _check_patient(strategy, student_blocks, teacher_blocks, stack)
-    match strategy:
-        case "all_to_one":
-            return all_to_one(student_blocks, teacher_blocks, target_block, stack)
-        case "random":
-            return random(student_blocks, teacher_blocks, seed)
-        case "in_order_random":
-            return in_order_random(student_blocks, teacher_blocks, seed, draw)
-        case "explicit":
-            return explicit(student_blocks, teacher_blocks, pairs or (), stack)
-        case _:
-            return STRATEGIES[strategy](student_blocks, teacher_blocks)
+        raise InputError(f"strategy {strategy!r} is not known: {hint}choose from {', '.join(STRATEGIES)}")
+    if STRATEGIES[strategy].is_measured:
+        raise InputError(f"strategy {needs_states(strategy)}")
+    check_options(strategy, [name for name, value in options.items() if value is not None])
+    values = {"seed": seed, "draw": draw, **options}
+    arguments = STRATEGIES[strategy].arguments
+    return STRATEGIES[strategy].rule(
+        student_blocks, teacher_blocks, **{name: value for name, value in values.items() if name in arguments}
+    )
 
 
-def check_options(strategy: str, target_block: object, pairs: object) -> None:
-    """Raise InputError for an option that the strategy would not read."""
-    if target_block is not None and strategy != "all_to_one":
-        raise InputError(
-            f"target_block is given, but strategy {strategy!r} does not read it: "
-            "leave it out, or use strategy 'all_to_one'"
-        )
-    if pairs is not None and strategy != "explicit":
-        raise InputError(
-            f"pairs are given, but strategy {strategy!r} does not read them: leave them out, or use strategy 'explicit'"
-        )
+def needs_states(strategy: str) -> str:
+    """Why depths alone do not give a measured strategy's map, and how it is seen."""
+    return f"{strategy} needs the models' states: `llmkd train --strategy {strategy}` measures and prints the map"
+
+
+def check_options(strategy: str, given: Iterable[str]) -> None:
+    """Raise InputError for an option that the strategy does not read."""
+    for option in given:
+        if option not in STRATEGIES[strategy].options:
+            raise InputError(
+                f"{option}: strategy {strategy!r} does not read this option; leave it out, or use strategy {OPTIONS[option]!r}"
+            )
 
 
 def table(pairs: Pairs, student_blocks: int, teacher_blocks: int) -> str:
@@ -239,7 +257,7 @@ def drawing(pairs: Pairs, student_blocks: int, teacher_blocks: int) -> str:
     """
     _check_drawn(pairs, student_blocks, teacher_blocks)
     targets = {j: sorted(t for s, t in pairs if s == j) for j in range(student_blocks)}
-    labels = {j: _label(j, found, student_blocks, teacher_blocks) for j, found in targets.items()}
+    labels = {j: _label(j, blocks, student_blocks, teacher_blocks) for j, blocks in targets.items()}
     margin = max(len(label) for label in labels.values()) + 2
     room = MAX_WIDTH - margin - len(str(teacher_blocks))  # the last number may stand on the last column
     step = 2 if 2 * teacher_blocks <= room else 1  # characters from one column to the next
@@ -254,20 +272,20 @@ def drawing(pairs: Pairs, student_blocks: int, teacher_blocks: int) -> str:
         numbers = numbers.ljust(margin + column * step) + str(column * per_column)
         ticks = ticks.ljust(margin + column * step) + "|"
     lines += ["", "student <- teacher", numbers, ticks]
-    for j, found in targets.items():
-        marked = {t // per_column for t in found}
+    for j, blocks in targets.items():
+        marked = {t // per_column for t in blocks}
         cells = (" " * (step - 1)).join("#" if column in marked else "." for column in range(columns))
         lines.append(labels[j].ljust(margin) + cells)
     return "\n".join(lines)
 
 
-def _label(student_block: int, found: Sequence[int], student_blocks: int, teacher_blocks: int) -> str:
+def _label(student_block: int, targets: Sequence[int], student_blocks: int, teacher_blocks: int) -> str:
     student = str(student_block).rjust(len(str(student_blocks - 1)) + 2)
-    if not found:
+    if not targets:
         return student
     digits = len(str(teacher_blocks - 1))
-    shown = [str(t).rjust(digits) for t in found[:3]]
-    return f"{student} <- {', '.join(shown)}" + (f", +{len(found) - 3}" if len(found) > 3 else "")
+    shown = [str(t).rjust(digits) for t in targets[:3]]
+    return f"{student} <- {', '.join(shown)}" + (f", +{len(targets) - 3}" if len(targets) > 3 else "")
 
 
 def _caption(pairs: Pairs, student_blocks: int, teacher_blocks: int) -> str:
@@ -313,27 +331,21 @@ def _check_counts(student_blocks: int, teacher_blocks: int) -> None:
             raise InputError(f"{side} blocks: {blocks!r} is not a depth; write a whole number from 1 up")
 
 
-def _side(side: str, stack: str) -> str:
-    """Whose blocks a message speaks of: `student`, or of models of two stacks `student's decoder`."""
-    return f"{side}'s {stack}" if stack else side
-
-
-def _check_depths(student_blocks: int, teacher_blocks: int, stack: str = "") -> None:
+def _check_depths(student_blocks: int, teacher_blocks: int) -> None:
     _check_counts(student_blocks, teacher_blocks)
     if student_blocks > teacher_blocks:
         # Most often the two numbers were swapped, so this is refused even where a rule could be stretched to it.
         raise InputError(
-            f"the {_side('student', stack)} has {student_blocks} blocks and the {_side('teacher', stack)} {teacher_blocks}: "
-            f"give the {_side('student', stack)} at most {teacher_blocks}, or write the pairs yourself with strategy 'explicit', "
-            "or match none with strategy 'none'"
+            f"the student has {student_blocks} blocks and the teacher {teacher_blocks}: give the student at most {teacher_blocks}, or "
+            "write the pairs yourself with strategy 'explicit', or match none with strategy 'none'"
         )
 
 
-def _check_patient(strategy: str, student_blocks: int, teacher_blocks: int, stack: str = "") -> None:
-    _check_depths(student_blocks, teacher_blocks, stack)
+def _check_patient(strategy: str, student_blocks: int, teacher_blocks: int) -> None:
+    _check_depths(student_blocks, teacher_blocks)
     if student_blocks == 1:
         raise InputError(
-            f"strategy {strategy!r} leaves out the student's last block, and the {_side('student', stack)} has no other: "
+            f"strategy {strategy!r} leaves out the student's last block, and the student has no other: "
             "give it 2 blocks or more, or use strategy 'forward' or 'none'"
         )
 

@@ -183,8 +183,8 @@ class LostRank(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Sending:
-    """A tensor on its way to or from a member of a wire; it is kept alive until it has been waited for."""
+class PendingTransfer:
+    """A tensor on its way to or from a member of a pipeline; it is kept alive until it has been waited for."""
 
     tensor: Tensor
     said: str
@@ -199,7 +199,7 @@ class Sending:
         return self.tensor
 
 
-class Wire:
+class PipelineGroup:
     """Sends tensors between the members of a group of consecutive ranks, and counts the bytes this one sends.
 
     In process groups of its own, so that nothing comes between: on NCCL what two ranks send each other must be posted in one order on
@@ -229,7 +229,7 @@ class Wire:
         dist.all_gather_object(values, value, group=self._control)
         return values
 
-    def post(self, sends: Sequence[tuple[Tensor, int, bool]]) -> list[Sending]:
+    def post(self, sends: Sequence[tuple[Tensor, int, bool]]) -> list[PendingTransfer]:
         """Start to send (True) or receive (False) each tensor to or from a member, all at once. Both sides post in one order."""
         if not sends:
             return []
@@ -243,7 +243,7 @@ class Wire:
         works = dist.batch_isend_irecv(posts)
         if len(works) == 1:  # NCCL makes one of all
             works = works * len(posts)
-        return [Sending(s[0], text, work) for s, text, work in zip(sends, said, works, strict=True)]
+        return [PendingTransfer(s[0], text, work) for s, text, work in zip(sends, said, works, strict=True)]
 
 
 def lost_rank(error: BaseException) -> bool:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict
 
 from llmkd.layer_map import Pairs
-from llmkd.models.load import DTYPES
-from llmkd.planning.rows import GIB, Row
-from llmkd.planning.shapes import Shapes
-from llmkd.recipe.recipe import Recipe
+from llmkd.planning.rows import GIB, WAITING, Row
+from llmkd.planning.teacher import PlannedTeacher
 from llmkd.teachers.cache_files import Contents, sizes
 from llmkd.teachers.cached import AHEAD
 from llmkd.training.cache_contents import Student, asked_for, students
@@ -18,35 +16,47 @@ ROWS = 1000
 """So many rows are planned for where `data.rows` does not say how many there are."""
 
 
-def cache_rows(recipe: Recipe, shape: Shapes, student_depth: int, pairs: Pairs) -> list[Row]:
+def cache_rows(teacher: PlannedTeacher) -> list[Row]:
     """A cached teacher: its head alone, a state at a time on the device, what is read ahead, and the files, which the ranks share."""
-    size = DTYPES[recipe.teacher.dtype].itemsize
-    tokens = recipe.train.micro_batch_size * recipe.data.max_length
-    state = tokens * shape.hidden * size
-    top_k = asked_for([(recipe, pairs)], shape.depth)[2]
+    recipe, shape, size, tokens = teacher.recipe, teacher.whole, teacher.size, teacher.tokens
+    state, student = tokens * shape.hidden * size, (recipe, teacher.pairs)
+    top_k = asked_for([student], shape.depth).top_k
     rows = []
     if recipe.loss.kl and top_k is None:
         how = f"{shape.head / 1e6:,.1f} M x {size} B, alone"
-        rows.append(Row("teacher head", shape.head * size, "device", ("always",), how))
-    if pairs:
-        waiting = states_at_once(pairs)
+        rows.append(Row("teacher head", shape.head * size, how, part="teacher weights"))
+    if teacher.pairs:
+        waiting = states_at_once(teacher.pairs)
         how = f"{waiting} at a time, [B, T, H] x {size} B; the others wait as they were read"
-        rows.append(Row("teacher states", waiting * state, "device", ("teacher forward", "head"), how))
+        rows.append(Row("teacher states", waiting * state, how, WAITING))
     if top_k is not None:
-        held, how = tokens * top_k * 8, f"[B, T, {top_k}] x 8 B: an id and a log-probability"
-        rows.append(Row("teacher top k", held, "device", ("teacher forward", "head"), how))
+        how = f"[B, T, {top_k}] x 8 B: an id and a log-probability"
+        rows.append(Row("teacher top k", tokens * top_k * 8, how, WAITING))
     elif recipe.loss.kl:
-        rows.append(Row("teacher final state", state, "device", ("teacher forward", "head"), f"[B, T, H] x {size} B"))
-    read = cache_bytes([(recipe, pairs)], shape, tokens)
+        rows.append(Row("teacher final state", state, f"[B, T, H] x {size} B", WAITING))
+    read = cache_bytes([student], shape.hidden, shape.depth, tokens)
     how = f"{AHEAD} micro-batches and the one in use, in {recipe.cache.dtype}"
-    rows.append(Row("teacher states, read ahead", (AHEAD + 1) * read, "host", ("always",), how))
+    rows.append(Row("teacher states, read ahead", (AHEAD + 1) * read, how, place="host"))
     count = recipe.data.rows or ROWS
-    said = f"{count:,} rows" if recipe.data.rows else f"each {count:,} rows"
+    counted = f"{count:,} rows" if recipe.data.rows else f"each {count:,} rows"
     step = read * recipe.train.batch_size // recipe.train.micro_batch_size
-    how = f"at most, {said} of {recipe.data.max_length} tokens, shared; all ranks together read {step / GIB:.3f} GiB per step"
-    on_disk = cache_bytes(students(recipe, student_depth, shape.depth), shape, count * recipe.data.max_length)
-    rows.append(Row("teacher's cache", on_disk, "disk", ("always",), how))
-    return rows
+    how = f"at most, {counted} of {recipe.data.max_length} tokens, shared; all ranks together read {step / GIB:.3f} GiB per step"
+    served = students(recipe, teacher.student_depth, shape.depth)
+    on_disk = cache_bytes(served, shape.hidden, shape.depth, count * recipe.data.max_length)
+    return [*rows, Row("teacher's cache", on_disk, how, place="disk")]
+
+
+def cache_traffic(teacher: PlannedTeacher) -> tuple[int, str]:
+    """Nothing is sent; the note says how often a row is seen by all the students of the recipe's study."""
+    recipe = teacher.recipe
+    train, rows = recipe.train, recipe.data.rows
+    students = max(1, len(recipe.study.students) * len(recipe.study.seeds))
+    epochs = (
+        train.epochs if train.epochs is not None else (train.steps or 0) * train.batch_size / rows if rows else None
+    )
+    times = "" if epochs is None else f"{epochs:.3g} epochs x "
+    seen = f"{times}{students} {'student' if students == 1 else 'students'}"
+    return 0, f"worth its disk where rows are seen more than once; here {seen}"
 
 
 def states_at_once(pairs: Pairs) -> int:
@@ -56,13 +66,11 @@ def states_at_once(pairs: Pairs) -> int:
     return max(sum(first <= at <= last for first, last in spans) for at in range(len(order)))
 
 
-def cache_bytes(served: Sequence[Student], shape: Shapes, tokens: int) -> int:
+def cache_bytes(served: Sequence[Student], hidden: int, depth: int, tokens: int) -> int:
     """Bytes of a cache of so many tokens that serves these students, its files' headers not counted."""
-    blocks, final, top_k = asked_for(served, shape.depth)
     dtype = served[0][0].cache.dtype  # one for all, as the rest of the cache section
-    settings: dict[str, Any] = dict(identity={}, recipe={}, rows=0, columns=None, dtype=dtype)
-    return sum(
-        sizes(
-            Contents(tokens=tokens, hidden=shape.hidden, blocks=blocks, final=final, top_k=top_k, **settings)
-        ).values()
+    asked = asked_for(served, depth)
+    contents = Contents(
+        identity={}, recipe={}, rows=0, tokens=tokens, hidden=hidden, dtype=dtype, columns=None, **asdict(asked)
     )
+    return sum(sizes(contents).values())

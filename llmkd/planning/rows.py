@@ -12,18 +12,33 @@ WIDE = 4
 """Bytes of a master weight, an Adam moment, an accumulated or a communicated gradient: fp32 (ds_configs/)."""
 Phase = Literal["always", "teacher forward", "head", "backward", "optimizer step"]
 Place = Literal["device", "host", "nvme", "disk"]
+Part = Literal["teacher weights", "teacher signals", "student"]
 PHASES: tuple[Phase, ...] = ("teacher forward", "head", "backward", "optimizer step")
+FORWARD: tuple[Phase, ...] = ("teacher forward",)
+WAITING: tuple[Phase, ...] = ("teacher forward", "head")
+"""From when the teacher gives a state until the student has compared it."""
+OFFLOADED: dict[str, Place] = {"none": "device", "cpu": "host", "nvme": "nvme"}
+"""By the name of an offload device in a recipe or a DeepSpeed file."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that one rank holds: how many bytes, where, in which phases of a step, and how they were counted."""
+    """One thing that one rank holds."""
 
     what: str
     bytes: int
-    place: Place
-    phases: tuple[Phase, ...]
     how: str
+    """How the bytes were counted."""
+    phases: tuple[Phase, ...] = ("always",)
+    """When in a step it is held."""
+    place: Place = "device"
+    part: Part = "student"
+    """What it is a part of; the teacher's weights are those that stay on the rank, not what is gathered for a moment."""
+
+
+def millions(count: int) -> str:
+    """A count of numbers as tables write it, e.g. `3.1 M`."""
+    return f"{count / 1e6:,.1f} M" if count < 1e9 else f"{count / 1e9:,.2f} B"
 
 
 def block_activations(shape: Shapes, size: int) -> int:

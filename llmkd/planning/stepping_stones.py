@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmkd.layer_map import Pairs
+from llmkd.layer_map import STRATEGIES, Pairs
 from llmkd.losses.chunked_head import BUFFERS, rows_at_once
 from llmkd.models.load import DTYPES
 from llmkd.planning.rows import WIDE, Row, block_activations
@@ -21,16 +21,16 @@ def stone_rows(recipe: Recipe, teacher: Shapes, stones: Pairs) -> list[Row]:
     upper = max(teacher.depth - 1 - block for block in _starts(recipe, stones))
     active = 1 if settings.sample == "one" else len(stones)
     how = f"{active + 1} states [B, T, H] x {size} B, a gradient in each state's place"
-    rows = [Row("stones' states", (active + 1) * state, "device", ("head", "backward"), how)]
+    rows = [Row("stones' states", (active + 1) * state, how, ("head", "backward"))]
     if settings.checkpoint:
         how = f"inputs of up to {upper} teacher blocks [B, T, H] x {size} B, and one block computed again"
-        rows.append(Row("stones, one pass", upper * state + (block if upper else 0), "device", ("head",), how))
+        rows.append(Row("stones, one pass", upper * state + (block if upper else 0), how, ("head",)))
     else:
         how = f"up to {upper} teacher blocks x B x T x {block // tokens:,} B"
-        rows.append(Row("stones, one pass", upper * block, "device", ("head",), how))
-    if upper and recipe.teacher.placement == "zero3":
+        rows.append(Row("stones, one pass", upper * block, how, ("head",)))
+    if upper and recipe.teacher.placed.is_sharded:
         how = f"one block, {teacher.largest_block / 1e6:,.1f} M x {size} B, beside the head"
-        rows.append(Row("teacher block, for stones", teacher.largest_block * size, "device", ("head",), how))
+        rows.append(Row("teacher block, for stones", teacher.largest_block * size, how, ("head",)))
     if not (
         recipe.loss.ce or recipe.loss.kl
     ):  # else the student's own, of like size and not at the same time, are counted
@@ -38,14 +38,14 @@ def stone_rows(recipe: Recipe, teacher: Shapes, stones: Pairs) -> list[Row]:
         at_once = rows_at_once(chunk, teacher.vocabulary, "cuda")
         held = 2 * chunk * size + BUFFERS["kl"] * at_once * WIDE
         how = f"2 x {chunk} tokens x {teacher.vocabulary:,} x {size} B, and {BUFFERS['kl']} buffers of {at_once} tokens x {WIDE} B"
-        rows.append(Row("stones' logits of a chunk", held * teacher.vocabulary, "device", ("head",), how))
+        rows.append(Row("stones' logits of a chunk", held * teacher.vocabulary, how, ("head",)))
     return rows
 
 
 def _starts(recipe: Recipe, stones: Pairs) -> list[int]:
     """The teacher block that each stone stands for; where the map is yet to be measured, the first, which has the most above it."""
     assert recipe.stones is not None
-    measured = recipe.stones.pairs == "from_map" and recipe.matching.strategy == "nearest"
+    measured = recipe.stones.pairs == "from_map" and STRATEGIES[recipe.matching.strategy].is_measured
     return [0 if measured else block for _, block in stones]
 
 

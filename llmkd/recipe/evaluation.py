@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from llmkd.layer_map import CHOICES
+from llmkd.layer_map import STRATEGIES
 from llmkd.recipe.section import Backend, Dtype, Section, one_of
 
 _VARIED = ("student", "matching", "loss", "train", "stones")
@@ -106,7 +106,7 @@ class Study(Section):
     @model_validator(mode="after")
     def _known(self) -> Study:
         for strategy in self.strategies:
-            one_of("study.strategies", strategy, CHOICES)
+            one_of("study.strategies", strategy, STRATEGIES)
         for name, changes in self.variants.items():
             _check_variant(name, changes)
         for field, values in (("strategies", self.strategies), ("seeds", self.seeds)):
@@ -137,7 +137,7 @@ class Study(Section):
 
 def _check_variant(name: str, changes: Mapping[str, Any]) -> None:
     """Raise ValueError for a variant that can't be told from the study's other students, or changes more than a student."""
-    taken = (*CHOICES, "ce_only", "undistilled", "teacher")
+    taken = (*STRATEGIES, "ce_only", "undistilled", "teacher")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in taken:
         raise ValueError(
             f"study.variants: {name!r} can't name a student; use letters, digits, _ . and -, and no strategy's or baseline's name"

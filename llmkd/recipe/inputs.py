@@ -37,7 +37,7 @@ def training_inputs(recipe: Recipe) -> dict[str, Any]:
     cache = values.pop("cache")
     if values["stones"] is None:
         values.pop("stones")
-    if recipe.teacher.placement == "cache":
+    if not recipe.teacher.placed.has_weights:
         values["cache"] = {"dtype": cache["dtype"], "top_k": cache["top_k"]}
     values["loss"].pop("report_norms_every")
     inputs = {key: value for key, value in flat(values).items() if key not in SAVING}

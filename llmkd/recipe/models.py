@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from llmkd.recipe.placements import PLACEMENTS, Placement, PlacementName
 from llmkd.recipe.section import Dtype, Section
 
 
@@ -54,7 +55,7 @@ class Teacher(Section):
     """Hub revision (branch, tag or commit)."""
     trust_remote_code: bool = False
     """Run the model repository's own Python code. Off unless you trust its authors."""
-    placement: Literal["replicated", "zero3", "pipeline", "cache"] = "replicated"
+    placement: PlacementName = "replicated"
     """`replicated`: a whole teacher per rank. `zero3`: sharded over the ranks, one block gathered at a time. `pipeline`: each rank
     holds some blocks, and states stream to the rank that owns the micro-batch. `cache`: not there at all; what it said was written by
     `llmkd cache`, once, and is read from disk. docs/placements.md says which to choose."""
@@ -74,20 +75,36 @@ class Teacher(Section):
 
     @model_validator(mode="after")
     def _placed(self) -> Teacher:
-        # a cache may be written by a zero3 teacher or by a pipeline
-        if self.offload != "none" and self.placement not in ("zero3", "cache"):
+        # A cache may be written by a sharded teacher or by a staged one.
+        placed = self.placed
+        if self.offload != "none" and placed.has_weights and not placed.is_sharded:
             raise ValueError(
                 "teacher.offload: only a zero3 teacher is offloaded; write placement: zero3, or offload: none"
             )
-        if self.offload_states and self.placement == "pipeline":
+        if self.offload_states and placed.is_staged:
             raise ValueError(
                 "teacher.offload_states: a pipelined teacher's states arrive when they are needed; write false, or another placement"
             )
-        if self.stages is not None and self.placement not in ("pipeline", "cache"):
+        if self.stages is not None and placed.has_weights and not placed.is_staged:
             raise ValueError(
                 "teacher.stages: only a pipelined teacher has them; write placement: pipeline, or leave it out"
             )
         return self
+
+    @property
+    def placed(self) -> Placement:
+        """What its placement can do."""
+        return PLACEMENTS[self.placement]
+
+    @property
+    def serving(self) -> Placement:
+        """What the placement can do that a study's students learn from: a shared cache stands in for the teacher's own."""
+        return PLACEMENTS["cache"] if self.share_cache else self.placed
+
+    @property
+    def serving_name(self) -> str:
+        """The setting that decides on `serving`, for messages."""
+        return "share_cache" if self.share_cache else f"placement {self.placement}"
 
 
 class Student(Section):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from llmkd.layer_map import CHOICES
+from llmkd.layer_map import OPTIONS, STRATEGIES
 from llmkd.losses.distance_sum import KNOWN, terms_of
 from llmkd.losses.divergences import DIVERGENCES, with_parameters
 from llmkd.losses.objective import Change
@@ -20,7 +20,7 @@ Block = Annotated[int, Field(ge=0)]
 
 class Matching(Section):
     strategy: str = "forward"
-    """One of llmkd.layer_map.STRATEGIES; `nearest`, measured before the first step; or `explicit` with `pairs`."""
+    """One of llmkd.layer_map.STRATEGIES: `nearest` is measured before the first step, `explicit` takes its `pairs` from here."""
     pairs: BlockPairs | dict[Stack, BlockPairs] | None = Field(
         default=None, examples=[[[0, 3], [1, 7]], {"encoder": [[0, 1], [1, 3]], "decoder": [[0, 2]]}]
     )
@@ -53,11 +53,7 @@ class Matching(Section):
 
     @model_validator(mode="after")
     def _known(self) -> Matching:
-        one_of("matching.strategy", self.strategy, CHOICES)
-        if self.redraw_every and self.strategy != "in_order_random":
-            raise ValueError(
-                f"matching.redraw_every: strategy {self.strategy} is not drawn again; write strategy: in_order_random, or leave it out"
-            )
+        one_of("matching.strategy", self.strategy, STRATEGIES)
         if not self.mixes:
             raise ValueError("matching.distance: the list is empty; write a distance for each pair, or one for all")
         for number, mix in enumerate(self.mixes):
@@ -78,6 +74,12 @@ class Matching(Section):
                 f"matching.pair_weights: {list(self.pair_weights)}; write numbers from 0 up, one of them above 0"
             )
         return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The strategies' options that are given."""
+        values = {key: getattr(self, key) for key in OPTIONS}
+        return {key: value for key, value in values.items() if value != type(self).model_fields[key].default}
 
     @property
     def mixes(self) -> tuple[dict[str, float], ...]:

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from llmkd.errors import InputError
 from llmkd.files import ROOT
+from llmkd.layer_map import STRATEGIES
 from llmkd.losses.distance_sum import KNOWN
 from llmkd.recipe.evaluation import Evaluation, Study
 from llmkd.recipe.models import Student, Teacher
@@ -60,8 +61,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _teacher_is_heard(self) -> Recipe:
         moving = None if self.loss.schedules is None else self.loss.schedules.temperature
-        reads_cache = self.teacher.placement == "cache" or self.teacher.share_cache
-        if moving is not None and moving.shape == "dynamic" and reads_cache and self.cache.top_k:
+        if (
+            moving is not None
+            and moving.shape == "dynamic"
+            and not self.teacher.serving.has_weights
+            and self.cache.top_k
+        ):
             raise ValueError(
                 "loss.schedules.temperature: dynamic reads the teacher's own cross-entropy, which a cache of the likeliest tokens does not "
                 "hold; leave out cache.top_k, or write another shape"
@@ -102,26 +107,27 @@ class Recipe(Section):
             "redraw_every"
             if self.matching.redraw_every
             else "strategy"
-            if self.matching.strategy == "nearest"
+            if STRATEGIES[self.matching.strategy].is_measured
             else None
         )
-        if moves is None or (self.teacher.placement in ("replicated", "zero3") and not self.teacher.share_cache):
+        if moves is None or not self.teacher.serving.needs_fixed_map:
             return self
-        where = "share_cache" if self.teacher.share_cache else f"placement {self.teacher.placement}"
+        where = self.teacher.serving_name
         reason = "has the blocks of one map, known before training"
         if moves == "redraw_every":
             raise ValueError(
                 f"matching.redraw_every: a teacher under {where} {reason}; write teacher.placement: replicated or zero3, or redraw_every: 0"
             )
         raise ValueError(
-            f"matching.strategy: nearest is measured, and a teacher under {where} {reason}; write teacher.placement: replicated or zero3, "
-            "or measure with one (train.steps: 1) and write the pairs of its map.json here, with strategy: explicit"
+            f"matching.strategy: {self.matching.strategy} is measured, and a teacher under {where} {reason}; "
+            "write teacher.placement: replicated or zero3, or measure with one (train.steps: 1) and "
+            "write the pairs of its map.json here, with strategy: explicit"
         )
 
     @model_validator(mode="after")
     def _top_k_is_enough(self) -> Recipe:
-        reads_cache = self.teacher.placement == "cache" or self.teacher.share_cache
-        if reads_cache and self.cache.top_k and self.loss.kl and self.loss.divergence != "forward_kl":
+        reads_top_k = self.cache.top_k and not self.teacher.serving.has_weights
+        if reads_top_k and self.loss.kl and self.loss.divergence != "forward_kl":
             raise ValueError(
                 f"loss.divergence: {self.loss.divergence} needs the teacher's whole distribution, and cache.top_k keeps the likeliest "
                 "tokens alone; write divergence: forward_kl, or leave out cache.top_k"
@@ -132,13 +138,12 @@ class Recipe(Section):
     def _stones_have_a_teacher(self) -> Recipe:
         if self.stones is None:
             return self
-        if self.teacher.placement in ("pipeline", "cache") or self.teacher.share_cache:
-            placed = "share_cache" if self.teacher.share_cache else f"placement {self.teacher.placement}"
+        if not self.teacher.serving.runs_upper_blocks:
             raise ValueError(
-                f"stones: they run the teacher's upper blocks on the student's states, which {placed} has no place for; write "
-                "teacher.placement: replicated or zero3, or leave out stones"
+                f"stones: they run the teacher's upper blocks on the student's states, which {self.teacher.serving_name} has no place for; "
+                "write teacher.placement: replicated or zero3, or leave out stones"
             )
-        if self.teacher.placement == "zero3" and not self.stones.checkpoint:
+        if self.teacher.placed.is_sharded and not self.stones.checkpoint:
             raise ValueError(
                 "stones.checkpoint: a zero3 teacher's blocks are let go between the passes; write true, or placement: replicated"
             )
@@ -153,7 +158,7 @@ class Recipe(Section):
     def measures_map(self) -> bool:
         """Whether a map is asked for that is measured before the first step."""
         of_stones = self.stones is not None and self.stones.pairs == "from_map"
-        return self.matching.strategy == "nearest" and (self.loss.hidden > 0 or of_stones)
+        return STRATEGIES[self.matching.strategy].is_measured and (self.loss.hidden > 0 or of_stones)
 
     @property
     def logits(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from llmkd.recipe.models import Architecture
+from llmkd.recipe.placements import WithWeights
 from llmkd.recipe.section import Dtype, Section
 
 
@@ -84,7 +85,7 @@ class Cache(Section):
     """How a state is stored; fp8 (e4m3) and int8 with one scale per token, at half of bfloat16's bytes."""
     top_k: int | None = Field(default=None, gt=0)
     """Store the likeliest tokens' log-probabilities in place of the final state; only forward_kl can use them."""
-    teacher_placement: Literal["replicated", "zero3", "pipeline"] | None = None
+    teacher_placement: WithWeights | None = None
     """Where the teacher lives while the cache is written; default: as teacher.placement says, or replicated if that is cache."""
     micro_batch_size: int | None = Field(default=None, gt=0)
     """Rows per forward pass of the teacher while the cache is written; default: train.micro_batch_size."""

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from llmkd.errors import InputError
 from llmkd.files import publish_json, read
+from llmkd.layer_map import STRATEGIES
+from llmkd.recipe.objective import Matching
 from llmkd.recipe.recipe import Recipe
 
 GENERATIONS, AGREEMENT, EVALUATIONS = "generations", "agreement", "evaluations"  # the folders of a study's results
@@ -177,12 +179,6 @@ def entry_recipe(recipe: Recipe, entry: StudyEntry) -> Recipe:
 
 
 def _only_for(recipe: Recipe, strategy: str) -> dict[str, object]:
-    """Settings that belong to one strategy are dropped for the others of a study."""
-    dropped: dict[str, object] = {}
-    if strategy != "explicit" and recipe.matching.pairs is not None:
-        dropped["matching.pairs"] = None
-    if strategy != "all_to_one" and recipe.matching.target_block is not None:
-        dropped["matching.target_block"] = None
-    if strategy != "in_order_random" and recipe.matching.redraw_every:
-        dropped["matching.redraw_every"] = 0
-    return dropped
+    """The options of other strategies, each at its default: a study's recipe may give those of all its strategies."""
+    given = recipe.matching.options.keys() - set(STRATEGIES[strategy].options)
+    return {f"matching.{option}": Matching.model_fields[option].default for option in given}

@@ -25,12 +25,11 @@ from torch import Tensor
 
 from llmkd.errors import InputError
 from llmkd.files import sha256, sync, write_json_durably
-from llmkd.layer_map import EMBEDDING
+from llmkd.layer_map import EMBEDDING, OtherState, State
 from llmkd.teachers.quantization import LARGEST, STORED
 
 FORMAT = 1
 IDS, LOG_PROBABILITIES, OFFSETS, DONE = "top_k.ids", "top_k.log_probabilities", "offsets", "done"
-FINAL = "final"
 IDENTITY = {
     "teacher": "another teacher",
     "teacher.dtype": "a teacher in another dtype",
@@ -85,14 +84,16 @@ class Manifest:
     """With which versions and recipe."""
 
 
-def state_name(block: int) -> str:
-    """The tensor of a block's states."""
-    return "embedding" if block == EMBEDDING else f"block.{block}"
+def state_name(state: State) -> str:
+    """The tensor that holds this state of every token."""
+    if isinstance(state, OtherState):
+        return state.value
+    return "embedding" if state == EMBEDDING else f"block.{state}"
 
 
 def state_names(contents: Contents) -> list[str]:
     """The tensors of states [tokens, H], in a fixed order."""
-    return [*(state_name(block) for block in contents.blocks), *([FINAL] if contents.final else [])]
+    return [state_name(state) for state in (*contents.blocks, *([OtherState.FINAL] if contents.final else []))]
 
 
 def layout(contents: Contents, tokens: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -119,7 +120,7 @@ def sizes(contents: Contents) -> dict[str, int]:
     return total
 
 
-def cut(lengths: Sequence[int], bytes_per_token: int, shard_bytes: int) -> list[tuple[int, int]]:
+def shard_ranges(lengths: Sequence[int], bytes_per_token: int, shard_bytes: int) -> list[tuple[int, int]]:
     """Row ranges [first, last) of shards of at most so many bytes, or of one row: the same on any number of ranks."""
     ranges, first, size = [], 0, 0
     for row, length in enumerate(lengths):

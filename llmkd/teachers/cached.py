@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from llmkd.data.batches import Batch
+from llmkd.layer_map import OtherState
 from llmkd.losses.chunked_head import TopK
 from llmkd.teachers import cache_files
 from llmkd.teachers.base import Signal
-from llmkd.teachers.cache_files import FINAL, IDS, LOG_PROBABILITIES, OFFSETS, Manifest, Shard, state_name
+from llmkd.teachers.cache_files import IDS, LOG_PROBABILITIES, OFFSETS, Manifest, Shard, state_name
 from llmkd.teachers.quantization import LARGEST, restored
 
 log = logging.getLogger("llmkd")
 
+FINAL = state_name(OtherState.FINAL)
 AHEAD = 2
 """Micro-batches read before they are asked for; each is held once, in the cache's own dtype."""
 

@@ -17,22 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from llmkd.data.batches import Batch
-from llmkd.distributed.ranks import Sending, Wire
-from llmkd.layer_map import EMBEDDING, Pairs
+from llmkd.distributed.ranks import PendingTransfer, PipelineGroup
+from llmkd.layer_map import EMBEDDING, OtherState, Pairs, State
 from llmkd.teachers.base import Capture, Signal
-from llmkd.teachers.pipeline_schedule import FINAL, NEXT, Cut, last_tick, routes, transfers
+from llmkd.teachers.pipeline_schedule import PipelineCut, last_tick, routes, transfers
 
 TICKS_IN_FLIGHT = 1
 """Ticks whose sends may still be under way while a stage works on; the tensors of older ones are waited for and let go."""
 
-
-TOLD_BYTES = 9
+ANNOUNCED_BYTES = 9
 """Per token: its id and its position in 32 bits, and whether it is padding."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a stage must know of a micro-batch, small enough to be told to all members."""
+    """What a stage must know of a micro-batch, small enough to be sent to all members."""
 
     input_ids: Tensor  # [B, T] int32
     position_ids: Tensor  # [B, T] int32
@@ -45,7 +44,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Turn:
-    """The micro-batches that one call of `expect` told of. Members may have different numbers of them."""
+    """The micro-batches of one call of `expect`. Members may have different numbers of them."""
 
     mine: deque[int]
     """The rounds of this member's own ones that have not been asked for."""
@@ -63,8 +62,8 @@ class PipelineTeacher:
     def __init__(
         self,
         body: nn.Module,
-        parts: Cut,
-        wire: Wire,
+        parts: PipelineCut,
+        group: PipelineGroup,
         pairs: Pairs,
         *,
         head: Tensor | None,
@@ -74,36 +73,38 @@ class PipelineTeacher:
         device: torch.device,
     ) -> None:
         self._body: Any = body
-        self._wire, self._parts, self._head = wire, parts, head
+        self._group, self._head = group, head
         self._uses = tuple(block for _, block in pairs)
         self._normed = parts[-1].stop - 1 if normed_last else None
         self._routes = routes(pairs, parts, final=head is not None, normed_last=normed_last)
         self._width, self._dtype, self._device = width, dtype, device
-        self._here = [route.block for route in self._routes if route.stage == wire.member]
-        part = parts[wire.member]
-        modules = {block: self._body.layers[block - part.start] for block in self._here if block >= 0}
+        self._here = [route.state for route in self._routes if route.stage == group.member]
+        part = parts[group.member]
+        modules = {block: self._body.layers[block - part.start] for block in part if block in self._here}
         if EMBEDDING in self._here:
             modules[EMBEDDING] = self._body.embed_tokens
         self._capture: Any = Capture(modules, dict)
-        self._inputs: dict[int, Inputs] = {}  # item -> what is known of it, until this member needs it no more
+        self._inputs: dict[int, Inputs] = {}  # by item, until this member needs it no more
         self._rounds = 0
         self._turns: deque[Turn] = deque()  # what was expected and is not done with
         self._tick = 0
-        self._arriving: dict[int, dict[int, Sending | Tensor]] = {}  # item -> block -> its state, or the promise of it
-        self._leaving: deque[list[Sending]] = deque()
-        self.told_bytes = 0
+        self._arriving: dict[
+            int, dict[State, PendingTransfer | Tensor]
+        ] = {}  # item -> what has come of it, or is on its way
+        self._leaving: deque[list[PendingTransfer]] = deque()
+        self.announced_bytes = 0
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes that this rank has put on the wire: states, and what it told the others of its micro-batches."""
-        return self._wire.sent_bytes + self.told_bytes
+        """Bytes that this rank has sent: states, and the inputs of its micro-batches, which every member gets."""
+        return self._group.sent_bytes + self.announced_bytes
 
     def expect(self, batches: Sequence[Batch]) -> None:
         """Tell the members what this one's next micro-batches are (all take part; numbers and lengths may differ)."""
-        size = self._wire.size
+        size = self._group.size
         mine = [_inputs(batch) for batch in batches]
-        self.told_bytes += sum(inputs.nbytes for inputs in mine) * (size - 1)
-        members: list[tuple[list[Inputs], int]] = self._wire.gather((mine, self._tick))
+        self.announced_bytes += sum(inputs.nbytes for inputs in mine) * (size - 1)
+        members: list[tuple[list[Inputs], int]] = self._group.gather((mine, self._tick))
         # A member that had nothing more to do may be past the ticks at which stage 0 would work on the next items.
         first = max(self._rounds, -(-max(tick for _, tick in members) // size))
         for owner, (theirs, _) in enumerate(members):
@@ -113,17 +114,17 @@ class PipelineTeacher:
 
     @torch.no_grad()
     def signals(self, batch: Batch) -> Signal:
-        """What the teacher says of this member's next micro-batch. The stages then have begun on the ones after it."""
+        """The teacher's signal for this member's next micro-batch. The stages have then begun on the ones after it."""
         while not self._turns[0].mine:
             self._turns.popleft()
         turn = self._turns[0]
-        item = turn.mine.popleft() * self._wire.size + self._wire.member
+        item = turn.mine.popleft() * self._group.size + self._group.member
         if turn.mine:
-            self._run_until(last_tick(turn.mine[0], self._wire.size))
+            self._run_until(last_tick(turn.mine[0], self._group.size))
         else:
             self.finish()
-        states = {block: _arrived(state) for block, state in self._arriving.pop(item, {}).items()}
-        final = states.pop(FINAL, None)
+        states: Any = {name: _arrived(state) for name, state in self._arriving.pop(item, {}).items()}
+        final = states.pop(OtherState.FINAL, None)
         if final is not None and self._normed in self._uses:
             states[self._normed] = final
         if self._head is None:
@@ -136,7 +137,7 @@ class PipelineTeacher:
 
         The last of a member's own does it too; it is for a member that has none of its own in a turn.
         """
-        self._run_until(last_tick(self._turns.popleft().end, self._wire.size))
+        self._run_until(last_tick(self._turns.popleft().end, self._group.size))
 
     @contextlib.contextmanager
     def head(self) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -146,42 +147,42 @@ class PipelineTeacher:
 
     def _run_until(self, tick: int) -> None:
         """Do the ticks up to this one, or to the last one there is work for."""
-        while self._tick <= min(tick, last_tick(self._rounds, self._wire.size)):
+        while self._tick <= min(tick, last_tick(self._rounds, self._group.size)):
             self._do(self._tick)
             self._tick += 1
 
     def _do(self, tick: int) -> None:
         """One tick: work on this stage's item, then send what is for others and make ready to receive what is for this member."""
-        me, size = self._wire.member, self._wire.size
+        me, size = self._group.member, self._group.size
         item = tick - me
         made = self._work(item) if item in self._inputs else {}
         moved = [
             t for t in transfers(tick, self._inputs.__contains__, self._routes, size) if me in (t.source, t.target)
         ]
         sends = [
-            (made[t.block].contiguous(), t.target, True)
+            (made[t.state].contiguous(), t.target, True)
             if t.source == me
             else (self._room(self._inputs[t.item]), t.source, False)
             for t in moved
         ]
-        posted = self._wire.post(sends)
-        self._leaving.append([sending for t, sending in zip(moved, posted, strict=True) if t.source == me])
-        for t, sending in zip(moved, posted, strict=True):
+        posted = self._group.post(sends)
+        self._leaving.append([transfer for t, transfer in zip(moved, posted, strict=True) if t.source == me])
+        for t, transfer in zip(moved, posted, strict=True):
             if t.target == me:
-                self._arriving.setdefault(t.item, {})[t.block] = sending
+                self._arriving.setdefault(t.item, {})[t.state] = transfer
         if made and item % size == me:
-            self._arriving.setdefault(item, {}).update({block: made[block] for block in self._here})
+            self._arriving.setdefault(item, {}).update({state: made[state] for state in self._here})
         self._let_go(TICKS_IN_FLIGHT)
         self._inputs.pop(tick - size + 1, None)  # the last stage has now worked on it
 
-    def _work(self, item: int) -> dict[int, Tensor]:
+    def _work(self, item: int) -> dict[State, Tensor]:
         """Run this stage on an item: the states that are asked of it, and the one for the next stage."""
-        inputs, me = self._inputs[item], self._wire.member
+        inputs, me = self._inputs[item], self._group.member
         mask = inputs.attention_mask
         if me == 0:
             entering = {"input_ids": inputs.input_ids.to(self._device).long()}
         else:
-            entering = {"inputs_embeds": _arrived(self._arriving[item].pop(NEXT))}
+            entering = {"inputs_embeds": _arrived(self._arriving[item].pop(OtherState.NEXT))}
             if not self._arriving[item]:
                 del self._arriving[item]
         output = self._body(
@@ -191,7 +192,7 @@ class PipelineTeacher:
             use_cache=False,
         ).last_hidden_state
         states = self._capture.collect()
-        states[FINAL if me == self._wire.size - 1 else NEXT] = output
+        states[OtherState.FINAL if me == self._group.size - 1 else OtherState.NEXT] = output
         return states
 
     def _room(self, inputs: Inputs) -> Tensor:
@@ -201,8 +202,8 @@ class PipelineTeacher:
     def _let_go(self, ticks: int) -> None:
         """Wait for the sends of all ticks but the last few, whose tensors may then go."""
         while len(self._leaving) > ticks:
-            for sending in self._leaving.popleft():
-                sending.wait()
+            for transfer in self._leaving.popleft():
+                transfer.wait()
 
 
 def _inputs(batch: Batch) -> Inputs:
@@ -214,5 +215,5 @@ def _inputs(batch: Batch) -> Inputs:
     )
 
 
-def _arrived(state: Sending | Tensor) -> Tensor:
-    return state.wait() if isinstance(state, Sending) else state
+def _arrived(state: PendingTransfer | Tensor) -> Tensor:
+    return state.wait() if isinstance(state, PendingTransfer) else state

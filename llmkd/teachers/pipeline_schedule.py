@@ -13,23 +13,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llmkd.errors import InputError
-from llmkd.layer_map import EMBEDDING, Pairs
+from llmkd.layer_map import EMBEDDING, OtherState, Pairs, State
 
-FINAL = -2
-"""Stands for the final state, after the last block and the final norm."""
-NEXT = -3
-"""Stands for the state that a stage hands to the next one."""
-
-Cut = tuple[range, ...]
+PipelineCut = tuple[range, ...]
 """Each stage's blocks."""
 
 
 @dataclass(frozen=True)
 class Route:
-    """A state that a stage sends to the owner of every item: a block's output, EMBEDDING or FINAL."""
+    """A state that a stage sends to the owner of every item: a block's output, EMBEDDING or the final state."""
 
     stage: int
-    block: int
+    state: State
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,7 @@ class Transfer:
     """One state on the wire: what of which item, from which member to which."""
 
     item: int
-    block: int
+    state: State
     source: int
     target: int
 
@@ -55,7 +50,9 @@ def stage_count(asked: int | None, ranks: int, ranks_per_node: int, depth: int) 
     fitting = [str(n) for n in range(1, min(ranks, depth) + 1) if ranks % n == 0]
     if ranks % stages or stages > depth:
         why = (
-            f"a teacher of {depth} blocks has no more stages" if stages > depth else f"{ranks} ranks make no whole ones"
+            f"a teacher of {depth} blocks has no more stages"
+            if stages > depth
+            else f"{ranks} ranks cannot be divided into pipelines of that size"
         )
         raise InputError(
             f"teacher.stages: pipelines of {stages} stages are not possible, {why}; write {' or '.join(fitting)}"
@@ -63,7 +60,7 @@ def stage_count(asked: int | None, ranks: int, ranks_per_node: int, depth: int) 
     return stages
 
 
-def cut(costs: Sequence[int], stages: int, *, embedding: int = 0) -> Cut:
+def cut_into_stages(costs: Sequence[int], stages: int, *, embedding: int = 0) -> PipelineCut:
     """Contiguous stages of at least one block each. `costs`: each block's weights, which are also its work per token.
 
     The slowest stage sets the pace, so its work is made as small as it can be. Of the cuts that do, the one is taken that evens
@@ -83,7 +80,7 @@ def _best_cut(
     stages: int,
     value: Callable[[int, float], float],
     join: Callable[[float, float], float],
-) -> Cut:
+) -> PipelineCut:
     """The cut of least value, by the best cuts of every beginning into fewer stages; of equals, the one whose stages begin earliest."""
     sums = [0]
     for cost in costs:
@@ -112,7 +109,7 @@ def _best_cut(
 # Who sends what to whom, and when
 
 
-def routes(pairs: Pairs, parts: Cut, *, final: bool, normed_last: bool) -> tuple[Route, ...]:
+def routes(pairs: Pairs, parts: PipelineCut, *, final: bool, normed_last: bool) -> tuple[Route, ...]:
     """The states that leave their stage for the owner, each once however many pairs use it, from the first block to the last.
 
     `final`: the divergence needs the final state. `normed_last`: the last block's pairs compare it after the final norm, so that
@@ -122,23 +119,23 @@ def routes(pairs: Pairs, parts: Cut, *, final: bool, normed_last: bool) -> tuple
     wanted = {block for _, block in pairs}
     if normed_last and depth - 1 in wanted:
         wanted, final = wanted - {depth - 1}, True
-    found = [Route(0, EMBEDDING)] if EMBEDDING in wanted else []
-    found += [Route(stage, block) for stage, part in enumerate(parts) for block in part if block in wanted]
-    return (*found, Route(len(parts) - 1, FINAL)) if final else tuple(found)
+    routes = [Route(0, EMBEDDING)] if EMBEDDING in wanted else []
+    routes += [Route(stage, block) for stage, part in enumerate(parts) for block in part if block in wanted]
+    return (*routes, Route(len(parts) - 1, OtherState.FINAL)) if final else tuple(routes)
 
 
 def transfers(tick: int, exists: Callable[[int], bool], sent: Sequence[Route], stages: int) -> list[Transfer]:
     """What crosses the wire after a tick's work, in the order that every member keeps. An owner's own stage sends it nothing."""
-    found = []
+    moved = []
     for stage in range(stages):
         item = tick - stage
         if not exists(item):
             continue
         if stage + 1 < stages:
-            found.append(Transfer(item, NEXT, stage, stage + 1))
+            moved.append(Transfer(item, OtherState.NEXT, stage, stage + 1))
         owner = item % stages
-        found += [Transfer(item, r.block, stage, owner) for r in sent if r.stage == stage and owner != stage]
-    return found
+        moved += [Transfer(item, r.state, stage, owner) for r in sent if r.stage == stage and owner != stage]
+    return moved
 
 
 def last_tick(rounds: int, stages: int) -> int:
@@ -152,7 +149,7 @@ def states_per_item(sent: Sequence[Route], stages: int) -> float:
     return (stages - 1) * (1 + len(sent) / stages)
 
 
-def states_held(sent: Sequence[Route], parts: Cut) -> int:
+def states_held(sent: Sequence[Route], parts: PipelineCut) -> int:
     """The most states [B, T, H] that a member holds at a time, sends of one tick under way beside those of the tick just done.
 
     All routes' states of its own micro-batch, those of its next one that have come early, the state that enters the stage, and
@@ -162,9 +159,8 @@ def states_held(sent: Sequence[Route], parts: Cut) -> int:
     most = 0
     for member, part in enumerate(parts):
         early = sum(r.stage + member <= stages - 2 for r in sent)
-        made = {r.block for r in sent if r.stage == member} - {part.stop - 1} | {
-            NEXT
-        }  # the last block's output is the next's input
+        # the last block's output is the next stage's input
+        made = {r.state for r in sent if r.stage == member} - {part.stop - 1} | {OtherState.NEXT}
         most = max(most, len(sent) + early + (stages > 1) * (1 + 2 * len(made)))
     return most
 
@@ -182,7 +178,7 @@ LINE = 120
 """Columns of a drawing, where its arrows leave room."""
 
 
-def drawing(pairs: Pairs, parts: Cut, *, final: bool = True, normed_last: bool = False) -> str:
+def pipeline_drawing(pairs: Pairs, parts: PipelineCut, *, final: bool = True, normed_last: bool = False) -> str:
     """The stages from top to bottom, a column per block of a stage, # where a student block learns from it, and what goes where."""
     sent = routes(pairs, parts, final=final, normed_last=normed_last)
     widest = max(len(part) for part in parts)
@@ -191,12 +187,12 @@ def drawing(pairs: Pairs, parts: Cut, *, final: bool = True, normed_last: bool =
     width = max(len(name) for name in names)
     lines = ["token ids", "  |"]
     for stage, part in enumerate(parts):
-        here = [route.block for route in sent if route.stage == stage]
+        here = [route.state for route in sent if route.stage == stage]
         cells = between.join("#" if block in here else "." for block in part).ljust(widest * (len(between) + 1) - 1)
-        arrows = [_arrow(block, pairs, parts[-1].stop, normed_last) for block in here]
-        said = "; ".join(arrow.replace(" ", "\0") for arrow in arrows)  # an arrow stays on its line
+        arrows = [_arrow(state, pairs, parts[-1].stop, normed_last) for state in here]
+        goals = "; ".join(arrow.replace(" ", "\0") for arrow in arrows)  # an arrow stays on its line
         drawn = f"{names[stage].ljust(width)}   {cells}   "
-        first, *further = textwrap.wrap(said, max(LINE - len(drawn), 30)) or [""]
+        first, *further = textwrap.wrap(goals, max(LINE - len(drawn), 30)) or [""]
         lines.append(f"{drawn}{first}".replace("\0", " ").rstrip())
         lines += [f"{'  |'.ljust(len(drawn))}{more}".replace("\0", " ") for more in further]
         if stage + 1 < len(parts):
@@ -211,10 +207,11 @@ def drawing(pairs: Pairs, parts: Cut, *, final: bool = True, normed_last: bool =
     return "\n".join(lines)
 
 
-def _arrow(block: int, pairs: Pairs, depth: int, normed_last: bool) -> str:
-    name = {EMBEDDING: "embeddings", FINAL: "final state"}.get(block, str(block))
-    teacher = depth - 1 if block == FINAL and normed_last else block
+def _arrow(state: State, pairs: Pairs, depth: int, normed_last: bool) -> str:
+    final = state is OtherState.FINAL
+    name = "final state" if final else "embeddings" if state == EMBEDDING else str(state)
+    teacher = depth - 1 if final and normed_last else state
     students = [s for s, t in pairs if t == teacher]
     shown = ", ".join("embeddings" if s == EMBEDDING else str(s) for s in students)
     goals = [f"student {shown}"] if students else []
-    return f"{name} -> {' and '.join([*goals, 'head'] if block == FINAL else goals)}"
+    return f"{name} -> {' and '.join([*goals, 'head'] if final else goals)}"

@@ -19,7 +19,7 @@ from llmkd.models.families import check_logits
 from llmkd.models.folders import tensor_files
 from llmkd.models.load import attention_implementation, load_config, student_config, without_weights
 from llmkd.models.parts import backbone, blocks
-from llmkd.teachers.pipeline_schedule import Cut, cut
+from llmkd.teachers.pipeline_schedule import PipelineCut, cut_into_stages
 
 log = logging.getLogger("llmkd")
 
@@ -38,11 +38,11 @@ def check_pipelined(config: PreTrainedConfig) -> None:
         )
 
 
-def teacher_cut(config: PreTrainedConfig, stages: int, *, trust_remote_code: bool = False) -> Cut:
+def teacher_cut(config: PreTrainedConfig, stages: int, *, trust_remote_code: bool = False) -> PipelineCut:
     """The teacher's blocks cut into stages by their counted weights; no weight is made."""
     model = without_weights(config, trust_remote_code=trust_remote_code)
     costs = [parameter_count(block) for block in blocks(model)]
-    return cut(costs, stages, embedding=parameter_count(model.get_input_embeddings()))
+    return cut_into_stages(costs, stages, embedding=parameter_count(model.get_input_embeddings()))
 
 
 def load_stage(

@@ -22,7 +22,7 @@ from llmkd.distributed.engines import (
     parameter_count,
     teacher_ds_config,
 )
-from llmkd.distributed.ranks import Wire, World, all_rows, on_main
+from llmkd.distributed.ranks import PipelineGroup, World, all_rows, on_main
 from llmkd.errors import InputError
 from llmkd.files import ROOT
 from llmkd.losses.distance_sum import AllRows, terms_of
@@ -105,10 +105,10 @@ def tokenized(world: World, data: recipe.Data, tokenizer: Any, family: Family = 
 def load_teacher(world: World, job: Job) -> Teacher:
     """The job's teacher in its placement."""
     settings = job.recipe.teacher
-    assert job.teacher is not None and settings.placement != "cache", (
+    assert job.teacher is not None and settings.placed.has_weights, (
         "llmkd.training.cache_contents opens a cached teacher"
     )
-    sharded = settings.placement == "zero3"
+    sharded = settings.placed.is_sharded
     logits = job.weights.kl > 0 or bool(job.stones)
     normed_last = job.recipe.matching.final_state == "normed"
     uses = [teacher for _, teacher in sorted(job.pairs, key=lambda pair: pair[0])]  # as the student's blocks take them
@@ -119,14 +119,14 @@ def load_teacher(world: World, job: Job) -> Teacher:
         # the embeddings', and any block may be drawn
         uses = [block for block in uses if block < 0] + list(range(depth))
     needed = blocks_needed(uses, depth, logits=logits, normed_last=normed_last) if decodes else depth
-    wire = None
-    if settings.placement == "pipeline":
-        wire = Wire(world, stage_count(settings.stages, world.size, world.local_size, depth))
-        needed = max(needed, wire.size)  # a stage has at least one block
+    group = None
+    if settings.placed.is_staged:
+        group = PipelineGroup(world, stage_count(settings.stages, world.size, world.local_size, depth))
+        needed = max(needed, group.size)  # a stage has at least one block
     if needed < depth:
         log.info("%s: the teacher's first %d of %d blocks are loaded: no more is asked of it", job.title, needed, depth)
-    if wire is not None:
-        return _pipelined(world, job, job.teacher, wire, load.student_config(recipe, range(needed), {}))
+    if group is not None:
+        return _pipelined(world, job, job.teacher, group, load.student_config(recipe, range(needed), {}))
     ds = _sharded_config(job, load.student_config(recipe, range(needed), {})) if sharded else None
     model = load.load_model(
         job.teacher,
@@ -168,11 +168,11 @@ def _sharded_config(job: Job, shape: Any) -> dict[str, Any]:
     )
 
 
-def _pipelined(world: World, job: Job, folder: Path, wire: Wire, shape: Any) -> PipelineTeacher:
+def _pipelined(world: World, job: Job, folder: Path, group: PipelineGroup, shape: Any) -> PipelineTeacher:
     """This rank's stage of the job's teacher, `shape` the part of it that is run, and the head where the divergence asks for it."""
     settings = job.recipe.teacher
     depth = load.load_config(folder, trust_remote_code=settings.trust_remote_code).num_hidden_layers
-    parts = stage.teacher_cut(shape, wire.size, trust_remote_code=settings.trust_remote_code)
+    parts = stage.teacher_cut(shape, group.size, trust_remote_code=settings.trust_remote_code)
     log.info("teacher: %s", ", ".join(f"stage {s} blocks {p.start}-{p.stop - 1}" for s, p in enumerate(parts)))
     where: dict[str, Any] = dict(
         dtype=load.DTYPES[settings.dtype], device=world.device, trust_remote_code=settings.trust_remote_code
@@ -182,9 +182,9 @@ def _pipelined(world: World, job: Job, folder: Path, wire: Wire, shape: Any) -> 
         weight, _ = load.load_head(folder, dtype=where["dtype"], trust_remote_code=settings.trust_remote_code)
         head = weight.to(world.device)
     return PipelineTeacher(
-        stage.load_stage(folder, parts[wire.member], attention=settings.attention, **where),
+        stage.load_stage(folder, parts[group.member], attention=settings.attention, **where),
         parts,
-        wire,
+        group,
         job.pairs,
         head=head,
         normed_last=job.recipe.matching.final_state == "normed" and parts[-1].stop == depth,

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def contents(recipe: Recipe, students: Sequence[Student], teacher: Path, tokeniz
     """What a cache of the recipe's teacher and data holds that serves these students (rank 0 alone: all tokens are hashed)."""
     settings = recipe.teacher
     shape = load.load_config(teacher, trust_remote_code=settings.trust_remote_code)
-    blocks, final, top_k = asked_for(students, shape.num_hidden_layers)
+    asked = asked_for(students, shape.num_hidden_layers)
+    top_k = asked.top_k
     columns = _columns([one for one, _ in students if one.loss.kl] or [recipe], shape.vocab_size, top_k)
     if top_k is not None and top_k > columns:
         raise InputError(f"cache.top_k: {top_k} of {columns} tokens; write a smaller number, or leave it out")
@@ -56,10 +58,8 @@ def contents(recipe: Recipe, students: Sequence[Student], teacher: Path, tokeniz
         tokens=int(np.sum(data["length"])),
         hidden=shape.hidden_size,
         dtype=recipe.cache.dtype,
-        blocks=blocks,
-        final=final,
-        top_k=top_k,
         columns=columns if top_k else None,
+        **asdict(asked),
     )
 
 
@@ -84,8 +84,19 @@ def depths(recipe: Recipe) -> tuple[int, int]:
     return load.load_config(student, trust_remote_code=recipe.student.trust_remote_code).num_hidden_layers, depth
 
 
-def asked_for(students: Iterable[Student], depth: int) -> tuple[tuple[int, ...], bool, int | None]:
-    """(blocks, whether the final state, how many log-probabilities) that these students ask of a teacher of so many blocks."""
+@dataclass(frozen=True)
+class Asked:
+    """What students ask of a teacher."""
+
+    blocks: tuple[int, ...]
+    final: bool
+    """Whether the final state."""
+    top_k: int | None
+    """How many log-probabilities."""
+
+
+def asked_for(students: Iterable[Student], depth: int) -> Asked:
+    """What these students ask of a teacher of so many blocks."""
     blocks: set[int] = set()
     final, top_k = False, None
     for recipe, pairs in students:
@@ -95,7 +106,7 @@ def asked_for(students: Iterable[Student], depth: int) -> tuple[tuple[int, ...],
         if recipe.loss.kl:
             top_k = recipe.cache.top_k  # one for all: no variant may change it
             final |= top_k is None
-    return tuple(sorted(blocks)), final, top_k
+    return Asked(tuple(sorted(blocks)), final, top_k)
 
 
 def normed_last(recipe: Recipe, depth: int) -> int | None:
@@ -147,7 +158,7 @@ def open_teacher(world: World, job: Job, tokenizer: Any, data: Dataset) -> Cache
     and holds what the job's map and divergence ask for.
     """
     recipe, teacher = job.recipe, job.teacher
-    if teacher is None or recipe.teacher.placement != "cache":
+    if teacher is None or recipe.teacher.placed.has_weights:
         return None
     wanted = on_main(world, lambda: contents(recipe, [(recipe, job.pairs)], teacher, tokenizer, data))
     manifest = on_main(world, lambda: _checked(recipe, wanted))

@@ -84,7 +84,7 @@ def _under_way(folder: Path, wanted: Contents) -> tuple[Contents, list[tuple[int
 def _ranges(recipe: Recipe, wanted: Contents, lengths: Sequence[int]) -> list[tuple[int, int]]:
     """The row ranges of a new cache's shards."""
     total = sum(cache_files.sizes(wanted).values())
-    return cache_files.cut(lengths, -(-total // wanted.tokens), int(recipe.cache.shard_mib * 2**20))
+    return cache_files.shard_ranges(lengths, -(-total // wanted.tokens), int(recipe.cache.shard_mib * 2**20))
 
 
 def _done(folder: Path, shards: int) -> dict[int, Shard]:

@@ -34,7 +34,7 @@ def check_training(recipe: Recipe, family: Family) -> None:
         raise InputError(f"student.classifier: {said} has no classes; leave it out")
     if family.kind == "decoder":
         return
-    if recipe.teacher.placement not in ("replicated", "zero3") or recipe.teacher.share_cache:
+    if recipe.teacher.serving.takes_decoders_only:
         key = "share_cache" if recipe.teacher.share_cache else "placement"
         cure = "false" if recipe.teacher.share_cache else "replicated or zero3"
         raise InputError(

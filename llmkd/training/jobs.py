@@ -141,7 +141,7 @@ def check_student(recipe: Recipe, family: Family, teacher: Any, student: Any) ->
 
 def check_place(recipe: Recipe, teacher: Any, weights: Weights, *, ranks: int, ranks_per_node: int, gpu: bool) -> None:
     """Raise InputError where the ranks of a run, or their devices, can't hold its teacher as the recipe asks."""
-    if recipe.teacher.placement == "pipeline" and (weights.kl or weights.hidden):
+    if recipe.teacher.placed.is_staged and (weights.kl or weights.hidden):
         stage.check_pipelined(teacher)
         stage_count(recipe.teacher.stages, ranks, ranks_per_node, sum(families.depths(teacher)))
     if recipe.teacher.offload_states and not gpu:

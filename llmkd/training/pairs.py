@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmkd.errors import InputError
-from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING, Pairs, check_options, layer_map
+from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING, STRATEGIES, Pairs, check_options, layer_map
 from llmkd.models import families
 from llmkd.recipe.recipe import Recipe
 
@@ -43,36 +43,33 @@ def maps_of(recipe: Recipe, student: Sequence[int], teacher: Sequence[int], draw
 
 
 def _stack_map(recipe: Recipe, student: int, teacher: int, *, stack: str = "", draw: int = 0) -> Pairs:
-    """The recipe's own pairs of one stack, counted in it (`stack`: one of STACKS, of models of two); of `nearest`, those of `forward`."""
+    """The recipe's own pairs of one stack, counted in it; of a measured strategy, those of `forward`.
+
+    `stack`: one of STACKS, of models of two.
+    """
     matching = recipe.matching
-    check_options(matching.strategy, matching.target_block, matching.pairs)
-    strategy = "forward" if matching.strategy == "nearest" else matching.strategy
-    options: dict[str, Any] = {key: _of_stack(key, getattr(matching, key), stack) for key in ("target_block", "pairs")}
-    if options["pairs"] == () and isinstance(matching.pairs, dict) and any(matching.pairs.values()):
-        return ()  # the other stack's are all
-    seed = recipe.seed + DECODER_SEED * (stack == "decoder")
-    try:
-        return layer_map(strategy, student, teacher, seed=seed, draw=draw, stack=stack, **options)
-    except InputError as error:
-        [key, *_] = [*(key for key, value in options.items() if value is not None), ""]
-        if not (stack and key) or isinstance(getattr(matching, key), dict):
-            raise
-        raise InputError(
-            f"{error}, or give each stack its own: matching.{key}: {{encoder: .., decoder: ..}}"
-        ) from error
-
-
-def _of_stack(key: str, value: Any, stack: str) -> Any:
-    """A stack's own value of a setting that may be given by stack: no pairs, or the default block, where it is left out."""
-    if not isinstance(value, dict):
-        return value
-    if not stack:
+    check_options(matching.strategy, matching.options)
+    by_stack = {key: value for key, value in matching.options.items() if isinstance(value, Mapping)}
+    for key in by_stack if not stack else ():
         example = "[[0, 1], [1, 3]]" if key == "pairs" else "2"
         raise InputError(
             f"matching.{key}: it is given for encoder and decoder apart, and these models have one stack of blocks; write it plainly, "
             f"e.g. {example}"
         )
-    return value.get(stack, () if key == "pairs" else None)
+    options = {**matching.options, **{key: value.get(stack) for key, value in by_stack.items()}}
+    strategy = STRATEGIES[matching.strategy]
+    if strategy.is_written and by_stack and not options["pairs"] and any(by_stack["pairs"].values()):
+        return ()  # all pairs are the other stack's
+    name = "forward" if strategy.is_measured else matching.strategy
+    seed = recipe.seed + DECODER_SEED * (stack == "decoder")
+    try:
+        return layer_map(name, student, teacher, seed=seed, draw=draw, **options)
+    except InputError as error:
+        if not stack:
+            raise
+        apart = [key for key in options if key not in by_stack and key in strategy.arguments]
+        cure = f", or give each stack its own: matching.{apart[0]}: {{encoder: .., decoder: ..}}" if apart else ""
+        raise InputError(f"the {stack}s: {error}{cure}") from error
 
 
 def pairs_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:

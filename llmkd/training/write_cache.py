@@ -24,13 +24,15 @@ from torch import Tensor
 from llmkd.data.batches import Batch, collate
 from llmkd.distributed.ranks import World, barrier, on_main, sum_counts
 from llmkd.errors import InputError
+from llmkd.layer_map import OtherState
 from llmkd.models import folders
 from llmkd.models.families import KIND_NAMES
 from llmkd.provenance import commit, versions
+from llmkd.recipe.placements import PLACEMENTS
 from llmkd.recipe.recipe import Recipe
 from llmkd.teachers import cache_files
 from llmkd.teachers.base import Signal, Teacher
-from llmkd.teachers.cache_files import DONE, FINAL, IDS, LOG_PROBABILITIES, OFFSETS, Contents
+from llmkd.teachers.cache_files import DONE, IDS, LOG_PROBABILITIES, OFFSETS, Contents
 from llmkd.teachers.quantization import stored
 from llmkd.training import build, cache_contents, initial, jobs
 from llmkd.training.cache_progress import Plan, prepare
@@ -91,7 +93,7 @@ def writing_recipe(recipe: Recipe) -> Recipe:
     placement = recipe.cache.teacher_placement or recipe.teacher.placement
     return recipe.changed(
         {
-            "teacher.placement": "replicated" if placement == "cache" else placement,
+            "teacher.placement": placement if PLACEMENTS[placement].has_weights else "replicated",
             "cache.micro_batch_size": recipe.cache.micro_batch_size or recipe.train.micro_batch_size,
         }
     )
@@ -213,7 +215,7 @@ def _write(world: World, plan: Plan, teacher: Teacher, rows: _Rows, recipe: Reci
     """
     assert recipe.cache.micro_batch_size is not None  # writing_recipe sees to it
     work = _work(plan, rows, world, recipe.cache.micro_batch_size)
-    alone, idle = recipe.teacher.placement == "replicated", rows.batch([0])
+    alone, idle = recipe.teacher.placed.is_whole, rows.batch([0])
     together = 1 if alone else world.size
     with _Disk() as disk:
         while True:
@@ -249,7 +251,7 @@ def said(signal: Signal, batch: Batch, wanted: Contents, chunk: int) -> dict[str
     last = signal.take_final()
     if wanted.final:
         assert last is not None
-        states[FINAL] = last
+        states[cache_files.state_name(OtherState.FINAL)] = last
     found: dict[str, Tensor] = {}
     for name, state in states.items():
         values, scales = stored(state.flatten(0, 1)[batch.attended_at], wanted.dtype)

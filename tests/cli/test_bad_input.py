@@ -114,7 +114,7 @@ def test_the_recipe_that_is_spoilt_below_is_good(place: Path, world: Any) -> Non
             "pairs[0] is [0, 6]: 6 is not a block of the teacher, which has 6: write a whole number from 0 to 5",
         ),
         ({"matching.strategy": "explicit", "matching.pairs": [[3, 0]]}, "3 is not a block of the student, which has 3"),
-        ({"matching.pairs": [[0, 0]]}, "pairs are given, but strategy 'forward' does not read them: leave them out"),
+        ({"matching.pairs": [[0, 0]]}, "pairs: strategy 'forward' does not read this option; leave it out"),
         (
             {"matching.strategy": "all_to_one", "matching.target_block": 6},
             "target_block 6 is not a block of the teacher",
@@ -316,7 +316,7 @@ def test_commands_refuse_a_recipe_before_anything_starts(
         (["--strategy", "revers"], "strategy 'revers' is not known: did you mean 'reverse'?"),
         (
             ["--strategy", "forward", "--target-block", "3"],
-            "target_block is given, but strategy 'forward' does not read it",
+            "target_block: strategy 'forward' does not read this option",
         ),
         (["--target-block", "36"], "target_block 36 is not a block of the teacher, which has 36"),
         (["--pair", "0-3"], "--pair '0-3': write STUDENT:TEACHER, e.g. --pair 0:3"),

@@ -89,7 +89,7 @@ def measured(world: Any, recipe: Recipe, job: Any) -> dict[str, Any]:
     if recipe.teacher.placement == "pipeline":
         found["received"] = wire.received / len(steps)
         found["counted"] = teacher.sent_bytes / len(steps)
-        found["told"] = teacher.told_bytes / len(steps)
+        found["told"] = teacher.announced_bytes / len(steps)
         found["sent"] = wire.sent / len(steps)
     return found
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llmkd import layer_map as maps
 from llmkd.errors import InputError
-from llmkd.layer_map import STRATEGIES, drawing, layer_map, table
+from llmkd.layer_map import RULES, drawing, layer_map, table
 
 ROOT = Path(__file__).resolve().parents[2]
 unhurried = settings(deadline=None)  # a busy machine is no failure
@@ -62,7 +62,7 @@ def test_all_to_one_goes_to_a_named_block(blocks, data):
 PATIENT = ("pkd_skip", "pkd_last")  # the student's last block has no pair
 
 
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in ("none", *PATIENT)])
+@pytest.mark.parametrize("strategy", [name for name in RULES if name not in ("none", *PATIENT)])
 @unhurried
 @given(depths, seeds)
 def test_each_student_block_has_one_teacher_block_in_range(strategy, blocks, seed):
@@ -311,7 +311,7 @@ def grid(text, student_blocks):
     return [[at for at, mark in enumerate(row) if mark == "#"] for row in rows]
 
 
-@pytest.mark.parametrize("strategy", list(STRATEGIES))
+@pytest.mark.parametrize("strategy", list(RULES))
 @unhurried
 @given(deeper, seeds)
 def test_drawing_fits_the_terminal_and_shows_the_pairs(strategy, blocks, seed):

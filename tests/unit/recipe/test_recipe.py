@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from llmkd.errors import InputError
 from llmkd.files import ROOT
 from llmkd.recipe.inputs import fingerprint, training_inputs
+from llmkd.recipe.placements import PLACEMENTS, PlacementName, WithWeights
 from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
 
 SMALL: dict[str, Any] = {
@@ -178,10 +179,6 @@ def test_file_that_is_no_text_and_missing_file(tmp_path: Path) -> None:
         (["matching.tokens=1"], "matching.tokens: input should be greater than 1 (got 1)"),
         (["matching.pair_weights=[0, 0]"], "matching.pair_weights: [0.0, 0.0]; write numbers from 0 up, one of them"),
         (["matching.pair_weights=[1, -1]"], "matching.pair_weights: [1.0, -1.0]; write numbers from 0 up"),
-        (
-            ["matching.redraw_every=5"],
-            "matching.redraw_every: strategy forward is not drawn again; write strategy: in_",
-        ),
         (
             ["matching.strategy=in_order_random", "matching.redraw_every=5", "teacher.placement=pipeline"],
             "matching.redraw_every: a teacher under placement pipeline has the blocks of one map, known before training; write teacher."
@@ -559,3 +556,11 @@ def test_a_list_of_distances_is_one_for_each_pair(recipe: Path) -> None:
 def load_recipe_again(recipe: Recipe, folder: Path) -> Recipe:
     (folder / "again.yaml").write_text(dump_recipe(recipe))
     return load_recipe(folder / "again.yaml")
+
+
+def test_every_placement_has_its_capabilities_and_a_cache_is_written_by_one_with_weights() -> None:
+    assert set(get_args(PlacementName)) == PLACEMENTS.keys()
+    assert {name for name, placement in PLACEMENTS.items() if placement.has_weights} == set(get_args(WithWeights))
+    assert [name for name, placement in PLACEMENTS.items() if placement.is_whole] == ["replicated"]
+    shared = load_recipe("quickstart", ["teacher.share_cache=true", "teacher.placement=zero3"]).teacher
+    assert shared.placed.is_sharded and not shared.serving.has_weights and shared.serving_name == "share_cache"

@@ -16,8 +16,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from llmkd.data import records
-from llmkd.layer_map import STRATEGIES as RULES
-from llmkd.layer_map import layer_map
+from llmkd.layer_map import RULES, layer_map
 
 STRATEGIES = ("none", "forward", "reverse", "all_to_one", "random")
 STUDENT_BLOCKS, TEACHER_BLOCKS = 3, 12

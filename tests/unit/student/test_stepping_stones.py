@@ -311,7 +311,10 @@ def test_pairs_are_the_maps_or_the_recipes_own_by_student_block(tiny: Path) -> N
     assert stones_of(recipe.changed({"stones": None}), 3, 6) == ()
     for changes, sentence in (
         ({"matching.strategy": "none"}, "the layer map of strategy 'none' has no pairs; write them, e.g. "),
-        ({"matching.strategy": "nearest", "matching.target_block": 3}, "strategy 'nearest' does not read it: leave it"),
+        (
+            {"matching.strategy": "nearest", "matching.target_block": 3},
+            "strategy 'nearest' does not read this option; leave it",
+        ),
         ({"stones.pairs": [[3, 4]]}, r"stones.pairs: 3 is not a block of the student \(0 to 2\)"),
         ({"stones.pairs": [[1, 6]]}, r"stones.pairs: 6 is not a block of the teacher \(0 to 5\)"),
     ):

@@ -522,9 +522,11 @@ def test_a_stored_state_is_near(dtype: str, error: float) -> None:
 
 def test_shards_are_cut_by_size_alone() -> None:
     lengths = [5, 1, 1, 9, 30, 2, 2, 2]
-    ranges = cache_files.cut(lengths, 10, 100)
+    ranges = cache_files.shard_ranges(lengths, 10, 100)
     assert ranges == [(0, 3), (3, 4), (4, 5), (5, 8)]  # row 4 is larger than a shard, and is one
-    assert cache_files.cut(lengths, 10, 10**9) == [(0, 8)] and len(cache_files.cut(lengths, 10, 1)) == 8
+    assert (
+        cache_files.shard_ranges(lengths, 10, 10**9) == [(0, 8)] and len(cache_files.shard_ranges(lengths, 10, 1)) == 8
+    )
 
 
 @pytest.mark.parametrize("chunk", [3, 100])

@@ -11,15 +11,13 @@ from hypothesis import strategies as st
 
 from llmkd import cli
 from llmkd.errors import InputError
-from llmkd.layer_map import EMBEDDING, STRATEGIES, layer_map
+from llmkd.layer_map import EMBEDDING, RULES, OtherState, State, layer_map
 from llmkd.teachers.pipeline_schedule import (
-    FINAL,
-    NEXT,
     Route,
     bubble,
-    cut,
-    drawing,
+    cut_into_stages,
     last_tick,
+    pipeline_drawing,
     routes,
     stage_count,
     states_per_item,
@@ -37,7 +35,7 @@ def test_no_cut_has_a_faster_slowest_stage_nor_then_an_evener_memory(
         work = [sum(costs[a:b]) for a, b in itertools.pairwise((0, *ends, len(costs)))]
         return max(work), sum((w + (embedding if s == 0 else 0)) ** 2 for s, w in enumerate(work))
 
-    parts = cut(costs, stages, embedding=embedding)
+    parts = cut_into_stages(costs, stages, embedding=embedding)
     assert [block for part in parts for block in part] == list(range(len(costs)))
     assert len(parts) == stages and all(parts)
     best = min(judge(ends) for ends in itertools.combinations(range(1, len(costs)), stages - 1))
@@ -45,27 +43,27 @@ def test_no_cut_has_a_faster_slowest_stage_nor_then_an_evener_memory(
 
 
 def test_embeddings_make_the_first_stage_shorter_only_where_that_costs_no_time() -> None:
-    assert [len(part) for part in cut([10] * 36, 8, embedding=32)] == [1, 5, 5, 5, 5, 5, 5, 5]
-    assert [len(part) for part in cut([10] * 36, 4, embedding=32)] == [9, 9, 9, 9]
+    assert [len(part) for part in cut_into_stages([10] * 36, 8, embedding=32)] == [1, 5, 5, 5, 5, 5, 5, 5]
+    assert [len(part) for part in cut_into_stages([10] * 36, 4, embedding=32)] == [9, 9, 9, 9]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", RULES)
 @pytest.mark.parametrize("stages", [1, 2, 4, 8])
 def test_every_state_asked_for_leaves_its_own_stage_once(strategy: str, stages: int) -> None:
     pairs = ((EMBEDDING, EMBEDDING), *layer_map(strategy, 9, 36, seed=3))
-    parts = cut([1] * 36, stages)
-    found = routes(pairs, parts, final=True, normed_last=False)
-    blocks = [route.block for route in found]
-    assert sorted(blocks) == sorted({block for _, block in pairs} | {FINAL})
-    assert all(r.block in parts[r.stage] for r in found if r.block >= 0)
-    assert found[0] == Route(0, EMBEDDING) and found[-1] == Route(stages - 1, FINAL)
+    parts = cut_into_stages([1] * 36, stages)
+    sent = routes(pairs, parts, final=True, normed_last=False)
+    *states, last = [route.state for route in sent]
+    assert states == sorted({block for _, block in pairs}) and last is OtherState.FINAL
+    assert all(r.state in parts[r.stage] for r in sent[1:-1])
+    assert sent[0] == Route(0, EMBEDDING) and sent[-1] == Route(stages - 1, OtherState.FINAL)
 
 
 def test_a_normed_last_pair_takes_the_final_state_even_without_a_divergence() -> None:
-    pairs, parts = layer_map("forward", 3, 6), cut([1] * 6, 2)
+    pairs, parts = layer_map("forward", 3, 6), cut_into_stages([1] * 6, 2)
     kept = routes(pairs, parts, final=False, normed_last=True)
-    assert [r.block for r in kept] == [1, 3, FINAL]
-    assert [r.block for r in routes(pairs, parts, final=False, normed_last=False)] == [1, 3, 5]
+    assert [r.state for r in kept] == [1, 3, OtherState.FINAL]
+    assert [r.state for r in routes(pairs, parts, final=False, normed_last=False)] == [1, 3, 5]
     assert routes((), parts, final=False, normed_last=True) == ()
 
 
@@ -73,30 +71,30 @@ def test_a_normed_last_pair_takes_the_final_state_even_without_a_divergence() ->
 def test_the_schedule_delivers_all_once_in_one_order_per_pair(stages: int, rounds: list[list[bool]]) -> None:
     """Walk through the ticks as the members do, with owners that have no micro-batch in some rounds."""
     items = {k * stages + m for k, members in enumerate(rounds) for m in range(stages) if members[m]}
-    parts = cut([1] * 8, stages)
+    parts = cut_into_stages([1] * 8, stages)
     sent = routes(layer_map("reverse", 4, 8), parts, final=True, normed_last=False)
-    wires: dict[tuple[int, int], deque[tuple[int, int]]] = {}
+    wires: dict[tuple[int, int], deque[tuple[int, State]]] = {}
     worked: set[tuple[int, int]] = set()
-    got: Counter[tuple[int, int]] = Counter()
+    got: Counter[tuple[int, State]] = Counter()
     for tick in range(last_tick(len(rounds), stages) + 1):
         for stage in range(stages):
             if (item := tick - stage) in items:
                 assert stage == 0 or (item, stage - 1) in worked  # its state arrived at the tick before
                 worked.add((item, stage))
-                got.update((item, r.block) for r in sent if r.stage == stage == item % stages)
+                got.update((item, r.state) for r in sent if r.stage == stage == item % stages)
         moved = transfers(tick, items.__contains__, sent, stages)
         for t in moved:
             assert t.source != t.target and (t.item, t.source) in worked
-            wires.setdefault((t.source, t.target), deque()).append((t.item, t.block))
+            wires.setdefault((t.source, t.target), deque()).append((t.item, t.state))
         for (
             t
         ) in moved:  # the other side reads the same list, so each pair's queue is emptied in the order it was filled
-            assert wires[t.source, t.target].popleft() == (t.item, t.block)
-            if t.block != NEXT:
+            assert wires[t.source, t.target].popleft() == (t.item, t.state)
+            if t.state is not OtherState.NEXT:
                 assert t.target == t.item % stages
-                got[t.item, t.block] += 1
+                got[t.item, t.state] += 1
     assert worked == {(item, stage) for item in items for stage in range(stages)}
-    assert got == Counter({(item, r.block): 1 for item in items for r in sent})
+    assert got == Counter({(item, r.state): 1 for item in items for r in sent})
 
 
 def test_an_item_is_whole_when_its_round_is_asked_for() -> None:
@@ -110,7 +108,7 @@ def test_an_item_is_whole_when_its_round_is_asked_for() -> None:
 
 @pytest.mark.parametrize("stages", [1, 2, 4, 6])
 def test_states_on_the_wire_are_those_of_the_schedule(stages: int) -> None:
-    sent = routes(layer_map("forward", 3, 6), cut([1] * 6, stages), final=True, normed_last=False)
+    sent = routes(layer_map("forward", 3, 6), cut_into_stages([1] * 6, stages), final=True, normed_last=False)
     ticks = range(last_tick(5, stages) + 1)
     moved = sum(len(transfers(t, range(5 * stages).__contains__, sent, stages)) for t in ticks)
     assert moved == pytest.approx(5 * stages * states_per_item(sent, stages))
@@ -134,13 +132,13 @@ def test_the_drawing_shows_every_stage_block_and_arrow(capsys: pytest.CaptureFix
     assert "\nper micro-batch 10.5 states" in text
     cli.main(options)
     text = capsys.readouterr().out
-    assert text.count("token ids") == len(STRATEGIES) and text.count("final state -> head") == len(STRATEGIES)
+    assert text.count("token ids") == len(RULES) and text.count("final state -> head") == len(RULES)
     assert max(len(line) for line in text.splitlines()) <= 120
     with pytest.raises(SystemExit):
         cli.main([*options[:-1], "37"])
 
 
 def test_a_normed_final_state_goes_to_student_and_head() -> None:
-    shown = drawing(layer_map("forward", 3, 6), cut([1] * 6, 2), normed_last=True)
+    shown = pipeline_drawing(layer_map("forward", 3, 6), cut_into_stages([1] * 6, 2), normed_last=True)
     assert "final state -> student 2 and head" in shown and "5 -> " not in shown
-    assert "embeddings -> student embeddings" in drawing(((-1, -1),), cut([1] * 6, 2))
+    assert "embeddings -> student embeddings" in pipeline_drawing(((-1, -1),), cut_into_stages([1] * 6, 2))

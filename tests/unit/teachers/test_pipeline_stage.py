@@ -14,7 +14,7 @@ from llmkd.errors import InputError
 from llmkd.models import folders, load, parts
 from llmkd.models.parts import output_state
 from llmkd.teachers import pipeline_stage as stage
-from llmkd.teachers.pipeline_schedule import cut
+from llmkd.teachers.pipeline_schedule import cut_into_stages
 from tests.unit.models.test_load_and_make import CONFIGS, SMALL, new
 
 CPU = torch.device("cpu")
@@ -88,7 +88,7 @@ def test_a_stage_reads_its_own_tensors_and_no_others(tmp_path: Path, monkeypatch
     monkeypatch.setattr(load, "safe_open", Watched)
     files = folders.tensor_files(tmp_path)
     whole: list[str] = []
-    for part in cut([1] * 4, 3):
+    for part in cut_into_stages([1] * 4, 3):
         read.clear()
         opened.clear()
         body = _load(tmp_path, part)

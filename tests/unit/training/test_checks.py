@@ -212,11 +212,15 @@ def test_a_strategy_is_applied_to_each_stack(tiny: Path) -> None:
     [
         (
             {"matching.target_block": 3},
-            "target_block is given, but strategy 'nearest' does not read it: leave it out, or",
+            "target_block: strategy 'nearest' does not read this option; leave it out, or use strategy 'all_to_one'",
+        ),
+        (
+            {"matching.redraw_every": 5},
+            "redraw_every: strategy 'nearest' does not read this option; leave it out, or use strategy 'in_order_random'",
         ),
         (
             {"matching.pairs": [[0, 1]]},
-            "pairs are given, but strategy 'nearest' does not read them: leave them out, or",
+            "pairs: strategy 'nearest' does not read this option; leave it out, or use strategy 'explicit'",
         ),
     ],
 )
@@ -266,37 +270,42 @@ def test_each_stack_has_a_target_block_of_its_own(tiny: Path) -> None:
             "explicit",
             "pairs",
             [[0, 1], [1, 2]],
-            r"pairs\[1\] is \[1, 2\]: 1 is not a block of the student's decoder, which has 1: .* matching.pairs: {encoder",
+            r"the decoders: pairs\[1\] is \[1, 2\]: 1 is not a block of the student, which has 1: .* matching.pairs: {encoder",
         ),
         (
             "explicit",
             "pairs",
             {"decoder": [[0, 3]]},
-            "3 is not a block of the teacher's decoder, which has 3: write a whole",
+            "the decoders: .* 3 is not a block of the teacher, which has 3: write a whole",
         ),
         (
             "explicit",
             "pairs",
             {"encoder": [[2, 3]]},
-            "2 is not a block of the student's encoder, which has 2: write a whole",
+            "the encoders: .* 2 is not a block of the student, which has 2: write a whole",
         ),
         ("explicit", "pairs", {"encoder": [], "decoder": []}, "'explicit' has no pairs: write some as .student block"),
         ("explicit", "pairs", {}, "'explicit' has no pairs: write some as .student block"),
-        ("forward", "pairs", {"encoder": [[0, 1]]}, "strategy 'forward' does not read them: leave them out"),
+        ("forward", "pairs", {"encoder": [[0, 1]]}, "strategy 'forward' does not read this option"),
         (
             "all_to_one",
             "target_block",
             {"encoder": 4},
-            "target_block 4 is not a block of the teacher's encoder, which has 4",
+            "the encoders: target_block 4 is not a block of the teacher, which has 4",
         ),
         (
             "all_to_one",
             "target_block",
             3,
-            "decoder, which has 3: .* each stack its own: matching.target_block: {encoder",
+            "the decoders: .*, which has 3: .* each stack its own: matching.target_block: {encoder",
         ),
-        ("forward", "target_block", {"encoder": 4}, "strategy 'forward' does not read it"),
-        ("pkd_last", "embedding", False, "leaves out the student's last block, and the student's decoder has no other"),
+        ("forward", "target_block", {"encoder": 4}, "strategy 'forward' does not read this option"),
+        (
+            "pkd_last",
+            "embedding",
+            False,
+            "the decoders: .* leaves out the student's last block, and the student has no other",
+        ),
     ],
 )
 def test_a_mistake_in_a_stacks_map_names_the_stack(
@@ -308,9 +317,7 @@ def test_a_mistake_in_a_stacks_map_names_the_stack(
 
 
 def test_a_decoder_deeper_than_its_teachers_is_named(tiny: Path) -> None:
-    with pytest.raises(
-        InputError, match="the student's decoder has 4 blocks and the teacher's decoder 3: give the stu"
-    ):
+    with pytest.raises(InputError, match="the decoders: the student has 4 blocks and the teacher 3: give the stu"):
         recipe_map.maps_of(two_stacks(tiny), (2, 4), (4, 3))
 
 

@@ -14,10 +14,11 @@ from typing import Any
 import click
 import torch
 import yaml
+from transformers import Qwen3Config
 
 from llmkd.models import load
 from llmkd.models import make as making
-from llmkd.models.make import qwen3_config
+from llmkd.models.architectures import new_config
 from llmkd.planning.placements import compare
 from llmkd.provenance import commit, hardware, versions
 from llmkd.recipe.recipe import load_recipe
@@ -31,7 +32,7 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "cache": {"teacher.placement": "cache"},
 }
 """Name -> recipe changes; another placement is one more line."""
-SHAPE = dict(
+SHAPE: dict[str, Any] = dict(
     vocab_size=4096,
     hidden_size=256,
     intermediate_size=768,
@@ -50,7 +51,7 @@ def prepare(folder: Path) -> Path:
     make(folder)
     tokenizer = load.load_tokenizer(folder / "teacher")
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    shape = making.qwen3_config(SHAPE, special)
+    shape = Qwen3Config(**SHAPE, **special)
     making.new_model(
         shape, folder / "large", seed=0, dtype=torch.float32, tokenizer=lambda tmp: tokenizer.save_pretrained(tmp)
     )
@@ -98,7 +99,7 @@ def counted(ranks: int) -> list[dict[str, Any]]:
     changes = {"data.max_length": 2048, "train.micro_batch_size": 4, "train.batch_size": 4 * ranks}
     recipe = load_recipe("qwen3_8b_to_9_blocks").changed(changes)
     assert recipe.teacher.architecture is not None
-    config = qwen3_config(recipe.teacher.architecture.model_dump(), {})
+    config = new_config(recipe.teacher.architecture.model_dump())
     costs = compare(recipe, ranks, config)
     return [{"placement": c.placement, "weights": c.weights, "wire": c.wire, "disk": c.disk} for c in costs]
 

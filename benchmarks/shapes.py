@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from llmkd.data.batches import Batch, collate
-from llmkd.models import load, make
+from llmkd.models import load
 
 VOCABULARY = 151_936
 PAD = 0
@@ -52,7 +53,7 @@ SIZES = {
 
 def make_model(size: Size, blocks: int, dtype: torch.dtype, device: torch.device, *, seed: int) -> PreTrainedModel:
     """A Qwen3 model of this size with random weights, the same for the same seed."""
-    shape = dict(
+    shape: dict[str, Any] = dict(
         vocab_size=size.vocabulary,
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,
@@ -64,7 +65,7 @@ def make_model(size: Size, blocks: int, dtype: torch.dtype, device: torch.device
         tie_word_embeddings=size.tied,
         initializer_range=0.02,
     )
-    config = make.qwen3_config(shape, {"bos_token_id": None, "eos_token_id": None, "pad_token_id": PAD})
+    config = Qwen3Config(**shape, bos_token_id=None, eos_token_id=None, pad_token_id=PAD)
     attention, _ = load.attention_implementation("auto", dtype)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from llmkd.data.batches import IGNORE, collate, epoch_batches
 from llmkd.data.rows import load_rows
@@ -39,7 +39,7 @@ def make(folder: Path) -> None:
         rows.append({"prompt": prompt, "completion": completion})
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     tokenizer = making.new_tokenizer((r["prompt"] + r["completion"] for r in rows), 320)
-    shape = dict(
+    shape: dict[str, Any] = dict(
         vocab_size=320,
         hidden_size=32,
         intermediate_size=48,
@@ -51,9 +51,9 @@ def make(folder: Path) -> None:
         initializer_range=0.3,  # large enough that every block changes the state and the teacher's opinion is sharp
     )
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = making.qwen3_config(shape, special)
+    config = Qwen3Config(**shape, **special)
     making.new_model(config, folder / "teacher", seed=3, dtype=torch.float32, tokenizer=tokenizer.save_pretrained)
-    config = making.qwen3_config({**shape, "tie_word_embeddings": True}, special)
+    config = Qwen3Config(**shape, **special, tie_word_embeddings=True)
     making.new_model(config, folder / "tied", seed=3, dtype=torch.float32, tokenizer=tokenizer.save_pretrained)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_values(folder)))
 

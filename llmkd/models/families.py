@@ -6,7 +6,8 @@ its blocks and states is found by llmkd.models.parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import (
@@ -19,25 +20,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from llmkd.data.batches import MULTIPLE, Family, Kind
 from llmkd.errors import InputError
+from llmkd.models.model_types import MODEL_TYPES, ModelType, types_with
 
 KIND_NAMES = {"encoder": "an encoder", "encoder_decoder": "an encoder-decoder", "decoder": "a decoder"}
 
-ROBERTAS = ("roberta", "xlm-roberta", "camembert")
-"""One model under several names."""
-CLASSIFIERS = {"bert": "classifier", "distilbert": "classifier", **dict.fromkeys(ROBERTAS, "classifier.out_proj")}
-"""Encoders by model type, and where the linear map to their classes is; each is tested."""
-DECODER_DEPTH = {"bart": "decoder_layers", "mt5": "num_decoder_layers", "t5": "num_decoder_layers"}
-"""Encoder-decoders by model type, and what their configuration calls the decoder's depth; each is tested."""
-WIDTHS = {
-    "bart": {
-        "intermediate_size": ("encoder_ffn_dim", "decoder_ffn_dim"),
-        "num_attention_heads": ("encoder_attention_heads", "decoder_attention_heads"),
-    },
-    "distilbert": {"intermediate_size": ("hidden_dim",)},
-    "opt": {"intermediate_size": ("ffn_dim",)},
-    **dict.fromkeys(("mt5", "t5"), {"intermediate_size": ("d_ff",)}),
-}
-"""By model type, what its configuration calls a width that a recipe knows by another name."""
 AUTO_CLASSES: dict[Kind, Any] = {
     "decoder": AutoModelForCausalLM,
     "encoder": AutoModelForSequenceClassification,
@@ -62,65 +48,62 @@ def kind(config: PreTrainedConfig) -> Kind:
     An encoder is told by its class in transformers for words left out, which no decoder has (those that may be either say `is_decoder`).
     """
     if config.is_encoder_decoder:
-        if config.model_type not in DECODER_DEPTH:
-            raise InputError(
-                f"an encoder-decoder of type {config.model_type!r} is not supported; {_one_of(DECODER_DEPTH)}"
-            )
-        return "encoder_decoder"
-    if getattr(config, "is_decoder", False) or config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        shown: Kind = "encoder_decoder"
+    elif getattr(config, "is_decoder", False) or config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "decoder"
-    if config.model_type not in CLASSIFIERS:
-        raise InputError(f"an encoder of type {config.model_type!r} is not supported; {_one_of(CLASSIFIERS)}")
-    return "encoder"
+    else:
+        shown = "encoder"
+    types = types_with(lambda row: row.kind == shown)
+    if config.model_type not in types:
+        raise InputError(
+            f"{KIND_NAMES[shown]} of type {config.model_type!r} is not supported; give one of type {', '.join(types[:-1])} or {types[-1]}"
+        )
+    return shown
 
 
-def _one_of(types: Iterable[str]) -> str:
-    *others, last = types
-    return f"give one of type {', '.join(others)} or {last}"
+def model_type(config: PreTrainedConfig) -> ModelType:
+    """The row of a model's type, as the kind of model that it is (a BERT may be a decoder, of which nothing is known)."""
+    row = MODEL_TYPES.get(config.model_type, ModelType())
+    return row if row.kind == kind(config) else ModelType()
 
 
 def family(config: PreTrainedConfig) -> Family:
     """The model's kind with what its batches need. Raises InputError where its configuration does not say it."""
-    found = kind(config)
-    if found == "encoder":
-        names: dict[Any, Any] = config.id2label or {}
-        return Family(found, labels=tuple(str(names[number]) for number in sorted(names)))
-    if found == "decoder":
-        return Family(found)
+    if kind(config) == "decoder":
+        return Family("decoder")
+    if kind(config) == "encoder":
+        return Family("encoder", labels=tuple(str(name) for _, name in sorted((config.id2label or {}).items())))
     start = getattr(config, "decoder_start_token_id", None)
     if start is None:
         raise InputError(
             f"a {config.model_type!r} model does not say with which token its decoder begins; write decoder_start_token_id into its "
             "config.json"
         )
-    return Family(found, start=start)
+    return Family("encoder_decoder", start=start)
 
 
 def depths(config: PreTrainedConfig) -> tuple[int, ...]:
     """How many blocks each stack has: (blocks,), or (the encoder's, the decoder's)."""
-    first: int = config.num_hidden_layers
-    return (first, getattr(config, DECODER_DEPTH[config.model_type])) if kind(config) == "encoder_decoder" else (first,)
+    first, second = config.num_hidden_layers, model_type(config).decoder_depth
+    return (first,) if second is None else (first, getattr(config, second))
 
 
 def set_depths(config: PreTrainedConfig, blocks: Sequence[int]) -> None:
     """Give each stack so many blocks."""
     config.num_hidden_layers = blocks[0]
-    if len(blocks) == 2:
-        setattr(config, DECODER_DEPTH[config.model_type], blocks[1])
+    if (second := model_type(config).decoder_depth) is not None:
+        setattr(config, second, blocks[1])
 
 
 def width_settings(config: PreTrainedConfig, key: str) -> tuple[str, ...]:
     """What a model type's configuration calls the width that a recipe calls `key`."""
-    return WIDTHS.get(config.model_type, {}).get(key, (key,))
+    return model_type(config).widths.get(key, (key,))
 
 
 def by_stack(chosen: Sequence[int], blocks: Sequence[int]) -> list[list[int]]:
     """Block numbers counted through all stacks (of so many blocks each) -> each stack's own, counted from 0 in it."""
-    found, first = [], 0
-    for depth in blocks:
-        found.append([block - first for block in chosen if first <= block < first + depth])
-        first += depth
-    return found
+    firsts = itertools.accumulate(blocks, initial=0)
+    return [[block - a for block in chosen if a <= block < b] for a, b in itertools.pairwise(firsts)]
 
 
 def positions(config: PreTrainedConfig) -> int | None:
@@ -131,7 +114,7 @@ def positions(config: PreTrainedConfig) -> int | None:
     most = getattr(config, "max_position_embeddings", None)
     if most is None or kind(config) == "decoder":
         return most
-    if config.model_type in ROBERTAS:  # they count them from the padding's id on
+    if model_type(config).positions_follow_padding:
         most -= config.pad_token_id + 1
     return most - most % MULTIPLE
 
@@ -161,8 +144,11 @@ def check_states(config: PreTrainedConfig, *, normed: bool, embedding: bool) -> 
     narrow = getattr(config, "word_embed_proj_dim", config.hidden_size)
     if narrow == config.hidden_size:
         return
-    said = f"this {config.model_type!r} model's embeddings and final states have {narrow} numbers, its blocks' states {config.hidden_size}"
+    widths = (
+        f"this {config.model_type!r} model's embeddings and final states have {narrow} numbers, "
+        f"its blocks' states {config.hidden_size}"
+    )
     if normed:
-        raise InputError(f"matching.final_state: {said}; write raw")
+        raise InputError(f"matching.final_state: {widths}; write raw")
     if embedding:
-        raise InputError(f"matching.embedding: {said}; write false")
+        raise InputError(f"matching.embedding: {widths}; write false")

@@ -29,31 +29,16 @@ from llmkd.models.families import (
     check_logits,
     depths,
     kind,
+    model_type,
     set_depths,
     width_settings,
 )
 from llmkd.models.folders import tensor_files
+from llmkd.models.model_types import types_with
 from llmkd.models.parts import head
 
 log = logging.getLogger("llmkd")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PACKABLE = (
-    "gemma",
-    "gemma3_text",
-    "gpt2",
-    "gpt_neox",
-    "llama",
-    "mistral",
-    "olmo2",
-    "phi",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-    "stablelm",
-)
-"""Model types that keep packed documents apart by their position ids; each is tested. OPT, Bloom, Falcon and Mamba do not."""
 
 
 def without_weights(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -71,10 +56,10 @@ def check_usable(config: PreTrainedConfig, *, section: str, attention: str, pack
     check_blocks(config)
     if attention == "flash_attention_2" and not _flash_attention():
         raise InputError(f"{section}.attention: flash_attention_2 needs a GPU and the package flash-attn; write auto")
-    if packed and config.model_type not in PACKABLE:
+    if packed and not model_type(config).packs:
         raise InputError(
             f"data.batching: packed rows of a {config.model_type!r} model might see each other; write grouped "
-            f"(packed is for {', '.join(PACKABLE)})"
+            f"(packed is for {', '.join(types_with(lambda row: row.packs))})"
         )
 
 
@@ -84,7 +69,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         raise InputError(
-            f"{folder}: transformers can't read this model ({first_line(error)}); give another, or mend its config.json"
+            f"{folder}: transformers can't read this model ({first_line(error)}); give another, or fix its config.json"
         ) from error
     if not hasattr(config, "num_hidden_layers"):
         raise InputError(

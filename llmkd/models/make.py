@@ -19,13 +19,13 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from llmkd.data.batches import Kind
 from llmkd.errors import InputError
 from llmkd.files import publish_folder
 from llmkd.layer_map import forward
-from llmkd.models.families import AUTO_CLASSES, CLASSIFIERS, by_stack, depths, kind
+from llmkd.models.families import AUTO_CLASSES, by_stack, depths, kind, model_type
 from llmkd.models.folders import copy_tokenizer, tensor_files
 from llmkd.models.load import load_config, load_model, quiet_about_unused, student_config
 from llmkd.models.parts import blocks
@@ -149,11 +149,6 @@ def new_model(
         torch.manual_seed(seed)
         model = AUTO_CLASSES[kind(config)].from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     publish_folder(folder, lambda tmp: (model.save_pretrained(tmp), tokenizer(tmp)))
-
-
-def qwen3_config(shape: dict[str, Any], special: dict[str, Any]) -> Qwen3Config:
-    """A Qwen3 configuration from the recipe's `architecture` and the tokenizer's special token ids."""
-    return Qwen3Config(**shape, **special, use_cache=True)
 
 
 def new_tokenizer(texts: Iterable[str], vocab_size: int, of: Kind = "decoder") -> PreTrainedTokenizerFast:
@@ -288,7 +283,9 @@ def new_classifier(start: Path, labels: Sequence[str], folder: Path, *, seed: in
 
 
 def _classifier(config: PreTrainedConfig) -> str:
-    return CLASSIFIERS[config.model_type]
+    place = model_type(config).classifier
+    assert place is not None, config.model_type
+    return place
 
 
 def blocks_name(model: PreTrainedModel) -> str:

@@ -1,7 +1,7 @@
 """Where a model's blocks, head and states are, and how a batch runs through it, whatever its family.
 
 Blocks are counted through a model's stacks, the encoder's first: in a T5 of 6 + 6 blocks, block 6 is the first of its decoder. So a pair
-stays two numbers. What a model is, is said by llmkd.models.families.
+stays two numbers. The kinds and types of models are in llmkd.models.families and llmkd.models.model_types.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from llmkd.data.batches import Batch, Kind
 from llmkd.errors import InputError
 from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING
-from llmkd.models.families import CLASSIFIERS, ROBERTAS, check_logits, depths, kind
+from llmkd.models.families import check_logits, depths, kind, model_type
+from llmkd.models.model_types import scaled
 
 Take = Callable[[Tensor], None]
 
@@ -34,6 +35,10 @@ class Stack:
     """The number that stands for what its first block reads."""
     norm: nn.Module | None
     """What its last block's output passes before anything reads it, where `final_state` does not give that already."""
+    opening: nn.Module | None = None
+    """What makes its embeddings' state; None: that is what the first block reads."""
+    closing: nn.Module | None = None
+    """What gives its last block's state after the final norm; None: it has no such norm."""
 
 
 @dataclass(frozen=True)
@@ -54,25 +59,34 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 
 def blocks(model: PreTrainedModel) -> nn.ModuleList:
     """All transformer blocks in order, an encoder-decoder's encoder first."""
-    found = stacks(model)
-    return found[0].blocks if len(found) == 1 else nn.ModuleList(block for stack in found for block in stack.blocks)
+    first, *others = stacks(model)
+    return nn.ModuleList(block for stack in (first, *others) for block in stack.blocks) if others else first.blocks
 
 
 def stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
     """The model's stacks of blocks, in the order in which they run."""
-    if kind(model.config) != "encoder_decoder":
-        return (Stack("", _list_of_blocks(model, backbone(model), depths(model.config)[0]), 0, EMBEDDING, None),)
+    return _KINDS[kind(model.config)].stacks(model)
+
+
+def _decoder_stack(model: PreTrainedModel) -> tuple[Stack, ...]:
+    body = backbone(model)
+    listed = _list_of_blocks(model, body, depths(model.config)[0])
+    return (Stack("", listed, 0, EMBEDDING, None, opening=model.get_input_embeddings(), closing=body),)
+
+
+def _encoder_stack(model: PreTrainedModel) -> tuple[Stack, ...]:
+    return (Stack("", _list_of_blocks(model, backbone(model), depths(model.config)[0]), 0, EMBEDDING, None),)
+
+
+def _two_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
     encoder, decoder = depths(model.config)
-    parts: list[tuple[Literal["enc", "dec"], int, int, int]] = [
-        ("enc", encoder, 0, EMBEDDING),
-        ("dec", decoder, encoder, DECODER_EMBEDDING),
-    ]
-    found = []
-    for name, depth, first, embedding in parts:
-        body: Any = _side(model, name)
+
+    def stack(name: Literal["enc", "dec"], depth: int, first: int, embedding: int) -> Stack:
+        body = _side(model, name)
         norm = getattr(body, "final_layer_norm", None)  # T5's; BART's blocks end with their own
-        found.append(Stack(name, _list_of_blocks(model, body, depth), first, embedding, norm))
-    return tuple(found)
+        return Stack(name, _list_of_blocks(model, body, depth), first, embedding, norm, closing=norm)
+
+    return (stack("enc", encoder, 0, EMBEDDING), stack("dec", decoder, encoder, DECODER_EMBEDDING))
 
 
 def _side(model: Any, name: Literal["enc", "dec"]) -> nn.Module:
@@ -82,8 +96,10 @@ def _side(model: Any, name: Literal["enc", "dec"]) -> nn.Module:
 
 def _list_of_blocks(model: PreTrainedModel, body: nn.Module, depth: int) -> nn.ModuleList:
     """The one ModuleList as long as the configuration says the model is deep."""
-    found = [(name, m) for name, m in body.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    shallowest = [m for name, m in found if name.count(".") == min(n.count(".") for n, _ in found)]
+    lists = [
+        (name.count("."), m) for name, m in body.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth
+    ]
+    shallowest = [m for level, m in lists if level == min(level for level, _ in lists)]
     if len(shallowest) != 1:
         raise InputError(
             f"{type(model).__name__}: found {len(shallowest)} lists of {depth} blocks where one was expected; give a model of "
@@ -95,13 +111,11 @@ def _list_of_blocks(model: PreTrainedModel, body: nn.Module, depth: int) -> nn.M
 def head(model: PreTrainedModel) -> nn.Linear:
     """The linear map from final state to logits. Raises InputError for a model that does more than that to its logits."""
     check_logits(model.config)
-    if kind(model.config) == "encoder":
-        found: Any = model.get_submodule(CLASSIFIERS[model.config.model_type])
-    else:
-        found = model.get_output_embeddings()
-    if not isinstance(found, nn.Linear):
+    place = model_type(model.config).classifier
+    module: Any = model.get_output_embeddings() if place is None else model.get_submodule(place)
+    if not isinstance(module, nn.Linear):
         raise InputError(f"{type(model).__name__} has no linear language-model head; give a causal language model")
-    return found
+    return module
 
 
 def head_bias(model: PreTrainedModel) -> Tensor | None:
@@ -112,12 +126,12 @@ def head_bias(model: PreTrainedModel) -> Tensor | None:
 
 def whole_head(model: PreTrainedModel) -> nn.Linear:
     """The head with all that is added to its product: BART's bias, which stands beside it, is its bias here."""
-    found, bias = head(model), head_bias(model)
-    if bias is None or bias is found.bias:
-        return found
-    made = nn.Linear(1, 1, bias=False)
-    made.weight, made.bias = found.weight, nn.Parameter(bias, requires_grad=False)
-    return made
+    own, bias = head(model), head_bias(model)
+    if bias is None or bias is own.bias:
+        return own
+    whole = nn.Linear(1, 1, bias=False)
+    whole.weight, whole.bias = own.weight, nn.Parameter(bias, requires_grad=False)
+    return whole
 
 
 def on_state(model: PreTrainedModel, block: int, take: Take, *, normed: bool) -> None:
@@ -127,30 +141,23 @@ def on_state(model: PreTrainedModel, block: int, take: Take, *, normed: bool) ->
     paper's code compares it; a decoder's is the word embedding alone. `normed`: the last block's state of each stack is taken after its
     final norm, where it has one, as the last of `hidden_states` is.
     """
-    decodes = kind(model.config) == "decoder"
 
     def output(module: nn.Module, args: object, output: object) -> None:
         take(output_state(output))
 
-    def final(module: nn.Module, args: object, output: Any) -> None:
-        take(output.last_hidden_state)
-
     def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         take(args[0] if args else kwargs["hidden_states"])
 
-    if block == EMBEDDING and decodes:
-        model.get_input_embeddings().register_forward_hook(output)
-        return
     for stack in stacks(model):
-        place = block - stack.first
+        place, last = block - stack.first, len(stack.blocks) - 1
         if block == stack.embedding:
-            stack.blocks[0].register_forward_pre_hook(first_input, with_kwargs=True)
-        elif 0 <= place < len(stack.blocks):
-            last = normed and place == len(stack.blocks) - 1
-            if last and decodes:
-                backbone(model).register_forward_hook(final)
+            if stack.opening is None:
+                stack.blocks[0].register_forward_pre_hook(first_input, with_kwargs=True)
             else:
-                (stack.norm if last and stack.norm is not None else stack.blocks[place]).register_forward_hook(output)
+                stack.opening.register_forward_hook(output)
+        elif 0 <= place <= last:
+            closes = normed and place == last and stack.closing is not None
+            (stack.closing if closes else stack.blocks[place]).register_forward_hook(output)  # type: ignore[union-attr]
 
 
 def tokens_of(batch: Batch, stack: Stack) -> Tokens:
@@ -164,8 +171,8 @@ def tokens_of(batch: Batch, stack: Stack) -> Tokens:
 
 def encoder_blocks(model: PreTrainedModel) -> range:
     """The numbers whose states stand at the source's tokens, the encoder's embeddings among them; none unless an encoder-decoder's."""
-    found = stacks(model)
-    return range(EMBEDDING, len(found[0].blocks)) if len(found) == 2 else range(0)
+    encoder, *decoder = stacks(model)
+    return range(EMBEDDING, len(encoder.blocks)) if decoder else range(0)
 
 
 def final_state(model: PreTrainedModel, batch: Batch, opened: Tensor | None = None) -> Tensor:
@@ -173,15 +180,15 @@ def final_state(model: PreTrainedModel, batch: Batch, opened: Tensor | None = No
 
     `opened` [B, T, H]: what stands in place of the tokens' embeddings, of a decoder or an encoder.
     """
-    return _RUN[kind(model.config)](model, batch, opened)
+    return _KINDS[kind(model.config)].run(model, batch, opened)
 
 
 class Body(nn.Module):
-    """A model as an engine runs it forward: a batch in, the final state out."""
+    """A model as an engine runs it forward: a batch in, the final state out. A decoder's head is no part of it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = _KINDS[kind(model.config)].body(model)
 
     def forward(self, batch: Batch) -> Tensor:
         """The final state."""
@@ -202,7 +209,9 @@ def _run_encoder(model: PreTrainedModel, batch: Batch, opened: Tensor | None) ->
     segments = {} if batch.segments is None or opened is not None else {"token_type_ids": batch.segments}
     base: Any = model.base_model
     output = base(**_read(batch, opened), attention_mask=batch.attention_mask, **segments)
-    return _POOLED[model.config.model_type](model, output)[:, None]
+    pooled = model_type(model.config).pooled
+    assert pooled is not None, model.config.model_type
+    return pooled(model, output)[:, None]
 
 
 def _run_encoder_decoder(model: PreTrainedModel, batch: Batch, opened: Tensor | None) -> Tensor:
@@ -219,46 +228,31 @@ def _run_encoder_decoder(model: PreTrainedModel, batch: Batch, opened: Tensor | 
     return scaled(model, final)
 
 
-def scaled(model: PreTrainedModel, final: Tensor) -> Tensor:
-    """What the head reads of a final state: T5's tied embeddings are drawn larger than a head's weight, and the state makes up for it."""
-    return final * model.config.hidden_size**-0.5 if getattr(model.config, "scale_decoder_outputs", False) else final
-
-
 def _read(batch: Batch, opened: Tensor | None) -> dict[str, Tensor]:
     """What a stack of blocks is given to begin with."""
     return {"input_ids": batch.input_ids} if opened is None else {"inputs_embeds": opened}
 
 
-_RUN: dict[Kind, Callable[[PreTrainedModel, Batch, Tensor | None], Tensor]] = {
-    "decoder": _run_decoder,
-    "encoder": _run_encoder,
-    "encoder_decoder": _run_encoder_decoder,
+@dataclass(frozen=True)
+class _Ways:
+    """What is done otherwise with a decoder, an encoder and an encoder-decoder."""
+
+    stacks: Callable[[PreTrainedModel], tuple[Stack, ...]]
+    run: Callable[[PreTrainedModel, Batch, Tensor | None], Tensor]
+    body: Callable[[PreTrainedModel], nn.Module]
+    """What an engine is given of a model that it runs forward."""
+
+
+_KINDS: dict[Kind, _Ways] = {
+    "decoder": _Ways(_decoder_stack, _run_decoder, backbone),
+    "encoder": _Ways(_encoder_stack, _run_encoder, lambda model: model),
+    "encoder_decoder": _Ways(_two_stacks, _run_encoder_decoder, lambda model: model),
 }
 
 
-def _bert_pooled(model: Any, output: Any) -> Tensor:
-    return model.dropout(output.pooler_output)
-
-
-def _distilbert_pooled(model: Any, output: Any) -> Tensor:
-    return model.dropout(torch.relu(model.pre_classifier(output.last_hidden_state[:, 0])))
-
-
-def _roberta_pooled(model: Any, output: Any) -> Tensor:
-    part = model.classifier
-    return part.dropout(torch.tanh(part.dense(part.dropout(output.last_hidden_state[:, 0]))))
-
-
-_POOLED: dict[str, Callable[[Any, Any], Tensor]] = {
-    "bert": _bert_pooled,
-    "distilbert": _distilbert_pooled,
-    **dict.fromkeys(ROBERTAS, _roberta_pooled),
-}
-"""From an encoder's output to the state [B, H] that its classifier reads, by model type."""
-
-
-def output_state(output: object) -> Tensor:
-    """The state in a block's output, which is a tensor or a tuple that opens with it."""
-    state = output[0] if isinstance(output, tuple) else output
+def output_state(output: Any) -> Tensor:
+    """The state in what a block gives, a tensor or a tuple that opens with it, or in what a backbone gives."""
+    state = getattr(output, "last_hidden_state", output)
+    state = state[0] if isinstance(state, tuple) else state
     assert isinstance(state, Tensor)
     return state

@@ -21,35 +21,9 @@ from transformers import PreTrainedModel
 from llmkd.distributed.engines import full_shape, gathered
 from llmkd.errors import InputError
 from llmkd.losses.distance_sum import small_pass
-from llmkd.models.families import ROBERTAS, kind
-from llmkd.models.parts import backbone, blocks, output_state, scaled, stacks
-
-Step = Callable[[Tensor], Tensor]
-"""A module, which is run by its own `forward` (the engine's hooks count its calls), or a function."""
-
-
-def _first(states: Tensor) -> Tensor:
-    """The first token's state alone, [B, 1, H]."""
-    return states[:, :1]
-
-
-def _roberta(model: Any) -> list[Step]:
-    part = model.classifier
-    return [_first, part.dropout, part.dense, torch.tanh, part.dropout]
-
-
-def _t5(model: Any) -> list[Step]:
-    return [model.decoder.final_layer_norm, model.decoder.dropout, functools.partial(scaled, model)]
-
-
-TAILS: dict[str, Callable[[Any], list[Step]]] = {
-    "bart": lambda model: [],
-    "bert": lambda model: [_first, model.bert.pooler.dense, model.bert.pooler.activation, model.dropout],
-    "distilbert": lambda model: [_first, model.pre_classifier, torch.relu, model.dropout],
-    **dict.fromkeys(ROBERTAS, _roberta),
-    **dict.fromkeys(("mt5", "t5"), _t5),
-}
-"""By model type, what `model_parts.final_state` does after the last block; of a decoder it is found in a pass."""
+from llmkd.models.families import model_type
+from llmkd.models.model_types import Step
+from llmkd.models.parts import backbone, blocks, output_state, stacks
 
 
 class Tail:
@@ -61,7 +35,8 @@ class Tail:
     def __init__(self, model: PreTrainedModel, *, normed_last: bool) -> None:
         self.watching = False
         self._name = type(model).__name__
-        self._steps = None if kind(model.config) == "decoder" else TAILS[model.config.model_type](model)
+        tail = model_type(model.config).tail
+        self._steps = None if tail is None else tail(model)
         found = stacks(model)
         self._ends = {stack.first + len(stack.blocks) - 1: stack.norm for stack in found}
         self._last = max(self._ends)

@@ -15,26 +15,23 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from llmkd.distributed.engines import parameter_count
 from llmkd.errors import InputError
-from llmkd.models.families import check_logits
+from llmkd.models.families import check_logits, model_type
 from llmkd.models.folders import tensor_files
 from llmkd.models.load import attention_implementation, load_config, student_config, without_weights
+from llmkd.models.model_types import types_with
 from llmkd.models.parts import backbone, blocks
 from llmkd.teachers.pipeline_schedule import PipelineCut, cut_into_stages
 
 log = logging.getLogger("llmkd")
 
-PIPELINED = ("llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3", "stablelm")
-"""Model types whose stages, one after the other, are the whole model; each is tested. They do nothing to their embeddings (Gemma
-scales them) and name their parts alike: model.embed_tokens, model.layers.N, model.norm, lm_head."""
-
 
 def check_pipelined(config: PreTrainedConfig) -> None:
     """Raise InputError for a model type that has not been shown to be the sum of its stages."""
     check_logits(config)
-    if config.model_type not in PIPELINED:
+    if not model_type(config).has_stages:
         raise InputError(
             f"teacher.placement: a {config.model_type!r} model has not been shown to work cut into stages; write zero3 or replicated "
-            f"(pipeline is for {', '.join(PIPELINED)})"
+            f"(pipeline is for {', '.join(types_with(lambda row: row.has_stages))})"
         )
 
 

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 
 from llmkd.data.batches import Batch
 from llmkd.distributed.engines import frozen_engine, gathered
-from llmkd.models.families import kind
-from llmkd.models.parts import Body, backbone, blocks, head, head_bias, on_state
+from llmkd.models.parts import Body, blocks, head, head_bias, on_state
 from llmkd.teachers.base import Capture, Signal, States
 from llmkd.teachers.upper_blocks import UpperBlocks
 
@@ -44,16 +43,13 @@ class ResidentTeacher:
         self._head = head(model) if logits else None
         self._model = model
         self._uses = tuple(uses)
-        self._decodes = kind(model.config) == "decoder"
-        self.blocks = stack = blocks(model)
+        self.blocks = blocks(model)
         self._upper = UpperBlocks(model, stones, again=checkpointed) if stones else None
-        # A decoder's final state is at hand; other families' last state after a final norm is taken where it is born.
-        self._last = len(stack) - 1 if normed_last and self._decodes else None
-        body = backbone(model) if self._decodes else Body(model)
+        body = Body(model)
         self._body = body if ds_config is None else frozen_engine(body, ds_config)
         new: Callable[[], States] = dict if offload_to is None else lambda: OffloadedStates(self._uses, offload_to)
         self._capture = Capture({}, new, lambda block: block in self._uses)
-        for block in set(uses) - {self._last}:
+        for block in set(uses):
             on_state(model, block, self._capture.keeper(block), normed=normed_last)
 
     def use(self, uses: Sequence[int]) -> None:
@@ -67,18 +63,8 @@ class ResidentTeacher:
     @torch.no_grad()
     def signals(self, batch: Batch) -> Signal:
         """Run the teacher on the batch: the mapped blocks' states and, where logits are asked for, the final state and the head."""
-        if self._decodes:
-            final = self._body(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                use_cache=False,
-            ).last_hidden_state
-        else:
-            final = self._body(batch)
+        final = self._body(batch)
         states = self._capture.collect()
-        if self._last in self._uses:
-            states[self._last] = final
         if self._head is None:
             return Signal(states, self._uses, None, None)
         return Signal(states, self._uses, final, self.head, upper=self._upper)

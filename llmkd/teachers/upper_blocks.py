@@ -9,8 +9,7 @@ sharded teacher so never has more than one block gathered, and neither its hooks
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,62 +20,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llmkd.data.batches import Batch
 from llmkd.distributed.engines import gathered
 from llmkd.errors import InputError
-from llmkd.models.families import CLASSIFIERS, ROBERTAS, check_logits, kind
+from llmkd.models.families import check_logits, model_type
 from llmkd.models.load import student_config
+from llmkd.models.model_types import types_with
 from llmkd.models.parts import backbone, blocks, final_state, output_state
-from llmkd.teachers.pipeline_stage import PIPELINED
-
-
-class Passing(nn.Module):
-    """In the place of an encoder's embeddings: the state that is given in place of theirs."""
-
-    def forward(self, *args: Any, **options: Any) -> Tensor:
-        """The one tensor among what it is called with."""
-        [state] = [given for given in (*args, *options.values()) if isinstance(given, Tensor)]
-        return state
-
-
-class Nothing(nn.Module):
-    """In the place of learned positions, which are in the state already: what adds nothing."""
-
-    def forward(self, *args: Any, **options: Any) -> Tensor:
-        """A zero."""
-        return torch.zeros(())
-
-
-@dataclass(frozen=True)
-class Ends:
-    """What stands around the blocks of a model type, by its place in the model."""
-
-    after: tuple[str, ...]
-    """What the last block's state passes before the head reads it; a model may lack one."""
-    before: Mapping[str, Callable[[], nn.Module | None]] = field(default_factory=dict)
-    """What the first block's input passes in the model, and what stands there in a shell."""
-
-
-ENDS = {
-    **dict.fromkeys((*PIPELINED, "gemma", "gemma3_text", "qwen3_moe"), Ends(("model.norm",))),
-    "gpt2": Ends(("transformer.ln_f",), {"transformer.wpe": Nothing}),
-    "gpt_neox": Ends(("gpt_neox.final_layer_norm",)),
-    "opt": Ends(
-        ("model.decoder.final_layer_norm", "model.decoder.project_out"),
-        {"model.decoder.embed_positions": Nothing, "model.decoder.project_in": lambda: None},
-    ),
-    "phi": Ends(("model.final_layernorm",)),
-    "bert": Ends(("bert.pooler",), {"bert.embeddings": Passing}),
-    "distilbert": Ends(("pre_classifier",), {"distilbert.embeddings": Passing}),
-    **dict.fromkeys(ROBERTAS, Ends(("classifier.dense",), {"roberta.embeddings": Passing})),
-}
-"""By model type; each is tested to be the whole model from any of its blocks on."""
 
 
 def check_upper(config: PreTrainedConfig) -> None:
     """Raise InputError for a teacher whose upper blocks have not been shown to be the whole model's."""
     check_logits(config)
-    if config.model_type not in ENDS or (config.model_type in CLASSIFIERS and kind(config) != "encoder"):
+    if model_type(config).ends is None:
         raise InputError(
             f"stones: a {config.model_type!r} teacher has not been shown to work from one of its blocks on; leave out stones, or give "
-            f"a teacher of another type ({', '.join(sorted(ENDS))})"
+            f"a teacher of another type ({', '.join(types_with(lambda row: row.ends is not None))})"
         )
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise InputError(
@@ -115,14 +71,14 @@ def _shell(model: PreTrainedModel, start: int, again: bool) -> PreTrainedModel:
             small, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )
     shell.eval().requires_grad_(False)
-    ends = ENDS[model.config.model_type]
+    row = model_type(model.config)
     own = blocks(shell)
     for place, block in enumerate(part):
         own[place] = Borrowing(own[place], stack[block], again)
     del own[len(part) :]
-    for path, stand_in in ends.before.items():
+    for path, stand_in in row.starts.items():
         _put(shell, path, stand_in())
-    for path in ends.after:
+    for path in row.ends or ():
         parent, _, name = path.rpartition(".")
         lender = getattr(model.get_submodule(parent), name)
         if lender is not None:

@@ -10,7 +10,7 @@ from typing import Any
 from llmkd.distributed.ranks import World, on_main
 from llmkd.errors import InputError
 from llmkd.models import families, folders, load, make
-from llmkd.models.architectures import KINDS, new_config
+from llmkd.models.architectures import new_config
 from llmkd.recipe.recipe import Recipe
 from llmkd.training.jobs import Job, read_rows
 from llmkd.training.pairs import depths_of
@@ -71,7 +71,8 @@ def teacher_tokenizer(recipe: Recipe) -> Any:
             "finetune.architecture: a new tokenizer has no chat template; give prompt/completion or text data"
         )
     texts = (text for column in TEXT_COLUMNS if column in rows.column_names for text in rows[column])
-    return make.new_tokenizer(texts, settings.architecture.vocab_size, KINDS[settings.architecture.model_type])
+    kind = families.kind(new_config(settings.architecture.model_dump()))
+    return make.new_tokenizer(texts, settings.architecture.vocab_size, kind)
 
 
 def job_tokenizer(world: World, job: Job, *, resuming: bool) -> Any:

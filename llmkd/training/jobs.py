@@ -23,7 +23,7 @@ from llmkd.layer_map import Pairs
 from llmkd.losses.objective import Weights
 from llmkd.losses.set_distances import WIDTH_FREE
 from llmkd.models import families, folders, load, make
-from llmkd.models.architectures import KINDS, STARTS
+from llmkd.models.architectures import new_config
 from llmkd.recipe.inputs import finetune_inputs, fingerprint, training_inputs
 from llmkd.recipe.recipe import Recipe
 from llmkd.recipe.run import Data, Train
@@ -225,8 +225,7 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
     given = None if start is None else on_main(world, lambda: folders.resolve(start, "finetune.path"))
     if given is None:
         assert settings.architecture is not None
-        type_ = settings.architecture.model_type
-        family = Family(KINDS[type_], start=STARTS.get(type_, 0))
+        family = families.family(new_config(settings.architecture.model_dump()))
         _check_lengths(data.max_length, settings.architecture.max_position_embeddings, "finetune.architecture")
         if data.batching == "packed" and family.kind != "decoder":
             raise InputError("data.batching: only a decoder's rows are packed; write grouped")

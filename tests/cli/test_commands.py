@@ -113,7 +113,7 @@ def test_plan_needs_neither_weights_nor_ranks(capsys: pytest.CaptureFixture[str]
 
 def test_plan_draws_the_run_s_own_cut_of_a_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
     """36 blocks and the embeddings of 3.2 blocks in 8 stages: the run's stages, where equal blocks alone would be others."""
-    from llmkd.models.make import qwen3_config
+    from llmkd.models.architectures import new_config
     from llmkd.recipe.recipe import load_recipe
     from llmkd.teachers import pipeline_schedule
     from llmkd.teachers.pipeline_stage import teacher_cut
@@ -122,7 +122,7 @@ def test_plan_draws_the_run_s_own_cut_of_a_pipeline(capsys: pytest.CaptureFixtur
     text = output(command, capsys)
     architecture = load_recipe("qwen3_8b_to_9_blocks").teacher.architecture
     assert architecture is not None
-    parts = teacher_cut(qwen3_config(architecture.model_dump(), {}), 8)
+    parts = teacher_cut(new_config(architecture.model_dump()), 8)
     assert parts != pipeline_schedule.cut([1] * 36, 8)
     assert re.findall(r"blocks (\d+)-(\d+) ", text) == [(str(part.start), str(part.stop - 1)) for part in parts]
     assert "final state -> student 8 and head" in text

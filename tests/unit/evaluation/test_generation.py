@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen3Config
 
 from llmkd import cli
 from llmkd.data import batches, records, tokens
@@ -43,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = records.rows("train", 0, 0, 1600)
     tokenizer = make.new_tokenizer([row["prompt"] + row["completion"] for row in rows], 512)
     tokenizer.chat_template = TEMPLATE
-    shape = dict(
+    shape: dict[str, Any] = dict(
         vocab_size=512,
         hidden_size=64,
         intermediate_size=128,
@@ -57,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     make.new_model(
-        make.qwen3_config(shape, special), folder, seed=0, dtype=torch.float32, tokenizer=tokenizer.save_pretrained
+        Qwen3Config(**shape, **special), folder, seed=0, dtype=torch.float32, tokenizer=tokenizer.save_pretrained
     )
     model: Any = load.load_causal_lm(folder, dtype=torch.float32, ds_config=None, attention="sdpa")
     ids = tokens.tokenize(

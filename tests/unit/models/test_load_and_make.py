@@ -22,6 +22,7 @@ from llmkd.errors import InputError
 from llmkd.models import folders as model_folders
 from llmkd.models import load, parts
 from llmkd.models import make as making
+from llmkd.models.model_types import types_with
 from llmkd.models.parts import output_state
 
 SMALL: dict[str, Any] = dict(
@@ -156,7 +157,7 @@ def test_each_model_that_may_be_packed_keeps_documents_apart() -> None:
         {"input_ids": torch.randint(2, 64, (n,), generator=draw).tolist(), "trained": [True] * n} for n in (5, 1, 9)
     ]
     batch = collate(rows, pad_id=0, packed=True)
-    for kind in load.PACKABLE:
+    for kind in types_with(lambda row: row.packs):
         config = CONFIGS[kind]()
         load.check_usable(config, section="teacher", attention="auto", packed=True)
         model = new(config)

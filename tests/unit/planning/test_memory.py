@@ -16,7 +16,7 @@ from llmkd.losses import chunked_head
 from llmkd.losses.chunked_head import TeacherHead, head_losses
 from llmkd.losses.distance_sum import distance_sum, terms_of
 from llmkd.losses.divergences import DIVERGENCES
-from llmkd.models.make import qwen3_config
+from llmkd.models.architectures import new_config
 from llmkd.models.parts import blocks
 from llmkd.planning import memory, shapes
 from llmkd.planning.placements import Cost, compare, recommended
@@ -279,7 +279,7 @@ def test_a_shipped_recipe_uses_the_placement_that_its_plan_recommends(
 ) -> None:
     recipe = load_recipe(name)
     assert recipe.teacher.placement == placement and recipe.teacher.architecture is not None
-    teacher = qwen3_config(recipe.teacher.architecture.model_dump(), {})
+    teacher = new_config(recipe.teacher.architecture.model_dump())
     best = recommended(compare(recipe, ranks, teacher), device_gib * GIB)
     assert best is not None and best.placement == placement
 

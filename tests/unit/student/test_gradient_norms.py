@@ -18,10 +18,11 @@ from llmkd.errors import InputError
 from llmkd.layer_map import EMBEDDING
 from llmkd.losses.distances import DISTANCES
 from llmkd.losses.divergences import forward_kl
-from llmkd.models.families import CLASSIFIERS, DECODER_DEPTH, depths
+from llmkd.models.families import depths
+from llmkd.models.model_types import MODEL_TYPES, types_with
 from llmkd.models.parts import blocks, output_state
 from llmkd.student.distiller import Distiller, make_projectors
-from llmkd.student.gradient_norms import TAILS, Tail
+from llmkd.student.gradient_norms import Tail
 from llmkd.teachers.resident import ResidentTeacher
 from tests.family_models import DECODERS, ENCODER_DECODERS, ENCODERS, new, run
 from tests.unit.models.test_families import (
@@ -167,7 +168,8 @@ def test_a_decoders_norms(name: str) -> None:
 
 def test_every_family_has_a_tail() -> None:
     """An encoder or encoder-decoder that is let in is one whose norms can be reported."""
-    assert set(TAILS) == {*CLASSIFIERS, *DECODER_DEPTH}
+    assert all((row.kind != "decoder") == (row.tail is not None) for row in MODEL_TYPES.values())
+    assert set(types_with(lambda row: row.tail)) == {*ENCODERS, *ENCODER_DECODERS, "mt5"}
 
 
 def test_a_decoder_that_does_more_before_its_head_is_refused() -> None:

@@ -12,6 +12,7 @@ import transformers as hf
 from llmkd.data.batches import collate
 from llmkd.errors import InputError
 from llmkd.models import folders, load, parts
+from llmkd.models.model_types import types_with
 from llmkd.models.parts import output_state
 from llmkd.teachers import pipeline_stage as stage
 from llmkd.teachers.pipeline_schedule import cut_into_stages
@@ -20,7 +21,7 @@ from tests.unit.models.test_load_and_make import CONFIGS, SMALL, new
 CPU = torch.device("cpu")
 SLIDING: dict[str, Any] = dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
 KINDS: dict[str, Any] = {
-    **{kind: CONFIGS[kind] for kind in stage.PIPELINED},
+    **{kind: CONFIGS[kind] for kind in types_with(lambda row: row.has_stages)},
     "qwen2_sliding": lambda: hf.Qwen2Config(**SMALL, **SLIDING),
     "mistral_sliding": lambda: hf.MistralConfig(**SMALL, sliding_window=4),
     "llama_yarn": lambda: hf.LlamaConfig(

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from llmkd.data.batches import Family
+from llmkd.data.batches import Family, Kind
 from llmkd.errors import InputError
 from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING, forward
 from llmkd.models import families, load, make
-from llmkd.models.architectures import KINDS, new_config
+from llmkd.models.architectures import new_config
+from llmkd.models.model_types import types_with
 from llmkd.planning import doctor, memory
 from llmkd.recipe.inputs import finetune_inputs, training_inputs
 from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
@@ -82,7 +83,7 @@ def test_models_that_have_not_been_tested_are_refused(tmp_path: Path) -> None:
     for other in (hf.ElectraConfig(), hf.DebertaV2Config(), hf.AlbertConfig(), hf.ModernBertConfig()):
         with pytest.raises(
             InputError,
-            match=f"an encoder of type '{other.model_type}' is not supported; give one of type bert, distilb",
+            match=f"an encoder of type '{other.model_type}' is not supported; give one of type bert, camembert, distilb",
         ):
             families.kind(other)
     assert families.kind(hf.ElectraConfig(is_decoder=True)) == "decoder"
@@ -128,7 +129,7 @@ def test_rows_are_as_long_as_the_positions_that_padding_leaves() -> None:
     """64 positions; RoBERTa's begin at 1; T5 has none."""
     shapes = {**ENCODERS, "opt": DECODERS["opt"]}
     found = {name: families.positions(shape(2)) for name, shape in shapes.items()}
-    robertas = dict.fromkeys(families.ROBERTAS, 56)
+    robertas = dict.fromkeys(types_with(lambda row: row.positions_follow_padding), 56)
     assert found == {"bert": 64, **robertas, "distilbert": 64, "opt": 64}
     assert families.positions(ENCODER_DECODERS["bart"](2, 2)) == 64
     assert families.positions(ENCODER_DECODERS["t5"](2, 2)) is None
@@ -163,7 +164,7 @@ def test_new_models_are_of_their_kind_and_size(tiny: Path, model_type: str) -> N
     shape = f"finetune.architecture={{{SIZES}, max_position_embeddings: 64{more}}}"
     recipe = load_recipe(tiny / "recipe.yaml", ["teacher.path=null", TRAIN, shape])
     assert recipe.finetune is not None and recipe.finetune.architecture is not None
-    kind = KINDS[model_type]
+    kind: Kind = "encoder" if model_type == "bert" else "encoder_decoder"
     tokenizer = make.new_tokenizer(["one two"], 300, kind)
     config = new_config(recipe.finetune.architecture.model_dump(), tokenizer, ("no", "yes"))
     assert families.kind(config) == kind and families.depths(config) == ((2,) if model_type == "bert" else (2, 3))

@@ -16,7 +16,8 @@ from llmkd.models import load as models
 from llmkd.models import make as encoders
 from llmkd.models import make as making
 from llmkd.models import parts
-from llmkd.models.families import CLASSIFIERS, depths
+from llmkd.models.families import depths
+from llmkd.models.model_types import MODEL_TYPES
 from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.train import train
 from llmkd.training import build, initial, jobs
@@ -120,7 +121,7 @@ def test_copied_encoder_is_the_chosen_blocks_of_its_teacher(tmp_path: Path, name
     )
     whole = teacher.state_dict()
     block = encoders.blocks_name(teacher)
-    place = CLASSIFIERS[name] + "."
+    place = f"{MODEL_TYPES[name].classifier}."
     for key, tensor in one.items():
         source = key.replace(f"{block}1.", f"{block}3.")
         drawn = classifier is None and key.startswith(place)

@@ -13,7 +13,7 @@ from llmkd.planning.rows import FORWARD, OFFLOADED, WAITING, Place, Row, block_a
 from llmkd.planning.shapes import Shapes, initial_student_config, shapes
 from llmkd.planning.stepping_stones import stones_wire
 from llmkd.recipe.recipe import Recipe
-from llmkd.teachers.base import blocks_needed
+from llmkd.teachers.base import Demand
 from llmkd.teachers.pipeline import ANNOUNCED_BYTES
 from llmkd.teachers.pipeline_schedule import (
     PipelineCut,
@@ -51,6 +51,11 @@ class PlannedTeacher:
     def pairs(self) -> Pairs:
         return pairs_of(self.recipe, self.student_depth, self.depth)
 
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The teacher block of every pair."""
+        return tuple(teacher for _, teacher in self.pairs)
+
     @cached_property
     def stones(self) -> Pairs:
         return stones_of(self.recipe, self.student_depth, self.depth)
@@ -80,8 +85,8 @@ class PlannedTeacher:
 
     def run(self, *, stages: int = 1) -> Shapes:
         """The part that is run: without logits no head, and no block after the last mapped one (a block per stage at least)."""
-        logits, blocks = self.recipe.logits, [block for _, block in self.pairs]
-        needed = max(blocks_needed(blocks, self.depth, logits=logits, normed_last=self.normed), stages)
+        logits = self.recipe.logits
+        needed = max(Demand(self.blocks, logits, self.normed).first_blocks(self.depth), stages)
         shape = shapes(self.config if needed == self.depth else student_config(self.config, range(needed), {}))
         if logits:
             return shape
@@ -94,7 +99,7 @@ class PlannedTeacher:
         shape = self.run(stages=stages)
         parts = cut_into_stages(shape.each_block, stages, embedding=shape.embedding)
         normed = self.normed and shape.depth == self.depth
-        return shape, parts, routes(self.pairs, parts, final=self.recipe.loss.kl > 0, normed_last=normed)
+        return shape, parts, routes(self.blocks, parts, final=self.recipe.loss.kl > 0, normed_last=normed)
 
 
 def weight_rows(teacher: PlannedTeacher) -> list[Row]:
@@ -126,7 +131,7 @@ def _state_rows(teacher: PlannedTeacher, shape: Shapes) -> list[Row]:
     """The states that wait for the student."""
     size, offloaded = teacher.size, teacher.recipe.teacher.offload_states
     state = teacher.tokens * shape.hidden * size
-    used = {block for _, block in teacher.pairs}
+    used = set(teacher.blocks)
     rows = []
     if used:
         name = "embeddings' and " if EMBEDDING in used else ""

@@ -1,10 +1,11 @@
-"""What a teacher says of a micro-batch, and the words for it."""
+"""What is asked of a teacher, and what it gives for a micro-batch."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -80,18 +81,31 @@ class Teacher(Protocol):
     """A placement of the teacher's weights."""
 
     def expect(self, batches: Sequence[Batch]) -> None:
-        """Hear of the micro-batches that will be asked for next, in order. Every rank calls it equally often, ahead of `signals`."""
+        """Announce the micro-batches that will be asked for next, in order. Every rank calls it equally often, ahead of `signals`."""
         ...
 
     def signals(self, batch: Batch) -> Signal:
-        """What the teacher says of a micro-batch. Every rank calls it once per micro-batch, in the same order."""
+        """The teacher's signal for a micro-batch. Every rank calls it once per micro-batch, in the same order."""
         ...
 
 
-def blocks_needed(uses: Iterable[int], depth: int, *, logits: bool, normed_last: bool) -> int:
-    """How many of a teacher's first blocks must be run for these uses; all of them where logits or the normed last state are asked for."""
-    last = max(uses, default=EMBEDDING)
-    return depth if logits or (normed_last and last == depth - 1) else last + 1
+@dataclass(frozen=True)
+class Demand:
+    """What a student asks of its teacher for a micro-batch."""
+
+    blocks: tuple[int, ...]
+    """The block of every pair, in the order in which the student takes them (a block of three pairs three times); EMBEDDING too."""
+    logits: bool
+    """Whether the final state and the head."""
+    normed_last: bool = False
+    """The last block's state is taken after the final norm."""
+    stones: tuple[int, ...] = ()
+    """The blocks after which the teacher goes on with a student's state."""
+
+    def first_blocks(self, depth: int) -> int:
+        """How many of the teacher's first blocks must be run; all where logits or the normed last state are asked for."""
+        last = max(self.blocks, default=EMBEDDING)
+        return depth if self.logits or (self.normed_last and last == depth - 1) else last + 1
 
 
 class Capture:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmkd.data.batches import Batch
 from llmkd.distributed.ranks import PendingTransfer, PipelineGroup
-from llmkd.layer_map import EMBEDDING, OtherState, Pairs, State
+from llmkd.layer_map import EMBEDDING, OtherState, State
 from llmkd.teachers.base import Capture, Signal
 from llmkd.teachers.pipeline_schedule import PipelineCut, last_tick, routes, transfers
 
@@ -64,7 +64,7 @@ class PipelineTeacher:
         body: nn.Module,
         parts: PipelineCut,
         group: PipelineGroup,
-        pairs: Pairs,
+        uses: Sequence[int],
         *,
         head: Tensor | None,
         normed_last: bool,
@@ -74,9 +74,9 @@ class PipelineTeacher:
     ) -> None:
         self._body: Any = body
         self._group, self._head = group, head
-        self._uses = tuple(block for _, block in pairs)
+        self._uses = tuple(uses)
         self._normed = parts[-1].stop - 1 if normed_last else None
-        self._routes = routes(pairs, parts, final=head is not None, normed_last=normed_last)
+        self._routes = routes(uses, parts, final=head is not None, normed_last=normed_last)
         self._width, self._dtype, self._device = width, dtype, device
         self._here = [route.state for route in self._routes if route.stage == group.member]
         part = parts[group.member]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from llmkd.errors import InputError
@@ -109,14 +109,14 @@ def _best_cut(
 # Who sends what to whom, and when
 
 
-def routes(pairs: Pairs, parts: PipelineCut, *, final: bool, normed_last: bool) -> tuple[Route, ...]:
-    """The states that leave their stage for the owner, each once however many pairs use it, from the first block to the last.
+def routes(uses: Iterable[int], parts: PipelineCut, *, final: bool, normed_last: bool) -> tuple[Route, ...]:
+    """The states that leave their stage for the owner, each once however often it is used, from the first block to the last.
 
     `final`: the divergence needs the final state. `normed_last`: the last block's pairs compare it after the final norm, so that
     they take the final state, too.
     """
     depth = parts[-1].stop
-    wanted = {block for _, block in pairs}
+    wanted = set(uses)
     if normed_last and depth - 1 in wanted:
         wanted, final = wanted - {depth - 1}, True
     routes = [Route(0, EMBEDDING)] if EMBEDDING in wanted else []
@@ -165,11 +165,6 @@ def states_held(sent: Sequence[Route], parts: PipelineCut) -> int:
     return most
 
 
-def bubble(stages: int, rounds: int) -> float:
-    """The share of a stage's ticks that it has nothing to do, in a stream of so many rounds."""
-    return (stages - 1) / (rounds * stages + stages - 1)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Shown
 
@@ -180,7 +175,7 @@ LINE = 120
 
 def pipeline_drawing(pairs: Pairs, parts: PipelineCut, *, final: bool = True, normed_last: bool = False) -> str:
     """The stages from top to bottom, a column per block of a stage, # where a student block learns from it, and what goes where."""
-    sent = routes(pairs, parts, final=final, normed_last=normed_last)
+    sent = routes([teacher for _, teacher in pairs], parts, final=final, normed_last=normed_last)
     widest = max(len(part) for part in parts)
     between = " " if 2 * widest <= 60 else ""
     names = [f"stage {stage}   blocks {part.start}-{part.stop - 1}" for stage, part in enumerate(parts)]

@@ -6,12 +6,14 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers import PreTrainedConfig
 
 from llmkd.data.batches import Batch, Family, steps_per_epoch
 from llmkd.data.other_families import tokenize_for
@@ -34,10 +36,10 @@ from llmkd.recipe import recipe
 from llmkd.student.connectors import fit_connectors, make_connectors
 from llmkd.student.distiller import Distiller, make_projectors
 from llmkd.student.stepping_stones import Comparison, Stones, StoneWeights
-from llmkd.teachers import pipeline_stage as stage
-from llmkd.teachers.base import Teacher, blocks_needed
+from llmkd.teachers.base import Demand, Teacher
 from llmkd.teachers.pipeline import PipelineTeacher
 from llmkd.teachers.pipeline_schedule import stage_count
+from llmkd.teachers.pipeline_stage import load_stage, teacher_cut
 from llmkd.teachers.resident import ResidentTeacher
 from llmkd.training.jobs import Job, read_rows
 from llmkd.training.pairs import maps_of
@@ -98,66 +100,84 @@ def tokenized(world: World, data: recipe.Data, tokenizer: Any, family: Family = 
     first: list[Dataset] = []
     on_main(world, lambda: first.append(read_rows(data)))
     rows = first[0] if first else read_rows(data)
-    lengths: dict[str, Any] = dict(max_length=data.max_length, too_long=data.too_long)
-    return tokenize_for(family, rows, tokenizer, format=data.format, **lengths)
+    return tokenize_for(family, rows, tokenizer, format=data.format, max_length=data.max_length, too_long=data.too_long)
 
 
-def load_teacher(world: World, job: Job) -> Teacher:
-    """The job's teacher in its placement."""
-    settings = job.recipe.teacher
-    assert job.teacher is not None and settings.placed.has_weights, (
-        "llmkd.training.cache_contents opens a cached teacher"
+def demand_of(job: Job) -> Demand:
+    """What the job's student asks of the teacher."""
+    blocks = [
+        teacher for _, teacher in sorted(job.pairs, key=lambda pair: pair[0])
+    ]  # as the student's blocks take them
+    if job.redraws:  # any block may be drawn
+        blocks = [*(block for block in blocks if block < 0), *range(sum(job.teacher_depths))]
+    return Demand(
+        tuple(blocks),
+        logits=job.weights.kl > 0 or bool(job.stones),
+        normed_last=job.recipe.matching.final_state == "normed",
+        stones=tuple(block for _, block in job.stones),
     )
-    sharded = settings.placed.is_sharded
-    logits = job.weights.kl > 0 or bool(job.stones)
-    normed_last = job.recipe.matching.final_state == "normed"
-    uses = [teacher for _, teacher in sorted(job.pairs, key=lambda pair: pair[0])]  # as the student's blocks take them
-    recipe = load.load_config(job.teacher, trust_remote_code=settings.trust_remote_code)
-    depth = sum(families.depths(recipe))
-    decodes = job.family.kind == "decoder"  # other families are loaded whole
-    if job.redraws:
-        # the embeddings', and any block may be drawn
-        uses = [block for block in uses if block < 0] + list(range(depth))
-    needed = blocks_needed(uses, depth, logits=logits, normed_last=normed_last) if decodes else depth
+
+
+def load_teacher(world: World, job: Job, demand: Demand | None = None) -> Teacher:
+    """The job's teacher in its placement, which has weights: llmkd.training.cache_contents opens a cached one.
+
+    `demand`: what is asked of it, where that is not what the job's student asks.
+    """
+    demand = demand or demand_of(job)
+    settings = job.recipe.teacher
+    assert job.teacher is not None and settings.placed.has_weights
+    config = load.load_config(job.teacher, trust_remote_code=settings.trust_remote_code)
+    depth = sum(families.depths(config))
+    needed = demand.first_blocks(depth) if job.family.kind == "decoder" else depth  # other families are loaded whole
     group = None
     if settings.placed.is_staged:
         group = PipelineGroup(world, stage_count(settings.stages, world.size, world.local_size, depth))
         needed = max(needed, group.size)  # a stage has at least one block
     if needed < depth:
         log.info("%s: the teacher's first %d of %d blocks are loaded: no more is asked of it", job.title, needed, depth)
+    part = load.student_config(config, range(needed), {})
+    demand = replace(demand, normed_last=demand.normed_last and needed == depth)
     if group is not None:
-        return _pipelined(world, job, job.teacher, group, load.student_config(recipe, range(needed), {}))
-    ds = _sharded_config(job, load.student_config(recipe, range(needed), {})) if sharded else None
+        return _pipelined(world, job, job.teacher, demand, group, part)
+    return _resident(world, job, job.teacher, demand, part, first_blocks=needed if needed < depth else None)
+
+
+def _resident(
+    world: World, job: Job, folder: Path, demand: Demand, part: PreTrainedConfig, first_blocks: int | None
+) -> ResidentTeacher:
+    """The teacher in this process, whole or sharded; `part`: the configuration of what is run of it."""
+    settings = job.recipe.teacher
+    ds_config = _sharded_config(job, part) if settings.placed.is_sharded else None
     model = load.load_model(
-        job.teacher,
+        folder,
         dtype=load.DTYPES[settings.dtype],
-        ds_config=ds,
+        ds_config=ds_config,
         attention=settings.attention,
         trust_remote_code=settings.trust_remote_code,
-        first_blocks=needed if needed < depth else None,
+        first_blocks=first_blocks,
     )
-    if not logits and decodes:
+    if not demand.logits and job.family.kind == "decoder":
         model = load.without_head(model)
-    if not sharded:
+    if ds_config is None:
         cast(nn.Module, model).to(world.device)  # a student is placed by its engine
     return ResidentTeacher(
         model,
-        uses,
-        normed_last=normed_last and needed == depth,
-        ds_config=ds,
-        logits=logits,
+        demand.blocks,
+        normed_last=demand.normed_last,
+        ds_config=ds_config,
+        logits=demand.logits,
         offload_to=torch.cuda.Stream() if settings.offload_states else None,
-        stones=[block for _, block in job.stones],
+        stones=demand.stones,
         checkpointed=job.recipe.stones is None or job.recipe.stones.checkpoint,
     )
 
 
-def _sharded_config(job: Job, shape: Any) -> dict[str, Any]:
-    """The DeepSpeed configuration of a zero3 teacher of this shape, whose blocks are counted before any is made."""
+def _sharded_config(job: Job, part: PreTrainedConfig) -> dict[str, Any]:
+    """The DeepSpeed configuration of a zero3 teacher of this shape; its blocks are counted before any weight is loaded."""
     settings = job.recipe.teacher
     if settings.offload == "nvme":
         check_asynchronous_io("teacher.offload")
-    stack = blocks(load.without_weights(shape, trust_remote_code=settings.trust_remote_code))
+    stack = blocks(load.without_weights(part, trust_remote_code=settings.trust_remote_code))
     return teacher_ds_config(
         job.train.micro_batch_size,
         settings.dtype,
@@ -168,28 +188,32 @@ def _sharded_config(job: Job, shape: Any) -> dict[str, Any]:
     )
 
 
-def _pipelined(world: World, job: Job, folder: Path, group: PipelineGroup, shape: Any) -> PipelineTeacher:
-    """This rank's stage of the job's teacher, `shape` the part of it that is run, and the head where the divergence asks for it."""
+def _pipelined(
+    world: World, job: Job, folder: Path, demand: Demand, group: PipelineGroup, part: PreTrainedConfig
+) -> PipelineTeacher:
+    """This rank's stage of the teacher, and the head where the divergence asks for it; `part` as in `_resident`."""
     settings = job.recipe.teacher
-    depth = load.load_config(folder, trust_remote_code=settings.trust_remote_code).num_hidden_layers
-    parts = stage.teacher_cut(shape, group.size, trust_remote_code=settings.trust_remote_code)
-    log.info("teacher: %s", ", ".join(f"stage {s} blocks {p.start}-{p.stop - 1}" for s, p in enumerate(parts)))
-    where: dict[str, Any] = dict(
-        dtype=load.DTYPES[settings.dtype], device=world.device, trust_remote_code=settings.trust_remote_code
+    trusted, dtype = settings.trust_remote_code, load.DTYPES[settings.dtype]
+    stages = teacher_cut(part, group.size, trust_remote_code=trusted)
+    log.info("teacher: %s", ", ".join(f"stage {s} blocks {p.start}-{p.stop - 1}" for s, p in enumerate(stages)))
+    head = load.load_head(folder, dtype=dtype, trust_remote_code=trusted)[0] if demand.logits else None
+    body = load_stage(
+        folder,
+        stages[group.member],
+        dtype=dtype,
+        attention=settings.attention,
+        device=world.device,
+        trust_remote_code=trusted,
     )
-    head = None
-    if job.weights.kl:
-        weight, _ = load.load_head(folder, dtype=where["dtype"], trust_remote_code=settings.trust_remote_code)
-        head = weight.to(world.device)
     return PipelineTeacher(
-        stage.load_stage(folder, parts[group.member], attention=settings.attention, **where),
-        parts,
+        body,
+        stages,
         group,
-        job.pairs,
-        head=head,
-        normed_last=job.recipe.matching.final_state == "normed" and parts[-1].stop == depth,
-        width=shape.hidden_size,
-        dtype=where["dtype"],
+        demand.blocks,
+        head=None if head is None else head.to(world.device),
+        normed_last=demand.normed_last,
+        width=part.hidden_size,
+        dtype=dtype,
         device=world.device,
     )
 

@@ -25,7 +25,7 @@ from llmkd.layer_map import Pairs, nearest
 from llmkd.losses.set_distances import centred_gram, similarity
 from llmkd.models import load
 from llmkd.models.parts import Stack, Tokens, stacks, tokens_of
-from llmkd.teachers.base import Teacher
+from llmkd.teachers.base import Demand, Teacher
 from llmkd.teachers.resident import ResidentTeacher
 from llmkd.training import build
 from llmkd.training.jobs import Job
@@ -83,8 +83,7 @@ def measured(world: World, job: Job, micro_batches: Sequence[Batch]) -> dict[str
     """
     assert job.teacher is not None
     settings, normed = job.recipe.student, job.recipe.matching.final_state == "normed"
-    every_block = tuple((0, block) for block in range(sum(job.teacher_depths)))
-    whole = replace(job, pairs=every_block, weights=replace(job.weights, kl=0.0))
+    every_block = Demand(tuple(range(sum(job.teacher_depths))), logits=False, normed_last=normed)
     model = load.load_model(
         job.initial,
         dtype=load.DTYPES[job.train.dtype],
@@ -97,7 +96,7 @@ def measured(world: World, job: Job, micro_batches: Sequence[Batch]) -> dict[str
     every = [_every(world, micro_batches, stack) for stack in parts]
     student = ResidentTeacher(model, range(sum(job.student_depths)), normed_last=normed, ds_config=None, logits=False)
     ours = _grams(world, student, job.student_depths, micro_batches, parts, every)
-    theirs = _grams(world, build.load_teacher(world, whole), job.teacher_depths, micro_batches, parts, every)
+    theirs = _grams(world, build.load_teacher(world, job, every_block), job.teacher_depths, micro_batches, parts, every)
     names = [stack.name or "blocks" for stack in parts]
     del student, model, parts
     gc.collect()

@@ -31,7 +31,7 @@ from llmkd.provenance import commit, versions
 from llmkd.recipe.placements import PLACEMENTS
 from llmkd.recipe.recipe import Recipe
 from llmkd.teachers import cache_files
-from llmkd.teachers.base import Signal, Teacher
+from llmkd.teachers.base import Demand, Signal, Teacher
 from llmkd.teachers.cache_files import DONE, IDS, LOG_PROBABILITIES, OFFSETS, Contents
 from llmkd.teachers.quantization import stored
 from llmkd.training import build, cache_contents, initial, jobs
@@ -74,7 +74,9 @@ def cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool = F
     if not plan.left and (folder / "manifest.json").is_file():
         log.info("cache: already whole, %s", folder)
         return True
-    model = _teacher(world, replace(job, teacher=teacher), plan.contents)
+    asked = plan.contents  # each block once, as the block itself gives it
+    demand = Demand(asked.blocks, logits=asked.final or asked.top_k is not None)
+    model = build.load_teacher(world, replace(job, teacher=teacher), demand)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     rows = _Rows(data, np.array(data["length"]), pad_id, recipe.data.batching == "packed")
     whole = _write(world, plan, model, rows, recipe, stopping)
@@ -116,14 +118,6 @@ class _Rows:
         return collate(
             [self.data[int(n)] for n in numbers], pad_id=self.pad_id, packed=self.packed, numbers=list(numbers)
         )
-
-
-def _teacher(world: World, job: jobs.Job, wanted: Contents) -> Teacher:
-    """The teacher in its own placement, asked for each wanted block once, as the block itself gives it."""
-    weights = replace(job.weights, kl=1.0 if wanted.final or wanted.top_k else 0.0)
-    recipe = job.recipe.changed({"matching.final_state": "raw"})
-    pairs = tuple((0, block) for block in wanted.blocks)
-    return build.load_teacher(world, replace(job, recipe=recipe, pairs=pairs, weights=weights))
 
 
 class _Shard:

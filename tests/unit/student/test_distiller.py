@@ -18,7 +18,7 @@ from llmkd.losses.distances import DISTANCES
 from llmkd.losses.divergences import forward_kl
 from llmkd.models import load, make, parts
 from llmkd.student.distiller import Distiller, make_projectors
-from llmkd.teachers.base import Signal, blocks_needed
+from llmkd.teachers.base import Demand, Signal
 from llmkd.teachers.resident import OffloadedStates, ResidentTeacher
 from tests.tensor_bytes import TensorBytes
 from tests.tiny import BLOCKS
@@ -325,7 +325,7 @@ def test_a_divergence_of_a_signal_that_has_no_logits_is_no_zero(teacher: Any, ti
     ],
 )
 def test_blocks_needed(uses: list[int], logits: bool, normed_last: bool, needed: int) -> None:
-    assert blocks_needed(uses, 6, logits=logits, normed_last=normed_last) == needed
+    assert Demand(tuple(uses), logits, normed_last).first_blocks(6) == needed
 
 
 @pytest.mark.parametrize("uses", [[2], [0, 2], [-1, 1]])

@@ -13,10 +13,8 @@ import click
 
 from llmkd import __version__
 from llmkd.errors import InputError
+from llmkd.recipe.options import SET, train_options
 
-SET = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, e.g. train.steps=100."
-)
 RANKS = click.option(
     "--ranks",
     type=click.IntRange(min=1),
@@ -95,30 +93,11 @@ def _pair(text: str) -> tuple[int, int]:
 
 
 @cli.command()
-@click.option("--recipe", "-r", default="quickstart", show_default=True, help="Recipe file, or a name in recipes/.")
-@click.option("--strategy", help="Layer map; overrides matching.strategy.")
-@click.option("--seed", type=int, help="Overrides seed.")
-@click.option("--ds-config", help="DeepSpeed JSON; overrides train.deepspeed.")
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    help="Folder of this run [default: OUTPUT/NAME/students/STRATEGY-sSEED].",
-)
-@SET
+@train_options
 @RANKS
-def train(
-    recipe: str,
-    strategy: str | None,
-    seed: int | None,
-    ds_config: str | None,
-    output: Path | None,
-    overrides: tuple[str, ...],
-    ranks: int | None,
-) -> None:
+def train(recipe: str, overrides: tuple[str, ...], output: Path | None, ranks: int | None) -> None:
     """Train one student on this machine's GPUs (or on CPU ranks). The same command resumes."""
-    named = {"matching.strategy": strategy, "seed": seed, "train.deepspeed": ds_config}
-    sets = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
-    _launch(recipe, (*overrides, *sets), [] if output is None else ["--output", str(output)], ranks)
+    _launch(recipe, overrides, [] if output is None else ["--output", str(output)], ranks)
 
 
 @cli.command()

@@ -43,6 +43,7 @@ from llmkd.distributed.ranks import (
 from llmkd.errors import InputError
 from llmkd.losses.objective import divisors, scales
 from llmkd.provenance import commit, hardware, versions
+from llmkd.recipe.options import train_options
 from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
 from llmkd.training import build, checkpoint, initial, jobs, write_cache
 from llmkd.training.jobs import Job
@@ -217,58 +218,25 @@ def student_folder(recipe: Recipe) -> Path:
     return recipe.folder / "students" / f"{recipe.matching.strategy}-s{recipe.seed}"
 
 
-def train_options(command: Any) -> Any:
-    """The options that `llmkd train` and this file share."""
-    options = [
-        click.option(
-            "--recipe", "-r", default="quickstart", show_default=True, help="Recipe file, or a name in recipes/."
-        ),
-        click.option("--strategy", help="Layer map; overrides matching.strategy."),
-        click.option("--seed", type=int, help="Overrides seed."),
-        click.option(
-            "--set",
-            "overrides",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="Override a recipe key, e.g. train.steps=100.",
-        ),
-        click.option("--ds-config", help="DeepSpeed JSON; overrides train.deepspeed."),
-        click.option(
-            "--output",
-            type=click.Path(path_type=Path),
-            help="Folder of this run [default: OUTPUT/NAME/students/STRATEGY-sSEED].",
-        ),
-        click.option("--teacher-only", is_flag=True, help="Make the recipe's teacher (its finetune section) and stop."),
-        click.option(
-            "--cache-only", is_flag=True, help="Write the teacher's cache (teacher.placement: cache) and stop."
-        ),
-        click.option("--trust-cache", is_flag=True, help="With --cache-only: hash it only where training would."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def read_recipe(
-    recipe: str, strategy: str | None, seed: int | None, overrides: tuple[str, ...], ds_config: str | None
-) -> Recipe:
-    """The recipe with a command line's changes."""
-    named = {"matching.strategy": strategy, "seed": seed, "train.deepspeed": ds_config}
-    return load_recipe(
-        recipe, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None)]
-    )
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @train_options
+@click.option("--teacher-only", is_flag=True, help="Make the recipe's teacher (its finetune section) and stop.")
+@click.option("--cache-only", is_flag=True, help="Write the teacher's cache (teacher.placement: cache) and stop.")
+@click.option("--trust-cache", is_flag=True, help="With --cache-only: hash it only where training would.")
 @click.option("--local_rank", "--local-rank", type=int, default=0, hidden=True, help="Set by the deepspeed launcher.")
 def command(
-    local_rank: int, output: Path | None, teacher_only: bool, cache_only: bool, trust_cache: bool, **options: Any
+    recipe: str,
+    overrides: tuple[str, ...],
+    output: Path | None,
+    teacher_only: bool,
+    cache_only: bool,
+    trust_cache: bool,
+    local_rank: int,
 ) -> None:
     """Train one student (after its teacher, if the recipe makes one and it is not there yet). The same command resumes."""
-    recipe = read_recipe(**options)
+    settings = load_recipe(recipe, overrides)
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    timeout = recipe.train.timeout_seconds
+    timeout = settings.train.timeout_seconds
     _quiet()
     world = start(timeout)
     logging.basicConfig(
@@ -278,12 +246,12 @@ def command(
         force=True,
     )
     stopping = Stopping()
-    if recipe.finetune is not None:
-        train(world, jobs.finetune_job(world, recipe, recipe.folder / "teacher"), stopping)
+    if settings.finetune is not None:
+        train(world, jobs.finetune_job(world, settings, settings.folder / "teacher"), stopping)
     if cache_only and sum_counts(world, [int(stopping.asked)]) == [0]:
-        write_cache.cache(world, recipe, stopping, trusted=trust_cache)
+        write_cache.cache(world, settings, stopping, trusted=trust_cache)
     elif not teacher_only and sum_counts(world, [int(stopping.asked)]) == [0]:
-        train(world, jobs.distil_job(world, recipe, output or student_folder(recipe)), stopping)
+        train(world, jobs.distil_job(world, settings, output or student_folder(settings)), stopping)
     stop()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -22,9 +23,12 @@ from llmkd.errors import InputError
 # isort: split
 import deepspeed  # after llmkd.distributed.ranks, which says what accelerator there is
 
+log = logging.getLogger("llmkd")
+
 OFFLOADED = ("param", "optimizer")
-RECIPE = "recipe"
-"""The value in a ds_configs JSON that the recipe decides."""
+BY_RECIPE = ("recipe", "auto")
+"""The values of a DeepSpeed JSON in whose place the recipe's number is written; "auto" is what other projects call it."""
+AUTO = "auto"
 
 
 def load_ds_config(name: str, folder: Path) -> dict[str, Any]:
@@ -64,33 +68,63 @@ def complete_ds_config(
         "zero_optimization.offload_param.nvme_path": nvme_path,
         "zero_optimization.offload_optimizer.nvme_path": nvme_path,
     }
-    completed = json.loads(json.dumps(config))
-    for key, value in decided.items():
-        *parents, last = key.split(".")
-        section = completed
-        for parent in parents:
-            section = section.get(parent, {}) if key.endswith("nvme_path") else section.setdefault(parent, {})
-        found = section.get(last, RECIPE if not key.endswith("nvme_path") else None)
-        if found == RECIPE:
-            section[last] = value
-        elif not key.endswith("nvme_path") and found != value:
-            raise InputError(
-                f"DeepSpeed configuration: {key} is {found}, the recipe gives {value}; write {RECIPE!r} there, or leave it out"
-            )
+    completed, defaults = _without_auto(config, decided.keys())
+    if defaults:
+        log.info("DeepSpeed configuration: %s: auto, which here is DeepSpeed's default", ", ".join(defaults))
+    faults = [fault for key, value in decided.items() if (fault := _decide(completed, key, value))]
     if zero_stage(completed) == 0 and dtype == "bfloat16":
-        raise InputError(
-            "DeepSpeed configuration: without ZeRO (stage 0) DeepSpeed keeps no fp32 gradients of a bfloat16 model; write stage 1, "
-            "or train.dtype: float32"
+        faults.append(
+            "without ZeRO (stage 0) DeepSpeed keeps no fp32 gradients of a bfloat16 model; write stage 1, or train.dtype: float32"
         )
     for section in ("optimizer", "scheduler", "fp16", "amp"):
-        if completed.get(section, {}).get("enabled", section in ("optimizer", "scheduler")) and section in completed:
-            raise InputError(f"DeepSpeed configuration: {section!r} is the recipe's business (train.*); remove it")
+        on = section in ("optimizer", "scheduler")  # the others are on only if they say so
+        if section in completed and completed[section].get("enabled", on):
+            faults.append(f"{section!r} is set by the recipe (train.*); remove it")
+    if faults:
+        raise InputError(f"DeepSpeed configuration: {'; '.join(faults)}")
     return completed
+
+
+def _without_auto(config: dict[str, Any], decided: Iterable[str], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
+    """(a copy without each "auto" at a key that the recipe does not decide, those keys): DeepSpeed takes its defaults there."""
+    kept: dict[str, Any] = {}
+    dropped: list[str] = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            kept[key], inside = _without_auto(value, decided, f"{prefix}{key}.")
+            dropped += inside
+        elif value == AUTO and f"{prefix}{key}" not in decided:
+            dropped.append(f"{prefix}{key}")
+        else:
+            kept[key] = value
+    return kept, dropped
+
+
+def _decide(config: dict[str, Any], key: str, value: Any) -> str | None:
+    """Write the recipe's value at a dotted key where the file leaves it open. What is wrong, where the file has another value."""
+    *parents, last = key.split(".")
+    section = config
+    if (
+        last == "nvme_path"
+    ):  # where an offloaded student rests: any path will do, and nothing is written unless it is asked for
+        for parent in parents:
+            section = section.get(parent, {})
+        if section.get(last) in BY_RECIPE:
+            section[last] = value
+        return None
+    for parent in parents:
+        section = section.setdefault(parent, {})
+    if section.get(last, AUTO) in BY_RECIPE:
+        section[last] = value
+    if section[last] != value:
+        return f'{key} is {section[last]}, the recipe gives {value}; write "auto" there, or leave it out'
+    return None
 
 
 def zero_stage(config: dict[str, Any]) -> int:
     """The ZeRO stage a DeepSpeed configuration asks for."""
-    return int(config.get("zero_optimization", {}).get("stage", 0))
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    return 0 if stage == AUTO else int(stage)
 
 
 def teacher_ds_config(

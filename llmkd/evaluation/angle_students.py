@@ -96,11 +96,11 @@ def _of_training(folder: Path, recipe: str | None, overrides: Sequence[str]) -> 
     """The student of a training folder; one that lies in a study has that study's teacher."""
     name = folder.resolve().name
     meta = json.loads((folder / "model" / "llmkd.json").read_text())
-    if "student.init" not in meta["inputs"]:
+    if not any(key.startswith("student.") for key in meta["inputs"]):
         raise InputError(
             f"{folder}: this run made a teacher, and angles are seen from a student; give a student's folder"
         )
-    strategy, seed = meta["strategy"], meta["inputs"]["seed"]
+    strategy, seed = meta["strategy"], meta["inputs"].get("seed", 0)
     given = {"name": name, "kind": "student", "strategy": strategy, "seed": seed}
     own = load_recipe(_own_recipe(folder) if recipe is None else recipe, overrides)
     if recipe is not None:  # a run may have been given its strategy and seed on the command line
@@ -118,11 +118,11 @@ def _run(given: dict[str, Any], train: Path, recipe: Recipe) -> Run:
     """Raises InputError unless the recipe makes the student's start as its training did."""
     meta = json.loads((train / "model" / "llmkd.json").read_text())
     ours, theirs = training_inputs(recipe), meta["inputs"]
-    for key in sorted(ours.keys() & theirs.keys()):  # a key that one of them lacks is newer than the run
-        if key.startswith(DECIDES) and ours[key] != theirs[key]:
+    for key in sorted(ours.keys() | theirs.keys()):
+        if key.startswith(DECIDES) and not key.endswith(":contents") and ours.get(key) != theirs.get(key):
+            before, now = (repr(values[key]) if key in values else "at its default" for values in (theirs, ours))
             raise InputError(
-                f"{train} was trained by another recipe: {key} was {theirs[key]!r}, here it is {ours[key]!r}; give its own recipe by "
-                "--recipe"
+                f"{train} was trained by another recipe: {key} was {before}, here it is {now}; give its own recipe by --recipe"
             )
     return Run(**given, train=train, recipe=recipe, pairs=_pairs(meta["pairs"]))
 

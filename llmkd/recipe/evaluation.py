@@ -9,66 +9,78 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from llmkd.layer_map import STRATEGIES
-from llmkd.recipe.section import Backend, Dtype, Section, one_of
+from llmkd.recipe.section import Backend, Dtype, Section, check_name
 
 _VARIED = ("student", "matching", "loss", "train", "stones")
 
 
 class Generation(Section):
-    """What the models write: prompts of held-out rows, continued by each model, scored against the rows' own completions."""
+    """Text generation: each model continues the prompts of held-out rows, and is scored against the rows' own completions."""
 
     source: str | None = None
-    """Where the prompts are: `records`, a file, a folder or a hub name as in data.source; default: data.source itself."""
+    """Where the prompts are, as in data.source; default: data.source itself."""
     name: str | None = None
     """The hub data set's configuration."""
     split: str = "test"
+    """The split of held-out rows."""
     items: int = Field(default=200, gt=0)
-    """How many rows of it, from the first on."""
+    """Use the first so many rows."""
     max_new_tokens: int = Field(default=128, gt=0)
+    """Longest continuation in tokens."""
     temperature: float = Field(default=0.0, ge=0)
-    """0 is greedy: the likeliest token, always."""
+    """Sampling temperature; 0 is greedy, always the likeliest token."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the likeliest tokens that have this probability together."""
     seed: int = Field(default=0, ge=0)
-    """Of sampling, where temperature is above 0."""
+    """Seed of the sampling."""
     backend: Backend = "auto"
+    """What runs the models; `auto`: vLLM where it is installed and the model is large enough to repay its start, else Hugging Face."""
     batch_size: int = Field(default=64, gt=0)
     """Prompts at once on the hf backend (vLLM batches by itself)."""
 
 
 class Classification(Section):
-    """Held-out rows of text and label that encoders put into classes, scored by accuracy and F1."""
+    """Classification by encoders of held-out rows of text and label, scored by accuracy and F1."""
 
     source: str | None = None
-    """A file, a folder or a hub name as in data.source; default: data.source itself."""
+    """Where the rows are, as in data.source; default: data.source itself."""
     name: str | None = None
     """The hub data set's configuration."""
     split: str = "test"
+    """The split of held-out rows."""
     rows: int | None = Field(default=None, gt=0)
-    """How many of them, from the first on; default: all."""
+    """Use the first so many rows; default: all."""
 
 
 class Evaluation(Section):
+    """How a study's models are scored."""
+
     tasks: tuple[str, ...] = ()
-    """lm-eval task names."""
+    """Names of lm-eval tasks."""
     include: str | None = "eval"
-    """Folder of further lm-eval YAML tasks, relative to the repository or the current folder."""
+    """A folder of more lm-eval tasks (YAML), relative to the repository or the current folder."""
     backend: Backend = "auto"
-    """What runs the models under lm-eval."""
+    """What runs the models under lm-eval, as in generation.backend."""
     limit: int | None = Field(default=None, gt=0)
+    """Items of each lm-eval task; default: all."""
     batch_size: int | Literal["auto"] = "auto"
+    """Rows at once."""
     dtype: Dtype = "float32"
+    """The models' dtype while they are scored."""
     num_fewshot: int | None = Field(default=None, ge=0)
-    """Examples before each question; default: what each task's own definition says."""
+    """Examples before each question; default: each task's own number."""
     seed: int = 0
+    """Seed of lm-eval."""
     max_length: int | None = Field(default=None, gt=0)
+    """Longest sequence under lm-eval; default: the model's."""
     generation: Generation | None = None
-    """Left out: no texts are generated."""
+    """If left out, no texts are generated."""
     classification: Classification | None = None
-    """Encoders: left out, no rows are classified."""
+    """Encoders: if left out, no rows are classified."""
     agreement_rows: int = Field(default=0, ge=0)
     """Held-out rows on which each student's distributions are compared with the teacher's; 0 compares none."""
     angles_rows: int | None = Field(default=None, gt=0)
-    """Held-out rows on which `llmkd study` measures the angles between teacher blocks as each student's blocks see them; left out: none."""
+    """Held-out rows on which `llmkd study` measures the angles between teacher blocks as seen from each student's blocks; unset: none."""
 
     @model_validator(mode="after")
     def _positive(self) -> Evaluation:
@@ -84,40 +96,47 @@ class Evaluation(Section):
 
 
 class Margin(Section):
+    """The largest difference of a metric that counts as none."""
+
     metric: str = Field(pattern=r"^[^/]+/.+$")
     """`generation/bleu`, `agreement/kl`, or an lm-eval task and its metric, `hellaswag/acc_norm`."""
     within: float = Field(gt=0)
-    """In the metric's own unit."""
+    """The margin, in the metric's own unit."""
 
 
 class Study(Section):
+    """The students that `llmkd study` trains and compares: every strategy and variant with every seed, and the baselines."""
+
     strategies: tuple[str, ...] = ()
+    """Strategies of `matching.strategy`, each a student."""
     variants: dict[str, dict[str, Any]] = {}
-    """Further students, each a name and the recipe keys by which it differs: `{procrustes: {matching.distance: procrustes}}`."""
+    """More students, each a name and the recipe keys in which it differs: `{procrustes: {matching.distance: procrustes}}`."""
     seeds: tuple[int, ...] = (0,)
+    """Each student is trained once with each seed."""
     baselines: tuple[Literal["undistilled", "ce_only"], ...] = ("undistilled", "ce_only")
+    """Models to compare with: `undistilled` (a student before its first step), `ce_only` (cross-entropy alone)."""
     reference: str | None = None
-    """The strategy or variant (or ce_only) that the others are compared with; default: forward, or the first where it is not among them."""
+    """The strategy or variant (or ce_only) that the others are compared with; default: forward, or the first student if there is none."""
     margins: tuple[Margin, ...] = ()
-    """For the metrics that matter, the largest difference that counts as none, said before the run; the first is the main metric."""
+    """For each metric that matters, the largest difference that counts as none, set before the run; the first is the main metric."""
     ranks: int = Field(default=1, gt=0)
     """Processes on this machine for each training run."""
 
     @model_validator(mode="after")
     def _known(self) -> Study:
         for strategy in self.strategies:
-            one_of("study.strategies", strategy, STRATEGIES)
+            check_name("study.strategies", strategy, STRATEGIES)
         for name, changes in self.variants.items():
             _check_variant(name, changes)
         for field, values in (("strategies", self.strategies), ("seeds", self.seeds)):
             if len(set(values)) != len(values):
-                raise ValueError(f"study.{field}: {list(values)} names one twice; write each once")
+                raise ValueError(f"study.{field}: {list(values)} has one twice; write each once")
         trained = [*self.students, *(name for name in self.baselines if name == "ce_only")]
         if self.reference is not None:
-            one_of("study.reference", self.reference, trained)
+            check_name("study.reference", self.reference, trained)
         metrics = [margin.metric for margin in self.margins]
         if len(set(metrics)) != len(metrics):
-            raise ValueError(f"study.margins: {metrics} names one twice; write each once")
+            raise ValueError(f"study.margins: {metrics} has one twice; write each once")
         return self
 
     @property
@@ -127,16 +146,16 @@ class Study(Section):
 
     @property
     def students(self) -> tuple[str, ...]:
-        """What the table's students are called: strategies, then variants."""
+        """The names of the students: strategies, then variants."""
         return (*self.strategies, *self.variants)
 
-    def changes(self, student: str) -> dict[str, Any]:
-        """The recipe keys by which a student of that name differs."""
+    def changes(self, student: str) -> Mapping[str, object]:
+        """The recipe keys in which a student of that name differs."""
         return self.variants[student] if student in self.variants else {"matching.strategy": student}
 
 
 def _check_variant(name: str, changes: Mapping[str, Any]) -> None:
-    """Raise ValueError for a variant that can't be told from the study's other students, or changes more than a student."""
+    """Raise ValueError for a variant whose name is taken, or that changes more than a student."""
     taken = (*STRATEGIES, "ce_only", "undistilled", "teacher")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in taken:
         raise ValueError(

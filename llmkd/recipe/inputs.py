@@ -1,4 +1,4 @@
-"""What of a recipe decides a result: the part that a run's folder is known again by."""
+"""The keys of a recipe that decide a result: by them a run's folder is recognised as one of the same recipe."""
 
 from __future__ import annotations
 
@@ -8,52 +8,51 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmkd.recipe.recipe import Recipe
-
-LATER = {"redraw_every": 0, "pair_weights": None, "tokens": None, "scope": "micro_batch", "projector": "if_needed"}
-"""Keys of `matching` that came after the first runs, with the values that change nothing."""
-SAVING = tuple(f"train.{key}" for key in ("save_every", "keep_checkpoints", "log_every", "timeout_seconds", "wandb"))
+from llmkd.recipe.run import Cache, Finetune
+from llmkd.recipe.section import NO_EFFECT, Section
 
 
 def training_inputs(recipe: Recipe) -> dict[str, Any]:
-    """The part of a recipe that decides what a student becomes, flat and dotted; logging and saving are left out.
+    """The keys that decide what a student becomes, flat and dotted.
 
-    A teacher that the recipe makes counts by how it is made, so that the run's folder may be renamed or moved.
+    A key at its default counts as absent, so a new key of the recipe leaves every run of before as it was. Keys marked NO_EFFECT are
+    left out. A teacher that the recipe makes counts by how it is made, so that the run's folder may be renamed or moved.
     """
-    values = recipe.model_dump(mode="json", exclude={"name", "output", "evaluation", "study", "finetune"})
-    for key in ("architecture", "offload_states", "share_cache", "stages"):  # stages, like ranks, change nothing
-        values["teacher"].pop(key)
-    values["loss"] = {key: value for key, value in values["loss"].items() if value is not None}
-    for key in ("stones", "distances", "divergences"):  # schedules that came later
-        if "schedules" in values["loss"] and values["loss"]["schedules"][key] is None:
-            values["loss"]["schedules"].pop(key)
-    for key in (
-        "decoder_blocks",
-        "classifier",
-    ):  # of other families; left out, they are not part of a decoder's fingerprint
-        if values["student"][key] is None:
-            values["student"].pop(key)
-    # What came later and is not asked for is not named, so that a run begun before it came goes on.
-    values["matching"] = {key: value for key, value in values["matching"].items() if value != LATER.get(key, ...)}
-    cache = values.pop("cache")
-    if values["stones"] is None:
-        values.pop("stones")
-    if not recipe.teacher.placed.has_weights:
-        values["cache"] = {"dtype": cache["dtype"], "top_k": cache["top_k"]}
-    values["loss"].pop("report_norms_every")
-    inputs = {key: value for key, value in flat(values).items() if key not in SAVING}
-    return {**inputs, **(finetune_inputs(recipe) if recipe.finetune else {})}
+    changes: dict[str, Any] = {"finetune": None if recipe.finetune is None else _with_own_data(recipe)}
+    if recipe.teacher.placed.has_weights:
+        changes["cache"] = Cache()  # not read
+    return _inputs(recipe.model_copy(update=changes))
 
 
 def finetune_inputs(recipe: Recipe) -> dict[str, Any]:
-    """The part of a recipe that decides what its teacher becomes, flat and dotted; logging and saving are left out."""
+    """The keys that decide what the recipe's own teacher becomes, as `training_inputs` names them."""
+    return {f"finetune.{key}": value for key, value in _inputs(_with_own_data(recipe)).items()}
+
+
+def _with_own_data(recipe: Recipe) -> Finetune:
+    """The finetune section with the data that it uses written into it."""
     assert recipe.finetune is not None
-    values = recipe.finetune.model_dump(mode="json")
-    values["data"] = (recipe.finetune.data or recipe.data).model_dump(mode="json")
-    if values["architecture"] is not None:  # other families' keys, as in training_inputs
-        for key, usual in (("model_type", "qwen3"), ("decoder_layers", None)):
-            if values["architecture"][key] == usual:
-                values["architecture"].pop(key)
-    return {f"finetune.{key}": value for key, value in flat(values).items() if key not in SAVING}
+    return recipe.finetune.model_copy(update={"data": recipe.finetune.data or recipe.data})
+
+
+def _inputs(section: Section) -> dict[str, Any]:
+    """A section's keys that are not at their default, as JSON values; of a section within it, its own."""
+    values: dict[str, Any] = {}
+    plain = section.model_dump(mode="json")
+    for key, field in type(section).model_fields.items():
+        value = getattr(section, key)
+        default = field.get_default(call_default_factory=True)
+        if NO_EFFECT in field.metadata or value == default:
+            continue
+        if isinstance(value, Section):
+            values[key] = _inputs(value)
+            if not values[key] and default is not None:
+                del values[key]
+        elif isinstance(value, Mapping):
+            values[key] = {k: _inputs(v) if isinstance(v, Section) else plain[key][k] for k, v in value.items()}
+        else:
+            values[key] = plain[key]
+    return flat(values)
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:
@@ -62,10 +61,10 @@ def fingerprint(values: Mapping[str, Any]) -> str:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections -> one level of dotted keys."""
+    """Nested sections -> one level of dotted keys; an empty section keeps its key, for it may matter that it is there."""
     result: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             result.update(flat(value, f"{prefix}{key}."))
         else:
             result[f"{prefix}{key}"] = value

@@ -1,36 +1,46 @@
-"""The models of a recipe: teacher, student, and the shape of one made from nothing."""
+"""The models of a recipe: teacher, student, and the shape of a new model."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from llmkd.recipe.placements import PLACEMENTS, Placement, PlacementName
-from llmkd.recipe.section import Dtype, Section
+from llmkd.recipe.section import NO_EFFECT, Dtype, Section
+
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 
 class Architecture(Section):
-    """The shape of a model made from nothing, in `transformers.Qwen3Config`'s names, whatever its type."""
+    """The shape of a new model, in the names of `transformers.Qwen3Config`, whatever its type."""
 
     model_type: Literal["qwen3", "bert", "t5", "bart"] = "qwen3"
+    """The type of model: a decoder, an encoder, or an encoder-decoder."""
     vocab_size: int = Field(gt=0)
+    """Tokens of the vocabulary."""
     hidden_size: int = Field(gt=0)
+    """Width of the states between blocks."""
     intermediate_size: int = Field(gt=0)
+    """Width inside a block's MLP."""
     num_hidden_layers: int = Field(gt=0)
-    """Of an encoder-decoder, of its encoder."""
+    """Number of blocks; for an encoder-decoder, those of its encoder."""
     decoder_layers: int | None = Field(default=None, gt=0)
-    """Blocks of an encoder-decoder's decoder, where they are not as many."""
+    """Number of blocks of an encoder-decoder's decoder; default: as many as its encoder's."""
     num_attention_heads: int = Field(gt=0)
+    """Attention heads of a block."""
     num_key_value_heads: int | None = Field(default=None, gt=0)
-    """qwen3 alone, and needed there."""
+    """Key-value heads of a block; for qwen3 only, which requires it."""
     head_dim: int | None = Field(default=None, gt=0)
-    """Needed for qwen3; t5 may have another than hidden_size / num_attention_heads."""
+    """Width of one head; required by qwen3, possible for t5 (default: hidden_size / num_attention_heads)."""
     max_position_embeddings: int = Field(gt=0)
-    """Of t5, which has none, no more than a bound on data.max_length."""
+    """Longest sequence; t5 has no positions, and for it this is only a bound on data.max_length."""
     rope_theta: float = 1_000_000.0
+    """Base of the rotary position embedding (qwen3)."""
     tie_word_embeddings: bool = False
+    """Use one matrix for the input embeddings and the output head."""
     initializer_range: float = Field(default=0.02, gt=0)
+    """Standard deviation of the new weights."""
 
     @model_validator(mode="after")
     def _of_its_type(self) -> Architecture:
@@ -49,29 +59,34 @@ class Architecture(Section):
 
 
 class Teacher(Section):
+    """The model that is distilled, and where it is while students train."""
+
     path: str | None = None
-    """HF folder or hub name. Left out when the recipe's `finetune` makes the teacher."""
+    """HF folder or hub name; left out if the recipe has a section `finetune`, which makes the teacher."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     trust_remote_code: bool = False
-    """Run the model repository's own Python code. Off unless you trust its authors."""
+    """Run the model repository's own Python code. Leave it off unless you trust its authors."""
     placement: PlacementName = "replicated"
-    """`replicated`: a whole teacher per rank. `zero3`: sharded over the ranks, one block gathered at a time. `pipeline`: each rank
-    holds some blocks, and states stream to the rank that owns the micro-batch. `cache`: not there at all; what it said was written by
-    `llmkd cache`, once, and is read from disk. docs/placements.md says which to choose."""
-    stages: int | None = Field(default=None, gt=0)
-    """Ranks that make up one pipelined teacher; default: those of a node."""
-    share_cache: bool = False
+    """`replicated`: a whole teacher on each rank. `zero3`: sharded over the ranks, one block gathered at a time. `pipeline`: each rank
+    holds some blocks, and states are sent to the rank that owns the micro-batch. `cache`: no teacher is loaded; its states were written
+    once by `llmkd cache` and are read from disk. [placements.md](placements.md) helps to choose."""
+    stages: Annotated[int | None, NO_EFFECT] = Field(default=None, gt=0)
+    """Ranks that share one pipelined teacher; default: those of a node."""
+    share_cache: Annotated[bool, NO_EFFECT] = False
     """`llmkd study` writes one cache for all its students first, and trains them from it."""
     offload: Literal["none", "cpu", "nvme"] = "none"
-    """Where a zero3 teacher's shards rest between uses."""
+    """Where a zero3 teacher's shards are kept between uses."""
     dtype: Dtype = "bfloat16"
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    offload_states: bool = False
-    """Let the mapped blocks' states wait for the student in pinned host memory; worth it where the student takes them late
-    (`reverse`: its first block takes the teacher's last state)."""
-    architecture: Architecture | None = None
-    """The teacher's shape, so that `llmkd plan` works where neither folder nor hub can be read."""
+    """The teacher's dtype."""
+    attention: Attention = "auto"
+    """The teacher's attention implementation; `auto`: flash_attention_2 where it is installed, there is a GPU and the model is in half
+    precision, else sdpa or eager."""
+    offload_states: Annotated[bool, NO_EFFECT] = False
+    """Keep the teacher's states in pinned host memory until the student's block needs them; useful where that is late (strategy
+    `reverse`: the student's first block takes the teacher's last state)."""
+    architecture: Annotated[Architecture | None, NO_EFFECT] = None
+    """The teacher's shape, for `llmkd plan` where neither the folder nor the hub can be read."""
 
     @model_validator(mode="after")
     def _placed(self) -> Teacher:
@@ -79,15 +94,15 @@ class Teacher(Section):
         placed = self.placed
         if self.offload != "none" and placed.has_weights and not placed.is_sharded:
             raise ValueError(
-                "teacher.offload: only a zero3 teacher is offloaded; write placement: zero3, or offload: none"
+                "teacher.offload: only a zero3 teacher can be offloaded; write placement: zero3, or offload: none"
             )
         if self.offload_states and placed.is_staged:
             raise ValueError(
-                "teacher.offload_states: a pipelined teacher's states arrive when they are needed; write false, or another placement"
+                "teacher.offload_states: a pipelined teacher's states arrive just in time; write false, or another placement"
             )
         if self.stages is not None and placed.has_weights and not placed.is_staged:
             raise ValueError(
-                "teacher.stages: only a pipelined teacher has them; write placement: pipeline, or leave it out"
+                "teacher.stages: only a pipelined teacher has stages; write placement: pipeline, or leave it out"
             )
         return self
 
@@ -98,7 +113,7 @@ class Teacher(Section):
 
     @property
     def serving(self) -> Placement:
-        """What the placement can do that a study's students learn from: a shared cache stands in for the teacher's own."""
+        """What the placement can do that a study's students learn from: a shared cache takes the place of the teacher's own."""
         return PLACEMENTS["cache"] if self.share_cache else self.placed
 
     @property
@@ -108,27 +123,37 @@ class Teacher(Section):
 
 
 class Student(Section):
+    """The model that is trained."""
+
     init: Literal["teacher", "checkpoint", "random"] = "teacher"
-    """`teacher`: copy blocks of the teacher. `checkpoint`: start from `path`. `random`: the teacher's shape, new weights."""
+    """`teacher`: copies of teacher blocks. `checkpoint`: the model at `path`. `random`: the teacher's shape with new weights."""
     blocks: int | None = Field(default=None, gt=0)
-    """Number of blocks, for init teacher and random; of an encoder-decoder, of its encoder."""
+    """Number of blocks, for init teacher and random, which require it; for an encoder-decoder, those of its encoder."""
     decoder_blocks: int | None = Field(default=None, gt=0)
-    """Number of blocks of an encoder-decoder's decoder, where it is another than the encoder's."""
+    """Number of blocks of an encoder-decoder's decoder; default: `blocks`."""
     classifier: Literal["new", "copied"] | None = None
-    """Encoders, init teacher: whether the map to the classes is drawn anew (the default, as the layer-selection paper's code has it) or
-    the teacher's."""
+    """Encoders with init teacher: whether the map to the classes has new weights (the default, as in the layer-selection paper's code)
+    or the teacher's."""
     copy_blocks: Literal["spread", "matched"] | tuple[int, ...] = Field(
         default="spread", examples=["spread", "matched", [0, 4, 8]]
     )
-    """Which teacher blocks are copied: `spread` first to last evenly, `matched` those of the forward map, or their numbers."""
+    """Which teacher blocks are copied: `spread` (evenly from first to last), `matched` (those of the forward map), or a list of them."""
     path: str | None = None
+    """HF folder or hub name, for init checkpoint."""
     hidden_size: int | None = Field(default=None, gt=0)
+    """Width of the states between blocks, for init random; default, as for the four keys below: the teacher's."""
     intermediate_size: int | None = Field(default=None, gt=0)
+    """Width inside a block's MLP, for init random."""
     num_attention_heads: int | None = Field(default=None, gt=0)
+    """Attention heads of a block, for init random."""
     num_key_value_heads: int | None = Field(default=None, gt=0)
+    """Key-value heads of a block, for init random."""
     head_dim: int | None = Field(default=None, gt=0)
+    """Width of one head, for init random."""
     trust_remote_code: bool = False
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """As teacher.trust_remote_code."""
+    attention: Attention = "auto"
+    """As teacher.attention."""
 
     @property
     def width(self) -> dict[str, int]:
@@ -139,11 +164,13 @@ class Student(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Student:
         if self.init == "checkpoint" and self.path is None:
-            raise ValueError("student.path: init checkpoint needs the HF folder or hub name to start from")
+            raise ValueError("student.path: init checkpoint needs one; write the HF folder or hub name to start from")
         if self.init != "checkpoint" and self.path is not None:
-            raise ValueError(f"student.path: only init checkpoint reads it; write init: checkpoint (now {self.init})")
+            raise ValueError(
+                f"student.path: only init checkpoint reads it (now {self.init}); write init: checkpoint, or leave it out"
+            )
         if self.init != "checkpoint" and self.blocks is None:
-            raise ValueError("student.blocks: say how many blocks the student has, e.g. blocks: 9")
+            raise ValueError("student.blocks: not given; write how many blocks the student has, e.g. blocks: 9")
         if self.decoder_blocks is not None and self.init == "checkpoint":
             raise ValueError("student.decoder_blocks: a checkpoint has its own depth; leave it out")
         if self.classifier is not None and self.init != "teacher":
@@ -154,7 +181,7 @@ class Student(Section):
             )
         if isinstance(self.copy_blocks, tuple) and len(self.copy_blocks) != self.blocks:
             raise ValueError(
-                f"student.copy_blocks: names {len(self.copy_blocks)} blocks, student.blocks says {self.blocks}; "
+                f"student.copy_blocks: {len(self.copy_blocks)} blocks for a student of {self.blocks} (student.blocks); "
                 "make them equal"
             )
         return self

@@ -11,7 +11,7 @@ from llmkd.layer_map import OPTIONS, STRATEGIES
 from llmkd.losses.distance_sum import KNOWN, terms_of
 from llmkd.losses.divergences import DIVERGENCES, with_parameters
 from llmkd.losses.objective import Change
-from llmkd.recipe.section import Positions, Section, one_of, weighted
+from llmkd.recipe.section import NO_EFFECT, Positions, Section, check_name, check_weights
 
 Stack = Literal["encoder", "decoder"]
 BlockPairs = tuple[tuple[int, int], ...]
@@ -19,45 +19,48 @@ Block = Annotated[int, Field(ge=0)]
 
 
 class Matching(Section):
+    """Which teacher block teaches which student block, and how their states are compared (the hidden loss)."""
+
     strategy: str = "forward"
-    """One of llmkd.layer_map.STRATEGIES: `nearest` is measured before the first step, `explicit` takes its `pairs` from here."""
+    """One of `llmkd maps` (forward, reverse, ...); `nearest`, measured before the first step; or `explicit` with `pairs`."""
     pairs: BlockPairs | dict[Stack, BlockPairs] | None = Field(
         default=None, examples=[[[0, 3], [1, 7]], {"encoder": [[0, 1], [1, 3]], "decoder": [[0, 2]]}]
     )
-    """(student block, teacher block), 0-based, for strategy explicit. Of an encoder-decoder a list is for both stacks; given by stack, one
-    that is left out has no pair."""
+    """(student block, teacher block), 0-based, for strategy explicit. For an encoder-decoder a list holds for both stacks; in a mapping by
+    stack, a stack that is left out has no pair."""
     target_block: Block | dict[Stack, Block] | None = Field(default=None, examples=[5, {"encoder": 2, "decoder": 1}])
-    """The one teacher block of all_to_one, of an encoder-decoder of both stacks or by stack; default the middle one."""
+    """The one teacher block of all_to_one, for an encoder-decoder that of both stacks or by stack; default: the middle one."""
     redraw_every: int = Field(default=0, ge=0)
-    """in_order_random: draw the map again after so many steps; 0 draws it once."""
+    """in_order_random: draw a new map after so many steps; 0 keeps the first."""
     distance: str | dict[str, float] | tuple[str | dict[str, float], ...] = Field(
         default="normalized_mse", examples=["procrustes", {"procrustes": 1.0, "mse": 0.1}]
     )
-    """One of llmkd.losses.distance_sum.KNOWN, or several with their weights: {procrustes: 1.0, mse: 0.1}; or a list of these, one for
-    each pair in the map's order (the embeddings' first)."""
+    """mse, normalized_mse, cosine, standardized_mse, cka, procrustes or gram; or several with their weights, {procrustes: 1.0, mse: 0.1};
+    or a list of these, one for each pair in the map's order (the embeddings' first)."""
     pair_weights: tuple[float, ...] | None = None
-    """What each pair counts in the hidden loss, in the map's order (the embeddings' first); default 1 each."""
+    """Weight of each pair in the hidden loss, in the map's order (the embeddings' first); default: 1 each."""
     tokens: int | None = Field(default=None, gt=1)
-    """Compare so many tokens per micro-batch and rank, drawn anew each time; default all. It makes set-level distances cheap."""
+    """Compare so many tokens per micro-batch and rank, drawn anew each time; default: all. It makes set-level distances cheap."""
     scope: Literal["micro_batch", "batch"] = "micro_batch"
-    """What a set-level distance is over: a rank's own micro-batch, or the micro-batches (or samples) of all ranks together."""
+    """The tokens that a set-level distance compares: those of a rank's own micro-batch, or those of all ranks' micro-batches together."""
     positions: Positions = "attended"
-    """Match every token that is not padding, or only those whose next token is trained."""
+    """`attended`: compare every token that is not padding. `trained`: only those whose next token is trained."""
     final_state: Literal["raw", "normed"] = "raw"
-    """Compare the last blocks' outputs before or after the final norm (the layer-selection paper's Qwen3 code: after)."""
+    """Compare the last blocks' outputs before (`raw`) or after (`normed`) the final norm; the layer-selection paper's Qwen3 code: after."""
     embedding: bool = False
-    """Match the embeddings' outputs too (the paper does for BERT, BART and T5, not for Qwen3)."""
+    """Compare the embeddings' outputs too, as the layer-selection paper does for BERT, BART and T5, but not for Qwen3."""
     projector: Literal["if_needed", "always"] = "if_needed"
-    """Learn a linear map per pair from the student's states to the teacher's: where the widths differ, or at equal widths too."""
+    """Learn a linear map per pair from the student's states to the teacher's: only where the widths differ, or at equal widths too."""
     projector_bias: bool = False
+    """Give the projectors a bias."""
 
     @model_validator(mode="after")
     def _known(self) -> Matching:
-        one_of("matching.strategy", self.strategy, STRATEGIES)
+        check_name("matching.strategy", self.strategy, STRATEGIES)
         if not self.mixes:
             raise ValueError("matching.distance: the list is empty; write a distance for each pair, or one for all")
         for number, mix in enumerate(self.mixes):
-            weighted(
+            check_weights(
                 f"matching.distance[{number}]" if isinstance(self.distance, tuple) else "matching.distance", mix, KNOWN
             )
         terms = [term for mix in self.mixes for term in terms_of(mix)]
@@ -83,153 +86,170 @@ class Matching(Section):
 
     @property
     def mixes(self) -> tuple[dict[str, float], ...]:
-        """Each distance's weight in a pair's sum: one for all pairs, or as many as the recipe lists."""
-        given = self.distance if isinstance(self.distance, tuple) else (self.distance,)
-        return tuple({one: 1.0} if isinstance(one, str) else one for one in given)
+        """`distance` in its one form, weights by name: a single mix for all pairs, or one per pair where the recipe lists them."""
+        mixes = self.distance if isinstance(self.distance, tuple) else (self.distance,)
+        return tuple({mix: 1.0} if isinstance(mix, str) else mix for mix in mixes)
 
     @property
     def distances(self) -> tuple[str, ...]:
-        """All distances that any pair has, each once."""
+        """The names of all distances, each once."""
         return tuple(dict.fromkeys(name for mix in self.mixes for name in mix))
 
     def mixes_of(self, pairs: int) -> tuple[dict[str, float], ...]:
-        """Each pair's, of so many; there may be none although the recipe lists some."""
+        """The mix of each of so many pairs. A map without pairs takes none, whatever the recipe lists."""
         if not isinstance(self.distance, tuple):
             return self.mixes * pairs
-        assert pairs in (0, len(self.mixes)), "recipe_map has counted them"
+        assert pairs in (0, len(self.mixes)), "llmkd.training.pairs compares the numbers"
         return self.mixes[:pairs]
 
     def unprojected(self, pairs: int) -> tuple[int, ...]:
-        """Which of so many pairs need no projector, as all their distances compare states of any widths."""
-        mixes = enumerate(self.mixes_of(pairs))
-        return tuple(number for number, mix in mixes if all(term.width_free for term in terms_of(mix)))
+        """Which of so many pairs need no projector."""
+        return tuple(number for number, mix in enumerate(self.mixes_of(pairs)) if _width_free(mix))
 
     def projects(self, student_width: int, teacher_width: int) -> bool:
-        """Whether a learned map stands between states of these widths, of any pair."""
-        free = all(term.width_free for mix in self.mixes for term in terms_of(mix))
-        return not free and (self.projector == "always" or student_width != teacher_width)
+        """Whether any pair has a projector, for states of these widths."""
+        return not all(map(_width_free, self.mixes)) and (self.projector == "always" or student_width != teacher_width)
+
+
+def _width_free(mix: Mapping[str, float]) -> bool:
+    """Whether all distances of a mix compare states of any two widths, so that no projector is needed."""
+    return all(term.width_free for term in terms_of(mix))
 
 
 class Schedule(Section):
-    """How a weight of the loss moves from the value that `loss` gives it; a function of the step alone."""
+    """How a weight changes over the run, from its value in the recipe to `final`."""
 
     shape: Literal["constant", "linear", "cosine"] = "cosine"
+    """The shape of the curve."""
     final: float | None = Field(default=None, ge=0)
-    """Where it ends."""
+    """The last value; required by linear and cosine."""
     until: float = Field(default=1.0, gt=0, le=1)
-    """The share of the run after which it stands there."""
+    """The fraction of the run after which the value is `final`."""
 
     @model_validator(mode="after")
     def _ends(self) -> Schedule:
         if (self.final is None) == (self.shape in ("linear", "cosine")):
-            cure = "leave it out" if self.final is not None else "say where it ends, e.g. final: 0.0"
-            raise ValueError(
-                f"final: shape {self.shape} {'does not read' if self.final is not None else 'needs'} it; {cure}"
-            )
+            if self.final is None:
+                raise ValueError(f"final: shape {self.shape} needs it; write the last value, e.g. final: 0.0")
+            raise ValueError(f"final: shape {self.shape} does not read it; leave it out")
         if self.until != 1 and self.shape not in ("linear", "cosine"):
             raise ValueError(f"until: shape {self.shape} does not read it; leave it out, or write shape: linear")
         return self
 
     @property
     def change(self) -> Change | None:
-        """The same for the floors below; None where nothing changes."""
+        """The schedule as the losses take it; None where nothing changes."""
         if self.final is None or self.shape not in ("linear", "cosine"):
             return None
         return Change("linear" if self.shape == "linear" else "cosine", self.final, self.until)
 
 
 class TemperatureSchedule(Schedule):
+    """How the temperature changes over the run, from `loss.temperature`."""
+
     shape: Literal["constant", "linear", "cosine", "dynamic"] = "cosine"  # type: ignore[assignment]
-    """`dynamic`: by the gap between the student's and the teacher's cross-entropy (llmkd.losses.schedules.dynamic_temperature)."""
+    """The shape of the curve; `dynamic` follows the gap between the student's and the teacher's cross-entropy."""
     final: float | None = Field(default=None, gt=0)
+    """The last value; required by linear and cosine."""
     minimum: float | None = Field(default=None, gt=0)
-    """dynamic: the least aim; default half of loss.temperature."""
+    """dynamic: the lowest target; default: half of loss.temperature."""
     maximum: float | None = Field(default=None, gt=0)
-    """dynamic: the largest aim; default loss.temperature."""
+    """dynamic: the highest target; default: loss.temperature."""
     every: int = Field(default=10, gt=0)
-    """dynamic: steps from one change to the next; at that step the two cross-entropies are waited for."""
+    """dynamic: steps from one change to the next; each change waits for the two cross-entropies of its step."""
 
     @model_validator(mode="after")
     def _bounds(self) -> TemperatureSchedule:
-        usual = {
-            "minimum": None,
-            "maximum": None,
-            "every": 10,
-        }  # by value: a recipe that was written out names every key
-        given = [key for key, value in usual.items() if getattr(self, key) != value]
-        if given and self.shape != "dynamic":
-            raise ValueError(f"{given[0]}: shape {self.shape} does not read it; leave it out, or write shape: dynamic")
+        # compared by value, as a recipe that was written out holds every key
+        keys = ("minimum", "maximum", "every")
+        changed = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+        if changed and self.shape != "dynamic":
+            raise ValueError(
+                f"{changed[0]}: shape {self.shape} does not read it; leave it out, or write shape: dynamic"
+            )
         return self
 
 
 class Schedules(Section):
+    """Which weights change over the run; those left out stay as they are."""
+
     ce: Schedule | None = None
+    """Schedule of loss.ce."""
     kl: Schedule | None = None
+    """Schedule of loss.kl."""
     hidden: Schedule | None = None
+    """Schedule of loss.hidden."""
     temperature: TemperatureSchedule | None = None
+    """Schedule of loss.temperature."""
     stones: Schedule | None = None
-    """A factor on all weights of `stones`, from 1."""
+    """Schedule of a factor on all weights of `stones`, which starts at 1."""
     distances: dict[str, Schedule] | None = None
-    """By name, the weight of a distance within matching.distance, in each pair from its own: {procrustes: {shape: linear, final: 0.0}}."""
+    """By name, schedules of the weights within matching.distance, in each pair from its own: {procrustes: {shape: linear, final: 0.0}}."""
     divergences: dict[str, Schedule] | None = None
-    """By name, the weight of a divergence within the sum that loss.divergence is."""
+    """By name, schedules of the weights within loss.divergence."""
 
     def change(self, part: str) -> Change | None:
-        """How the weight of ce, kl or hidden moves, or the factor on stones, if it does."""
-        found: Schedule | None = getattr(self, part)
-        return None if found is None else found.change
+        """The schedule of ce, kl, hidden or stones, as the losses take it."""
+        schedule: Schedule | None = getattr(self, part)
+        return None if schedule is None else schedule.change
 
 
 def within(
     what: str, part: str, schedules: dict[str, Schedule] | None, names: tuple[str, ...], known: Mapping[str, Any]
 ) -> None:
-    """Raise ValueError where the weight of a distance or divergence moves that is none of several."""
+    """Raise ValueError for a schedule of a distance or divergence (`what`) that is not one of several in `names`."""
     where = f"loss.schedules.{what}s"
     for name in schedules or {}:
-        one_of(where, name, known)
+        check_name(where, name, known)
         if len(names) == 1:
             raise ValueError(
-                f"{where}.{name}: there is one {what}, {names[0]}, which has no weight beside another; write loss.schedules.{part}"
+                f"{where}.{name}: {names[0]} is the only {what}, so it has no weight relative to another; write loss.schedules.{part}"
             )
         if name not in names:
-            raise ValueError(f"{where}.{name}: it is not among {', '.join(names)}; name one of these, or leave it out")
+            raise ValueError(f"{where}.{name}: the recipe uses {', '.join(names)}; name one of these, or leave it out")
 
 
 class Loss(Section):
+    """What is minimised: `ce` × cross-entropy + `kl` × divergence + `hidden` × distance of the matched states."""
+
     ce: float = Field(default=1.0, ge=0)
+    """Weight of the cross-entropy with the data."""
     kl: float = Field(default=1.0, ge=0)
+    """Weight of the divergence from the teacher's distribution."""
     hidden: float = Field(default=3.0, ge=0)
+    """Weight of the distance between matched states (section `matching`), a mean over pairs and tokens."""
     divergence: str | dict[str, float] = Field(
         default="forward_kl", examples=["jsd", {"forward_kl": 0.5, "reverse_kl": 0.5}]
     )
-    """One of llmkd.losses.divergences.DIVERGENCES, or several with their weights: {forward_kl: 0.5, reverse_kl: 0.5}."""
+    """forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, tvd, akl or top_k; or several with their weights,
+    {forward_kl: 0.5, reverse_kl: 0.5}."""
     beta: float | None = Field(default=None, ge=0, le=1)
-    """jsd: the teacher's share of the mixture; default 0.5, which is symmetric."""
+    """jsd: the teacher's share of the mixture; default: 0.5, which is symmetric."""
     skew: float | None = Field(default=None, ge=0, lt=1)
-    """skew_kl and skew_reverse_kl: how much of its own first side the mixture holds; default 0.1."""
+    """skew_kl and skew_reverse_kl: the share of the first distribution in the mixture that it is compared with; default: 0.1."""
     akl_mu: float | None = Field(default=None, ge=0, le=1)
-    """akl: how much of the teacher's probability is its head; default 0.5."""
+    """akl: the share of the teacher's probability that counts as its head; default: 0.5."""
     top_k: int | None = Field(default=None, gt=0)
-    """top_k: how many of the teacher's likeliest tokens are compared one by one; default 64."""
+    """top_k: how many of the teacher's likeliest tokens are compared one by one; default: 64."""
     temperature: float = Field(default=1.0, gt=0)
+    """Temperature of both distributions in the divergence."""
     kl_positions: Positions = "trained"
-    """Where the divergence is taken: where the next token is trained, or at every token that is not padding (the paper's code)."""
-
+    """`trained`: the divergence is taken where the next token is trained. `attended`: at every token that is not padding (the paper's
+    code)."""
     schedules: Schedules | None = None
-    """How the weights and the temperature move while the student learns; left out, they stand."""
-    report_norms_every: int = Field(default=0, ge=0)
-    """Steps between reports of the norm of each part's gradient (llmkd.student.gradient_norms), each stone's parts among them; 0 reports
-    none."""
+    """How weights and temperature change over the run; if left out, they do not."""
+    report_norms_every: Annotated[int, NO_EFFECT] = Field(default=0, ge=0)
+    """Steps between reports of the norm of each part's gradient; 0 reports none."""
 
     @model_validator(mode="after")
     def _known(self) -> Loss:
-        weighted("loss.divergence", self.divergences, DIVERGENCES)
+        check_weights("loss.divergence", self.divergences, DIVERGENCES)
         with_parameters(self.divergence, self.parameters)
         for part in ("ce", "kl", "hidden"):
             if self.schedules is not None and getattr(self.schedules, part) is not None and getattr(self, part) == 0:
                 raise ValueError(
-                    f"loss.schedules.{part}: it starts at loss.{part}, which is 0, and a part that begins without weight is left out of "
-                    f"the run; write loss.{part}: 1e-6, say, or leave the schedule out"
+                    f"loss.schedules.{part}: it starts at loss.{part}, which is 0, and a part that starts at 0 is left out of the "
+                    f"run; write e.g. loss.{part}: 1e-6, or leave the schedule out"
                 )
         if self.schedules is not None:
             within("divergence", "kl", self.schedules.divergences, tuple(self.divergences), DIVERGENCES)
@@ -238,7 +258,7 @@ class Loss(Section):
         if (low or self.temperature / 2) > (high or self.temperature):
             raise ValueError(
                 f"loss.schedules.temperature.minimum: {low or self.temperature / 2} is above the maximum, {high or self.temperature}; "
-                "write both, the smaller as minimum"
+                "write both, the smaller one as minimum"
             )
         return self
 
@@ -249,29 +269,29 @@ class Loss(Section):
 
     @property
     def parameters(self) -> dict[str, float | None]:
-        """What the divergence may read besides the temperature, by its own names."""
+        """The divergences' own parameters, by name."""
         return {"beta": self.beta, "skew": self.skew, "akl_mu": self.akl_mu, "top_k": self.top_k}
 
 
 class Stones(Section):
-    """Block-wise logit distillation: the student's lower blocks under the teacher's upper ones, beside the student's own loss."""
+    """Stepping stones (block-wise logit distillation): the student's lower blocks under the teacher's upper ones, beside its own loss."""
 
     pairs: Literal["from_map"] | tuple[tuple[int, int], ...] = Field(
         "from_map", examples=["from_map", [[0, 3], [1, 7]]]
     )
-    """One stone per (student block, teacher block): the teacher goes on from after its block. `from_map`: the layer map's pairs."""
+    """One stone per (student block, teacher block): the teacher continues after its block. `from_map`: the layer map's pairs."""
     ce: float = Field(default=1.0, ge=0)
-    """Weight of the stones' cross-entropy; of n stones, by student block, the i-th counts 1/2^(n-i)."""
+    """Weight of the stones' cross-entropy; of n stones in the order of student blocks, the i-th counts 1/2^(n-i)."""
     kl: float = Field(default=1.0, ge=0)
-    """Weight of the stones' divergence from the teacher, at loss.divergence, the step's temperature and loss.kl_positions."""
+    """Weight of the stones' divergence from the teacher, with loss.divergence, loss.temperature and loss.kl_positions."""
     cross: float = Field(default=0.0, ge=0)
-    """Weight of the divergence of each stone and of the student from the stones' mean logits, which carry no gradient."""
+    """Weight of the divergence of each stone and of the student from the stones' mean logits, which get no gradient."""
     sample: Literal["all", "one"] = "all"
-    """`one`: a stone drawn per step, in proportion to its share, with the weight of all: unbiased, at a fraction of the cost."""
+    """`one`: a single stone per step, drawn in proportion to its share and with the weight of all; unbiased, and much cheaper."""
     connector_batches: int = Field(default=4, gt=0)
-    """Batches of train.batch_size rows on which the connectors are fitted before the first step."""
+    """Batches on which the connectors are fitted before the first step."""
     checkpoint: bool = True
-    """Keep the teacher blocks' inputs alone, and run each again for its gradient. A zero3 teacher needs it."""
+    """Keep only the inputs of the teacher's blocks, and run each again for its gradient. A zero3 teacher needs it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Stones:
@@ -283,7 +303,7 @@ class Stones(Section):
             students = [student for student, _ in self.pairs]
             if not students or len(set(students)) != len(students):
                 raise ValueError(
-                    f"stones.pairs: {[list(pair) for pair in self.pairs]} must name at least one pair, and each student block once; "
+                    f"stones.pairs: {[list(pair) for pair in self.pairs]} must hold at least one pair, and each student block once; "
                     "write e.g. [[0, 3], [1, 7]]"
                 )
         return self

@@ -1,7 +1,7 @@
-"""The recipe: one YAML file that says one run, whole. Frozen and strict: an unknown key is an error that names the nearest.
+"""The recipe: one YAML file that describes one run completely. Frozen and strict: an unknown key is an error that names the nearest.
 
-`load_recipe("recipes/quickstart.yaml", ["train.steps=50"])` gives a `Recipe`. Every number lives here once; code passes
-single values on (`temperature=recipe.loss.temperature`), never the recipe, to the floors below.
+`load_recipe("recipes/quickstart.yaml", ["train.steps=50"])` gives a `Recipe`. Every number is here once; the rooms below get
+single values (`temperature=recipe.loss.temperature`), never the recipe.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Annotated, Any, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -23,114 +23,116 @@ from llmkd.recipe.evaluation import Evaluation, Study
 from llmkd.recipe.models import Student, Teacher
 from llmkd.recipe.objective import Loss, Matching, Stones, within
 from llmkd.recipe.run import Cache, Data, Finetune, Train
-from llmkd.recipe.section import Section
+from llmkd.recipe.section import NO_EFFECT, Section
 from llmkd.recipe.yaml_files import RecipeDumper, parse_yaml, read_text
 
 
 class Recipe(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    """Names the run's folder."""
-    output: str = "runs"
+    name: Annotated[str, NO_EFFECT] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Name of the run's folder."""
+    output: Annotated[str, NO_EFFECT] = "runs"
     """The run's folder is `output`/`name`."""
     seed: int = Field(default=0, ge=0)
-    """Of the data order, new weights, projectors and random maps."""
+    """Seed of the data order, new weights, projectors and random maps."""
     teacher: Teacher = Field(default_factory=Teacher)
+    """The model that is distilled."""
     finetune: Finetune | None = None
+    """How the teacher is made, if the recipe makes it; given in place of teacher.path."""
     student: Student
+    """The model that is trained."""
     matching: Matching = Field(default_factory=Matching)
+    """Which blocks are compared, and how."""
     loss: Loss = Field(default_factory=Loss)
+    """What is minimised."""
     stones: Stones | None = None
-    """Left out: no stepping stones."""
+    """Stepping stones; if left out, there are none."""
     data: Data = Field(default_factory=Data)
+    """The rows that models are trained on."""
     train: Train
+    """The optimizer, the batch, and what is saved."""
     cache: Cache = Field(default_factory=Cache)
-    evaluation: Evaluation = Field(default_factory=Evaluation)
-    study: Study = Field(default_factory=Study)
+    """The teacher's states on disk."""
+    evaluation: Annotated[Evaluation, NO_EFFECT] = Field(default_factory=Evaluation)
+    """How models are scored."""
+    study: Annotated[Study, NO_EFFECT] = Field(default_factory=Study)
+    """Which students a study trains and compares."""
 
     @model_validator(mode="after")
     def _one_teacher(self) -> Recipe:
         if (self.teacher.path is None) == (self.finetune is None):
             raise ValueError(
-                "teacher.path: there is one teacher; give either teacher.path (where it is) or finetune (how to make it)"
+                "teacher.path: give exactly one of teacher.path (where the teacher is) and finetune (how to make it)"
             )
         for where, data in (("data", self.data), ("finetune.data", self.finetune.data if self.finetune else None)):
             if data is not None and data.source == "records" and data.rows is None:
-                raise ValueError(f"{where}.rows: the built-in task is endless; say how many to use, e.g. rows: 20000")
+                raise ValueError(f"{where}.rows: the built-in task is endless; write how many to use, e.g. rows: 20000")
         return self
 
     @model_validator(mode="after")
-    def _teacher_is_heard(self) -> Recipe:
-        moving = None if self.loss.schedules is None else self.loss.schedules.temperature
-        if (
-            moving is not None
-            and moving.shape == "dynamic"
-            and not self.teacher.serving.has_weights
-            and self.cache.top_k
-        ):
+    def _temperature_schedule_is_read(self) -> Recipe:
+        schedule = None if self.loss.schedules is None else self.loss.schedules.temperature
+        if schedule is None:
+            return self
+        where, dynamic = "loss.schedules.temperature", schedule.shape == "dynamic"
+        if dynamic and not self.teacher.serving.has_weights and self.cache.top_k:
             raise ValueError(
-                "loss.schedules.temperature: dynamic reads the teacher's own cross-entropy, which a cache of the likeliest tokens does not "
-                "hold; leave out cache.top_k, or write another shape"
+                f"{where}: dynamic reads the teacher's own cross-entropy, which a cache of the likeliest tokens does not hold; leave out "
+                "cache.top_k, or write another shape"
             )
-        of_stones = self.stones is not None and (self.stones.kl > 0 or self.stones.cross > 0)
-        if moving is not None and not (self.loss.kl or of_stones):
-            without = "" if self.stones is None else ", and so are stones.kl and stones.cross"
+        if not self._takes_divergence:
+            others = "" if self.stones is None else ", and so are stones.kl and stones.cross"
             raise ValueError(
-                f"loss.schedules.temperature: loss.kl is 0{without}, so that nothing is compared at a temperature; give one a weight, or "
-                "leave the schedule out"
+                f"{where}: loss.kl is 0{others}, so nothing is compared at a temperature; give one a weight, or leave the schedule out"
             )
-        if moving is not None and moving.shape == "dynamic" and not (self.loss.ce or self.loss.kl):
+        if dynamic and not (self.loss.ce or self.loss.kl):
             raise ValueError(
-                "loss.schedules.temperature: dynamic reads the student's own cross-entropy, and with loss.ce and loss.kl at 0 its head is "
-                "not run; write loss.ce: 1e-6, say, or another shape"
+                f"{where}: dynamic reads the student's own cross-entropy, which is not computed with loss.ce and loss.kl at 0; write e.g. "
+                "loss.ce: 1e-6, or another shape"
             )
         return self
 
     @model_validator(mode="after")
-    def _schedules_move_something(self) -> Recipe:
+    def _schedules_are_read(self) -> Recipe:
         schedules = self.loss.schedules
         if schedules is None:
             return self
         within("distance", "hidden", schedules.distances, self.matching.distances, KNOWN)
-        of_stones = self.stones is not None and (self.stones.kl > 0 or self.stones.cross > 0)
-        for key, there, cure in (
-            ("stones", self.stones is not None, "lays no stones; add the section stones"),
-            ("distances", self.loss.hidden > 0, "compares no states, as loss.hidden is 0; give it a weight"),
-            ("divergences", self.loss.kl > 0 or of_stones, "takes no divergence, as loss.kl is 0; give it a weight"),
+        for key, is_read, problem in (
+            ("stones", self.stones is not None, "there are no stones; add the section stones"),
+            ("distances", self.loss.hidden > 0, "no states are compared, as loss.hidden is 0; give it a weight"),
+            ("divergences", self._takes_divergence, "no divergence is taken, as loss.kl is 0; give it a weight"),
         ):
-            if getattr(schedules, key) is not None and not there:
-                raise ValueError(f"loss.schedules.{key}: the recipe {cure}, or leave the schedule out")
+            if getattr(schedules, key) is not None and not is_read:
+                raise ValueError(f"loss.schedules.{key}: {problem}, or leave the schedule out")
         return self
 
     @model_validator(mode="after")
-    def _map_in_place(self) -> Recipe:
-        moves = (
-            "redraw_every"
-            if self.matching.redraw_every
-            else "strategy"
-            if STRATEGIES[self.matching.strategy].is_measured
-            else None
-        )
-        if moves is None or not self.teacher.serving.needs_fixed_map:
+    def _map_is_fixed_where_it_must_be(self) -> Recipe:
+        if not self.teacher.serving.needs_fixed_map:
             return self
-        where = self.teacher.serving_name
-        reason = "has the blocks of one map, known before training"
-        if moves == "redraw_every":
+        reason = f"a teacher with {self.teacher.serving_name} has the blocks of one map, fixed before training"
+        if self.matching.redraw_every:
             raise ValueError(
-                f"matching.redraw_every: a teacher under {where} {reason}; write teacher.placement: replicated or zero3, or redraw_every: 0"
+                f"matching.redraw_every: {reason}; write teacher.placement: replicated or zero3, or redraw_every: 0"
             )
-        raise ValueError(
-            f"matching.strategy: {self.matching.strategy} is measured, and a teacher under {where} {reason}; "
-            "write teacher.placement: replicated or zero3, or measure with one (train.steps: 1) and "
-            "write the pairs of its map.json here, with strategy: explicit"
-        )
+        if STRATEGIES[self.matching.strategy].is_measured:
+            raise ValueError(
+                f"matching.strategy: {self.matching.strategy} is measured, but {reason}; write teacher.placement: replicated or zero3, or "
+                "measure with one of these (train.steps: 1) and write the pairs of its map.json here, with strategy: explicit"
+            )
+        return self
 
     @model_validator(mode="after")
     def _top_k_is_enough(self) -> Recipe:
-        reads_top_k = self.cache.top_k and not self.teacher.serving.has_weights
-        if reads_top_k and self.loss.kl and self.loss.divergence != "forward_kl":
+        if (
+            not self.teacher.serving.has_weights
+            and self.cache.top_k
+            and self.loss.kl
+            and self.loss.divergence != "forward_kl"
+        ):
             raise ValueError(
-                f"loss.divergence: {self.loss.divergence} needs the teacher's whole distribution, and cache.top_k keeps the likeliest "
-                "tokens alone; write divergence: forward_kl, or leave out cache.top_k"
+                f"loss.divergence: {self.loss.divergence} needs the teacher's whole distribution, but cache.top_k keeps only the likeliest "
+                "tokens; write divergence: forward_kl, or leave out cache.top_k"
             )
         return self
 
@@ -140,29 +142,33 @@ class Recipe(Section):
             return self
         if not self.teacher.serving.runs_upper_blocks:
             raise ValueError(
-                f"stones: they run the teacher's upper blocks on the student's states, which {self.teacher.serving_name} has no place for; "
-                "write teacher.placement: replicated or zero3, or leave out stones"
+                "stones: they run the teacher's upper blocks on the student's states, which is not possible with "
+                f"{self.teacher.serving_name}; write teacher.placement: replicated or zero3, or leave out stones"
             )
         if self.teacher.placed.is_sharded and not self.stones.checkpoint:
             raise ValueError(
-                "stones.checkpoint: a zero3 teacher's blocks are let go between the passes; write true, or placement: replicated"
+                "stones.checkpoint: a zero3 teacher's blocks are released between the passes; write true, or placement: replicated"
             )
         if self.stones.pairs == "from_map" and self.matching.redraw_every:
             raise ValueError(
-                "stones.pairs: a connector learns to lead to one teacher block, and a redrawn map would change it (matching.redraw_every); "
+                "stones.pairs: a connector is trained for one teacher block, and a redrawn map (matching.redraw_every) would change it; "
                 "write the stones, e.g. [[0, 3], [1, 7]], or redraw_every: 0"
             )
         return self
 
     @property
+    def _takes_divergence(self) -> bool:
+        return self.loss.kl > 0 or (self.stones is not None and (self.stones.kl > 0 or self.stones.cross > 0))
+
+    @property
     def measures_map(self) -> bool:
-        """Whether a map is asked for that is measured before the first step."""
+        """Whether the map is measured before the first step."""
         of_stones = self.stones is not None and self.stones.pairs == "from_map"
         return STRATEGIES[self.matching.strategy].is_measured and (self.loss.hidden > 0 or of_stones)
 
     @property
     def logits(self) -> bool:
-        """Whether anything is asked of the teacher's logits."""
+        """Whether the teacher's logits are needed."""
         return self.loss.kl > 0 or self.stones is not None
 
     @property
@@ -180,7 +186,7 @@ class Recipe(Section):
         return self.teacher.path or str(self.folder / "teacher" / "model")
 
     def changed(self, changes: Mapping[str, Any]) -> Recipe:
-        """A copy with dotted keys replaced, checked again: `recipe.changed({"matching.strategy": "reverse"})`."""
+        """A copy with dotted keys replaced, and checked again: `recipe.changed({"matching.strategy": "reverse"})`."""
         values = self.model_dump(mode="json")
         for key, value in changes.items():
             _put(values, key, value)
@@ -188,7 +194,7 @@ class Recipe(Section):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply `key.sub=value` overrides (values in YAML). Raises InputError for all it can't understand."""
+    """Read a recipe and apply `key.sub=value` overrides (values in YAML). Raises InputError for what is wrong with it."""
     file = find_recipe(path)
     values = parse_yaml(read_text(file), str(file))
     if not isinstance(values, dict):
@@ -239,26 +245,26 @@ def _validated(values: dict[str, Any], where: str) -> Recipe:
 
 
 def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
-    """A pydantic error in one sentence with the cure: an unknown key, which may be a missing one misspelt, or the first."""
+    """A pydantic error in one sentence with the cure: that of an unknown key (a missing one misspelt, perhaps), else the first."""
     problem = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
-    # less the kinds of value that a key may have, which pydantic names: `str`, `dict[str,float]`
+    # without the kinds of value that pydantic tried, e.g. `str` or `dict[str,float]`
     location = [part for part in problem["loc"] if not (isinstance(part, str) and ("[" in part or part == "str"))]
     key = ".".join(str(part) for part in location)
     kind = problem["type"]
     message = problem["msg"].removeprefix("Value error, ")
     examples = [] if kind in ("extra_forbidden", "missing", "value_error") else _examples(location[:2])
-    if examples:  # of several kinds of value, pydantic's sentence knows one
-        given: Any = values
+    if examples:  # pydantic's own sentence would be about one of several kinds of value
+        value: Any = values
         for part in location[:2]:
-            given = given[part]
-        return f"{'.'.join(map(str, location[:2]))}: {given!r} can't be read; write e.g. {' or '.join(examples)}"
+            value = value[part]
+        return f"{'.'.join(map(str, location[:2]))}: {value!r} can't be read; write e.g. {' or '.join(examples)}"
     if kind == "extra_forbidden":
         known = _keys_at(location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}")
     if kind == "missing":
         return f"key {key!r} is missing; add it"
-    if kind == "value_error":  # a validator's own sentence; it names its key in full, or from the section down
+    if kind == "value_error":  # a validator's own sentence, which starts with its key, whole or from the section on
         return message if not location or message.startswith(str(location[0])) else f"{key}.{message}"
     if kind in ("model_type", "model_attributes_type"):
         return f"{key}: a section is a mapping of keys (got {problem['input']!r}); write at least one of {', '.join(_keys_at(location))}"
@@ -267,11 +273,11 @@ def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
 
 
 def _examples(location: Sequence[Any]) -> list[str]:
-    """What may be written at [section, key], as YAML, where the field says so by examples."""
+    """The examples that the field at [section, key] declares, as YAML."""
     section = None if len(location) != 2 else _section_at(location[:1])
     field = None if section is None else section.model_fields.get(location[1])
-    found = [] if field is None else field.examples or []
-    return [yaml.safe_dump(one, default_flow_style=True, width=1000).removesuffix("...\n").strip() for one in found]
+    examples = [] if field is None else field.examples or []
+    return [yaml.safe_dump(e, default_flow_style=True, width=1000).removesuffix("...\n").strip() for e in examples]
 
 
 def _keys_at(location: Sequence[Any]) -> list[str]:
@@ -281,7 +287,7 @@ def _keys_at(location: Sequence[Any]) -> list[str]:
 
 
 def _section_at(location: Sequence[Any]) -> type[Section] | None:
-    """The class of the section at this place of a recipe; None where a value stands there."""
+    """The class of the section at this place of a recipe; None for the place of a value."""
     section: Any = Recipe
     for part in location:
         if get_origin(section) is dict:  # of sections by name

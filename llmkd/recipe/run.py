@@ -1,77 +1,98 @@
-"""What a run works on and how: data, training, the teacher's cache, the making of a teacher."""
+"""What a run trains on and how: data, training, the teacher's cache, the making of a teacher."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from llmkd.recipe.models import Architecture
 from llmkd.recipe.placements import WithWeights
-from llmkd.recipe.section import Dtype, Section
+from llmkd.recipe.section import NO_EFFECT, Dtype, Section
 
 
 class Data(Section):
+    """The rows that models are trained on."""
+
     source: str = "records"
-    """`records` (the built-in task), a local .jsonl/.json/.parquet/.csv (may be .gz) or a folder of them, or a hub name."""
+    """`records` (the built-in task); a local .jsonl, .json, .parquet or .csv file (may be .gz) or a folder of them; or a hub name."""
     name: str | None = None
     """The hub data set's configuration."""
     split: str = "train"
+    """The split to train on."""
     rows: int | None = Field(default=None, gt=0)
     """Use the first `rows` rows; the built-in task is endless and needs it."""
     records_seed: int = 0
+    """Seed of the built-in task's rows."""
     format: Literal["auto", "prompt_completion", "messages", "text", "classification"] = "auto"
-    """`classification` (encoders): text, or text_a and text_b, and label. Encoder-decoders read prompt and write completion."""
+    """What a row holds; `auto` goes by the column names. `prompt_completion`: columns prompt and completion, of which the completion is
+    trained. `messages`: a chat, of which the assistant's messages are trained. `text`: every token is trained. `classification`
+    (encoders): columns text, or text_a and text_b, and label. Encoder-decoders read the prompt and write the completion."""
     max_length: int = Field(default=512, gt=1)
-    """Tokens of a row; of an encoder-decoder, of prompt and completion each."""
+    """Longest row in tokens; for an encoder-decoder, of prompt and completion each."""
     too_long: Literal["drop", "truncate"] = "drop"
-    """What becomes of a row of more than `max_length` tokens. The number of them is logged."""
+    """What is done with a row of more than `max_length` tokens; how many there are is logged."""
     batching: Literal["grouped", "packed"] = "grouped"
-    """`grouped`: rows of like length padded together. `packed`: rows laid end to end, attention kept within each."""
+    """`grouped`: rows of similar length are padded together. `packed`: rows are laid end to end, with attention kept within each."""
 
 
 class Train(Section):
+    """The optimizer, the batch and what is saved. Exactly one of `steps` and `epochs` is given."""
+
     steps: int | None = Field(default=None, ge=0)
+    """Optimizer steps."""
     epochs: float | None = Field(default=None, gt=0)
+    """Passes over the data, in place of `steps`."""
     batch_size: int = Field(gt=0)
     """Rows per optimizer step, over all ranks and accumulation steps."""
     micro_batch_size: int = Field(gt=0)
-    """Rows per forward pass on one rank. Accumulation follows: batch_size / (ranks * micro_batch_size)."""
+    """Rows per forward pass on one rank. Accumulation follows: batch_size / (ranks × micro_batch_size)."""
     learning_rate: float = Field(gt=0)
+    """AdamW's peak learning rate."""
     final_learning_rate: float = Field(default=0.0, ge=0)
+    """The learning rate at the last step (schedules cosine and linear)."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises linearly to its peak."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's weight decay, of matrices only: norms and biases have none."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
     epsilon: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
     clip: float = Field(default=1.0, ge=0)
     """Largest gradient norm; 0 does not clip."""
     dtype: Dtype = "bfloat16"
+    """The student's dtype; bfloat16 is trained with fp32 master weights."""
     activation_checkpointing: bool = False
+    """Compute each block's activations again in the backward pass instead of keeping them: less memory, more time."""
     head_chunk: int = Field(default=1024, gt=0)
     """Tokens whose logits exist at one time."""
     deepspeed: str = "zero3"
-    """A name in ds_configs/ or a path to a DeepSpeed JSON of your own."""
-    save_every: int = Field(default=0, ge=0)
-    """Steps between checkpoints; 0 saves only at the end or when stopped."""
-    keep_checkpoints: int = Field(default=2, gt=0)
-    log_every: int = Field(default=10, gt=0)
-    timeout_seconds: int = Field(default=1800, gt=0)
+    """A name in ds_configs/, or the path of a DeepSpeed JSON of your own; `"auto"` in it stands for the recipe's value."""
+    save_every: Annotated[int, NO_EFFECT] = Field(default=0, ge=0)
+    """Steps between checkpoints; 0 saves only at the end and when stopped."""
+    keep_checkpoints: Annotated[int, NO_EFFECT] = Field(default=2, gt=0)
+    """How many of the newest checkpoints are kept."""
+    log_every: Annotated[int, NO_EFFECT] = Field(default=10, gt=0)
+    """Steps between lines of the log and of metrics.jsonl."""
+    timeout_seconds: Annotated[int, NO_EFFECT] = Field(default=1800, gt=0)
     """How long a rank waits for another before the run ends."""
-    wandb: str | None = None
-    """Weights & Biases project, if the run is to be logged there."""
+    wandb: Annotated[str | None, NO_EFFECT] = None
+    """Weights & Biases project that the run is logged to; unset: none."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Train:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("steps: how long to train is said once; give exactly one of steps and epochs")
+            raise ValueError("steps: give exactly one of steps and epochs, which both set how long the training is")
         if self.steps and self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps: {self.warmup_steps} warm-up steps in {self.steps} steps; write a number from 0 to {self.steps - 1}"
             )
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
-                f"batch_size: {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}; write one"
+                f"batch_size: {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; write one"
             )
         return self
 
@@ -79,38 +100,38 @@ class Train(Section):
 class Cache(Section):
     """What `llmkd cache` writes and `teacher.placement: cache` reads. Only `dtype` and `top_k` change what a student becomes."""
 
-    path: str | None = None
+    path: Annotated[str | None, NO_EFFECT] = None
     """The cache's folder; default: cache/ in the run's folder."""
     dtype: Literal["bfloat16", "fp8", "int8", "float32"] = "bfloat16"
-    """How a state is stored; fp8 (e4m3) and int8 with one scale per token, at half of bfloat16's bytes."""
+    """How a state is stored; fp8 (e4m3) and int8 have one scale per token and half of bfloat16's bytes."""
     top_k: int | None = Field(default=None, gt=0)
-    """Store the likeliest tokens' log-probabilities in place of the final state; only forward_kl can use them."""
-    teacher_placement: WithWeights | None = None
-    """Where the teacher lives while the cache is written; default: as teacher.placement says, or replicated if that is cache."""
-    micro_batch_size: int | None = Field(default=None, gt=0)
+    """Store the log-probabilities of so many likeliest tokens in place of the final state; only forward_kl can use them."""
+    teacher_placement: Annotated[WithWeights | None, NO_EFFECT] = None
+    """Where the teacher is while the cache is written; default: teacher.placement, or replicated if that is cache."""
+    micro_batch_size: Annotated[int | None, NO_EFFECT] = Field(default=None, gt=0)
     """Rows per forward pass of the teacher while the cache is written; default: train.micro_batch_size."""
-    shard_mib: float = Field(default=256, gt=0)
-    """About how large one file is, and so how much is computed again after a kill."""
-    verify: Literal["auto", "start", "read"] = "auto"
-    """When checksums are compared: all before training (start), each file when it is first read, or start up to 8 GiB (auto)."""
+    shard_mib: Annotated[float, NO_EFFECT] = Field(default=256, gt=0)
+    """Size of one file in MiB, about; that much is computed again after a kill."""
+    verify: Annotated[Literal["auto", "start", "read"], NO_EFFECT] = "auto"
+    """When checksums are compared. `start`: all before training. `read`: each file's when it is first read. `auto`: start up to 8 GiB."""
 
 
 class Finetune(Section):
-    """How the teacher is made: the same loop with cross-entropy alone."""
+    """How the recipe's own teacher is made: the same loop with cross-entropy alone. Exactly one of `path` and `architecture` is given."""
 
     path: str | None = None
-    """HF folder or hub name to start from; else a new model of `architecture` with a byte-level BPE trained on the data."""
+    """HF folder or hub name to start from."""
     architecture: Architecture | None = None
+    """The shape of a new model, in place of `path`; its tokenizer is a byte-level BPE trained on the data."""
     train: Train
+    """As the students' section `train`."""
     data: Data | None = None
     """The data to fine-tune on, where it differs from the students'."""
     seed: int = Field(default=0, ge=0)
-    """Of the teacher's own data order and new weights; the recipe's seed is the students'."""
+    """Seed of the teacher's own data order and new weights; the recipe's seed is the students'."""
 
     @model_validator(mode="after")
     def _one_start(self) -> Finetune:
         if (self.path is None) == (self.architecture is None):
-            raise ValueError(
-                "finetune: a teacher has one start; give exactly one of path (a checkpoint) and architecture (from nothing)"
-            )
+            raise ValueError("finetune: give exactly one of path (a checkpoint) and architecture (a new model)")
         return self

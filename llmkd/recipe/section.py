@@ -11,26 +11,29 @@ from pydantic import BaseModel, ConfigDict
 Dtype = Literal["float32", "bfloat16"]
 Positions = Literal["trained", "attended"]
 Backend = Literal["auto", "hf", "vllm"]
-"""auto: vLLM where it is installed and the model is large enough to repay its start, else Hugging Face; the log says which and why."""
+NO_EFFECT = "no effect on the result"
+"""Marks a key of which a run's results do not depend, `Annotated[int, NO_EFFECT]`: it may change between a run and its resumption."""
 
 
 class Section(BaseModel):
-    """A part of the recipe: immutable, closed to keys that it does not know and to values of another type."""
+    """A part of the recipe: immutable; an unknown key or a value of another type is an error. The text below a field says what it means."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
-def weighted(key: str, weights: Mapping[str, float], known: Mapping[str, Any]) -> None:
+def check_weights(key: str, weights: Mapping[str, float], known: Mapping[str, Any]) -> None:
     for name in weights:
-        one_of(key, name, known)
+        check_name(key, name, known)
     for name, weight in weights.items():
         if weight <= 0:
             raise ValueError(f"{key}.{name}: a weight of {weight}; write a number above 0, or leave {name} out")
     if not weights:
-        raise ValueError(f"{key}: names none; write one of {', '.join(known)}, or several with their weights")
+        raise ValueError(f"{key}: is empty; write one of {', '.join(known)}, or several with their weights")
 
 
-def one_of(key: str, value: str, known: Sequence[str] | Mapping[str, Any]) -> None:
+def check_name(key: str, value: str, known: Sequence[str] | Mapping[str, Any]) -> None:
     if value not in known:
         near = difflib.get_close_matches(value, list(known), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -1,4 +1,4 @@
-"""Recipes as YAML text: read strictly, and written so that they are read back as they were."""
+"""Recipes as YAML text: read strictly, and written so that reading gives the same values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmkd.errors import InputError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key written twice (the first would be dropped in silence) and reads 1e-4 as a number."""
+    """YAML that refuses a key written twice (the first would be silently dropped) and reads 1e-4 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -27,10 +27,10 @@ class _Loader(yaml.SafeLoader):
 
 
 class RecipeDumper(yaml.SafeDumper):
-    """YAML that `_Loader` reads back as it was."""
+    """YAML that `_Loader` reads back unchanged."""
 
 
-for _side in (_Loader, RecipeDumper):  # YAML 1.1 asks for a point and a sign in 1.0e-4; people write 1e-4
+for _side in (_Loader, RecipeDumper):  # YAML 1.1 requires a point and a sign, 1.0e-4; people write 1e-4
     _side.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
     )
@@ -40,7 +40,7 @@ def read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: can't be read as a text ({error}); give a YAML file") from error
+        raise InputError(f"{file}: can't be read as text ({error}); give a YAML file") from error
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -50,4 +50,4 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}" if mark is not None else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise InputError(f"{where}: not valid YAML{place} ({problem}); mend it") from error
+        raise InputError(f"{where}: not valid YAML{place} ({problem}); fix it") from error

@@ -85,9 +85,10 @@ def check_same(theirs: dict[str, Any], ours: dict[str, Any], where: Path) -> Non
     """Raise InputError naming the first recipe key in which what stands at `where` differs from this run."""
     for key in sorted(theirs.keys() | ours.keys()):
         if theirs.get(key) != ours.get(key):
+            before, now = (repr(values[key]) if key in values else "at its default" for values in (theirs, ours))
             raise InputError(
-                f"{where} was made by another recipe: {key} was {theirs.get(key)!r}, now {ours.get(key)!r}; give --output another folder, "
-                f"put the recipe back, or remove {where}"
+                f"{where} was made by another recipe: {key} was {before}, now {now}; give --output another folder, put the recipe back, "
+                f"or remove {where}"
             )
 
 

@@ -14,6 +14,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 
+from llmkd.distributed.engines import complete_ds_config, zero_stage  # noqa: E402
+from llmkd.errors import InputError  # noqa: E402
+
 FOLDER = Path(__file__).parents[3] / "ds_configs"
 FILES = sorted(FOLDER.glob("*.json"))
 
@@ -177,3 +180,75 @@ def test_the_table_names_every_key(config: dict[str, Any]) -> None:
     table = (FOLDER / "README.md").read_text()
     keys = (set(config) | set(config["zero_optimization"])) - {"zero_optimization", "stage"}
     assert {key for key in keys if key not in table} == set()
+
+
+# The shape of nearly every public DeepSpeed file.
+AUTO: dict[str, Any] = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "fp16": {"enabled": "auto"},
+    "bf16": {"enabled": "auto"},
+    "zero_optimization": {
+        "stage": 3,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+    },
+}
+NUMBERS: dict[str, Any] = dict(world_size=2, micro_batch=3, accumulation=7, clip=0.25, nvme_path="/nowhere/nvme")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_auto_is_the_recipes_value_or_deepspeeds_default(dtype: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        completed = complete_ds_config(AUTO, **NUMBERS, dtype=dtype)
+    decided = {"train_batch_size": 42, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 7}
+    assert completed == {
+        **decided,
+        "gradient_clipping": 0.25,
+        "fp16": {},
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_optimization": {"stage": 3},
+    }
+    assert "fp16.enabled, zero_optimization.reduce_bucket_size, zero_optimization.stage3_prefetch" in caplog.text
+    assert "bf16.enabled" not in caplog.text
+    default = DeepSpeedConfig({"train_batch_size": 1, "zero_optimization": {"stage": 3}}).zero_config
+    assert DeepSpeedConfig({**completed, "train_batch_size": 21}).zero_config == default
+
+
+def test_auto_and_recipe_mean_the_same(config: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    auto = json.loads(json.dumps(config).replace('"recipe"', '"auto"'))
+    assert auto != config
+    with caplog.at_level("INFO"):
+        completed = complete_ds_config(auto, **NUMBERS, dtype="bfloat16")
+    assert completed == complete_ds_config(config, **NUMBERS, dtype="bfloat16") and not caplog.text
+    assert "auto" not in leaves(completed).values() and "recipe" not in leaves(completed).values()
+
+
+def test_an_nvme_path_may_be_auto_or_the_users_own() -> None:
+    nvme: dict[str, Any] = {"device": "nvme", "nvme_path": "auto"}
+    zero = {"stage": 3, "offload_param": nvme, "offload_optimizer": {"device": "nvme", "nvme_path": "/mine"}}
+    completed = complete_ds_config({"zero_optimization": zero}, **NUMBERS, dtype="float32")["zero_optimization"]
+    assert completed["offload_param"]["nvme_path"] == "/nowhere/nvme"
+    assert completed["offload_optimizer"]["nvme_path"] == "/mine"
+
+
+def test_a_stage_of_auto_is_deepspeeds_default() -> None:
+    assert zero_stage({"zero_optimization": {"stage": "auto"}}) == zero_stage({}) == 0
+
+
+def test_all_that_is_wrong_with_a_file_is_one_sentence() -> None:
+    wrong = {
+        **AUTO,
+        "gradient_clipping": 1.0,
+        "fp16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+    }
+    with pytest.raises(InputError) as caught:
+        complete_ds_config(wrong, **NUMBERS, dtype="float32")
+    assert str(caught.value) == (
+        'DeepSpeed configuration: gradient_clipping is 1.0, the recipe gives 0.25; write "auto" there, or leave it out; '
+        "'optimizer' is set by the recipe (train.*); remove it; 'fp16' is set by the recipe (train.*); remove it"
+    )

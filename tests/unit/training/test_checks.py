@@ -374,8 +374,8 @@ def test_pairs_by_stack_stand_in_the_recipe_and_change_no_other_fingerprint(tiny
     (tmp_path / "again.yaml").write_text(dump_recipe(apart))
     assert load_recipe(tmp_path / "again.yaml") == apart
     inputs = training_inputs(explicit(tiny, [[0, 1], [1, 2]]))
-    assert inputs["matching.pairs"] == [[0, 1], [1, 2]] and inputs["matching.target_block"] is None
-    assert training_inputs(two_stacks(tiny))["matching.pairs"] is None
+    assert inputs["matching.pairs"] == [[0, 1], [1, 2]] and "matching.target_block" not in inputs
+    assert "matching.pairs" not in training_inputs(two_stacks(tiny))
     assert training_inputs(apart) != training_inputs(explicit(tiny, {"encoder": [[0, 1]], "decoder": [[0, 1]]}))
 
 

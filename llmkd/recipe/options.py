@@ -1,0 +1,52 @@
+"""The command-line options that choose a recipe, declared once for `llmkd` and for `deepspeed llmkd/train.py`.
+
+Only click is imported, so that `llmkd --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+SET = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, e.g. train.steps=100."
+)
+_TRAIN_OPTIONS = (
+    click.option("--recipe", "-r", default="quickstart", show_default=True, help="Recipe file, or a name in recipes/."),
+    click.option("--strategy", help="Layer map; overrides matching.strategy."),
+    click.option("--seed", type=int, help="Overrides seed."),
+    SET,
+    click.option("--ds-config", help="DeepSpeed JSON; overrides train.deepspeed."),
+    click.option(
+        "--output",
+        type=click.Path(path_type=Path),
+        help="Folder of this run [default: OUTPUT/NAME/students/STRATEGY-sSEED].",
+    ),
+)
+
+
+def train_options(command: Command) -> Command:
+    """Give a command the options of one training run. It is called with `recipe`, `overrides` and `output`.
+
+    --strategy, --seed and --ds-config are short forms of --set, and come after it.
+    """
+
+    @functools.wraps(command)
+    def with_overrides(
+        *, strategy: str | None, seed: int | None, ds_config: str | None, overrides: tuple[str, ...], **options: Any
+    ) -> Any:
+        short_forms = {"matching.strategy": strategy, "seed": seed, "train.deepspeed": ds_config}
+        sets = tuple(f"{key}={json.dumps(value)}" for key, value in short_forms.items() if value is not None)
+        return command(overrides=(*overrides, *sets), **options)
+
+    wrapped: Command = with_overrides
+    for option in reversed(_TRAIN_OPTIONS):
+        wrapped = option(wrapped)
+    return wrapped

@@ -22,11 +22,11 @@ from llmkd.data.batches import announced, batches
 from llmkd.distributed.engines import engine
 from llmkd.distributed.launch import launch
 from llmkd.distributed.ranks import World, start
-from llmkd.losses.objective import divisors, scales
 from llmkd.planning.rows import GIB
 from llmkd.provenance import commit, hardware
 from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
 from llmkd.training import build, cache_contents, initial, jobs
+from llmkd.training.steps import Counts, Steps
 
 STRATEGIES = ("none", "forward", "reverse", "all_to_one", "random")
 NO_TEACHER = {"matching.strategy": "none", "loss.kl": 0.0}
@@ -110,7 +110,7 @@ class Stepper:
             rank=world.rank, world_size=world.size, pad_id=tokenizer.pad_token_id, packed=False,
         )  # fmt: skip
         self._loader = loader if self._teacher is None else announced(loader, self._teacher.expect)
-        self._weights, self._pairs, self._world = job.weights, len(job.pairs), world
+        self._steps, self._number = Steps(world, job, train.steps or 0, start_step=0), 0
         module.train()
 
     def step(self) -> tuple[float, float]:
@@ -118,11 +118,11 @@ class Stepper:
         began = time.perf_counter(), time.process_time()
         micro_batches = next(self._loader)
         trained, attended = (sum(c) for c in zip(*(batch.counts for batch in micro_batches), strict=True))
-        by = divisors(self._weights, trained=trained, attended=attended, pairs=self._pairs)
-        for batch in micro_batches:
-            signals = self._teacher.signals(batch) if self._teacher is not None else None
-            loss, _ = self._engine(batch, signals, scales(self._weights, by, self._world.size))
-            self._engine.backward(loss, scale_wrt_gas=False)
+        self._number += 1
+        settings = self._steps.settings(self._number, Counts(trained, attended, source=0), len(micro_batches))
+        for number, batch in enumerate(micro_batches):
+            signal = self._teacher.signals(batch) if self._teacher is not None else None
+            self._engine.backward(self._engine(batch, signal, settings, number).loss, scale_wrt_gas=False)
             self._engine.step()
         return time.perf_counter() - began[0], time.process_time() - began[1]
 

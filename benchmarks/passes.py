@@ -1,6 +1,6 @@
 """What each contestant does between a micro-batch and its loss; all of them train the same student under the same engine.
 
-A pass asks the teacher (`ask`), then computes the loss from what it said (`forward`). The loss is this rank's share, scaled so that its
+A pass runs the teacher (`ask`), then computes the loss from its outputs (`forward`). The loss is this rank's share, scaled so that its
 mean over the ranks, which is what DeepSpeed takes of gradients, is the loss of the whole batch.
 """
 
@@ -16,11 +16,13 @@ from transformers import PreTrainedModel
 from benchmarks.cheapest import cheapest_losses
 from benchmarks.shapes import Work, labels
 from llmkd.layer_map import Pairs
+from llmkd.losses.distance_sum import Term
 from llmkd.losses.distances import DISTANCES
 from llmkd.losses.divergences import DIVERGENCES
 from llmkd.losses.objective import Weights, divisors, scales
 from llmkd.models.parts import backbone, head
 from llmkd.student.distiller import Distiller
+from llmkd.student.passes import StepSettings
 from llmkd.teachers.resident import ResidentTeacher
 
 HIDDEN_WEIGHT = 3.0
@@ -44,7 +46,7 @@ class Pass(nn.Module):
     """One contestant's way from a micro-batch to its loss."""
 
     def ask(self, work: Work) -> Any:
-        """What the teacher says of the micro-batch."""
+        """The teacher's outputs for the micro-batch."""
         raise NotImplementedError
 
     def start(self) -> None:
@@ -66,21 +68,12 @@ class Llmkd(Pass):
         normed_last: bool = False,
     ) -> None:
         super().__init__()
-        self.distiller = Distiller(
-            student,
-            pairs,
-            distance=DISTANCES["normalized_mse"],
-            positions="attended",
-            normed_last=normed_last,
-            divergence=DIVERGENCES[divergence],
-            temperature=1.0,
-            kl_positions="trained",
-            chunk=CHUNK,
-        )
+        self.distiller = Distiller(student, [block for block, _ in pairs], normed_last=normed_last, chunk=CHUNK)
         # Many passes share the student. Registered under each of them it would get ZeRO-3's hooks once for each.
         self.distiller.__dict__["model"] = self.distiller._modules.pop("model")
         self._teacher_model: tuple[PreTrainedModel] = (teacher,)  # in a tuple, so that it is no part of what is trained
         self._weights, self._pairs, self._ranks, self._normed_last = weights(pairs, ce=ce), pairs, ranks, normed_last
+        self._divergence = DIVERGENCES[divergence]
         self._resident: ResidentTeacher | None = None
 
     def start(self) -> None:
@@ -91,10 +84,18 @@ class Llmkd(Pass):
         assert self._resident is not None, "`start` comes first"
         return self._resident.signals(work.batch)
 
-    def forward(self, work: Work, said: Any) -> Tensor:
+    def forward(self, work: Work, signal: Any) -> Tensor:
         by = divisors(self._weights, trained=work.trained, attended=work.attended, pairs=len(self._pairs))
-        loss, _ = self.distiller(work.batch, said, scales(self._weights, by, self._ranks))
-        return loss
+        settings = StepSettings(
+            weights=self._weights,
+            divisors=by,
+            scales=scales(self._weights, by, self._ranks),
+            pairs=self._pairs,
+            terms=((Term(DISTANCES["normalized_mse"]),),) * len(self._pairs),
+            divergence=self._divergence,
+            temperature=1.0,
+        )
+        return self.distiller(work.batch, signal, settings).loss
 
 
 class Unavoidable(Pass):
@@ -111,13 +112,13 @@ class Unavoidable(Pass):
     def ask(self, work: Work) -> Tensor:
         return backbone(self._models[1])(**_inputs(work)).last_hidden_state
 
-    def forward(self, work: Work, said: Tensor) -> Tensor:
+    def forward(self, work: Work, states: Tensor) -> Tensor:
         final = backbone(self._models[0])(**_inputs(work)).last_hidden_state
         at = work.batch.trained_at
         return cheapest_losses(
             final.flatten(0, 1)[at],
             self.weight,
-            said.flatten(0, 1)[at],
+            states.flatten(0, 1)[at],
             head(self._models[1]).weight,
             work.batch.targets.flatten()[at],
             scale=self._ranks / work.trained,
@@ -137,17 +138,17 @@ class Plain(Pass):
     def ask(self, work: Work) -> Any:
         return self._models[1](**_inputs(work), output_hidden_states=True)
 
-    def forward(self, work: Work, said: Any) -> Tensor:
+    def forward(self, work: Work, theirs: Any) -> Tensor:
         ours = self._models[0](**_inputs(work), output_hidden_states=True)
         targets = work.batch.targets
         ce = F.cross_entropy(ours.logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
-        log_q, log_p = ours.logits.float().log_softmax(-1), said.logits.float().log_softmax(-1)
+        log_q, log_p = ours.logits.float().log_softmax(-1), theirs.logits.float().log_softmax(-1)
         per_position = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
         loss = (ce + per_position[targets != -100].sum()) / work.trained
         if self._pairs:
             hidden = torch.zeros((), device=targets.device)
             for student_block, teacher_block in self._pairs:
-                s, t = ours.hidden_states[student_block + 1], said.hidden_states[teacher_block + 1]
+                s, t = ours.hidden_states[student_block + 1], theirs.hidden_states[teacher_block + 1]
                 distance = (F.normalize(s.float(), dim=-1) - F.normalize(t.float(), dim=-1)).square().sum(-1)
                 hidden = hidden + distance[work.batch.attended].sum()
             loss = loss + HIDDEN_WEIGHT * hidden / (work.attended * len(self._pairs))
@@ -167,12 +168,12 @@ class Paper(Pass):
     def ask(self, work: Work) -> Any:
         return self._models[1](**_inputs(work), output_hidden_states=True)
 
-    def forward(self, work: Work, said: Any) -> Tensor:
+    def forward(self, work: Work, theirs: Any) -> Tensor:
         ours = self._models[0](**_inputs(work), labels=labels(work.batch), output_hidden_states=True)
         valid = work.batch.attended.sum() / work.batch.attended.numel()
-        kl = F.kl_div(ours.logits.log_softmax(-1), said.logits.softmax(-1), reduction="none").sum(-1).mean() * valid
+        kl = F.kl_div(ours.logits.log_softmax(-1), theirs.logits.softmax(-1), reduction="none").sum(-1).mean() * valid
         s = torch.stack([ours.hidden_states[block + 1] for block, _ in self._pairs])
-        t = torch.stack([said.hidden_states[block + 1] for _, block in self._pairs])
+        t = torch.stack([theirs.hidden_states[block + 1] for _, block in self._pairs])
         s, t = s / s.norm(dim=-1, keepdim=True), t / t.norm(dim=-1, keepdim=True)
         hidden = (t - s).square().sum(-1).mean() * valid
         return ours.loss + kl + HIDDEN_WEIGHT * hidden
@@ -186,9 +187,9 @@ class Passes(nn.Module):
         self.student = student
         self.passes = nn.ModuleDict(passes)
 
-    def forward(self, name: str, work: Work, said: Any) -> Tensor:
+    def forward(self, name: str, work: Work, outputs: Any) -> Tensor:
         """The loss of the pass of that name."""
-        return self.passes[name](work, said)
+        return self.passes[name](work, outputs)
 
 
 def _inputs(work: Work) -> dict[str, Any]:

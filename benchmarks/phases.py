@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-import llmkd.student.distiller
+import llmkd.student.matching
 from benchmarks.contestants import Contestant
 from benchmarks.measure import seconds_of, synchronise
 from benchmarks.shapes import Work
@@ -81,7 +81,7 @@ def operations_of(
 
 @contextmanager
 def _watched(clock: Clock, contestant: Contestant) -> Iterator[None]:
-    """Inside, the phases of a step are told to the clock: by hooks on the models, and by wrapped methods of the engine."""
+    """Inside, the clock follows the phases of a step: by hooks on the models, and by wrapped methods of the engine."""
     with ExitStack() as stack:
         for model, phase in ((contestant.student, "student forward"), (contestant.teacher, "teacher")):
             body = backbone(model)
@@ -91,7 +91,7 @@ def _watched(clock: Clock, contestant: Contestant) -> Iterator[None]:
         for owner, method, phase in (
             (contestant.engine, "backward", "backward"),
             (contestant.engine, "step", "optimizer"),
-            (llmkd.student.distiller, "distance_sum", "matching"),
+            (llmkd.student.matching, "distance_sum", "matching"),
         ):
             _wrap(stack, owner, method, clock, phase)
         yield

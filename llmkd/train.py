@@ -20,6 +20,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -27,7 +28,7 @@ import datasets
 import transformers
 
 from llmkd import __version__
-from llmkd.data.batches import announced
+from llmkd.data.batches import Batch
 from llmkd.distributed.ranks import (
     World,
     barrier,
@@ -41,145 +42,121 @@ from llmkd.distributed.ranks import (
     tell_mistake,
 )
 from llmkd.errors import InputError
-from llmkd.losses.objective import divisors, scales
 from llmkd.provenance import commit, hardware, versions
 from llmkd.recipe.options import train_options
 from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
-from llmkd.training import build, checkpoint, initial, jobs, write_cache
+from llmkd.student.passes import PassResult, StepSettings
+from llmkd.training import checkpoint, initial, jobs, write_cache
 from llmkd.training.jobs import Job
-from llmkd.training.metrics import Journal, Meter, peak_memory_gib
+from llmkd.training.metrics import Interval, Journal, Meter, peak_memory_gib
 from llmkd.training.pairs import pair_names
-from llmkd.training.prepare import prepare
-from llmkd.training.steps import Steering
+from llmkd.training.prepare import PreparedRun, prepare
+from llmkd.training.steps import Counts, Steps
 
 log = logging.getLogger("llmkd")
 
 
 def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     """Run a job to its end, or until SIGTERM or SIGINT; True when the model is exported. The same call resumes. All ranks take part."""
-    settings = job.train
     stopping = stopping or Stopping()
     if on_main(world, lambda: jobs.finished(job)):
         log.info("%s: already done, %s", job.title, job.folder / "model")
         return True
     run = prepare(world, job)
-    job, student, module, teacher, steps = run.job, run.student, run.module, run.teacher, run.steps
-    journal = Journal(
-        world,
-        job.folder,
-        start_step=run.first,
-        wandb_project=settings.wandb,
-        recipe=job.inputs,
-        run_name=f"{job.recipe.name}-{job.title}",
-    )
-    meter = Meter(world, job.weights, pair_names(job.pairs, job.encoders, redraws=job.redraws))
-    steering = Steering(world, job, steps, start_step=run.first)
-
-    totals = {"seconds": 0.0, "tokens": 0}
-    values: dict[str, Any] = {}
-    loader = run.rows(start_step=run.first, steps=steps)
-    if teacher is not None:
-        loader = announced(loader, teacher.expect)
-    module.train()
-    began = time.perf_counter()
-    for step, micro_batches in enumerate(loader, start=run.first + 1):
-        counts = [sum(c) for c in zip(*(batch.counts for batch in micro_batches), strict=True)]
-        counts += [sum(batch.source_count for batch in micro_batches), int(stopping.asked)]
-        trained, attended, source, asked_to_stop = sum_counts(world, counts)  # all ranks, on the CPU
-        weights = steering.begin(step)
-        steering.reweigh(module)
-        by = divisors(weights, trained=trained, attended=attended, pairs=len(job.pairs))
-        for group in student.optimizer.param_groups:
-            group["lr"] = run.rate(step - 1)
-        if job.redraws:
-            build.rematch(job, step - 1, module, teacher)
-        if module.stones is not None:
-            counts_of = dict(trained=by.ce, compared=by.kl)
-            module.stones.begin(step - 1, **counts_of, ranks=world.size, weight=steering.weight_of_stones)
-
-        for number, batch in enumerate(micro_batches):
-            batch = batch.to(world.device)
-            signals = teacher.signals(batch) if teacher is not None else None
-            loss, sums = student(
-                batch,
-                signals,
-                scales(weights, by, world.size),
-                attended / max(source, 1),
-                **steering.options(number),
+    job, settings = run.job, run.job.train
+    steps = Steps(world, job, run.steps, start_step=run.first)
+    meter, journal = Meter.of_job(world, job), Journal(world, job, start_step=run.first, steps=run.steps)
+    last: Interval | None = None
+    tokens, began = 0, time.perf_counter()
+    run.module.train()
+    for step, micro_batches in enumerate(run.batches(), start=run.first + 1):
+        # every step (all ranks: their counts are added up on the CPU)
+        counts, asked_to_stop = _counts(world, micro_batches, stopping)
+        this = steps.settings(step, counts, len(micro_batches))
+        run.begin(this)
+        results = [_train_on(run, batch.to(world.device), this, number) for number, batch in enumerate(micro_batches)]
+        meter.add(this, results)
+        tokens += this.tokens
+        # at the steps of a dynamic temperature (all ranks: one reduction)
+        steps.follow(this, results)
+        saves = step == run.steps or asked_to_stop or (settings.save_every and step % settings.save_every == 0)
+        # once in a while, and whenever norms are reported: log (all ranks: a few reductions; rank 0 writes)
+        if step % settings.log_every == 0 or saves or this.report_norms:
+            grad_norm = float(run.engine.get_global_grad_norm() or 0.0)
+            last = meter.flush(steps.moving(this), learning_rate=run.rate(step - 1), grad_norm=grad_norm)
+            journal.write(step, last)
+            _check_finite(last.loss, step)
+        # once in a while, and when asked to stop: save (all ranks: each writes its shards)
+        if saves:
+            folder = checkpoint.save(
+                world,
+                run.engine,
+                job.folder / "checkpoints",
+                step=step,
+                inputs=job.inputs,
+                keep=settings.keep_checkpoints,
             )
-            student.backward(loss, scale_wrt_gas=False)  # the sums are already divided by the whole batch's count
-            student.step()
-            meter.add(sums, weights)
-            steering.heard(module, sums)
-        meter.step(by, attended + source, weights)
-        said = {**steering.values(), **steering.end(by)}
-        if module.stones is not None and steering.reports:
-            said["norms"]["stones"] = module.stones.norms(world)
-        totals["tokens"] += attended + source
-
-        saves = step == steps or asked_to_stop or (settings.save_every and step % settings.save_every == 0)
-        if step % settings.log_every == 0 or saves or steering.reports:  # all ranks: one reduction
-            values = {
-                **meter.flush(),
-                **said,
-                "learning_rate": run.rate(step - 1),
-                "grad_norm": float(student.get_global_grad_norm() or 0.0),
-            }
-            if module.stones is not None:
-                values |= module.stones.flush(world)
-                values["loss"] += values["stones"]
-            journal.write(step, steps, values)
-            if not math.isfinite(values["loss"]):
-                raise InputError(
-                    f"the loss is not a finite number at step {step}; lower train.learning_rate and start again from the last checkpoint"
-                )
-        if saves:  # all ranks: every rank writes its shards
-            saved = checkpoint.save(
-                world, student, job.folder / "checkpoints", step=step, inputs=job.inputs, keep=settings.keep_checkpoints
-            )
-            if asked_to_stop and step < steps:
-                log.info(
-                    "%s: stopped by %s after step %d; saved %s; the same command goes on from there",
-                    job.title,
-                    stopping.name,
-                    step,
-                    saved,
-                )
+            if asked_to_stop and step < run.steps:
+                told = "%s: stopped by %s after step %d; saved %s; the same command goes on from there"
+                log.info(told, job.title, stopping.name, step, folder)
                 journal.close()
                 return False
-    totals["seconds"] = time.perf_counter() - began
+    seconds = time.perf_counter() - began
     journal.close()
-    _finish(world, job, module, steps=steps, first=run.first, totals=totals, values=values)
+    # at the end: export (all ranks: weights are gathered one at a time; rank 0 writes)
+    _finish(world, run, seconds=seconds, tokens=tokens, last=last)
     return True
 
 
-def _finish(
-    world: World, job: Job, module: Any, *, steps: int, first: int, totals: dict[str, Any], values: dict[str, Any]
-) -> None:
+def _counts(world: World, micro_batches: Sequence[Batch], stopping: Stopping) -> tuple[Counts, bool]:
+    """(the tokens of a step over all ranks, whether any rank is asked to stop) (all ranks take part)."""
+    trained, attended = (sum(counts) for counts in zip(*(batch.counts for batch in micro_batches), strict=True))
+    source = sum(batch.source_count for batch in micro_batches)
+    *counts, asked = sum_counts(world, [trained, attended, source, int(stopping.asked)])
+    return Counts(*counts), bool(asked)
+
+
+def _train_on(run: PreparedRun, batch: Batch, settings: StepSettings, micro_batch: int) -> PassResult:
+    """One micro-batch: the teacher's pass, the student's, the backward pass; after the step's last one the optimizer's step."""
+    signal = None if run.teacher is None else run.teacher.signals(batch)
+    result: PassResult = run.engine(batch, signal, settings, micro_batch)
+    run.engine.backward(result.loss, scale_wrt_gas=False)  # the sums are already divided by the whole batch's counts
+    run.engine.step()
+    return result._replace(loss=result.loss.detach())
+
+
+def _check_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise InputError(
+            f"the loss is not a finite number at step {step}; lower train.learning_rate and start again from the last checkpoint"
+        )
+
+
+def _finish(world: World, run: PreparedRun, *, seconds: float, tokens: int, last: Interval | None) -> None:
     """Export the student and write `summary.json` (all ranks take part)."""
+    job = run.job
     meta = {
         "llmkd": __version__,
         "inputs": job.inputs,
         "pairs": job.pairs,
         "strategy": job.recipe.matching.strategy,
-        "steps": steps,
+        "steps": run.steps,
     }
     summary = {
         **meta,
         "world_size": world.size,
-        "resumed_from_step": first,
-        "seconds": totals["seconds"],
-        "tokens": totals["tokens"],
-        "tokens_per_second": totals["tokens"] / totals["seconds"] if totals["tokens"] else None,
-        "memory_gib": values.get("memory_gib", peak_memory_gib()),  # a run of 0 steps has no values
-        "last": values,
+        "resumed_from_step": run.first,
+        "seconds": seconds,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds if tokens else None,
+        "memory_gib": peak_memory_gib() if last is None else last.memory_gib,  # a run of 0 steps has no interval
+        "last": {} if last is None else last.values(),
         "versions": versions("torch", "deepspeed", "transformers"),
         "hardware": hardware(),
         "commit": commit(),
     }
-    checkpoint.export(
-        world, module.model, job.folder / "model", tokenizer_from=job.initial, card=_card(job, steps), meta=meta
-    )
+    model, card = run.module.model, _card(job, run.steps)
+    checkpoint.export(world, model, job.folder / "model", tokenizer_from=job.initial, card=card, meta=meta)
     if world.is_main:
         (job.folder / "summary.json").write_text(json.dumps(summary, indent=1))
         initial.remove_initial(job)

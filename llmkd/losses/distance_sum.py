@@ -45,20 +45,6 @@ def terms_of(weights: Mapping[str, float]) -> tuple[Term, ...]:
     )
 
 
-def of_each_pair(
-    distance: Distance | Sequence[Term] | Sequence[Sequence[Term]], pairs: int
-) -> tuple[tuple[Term, ...], ...]:
-    """The terms of each of so many pairs: from one distance or one sum of them for all, or a sum for each."""
-    if callable(distance):
-        return ((Term(distance),),) * pairs
-    alike = tuple(term for term in distance if isinstance(term, Term))
-    if alike:
-        return (alike,) * pairs
-    found = tuple(tuple(terms) for terms in distance if not isinstance(terms, Term))
-    assert len(found) == pairs, (len(found), pairs)
-    return found
-
-
 def kinds(terms: Sequence[Sequence[Term]]) -> list[Distance]:
     """The distances that pairs with these terms have, each once, in the order in which they are named."""
     return list(dict.fromkeys(term.distance for of_pair in terms for term in of_pair))

@@ -8,6 +8,7 @@ states to the student's on a few batches.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from llmkd.data.batches import Batch
 from llmkd.distributed.engines import overwrite
 from llmkd.distributed.ranks import World, sum_tensor
 from llmkd.models.parts import output_state
+from llmkd.student.passes import NO_LOSS
 from llmkd.teachers.base import Teacher
 
 log = logging.getLogger("llmkd")
@@ -37,7 +39,7 @@ def make_connectors(pairs: int, student_width: int, teacher_width: int) -> nn.Mo
 
 
 def start(rows: int, columns: int) -> Tensor:
-    """Where a connector [H_t, H_s] stays in directions of which nothing is known."""
+    """The start of a connector [H_t, H_s], where it stays in directions that no state has."""
     return torch.eye(rows) if rows == columns else torch.zeros(rows, columns)
 
 
@@ -66,15 +68,17 @@ def fit_connectors(
     ):
         for batches in steps:
             for batch in (b.to(world.device) for b in batches):
-                engine(batch, teacher.signals(batch), (0.0, 0.0, 0.0))
-                for (student, teacher_block), found in zip(pairs, sums, strict=True):
+                engine(batch, teacher.signals(batch), NO_LOSS)
+                for (student, teacher_block), of_pair in zip(pairs, sums, strict=True):
                     at = batch.attended_at
-                    found.add(ours[student].flatten(0, 1)[at], theirs[teacher_block].flatten(0, 1)[at])
+                    of_pair.add(ours[student].flatten(0, 1)[at], theirs[teacher_block].flatten(0, 1)[at])
     engine.train(training)
-    for (student, teacher_block), connector, found in zip(pairs, connectors, sums, strict=True):
-        weight, left = found.solved(world)
+    for (student, teacher_block), connector, of_pair in zip(pairs, connectors, sums, strict=True):
+        weight, unexplained = of_pair.solved(world)
         overwrite(world, connector.weight, weight)  # type: ignore[arg-type]
-        log.info("connector %d<%d: leaves %.4f of the teacher's states unexplained", student, teacher_block, left)
+        log.info(
+            "connector %d<%d: leaves %.4f of the teacher's states unexplained", student, teacher_block, unexplained
+        )
 
 
 class _Sums:
@@ -114,16 +118,13 @@ def least_squares(squares: Tensor, products: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def watched(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """Inside, the last state that each of these blocks has made, by its number."""
+    """Inside, the last state that each of these blocks has output, by its number."""
     states: dict[int, Tensor] = {}
 
-    def keep(block: int, output: object) -> None:
-        states[block] = output_state(output).detach()
+    def keep(block: int, module: nn.Module, args: object, output: object) -> None:
+        states[block] = output_state(output)
 
-    handles = [
-        module.register_forward_hook(lambda module, args, output, block=block: keep(block, output))
-        for block, module in modules.items()
-    ]
+    handles = [module.register_forward_hook(functools.partial(keep, block)) for block, module in modules.items()]
     try:
         yield states
     finally:

@@ -33,67 +33,94 @@ class Tail:
     """
 
     def __init__(self, model: PreTrainedModel, *, normed_last: bool) -> None:
-        self.watching = False
-        self._name = type(model).__name__
+        self.model_name = type(model).__name__
+        self.normed_last = normed_last
         tail = model_type(model.config).tail
-        self._steps = None if tail is None else tail(model)
+        self.steps = None if tail is None else tail(model)
         found = stacks(model)
-        self._ends = {stack.first + len(stack.blocks) - 1: stack.norm for stack in found}
-        self._last = max(self._ends)
-        self._normed_last = normed_last
+        self.norms = {stack.first + len(stack.blocks) - 1: stack.norm for stack in found}
+        """By the number of each stack's last block."""
+        self._last_blocks = [stack.blocks[-1] for stack in found]
+        self._between: list[nn.Module] = []
+        if self.steps is None:
+            inside = {id(module) for block in blocks(model) for module in block.modules()}
+            every = backbone(model).modules()
+            self._between = [m for m in every if id(m) not in inside and not any(True for _ in m.children())]
+
+    @contextlib.contextmanager
+    def recorded(self, wanted: bool) -> Iterator[TailPass | None]:
+        """Inside, if it is wanted, hooks record the model's pass; otherwise and outside there are none."""
+        if not wanted:
+            yield None
+            return
+        record = TailPass(self)
+        handles = [
+            module.register_forward_hook(functools.partial(record.keep_output, block))
+            for block, module in zip(self.norms, self._last_blocks, strict=True)
+        ]
+        handles += [module.register_forward_hook(record.keep_call) for module in self._between]
+        try:
+            yield record
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class TailPass:
+    """One pass of a model, as much of it as its tail needs to be run again."""
+
+    def __init__(self, tail: Tail) -> None:
+        self._tail = tail
+        self._last = max(tail.norms)
         self._outputs: dict[int, Tensor] = {}
         self._random: Tensor | None = None
-        self._seen: list[tuple[nn.Module, Tensor, Tensor]] = []
-        for stack, block in zip(found, self._ends, strict=True):
-            stack.blocks[-1].register_forward_hook(functools.partial(self._end, block))
-        if self._steps is None:
-            inside = {id(module) for block in blocks(model) for module in block.modules()}
-            for module in backbone(model).modules():
-                if id(module) not in inside and not any(True for _ in module.children()):
-                    module.register_forward_hook(self._keep)
+        self._calls: list[tuple[nn.Module, Tensor, Tensor]] = []
 
-    def _end(self, block: int, module: nn.Module, args: object, output: object) -> None:
-        if self.watching:
-            self._outputs[block] = state = output_state(output).detach()
-            if block == self._last:
-                self._random = _generator_state(state.device)
+    def keep_output(self, block: int, module: nn.Module, args: object, output: object) -> None:
+        """Hook of the last block of a stack."""
+        self._outputs[block] = state = output_state(output).detach()
+        if block == self._last:
+            self._random = _generator_state(state.device)
 
-    def _keep(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        if self.watching and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            self._seen.append((module, args[0].detach(), output.detach()))
+    def keep_call(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        """Hook of a decoder's module outside its blocks."""
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            self._calls.append((module, args[0].detach(), output.detach()))
 
-    def watch(self, wanted: bool) -> None:
-        """Forget the last pass; note the next one if it is wanted."""
-        self.watching, self._seen, self._outputs, self._random = wanted, [], {}, None
+    def square_before(self, final: Tensor, gradient: Tensor | None) -> Tensor:
+        """The squared norm [] of a gradient with respect to the last block's output, from that with respect to the final state; 0 for
+        None."""
+        return torch.zeros((), device=final.device) if gradient is None else square(self.before(final, gradient))
 
     def before(self, final: Tensor, gradient: Tensor) -> Tensor:
         """The gradient [B, T, H] with respect to the last block's output, from that with respect to the final state."""
-        steps = self._between(final) if self._steps is None else self._steps
+        steps = self._between(final) if self._tail.steps is None else self._tail.steps
         state = self._outputs[self._last]
-        with _as_it_was(self._random, state.device):  # the same numbers are dropped out
+        with _generator_at(self._random, state.device):  # the same numbers are dropped out
             return _through(steps, state, gradient)
 
     def before_norm(self, block: int, state: Tensor, gradient: Tensor) -> Tensor:
         """The gradient with respect to a block's output, from that with respect to its state as pairs compare it."""
-        if not self._normed_last or block not in self._ends:
+        if not self._tail.normed_last or block not in self._tail.norms:
             return gradient
-        if self._steps is None:
+        if self._tail.steps is None:
             return self.before(state, gradient)
-        norm = self._ends[block]
+        norm = self._tail.norms[block]
         return gradient if norm is None else _through([norm], self._outputs[block], gradient)
 
     def _between(self, final: Tensor) -> list[Step]:
-        """A decoder's modules between its last block and its final state, by the memory of what each was given and has made: an engine's
-        own hooks may have passed on another view of it."""
+        """A decoder's modules between its last block and its final state, found by the memory of their inputs and outputs: an engine's own
+        hooks may have passed on another view of a tensor."""
         steps: list[Step] = []
         state = final
-        for module, given, made in reversed(self._seen):
-            if _same(made, state):
+        for module, given, output in reversed(self._calls):
+            if _same_memory(output, state):
                 steps.insert(0, module)
                 state = given
-        if not _same(state, self._outputs[self._last]):
+        if not _same_memory(state, self._outputs[self._last]):
             raise InputError(
-                f"loss.report_norms_every: what {self._name} does between its last block and its head is not known here; write 0"
+                f"loss.report_norms_every: llmkd does not know what {self._tail.model_name} does between its last block and its head; "
+                "write 0"
             )
         return steps
 
@@ -101,7 +128,7 @@ class Tail:
 def before_projector(
     projector: nn.Linear | None, state: Tensor, distance: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """The gradient of `distance(state, projected state)` with respect to the state [B, T, H_s], with the projector taken as it is."""
+    """The gradient of `distance(state, projected state)` with respect to the state [B, T, H_s]; the projector gets none."""
     leaf = state.detach().requires_grad_()
     weights = [] if projector is None else list(projector.parameters())
     with small_pass(), _whole(weights):
@@ -111,33 +138,38 @@ def before_projector(
 
 
 def _whole(weights: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
-    """Gathers those that are not whole already: an engine keeps small parameters whole, and would not have them taken apart here."""
+    """Gathers the sharded weights alone: an engine keeps small parameters whole, and they must still be whole afterwards."""
     return gathered(weight for weight in weights if weight.numel() != full_shape(weight).numel())
 
 
 def _through(steps: Sequence[Step], state: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient with respect to the state, from that with respect to what the steps make of it."""
-    leaf = made = state.detach().requires_grad_()
+    """The gradient with respect to the state, from that with respect to the steps' output."""
+    leaf = output = state.detach().requires_grad_()
     modules = [step for step in steps if isinstance(step, nn.Module)]
     with small_pass(), _whole([weight for module in modules for weight in module.parameters()]):
         for step in steps:
-            made = step.forward(made) if isinstance(step, nn.Module) else step(made)
-        return gradient if made is leaf else torch.autograd.grad(made, leaf, gradient)[0]
+            output = step.forward(output) if isinstance(step, nn.Module) else step(output)
+        return gradient if output is leaf else torch.autograd.grad(output, leaf, gradient)[0]
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
+def _same_memory(first: Tensor, second: Tensor) -> bool:
+    return first.data_ptr() == second.data_ptr() and first.shape == second.shape
+
+
+def square(gradient: Tensor) -> Tensor:
+    """The squared norm [] in float32 (float64 stays)."""
+    return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32)).square()
 
 
 def _generator_state(device: torch.device) -> Tensor:
-    """Of the random numbers that a dropout on this device draws."""
+    """The state of the generator from which a dropout on this device draws."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 @contextlib.contextmanager
-def _as_it_was(state: Tensor | None, device: torch.device) -> Iterator[None]:
-    """Random numbers are drawn from this generator state on, and afterwards as if none had been."""
-    assert state is not None, "no pass was watched"
+def _generator_at(state: Tensor | None, device: torch.device) -> Iterator[None]:
+    """Inside, random numbers are drawn from this generator state on; afterwards the generator is as it was before."""
+    assert state is not None, "no pass was recorded"
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng([device] if on_gpu else []):
         torch.cuda.set_rng_state(state, device) if on_gpu else torch.set_rng_state(state)

@@ -27,22 +27,20 @@ from llmkd.distributed.engines import (
 from llmkd.distributed.ranks import PipelineGroup, World, all_rows, on_main
 from llmkd.errors import InputError
 from llmkd.files import ROOT
-from llmkd.losses.distance_sum import AllRows, terms_of
-from llmkd.losses.divergences import Divergence, with_parameters
+from llmkd.losses.distance_sum import AllRows
 from llmkd.losses.schedules import learning_rate
 from llmkd.models import families, load
 from llmkd.models.parts import blocks
 from llmkd.recipe import recipe
 from llmkd.student.connectors import fit_connectors, make_connectors
 from llmkd.student.distiller import Distiller, make_projectors
-from llmkd.student.stepping_stones import Comparison, Stones, StoneWeights
+from llmkd.student.stepping_stones import SteppingStones
 from llmkd.teachers.base import Demand, Teacher
 from llmkd.teachers.pipeline import PipelineTeacher
 from llmkd.teachers.pipeline_schedule import stage_count
 from llmkd.teachers.pipeline_stage import load_stage, teacher_cut
 from llmkd.teachers.resident import ResidentTeacher
 from llmkd.training.jobs import Job, read_rows
-from llmkd.training.pairs import maps_of
 
 log = logging.getLogger("llmkd")
 
@@ -252,41 +250,25 @@ def load_student(
     projected = len(job.pairs) if matching.projects(width, target) else 0
     without = matching.unprojected(projected)
     projectors = make_projectors(projected, width, target, bias=matching.projector_bias, seed=job.seed, without=without)
-    divergence = with_parameters(job.recipe.loss.divergence, job.recipe.loss.parameters)
     module = Distiller(
         model,
-        job.pairs,
-        distance=[terms_of(mix) for mix in matching.mixes_of(len(job.pairs))],
-        positions=matching.positions,
+        [block for block, _ in job.pairs],
         normed_last=matching.final_state == "normed",
-        divergence=divergence,
-        temperature=job.recipe.loss.temperature,
-        kl_positions=job.recipe.loss.kl_positions,
         chunk=job.train.head_chunk,
         projectors=None if projectors is None else projectors.to(dtype),
         tokens=matching.tokens,
-        pair_weights=job.weights.pairs,
-        keeps_head=job.weights.ce > 0 or job.weights.kl > 0,
         all_rows=gather,
-        stones=make_stones(job, width, target, divergence) if job.stones else None,
+        stones=make_stones(job, width, target) if job.stones else None,
     )
     if job.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return module
 
 
-def make_stones(job: Job, student_width: int, teacher_width: int, divergence: Divergence) -> Stones:
-    """The job's stones, their connectors not yet fitted."""
-    settings, loss = job.recipe.stones, job.recipe.loss
-    assert settings is not None
-    return Stones(
-        job.stones,
-        make_connectors(len(job.stones), student_width, teacher_width).to(load.DTYPES[job.train.dtype]),
-        weights=StoneWeights(ce=settings.ce, kl=settings.kl, cross=settings.cross),
-        comparison=Comparison(divergence, loss.temperature, loss.kl_positions, job.train.head_chunk),
-        one=settings.sample == "one",
-        seed=job.seed,
-    )
+def make_stones(job: Job, student_width: int, teacher_width: int) -> SteppingStones:
+    """The job's stepping stones, their connectors not yet fitted."""
+    connectors = make_connectors(len(job.stones), student_width, teacher_width).to(load.DTYPES[job.train.dtype])
+    return SteppingStones(job.stones, connectors, chunk=job.train.head_chunk)
 
 
 def fit_stones(
@@ -299,12 +281,3 @@ def fit_stones(
     connectors = student.module.stones.connectors
     steps = rows(start_step=0, steps=settings.connector_batches)
     fit_connectors(world, student, connectors, job.stones, *stack, teacher, steps)
-
-
-def rematch(job: Job, step: int, module: Distiller, teacher: Teacher | None) -> None:
-    """Give student and teacher the map of this step (from 0): a function of (seed, step // redraw_every), the same on every rank."""
-    assert isinstance(teacher, ResidentTeacher)  # config.py refuses other placements
-    draw = step // job.recipe.matching.redraw_every
-    pairs = maps_of(job.recipe, job.student_depths, job.teacher_depths, draw)
-    module.rematch(pairs)
-    teacher.use([block for _, block in pairs])

@@ -1,79 +1,288 @@
-"""What a run says of itself: sums stay on the device, are reduced once per interval, and go to the log, JSONL, TensorBoard and W&B."""
+"""What a run measures: sums stay on the device, are reduced once per interval, and go to the log, JSONL, TensorBoard and W&B."""
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import operator
 import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from llmkd.distributed.ranks import World, highest, sum_tensor
 from llmkd.losses.objective import PARTS, Divisors, Weights, means
+from llmkd.student.passes import STONE_PARTS, PassResult, StepSettings, StoneSettings, StoneSums
+from llmkd.student.stepping_stones import shares
+from llmkd.training.jobs import Job
+from llmkd.training.pairs import pair_names
 
 log = logging.getLogger("llmkd")
+
+Values: TypeAlias = "dict[str, float | Values]"
+"""Numbers by name, as they stand in a line of metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Moving:
+    """Settings of a step that move during the run; None where they stand."""
+
+    temperature: float | None = None
+    weights: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Norms:
+    """The norm of the gradient of each part of a step's loss over all ranks; distances and divergences where there are several."""
+
+    ce: float
+    kl: float
+    hidden: float
+    pairs: dict[str, float]
+    distances: dict[str, float] | None = None
+    divergences: dict[str, float] | None = None
+    stones: dict[str, dict[str, float]] | None = None
+    """By stone and part, the weights and shares in them."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The means of the steps between two log lines, over all ranks, and the state at their end."""
+
+    loss: float
+    ce: float
+    kl: float
+    hidden: float
+    pairs: dict[str, float]
+    tokens_per_second: float
+    seconds_per_step: float
+    memory_gib: float
+    learning_rate: float
+    grad_norm: float
+    temperature: float | None
+    weights: dict[str, float] | None
+    norms: Norms | None
+    stones: float | None
+    """The stones' weighted loss, which is in `loss`."""
+    stone_parts: dict[str, float]
+    """By `stones/PAIR/PART`."""
+
+    def values(self) -> Values:
+        """The names and numbers of a line of metrics.jsonl; what is None is left out."""
+        return {**_present(asdict(replace(self, stone_parts={}))), **self.stone_parts}
+
+
+def _present(values: Mapping[str, Any]) -> Values:
+    """The same without None and without the place of the stones' parts, which are written beside the other numbers."""
+    return {
+        key: _present(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value is not None and key != "stone_parts"
+    }
 
 
 class Meter:
     """Adds up a run's sums between two log lines. Nothing is read from the device until `flush`."""
 
-    def __init__(self, world: World, weights: Weights, pair_names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        world: World,
+        weights: Weights,
+        pairs: Sequence[str],
+        *,
+        distances: Sequence[str] = (),
+        divergences: Sequence[str] = (),
+        stones: StoneMeter | None = None,
+    ) -> None:
+        """`distances` and `divergences`: the names of all that the pairs and the divergence are made of."""
         self._world = world
         self._weights = weights
-        self._pairs = tuple(pair_names)
+        self._pairs = tuple(pairs)
+        self._distances = tuple(distances) if len(distances) > 1 and pairs else ()
+        self._divergences = tuple(divergences) if len(divergences) > 1 else ()
+        self._stones = stones
         self._reset()
+
+    @classmethod
+    def of_job(cls, world: World, job: Job) -> Meter:
+        """The meter of a job's run."""
+        recipe = job.recipe
+        return cls(
+            world,
+            job.weights,
+            pair_names(job.pairs, job.encoders, redraws=job.redraws),
+            distances=recipe.matching.distances,
+            divergences=list(recipe.loss.divergences),
+            stones=StoneMeter(world, job.stones) if job.stones else None,
+        )
 
     def _reset(self) -> None:
         self._sums: Tensor | None = None
         self._weighted: Tensor | None = None
+        self._squares: Tensor | None = None
         self._divisors = [0, 0, 0]
         self._tokens = 0
         self._steps = 0
         self._since = time.perf_counter()
 
-    def add(self, sums: Tensor, weights: Weights) -> None:
-        """One micro-batch's sums on this rank: CE, KL, then each pair's distance; and the weights that they have in this step."""
-        sums = sums.double()
-        pairs = sums[2:].unbind()
-        hidden = sum(
-            (d if w == 1 else d * w for d, w in zip(pairs, weights.of_pairs(len(pairs)), strict=True)), 0 * sums[0]
-        )
-        weighted = torch.stack([sums[0] * weights.ce, sums[1] * weights.kl, hidden * weights.hidden])
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._weighted = weighted if self._weighted is None else self._weighted + weighted
-
-    def step(self, by: Divisors, tokens: int, weights: Weights) -> None:
-        """A step is done: the global divisors of its parts, its tokens (padding not counted) and its weights.
-
-        A step in which the divergence has come to weigh nothing is not counted in its mean: it was not worked out.
-        """
-        run = (True, weights.kl > 0, True)
-        counts = (by.ce, by.kl, by.hidden)
-        self._divisors = [old + new * ran for old, new, ran in zip(self._divisors, counts, run, strict=True)]
-        self._tokens += tokens
+    def add(self, settings: StepSettings, results: Sequence[PassResult]) -> None:
+        """A step is done: the results of this rank's micro-batches."""
+        weights, by = settings.weights, settings.divisors
+        for result in results:
+            sums = result.sums.double()
+            pairs = sums[2:].unbind()
+            hidden = sum((d * w for d, w in zip(pairs, weights.of_pairs(len(pairs)), strict=True)), 0 * sums[0])
+            weighted = torch.stack([sums[0] * weights.ce, sums[1] * weights.kl, hidden * weights.hidden])
+            self._sums, self._weighted = _plus(self._sums, sums), _plus(self._weighted, weighted)
+        # Not over a step in which the divergence weighs nothing any more: it was not computed.
+        counts = (by.ce, by.kl if weights.kl > 0 else 0, by.hidden)
+        self._divisors = [total + count for total, count in zip(self._divisors, counts, strict=True)]
+        self._tokens += settings.tokens
         self._steps += 1
+        if settings.report_norms:
+            self._squares = _total([result.squares for result in results])
+        if self._stones is not None and settings.stones is not None:
+            self._stones.add(settings.stones, by, [result.stones for result in results])
 
-    def flush(self) -> dict[str, Any]:
-        """The interval's means over all ranks (all ranks take part): loss, ce, kl, hidden, each pair's, tokens/s, memory."""
+    def flush(self, moving: Moving, *, learning_rate: float, grad_norm: float) -> Interval:
+        """The means since the last call (all ranks take part); the rest is of the last step."""
         assert self._sums is not None and self._weighted is not None
-        found = sum_tensor(self._world, torch.cat([self._weighted, self._sums])).tolist()
+        totals = sum_tensor(self._world, torch.cat([self._weighted, self._sums])).tolist()
         by = Divisors(*(max(count, 1) for count in self._divisors))
-        values: dict[str, Any] = means(found[3:], found[:3], by, self._weights)
-        distances = found[5:]
+        parts = means(totals[3:], totals[:3], by, self._weights)
         # by.hidden counts positions x pairs; a pair's own mean is over the positions
-        count = len(self._pairs)
-        values["pairs"] = {name: d * count / by.hidden for name, d in zip(self._pairs, distances, strict=True)}
+        pairs = {name: d * len(self._pairs) / by.hidden for name, d in zip(self._pairs, totals[5:], strict=True)}
+        norms = None if self._squares is None else self._norms(self._squares)
+        stones, stone_parts = (None, {}) if self._stones is None else self._stones.means()
         seconds = time.perf_counter() - self._since
-        values.update(tokens_per_second=self._tokens / seconds, seconds_per_step=seconds / self._steps)
-        values["memory_gib"] = highest(self._world, peak_memory_gib())
+        interval = Interval(
+            loss=parts["loss"] + (stones or 0.0),
+            ce=parts["ce"],
+            kl=parts["kl"],
+            hidden=parts["hidden"],
+            pairs=pairs,
+            tokens_per_second=self._tokens / seconds,
+            seconds_per_step=seconds / self._steps,
+            memory_gib=highest(self._world, peak_memory_gib()),
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            temperature=moving.temperature,
+            weights=moving.weights,
+            norms=norms,
+            stones=stones,
+            stone_parts=stone_parts,
+        )
         self._reset()
-        return values
+        return interval
+
+    def _norms(self, squares: Tensor) -> Norms:
+        # each rank's scales hold its share of the mean gradient, `world.size` times
+        totals = sum_tensor(self._world, squares.double()).div(self._world.size**2).tolist()
+        norms = iter([square**0.5 for square in totals])
+        ce, kl = next(norms), next(norms)
+        pairs, distances, divergences = (
+            {name: next(norms) for name in names} for names in (self._pairs, self._distances, self._divergences)
+        )
+        assert next(norms, None) is None
+        return Norms(
+            ce=ce,
+            kl=kl,
+            hidden=sum(totals[2 : 2 + len(self._pairs)]) ** 0.5,
+            pairs=pairs,
+            distances=distances or None,
+            divergences=divergences or None,
+            stones=None if self._stones is None else self._stones.norms(),
+        )
+
+
+class StoneMeter:
+    """Adds up the stepping stones' sums between two log lines, and keeps the squared norms of the step that has reported them."""
+
+    def __init__(self, world: World, pairs: Sequence[tuple[int, int]]) -> None:
+        self._world = world
+        self._pairs = [f"{student}<{teacher}" for student, teacher in pairs]
+        self._reset()
+
+    def _reset(self) -> None:
+        self._settings: StoneSettings | None = None  # of the last step
+        self._sums: Tensor | None = None  # [2, n + 1, 3], bare and times the step's weight
+        self._squares: Tensor | None = None
+        self._divisors = [0, 0, 0]
+        self._own = [[0, 0, 0] for _ in self._pairs]
+        self._crossed = 0
+
+    def add(self, settings: StoneSettings, by: Divisors, results: Sequence[StoneSums | None]) -> None:
+        """A step is done, whose sums are divided by these global counts."""
+        counts = (by.ce, by.kl, by.kl)
+        self._settings = settings
+        self._divisors = [total + count for total, count in zip(self._divisors, counts, strict=True)]
+        self._crossed += by.kl if settings.factors else 0
+        for number in settings.factors:
+            self._own[number] = [total + count for total, count in zip(self._own[number], counts, strict=True)]
+        for result in results:
+            if result is not None:
+                self._sums = _plus(self._sums, torch.stack([result.sums, result.sums * settings.weight]))
+        squares = [result.squares for result in results if result is not None and result.squares is not None]
+        self._squares = _total(squares) if squares else None
+
+    def norms(self) -> dict[str, dict[str, float]]:
+        """By stone and part, the norms of the last step's gradients; none where it reported none (all ranks take part)."""
+        settings = self._settings
+        if settings is None or self._squares is None:
+            return {}
+        # each rank's scales hold its share of the mean gradient, `world.size` times
+        totals = sum_tensor(self._world, self._squares.double()).div(self._world.size**2).tolist()
+        given = [part for part in STONE_PARTS if getattr(settings.weights, part)]
+        norms = {
+            self._pairs[number]: {part: totals[number][STONE_PARTS.index(part)] ** 0.5 for part in given}
+            for number in settings.factors
+        }
+        if settings.weights.cross:
+            norms["student"] = {"cross": totals[-1][STONE_PARTS.index("cross")] ** 0.5}
+        return norms
+
+    def means(self) -> tuple[float, dict[str, float]]:
+        """(the stones' weighted loss, each stone's parts by `stones/PAIR/PART`) since the last call, over all ranks (all take part).
+
+        A stone that was not drawn since is left out; the loss counts it as 0, so that it, too, is unbiased. In the loss each step has its
+        weight, elsewhere none.
+        """
+        settings, sums = self._settings, self._sums
+        if settings is None or sums is None:  # the stones weighed nothing
+            self._reset()
+            return 0.0, {}
+        (*rows, own_cross), (*weighted, cross) = sum_tensor(self._world, sums).tolist()
+        given = [getattr(settings.weights, part) for part in STONE_PARTS]
+        all_shares = shares(len(self._pairs))
+        factors = [sum(all_shares)] * len(rows) if settings.sampled else all_shares
+        total = given[2] * cross[2] / self._divisors[2]
+        parts: dict[str, float] = {}
+        for name, bare, counted, factor, own in zip(self._pairs, rows, weighted, factors, self._own, strict=True):
+            total += factor * sum(w * s / by for w, s, by in zip(given, counted, self._divisors, strict=True))
+            if own[0]:
+                read = zip(STONE_PARTS, given, bare, own, strict=True)
+                parts |= {f"stones/{name}/{part}": s / by for part, w, s, by in read if w}
+        if given[2]:
+            parts["stones/student/cross"] = own_cross[2] / self._crossed
+        self._reset()
+        return total, parts
+
+
+def _plus(total: Tensor | None, value: Tensor) -> Tensor:
+    return value if total is None else total + value
+
+
+def _total(values: Sequence[Tensor | None]) -> Tensor:
+    """The sum of values that are all there, in their order."""
+    assert values and all(value is not None for value in values)
+    return functools.reduce(operator.add, values)  # type: ignore[arg-type]
 
 
 def peak_memory_gib() -> float:
@@ -83,40 +292,33 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def line(step: int, steps: int, values: dict[str, Any]) -> str:
+def line(step: int, steps: int, interval: Interval) -> str:
     """One readable line of a log interval."""
-    pairs = " ".join(f"{name}:{value:.4f}" for name, value in values["pairs"].items())
-    text = f"step {step}/{steps} loss {values['loss']:.4f} ce {values['ce']:.4f} kl {values['kl']:.4f}"
+    pairs = " ".join(f"{name}:{value:.4f}" for name, value in interval.pairs.items())
+    text = f"step {step}/{steps} loss {interval.loss:.4f} ce {interval.ce:.4f} kl {interval.kl:.4f}"
     if pairs:
-        text += f" hidden {values['hidden']:.4f} [{pairs}]"
-    if "norms" in values:
-        text += " norms " + " ".join(f"{part}:{values['norms'][part]:.3g}" for part in PARTS)
-        for kind in ("distances", "divergences"):
-            text += "".join(f" {name}:{norm:.3g}" for name, norm in values["norms"].get(kind, {}).items())
-        for stone, parts in values["norms"].get("stones", {}).items():
+        text += f" hidden {interval.hidden:.4f} [{pairs}]"
+    if interval.norms is not None:
+        norms = interval.norms
+        text += " norms " + " ".join(f"{part}:{getattr(norms, part):.3g}" for part in PARTS)
+        for named in (norms.distances, norms.divergences):
+            text += "".join(f" {name}:{norm:.3g}" for name, norm in (named or {}).items())
+        for stone, parts in (norms.stones or {}).items():
             text += f" {stone} " + " ".join(f"{part}:{norm:.3g}" for part, norm in parts.items())
-    if "temperature" in values:
-        text += f" temperature {values['temperature']:.3f}"
-    if "stones" in values:
-        text += f" stones {values['stones']:.4f}"
-    text += f" grad {values['grad_norm']:.3f} lr {values['learning_rate']:.2e}"
-    return text + f" {values['tokens_per_second']:,.0f} tok/s {values['memory_gib']:.2f} GiB"
+    if interval.temperature is not None:
+        text += f" temperature {interval.temperature:.3f}"
+    if interval.stones is not None:
+        text += f" stones {interval.stones:.4f}"
+    text += f" grad {interval.grad_norm:.3f} lr {interval.learning_rate:.2e}"
+    return text + f" {interval.tokens_per_second:,.0f} tok/s {interval.memory_gib:.2f} GiB"
 
 
 class Journal:
     """Writes a run's values: one log line, `metrics.jsonl`, TensorBoard, and W&B if asked for. Only rank 0 writes."""
 
-    def __init__(
-        self,
-        world: World,
-        folder: Path,
-        *,
-        start_step: int,
-        wandb_project: str | None,
-        recipe: dict[str, Any],
-        run_name: str,
-    ) -> None:
-        self._main = world.is_main
+    def __init__(self, world: World, job: Job, *, start_step: int, steps: int) -> None:
+        self._main, self._steps = world.is_main, steps
+        folder = job.folder
         if not self._main:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -125,18 +327,20 @@ class Journal:
         forget_after(self._file, start_step)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._wandb = None
-        if wandb_project is not None:
+        if job.train.wandb is not None:
             import wandb  # type: ignore[import-not-found]
 
+            name = f"{job.recipe.name}-{job.title}"
             self._wandb = wandb.init(
-                project=wandb_project, name=run_name, dir=str(folder), config=recipe, id=run_name, resume="allow"
+                project=job.train.wandb, name=name, dir=str(folder), config=job.inputs, id=name, resume="allow"
             )
 
-    def write(self, step: int, steps: int, values: dict[str, Any]) -> None:
-        """Record one interval."""
+    def write(self, step: int, interval: Interval) -> None:
+        """Record the interval that ends with this step."""
         if not self._main:
             return
-        log.info(line(step, steps, values))
+        log.info(line(step, self._steps, interval))
+        values = interval.values()
         with self._file.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         flat = _flat(values)
@@ -153,16 +357,16 @@ class Journal:
                 self._wandb.finish()
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+def _flat(values: Values, prefix: str = "") -> dict[str, float]:
     """Nested values by names with slashes."""
-    found: dict[str, float] = {}
+    flat: dict[str, float] = {}
     for key, value in values.items():
-        found.update(_flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return found
+        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def forget_after(file: Path, step: int) -> None:
-    """Drop the lines of steps that will be run again after a resume; what a killed run left half-written goes too."""
+    """Drop a JSONL file's lines of steps that a resumed run will do again, and a last line that a killed run left half-written."""
     if not file.is_file():
         return
     kept = []

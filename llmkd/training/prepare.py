@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 
-from llmkd.data.batches import Batch, batches
+from llmkd.data.batches import Batch, announced, batches
 from llmkd.data.other_families import collate_for
 from llmkd.distributed.engines import engine, on_other_ranks
 from llmkd.distributed.ranks import World, on_main
 from llmkd.errors import InputError
 from llmkd.recipe.recipe import dump_recipe
 from llmkd.student.distiller import Distiller
+from llmkd.student.passes import StepSettings
 from llmkd.teachers.base import Teacher
+from llmkd.teachers.resident import ResidentTeacher
 from llmkd.training import build, cache_contents, checkpoint, initial, nearest
 from llmkd.training.jobs import Job
 
@@ -26,23 +28,37 @@ log = logging.getLogger("llmkd")
 
 
 @dataclass(frozen=True)
-class Run:
+class PreparedRun:
     """The parts of one training run, ready to begin."""
 
     job: Job
-    student: Any
-    """The DeepSpeed engine around `module`."""
+    engine: Any
+    """DeepSpeed's, around `module`."""
     module: Distiller
     teacher: Teacher | None
     rows: Callable[..., Iterator[list[Batch]]]
     """The micro-batches of each step, by `start_step` and `steps`."""
     rate: Callable[[int], float]
+    """The learning rate by step, from 0."""
     first: int
     """Steps that are done already."""
     steps: int
 
+    def batches(self) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each step still to do, announced to the teacher ahead."""
+        steps = self.rows(start_step=self.first, steps=self.steps)
+        return steps if self.teacher is None else announced(steps, self.teacher.expect)
 
-def prepare(world: World, job: Job) -> Run:
+    def begin(self, settings: StepSettings) -> None:
+        """Give the optimizer this step's learning rate, and the teacher the blocks of its pairs where the map is drawn again."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self.rate(settings.step - 1)
+        if self.job.redraws:
+            assert isinstance(self.teacher, ResidentTeacher)  # the recipe's checks refuse other placements
+            self.teacher.use([block for _, block in settings.pairs])
+
+
+def prepare(world: World, job: Job) -> PreparedRun:
     """Make the parts of a run, or take them up from its newest checkpoint (all ranks take part).
 
     What can be wrong is looked at first; nothing is written before that.
@@ -61,7 +77,7 @@ def prepare(world: World, job: Job) -> Run:
     rate = build.rate_of_step(settings, steps)
     cached = cache_contents.open_teacher(world, job, tokenizer, data)
     initial.write_initial(world, job, tokenizer, resuming=resume is not None)  # the first thing written
-    reading: dict[str, Any] = dict(
+    reading = dict(
         seed=job.seed,
         batch_size=settings.batch_size,
         accumulation=accumulation,
@@ -94,9 +110,9 @@ def prepare(world: World, job: Job) -> Run:
     if resume is None and module.stones is not None:
         build.fit_stones(world, job, student, teacher, rows)
     _announce(world, job, steps, accumulation, len(data))
-    return Run(
+    return PreparedRun(
         job=job,
-        student=student,
+        engine=student,
         module=module,
         teacher=teacher,
         rows=rows,

@@ -1,193 +1,182 @@
-"""What changes from step to step of a run: the loss's weights, the temperature, which tokens are sampled; and the steps that report."""
+"""The settings of each step of a run: the loss's weights, the temperature, the pairs, the samples of tokens, and what is reported."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmkd.distributed.ranks import World, on_main, sum_tensor
+from llmkd.layer_map import Pairs
 from llmkd.losses.distance_sum import draw_seed, terms_of
 from llmkd.losses.divergences import with_parameters
-from llmkd.losses.objective import PARTS, Change, Divisors, Weights, weights_of_step
+from llmkd.losses.objective import PARTS, Change, divisors, scales, weights_of_step
 from llmkd.losses.schedules import dynamic_temperature
-from llmkd.recipe.objective import Schedule
-from llmkd.student.distiller import Distiller
+from llmkd.recipe.objective import Schedule, Schedules
+from llmkd.student.passes import PassResult, StepSettings, StoneSettings, StoneWeights
+from llmkd.student.stepping_stones import factors
 from llmkd.training.jobs import Job
-from llmkd.training.metrics import forget_after
-from llmkd.training.pairs import pair_names
+from llmkd.training.metrics import Moving, forget_after
+from llmkd.training.pairs import maps_of, pair_names
 
 TEMPERATURES = "temperature.jsonl"
 """In the run's folder: each change of a dynamic temperature with the two cross-entropies it was made from, from which a resumed run
 takes up the temperature's state."""
 
 
-class Steering:
+@dataclass(frozen=True)
+class Counts:
+    """The tokens of one step's batch, over all ranks and micro-batches."""
+
+    trained: int
+    attended: int
+    source: int
+    """Of encoder-decoders, those that their encoder reads."""
+
+
+class Steps:
     """The settings of each step, a function of its number; a dynamic temperature alone has a state, which stands in a file."""
 
-    def __init__(self, world: World, job: Job, steps: int, *, start_step: int) -> None:
+    def __init__(self, world: World, job: Job, total: int, *, start_step: int) -> None:
+        self._world, self._job, self._total = world, job, total
         loss = job.recipe.loss
-        schedules = None if job.makes_teacher else loss.schedules
-        self._world, self._job, self._steps = world, job, steps
-        self._report_every = 0 if job.makes_teacher else loss.report_norms_every
-        self._changes = (
-            {} if schedules is None else {part: c for part in PARTS if (c := schedules.change(part)) is not None}
-        )
-        self._of_stones = None if schedules is None else schedules.change("stones")
-        self._distances = {} if schedules is None else moving(schedules.distances)
-        self._divergences = {} if schedules is None else moving(schedules.divergences)
+        schedules = Schedules() if job.makes_teacher or loss.schedules is None else loss.schedules
+        changes = {part: schedules.change(part) for part in PARTS}
+        self._changes = {part: change for part, change in changes.items() if change is not None}
+        self._of_stones = schedules.change("stones")
+        self._distances = _changing(schedules.distances)
+        self._divergences = _changing(schedules.divergences)
         self._temperature: Change | None = None
         self._dynamic: DynamicTemperature | None = None
-        settings = None if schedules is None else schedules.temperature
+        settings = schedules.temperature
         if settings is not None and settings.shape == "dynamic":
-            low, high = settings.minimum or loss.temperature / 2, settings.maximum or loss.temperature
-            self._dynamic = DynamicTemperature(
-                world, job.folder / TEMPERATURES, loss.temperature, (low, high), settings.every, start_step
-            )
+            bounds = settings.minimum or loss.temperature / 2, settings.maximum or loss.temperature
+            file = job.folder / TEMPERATURES
+            self._dynamic = DynamicTemperature(world, file, loss.temperature, bounds, settings.every, start_step)
         elif settings is not None:
             self._temperature = settings.change
-        self._initial = loss.temperature
-        self._step = start_step
-        self._squares: Tensor | None = None
-        self._heard: Tensor | None = None
+        self._report_every = 0 if job.makes_teacher else loss.report_norms_every
+        self._terms = tuple(terms_of(mix) for mix in job.recipe.matching.mixes_of(len(job.pairs)))
+        self._divergence = with_parameters(loss.divergence, loss.parameters)
 
-    def begin(self, step: int) -> Weights:
-        """The weights of the loss at this step (from 1)."""
-        self._step, self._squares, self._heard = step, None, None
-        return weights_of_step(self._job.weights, self._changes, step - 1, self._steps)
-
-    @property
-    def weight_of_stones(self) -> float:
-        """The factor on all stones' weights in this step."""
-        return 1.0 if self._of_stones is None else self._of_stones.at(self._step - 1, self._steps, 1.0)
-
-    def reweigh(self, module: Distiller) -> None:
-        """Tell the student this step's weights within its sums of distances and of divergences, where these move."""
-        terms = [terms_of(mix) for mix in self._mixes()] if self._distances else None
-        divergence = None
+    def settings(self, step: int, counts: Counts, micro_batches: int) -> StepSettings:
+        """Of this step (from 1), whose batch has so many tokens and, on each rank, micro-batches."""
+        job, world = self._job, self._world
+        weights = weights_of_step(job.weights, self._changes, step - 1, self._total)
+        by = divisors(weights, trained=counts.trained, attended=counts.attended, pairs=len(job.pairs))
+        terms, divergence = self._terms, self._divergence
+        if self._distances:
+            terms = tuple(terms_of(mix) for mix in self._mixes(step))
         if self._divergences:
-            loss = self._job.recipe.loss
-            divergence = with_parameters(self._moved(loss.divergences, self._divergences), loss.parameters)
-        module.reweigh(terms, divergence)
+            mix = self._moved(job.recipe.loss.divergences, self._divergences, step)
+            divergence = with_parameters(mix, job.recipe.loss.parameters)
+        samples = range(micro_batches if job.recipe.matching.tokens is not None else 0)
+        return StepSettings(
+            weights=weights,
+            divisors=by,
+            scales=scales(weights, by, world.size),
+            pairs=self._pairs(step),
+            terms=terms,
+            divergence=divergence,
+            temperature=self._temperature_of(step),
+            source_weight=counts.attended / max(counts.source, 1),
+            sample_seeds=tuple(draw_seed(job.seed, step, number, world.rank) for number in samples),
+            stones=self._stones(step, trained=by.ce, compared=by.kl),
+            keeps_head=job.weights.ce > 0 or job.weights.kl > 0,
+            report_norms=self._report_every > 0 and step % self._report_every == 0,
+            teacher_ce=self._dynamic is not None and step % self._dynamic.every == 0,
+            step=step,
+            tokens=counts.attended + counts.source,
+        )
 
-    def _mixes(self) -> list[dict[str, float]]:
-        """The weights of each pair's distances in this step."""
+    def _pairs(self, step: int) -> Pairs:
+        """The job's, or of a map that is drawn again the draw of this step: a function of (seed, draw), the same on every rank."""
+        job = self._job
+        if not job.redraws:
+            return job.pairs
+        draw = (step - 1) // job.recipe.matching.redraw_every
+        return maps_of(job.recipe, job.student_depths, job.teacher_depths, draw)
+
+    def _stones(self, step: int, *, trained: int, compared: int) -> StoneSettings | None:
+        """The stones of a step; the numbers of positions of the whole batch divide the sums."""
+        settings, count = self._job.recipe.stones, len(self._job.stones)
+        if settings is None or not count:
+            return None
+        weight = self._weight_of_stones(step)
+        one = settings.sample == "one"
+        return StoneSettings(
+            weights=StoneWeights(settings.ce, settings.kl, settings.cross),
+            factors=factors(count, one=one, seed=self._job.seed, step=step - 1) if weight else {},
+            weight=weight,
+            scales=(self._world.size * weight / trained, self._world.size * weight / compared),
+            sampled=one,
+        )
+
+    def _weight_of_stones(self, step: int) -> float:
+        return 1.0 if self._of_stones is None else self._of_stones.at(step - 1, self._total, 1.0)
+
+    def _mixes(self, step: int) -> list[dict[str, float]]:
+        """The weights of each pair's distances."""
         mixes = self._job.recipe.matching.mixes_of(len(self._job.pairs))
-        return [self._moved(mix, self._distances) for mix in mixes]
+        return [self._moved(mix, self._distances, step) for mix in mixes]
 
-    def _moved(self, mix: Mapping[str, float], changes: Mapping[str, Change]) -> dict[str, float]:
-        """The weights of a sum in this step, each from the recipe's on."""
+    def _moved(self, mix: Mapping[str, float], changes: Mapping[str, Change], step: int) -> dict[str, float]:
+        """The weights of a sum, each moved from the recipe's."""
         return {
-            name: changes[name].at(self._step - 1, self._steps, weight) if name in changes else weight
+            name: changes[name].at(step - 1, self._total, weight) if name in changes else weight
             for name, weight in mix.items()
         }
 
-    def options(self, micro_batch: int) -> dict[str, Any]:
-        """What the student is told beside a micro-batch of this step."""
-        draw = 0
-        if self._job.recipe.matching.tokens is not None:
-            draw = draw_seed(self._job.seed, self._step, micro_batch, self._world.rank)
-        return {
-            "temperature": self.temperature,
-            "draw": draw,
-            "report": self.reports,
-            "hear_teacher": self._changes_temperature,
-        }
-
-    @property
-    def temperature(self) -> float:
-        """Of this step."""
+    def _temperature_of(self, step: int) -> float:
         if self._dynamic is not None:
             return self._dynamic.value
-        change = self._temperature
-        return self._initial if change is None else change.at(self._step - 1, self._steps, self._initial)
+        initial = self._job.recipe.loss.temperature
+        return initial if self._temperature is None else self._temperature.at(step - 1, self._total, initial)
 
-    @property
-    def reports(self) -> bool:
-        """Whether this step reports the norm of each part's gradient."""
-        return self._report_every > 0 and self._step % self._report_every == 0
+    def follow(self, settings: StepSettings, results: Sequence[PassResult]) -> None:
+        """Set a dynamic temperature for the next steps from the results of this rank's micro-batches (all ranks take part)."""
+        # None once loss.kl weighs nothing any more, and there is no stone
+        if self._dynamic is None or not settings.teacher_ce or results[0].teacher_ce is None:
+            return
+        total = None
+        for result in results:
+            assert result.teacher_ce is not None
+            both = torch.stack([result.sums[0], result.teacher_ce]).double()
+            total = both if total is None else total + both
+        assert total is not None
+        student, teacher = (ce / settings.divisors.ce for ce in sum_tensor(self._world, total).tolist())
+        self._dynamic.change(settings.step, self._total, student, teacher)
 
-    @property
-    def _changes_temperature(self) -> bool:
-        return self._dynamic is not None and self._step % self._dynamic.every == 0
-
-    def heard(self, module: Distiller, sums: Tensor) -> None:
-        """A micro-batch is done; nothing is read from the device."""
-        if self.reports:
-            assert module.squares is not None
-            self._squares = module.squares if self._squares is None else self._squares + module.squares
-        teacher = module.loss_head.teacher_ce
-        # None once loss.kl has come to weigh nothing, and no stone goes on
-        if self._changes_temperature and teacher is not None:
-            both = torch.stack([sums[0], teacher]).double()
-            self._heard = both if self._heard is None else self._heard + both
-
-    def end(self, by: Divisors) -> dict[str, Any]:
-        """What this step reports, if anything; at a dynamic temperature's steps it is set for the next ones (all ranks take part)."""
-        said: dict[str, Any] = {}
-        if self._squares is not None:
-            # each rank's scales hold its share of the mean gradient, `world.size` times
-            squares = sum_tensor(self._world, self._squares.double()).div(self._world.size**2).tolist()
-            said["norms"] = self._norms(squares)
-        if self._heard is not None and self._dynamic is not None:
-            student, teacher = (total / by.ce for total in sum_tensor(self._world, self._heard).tolist())
-            self._dynamic.change(self._step, self._steps, student, teacher)
-        return said
-
-    def _norms(self, squares: Sequence[float]) -> dict[str, Any]:
-        """The reported norms by name; of distances and divergences where there are several."""
-        recipe = self._job.recipe
-        pairs = pair_names(self._job.pairs, self._job.encoders, redraws=self._job.redraws)
-        several = {
-            "distances": list(recipe.matching.distances) if pairs else [],
-            "divergences": list(recipe.loss.divergences),
-        }
-        named = {"pairs": pairs, **{kind: names for kind, names in several.items() if len(names) > 1}}
-        norms = iter([square**0.5 for square in squares])
-        ce, kl = next(norms), next(norms)
-        of_names = {kind: {name: next(norms) for name in names} for kind, names in named.items()}
-        assert next(norms, None) is None
-        return {"ce": ce, "kl": kl, "hidden": sum(squares[2 : 2 + len(pairs)]) ** 0.5, **of_names}
-
-    def values(self) -> dict[str, Any]:
-        """The changing settings of this step, as they are logged. Called before `end`, which may set the next steps'."""
-        said: dict[str, Any] = {}
-        if self._temperature is not None or self._dynamic is not None:
-            said["temperature"] = self.temperature
-        if weights := self._weights_now():
-            said["weights"] = weights
-        return said
-
-    def _weights_now(self) -> dict[str, float]:
-        """The weights that move, by name; a distance's by pair where the pairs' differ."""
-        found: dict[str, float] = {}
-        if self._changes:
-            now = weights_of_step(self._job.weights, self._changes, self._step - 1, self._steps)
-            found |= {part: getattr(now, part) for part in self._changes}
+    def moving(self, settings: StepSettings) -> Moving:
+        """Those of a step's settings that move during the run, as they are logged; a distance's by pair where the pairs' differ."""
+        step, job = settings.step, self._job
+        weights = {part: getattr(settings.weights, part) for part in self._changes}
         if self._of_stones is not None:
-            found["stones"] = self.weight_of_stones
-        pairs = pair_names(self._job.pairs, self._job.encoders, redraws=self._job.redraws)
+            weights["stones"] = self._weight_of_stones(step)
+        pairs = pair_names(job.pairs, job.encoders, redraws=job.redraws)
         for name in self._distances:
-            of_pairs = {pair: mix[name] for pair, mix in zip(pairs, self._mixes(), strict=True) if name in mix}
+            of_pairs = {pair: mix[name] for pair, mix in zip(pairs, self._mixes(step), strict=True) if name in mix}
             alike = len(set(of_pairs.values())) == 1
-            found |= {name if alike else f"{name} of {pair}": weight for pair, weight in of_pairs.items()}
-        divergences = self._moved(self._job.recipe.loss.divergences, self._divergences)
-        return found | {name: divergences[name] for name in self._divergences}
+            weights |= {name if alike else f"{name} of {pair}": weight for pair, weight in of_pairs.items()}
+        divergences = self._moved(job.recipe.loss.divergences, self._divergences, step)
+        weights |= {name: divergences[name] for name in self._divergences}
+        is_moving = self._temperature is not None or self._dynamic is not None
+        return Moving(settings.temperature if is_moving else None, weights or None)
 
 
-def moving(schedules: Mapping[str, Schedule] | None) -> dict[str, Change]:
+def _changing(schedules: Mapping[str, Schedule] | None) -> dict[str, Change]:
     """Those of the schedules by which anything changes."""
-    return {name: one.change for name, one in (schedules or {}).items() if one.change is not None}
+    changes = {name: schedule.change for name, schedule in (schedules or {}).items()}
+    return {name: change for name, change in changes.items() if change is not None}
 
 
 class DynamicTemperature:
     """A temperature that follows the gap between the two cross-entropies, at every `every`-th step from that step's own means.
 
-    Its state is its value, a function of what stands in its file.
+    Its state is its value, which the last line of its file holds.
     """
 
     def __init__(
@@ -195,9 +184,9 @@ class DynamicTemperature:
     ) -> None:
         self.every = every
         self._main, self._file, self._initial, self._bounds = world.is_main, file, initial, bounds
-        self.value = on_main(world, lambda: self._taken_up(start_step))
+        self.value = on_main(world, lambda: self._value_at(start_step))
 
-    def _taken_up(self, start_step: int) -> float:
+    def _value_at(self, start_step: int) -> float:
         forget_after(self._file, start_step)
         lines = self._file.read_text().splitlines() if self._file.is_file() else []
         return json.loads(lines[-1])["temperature"] if lines else self._initial
@@ -205,10 +194,10 @@ class DynamicTemperature:
     def change(self, step: int, steps: int, student_ce: float, teacher_ce: float) -> None:
         """Set the temperature of the steps to come, the same on every rank."""
         low, high = self._bounds
-        heard = {"student_ce": student_ce, "teacher_ce": teacher_ce}
+        gap = {"student_ce": student_ce, "teacher_ce": teacher_ce}
         self.value = dynamic_temperature(
-            self.value, step, steps, initial=self._initial, minimum=low, maximum=high, **heard
+            self.value, step, steps, initial=self._initial, minimum=low, maximum=high, **gap
         )
         if self._main:
             with self._file.open("a") as file:
-                file.write(json.dumps({"step": step, **heard, "temperature": self.value}) + "\n")
+                file.write(json.dumps({"step": step, **gap, "temperature": self.value}) + "\n")

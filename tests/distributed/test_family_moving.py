@@ -25,8 +25,9 @@ from llmkd.losses.set_distances import cka
 from llmkd.models import load
 from llmkd.models.families import depths, family
 from llmkd.recipe.recipe import Recipe, load_recipe
+from llmkd.student import distiller
 from llmkd.train import train
-from llmkd.training import build, initial, jobs
+from llmkd.training import initial, jobs
 from llmkd.training import pairs as recipe_map
 from tests.distributed.runner import run_on_ranks
 from tests.family_models import CLASSES, ENCODER_DECODERS, ENCODERS, family_recipe, new, run
@@ -176,8 +177,14 @@ def test_each_redraw_is_the_pure_functions(
     changes = {**SCENARIOS["redrawn"], "matching.redraw_every": 2, "matching.embedding": False, "data.max_length": 30}
     recipe = family_recipe(tmp_path, kind, new(shape(), kind), **changes)
     seen = []
-    rematch = build.Distiller.rematch
-    monkeypatch.setattr(build.Distiller, "rematch", lambda self, pairs: (seen.append(pairs), rematch(self, pairs)))
+    forward = distiller.Distiller.forward
+
+    def running(self: Any, batch: Any, signal: Any, settings: Any, number: int) -> Any:
+        if number == 0:
+            seen.append(settings.pairs)
+        return forward(self, batch, signal, settings, number)
+
+    monkeypatch.setattr(distiller.Distiller, "forward", running)
     assert train(world, jobs.distil_job(world, recipe, tmp_path / "run"))
     expected = []
     for draw in (0, 0, 1, 1):

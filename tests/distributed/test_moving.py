@@ -21,7 +21,7 @@ from llmkd.models import load
 from llmkd.models import parts as model_parts
 from llmkd.models.parts import output_state
 from llmkd.recipe.recipe import load_recipe
-from llmkd.student import distiller
+from llmkd.student import distiller, matching
 from llmkd.train import train
 from llmkd.training import build, initial, jobs, steps
 from tests.distributed.runner import run_on_ranks
@@ -139,28 +139,29 @@ def test_resumed_is_uninterrupted_on_two_ranks(runs: Path, tiny: Path) -> None:
 
 def _sample_as_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process draws from each half of a micro-batch's rows what the rank that had them would have drawn, by the same numbers."""
-    now: dict[str, Any] = {}
+    numbers_of: dict[int, tuple[int, ...]] = {}
+    first: list[int] = []
     forward = distiller.Distiller.forward
 
     def drawing(*numbers: int) -> int:
-        now["numbers"] = numbers
+        numbers_of[draw_seed(*numbers)] = numbers
         return draw_seed(*numbers)
 
     def running(self: Any, batch: Any, *args: Any, **options: Any) -> Any:
-        now["first"] = batch.input_ids.numel() // 2
+        first[:] = [batch.input_ids.numel() // 2]
         return forward(self, batch, *args, **options)
 
     def both(at: torch.Tensor, count: int | None, seed: int) -> tuple[torch.Tensor, float]:
-        *numbers, rank = now["numbers"]
-        assert rank == 0 and seed == draw_seed(*numbers, 0)
-        halves = at[at < now["first"]], at[at >= now["first"]]
+        *numbers, rank = numbers_of[seed]
+        assert rank == 0
+        halves = at[at < first[0]], at[at >= first[0]]
         drawn = torch.cat([sampled(half, count, draw_seed(*numbers, rank))[0] for rank, half in enumerate(halves)])
         assert len(drawn) < len(at)
         return drawn, len(at) / len(drawn)
 
     monkeypatch.setattr(steps, "draw_seed", drawing)
     monkeypatch.setattr(distiller.Distiller, "forward", running)
-    monkeypatch.setattr(distiller, "sampled", both)
+    monkeypatch.setattr(matching, "sampled", both)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -204,8 +205,14 @@ def test_resumed_is_uninterrupted_and_one_rank_is_two(
 def test_each_redraw_is_the_pure_functions(tiny: Path, world: Any, tmp_path: Path, monkeypatch: Any) -> None:
     recipe = load_recipe(tiny / "recipe.yaml").changed({**COMMON, **SCENARIOS["redrawn"], "matching.embedding": False})
     seen = []
-    rematch = build.Distiller.rematch
-    monkeypatch.setattr(build.Distiller, "rematch", lambda self, pairs: (seen.append(pairs), rematch(self, pairs)))
+    forward = distiller.Distiller.forward
+
+    def running(self: Any, batch: Any, signal: Any, settings: Any, number: int) -> Any:
+        if number == 0:
+            seen.append(settings.pairs)
+        return forward(self, batch, signal, settings, number)
+
+    monkeypatch.setattr(distiller.Distiller, "forward", running)
     assert train(world, jobs.distil_job(world, recipe, tmp_path / "run"))
     assert seen == [in_order_random(3, 6, recipe.seed, step // 2) for step in range(6)]
     assert len(set(seen)) > 1
@@ -250,7 +257,7 @@ def test_nearest_is_the_highest_cka_of_the_plain_models(
 # Weights and temperatures
 
 
-def test_schedules_say_where_they_are(runs: Path) -> None:
+def test_scheduled_weights_and_temperatures_are_logged(runs: Path) -> None:
     lines = _lines(runs / "whole" / "scheduled")
     assert [line["temperature"] for line in lines] == pytest.approx([1.0, 1.4, 1.8, 2.2, 2.6, 3.0])
     assert [line["weights"]["ce"] for line in lines] == pytest.approx([1.0, 0.5, 0, 0, 0, 0])
@@ -266,7 +273,7 @@ def test_schedules_say_where_they_are(runs: Path) -> None:
         assert (line["kl"] == 0) == (line["weights"]["kl"] == 0)
 
 
-def test_stones_of_a_measured_map_follow_a_dynamic_temperature_and_say_their_norms(runs: Path) -> None:
+def test_stones_of_a_measured_map_follow_a_dynamic_temperature_and_report_their_norms(runs: Path) -> None:
     folder = runs / "whole" / "nearest_stones"
     found, lines = json.loads((folder / "map.json").read_text()), _lines(folder)
     names = [f"{s}<{t}" for s, t in found["pairs"]]
@@ -304,7 +311,7 @@ def test_norms_are_reported_at_their_steps(runs: Path) -> None:
     assert "norms ce:" in said and " procrustes:" in said and " reverse_kl:" in said
 
 
-def test_a_dynamic_temperature_follows_what_its_file_says(runs: Path) -> None:
+def test_a_dynamic_temperature_follows_its_file(runs: Path) -> None:
     folder = runs / "whole" / "dynamic"
     said = [json.loads(line) for line in (folder / "temperature.jsonl").read_text().splitlines()]
     assert [line["step"] for line in said] == [2, 4, 6]

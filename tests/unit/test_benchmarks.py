@@ -20,10 +20,8 @@ from llmkd.distributed.engines import complete_ds_config
 from llmkd.distributed.ranks import World
 from llmkd.layer_map import forward
 from llmkd.losses.chunked_head import IGNORED
-from llmkd.losses.distances import DISTANCES
-from llmkd.losses.divergences import forward_kl
-from llmkd.student.distiller import Distiller
 from llmkd.teachers.resident import ResidentTeacher
+from tests.passes import distiller, step_settings
 
 SIZE = Size(32, 48, 4, 2, 8, 4, 2, True, 3, 24, vocabulary=157)
 CPU = torch.device("cpu")
@@ -95,19 +93,10 @@ def test_the_papers_loss_is_ours_where_nothing_is_padded(models: tuple[Any, Any]
     assert bool(work.batch.attended.all())
     pairs = forward(SIZE.student_blocks, SIZE.teacher_blocks)
     theirs, _ = loss_and_gradients(Paper(student, teacher, pairs), student, work)
-    distiller = Distiller(
-        student,
-        pairs,
-        distance=DISTANCES["normalized_mse"],
-        positions="attended",
-        normed_last=True,
-        divergence=forward_kl,
-        temperature=1.0,
-        kl_positions="attended",
-        chunk=7,
-    )
+    scales = (1 / 48, 1 / 72, HIDDEN_WEIGHT / (72 * len(pairs)))
+    settings = step_settings(pairs, scales, kl_positions="attended")
     signal = ResidentTeacher(teacher, [t for _, t in pairs], normed_last=True, ds_config=None).signals(work.batch)
-    ours, _ = distiller(work.batch, signal, (1 / 48, 1 / 72, HIDDEN_WEIGHT / (72 * len(pairs))))
+    ours = distiller(student, pairs, normed_last=True, chunk=7)(work.batch, signal, settings).loss
     assert theirs == pytest.approx(ours.item(), rel=1e-5)
 
 

@@ -11,13 +11,14 @@ import torch
 
 from llmkd.data.batches import Batch, collate
 from llmkd.losses.distance_sum import KNOWN, distance_sum, draw_seed, sampled, stood_for, terms_of
-from llmkd.losses.divergences import DIVERGENCES, forward_kl, with_parameters
+from llmkd.losses.divergences import DIVERGENCES, with_parameters
 from llmkd.losses.set_distances import SET_DISTANCES, WIDTH_FREE
 from llmkd.models import load
 from llmkd.models import make as making
 from llmkd.models import parts as model_parts
-from llmkd.student.distiller import Distiller, make_projectors
+from llmkd.student.distiller import make_projectors
 from llmkd.teachers.resident import ResidentTeacher
+from tests.passes import distiller, step_settings
 
 MASK = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
 AT = MASK.flatten().nonzero().flatten()
@@ -194,25 +195,21 @@ def _run(tiny: Path, folder: Path, mix: Any, report: bool = False, **changes: An
     student = _load(folder).to(dtype)
     if changes.pop("checkpointing", False):
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    settings: dict[str, Any] = dict(
-        positions="attended", normed_last=False, divergence=forward_kl, temperature=1.0, kl_positions="trained", chunk=4
-    )
     pairs = changes.pop("pairs", ((0, 4), (1, 1), (2, 5)))
-    reweighed = changes.pop("reweighed", None)
     scales = changes.pop("scales", (1.0, 1.0, 3.0))
+    structure = {key: changes.pop(key) for key in ("projectors", "tokens", "all_rows", "normed_last") if key in changes}
+    module = distiller(student, pairs, **structure)
     distance = terms_of(mix) if isinstance(mix, dict) else mix
-    module = Distiller(student, pairs, distance=distance, **{**settings, **changes}).train()
-    if reweighed is not None:
-        module.reweigh(*reweighed)
-    normed = bool(changes.get("normed_last"))
+    settings = step_settings(pairs, scales, distance=distance, sample_seeds=(3,), report_norms=report, **changes)
+    normed = bool(structure.get("normed_last"))
     source = ResidentTeacher(
         _load(tiny / "teacher").to(dtype), [t for _, t in pairs], normed_last=normed, ds_config=None
     )
     batch = _batch()
-    loss, sums = module(batch, source.signals(batch), scales, draw=3, report=report)
+    loss, sums, squares, *_ = module(batch, source.signals(batch), settings)
     loss.backward()
     grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-    return loss.detach(), sums, grads, module
+    return loss.detach(), sums, grads, squares
 
 
 @pytest.fixture(scope="module")
@@ -280,9 +277,9 @@ def test_reported_norms_are_those_of_each_parts_own_gradient(
     settings: dict[str, Any] = dict(normed_last=normed, pair_weights=weights, scales=scales, projectors=projectors)
     settings["divergence"] = with_parameters(divergences, {})
     settings["dtype"] = torch.float64
-    loss, _, grads, module = _run(tiny, folder, mix, report=True, **settings)
+    loss, _, grads, squares = _run(tiny, folder, mix, report=True, **settings)
     silent_loss, _, silent_grads, silent = _run(tiny, folder, mix, **settings)
-    assert silent.squares is None  # and a report changes nothing of the step
+    assert silent is None  # and a report changes nothing of the step
     torch.testing.assert_close((loss, grads), (silent_loss, silent_grads), rtol=0, atol=0)
 
     batch, student, teacher = _batch(), _load(folder).double(), _load(tiny / "teacher").double()
@@ -319,7 +316,7 @@ def test_reported_norms_are_those_of_each_parts_own_gradient(
         of_pairs.append((own["procrustes"] + own["mse"]).square().sum())
         of_distances = {name: square + own[name].square().sum() for name, square in of_distances.items()}
     expected = [ce_square, kl_square, *of_pairs, *of_distances.values(), *of_divergences]
-    torch.testing.assert_close(module.squares, torch.stack(expected), rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(squares, torch.stack(expected), rtol=1e-6, atol=1e-12)
 
 
 LISTED = ({"gram": 1.0, "cka": 0.5}, {"mse": 1.0}, {"procrustes": 2.0, "mse": 0.3})
@@ -336,8 +333,8 @@ def test_a_distance_of_its_own_for_each_pair(tiny: Path, narrow: Path, checkpoin
     settings: dict[str, Any] = dict(pair_weights=weights, scales=scales, projectors=projectors, dtype=torch.float64)
     settings["checkpointing"] = checkpointing
     distance = [terms_of(mix) for mix in LISTED]
-    loss, sums, grads, module = _run(tiny, narrow, distance, report=True, **settings)
-    assert {name for name, _ in module.named_parameters() if "projectors" in name} == {
+    loss, sums, grads, reported = _run(tiny, narrow, distance, report=True, **settings)
+    assert {name for name in grads if "projectors" in name} == {
         f"projectors.{number}.{part}" for number in (1, 2) for part in ("weight", "bias")
     }
 
@@ -367,48 +364,40 @@ def test_a_distance_of_its_own_for_each_pair(tiny: Path, narrow: Path, checkpoin
     torch.testing.assert_close(sums[2:], torch.stack(values).detach(), rtol=1e-9, atol=0)
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-9, atol=0)
     torch.testing.assert_close(grads, plainly, rtol=1e-7, atol=1e-12)
-    torch.testing.assert_close(module.squares[5:9], torch.stack([*squares.values()]), rtol=1e-7, atol=0)
+    torch.testing.assert_close(reported[5:9], torch.stack([*squares.values()]), rtol=1e-7, atol=0)
 
 
-def test_a_student_whose_sums_were_reweighed_is_one_with_these_weights(tiny: Path, narrow: Path) -> None:
-    """A weight of 0 leaves out its term, and where all have come to 0 projectors get zeros, not nothing."""
+def test_a_weight_of_0_within_a_sum_leaves_out_its_part(tiny: Path, narrow: Path) -> None:
+    """And where all have come to 0 projectors get zeros, not nothing."""
 
-    def run(mix: dict[str, float], divergences: dict[str, float], to: Any = None) -> Any:
+    def run(mix: dict[str, float], divergences: dict[str, float]) -> Any:
         projectors = make_projectors(3, 24, 32, bias=True, seed=0)
-        settings: dict[str, Any] = dict(projectors=projectors, divergence=with_parameters(divergences, {}), report=True)
-        return _run(tiny, narrow, mix, reweighed=to, **settings)
+        return _run(tiny, narrow, mix, projectors=projectors, divergence=with_parameters(divergences, {}), report=True)
 
-    before, kls = {"procrustes": 1.0, "mse": 0.3, "cosine": 1.0}, {"forward_kl": 1.0, "reverse_kl": 1.0}
-    after, kls_after = {"procrustes": 0.0, "mse": 0.7, "cosine": 0.1}, {"forward_kl": 0.0, "reverse_kl": 2.0}
-    to = [terms_of(after)] * 3, with_parameters(kls_after, {})
-    loss, sums, grads, module = run(before, kls, to)
-    left = {name: weight for name, weight in after.items() if weight}
-    expected_loss, expected_sums, expected_grads, expected = run(left, {"reverse_kl": 2.0})
+    mix, kls = {"procrustes": 0.0, "mse": 0.7, "cosine": 0.1}, {"forward_kl": 0.0, "reverse_kl": 2.0}
+    loss, sums, grads, squares = run(mix, kls)
+    without_zeros = {name: weight for name, weight in mix.items() if weight}
+    expected_loss, expected_sums, expected_grads, expected = run(without_zeros, {"reverse_kl": 2.0})
     torch.testing.assert_close((loss, sums, grads), (expected_loss, expected_sums, expected_grads))
-    assert module.squares[5] == module.squares[8] == 0  # procrustes and forward KL
-    torch.testing.assert_close(module.squares[6:8], expected.squares[5:7])
+    assert squares[5] == squares[8] == 0  # procrustes and forward KL
+    torch.testing.assert_close(squares[6:8], expected[5:7])
 
-    nothing = [terms_of(dict.fromkeys(before, 0.0))] * 3, with_parameters(dict.fromkeys(kls, 0.0), {})
-    _, sums, grads, _ = run(before, kls, nothing)
+    _, sums, grads, _ = run(dict.fromkeys(mix, 0.0), dict.fromkeys(kls, 0.0))
     assert not sums[1:].any()
     projectors = [grads[f"projectors.{n}.{part}"] for n in range(3) for part in ("weight", "bias")]
     assert not any(gradient.any() for gradient in projectors)
 
 
-def test_the_teachers_cross_entropy_is_heard_when_asked_for(tiny: Path, copied: Path) -> None:
+def test_the_teachers_cross_entropy_is_measured_when_asked_for(tiny: Path, copied: Path) -> None:
     student, teacher = _load(copied), _load(tiny / "teacher")
-    settings: dict[str, Any] = dict(
-        positions="attended", normed_last=False, divergence=forward_kl, temperature=1.0, chunk=4
-    )
     batch = _batch()
     labels = batch.targets.flatten()[batch.trained_at]
+    module = distiller(student, ())
+    source = ResidentTeacher(teacher, [], normed_last=False, ds_config=None)
+    with torch.no_grad():
+        logits = teacher(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1)[batch.trained_at], labels, reduction="sum")
     for kl_positions in ("trained", "attended"):
-        module = Distiller(student, (), distance=terms_of({"mse": 1.0}), kl_positions=kl_positions, **settings)
-        source = ResidentTeacher(teacher, [], normed_last=False, ds_config=None)
-        module(batch, source.signals(batch), (1.0, 1.0, 1.0), temperature=3.0, hear_teacher=True)
-        with torch.no_grad():
-            logits = teacher(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1)[batch.trained_at], labels, reduction="sum")
-        torch.testing.assert_close(module.loss_head.teacher_ce, expected)
-        module(batch, source.signals(batch), (1.0, 1.0, 1.0))
-        assert module.loss_head.teacher_ce is None
+        settings = step_settings((), kl_positions=kl_positions, temperature=3.0, teacher_ce=True)
+        torch.testing.assert_close(module(batch, source.signals(batch), settings).teacher_ce, expected)
+        assert module(batch, source.signals(batch), step_settings()).teacher_ce is None

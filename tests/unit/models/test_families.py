@@ -15,14 +15,12 @@ from llmkd.data.other_families import collate_classified, collate_sources
 from llmkd.errors import InputError
 from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING
 from llmkd.losses.distance_sum import sampled, terms_of
-from llmkd.losses.distances import DISTANCES
-from llmkd.losses.divergences import forward_kl
 from llmkd.losses.set_distances import SET_DISTANCES
 from llmkd.models import families
 from llmkd.models import parts as model_parts
-from llmkd.student.distiller import Distiller
 from llmkd.teachers.resident import ResidentTeacher
 from tests.family_models import DECODERS, ENCODER_DECODERS, ENCODERS, VOCABULARY, new, plain_losses, run
+from tests.passes import distiller, step_settings
 
 CE, KL, HIDDEN = 0.7, 1.3, 2.0
 
@@ -36,26 +34,12 @@ def decoder_rows(lengths: Sequence[int] = (9, 4, 6)) -> list[dict[str, Any]]:
     return [{"input_ids": ids(draw, n), "trained": [False] * (n // 2) + [True] * (n - n // 2)} for n in lengths]
 
 
-def distiller(student: Any, pairs: Any, *, normed: bool = False, temperature: float = 1.0) -> Distiller:
-    return Distiller(
-        student,
-        pairs,
-        distance=DISTANCES["normalized_mse"],
-        positions="attended",
-        normed_last=normed,
-        divergence=forward_kl,
-        temperature=temperature,
-        kl_positions="trained",
-        chunk=4,
-    ).train()
-
-
 def ours(
     teacher: Any, student: Any, pairs: Any, batches: Sequence[Batch], *, normed: bool = False, temperature: float = 1.0
 ) -> tuple[list[float], dict[str, Tensor]]:
     """(CE, KL and each pair's distance as means, the student's gradients) of micro-batches as one step takes them."""
     student = copy.deepcopy(student)
-    module = distiller(student, pairs, normed=normed, temperature=temperature)
+    module = distiller(student, pairs, normed_last=normed)
     source = ResidentTeacher(copy.deepcopy(teacher), [t for _, t in pairs], normed_last=normed, ds_config=None)
     trained, attended = (sum(counts) for counts in zip(*(b.counts for b in batches), strict=True))
     weight = attended / max(sum(b.source_count for b in batches), 1)
@@ -63,7 +47,8 @@ def ours(
     for batch in batches:
         signal = source.signals(batch)
         scales = (CE / trained, KL / trained, HIDDEN / (attended * max(len(pairs), 1)))
-        loss, sums = module(batch, signal, scales, weight)
+        settings = step_settings(pairs, scales, temperature=temperature, source_weight=weight)
+        loss, sums, *_ = module(batch, signal, settings)
         loss.backward()
         total += sums.double()
         assert signal.held == 0
@@ -225,23 +210,19 @@ def test_sampled_sets_and_weights_of_pairs_know_the_two_stacks(name: str) -> Non
     batch = collate_sources(source_rows(), pad_id=0)
     assert batch.source_at is not None
     pairs, weights, seed = ((0, 1), (3, 5)), (2.0, 0.5), 3
-    module = Distiller(
-        copy.deepcopy(student),
+    module = distiller(copy.deepcopy(student), pairs, tokens=5)
+    settings = step_settings(
         pairs,
+        (0.0, 0.0, HIDDEN),
         distance=terms_of({"cka": 1.0}),
-        positions="attended",
-        normed_last=False,
-        divergence=forward_kl,
-        temperature=1.0,
-        kl_positions="trained",
-        chunk=4,
-        tokens=5,
         pair_weights=weights,
-    ).train()
+        source_weight=1.5,
+        sample_seeds=(seed,),
+    )
     signal = ResidentTeacher(copy.deepcopy(teacher), [t for _, t in pairs], normed_last=False, ds_config=None).signals(
         batch
     )
-    loss, sums = module(batch, signal, (0.0, 0.0, HIDDEN), 1.5, draw=seed)
+    loss, sums, *_ = module(batch, signal, settings)
     loss.backward()
     ours, theirs = run(student, batch)[1], run(teacher, batch)[1]
     expected = []

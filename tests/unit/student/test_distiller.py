@@ -15,11 +15,11 @@ from torch import nn
 from llmkd.data.batches import IGNORE, Batch, collate
 from llmkd.losses.distance_sum import distance_sum
 from llmkd.losses.distances import DISTANCES
-from llmkd.losses.divergences import forward_kl
 from llmkd.models import load, make, parts
-from llmkd.student.distiller import Distiller, make_projectors
+from llmkd.student.distiller import make_projectors
 from llmkd.teachers.base import Demand, Signal
 from llmkd.teachers.resident import OffloadedStates, ResidentTeacher
+from tests.passes import distiller, step_settings
 from tests.tensor_bytes import TensorBytes
 from tests.tiny import BLOCKS
 
@@ -36,19 +36,6 @@ def _batch(lengths: tuple[int, ...] = (9, 4, 6), packed: bool = False) -> Batch:
         for n in lengths
     ]
     return collate(rows, pad_id=0, packed=packed)
-
-
-def _distiller(model: Any, pairs: Any, **changes: Any) -> Distiller:
-    settings = dict(
-        distance=DISTANCES["normalized_mse"],
-        positions="attended",
-        normed_last=False,
-        divergence=forward_kl,
-        temperature=1.0,
-        kl_positions="trained",
-        chunk=4,
-    )
-    return Distiller(model, pairs, **{**settings, **changes}).train()
 
 
 def _at(mask: torch.Tensor) -> torch.Tensor:
@@ -110,14 +97,15 @@ def test_padding_changes_nothing_in_the_whole_loss(teacher: Any, tiny: Path) -> 
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(1.1)
-    module = _distiller(student, pairs, kl_positions="attended")
+    module = distiller(student, pairs)
+    settings = step_settings(pairs, kl_positions="attended")
     source = ResidentTeacher(teacher, [1, 5], normed_last=False, ds_config=None)
     sums = {}
     for name, batch in (("both", _batch((9, 4))), ("long", _batch((9,))), ("packed", _batch((9, 4), packed=True))):
-        sums[name] = module(batch, source.signals(batch), (1.0, 1.0, 1.0))[1]
+        sums[name] = module(batch, source.signals(batch), settings).sums
     rows = [{"input_ids": _batch((9, 4)).input_ids[1, :4].tolist(), "trained": [False, False, True, True]}]
     short = collate(rows, pad_id=0, packed=False)
-    sums["short"] = module(short, source.signals(short), (1.0, 1.0, 1.0))[1]
+    sums["short"] = module(short, source.signals(short), settings).sums
     torch.testing.assert_close(sums["both"], sums["long"] + sums["short"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sums["both"], sums["packed"], rtol=1e-5, atol=1e-5)
 
@@ -126,10 +114,11 @@ def test_padding_changes_nothing_in_the_whole_loss(teacher: Any, tiny: Path) -> 
 def test_student_that_is_its_teacher_has_nothing_to_learn(teacher: Any, tiny: Path, normed: bool) -> None:
     student = load.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa")
     pairs = tuple((b, b) for b in range(BLOCKS))
-    module = _distiller(student, pairs, normed_last=normed, kl_positions="attended")
+    module = distiller(student, pairs, normed_last=normed)
     batch = _batch()
     source = ResidentTeacher(teacher, [t for _, t in pairs], normed_last=normed, ds_config=None)
-    loss, sums = module(batch, source.signals(batch), (0.0, 1.0, 1.0))
+    settings = step_settings(pairs, (0.0, 1.0, 1.0), kl_positions="attended")
+    loss, sums, *_ = module(batch, source.signals(batch), settings)
     loss.backward()
     assert sums[1:].abs().max() == 0
     assert max(p.grad.abs().max() for p in student.parameters() if p.grad is not None) < 1e-6
@@ -139,7 +128,8 @@ def test_only_mapped_blocks_are_captured_and_none_outlives_its_pairs(
     teacher: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student = load.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa")
-    module = _distiller(student, ((0, 4), (2, 1), (5, 4)))
+    pairs = ((0, 4), (2, 1), (5, 4))
+    module = distiller(student, pairs)
     source = ResidentTeacher(teacher, [4, 1, 4], normed_last=False, ds_config=None)
     batch = _batch()
     signal = source.signals(batch)
@@ -153,7 +143,7 @@ def test_only_mapped_blocks_are_captured_and_none_outlives_its_pairs(
         return take(self, block)
 
     monkeypatch.setattr(Signal, "take", watched)
-    loss, _ = module(batch, signal, (1.0, 1.0, 1.0))
+    loss = module(batch, signal, step_settings(pairs)).loss
     assert seen == [(4, True, True), (1, True, True), (4, False, True)]  # block 1 was freed before the last pair
     assert refs[1]() is None and refs[4]() is None and signal.held == 0
     loss.backward()
@@ -180,14 +170,14 @@ def test_checkpointed_is_not_checkpointed(
     for checkpointing in (False, True):
         student = load.load_causal_lm(tmp_path / "student", dtype=torch.float32, ds_config=None, attention="sdpa")
         projectors = make_projectors(4 if projected else 0, width, 32, bias=True, seed=0)
-        module = _distiller(student, pairs, projectors=projectors)
+        module = distiller(student, pairs, projectors=projectors)
         runs = []
         if checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         student.model.layers[0].self_attn.register_forward_hook(lambda *a, runs=runs: runs.append(1))
         batch = _batch()
         source = ResidentTeacher(teacher, [t for _, t in pairs], normed_last=False, ds_config=None)
-        loss, sums = module(batch, source.signals(batch), (1.0, 1.0, 3.0))
+        loss, sums, *_ = module(batch, source.signals(batch), step_settings(pairs, (1.0, 1.0, 3.0)))
         loss.backward()
         assert len(runs) == (2 if checkpointing else 1)
         grads = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
@@ -202,8 +192,8 @@ def test_projectors_of_equal_width_start_as_none(teacher: Any) -> None:
     source = ResidentTeacher(teacher, [t for _, t in pairs], normed_last=False, ds_config=None)
     losses = []
     for count in (0, len(pairs)):
-        module = _distiller(student, pairs, projectors=make_projectors(count, 32, 32, bias=True, seed=0))
-        loss, sums = module(batch, source.signals(batch), (1.0, 1.0, 3.0))
+        module = distiller(student, pairs, projectors=make_projectors(count, 32, 32, bias=True, seed=0))
+        loss, sums, *_ = module(batch, source.signals(batch), step_settings(pairs, (1.0, 1.0, 3.0)))
         losses.append((loss.detach(), sums))
     torch.testing.assert_close(losses[0], losses[1])
     loss.backward()
@@ -213,10 +203,10 @@ def test_projectors_of_equal_width_start_as_none(teacher: Any) -> None:
 
 def test_loss_is_the_weighted_sum_and_cross_entropy_is_transformers(teacher: Any, tiny: Path) -> None:
     student = load.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa")
-    module = _distiller(student, ((1, 3),))
+    module = distiller(student, ((1, 3),))
     batch = _batch()
     source = ResidentTeacher(teacher, [3], normed_last=False, ds_config=None)
-    loss, sums = module(batch, source.signals(batch), (0.5, 0.25, 2.0))
+    loss, sums, *_ = module(batch, source.signals(batch), step_settings(((1, 3),), (0.5, 0.25, 2.0)))
     assert loss.item() == pytest.approx((0.5 * sums[0] + 0.25 * sums[1] + 2 * sums[2]).item(), rel=1e-6)
     labels = torch.nn.functional.pad(batch.targets, (1, 0), value=IGNORE)[:, :-1]
     theirs = student(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
@@ -241,11 +231,11 @@ def test_a_pair_adds_one_state_of_the_compared_positions_to_what_waits_for_the_b
     waiting = []
     for count in range(len(pairs) + 1):
         student = load.load_causal_lm(tiny / "teacher", dtype=dtype, ds_config=None, attention="sdpa")
-        module = _distiller(student, pairs[:count])
+        module = distiller(student, pairs[:count])
         source = ResidentTeacher(teacher.to(dtype), [t for _, t in pairs[:count]], normed_last=False, ds_config=None)
         signal = source.signals(batch)
         with TensorBytes() as made:
-            loss, sums = module(batch, signal, (1.0, 1.0, 1.0))
+            loss, sums, *_ = module(batch, signal, step_settings(pairs[:count]))
             waiting.append(made.live)
         assert signal.held == 0 and signal.take_final() is None
         loss.backward()
@@ -257,10 +247,10 @@ def test_a_pair_adds_one_state_of_the_compared_positions_to_what_waits_for_the_b
 
 def test_the_final_state_of_the_teacher_is_gone_before_the_backward_pass(teacher: Any, tiny: Path) -> None:
     student = load.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa")
-    module = _distiller(student, ((5, 5),), normed_last=True)
+    module = distiller(student, ((5, 5),), normed_last=True)
     signal = ResidentTeacher(teacher, [5], normed_last=True, ds_config=None).signals(_batch())
     gone = weakref.ref(signal._states[5])  # a normed last state is the final state itself
-    loss, _ = module(_batch(), signal, (1.0, 1.0, 1.0))
+    loss = module(_batch(), signal, step_settings(((5, 5),))).loss
     assert gone() is None
     loss.backward()
 
@@ -271,11 +261,12 @@ def test_no_tensor_of_tokens_by_vocabulary_ever_exists(teacher: Any, tiny: Path)
     There are more tokens than the states are wide, so that weights are smaller than whole logits, whatever shape these have.
     """
     student = load.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa")
-    module = _distiller(student, ((0, 4), (2, 1)), kl_positions="attended")
+    pairs = ((0, 4), (2, 1))
+    module = distiller(student, pairs)
     source = ResidentTeacher(teacher, [4, 1], normed_last=False, ds_config=None)
     batch = _batch((20, 9, 14))
     with TensorBytes() as made:
-        loss, _ = module(batch, source.signals(batch), (1.0, 1.0, 1.0))
+        loss = module(batch, source.signals(batch), step_settings(pairs, kl_positions="attended")).loss
         loss.backward()
     weight = parts.head(student).weight.shape
     assert weight == (320, 32) and batch.attended_at.numel() == 43
@@ -290,12 +281,12 @@ def test_a_part_without_weight_is_not_run(teacher: Any, tiny: Path, scales: tupl
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(1.1)
-    module = _distiller(student, ((1, 3),))
+    module = distiller(student, ((1, 3),))
     lent, runs = [], []
     module.loss_head.register_forward_hook(lambda *a: runs.append(1))
     source = ResidentTeacher(teacher, [3], normed_last=False, ds_config=None)
     source.head = lambda head=source.head: (lent.append(1), head())[1]  # type: ignore[method-assign]
-    loss, sums = module(_batch(), source.signals(_batch()), scales)
+    loss, sums, *_ = module(_batch(), source.signals(_batch()), step_settings(((1, 3),), scales))
     loss.backward()
     assert (len(runs), len(lent)) == (int(scales[:2] != (0.0, 0.0)), int(scales[1] != 0))
     assert (sums[1] != 0) == (scales[1] != 0) and sums[2] > 0
@@ -305,10 +296,10 @@ def test_a_part_without_weight_is_not_run(teacher: Any, tiny: Path, scales: tupl
 def test_a_divergence_of_a_signal_that_has_no_logits_is_no_zero(teacher: Any, tiny: Path) -> None:
     student = load.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa")
     source = ResidentTeacher(teacher, [3], normed_last=False, ds_config=None, logits=False)
-    module = _distiller(student, ((1, 3),))
+    module = distiller(student, ((1, 3),))
     with pytest.raises(AssertionError, match="neither a head nor a top k"):
-        module(_batch(), source.signals(_batch()), (1.0, 1.0, 1.0))
-    loss, sums = module(_batch(), source.signals(_batch()), (1.0, 0.0, 1.0))
+        module(_batch(), source.signals(_batch()), step_settings(((1, 3),)))
+    loss, sums, *_ = module(_batch(), source.signals(_batch()), step_settings(((1, 3),), (1.0, 0.0, 1.0)))
     assert loss > 0 and sums[1] == 0
 
 
@@ -386,10 +377,10 @@ def test_a_teacher_gives_the_same_signals_from_host_memory(
 ) -> None:
     student = load.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=None, attention="sdpa")
     pairs = ((0, 5), (2, 3), (5, 0))
-    module = _distiller(student, pairs)
+    module = distiller(student, pairs)
     source = ResidentTeacher(teacher, [t for _, t in pairs], normed_last=False, ds_config=None)
-    here = module(_batch(), source.signals(_batch()), (1.0, 1.0, 1.0))[1]
+    here = module(_batch(), source.signals(_batch()), step_settings(pairs)).sums
     source._capture._new = lambda: OffloadedStates([t for _, t in pairs], None)
     source._capture.collect()
-    away = module(_batch(), source.signals(_batch()), (1.0, 1.0, 1.0))[1]
+    away = module(_batch(), source.signals(_batch()), step_settings(pairs)).sums
     torch.testing.assert_close(here, away, rtol=0, atol=0)

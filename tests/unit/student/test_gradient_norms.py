@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,10 +22,11 @@ from llmkd.losses.divergences import forward_kl
 from llmkd.models.families import depths
 from llmkd.models.model_types import MODEL_TYPES, types_with
 from llmkd.models.parts import blocks, output_state
-from llmkd.student.distiller import Distiller, make_projectors
+from llmkd.student.distiller import make_projectors
 from llmkd.student.gradient_norms import Tail
 from llmkd.teachers.resident import ResidentTeacher
 from tests.family_models import DECODERS, ENCODER_DECODERS, ENCODERS, new, run
+from tests.passes import distiller, step_settings
 from tests.unit.models.test_families import (
     ENCODER_PAIRS,
     SEQUENCE_PAIRS,
@@ -48,28 +50,17 @@ def reported(
     teacher: Any, student: Any, pairs: Any, batch: Batch, *, normed: bool, projectors: Any, weights: Sequence[float]
 ) -> Tensor:
     """[2 + pairs], what the student reports of a pass in which its dropout draws from SEED."""
-    module = Distiller(
-        copy.deepcopy(student),
-        pairs,
-        distance=DISTANCES["normalized_mse"],
-        positions="attended",
-        normed_last=normed,
-        divergence=forward_kl,
-        temperature=2.0,
-        kl_positions="trained",
-        chunk=4,
-        projectors=projectors,
-        pair_weights=weights,
-    ).train()
+    module = distiller(copy.deepcopy(student), pairs, normed_last=normed, projectors=projectors)
+    settings = step_settings(pairs, SCALES, pair_weights=tuple(weights), temperature=2.0, source_weight=SOURCE)
     source = ResidentTeacher(copy.deepcopy(teacher), [t for _, t in pairs], normed_last=normed, ds_config=None)
     signal = source.signals(batch)
     torch.manual_seed(SEED)
-    module(batch, signal, SCALES, SOURCE, report=True)
-    after, squares = torch.rand(()), module.squares
+    squares = module(batch, signal, replace(settings, report_norms=True)).squares
+    after = torch.rand(())
     assert squares is not None
     signal = source.signals(batch)
     torch.manual_seed(SEED)
-    module(batch, signal, SCALES, SOURCE)
+    assert module(batch, signal, settings).squares is None
     assert torch.equal(after, torch.rand(()))  # a report draws no random number
     return squares
 
@@ -175,9 +166,34 @@ def test_every_family_has_a_tail() -> None:
 def test_a_decoder_that_does_more_before_its_head_is_refused() -> None:
     """Not reported by a wrong number."""
     model = new(DECODERS["llama"](2), "decoder")
-    tail = Tail(model, normed_last=False)
     batch = collate(decoder_rows(), pad_id=0, packed=False)
-    tail.watch(True)
-    final = model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state * 2
-    with pytest.raises(InputError, match=r"loss\.report_norms_every: what LlamaForCausalLM does .* write 0"):
+    with Tail(model, normed_last=False).recorded(True) as tail:
+        final = model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state * 2
+    assert tail is not None
+    with pytest.raises(InputError, match=r"loss\.report_norms_every: .* what LlamaForCausalLM does .* write 0"):
         tail.before(final, final)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama", "decoder"), ("bert", "encoder"), ("t5", "encoder_decoder")])
+def test_hooks_are_there_while_a_report_is_made_and_at_no_other_time(name: str, kind: str) -> None:
+    shapes: dict[str, Any] = {**DECODERS, **ENCODERS, **ENCODER_DECODERS}
+    depths = (2, 2) if kind == "encoder_decoder" else (2,)
+    teacher, student = (new(shapes[name](*depths), kind, seed) for seed in (0, 1))
+    rows: Any = {
+        "decoder": decoder_rows,
+        "encoder": lambda: encoder_rows(segments=True),
+        "encoder_decoder": source_rows,
+    }
+    makers: Any = {"decoder": functools.partial(collate, packed=False), "encoder": collate_classified}
+    batch = makers.get(kind, collate_sources)(rows[kind](), pad_id=0)
+    pairs = ((0, 0),)
+    module = distiller(student, pairs)
+    hooks = lambda: [list(part._forward_hooks) + list(part._forward_pre_hooks) for part in module.modules()]  # noqa: E731
+    before, during = hooks(), []
+    blocks(student)[-1].register_forward_pre_hook(lambda *_: during.append(hooks()))
+    before = hooks()
+    source = ResidentTeacher(teacher, [0], normed_last=False, ds_config=None)
+    for report in (False, True, False):
+        module(batch, source.signals(batch), step_settings(pairs, report_norms=report))
+        assert hooks() == before
+    assert [found == before for found in during] == [True, False, True]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,19 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from llmkd.data.batches import IGNORE, Batch, collate
 from llmkd.errors import InputError
-from llmkd.losses.distances import DISTANCES
-from llmkd.losses.divergences import forward_kl
+from llmkd.losses.distance_sum import terms_of
+from llmkd.losses.objective import Divisors
 from llmkd.models import load
 from llmkd.recipe.recipe import load_recipe
 from llmkd.student.connectors import least_squares, make_connectors
-from llmkd.student.distiller import Distiller
-from llmkd.student.stepping_stones import Comparison, Stones, StoneWeights, drawn, shares
+from llmkd.student.passes import PassResult, StepSettings, StoneSettings, StoneWeights
+from llmkd.student.stepping_stones import SteppingStones, drawn, factors, shares
 from llmkd.teachers.resident import ResidentTeacher
 from llmkd.training import build, initial, jobs
+from llmkd.training.metrics import StoneMeter
 from llmkd.training.pairs import pairs_of, stones_of
 from tests import definitions
+from tests.passes import distiller, step_settings
 from tests.unit.models.test_load_and_make import new
 
 PAIRS = ((0, 1), (1, 2), (2, 5))
@@ -63,30 +66,48 @@ def _batch(lengths: tuple[int, ...] = (9, 4, 6), packed: bool = False) -> Batch:
     return collate(_rows(lengths), pad_id=0, packed=packed)
 
 
-def _stones(student: Any, teacher: Any, pairs: Any = PAIRS, **changes: Any) -> Stones:
+def _stones(student: Any, teacher: Any, pairs: Any = PAIRS, chunk: int = 4) -> SteppingStones:
     torch.manual_seed(5)
     connectors = make_connectors(len(pairs), student.config.hidden_size, teacher.config.hidden_size)
     for connector in connectors:
         nn.init.normal_(connector.weight, std=0.3)  # type: ignore[arg-type]
-    how = Comparison(
-        forward_kl, changes.pop("temperature", 1.0), changes.pop("positions", "trained"), changes.pop("chunk", 4)
-    )
-    weights = StoneWeights(CE, KL, changes.pop("cross", 0.0))
-    settings = dict(weights=weights, comparison=how, one=False, seed=0)
-    return Stones(pairs, connectors, **{**settings, **changes}).double()
+    return SteppingStones(pairs, connectors, chunk=chunk).double()
 
 
-def _distiller(student: Any, stones: Stones | None, **changes: Any) -> Distiller:
-    settings: dict[str, Any] = dict(
-        distance=DISTANCES["normalized_mse"],
-        positions="attended",
-        normed_last=False,
-        divergence=forward_kl,
-        temperature=1.0,
-        kl_positions="trained",
-        chunk=4,
+def _settings(
+    batch: Batch,
+    scales: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    *,
+    count: int = len(PAIRS),
+    cross: float = 0.0,
+    one: bool = False,
+    step: int = 0,
+    weight: float = 1.0,
+    positions: str = "trained",
+    **others: Any,
+) -> StepSettings:
+    """Of a step (from 0) whose batch is all there is."""
+    trained, attended = batch.counts
+    compared = attended if positions == "attended" else trained
+    stones = StoneSettings(
+        weights=StoneWeights(CE, KL, cross),
+        factors=factors(count, one=one, seed=0, step=step) if weight else {},
+        weight=weight,
+        scales=(weight / trained, weight / compared),
+        sampled=one,
     )
-    return Distiller(student, (), stones=stones, **{**settings, **changes}).train()
+    settings = step_settings((), scales, kl_positions=positions, stones=stones, **others)
+    return replace(settings, divisors=Divisors(trained, compared, 1))
+
+
+def _logged(world: Any, *steps: tuple[StepSettings, PassResult], pairs: Any = PAIRS) -> dict[str, float]:
+    """What these steps' stones are logged as."""
+    meter = StoneMeter(world, pairs)
+    for settings, result in steps:
+        assert settings.stones is not None
+        meter.add(settings.stones, settings.divisors, [result.stones])
+    loss, parts = meter.means()
+    return {"stones": loss, **parts}
 
 
 def _source(teacher: Any, pairs: Any = PAIRS, *, checkpointed: bool = True) -> ResidentTeacher:
@@ -141,11 +162,6 @@ def plain_stones(
     return loss, parts
 
 
-def _begin(stones: Stones, batch: Batch, step: int = 0, positions: str = "trained") -> None:
-    trained, attended = batch.counts
-    stones.begin(step, trained=trained, compared=attended if positions == "attended" else trained, ranks=1)
-
-
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "plain": {},
     "cross": {"cross": CROSS},
@@ -160,13 +176,11 @@ def test_values_and_gradients_are_those_of_plain_autograd(
     teacher: Any, student: Any, name: str, checkpointed: bool, packed: bool, world: Any
 ) -> None:
     options, batch = OBJECTIVES[name], _batch(packed=packed)
-    stones = _stones(student, teacher, **options)
-    how: dict[str, Any] = {k: v for k, v in options.items() if k != "cross"}
-    own = dict(temperature=how.get("temperature", 1.0), kl_positions=how.get("positions", "trained"))
-    module = _distiller(student, stones, **own)
+    stones = _stones(student, teacher)
+    module, settings = distiller(student, (), stones=stones), _settings(batch, **options)
     signal = _source(teacher, checkpointed=checkpointed).signals(batch)
-    _begin(stones, batch, positions=how.get("positions", "trained"))
-    loss, sums = module(batch, signal, (0.0, 0.0, 0.0))
+    result = module(batch, signal, settings)
+    loss, sums = result.loss, result.sums
     parameters = [*student.parameters(), *stones.parameters()]
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     expected_loss, parts = plain_stones(student, teacher, stones.connectors, PAIRS, batch, **options)
@@ -180,23 +194,22 @@ def test_values_and_gradients_are_those_of_plain_autograd(
             torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-11)
             moved += bool(theirs.abs().max() > 1e-6)
     assert moved > 10
-    told = stones.flush(world)
-    assert told["stones"] == pytest.approx(expected_loss.item(), rel=1e-10)
+    logged = _logged(world, (settings, result))
+    assert logged["stones"] == pytest.approx(expected_loss.item(), rel=1e-10)
     for (s, t), part in zip(PAIRS, parts, strict=True):
         for key in ("ce", "kl", *(["cross"] if options.get("cross") else [])):
-            assert told[f"stones/{s}<{t}/{key}"] == pytest.approx(part[key].item(), rel=1e-10)
+            assert logged[f"stones/{s}<{t}/{key}"] == pytest.approx(part[key].item(), rel=1e-10)
 
 
 def test_stones_stand_beside_the_students_own_loss(teacher: Any, student: Any) -> None:
     """The sum of both, and of their gradients; the own sums are as they are without stones."""
     batch, scales = _batch(), (0.5, 0.25, 0.0)
-    stones = _stones(student, teacher, cross=CROSS)
+    stones, none = _stones(student, teacher), (0.0, 0.0, 0.0)
     source, parameters = _source(teacher), list(student.parameters())
     results = {}
-    for name, used, which in (("own", None, scales), ("stones", stones, (0.0, 0.0, 0.0)), ("both", stones, scales)):
-        module = _distiller(student, used)
-        _begin(stones, batch)
-        loss, sums = module(batch, source.signals(batch), which)
+    for name, used, which in (("own", None, scales), ("stones", stones, none), ("both", stones, scales)):
+        module = distiller(student, (), stones=used)
+        loss, sums, *_ = module(batch, source.signals(batch), _settings(batch, which, cross=CROSS))
         results[name] = loss, sums, torch.autograd.grad(loss, parameters)
     (own, own_sums, own_grads), (_, _, grads), (both, both_sums, both_grads) = results.values()
     assert both.item() == pytest.approx(own.item() + results["stones"][0].item(), rel=1e-12)
@@ -211,25 +224,24 @@ def test_a_checkpointed_student_gets_the_same_gradients_and_keeps_no_state(teach
     for again in (False, True):
         if again:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        module = _distiller(student, stones)
-        _begin(stones, batch)
-        loss, _ = module(batch, _source(teacher).signals(batch), (1.0, 1.0, 0.0))
+        module = distiller(student, (), stones=stones)
+        before = set(vars(stones))
+        loss = module(batch, _source(teacher).signals(batch), _settings(batch, (1.0, 1.0, 0.0))).loss
         found.append(torch.autograd.grad(loss, list(module.parameters())))
-        assert stones._states is None
+        assert set(vars(stones)) == before and module._matching is None
     for plain, checkpointed in zip(*found, strict=True):
         torch.testing.assert_close(plain, checkpointed, rtol=1e-10, atol=1e-13)
 
 
 def test_what_padding_holds_changes_nothing(teacher: Any, student: Any) -> None:
     batch, stones = _batch((9, 4)), _stones(student, teacher)
-    module = _distiller(student, stones)
+    module = distiller(student, (), stones=stones)
     losses = []
     for token in (0, 7):
         other = copy.copy(batch)
         ids = torch.where(batch.attended, batch.input_ids, token)
         object.__setattr__(other, "input_ids", ids)
-        _begin(stones, other)
-        losses.append(module(other, _source(teacher).signals(other), (0.0, 0.0, 0.0))[0].item())
+        losses.append(module(other, _source(teacher).signals(other), _settings(other)).loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
 
@@ -251,14 +263,14 @@ def test_the_teachers_first_blocks_under_its_upper_ones_are_the_teacher(tiny: Pa
     captured: dict[int, torch.Tensor] = {}
     for number, block in enumerate(student.model.layers):
         block.register_forward_hook(lambda m, a, o, n=number: captured.update({n: o.detach()}))
-    module = _distiller(student, stones)
-    _begin(stones, batch)
-    loss, _ = module(batch, signal, (0.0, 0.0, 0.0))
+    module, settings = distiller(student, (), stones=stones), _settings(batch)
+    result = module(batch, signal, settings)
+    loss = result.loss
     for (s, t), connector in zip(pairs, stones.connectors, strict=True):
         assert torch.equal(signal.upper(t, connector(captured[s]), batch)[batch.attended], signal.final[batch.attended])
-    told = stones.flush(world)
+    logged = _logged(world, (settings, result), pairs=pairs)
     for s, t in pairs:
-        assert told[f"stones/{s}<{t}/kl"] == pytest.approx(0, abs=1e-14)
+        assert logged[f"stones/{s}<{t}/kl"] == pytest.approx(0, abs=1e-14)
     gradients = torch.autograd.grad(loss, list(stones.parameters()))
     assert all(torch.isfinite(g).all() for g in gradients)
 
@@ -268,11 +280,10 @@ def test_the_teachers_weights_get_no_gradient_and_its_states_are_its_own(teacher
     where: dict[str, Any] = dict(stones=[1, 2, 5])
     source = ResidentTeacher(teacher, [3, 5], normed_last=False, ds_config=None, **where)
     batch, stones = _batch(), _stones(student, teacher)
-    module = _distiller(student, stones)
+    module = distiller(student, (), stones=stones)
     signal = source.signals(batch)
     taken = {block: signal.take(block).clone() for block in (3, 5)}
-    _begin(stones, batch)
-    module(batch, signal, (0.0, 0.0, 0.0))[0].backward()
+    module(batch, signal, _settings(batch)).loss.backward()
     assert all(p.grad is None and torch.equal(p, before[name]) for name, p in teacher.named_parameters())
     assert all(not p.requires_grad for p in teacher.parameters())
     assert len(source._capture._states) == 0  # a stone's pass is not taken for the teacher's own
@@ -293,8 +304,8 @@ def test_half_precision_is_near(tiny: Path, world: Any, ours: str) -> None:
             for name, blocks in ((teachers, None), (students, 3))
         )
         stones = _stones(student, teacher, chunk=16).to(load.DTYPES[students])
-        _begin(stones, batch)
-        loss, _ = _distiller(student, stones)(batch, _source(teacher).signals(batch), (0.0, 0.0, 0.0))
+        module = distiller(student, (), stones=stones)
+        loss = module(batch, _source(teacher).signals(batch), _settings(batch)).loss
         loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in stones.parameters())
         losses.append(loss.item())
@@ -344,8 +355,9 @@ def test_a_narrow_students_stones_beside_a_distance_that_needs_no_projector(
     for connector in module.stones.connectors:
         nn.init.normal_(connector.weight, std=0.3)  # type: ignore[arg-type]
     batch, source = _batch(), build.load_teacher(world, job)
-    _begin(module.stones, batch)
-    loss, sums = module(batch, source.signals(batch), (0.0, 0.0, 0.1))
+    settings = _settings(batch, (0.0, 0.0, 0.1), count=3)
+    settings = replace(settings, pairs=job.pairs, terms=(terms_of({"procrustes": 1.0}),) * 3)
+    loss, sums, *_ = module(batch, source.signals(batch), settings)
     assert len(sums) == 5 and bool((sums[2:] > 0).all())
     loss.backward()
     gradients = [p.grad for name, p in module.named_parameters() if name.startswith(("stones", "model.model.layers"))]
@@ -375,27 +387,27 @@ def test_a_sampled_stone_is_unbiased_over_many_draws() -> None:
 def test_the_expected_gradient_of_a_sampled_stone_is_that_of_all(teacher: Any, student: Any, world: Any) -> None:
     """Each draw's gradient times its probability; what a draw does not reach gets zeros, not nothing."""
     batch, source = _batch(), _source(teacher)
-    every, one = _stones(student, teacher), _stones(student, teacher, one=True)
+    stones = _stones(student, teacher)
+    module = distiller(student, (), stones=stones)
     parameters = [p for n, p in student.named_parameters() if n != "lm_head.weight"]
+    steps_run = []
 
-    def gradients(stones: Stones) -> list[torch.Tensor | None]:
-        loss, _ = _distiller(student, stones)(batch, source.signals(batch), (0.0, 0.0, 0.0))
-        return list(torch.autograd.grad(loss, [*parameters, *stones.parameters()], allow_unused=True))
+    def gradients(settings: StepSettings) -> list[torch.Tensor | None]:
+        result = module(batch, source.signals(batch), settings)
+        steps_run.append((settings, result))
+        return list(torch.autograd.grad(result.loss, [*parameters, *stones.parameters()], allow_unused=True))
 
-    _begin(every, batch)
-    expected = gradients(every)
+    expected = gradients(_settings(batch))
     steps = {drawn(len(PAIRS), 0, step): step for step in range(100)}
     assert steps.keys() == {0, 1, 2}
     mean: list[Any] = [0.0] * len(expected)
     for number, step in steps.items():
-        _begin(one, batch, step)
-        found = gradients(one)
+        found = gradients(_settings(batch, one=True, step=step))
         assert all(g is not None for g in found)
         mean = [m + shares(3)[number] / sum(shares(3)) * g for m, g in zip(mean, found, strict=True)]
     for found, theirs in zip(mean, expected, strict=True):
         torch.testing.assert_close(found, torch.zeros_like(found) if theirs is None else theirs, rtol=1e-9, atol=1e-12)
-    told = one.flush(world)
-    assert {f"stones/{s}<{t}/kl" for s, t in PAIRS} <= told.keys()
+    assert {f"stones/{s}<{t}/kl" for s, t in PAIRS} <= _logged(world, *steps_run[1:]).keys()
 
 
 @pytest.mark.parametrize("one", [False, True])
@@ -406,11 +418,11 @@ def test_a_weight_of_all_stones_scales_their_loss_and_at_0_leaves_zeros(
     parameters = [p for n, p in student.named_parameters() if n != "lm_head.weight"]
     found = {}
     for weight in (1.0, 0.25, 0.0):
-        stones = _stones(student, teacher, one=one, cross=0.0 if one else CROSS)
-        stones.begin(0, trained=batch.counts[0], compared=batch.counts[0], ranks=1, weight=weight)
-        loss, _ = _distiller(student, stones)(batch, source.signals(batch), (0.0, 0.0, 0.0))
-        grads = torch.autograd.grad(loss, [*parameters, *stones.parameters()], allow_unused=True)
-        found[weight] = loss.item(), grads, stones.flush(world)
+        stones = _stones(student, teacher)
+        settings = _settings(batch, one=one, cross=0.0 if one else CROSS, weight=weight)
+        result = distiller(student, (), stones=stones)(batch, source.signals(batch), settings)
+        grads = torch.autograd.grad(result.loss, [*parameters, *stones.parameters()], allow_unused=True)
+        found[weight] = result.loss.item(), grads, _logged(world, (settings, result))
     whole, (loss, grads, told) = found[1.0], found[0.25]
     assert loss == pytest.approx(whole[0] / 4, rel=1e-12) and told["stones"] == pytest.approx(loss, rel=1e-12)
     assert {key: value for key, value in told.items() if key != "stones"} == pytest.approx(
@@ -427,26 +439,27 @@ def test_a_weight_of_all_stones_scales_their_loss_and_at_0_leaves_zeros(
 
 def test_stones_that_cease_are_logged_by_their_steps(teacher: Any, student: Any, world: Any) -> None:
     """The loss over all steps of the interval, each part over those in which it was run."""
-    batch, source, stones = _batch(), _source(teacher), _stones(student, teacher, cross=CROSS)
-    module, losses = _distiller(student, stones), []
-    for step, weight in enumerate((1.0, 0.5, 0.0)):
-        stones.begin(step, trained=batch.counts[0], compared=batch.counts[0], ranks=1, weight=weight)
-        losses.append(module(batch, source.signals(batch), (0.0, 0.0, 0.0))[0].item())
-    told = stones.flush(world)
-    assert told["stones"] == pytest.approx(sum(losses) / 3, rel=1e-10)
-    stones.begin(3, trained=batch.counts[0], compared=batch.counts[0], ranks=1)
-    module(batch, source.signals(batch), (0.0, 0.0, 0.0))
-    alone = stones.flush(world)
+    batch, source = _batch(), _source(teacher)
+    module = distiller(student, (), stones=_stones(student, teacher))
+
+    def run(step: int, weight: float) -> tuple[StepSettings, PassResult]:
+        settings = _settings(batch, cross=CROSS, step=step, weight=weight)
+        return settings, module(batch, source.signals(batch), settings)
+
+    ceasing = [run(step, weight) for step, weight in enumerate((1.0, 0.5, 0.0))]
+    told = _logged(world, *ceasing)
+    assert told["stones"] == pytest.approx(sum(result.loss.item() for _, result in ceasing) / 3, rel=1e-10)
+    alone = _logged(world, run(3, 1.0))
     assert {**told, "stones": 0} == pytest.approx({**alone, "stones": 0}, rel=1e-10)
 
 
 def test_a_stone_that_was_not_drawn_is_not_logged(teacher: Any, student: Any, world: Any) -> None:
-    batch, one = _batch(), _stones(student, teacher, one=True)
-    module = _distiller(student, one)
+    batch = _batch()
+    module = distiller(student, (), stones=_stones(student, teacher))
     step = next(s for s in range(100) if drawn(3, 0, s) == 1)
-    _begin(one, batch, step)
-    loss, _ = module(batch, _source(teacher).signals(batch), (0.0, 0.0, 0.0))
-    told = one.flush(world)
+    settings = _settings(batch, one=True, step=step)
+    result = module(batch, _source(teacher).signals(batch), settings)
+    loss, told = result.loss, _logged(world, (settings, result))
     assert told.keys() == {"stones", "stones/1<2/ce", "stones/1<2/kl"}
     assert told["stones"] == pytest.approx(loss.item(), rel=1e-10)
 

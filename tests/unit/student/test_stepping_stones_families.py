@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,17 +13,18 @@ from torch import Tensor, nn
 
 from llmkd.data.batches import IGNORE, Batch, collate
 from llmkd.data.other_families import collate_classified
-from llmkd.losses.distances import DISTANCES
-from llmkd.losses.divergences import forward_kl
+from llmkd.losses.objective import Divisors
 from llmkd.models import families, load
 from llmkd.models import parts as model_parts
 from llmkd.models.parts import output_state
 from llmkd.student.connectors import fit_connectors, make_connectors
-from llmkd.student.distiller import Distiller
-from llmkd.student.stepping_stones import Comparison, Stones, StoneWeights, drawn, shares
+from llmkd.student.passes import PassResult, StepSettings, StoneSettings, StoneWeights
+from llmkd.student.stepping_stones import SteppingStones, drawn, factors, shares
 from llmkd.teachers.resident import ResidentTeacher
+from llmkd.training.metrics import StoneMeter
 from tests import definitions
 from tests.family_models import DECODERS, ENCODERS, new
+from tests.passes import distiller, step_settings
 from tests.unit.models.test_families import decoder_rows, encoder_rows
 
 PAIRS = ((0, 1), (1, 3))
@@ -46,26 +48,12 @@ def batch_of(name: str) -> Batch:
     return collate_classified(encoder_rows(segments=name == "bert"), pad_id=0)
 
 
-def stones_of(student: Any, teacher: Any, weights: StoneWeights = WEIGHTS, *, one: bool = False) -> Stones:
+def stones_of(student: Any, teacher: Any) -> SteppingStones:
     torch.manual_seed(5)
     connectors = make_connectors(len(PAIRS), student.config.hidden_size, teacher.config.hidden_size)
     for connector in connectors:
         nn.init.normal_(connector.weight, std=0.3)  # type: ignore[arg-type]
-    how = Comparison(forward_kl, 1.0, "trained", 4)
-    return Stones(PAIRS, connectors, weights=weights, comparison=how, one=one, seed=0).double()
-
-
-def distiller(student: Any, stones: Stones) -> Distiller:
-    settings: dict[str, Any] = dict(positions="attended", normed_last=False, kl_positions="trained", chunk=4)
-    return Distiller(
-        student,
-        (),
-        distance=DISTANCES["mse"],
-        divergence=forward_kl,
-        temperature=1.0,
-        stones=stones,
-        **settings,
-    ).train()
+    return SteppingStones(PAIRS, connectors, chunk=4).double()
 
 
 def source_of(teacher: Any) -> ResidentTeacher:
@@ -113,8 +101,28 @@ def plain(
     return parts, kept
 
 
-def begin(stones: Stones, batch: Batch, step: int = 0) -> None:
-    stones.begin(step, trained=batch.counts[0], compared=batch.counts[0], ranks=1)
+def settings_of(
+    batch: Batch,
+    scales: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    *,
+    weights: StoneWeights = WEIGHTS,
+    one: bool = False,
+    step: int = 0,
+    **others: Any,
+) -> StepSettings:
+    """Of a step (from 0) whose batch is all there is."""
+    trained = batch.counts[0]
+    laid = factors(len(PAIRS), one=one, seed=0, step=step)
+    stones = StoneSettings(weights, laid, scales=(1 / trained, 1 / trained), sampled=one)
+    return replace(step_settings((), scales, stones=stones, **others), divisors=Divisors(trained, trained, 1))
+
+
+def metered(world: Any, settings: StepSettings, *results: PassResult) -> StoneMeter:
+    """What the stones of a step's passes have measured."""
+    meter = StoneMeter(world, PAIRS)
+    assert settings.stones is not None
+    meter.add(settings.stones, settings.divisors, [result.stones for result in results])
+    return meter
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -122,9 +130,9 @@ def test_values_and_gradients_are_those_of_the_plain_models(name: str, world: An
     """Sums are made in float32 where a family's norms are; so is the tolerance."""
     (teacher, student), batch = pair(name), batch_of(name)
     stones = stones_of(student, teacher)
-    module = distiller(student, stones)
-    begin(stones, batch)
-    loss, _ = module(batch, source_of(teacher).signals(batch), (0.0, 0.0, 0.0), temperature=WARM)
+    module, settings = distiller(student, (), stones=stones), settings_of(batch, temperature=WARM)
+    result = module(batch, source_of(teacher).signals(batch), settings)
+    loss = result.loss
     parameters = list(module.parameters())
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     parts, _ = plain(student, teacher, stones.connectors, batch, WARM)
@@ -141,28 +149,26 @@ def test_values_and_gradients_are_those_of_the_plain_models(name: str, world: An
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
             moved += bool(theirs.abs().max() > 1e-6)
     assert moved > 10
-    told = stones.flush(world)
-    assert told["stones"] == pytest.approx(total.item(), rel=1e-6)
+    logged, parts_logged = metered(world, settings, result).means()
+    assert logged == pytest.approx(total.item(), rel=1e-6)
     for (s, t), number in zip(PAIRS, range(2), strict=True):
-        assert told[f"stones/{s}<{t}/ce"] == pytest.approx(
+        assert parts_logged[f"stones/{s}<{t}/ce"] == pytest.approx(
             parts[number, "ce"].item() / 2.0 ** (number - 1) / WEIGHTS.ce
         )
 
 
-def test_a_step_without_a_temperature_of_its_own_has_the_recipes(world: Any) -> None:
+def test_stones_follow_the_temperature_of_the_step(world: Any) -> None:
     (teacher, student), batch = pair("qwen2"), batch_of("qwen2")
-    losses = []
-    for given in (None, 1.0, 2.0):
-        stones = stones_of(student, teacher)
-        begin(stones, batch)
-        module = distiller(student, stones)
-        losses.append(module(batch, source_of(teacher).signals(batch), (0.0, 0.0, 0.0), temperature=given)[0].item())
-    assert losses[0] == losses[1] != losses[2]
+    stones = stones_of(student, teacher)
+    module = distiller(student, (), stones=stones)
+
+    def loss(temperature: float) -> float:
+        return module(batch, source_of(teacher).signals(batch), settings_of(batch, temperature=temperature)).loss.item()
+
+    assert loss(1.0) == loss(1.0) != loss(2.0)
     # hot enough, tau^2 KL tends to a bound above 0, where KL alone would vanish
-    begin(stones, batch)
-    hot = distiller(student, stones)(batch, source_of(teacher).signals(batch), (0.0, 0.0, 0.0), temperature=1e3)[0]
     parts, _ = plain(student, teacher, stones.connectors, batch, 1e3)
-    assert hot.item() == pytest.approx(torch.stack([*parts.values()]).sum().item(), rel=1e-6)
+    assert loss(1e3) == pytest.approx(torch.stack([*parts.values()]).sum().item(), rel=1e-6)
     assert sum(value.item() for (_, part), value in parts.items() if part == "kl") > 0.1
 
 
@@ -173,37 +179,34 @@ def test_reported_norms_are_those_of_each_parts_own_gradient(name: str, world: A
     results = []
     for report in (False, True):
         stones = stones_of(student, teacher)
-        module, source = distiller(student, stones), source_of(teacher)
-        begin(stones, batch)
-        loss, _ = module(batch, source.signals(batch), (1.0, 1.0, 0.0), temperature=WARM, report=report)
-        results.append((loss, torch.autograd.grad(loss, list(module.parameters()))))
-        told = stones.norms(world)
-        assert bool(told) == report
+        module, source = distiller(student, (), stones=stones), source_of(teacher)
+        settings = settings_of(batch, (1.0, 1.0, 0.0), temperature=WARM, report_norms=report)
+        result = module(batch, source.signals(batch), settings)
+        results.append((result.loss, torch.autograd.grad(result.loss, list(module.parameters()))))
+        norms = metered(world, settings, result).norms()
+        assert bool(norms) == report
     torch.testing.assert_close(*results, rtol=0, atol=0)
     parts, states = plain(student, teacher, stones.connectors, batch, WARM)
     names = {0: "0<1", 1: "1<3", 2: "student"}
     places = {0: states[0], 1: states[1], 2: states[1]}
-    assert {(k, p) for k, found in told.items() for p in found} == {(names[n], p) for n, p in parts}
+    assert {(k, p) for k, of_stone in norms.items() for p in of_stone} == {(names[n], p) for n, p in parts}
     for (number, part), value in parts.items():
         (gradient,) = torch.autograd.grad(value, places[number], retain_graph=True)
-        assert told[names[number]][part] == pytest.approx(gradient.norm().item(), rel=1e-4)
+        assert norms[names[number]][part] == pytest.approx(gradient.norm().item(), rel=1e-4)
         assert gradient.norm() > 1e-4
-    begin(stones, batch, 1)
-    assert stones.norms(world) == {}
 
 
-def test_norms_of_parts_of_a_batch_add_up_in_squares_and_a_sampled_stone_is_told_alone(world: Any) -> None:
+def test_norms_of_parts_of_a_batch_add_up_in_squares_and_a_sampled_stone_is_reported_alone(world: Any) -> None:
     (teacher, student), batch = pair("llama"), batch_of("llama")
     found = []
     rows = [collate([row], pad_id=0, packed=False) for row in decoder_rows()]
     step = next(s for s in range(100) if drawn(2, 0, s) == 1)
     for batches in ([batch], rows):
-        stones = stones_of(student, teacher, StoneWeights(ce=1.0, kl=0.5, cross=0.0), one=True)
-        module, source = distiller(student, stones), source_of(teacher)
-        begin(stones, batch, step)
-        for part in batches:
-            module(part, source.signals(part), (0.0, 0.0, 0.0), report=True)
-        found.append(stones.norms(world))
+        module, source = distiller(student, (), stones=stones_of(student, teacher)), source_of(teacher)
+        weights = StoneWeights(ce=1.0, kl=0.5, cross=0.0)
+        settings = settings_of(batch, weights=weights, one=True, step=step, report_norms=True)
+        results = [module(part, source.signals(part), settings) for part in batches]
+        found.append(metered(world, settings, *results).norms())
     assert found[0].keys() == {"1<3"} and found[0]["1<3"].keys() == {"ce", "kl"} and sum(shares(2)) == 1.5
     assert found[0]["1<3"] == pytest.approx(found[1]["1<3"], rel=1e-5)
 
@@ -223,7 +226,7 @@ class AsAnEngine(nn.Module):
 def test_connectors_of_an_encoder_are_fitted_over_the_tokens_that_are_not_padding(name: str, world: Any) -> None:
     (teacher, student), batch = pair(name), batch_of(name)
     stones = stones_of(student, teacher)
-    module = distiller(student, stones)
+    module = distiller(student, (), stones=stones)
     states: list[dict[int, Tensor]] = [{}, {}]
     for model, kept in zip((student, teacher), states, strict=True):
         plain_model = copy.deepcopy(model)
@@ -240,18 +243,17 @@ def test_connectors_of_an_encoder_are_fitted_over_the_tokens_that_are_not_paddin
 
 @pytest.mark.parametrize("kl", [0.0, 1.0])
 @pytest.mark.parametrize("name", ["qwen2", "bert"])
-def test_the_teachers_cross_entropy_is_heard_where_stones_alone_are_compared(name: str, kl: float) -> None:
-    """A dynamic temperature goes by it; a step that hears it is the same step."""
+def test_the_teachers_cross_entropy_is_measured_where_stones_alone_are_compared(name: str, kl: float) -> None:
+    """A dynamic temperature goes by it; a step that measures it is the same step."""
     (teacher, student), batch = pair(name), batch_of(name)
     results = []
-    for hear in (False, True):
-        stones = stones_of(student, teacher)
-        module = distiller(student, stones)
-        begin(stones, batch)
-        loss, sums = module(batch, source_of(teacher).signals(batch), (1.0, kl, 0.0), hear_teacher=hear)
-        results.append((loss.item(), sums[0].item()))
+    for teacher_ce in (False, True):
+        module = distiller(student, (), stones=stones_of(student, teacher))
+        settings = settings_of(batch, (1.0, kl, 0.0), teacher_ce=teacher_ce)
+        result = module(batch, source_of(teacher).signals(batch), settings)
+        results.append((result.loss.item(), result.sums[0].item()))
+        assert (result.teacher_ce is not None) == teacher_ce
     assert results[0] == results[1]
     where = batch.targets != IGNORE
     expected = F.cross_entropy(logits_of(teacher, batch)[where], batch.targets[where], reduction="sum")
-    assert module.loss_head.teacher_ce is not None
-    torch.testing.assert_close(module.loss_head.teacher_ce, expected.to(module.loss_head.teacher_ce), rtol=1e-6, atol=0)
+    torch.testing.assert_close(result.teacher_ce, expected.to(result.teacher_ce), rtol=1e-6, atol=0)

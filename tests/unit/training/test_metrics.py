@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from llmkd.losses.objective import Change, Divisors, Weights, weights_of_step
-from llmkd.training.metrics import Meter
+from llmkd.student.passes import PassResult, StepSettings, StoneSettings, StoneSums, StoneWeights
+from llmkd.training.metrics import Meter, Moving, StoneMeter
+from tests.passes import step_settings
+
+
+def _settings(weights: Weights, by: Divisors, **others: Any) -> StepSettings:
+    return replace(step_settings(**others), weights=weights, divisors=by, tokens=10)
+
+
+def _halves(*sums: float) -> list[PassResult]:
+    """A quarter and three quarters of these sums, of two micro-batches."""
+    return [PassResult(torch.zeros(()), part * torch.tensor(sums)) for part in (0.25, 0.75)]
 
 
 def test_an_interval_whose_weights_move(world: Any) -> None:
@@ -19,23 +31,53 @@ def test_an_interval_whose_weights_move(world: Any) -> None:
     for step, (kl, kl_weight, hidden_weight) in enumerate([(8.0, 2.0, 3.0), (4.0, 1.0, 4.0), (0.0, 0.0, 5.0)]):
         weights = weights_of_step(start, changes, step, 3)
         assert (weights.ce, weights.kl, weights.hidden) == (1.0, kl_weight, hidden_weight)
-        for half in (0.25, 0.75):
-            meter.add(half * torch.tensor([6.0, kl, 2.0, 12.0]), weights)
-        meter.step(Divisors(ce=2, kl=2, hidden=4), 10, weights)
-    values = meter.flush()
+        meter.add(_settings(weights, Divisors(ce=2, kl=2, hidden=4)), _halves(6.0, kl, 2.0, 12.0))
+    interval = meter.flush(Moving(), learning_rate=0.1, grad_norm=2.0)
     hidden = 2.0 + 0.5 * 12
-    assert values["ce"] == pytest.approx(18 / 6) and values["kl"] == pytest.approx(12 / 4)
-    assert values["hidden"] == pytest.approx(3 * hidden / 12)
-    assert values["pairs"] == pytest.approx({"0<1": 3 * 2.0 * 2 / 12, "1<3": 3 * 12.0 * 2 / 12})
-    assert values["loss"] == pytest.approx(18 / 6 + (2 * 8 + 1 * 4) / 4 + (3 + 4 + 5) * hidden / 12)
+    assert interval.ce == pytest.approx(18 / 6) and interval.kl == pytest.approx(12 / 4)
+    assert interval.hidden == pytest.approx(3 * hidden / 12)
+    assert interval.pairs == pytest.approx({"0<1": 3 * 2.0 * 2 / 12, "1<3": 3 * 12.0 * 2 / 12})
+    assert interval.loss == pytest.approx(18 / 6 + (2 * 8 + 1 * 4) / 4 + (3 + 4 + 5) * hidden / 12)
 
 
 def test_weights_that_stand_give_the_weighted_sum_of_the_means(world: Any) -> None:
     weights = Weights(ce=0.5, kl=2.0, hidden=3.0, kl_positions="trained", hidden_positions="trained")
     meter = Meter(world, weights, ["0<1"])
     for scale in (1.0, 3.0):
-        meter.add(scale * torch.tensor([1.0, 2.0, 3.0]), weights)
-        meter.step(Divisors(2, 3, 4), 1, weights)
-    values = meter.flush()
-    assert values["loss"] == pytest.approx(0.5 * values["ce"] + 2 * values["kl"] + 3 * values["hidden"])
-    assert values["hidden"] == values["pairs"]["0<1"] == pytest.approx(12 / 8)
+        meter.add(_settings(weights, Divisors(2, 3, 4)), _halves(scale, 2 * scale, 3 * scale))
+    interval = meter.flush(Moving(), learning_rate=0.1, grad_norm=2.0)
+    assert interval.loss == pytest.approx(0.5 * interval.ce + 2 * interval.kl + 3 * interval.hidden)
+    assert interval.hidden == interval.pairs["0<1"] == pytest.approx(12 / 8)
+
+
+def test_norms_are_the_roots_of_the_last_steps_squares_and_named(world: Any) -> None:
+    """Over the micro-batches the squares add up; a step that reports none has none, and its line has no such key."""
+    weights = Weights(1.0, 1.0, 1.0, kl_positions="trained", hidden_positions="trained")
+    stones = StoneMeter(world, ((0, 1), (1, 3)))
+    meter = Meter(
+        world, weights, ["0<1"], distances=["mse", "cka"], divergences=["forward_kl", "reverse_kl"], stones=stones
+    )
+    laid = StoneSettings(StoneWeights(1.0, 0.0, 0.5), {1: 1.0})
+    squares, of_stones = torch.arange(1.0, 8.0), torch.arange(9.0).view(3, 3)
+    for report in (True, False):
+        settings = _settings(weights, Divisors(1, 1, 1), report_norms=report, stones=laid)
+        result = PassResult(
+            torch.zeros(()),
+            torch.ones(3),
+            squares=squares if report else None,
+            stones=StoneSums(torch.ones(3, 3).double(), of_stones if report else None),
+        )
+        meter.add(settings, [result, result])
+        values = meter.flush(Moving(weights={"ce": 0.5}), learning_rate=0.1, grad_norm=2.0).values()
+        assert ("norms" in values) == report and values["weights"] == {"ce": 0.5} and "temperature" not in values
+        if report:
+            root = [(2 * square) ** 0.5 for square in range(9)]
+            assert values["norms"] == {
+                "ce": root[1],
+                "kl": root[2],
+                "hidden": root[3],
+                "pairs": {"0<1": root[3]},
+                "distances": {"mse": root[4], "cka": root[5]},
+                "divergences": {"forward_kl": root[6], "reverse_kl": root[7]},
+                "stones": {"1<3": {"ce": root[3], "cross": root[5]}, "student": {"cross": root[8]}},
+            }

@@ -21,7 +21,6 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import click
 import datasets

@@ -169,9 +169,9 @@ def study(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 def report(folder: Path) -> None:
     """Write the report of a study's folder, whole or half done."""
-    from llmkd.report.write import report as write
+    from llmkd.report.write import report as write_report
 
-    _show(write(folder))
+    _show(write_report(folder))
 
 
 @cli.command()
@@ -181,19 +181,18 @@ def report(folder: Path) -> None:
 )
 def compare(folders: tuple[Path, ...], output: Path | None) -> None:
     """Set several studies side by side, and say what can't be compared."""
-    from llmkd.report.across_studies import compare as run
+    from llmkd.report.across_studies import compare_studies
 
     file = output or folders[0].resolve().parent / "comparison.md"
-    click.echo(run(folders, file))
+    click.echo(compare_studies(folders, file))
     click.echo(f"\nComparison: {file}")
 
 
 def _show(path: Path) -> None:
-    import json
+    from llmkd.report.gather import gather
+    from llmkd.report.write import terminal_text
 
-    from llmkd.report.write import table_text
-
-    click.echo(table_text(json.loads((path.parent / "results.json").read_text())))
+    click.echo(terminal_text(gather(path.parent, with_items=False)))
     click.echo(f"\nReport: {path}")
 
 

@@ -385,7 +385,7 @@ class MeasuredAngles(_Fields):
 
     def tokens_read(self) -> str:
         """How many tokens the stacks read: `12 tokens`, or `12 tokens in the encoder and 9 in the decoder`."""
-        return tokens_read(self.stacks)
+        return tokens_read({stack.stack: stack.tokens for stack in self.stacks})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,10 +411,10 @@ class AngleResult(StepResult):
         return {**whole, **measured}
 
 
-def tokens_read(stacks: list[StackAngles]) -> str:
-    """How many tokens the stacks read: `12 tokens`, or `12 tokens in the encoder and 9 in the decoder`."""
-    first, *others = [f"{stack.tokens:,}" for stack in stacks]
-    where = [f" in the {stack.stack}" if stack.stack else "" for stack in stacks]
+def tokens_read(tokens: Mapping[str, int]) -> str:
+    """How many tokens the stacks read, by stack: `12 tokens`, or `12 tokens in the encoder and 9 in the decoder`."""
+    first, *others = [f"{count:,}" for count in tokens.values()]
+    where = [f" in the {stack}" if stack else "" for stack in tokens]
     return f"{first} tokens{where[0]}" + "".join(f" and {n}{at}" for n, at in zip(others, where[1:], strict=True))
 
 

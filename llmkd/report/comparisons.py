@@ -7,15 +7,15 @@ two verdicts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-from llmkd.report.item_scores import Models
+from llmkd.report.item_scores import Seeds
+from llmkd.report.results import Comparison, Metric, Row
 from llmkd.report.significance import Array, Score, holm, items_bootstrap, paired, verdict
 
 BASELINES = ("none", "ce_only", "undistilled")
-Row = dict[str, Any]
-Items = Callable[[str, Models, Models], tuple[Array, Array, Score] | None]
+Items = Callable[[str, Seeds, Seeds], tuple[Array, Array, Score] | None]
 
 
 def questions(rows: Sequence[Row], reference: str) -> dict[str, list[str]]:
@@ -23,8 +23,8 @@ def questions(rows: Sequence[Row], reference: str) -> dict[str, list[str]]:
 
     With the reference are compared the strategies that match blocks; `none` only where a baseline is the reference.
     """
-    names = [row["name"] for row in rows]
-    students = [row["name"] for row in rows if row["kind"] == "student"]
+    names = [row.name for row in rows]
+    students = [row.name for row in rows if row.kind == "student"]
     asked = {}
     for base in [reference, *(name for name in BASELINES if name != reference)]:
         others = [name for name in students if name != base and not (name == "none" and base not in BASELINES)]
@@ -34,53 +34,60 @@ def questions(rows: Sequence[Row], reference: str) -> dict[str, list[str]]:
 
 
 def comparisons(
-    rows: Sequence[Row], metrics: Sequence[dict[str, Any]], reference: str, margins: dict[str, float], items: Items
-) -> list[dict[str, Any]]:
+    rows: Sequence[Row], metrics: Sequence[Metric], reference: str, margins: Mapping[str, float], items: Items
+) -> list[Comparison]:
     """Every comparison of every metric; a strategy without a score that its counterpart has for the same seed is left out."""
-    by_name = {row["name"]: row for row in rows}
-    made = []
-    for metric in (metric["name"] for metric in metrics):
+    by_name = {row.name: row for row in rows}
+    compared = []
+    for metric in metrics:
         for base, strategies in questions(rows, reference).items():
-            pairs = [(by_name[strategy], by_name[base]) for strategy in strategies]
-            found = [_comparison(metric, one, other, margins.get(metric), items) for one, other in pairs]
-            made += _family([one for one in found if one is not None])
-    return made
+            margin = margins.get(metric.name)
+            family = [_compare(metric.name, by_name[name], by_name[base], margin, items) for name in strategies]
+            compared += _corrected([comparison for comparison in family if comparison is not None])
+    return compared
 
 
-def _comparison(metric: str, one: Row, other: Row, margin: float | None, items: Items) -> dict[str, Any] | None:
+def _compare(metric: str, strategy: Row, base: Row, margin: float | None, items: Items) -> Comparison | None:
     """One strategy against another on one metric, before Holm; None if no seed has both scores."""
-    if metric not in one["cells"] or metric not in other["cells"]:
+    if metric not in strategy.cells or metric not in base.cells:
         return None
-    first, second = (
-        dict(zip(row["cells"][metric]["seeds"], row["cells"][metric]["values"], strict=True)) for row in (one, other)
+    scores, base_scores = (
+        dict(zip(row.cells[metric].seeds, row.cells[metric].values, strict=True)) for row in (strategy, base)
     )
-    single = set(second) == {None}  # one model for all seeds, as a student copied from the teacher is before training
-    seeds = [seed for seed in first if single or seed in second]
+    single = set(base_scores) == {
+        None
+    }  # one model for all seeds, as a student copied from the teacher is before training
+    seeds = [seed for seed in scores if single or seed in base_scores]
     if not seeds:
         return None
-    found = paired([first[seed] for seed in seeds], [second[None if single else seed] for seed in seeds], margin)
-    models = [(one["name"], seed) for seed in seeds]
-    statistics = items(metric, models, [(other["name"], seed) for seed in ([None] if single else seeds)])
-    drawn = items_bootstrap(*statistics) if statistics is not None else None
-    return {
-        "metric": metric,
-        "strategy": one["name"],
-        "reference": other["name"],
-        "difference": found.difference,
-        "interval": found.interval and list(found.interval),
-        "seeds": found.seeds,
-        "p_different": found.p_different,
-        "margin": margin,
-        "p_equivalent": found.p_equivalent,
-        "items": drawn and drawn.items,
-        "items_interval": drawn and list(drawn.interval),
-        "items_p": drawn and drawn.p,
-    }
+    by_seed = paired(
+        [scores[seed] for seed in seeds], [base_scores[None if single else seed] for seed in seeds], margin
+    )
+    models = [(strategy.name, seed) for seed in seeds]
+    statistics = items(metric, models, [(base.name, seed) for seed in ([None] if single else seeds)])
+    by_item = items_bootstrap(*statistics) if statistics is not None else None
+    return Comparison(
+        metric=metric,
+        strategy=strategy.name,
+        reference=base.name,
+        difference=by_seed.difference,
+        interval=by_seed.interval and list(by_seed.interval),
+        seeds=by_seed.seeds,
+        p_different=by_seed.p_different,
+        margin=margin,
+        p_equivalent=by_seed.p_equivalent,
+        items=by_item and by_item.items,
+        items_interval=by_item and list(by_item.interval),
+        items_p=by_item and by_item.p,
+    )
 
 
-def _family(members: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The members of one family with their adjusted p-values and verdicts."""
-    for key in ("p_different", "p_equivalent", "items_p"):
-        for member, adjusted in zip(members, holm([member[key] for member in members]), strict=True):
-            member[f"{key}_holm"] = adjusted
-    return [{**one, "verdict": verdict(one["p_different_holm"], one["p_equivalent_holm"])} for one in members]
+def _corrected(family: Sequence[Comparison]) -> list[Comparison]:
+    """The members of one family with their corrected p-values and verdicts."""
+    different = holm([member.p_different for member in family])
+    equivalent = holm([member.p_equivalent for member in family])
+    items = holm([member.items_p for member in family])
+    return [
+        replace(member, p_different_holm=p, p_equivalent_holm=q, items_p_holm=items_p, verdict=verdict(p, q))
+        for member, p, q, items_p in zip(family, different, equivalent, items, strict=True)
+    ]

@@ -1,67 +1,101 @@
-"""The files of a study, as they are read and written: half-written ones count as not there, and none is ever seen half."""
+"""The files of a study, read into values with names. A half-written file counts as not there."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from llmkd.files import read, read_lines
+from llmkd.evaluation.results import SCORED, GeneratedText, ScoredModel, Scores, read_items, read_result
+from llmkd.files import read
 from llmkd.recipe.study_entries import StudyEntry, read_study
+from llmkd.report.results import Agreed
+
+COSTS = ("steps", "seconds", "tokens", "tokens_per_second", "memory_gib", "world_size", "resumed_from_step")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoredEntry(StudyEntry):
-    """A model of a study with its scores by metric, and by scoring step what it was scored on and how, or why there are no scores."""
-
-    scores: dict[str, float]
-    problems: dict[str, str]
-    items: dict[str, Any]
-    versions: dict[str, str]
-    conditions: dict[str, Any]
-    lower: list[str]
-    """The metrics of which less is better."""
+def row_name(entry: StudyEntry) -> str:
+    """The row of the report's tables that a model belongs to."""
+    return entry.strategy or entry.name
 
 
-def _file(folder: Path, entry: StudyEntry, step: str) -> Path:
+def result_file(folder: Path, entry: StudyEntry, step: str) -> Path:
+    """A model's result file of a step that is asked of it."""
     file = entry.result_file(step)
     assert file is not None, (entry.name, step)
     return folder / file
 
 
-def result(folder: Path, entry: StudyEntry, step: str) -> dict[str, Any] | str:
-    """What a step found for an entry, or the problem that it found nothing."""
-    file = _file(folder, entry, step)
-    found = read(file)
-    if found is None:
-        return "unreadable result file" if file.is_file() else "not run"
-    return found if found["error"] is None else f"failed: {found['error']}"
-
-
-def found_before_failing(folder: Path, entry: StudyEntry, step: str) -> dict[str, Any] | None:
-    """What a failed step has numbers for all the same (one faulty task costs the others nothing); None if for nothing."""
-    found = read(_file(folder, entry, step))
-    return found if found and (found.get("tasks") or found.get("metrics")) else None
-
-
-def details(folder: Path, entry: StudyEntry, step: str) -> Path:
+def items_file(folder: Path, entry: StudyEntry, step: str) -> Path:
     """The file of a step's lines, one per item."""
-    file = _file(folder, entry, step)
-    return file.with_suffix(".samples.jsonl" if step == "lm-eval" else ".jsonl")
+    return result_file(folder, entry, step).with_suffix(SCORED[step].LINES)
 
 
-def generations(folder: Path, limit: int = 200) -> list[dict[str, Any]]:
-    """The first `limit` items with what every model wrote, and how it scored on each.
+def step_result(folder: Path, entry: StudyEntry, step: str) -> tuple[ScoredModel | None, str | None]:
+    """What a step found of a model, and the problem if there is one.
 
-    {"item", "prompt", "references", "outputs": {entry: text}, "scores": {entry: {name: number}}}
+    A step that failed may have numbers all the same: one faulty task costs the others nothing.
     """
-    items: dict[int, dict[str, Any]] = {}
+    file = result_file(folder, entry, step)
+    result = read_result(file, SCORED[step])
+    if result is None:
+        return None, "unreadable result file" if file.is_file() else "not run"
+    if result.error is None:
+        return result, None
+    return result if result.has_scores else None, f"failed: {result.error}"
+
+
+@dataclass(frozen=True)
+class GeneratedItem:
+    """One prompt with what every model wrote, and how each scored."""
+
+    item: int
+    prompt: str
+    references: list[str]
+    outputs: dict[str, str] = field(default_factory=dict)
+    scores: dict[str, Scores] = field(default_factory=dict)
+
+
+def generations(folder: Path, limit: int = 200) -> list[GeneratedItem]:
+    """The first `limit` items of the generation step. Raises InputError if the folder holds no study."""
+    items: dict[int, GeneratedItem] = {}
     for entry in read_study(folder).entries:
-        if "generation" not in entry.steps or isinstance(result(folder, entry, "generation"), str):
+        if "generation" not in entry.steps or step_result(folder, entry, "generation")[1] is not None:
             continue
-        for line in read_lines(details(folder, entry, "generation"), limit):
-            about = {key: line[key] for key in ("item", "prompt", "references")}
-            item = items.setdefault(line["item"], {**about, "outputs": {}, "scores": {}})
-            item["outputs"][entry.name] = line["text"]
-            item["scores"][entry.name] = line.get("scores", {})
+        for line in read_items(items_file(folder, entry, "generation"), GeneratedText, limit):
+            item = items.setdefault(line.item, GeneratedItem(line.item, line.prompt, line.references))
+            item.outputs[entry.name] = line.text
+            item.scores[entry.name] = line.scores
     return [items[number] for number in sorted(items)[:limit]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run wrote of itself when it was done (summary.json). `costs`: steps, seconds and so on, as a TrainingRun has them."""
+
+    pairs: list[list[int]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    hardware: Agreed = field(default_factory=dict)
+    commit: str | None = None
+    costs: Agreed = field(default_factory=dict)
+    done: bool = False
+
+
+def read_summary(training: Path) -> Summary:
+    """A run's summary; empty while there is none."""
+    values = read(training / "summary.json") or {}
+    known = {key: values[key] for key in ("pairs", "versions", "hardware", "commit") if values.get(key) is not None}
+    return Summary(**known, costs={key: values.get(key) for key in COSTS}, done=bool(values))
+
+
+def depth(model: Path) -> int | None:
+    """The number of blocks of a model folder, of an encoder-decoder those of both stacks; None if it is not at hand."""
+    shape = read(model / "config.json") or {}
+    for keys in (
+        ("num_hidden_layers",),
+        ("encoder_layers", "decoder_layers"),
+        ("num_layers", "num_decoder_layers"),
+        ("n_layers",),
+    ):
+        if all(isinstance(shape.get(key), int) for key in keys):
+            return sum(shape[key] for key in keys)
+    return None

@@ -2,28 +2,36 @@
 
 A metric takes part if its items give back the number that the result file reports: as the mean of the items' scores, as
 their mean by tokens, or, for corpus metrics such as BLEU, as a function of sums over items. What gives back another
-number is left out, and the comparison then says nothing about items.
+number is left out: the comparison then has no second check by items.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from math import isclose
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from llmkd.evaluation import text_metrics
 from llmkd.evaluation.class_metrics import class_statistics, f1_scores
-from llmkd.files import read_lines
-from llmkd.report.files import ScoredEntry, details
+from llmkd.evaluation.results import ClassifiedRow, ComparedItem, GeneratedText, TaskItem, read_items
+from llmkd.recipe.study_entries import StudyEntry
+from llmkd.report.files import items_file, row_name
 from llmkd.report.significance import Array, Score, mean_score
 
 TOLERANCE = 1e-4  # relative: result files may hold rounded numbers
+LINES = {
+    "generation": GeneratedText,
+    "classification": ClassifiedRow,
+    "lm-eval": TaskItem,
+    "agreement": ComparedItem,
+}
+"""Step -> the class of its lines, one per item."""
 Item = tuple[str, int]  # (task or step, number)
-Models = Sequence[tuple[str, int | None]]  # (row's name, seed)
+Seeds = Sequence[tuple[str, int | None]]  # (row's name, seed)
 
 
 def _each(score: Callable[[np.ndarray], float]) -> Score:
@@ -32,98 +40,105 @@ def _each(score: Callable[[np.ndarray], float]) -> Score:
 
 
 CORPUS = {
-    "bleu": (text_metrics.bleu_statistics, _each(text_metrics.bleu_of)),
-    "chrf": (text_metrics.chrf_statistics, _each(text_metrics.chrf_of)),
+    "bleu": (cache(text_metrics.bleu_statistics), _each(text_metrics.bleu_of)),
+    "chrf": (cache(text_metrics.chrf_statistics), _each(text_metrics.chrf_of)),
 }
-"""Generation metrics that are no mean over items: an item's statistics of its text and references, and the score of their sum."""
+"""Generation metrics that are no mean over items: an item's statistics of its text and references, and the score of their
+sum. Models often write the same text, so its statistics are kept."""
 
 
-class Sums(NamedTuple):
+@dataclass(frozen=True)
+class Statistics:
     """A metric's statistics by item, `[k]` each, and what makes a score of their sum."""
 
-    by_item: Mapping[Item, Any]
+    by_item: Mapping[Item, Sequence[float] | np.ndarray]
     score: Score
 
+    def give_back(self, reported: float | None) -> bool:
+        """Whether the items' sum has the score that the result file reports."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            score = float(self.score(np.array(list(self.by_item.values()), dtype=float).sum(0)))
+        return reported is not None and isclose(score, reported, rel_tol=TOLERANCE, abs_tol=1e-9)
 
-def no_items(metric: str, one: Models, other: Models) -> None:
-    """In the place of `ItemScores` where nothing is to be said about items."""
+
+def no_items(metric: str, first: Seeds, second: Seeds) -> None:
+    """In the place of `ItemScores` where comparisons need no second check by items."""
 
 
 class ItemScores:
-    """The items' statistics of a study's models. A model's files are read when first asked for, once."""
+    """The items' statistics of a study's models. A model's files are read when first asked for, once.
 
-    def __init__(self, folder: Path, entries: Sequence[ScoredEntry]) -> None:
+    `scores`: model's name -> metric -> what its result files report; `failed`: its name -> the steps that failed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        entries: Iterable[StudyEntry],
+        scores: Mapping[str, Mapping[str, float]],
+        failed: Mapping[str, Iterable[str]],
+    ) -> None:
         self._folder = folder
-        self._entries = {(entry.strategy or entry.name, entry.seed): entry for entry in entries}
-        self._read: dict[str, dict[str, Sums]] = {}
-        self._texts = {
-            name: cache(statistics) for name, (statistics, _) in CORPUS.items()
-        }  # models often write the same
+        self._entries = {(row_name(entry), entry.seed): entry for entry in entries}
+        self._scores, self._failed = scores, failed
+        self._read: dict[str, dict[str, Statistics]] = {}
 
-    def __call__(self, metric: str, one: Models, other: Models) -> tuple[Array, Array, Score] | None:
+    def __call__(self, metric: str, first: Seeds, second: Seeds) -> tuple[Array, Array, Score] | None:
         """The statistics `[models, items, k]` of two groups of (row, seed), and their score.
 
         None unless every model has the metric's items, and all have the same.
         """
-        found = [self._sums(self._entries[model]).get(metric) for model in (*one, *other)]
-        models = [sums for sums in found if sums is not None]
-        if len(models) < len(found):
+        models = [self._of(self._entries[model]).get(metric) for model in (*first, *second)]
+        whole = [statistics for statistics in models if statistics is not None]
+        if len(whole) < len(models):
             return None
-        items = sorted(models[0].by_item)
-        if any(sorted(sums.by_item) != items or sums.score is not models[0].score for sums in models):
+        items, score = sorted(whole[0].by_item), whole[0].score
+        if any(sorted(statistics.by_item) != items or statistics.score is not score for statistics in whole):
             return None
-        both = np.array([[sums.by_item[item] for item in items] for sums in models], dtype=float)
-        return both[: len(one)], both[len(one) :], models[0].score
+        values = np.array([[statistics.by_item[item] for item in items] for statistics in whole], dtype=float)
+        return values[: len(first)], values[len(first) :], score
 
-    def _sums(self, entry: ScoredEntry) -> dict[str, Sums]:
-        name = entry.name
-        if name not in self._read:
-            read = [self._lines(entry, step) for step in entry.steps if step not in entry.problems]
-            candidates = [(metric, sums) for found in read for metric, kinds in found.items() for sums in kinds]
-            self._read[name] = {}
-            for metric, sums in candidates:
-                if metric not in self._read[name] and _gives_back(sums, entry.scores.get(metric)):
-                    self._read[name][metric] = sums
-        return self._read[name]
-
-    def _lines(self, entry: ScoredEntry, step: str) -> dict[str, list[Sums]]:
-        """Metric -> the ways in which its items may make its score, from one step's lines."""
-        lines = read_lines(details(self._folder, entry, step))
-        values: dict[str, dict[Item, float]] = {}
-        tokens: dict[Item, float] = {}
-        for line in lines:
-            task, scores = (line["task"], line["metrics"]) if step == "lm-eval" else (step, _scores(step, line))
-            item = (task, line["item"])
-            tokens[item] = line.get("tokens", 0)
-            for metric, value in scores.items():
-                if isinstance(value, int | float):
-                    values.setdefault(f"{task}/{metric}", {})[item] = value
-        found = {metric: [_means(there, dict.fromkeys(there, 1.0))] for metric, there in values.items()}
-        if step == "agreement":
-            for metric, there in values.items():
-                found[metric].append(_means(there, tokens))
-        if step == "generation" and lines:
-            for name, statistics in self._texts.items():
-                sums = {(step, line["item"]): statistics(line["text"], tuple(line["references"])) for line in lines}
-                found[f"{step}/{name}"] = [Sums(sums, CORPUS[name][1])]
-        if step == "classification" and lines:
-            classes = lines[0]["classes"]
-            counts = {(step, n["item"]): class_statistics(n["label"], n["predicted"], classes) for n in lines}
-            found |= {f"{step}/{name}": [Sums(counts, score)] for name, score in f1_scores(classes).items()}
-        return found
+    def _of(self, entry: StudyEntry) -> dict[str, Statistics]:
+        """A model's metrics, each by the first way to score its items that gives back the reported number."""
+        if entry.name not in self._read:
+            reported, chosen = self._scores[entry.name], self._read.setdefault(entry.name, {})
+            for step in entry.steps:
+                if step in self._failed[entry.name]:
+                    continue
+                for metric, ways in _ways_to_score(items_file(self._folder, entry, step), step).items():
+                    right = next((way for way in ways if way.give_back(reported.get(metric))), None)
+                    if right is not None:
+                        chosen.setdefault(metric, right)
+        return self._read[entry.name]
 
 
-def _gives_back(sums: Sums, reported: float | None) -> bool:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        score = float(sums.score(np.array(list(sums.by_item.values()), dtype=float).sum(0)))
-    return reported is not None and isclose(score, reported, rel_tol=TOLERANCE, abs_tol=1e-9)
+def _ways_to_score(file: Path, step: str) -> dict[str, list[Statistics]]:
+    """Metric -> the ways in which its items may make its score, from one step's lines."""
+    lines = read_items(file, LINES[step])
+    values: dict[str, dict[Item, float]] = {}
+    tokens: dict[Item, float] = {}
+    for line in lines:
+        item = (line.task if isinstance(line, TaskItem) else step, line.item)
+        tokens[item] = line.tokens if isinstance(line, ComparedItem) else 0
+        for metric, value in line.scores.items():
+            if isinstance(value, int | float):
+                values.setdefault(f"{item[0]}/{metric}", {})[item] = value
+    ways = {metric: [_means(by_item, dict.fromkeys(by_item, 1.0))] for metric, by_item in values.items()}
+    if step == "agreement":
+        for metric, by_item in values.items():
+            ways[metric].append(_means(by_item, tokens))
+    texts = [line for line in lines if isinstance(line, GeneratedText)]
+    if texts:
+        for name, (statistics, score) in CORPUS.items():
+            sums = {(step, line.item): statistics(line.text, tuple(line.references)) for line in texts}
+            ways[f"{step}/{name}"] = [Statistics(sums, score)]
+    rows = [line for line in lines if isinstance(line, ClassifiedRow)]
+    if rows:
+        classes = rows[0].classes
+        counts = {(step, row.item): class_statistics(row.label, row.predicted, classes) for row in rows}
+        ways |= {f"{step}/{name}": [Statistics(counts, score)] for name, score in f1_scores(classes).items()}
+    return ways
 
 
-def _scores(step: str, line: dict[str, Any]) -> dict[str, Any]:
-    if step in ("generation", "classification"):
-        return line["scores"]
-    return {key: value for key, value in line.items() if key not in ("item", "tokens")}
-
-
-def _means(values: dict[Item, float], weights: dict[Item, float]) -> Sums:
-    return Sums({item: (weights[item] * value, weights[item]) for item, value in values.items()}, mean_score)
+def _means(values: Mapping[Item, float], weights: Mapping[Item, float]) -> Statistics:
+    return Statistics({item: (weights[item] * value, weights[item]) for item, value in values.items()}, mean_score)

@@ -2,10 +2,10 @@
 
 Two uncertainties, two questions:
 
-- Seeds: would another training run tell the same? `paired`: strategies that share a seed share its data order, so seeds are
+- Seeds: would another training run show the same? `paired`: strategies that share a seed share its data order, so seeds are
   pairs; a t-test asks whether the mean difference is zero, two one-sided tests (TOST) ask whether it is within a margin.
   The seeds decide the verdict, since a strategy is a way to train, and one lucky run is no property of it.
-- Items: would another test sample tell the same of these very models? `items_bootstrap` draws the test items anew. It is a
+- Items: would another test sample show the same of these very models? `items_bootstrap` draws the test items anew. It is a
   second check beside the verdict: it can show that a difference hangs on few items, never that a strategy is better.
 
 Both ask about one pair of strategies; `holm` keeps the chance of any false claim among several of them at `ALPHA`.
@@ -35,7 +35,7 @@ Score = Callable[[Array], Any]
 
 @dataclass(frozen=True)
 class Paired:
-    """One strategy against another over the seeds they share; what the seeds can't tell is None."""
+    """One strategy against another over the seeds they share; what the seeds cannot show is None."""
 
     seeds: int
     difference: float
@@ -61,14 +61,14 @@ def half_width(values: Sequence[float]) -> float | None:
     return float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1) * stats.sem(values))
 
 
-def paired(one: Sequence[float], other: Sequence[float], margin: float | None = None) -> Paired:
-    """`one - other`, seed by seed: mean, 95 % t-interval, p of the paired t-test, and p of TOST against `margin` if there is one.
+def paired(scores: Sequence[float], base: Sequence[float], margin: float | None = None) -> Paired:
+    """`scores - base`, seed by seed: mean, 95 % t-interval, p of the paired t-test, and p of TOST against `margin` if there is one.
 
     Two things leave the interval and both p None: a single seed, and differences that are all the same. The second happens
     to scores of few items (two seeds with 199 of 200 right each): the spread it shows is zero, which would make every
-    difference certain and every tie an equivalence, yet all it says is that the score is too coarse to tell.
+    difference certain and every tie an equivalence, yet it only shows that the score is too coarse.
     """
-    first, second = np.asarray(one, float), np.asarray(other, float)
+    first, second = np.asarray(scores, float), np.asarray(base, float)
     assert len(first) == len(second) > 0 and np.isfinite([first, second]).all()
     differences = first - second
     mean = float(differences.mean())
@@ -114,32 +114,32 @@ def mean_score(sums: Array) -> Array:
 
 
 def items_bootstrap(
-    one: Array, other: Array, score: Score = mean_score, resamples: int = RESAMPLES
+    first: Array, second: Array, score: Score = mean_score, resamples: int = RESAMPLES
 ) -> Resampled | None:
-    """`one - other` when the test items are drawn anew: percentile interval and two-sided p (Koehn 2004, paired).
+    """`first - second` when the test items are drawn anew: percentile interval and two-sided p (Koehn 2004, paired).
 
-    `one`, `other`: sufficient statistics `[seeds, items, k]` of two strategies on the same items (their seeds may differ in
+    `first`, `second`: sufficient statistics `[seeds, items, k]` of two strategies on the same items (their seeds may differ in
     number); `score` makes a score of their sum over items. A draw takes the same items for all models of both, scores each
     model, and compares the means over seeds. The same input gives the same output. None below two items, or where a draw
     has no finite score.
     """
-    items = one.shape[1]
-    assert other.shape[1] == items and one.shape[2] == other.shape[2]
+    items = first.shape[1]
+    assert second.shape[1] == items and first.shape[2] == second.shape[2]
     if items < 2:
         return None
-    both = np.concatenate([one, other]).astype(float)
+    statistics = np.concatenate([first, second]).astype(float)
 
     def difference(chosen: NDArray[np.int64], axis: int = -1) -> Array:
         """Chosen items `[..., items]` -> the difference of each draw `[...]`."""
         draws = chosen.reshape(-1, items)
         rows = np.arange(len(draws))[:, None] * items
         counts = np.bincount((draws + rows).ravel(), minlength=draws.size).reshape(draws.shape)
-        scores = np.asarray(score(counts.astype(float) @ both))  # [seeds of both, draws]
-        return (scores[: len(one)].mean(0) - scores[len(one) :].mean(0)).reshape(chosen.shape[:-1])
+        scores = np.asarray(score(counts.astype(float) @ statistics))  # [models, draws]
+        return (scores[: len(first)].mean(0) - scores[len(first) :].mean(0)).reshape(chosen.shape[:-1])
 
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # a draw without a score is seen below
-        found = stats.bootstrap(
+        drawn_anew = stats.bootstrap(
             (np.arange(items),),
             difference,
             n_resamples=resamples,
@@ -150,10 +150,10 @@ def items_bootstrap(
             rng=np.random.default_rng(0),
         )
         observed = float(difference(np.arange(items)))
-    drawn = found.bootstrap_distribution
+    drawn = drawn_anew.bootstrap_distribution
     if not (np.isfinite(drawn).all() and isfinite(observed)):
         return None
     tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
     p = min(1.0, 2 * (int(tail) + 1) / (resamples + 1))
-    interval = found.confidence_interval
+    interval = drawn_anew.confidence_interval
     return Resampled(items, observed, (float(interval.low), float(interval.high)), p)

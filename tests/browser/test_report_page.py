@@ -10,11 +10,13 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
+from llmkd.report.files import GeneratedItem
 from llmkd.report.page.document import html
+from llmkd.report.results import Results
 from tests.unit.report import example_results as example
 
 if TYPE_CHECKING:
@@ -45,19 +47,19 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def study() -> dict[str, Any]:
+def study() -> Results:
     return example.study()
 
 
 @pytest.fixture(scope="module")
-def texts(study: dict[str, Any]) -> list[dict[str, Any]]:
+def texts(study: Results) -> list[GeneratedItem]:
     found = example.generations(study)
-    found[2]["outputs"]["reverse-s0"] = EVIL
+    found[2].outputs["reverse-s0"] = EVIL
     return found
 
 
 @pytest.fixture(scope="module")
-def file(study: dict[str, Any], texts: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def file(study: Results, texts: list[GeneratedItem], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(html(study, texts, "name: quickstart\n"), encoding="utf-8")
     return path
@@ -175,15 +177,15 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(browser: Browser,
         assert "that match" in page.status()
 
 
-def test_columns_sort_by_number_with_missing_last(browser: Browser, study: dict[str, Any], tmp_path: Path) -> None:
+def test_columns_sort_by_number_with_missing_last(browser: Browser, study: Results, tmp_path: Path) -> None:
     file = tmp_path / "half.html"
     file.write_text(html(example.partial(study), [], ""), encoding="utf-8")
     with Opened(browser, file) as page:
         page.keep("half")
         rows = page.tab.locator("table.scores tbody tr")
         column = page.tab.locator("table.scores thead th", has_text="KL to the teacher")
-        cells = [row for row in example.partial(study)["rows"] if "agreement/kl" in row["cells"]]
-        rising = [row["name"] for row in sorted(cells, key=lambda row: row["cells"]["agreement/kl"]["mean"])]
+        cells = [row for row in example.partial(study).rows if "agreement/kl" in row.cells]
+        rising = [row.name for row in sorted(cells, key=lambda row: row.cells["agreement/kl"].mean)]
         for order, wanted in (("descending", rising[::-1]), ("ascending", rising)):
             column.get_by_role("button").click()
             names = rows.locator("th").all_inner_texts()
@@ -197,17 +199,15 @@ def test_columns_sort_by_number_with_missing_last(browser: Browser, study: dict[
 # Texts side by side
 
 
-def shown_by_default(study: dict[str, Any]) -> list[str]:
-    return ["teacher", "undistilled", *(f"{row['name']}-s0" for row in study["rows"] if row["seeds"])]
+def shown_by_default(study: Results) -> list[str]:
+    return ["teacher", "undistilled", *(f"{row.name}-s0" for row in study.rows if row.seeds)]
 
 
-def test_filters_agree_with_the_texts(
-    browser: Browser, file: Path, study: dict[str, Any], texts: list[dict[str, Any]]
-) -> None:
+def test_filters_agree_with_the_texts(browser: Browser, file: Path, study: Results, texts: list[GeneratedItem]) -> None:
     models = shown_by_default(study)
-    differ = [i for i in texts if len({i["outputs"][m] for m in models}) > 1]
-    wrong = [i for i in texts if any(i["scores"][m]["slots_exact"] == 0 for m in models)]
-    find = lambda i, word: word in "\n".join([i["prompt"], *i["references"], *(i["outputs"][m] for m in models)])  # noqa: E731
+    differ = [i for i in texts if len({i.outputs[m] for m in models}) > 1]
+    wrong = [i for i in texts if any(i.scores[m]["slots_exact"] == 0 for m in models)]
+    find = lambda i, word: word in "\n".join([i.prompt, *i.references, *(i.outputs[m] for m in models)])  # noqa: E731
     assert 0 < len(differ) < 200 and 0 < len(wrong) < 200
     with Opened(browser, file) as page:
         assert page.status() == "Items 1 to 10 of 200"
@@ -220,7 +220,7 @@ def test_filters_agree_with_the_texts(
         page.tab.get_by_label("Find").fill("Selby")
         both = [i for i in differ if find(i, "Selby")]
         assert 0 < len(both) < len(differ) and page.status() == _status(len(both))
-        assert [text.split("\n")[0] for text in page.items()] == [f"Item {i['item']}" for i in both[:10]]
+        assert [text.split("\n")[0] for text in page.items()] == [f"Item {i.item}" for i in both[:10]]
         page.keep("filtered")
         page.tab.get_by_label("Find").fill("no such word")
         assert page.status() == "No item of 200 matches." and page.items() == []
@@ -232,7 +232,7 @@ def _status(count: int) -> str:
 
 
 def test_models_are_chosen_and_share_a_line_where_they_agree(
-    browser: Browser, file: Path, texts: list[dict[str, Any]]
+    browser: Browser, file: Path, texts: list[GeneratedItem]
 ) -> None:
     with Opened(browser, file) as page:
         names = page.tab.locator("article").first.locator("dt")
@@ -245,13 +245,13 @@ def test_models_are_chosen_and_share_a_line_where_they_agree(
         page.tab.get_by_role("button", name="None", exact=True).click()
         page.tab.get_by_label("forward-s3").check()
         page.tab.get_by_label("random-s1").check()
-        same = texts[0]["outputs"]["forward-s3"] == texts[0]["outputs"]["random-s1"]
+        same = texts[0].outputs["forward-s3"] == texts[0].outputs["random-s1"]
         assert names.all_inner_texts()[1:] == (["forward-s3, random-s1"] if same else ["forward-s3", "random-s1"])
         assert page.complaints == []
 
 
 def test_differences_to_the_nearest_reference_are_marked(
-    browser: Browser, file: Path, texts: list[dict[str, Any]]
+    browser: Browser, file: Path, texts: list[GeneratedItem]
 ) -> None:
     """Without what is struck through a line is the model's text; without what is underlined it is a reference."""
     with Opened(browser, file) as page:
@@ -263,9 +263,9 @@ def test_differences_to_the_nearest_reference_are_marked(
                 parts = line.locator(".text").evaluate(
                     "node => [...node.childNodes].map(part => [part.nodeName, part.textContent])"
                 )
-                assert "".join(text for kind, text in parts if kind != "DEL") == item["outputs"][model]
-                if item["outputs"][model] not in item["references"]:
-                    assert "".join(text for kind, text in parts if kind != "INS") in item["references"]
+                assert "".join(text for kind, text in parts if kind != "DEL") == item.outputs[model]
+                if item.outputs[model] not in item.references:
+                    assert "".join(text for kind, text in parts if kind != "INS") in item.references
                     assert any(kind in ("INS", "DEL") for kind, _ in parts)
 
 

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from html import escape
 from itertools import groupby
+from statistics import fmean
 from typing import Any
 
-from llmkd.evaluation.angle_files import WHEN
-from llmkd.report.angles import Values, angle_table, sentence, setting
-from llmkd.report.page.html import csv_link, details, hidden, missing, paragraph, table
+from llmkd.evaluation.results import WHEN, Matrix
+from llmkd.report import numbers
+from llmkd.report.angles import angle_table, sentence, setting
+from llmkd.report.page.html import Content, bold, figure, missing, paragraph, pictures, table
+from llmkd.report.page.svg import COLOUR, SMALL, TEXT, Numbers, Picture, drawn, picture, pixel_axes
+from llmkd.report.results import Angles, StrategyAngles
 
-Results = dict[str, Any]
-Row = dict[str, Any]
-
-SIDE, LEFT, TOP, GAP = 150, 46, 24, 26  # of a map and around it, in pixels
+SIDE, LEFT, TOP, GAP = 144, 46, 24, 26  # of a map and around it, in pixels
 LEVELS = 10  # of a colour's strength
+Point = tuple[float, float]
 
 
-def angle_section(results: Results) -> list[str]:
-    """The sentence, the table, and a picture per strategy and stack."""
-    angles = results["angles"]
-    problems = [paragraph(f"{name}: {why}.", "small") for name, why in angles["problems"].items()]
-    if not angles["students"]:
+def angle_section(angles: Angles | None) -> list[Content]:
+    """The sentence, the table, and a picture per strategy and stack; nothing where no angles were measured."""
+    if angles is None:
+        return []
+    problems = [paragraph(f"{name}: {why}.", "small") for name, why in angles.problems.items()]
+    if not angles.students:
         return [missing("No student's angles could be measured."), *problems]
     head, *lines = angle_table(angles)
-    known: dict[str, str] = {}
-    drawn = "".join(_figure(f"angles-{place}", one, known) for place, one in enumerate(angles["students"]))
+    figures = []
+    for place, student in enumerate(angles.students):
+        about = f", init {student.init}, mean of {len(student.seeds)}"
+        figures.append(figure(cosine_maps(f"angles-{place}", student), bold(_title(student), about)))
     words = (
         "Each square is one student block; its rows and columns are the teacher's blocks, block 0 on top and at the left. A cell is "
         "the mean cosine between the directions to its two blocks: blue is above zero, and the stronger the nearer to one; orange, "
@@ -38,177 +43,171 @@ def angle_section(results: Results) -> list[str]:
         paragraph(setting(angles), "small"),
         *problems,
         paragraph(words),
-        f'<div class="pictures">{drawn}</div>',
+        pictures(figures),
     ]
 
 
-def _figure(name: str, one: Row, known: dict[str, str]) -> str:
-    """The picture of a strategy's stack with, to be opened, a line per student block, and every cell as CSV."""
-    who = f"{one['strategy']}, {one['stack']}" if one["stack"] else one["strategy"]
-    title = f"Mean cosine between teacher blocks, {who}"
-    summary = _summary(one)
-    head = ("student block", *(f"{what} {when}" for when in WHEN for what in ("mean", "share above zero", "lowest")))
-    link = csv_link(name, ("student block", "i", "j", *_columns()), _cells(one))
-    cut = _cut(one)
-    numbers = details(
-        f"Numbers{hidden(f': {title}')}",
-        f"<p>{link}</p>{table(title, head, summary, 'numbers')}{paragraph(cut, 'small') if cut else ''}",
-        "figure-numbers",
-    )
-    caption = f"<b>{escape(who)}</b>, init {escape(one['init'])}, mean of {len(one['seeds'])}"
-    return f"<figure>{_svg(name, title, one, summary, known)}\n<figcaption>{caption}</figcaption>\n{numbers}</figure>"
+def _title(student: StrategyAngles) -> str:
+    return f"{student.strategy}, {student.stack}" if student.stack else student.strategy
 
 
-def _cut(one: Row) -> str:
+def _note(student: StrategyAngles) -> str:
     """What is left out or taken together."""
-    shown, whole = len(one["after"]["blocks"]), one["after"]["student_blocks"]
-    said = [f"{shown} of {whole} student blocks are shown"] if shown < whole else []
-    if any(len(side) > 1 for side in one["teacher_blocks"]):
-        said.append("neighbouring teacher blocks are taken together, their pairs' mean in one cell")
-    return f"{'; '.join(said)}; the study's folder angles/ holds all." if said else ""
+    shown, whole = len(student.after.blocks), student.after.student_blocks
+    parts = [f"{shown} of {whole} student blocks are shown"] if shown < whole else []
+    if any(len(side) > 1 for side in student.teacher_blocks):
+        parts.append("neighbouring teacher blocks are taken together, their pairs' mean in one cell")
+    return f"{'; '.join(parts)}; the study's folder angles/ holds all." if parts else ""
 
 
-def _columns() -> list[str]:
-    return [f"{what} {when}" for when in WHEN for what in ("mean", "share above zero")]
-
-
-def _summary(one: Row) -> list[tuple[Any, ...]]:
+def _summary(student: StrategyAngles) -> Numbers:
     """Of each student block shown: mean, share and lowest mean over the cells of two different places, before and after."""
-    lines = []
-    for place, block in enumerate(one["after"]["blocks"]):
-        values: list[Any] = []
+    rows = []
+    for place, block in enumerate(student.after.blocks):
+        row: list[float | None] = [block.block]
         for when in WHEN:
-            seen = one[when]["blocks"][place]
-            means, shares = _off_diagonal(seen["mean"]), _off_diagonal(seen["above_zero"])
-            values += [_mean(means), _mean(shares), min(means, default=None)]
-        lines.append((block["block"], *(None if value is None else round(value, 3) for value in values)))
-    return lines
+            seen = student.at(when).blocks[place]
+            means, shares = _off_diagonal(seen.mean), _off_diagonal(seen.above_zero)
+            values = (fmean(means), fmean(shares), min(means)) if means and shares else (None,) * 3
+            row += [None if value is None else round(value, 3) for value in values]
+        rows.append(tuple(row))
+    head = (f"{what} {when}" for when in WHEN for what in ("mean", "share above zero", "lowest"))
+    return Numbers(("student block", *head), tuple(rows))
 
 
-def _cells(one: Row) -> list[tuple[Any, ...]]:
+def _cells(student: StrategyAngles) -> Numbers:
     """Every cell of the pictures: student block, the two places, and the numbers before and after."""
-    names = [_name(side) for side in one["teacher_blocks"]]
-    lines = []
-    for place, block in enumerate(one["after"]["blocks"]):
+    names = _names(student)
+    rows = []
+    for place, block in enumerate(student.after.blocks):
         for i in range(len(names)):
             for j in range(i, len(names)):
-                seen = [one[when]["blocks"][place] for when in WHEN]
-                numbers = [found[key][i][j] for found in seen for key in ("mean", "above_zero")]
-                lines.append((block["block"], names[i], names[j], *numbers))
-    return lines
+                maps = [student.at(when).blocks[place] for when in WHEN]
+                values = [matrix[i][j] for seen in maps for matrix in (seen.mean, seen.above_zero)]
+                rows.append((block.block, names[i], names[j], *values))
+    head = (f"{what} {when}" for when in WHEN for what in ("mean", "share above zero"))
+    return Numbers(("student block", "i", "j", *head), tuple(rows))
 
 
-def _name(side: Sequence[int]) -> str:
-    return str(side[0]) if len(side) == 1 else f"{side[0]}-{side[-1]}"
+def _names(student: StrategyAngles) -> list[str]:
+    """What the places along a map's sides are called."""
+    return [str(side[0]) if len(side) == 1 else f"{side[0]}-{side[-1]}" for side in student.teacher_blocks]
 
 
-def _off_diagonal(matrix: Values) -> list[float]:
+def _off_diagonal(matrix: Matrix) -> list[float]:
     return [value for i, row in enumerate(matrix) for j, value in enumerate(row) if i < j and value is not None]
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The drawing
 
 
-def _svg(name: str, title: str, one: Row, summary: Sequence[tuple[Any, ...]], known: dict[str, str]) -> str:
-    """Two squares per student block, with an accessible name and description.
+@drawn
+def cosine_maps(name: str, student: StrategyAngles) -> Picture:
+    """Two squares per student block: the mean cosines of teacher blocks before training and after."""
+    blocks = student.after.blocks
+    width, height = LEFT + 2 * SIDE + GAP + 8, TOP + len(blocks) * (SIDE + GAP) + 30
+    figure, ax = pixel_axes(width, height)
+    cells = _Cells(SIDE / len(student.teacher_blocks))
+    for column, when in enumerate(WHEN):
+        left = LEFT + column * (SIDE + GAP)
+        _write(ax, left + SIDE / 2, 12, when, TEXT, ha="center")
+        for row, seen in enumerate(student.at(when).blocks):
+            top = TOP + row * (SIDE + GAP)
+            cells.add(seen.mean, left, top)
+            _frame(ax, left, top, _names(student))
+    for row, block in enumerate(blocks):
+        middle = TOP + row * (SIDE + GAP) + SIDE / 2
+        _write(ax, 12, middle, f"student block {block.block}", TEXT, ha="center", rotation=90)
+    cells.draw(ax)
+    _legend(ax, height - 10)
 
-    Small: cells of one colour share a path, and a square that the page has already (`known`: cells -> id; students that began alike) is
-    referred to.
-    """
-    blocks = len(one["after"]["blocks"])
-    width, height = LEFT + 2 * SIDE + GAP + 8, TOP + blocks * (SIDE + GAP) + 30
-    parts = [_text(LEFT + column * (SIDE + GAP) + SIDE / 2, 12, when, "middle") for column, when in enumerate(WHEN)]
-    names = [_name(side) for side in one["teacher_blocks"]]
-    for row in range(blocks):
-        top = TOP + row * (SIDE + GAP)
-        label = f"student block {one['after']['blocks'][row]['block']}"
-        parts.append(
-            f'<text transform="translate(12 {top + SIDE / 2:g}) rotate(-90)" text-anchor="middle" font-size="11.5">{label}</text>'
-        )
-        for column, when in enumerate(WHEN):
-            parts.append(_square(LEFT + column * (SIDE + GAP), top, one[when]["blocks"][row]["mean"], names, known))
-    parts.append(_legend(LEFT, height - 16))
-    told = [
-        f"student block {line[0]}: mean {_told(line[1])} before and {_told(line[4])} after, lowest {_told(line[3])} and {_told(line[6])}"
-        for line in summary
+    summary = _summary(student)
+    words = [
+        f"student block {block}: mean {_cosine(before)} before and {_cosine(after)} after, lowest {_cosine(low)} and {_cosine(then_low)}"
+        for block, before, _, low, after, _, then_low in summary.rows
     ]
-    words = escape("; ".join(told) + ".")
-    return (
-        f'<svg class="picture" role="img" aria-label="{escape(title)}" aria-describedby="{name}-words" viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}"><desc id="{name}-words">{words}</desc>{"".join(parts)}</svg>'
-    )
+    title = f"Mean cosine between teacher blocks, {_title(student)}"
+    table = _cells(student)
+    return picture(figure, name, title, "; ".join(words) + ".", table, table=summary, note=_note(student))
 
 
-def _told(value: float | None) -> str:
-    return "not known" if value is None else f"{value:.2f}"
+def _cosine(value: float | None) -> str:
+    return "not known" if value is None else numbers.fixed(value, 2)
 
 
-def _text(x: float, y: float, text: str, anchor: str, size: float = 11.5) -> str:
-    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}">{escape(text)}</text>'
+class _Cells:
+    """The cells of all squares of a picture by colour, so that those of one colour are one path: pages stay small."""
+
+    def __init__(self, size: float) -> None:
+        self._size = size
+        self._runs: dict[tuple[str, int], list[Point]] = defaultdict(list)  # (colour, level) -> ends of lines of cells
+        self._dots: list[Point] = []  # a cell below zero
+        self._strokes: list[Point] = []  # a cell without a direction
+
+    def add(self, matrix: Matrix, left: float, top: float) -> None:
+        """A square whose upper left corner is there."""
+        for i, row in enumerate(matrix):
+            y, column = top + (i + 0.5) * self._size, 0
+            for colour, run in groupby(row, _colour):
+                x, column = left + column * self._size, column + len(list(run))
+                if colour is not None:
+                    self._runs[colour] += [(x, y), (left + column * self._size, y)]
+            for j, value in enumerate(row):
+                x = left + (j + 0.5) * self._size
+                if value is None:
+                    half = self._size / 2
+                    self._strokes += [(x - half, y - half), (x + half, y + half)]
+                elif value < 0:
+                    self._dots += [(x, y), (x, y)]
+
+    def draw(self, ax: Any) -> None:
+        for (colour, level), ends in sorted(self._runs.items()):
+            _lines(ax, ends, colour, self._size, "butt", level / LEVELS)
+        _lines(ax, self._dots, "ink", 0.3 * self._size, "round")
+        _lines(ax, self._strokes, "muted", 0.06 * self._size, "butt")
 
 
-def _square(left: float, top: float, matrix: Values, names: Sequence[str], known: dict[str, str]) -> str:
-    """A matrix as a square of coloured cells; first and last block are named at its sides."""
-    size = len(matrix)
-    cell = SIDE / size
-    inner = _coloured(matrix)
-    if inner in known:
-        inner = f'<use href="#{known[inner]}"/>'
-    else:
-        known[inner] = f"angle-cells-{len(known)}"
-        inner = f'<g id="{known[inner]}">{inner}</g>'
-    ends = dict.fromkeys((0, size - 1))
-    numbers = [_text(left - 4, top + (place + 0.5) * cell + 4, names[place], "end", 10) for place in ends]
-    numbers += [_text(left + (place + 0.5) * cell, top + SIDE + 11, names[place], "middle", 10) for place in ends]
-    frame = f'<rect x="{left}" y="{top:g}" width="{SIDE}" height="{SIDE}" fill="none" stroke="var(--rule)"/>'
-    return f'<g transform="translate({left} {top:g}) scale({cell:.4g})">{inner}</g>{frame}{"".join(numbers)}'
-
-
-def _coloured(matrix: Values) -> str:
-    """The cells, one unit wide, with dots where they are below zero and strokes where there is none."""
-    paths: dict[tuple[bool, int], str] = {}
-    dots = "".join(
-        f"M{x}.5 {y}.5h0" for y, row in enumerate(matrix) for x, v in enumerate(row) if v is not None and v < 0
-    )
-    strokes = "".join(f"M{x} {y}l1 1" for y, row in enumerate(matrix) for x, v in enumerate(row) if v is None)
-    for y, row in enumerate(matrix):
-        x = 0
-        for colour, run in groupby(row, _colour):
-            long = len(list(run))
-            if colour is not None:
-                paths[colour] = paths.get(colour, "") + f"M{x} {y}h{long}v1h-{long}z"
-            x += long
-    inner = "".join(
-        f'<path fill="var(--series-{2 if negative else 1})" fill-opacity="{level / LEVELS:g}" d="{path}"/>'
-        for (negative, level), path in sorted(paths.items())
-    )
-    if dots:
-        inner += f'<path stroke="var(--ink)" stroke-width=".3" stroke-linecap="round" d="{dots}"/>'
-    if strokes:
-        inner += f'<path stroke="var(--muted)" stroke-width=".06" d="{strokes}"/>'
-    return inner
-
-
-def _colour(value: float | None) -> tuple[bool, int] | None:
-    """(below zero, level from 1 up); None for what is not coloured."""
+def _colour(value: float | None) -> tuple[str, int] | None:
+    """(the sign's colour, level from 1 up); None for what is not coloured."""
     level = 0 if value is None else min(round(abs(value) * LEVELS), LEVELS)
-    return (value is not None and value < 0, level) if level else None
+    return ("series-2" if value is not None and value < 0 else "series-1", level) if level else None
 
 
-def _legend(left: float, top: float) -> str:
+def _lines(ax: Any, ends: Sequence[Point], colour: str, width: float, cap: Any, alpha: float = 1.0) -> None:
+    """Lines from each first point to the second, as one path."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    if ends:
+        path = Path(ends, [Path.MOVETO, Path.LINETO] * (len(ends) // 2))
+        path.should_simplify = False  # a line of no length is a dot
+        ax.add_patch(PathPatch(path, fill=False, ec=COLOUR[colour], lw=width, capstyle=cap, alpha=alpha, clip_on=False))
+
+
+def _frame(ax: Any, left: float, top: float, names: Sequence[str]) -> None:
+    """A square's border; its first and last block are named at its sides."""
+    from matplotlib.patches import Rectangle
+
+    ax.add_patch(Rectangle((left, top), SIDE, SIDE, fill=False, ec=COLOUR["rule"], lw=1.0, clip_on=False))
+    for place in dict.fromkeys((0, len(names) - 1)):
+        middle = (place + 0.5) * SIDE / len(names)
+        _write(ax, left - 4, top + middle, names[place], SMALL - 0.5, ha="right")
+        _write(ax, left + middle, top + SIDE + 8, names[place], SMALL - 0.5, ha="center")
+
+
+def _legend(ax: Any, y: float) -> None:
     """Swatches from -1 to 1."""
-    parts = []
+    from matplotlib.patches import Rectangle
+
     for place, value in enumerate((-1.0, -0.5, 0.0, 0.5, 1.0)):
-        x = left + place * 64
-        fill = f'fill="var(--series-{2 if value < 0 else 1})" fill-opacity="{abs(value):g}"'
-        parts.append(f'<rect x="{x}" y="{top}" width="12" height="12" {fill} stroke="var(--rule)"/>')
+        x = LEFT + place * 64
+        _lines(ax, [(x, y), (x + 12, y)], "series-2" if value < 0 else "series-1", 12, "butt", abs(value))
         if value < 0:
-            dot = f"M{x + 6} {top + 6}h0"
-            parts.append(f'<path stroke="var(--ink)" stroke-width="3.6" stroke-linecap="round" d="{dot}"/>')
-        parts.append(_text(x + 17, top + 10, f"{value:g}".replace("-", "\N{MINUS SIGN}"), "start", 10))
-    return "".join(parts)
+            _lines(ax, [(x + 6, y), (x + 6, y)], "ink", 3.6, "round")
+        ax.add_patch(Rectangle((x, y - 6), 12, 12, fill=False, ec=COLOUR["rule"], lw=1.0, clip_on=False))
+        _write(ax, x + 17, y, numbers.margin(value), SMALL - 0.5, ha="left")
+
+
+def _write(ax: Any, x: float, y: float, text: str, size: float, **how: Any) -> None:
+    ax.text(x, y, text, size=size, va="center", **how)

@@ -1,4 +1,4 @@
-"""Pieces of HTML: escaped text, tables, data links and figures with their numbers."""
+"""Pieces of HTML. A string is text and is escaped; what is HTML already is a `Markup`, so that the two can't be confused."""
 
 from __future__ import annotations
 
@@ -6,111 +6,146 @@ import csv
 import io
 import json
 import re
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Iterable, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from markupsafe import Markup
+
+from llmkd.report import numbers
 from llmkd.report.page.svg import Picture
 
 TABLE_ROWS = 150  # rows of a figure's numbers that are shown as a table; the CSV holds all
+NUMBER = re.compile(r"[-+−]?[\d,]+(\.\d+)?(e[-+−]\d+)?")
+Content = str | Markup
+"""Text, or HTML."""
 
 
-def hidden(text: str) -> str:
+def tag(name: str, *content: Content, **attributes: str | int | None) -> Markup:
+    """An element; text inside it is escaped. Attributes that are None or empty are left out, `class_` is class, `_` is `-`."""
+    written = [
+        Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), value)
+        for key, value in attributes.items()
+        if value not in (None, "")
+    ]
+    return Markup("<{0}{1}>{2}</{0}>").format(name, join(written), join(content))
+
+
+def join(parts: Iterable[Content], between: str = "") -> Markup:
+    """Parts one after another."""
+    return Markup(between).join(parts)
+
+
+def hidden(text: str) -> Markup:
     """Text for those who do not see the page."""
-    return f'<span class="unseen">{escape(text)}</span>'
+    return tag("span", text, class_="unseen")
 
 
-def section(name: str, heading: str, *parts: str) -> str:
-    """A part of the page with its heading; empty parts are left out."""
-    inner = "\n".join(part for part in parts if part)
-    return f'<section id="{name}" aria-labelledby="{name}-heading">\n<h2 id="{name}-heading">{escape(heading)}</h2>\n{inner}\n</section>'
+def paragraph(text: Content, kind: str = "") -> Markup:
+    """A paragraph; nothing where there is no text."""
+    return tag("p", text, class_=kind) if text else Markup()
 
 
-def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph of plain text."""
-    return f"<p{_classed(kind)}>{escape(text)}</p>"
-
-
-def missing(text: str) -> str:
-    """Says what a part has not got yet."""
+def missing(text: str) -> Markup:
+    """Names what a part has not got yet."""
     return paragraph(text, "missing-part")
 
 
-def details(summary: str, inner: str, kind: str = "", open_: bool = False) -> str:
-    """A part that opens; `summary` and `inner` are HTML."""
-    return f"<details{_classed(kind)}{' open' if open_ else ''}><summary>{summary}</summary>\n{inner}\n</details>"
+def section(name: str, heading: str, parts: Iterable[Content]) -> Markup:
+    """A part of the page with its heading; empty parts are left out."""
+    inner = [tag("h2", heading, id=f"{name}-heading"), *(part for part in parts if part)]
+    return tag("section", join(["", *inner, ""], "\n"), id=name, aria_labelledby=f"{name}-heading")
 
 
-def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "") -> str:
+def details(summary: Content, inner: Content, kind: str = "") -> Markup:
+    """A part that opens."""
+    return tag("details", tag("summary", summary), "\n", inner, "\n", class_=kind)
+
+
+def pictures(figures: Iterable[Content], kind: str = "") -> Markup:
+    """Figures side by side, as many as there is room for; nothing where there is none."""
+    inner = join(figures)
+    return tag("div", inner, class_=f"pictures {kind}".strip()) if inner else Markup()
+
+
+def table(caption: str, head: Iterable[Content], rows: Iterable[Sequence[Any]], kind: str = "") -> Markup:
     """A table of plain values in a box that scrolls by itself; the first column heads its row."""
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    lines = "\n".join(
-        f'<tr><th scope="row">{escape(text(row[0]))}</th>' + "".join(_cell(value) for value in row[1:]) + "</tr>"
-        for row in rows
-    )
-    return scrolling(
-        caption,
-        f"<table{_classed(kind)}><caption>{escape(caption)}</caption>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{lines}\n</tbody></table>",
-    )
+    lines = [tag("tr", tag("th", text(row[0]), scope="row"), *map(cell, row[1:])) for row in rows]
+    return whole_table(caption, [row_of_heads(head)], lines, kind)
 
 
-def scrolling(name: str, inner: str) -> str:
-    """A box that scrolls sideways, by keyboard too."""
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(name)}">{inner}</div>'
+def row_of_heads(head: Iterable[Content]) -> Markup:
+    """The line that names a table's columns."""
+    return tag("tr", *(tag("th", name, scope="col") for name in head))
 
 
-def text(value: Any) -> str:
-    """A value as a table shows it: floats to five digits, nothing for None."""
+def whole_table(caption: str, head: Iterable[Markup], lines: Iterable[Markup], kind: str) -> Markup:
+    """A table of lines that are HTML already, in a box that scrolls sideways, by keyboard too."""
+    inner = [tag("caption", caption), tag("thead", *head), tag("tbody", "\n", join(lines, "\n"), "\n")]
+    whole = tag("table", join(inner, "\n"), class_=kind)
+    return tag("div", whole, class_="scroll", role="region", tabindex="0", aria_label=caption)
+
+
+def cell(value: Any) -> Markup:
+    """A value in a table; numbers stand at the right."""
+    shown = text(value)
+    return tag("td", shown, class_="number" if NUMBER.fullmatch(shown) else "")
+
+
+def text(value: Any) -> Content:
+    """A value as a table shows it; nothing for None."""
     if value is None:
         return ""
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    return numbers.exact(value) if isinstance(value, float) else value if isinstance(value, str) else str(value)
 
 
-def csv_link(name: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def csv_link(name: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markup:
     """A link that saves a table as CSV, every number whole; the data is in the link itself."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(head)
     writer.writerows(rows)
     data = quote(buffer.getvalue(), safe=",;:/=()!*@ ").replace(" ", "%20")
-    return f'<a class="csv" download="{escape(name)}.csv" href="data:text/csv;charset=utf-8,{data}">CSV{hidden(f" of {name}")}</a>'
+    address = f"data:text/csv;charset=utf-8,{data}"
+    return tag("a", "CSV", hidden(f" of {name}"), class_="csv", download=f"{name}.csv", href=address)
 
 
-def figure(picture: Picture, caption: str) -> str:
-    """A picture with its caption (HTML) and, to be opened, its numbers as a table and as CSV."""
-    head, rows = picture.head[: picture.columns], [row[: picture.columns] for row in picture.rows[:TABLE_ROWS]]
-    less = [f"the first {len(rows)} of {len(picture.rows)} rows"] if len(rows) < len(picture.rows) else []
-    less += [f"{len(head)} of {len(picture.head)} columns"] if len(head) < len(picture.head) else []
-    cut = paragraph(f"Shown: {', '.join(less)}; the CSV holds all.", "small") if less else ""
-    link = csv_link(picture.name, picture.head, picture.rows)
+def figure(picture: Picture, caption: Content) -> Markup:
+    """A picture with its caption and, to be opened, its numbers as a table and as CSV."""
+    shown = picture.table
+    rows = shown.rows[:TABLE_ROWS]
+    note = [f"the first {len(rows)} of {len(shown.rows)} rows"] if len(rows) < len(shown.rows) else []
+    if len(shown.head) < len(picture.numbers.head):
+        note.append(f"{len(shown.head)} of {len(picture.numbers.head)} columns")
+    link = csv_link(picture.name, picture.numbers.head, picture.numbers.rows)
     below = details(
-        f"Numbers{hidden(f': {picture.title}')}",
-        f"<p>{link}</p>{table(picture.title, head, rows, 'numbers')}{cut}",
+        join(["Numbers", hidden(f": {picture.title}")]),
+        join(
+            [
+                tag("p", link),
+                table(picture.title, shown.head, rows, "numbers"),
+                paragraph(f"Shown: {', '.join(note)}; the CSV holds all." if note else "", "small"),
+                paragraph(picture.note, "small"),
+            ]
+        ),
         "figure-numbers",
     )
-    return f"<figure>{picture.svg}\n<figcaption>{caption}</figcaption>\n{below}</figure>"
+    return tag("figure", picture.svg, "\n", tag("figcaption", caption), "\n", below)
 
 
-def pairs(items: Sequence[tuple[str, str]], kind: str = "") -> str:
-    """A list of names and what they are; the second is HTML."""
-    inner = "\n".join(f"<div><dt>{escape(name)}</dt><dd>{value}</dd></div>" for name, value in items)
-    return f"<dl{_classed(kind)}>\n{inner}\n</dl>"
+def bold(text: str, *more: Content) -> Markup:
+    """A caption: its first words bold."""
+    return join([tag("b", text), *more])
 
 
-def data_script(name: str, value: Any) -> str:
+def definitions(items: Iterable[tuple[str, Content]], kind: str) -> Markup:
+    """A list of names and what they are."""
+    return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in items), class_=kind)
+
+
+def data_script(name: str, value: Any) -> Markup:
     """JSON that the page's script reads. No character of it can end the element."""
     body = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         body = body.replace(character, f"\\u{ord(character):04x}")
-    return f'<script type="application/json" id="{name}">{body}</script>'
-
-
-def _cell(value: Any) -> str:
-    shown = text(value)
-    kind = "number" if re.fullmatch(r"[-+]?[\d,]+(\.\d+)?(e[-+]\d+)?", shown) else ""
-    return f"<td{_classed(kind)}>{escape(shown)}</td>"
-
-
-def _classed(kind: str) -> str:
-    return f' class="{kind}"' if kind else ""
+    return tag("script", Markup(body), type="application/json", id=name)

@@ -18,10 +18,10 @@ function themeButton() {
   const systemDark = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (root.dataset.theme || (systemDark.matches ? "dark" : "light")) === "dark";
   const button = make("button", { type: "button", className: "theme" });
-  const say = () => { button.textContent = isDark() ? "Light theme" : "Dark theme"; };
-  button.addEventListener("click", () => { root.dataset.theme = isDark() ? "light" : "dark"; say(); });
-  systemDark.addEventListener("change", say);
-  say();
+  const setLabel = () => { button.textContent = isDark() ? "Light theme" : "Dark theme"; };
+  button.addEventListener("click", () => { root.dataset.theme = isDark() ? "light" : "dark"; setLabel(); });
+  systemDark.addEventListener("change", setLabel);
+  setLabel();
   document.querySelector("header").append(button);
 }
 
@@ -88,18 +88,19 @@ function compared(reference, text) {
 function nearest(references, text) {
   let best = null;
   for (const reference of references) {
-    const found = compared(reference, text);
-    if (found && (!best || found.common / (found.steps.length || 1) > best.common / (best.steps.length || 1))) best = found;
+    const difference = compared(reference, text);
+    const share = ({ common, steps }) => common / (steps.length || 1);
+    if (difference && (!best || share(difference) > share(best))) best = difference;
   }
   return best;
 }
 
 function marked(references, text) {
   const node = make("span", { className: "text" });
-  const found = references.includes(text) || !references.length ? null : nearest(references, text);
-  if (!found) { node.append(text || "(nothing)"); return node; }
+  const difference = references.includes(text) || !references.length ? null : nearest(references, text);
+  if (!difference) { node.append(text || "(nothing)"); return node; }
   let last = null;
-  for (const [kind, word] of found.steps) {
+  for (const [kind, word] of difference.steps) {
     if (last && last.kind === kind) last.text += word;
     else { last = { kind, text: word }; node.append((last.node = kind ? make(kind) : document.createTextNode(""))); }
     last.node.textContent = last.text;
@@ -180,15 +181,15 @@ function texts(place, data) {
 
   function show() {
     const shown = choice.shown();
-    const found = matching(shown);
-    page = Math.max(0, Math.min(page, Math.ceil(found.length / PAGE) - 1));
-    const here = found.slice(page * PAGE, page * PAGE + PAGE);
-    const filtered = found.length < data.items.length ? ` that match, of ${data.items.length}` : "";
+    const matches = matching(shown);
+    page = Math.max(0, Math.min(page, Math.ceil(matches.length / PAGE) - 1));
+    const here = matches.slice(page * PAGE, page * PAGE + PAGE);
+    const filtered = matches.length < data.items.length ? ` that match, of ${data.items.length}` : "";
     count.textContent = here.length
-      ? `Items ${page * PAGE + 1} to ${page * PAGE + here.length} of ${found.length}${filtered}`
+      ? `Items ${page * PAGE + 1} to ${page * PAGE + here.length} of ${matches.length}${filtered}`
       : `No item of ${data.items.length} matches.`;
     back.disabled = page === 0;
-    next.disabled = (page + 1) * PAGE >= found.length;
+    next.disabled = (page + 1) * PAGE >= matches.length;
     list.replaceChildren(...here.map((item) => article(data, item, shown)));
   }
 

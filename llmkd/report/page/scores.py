@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 
-from llmkd.report.page import score_plots
-from llmkd.report.page.html import csv_link, details, figure, hidden, missing, paragraph, scrolling
-from llmkd.report.page.score_plots import number, signed
+from markupsafe import Markup
 
-Results = dict[str, Any]
-Row = dict[str, Any]
+from llmkd.report import numbers
+from llmkd.report.page import score_plots
+from llmkd.report.page.html import (
+    Content,
+    bold,
+    cell,
+    csv_link,
+    details,
+    figure,
+    hidden,
+    join,
+    missing,
+    paragraph,
+    pictures,
+    row_of_heads,
+    tag,
+    whole_table,
+)
+from llmkd.report.results import Comparison, LayerMap, Metric, Results, Row
+from llmkd.report.tables import comparison_table, shortened
 
 LONGEST_REASON = 40  # characters of a failure inside a table; the whole sentence stands below it
 SIGNS = {"equivalent": "≈", "different": "≠", "different within the margin": "≠", "undecided": "?", "not tested": "–"}
@@ -21,281 +38,223 @@ SIGNS = {"equivalent": "≈", "different": "≠", "different within the margin":
 # Scores
 
 
-def _ordered(results: Results) -> list[Row]:
+def _ordered(results: Results) -> list[Metric]:
     """The metrics step by step, the main one and its step first."""
-    main = next((metric for metric in results["metrics"] if metric["name"] == results["primary"]), None)
-    steps = list(dict.fromkeys(metric["step"] for metric in ([main] if main else []) + results["metrics"]))
-    return sorted(results["metrics"], key=lambda metric: (steps.index(metric["step"]), metric is not main))
+    main = results.metric(results.primary)
+    steps = list(dict.fromkeys(metric.step for metric in ([main] if main else []) + results.metrics))
+    return sorted(results.metrics, key=lambda metric: (steps.index(metric.step), metric is not main))
 
 
-def score_section(results: Results) -> list[str]:
+def score_section(results: Results) -> list[Content]:
     """The table of all scores, and why some are missing."""
     metrics = _ordered(results)
-    problems = results["problems"]
+    if not metrics:
+        return [missing("No model has a score yet, so there is no table."), *_problems(results.problems)]
+    seeds = len(results.seeds)
+    averaged = f"Mean over {seeds} seeds ± half the 95 % interval of that mean. "
+    items = ", ".join(f"{task} {count}" for task, count in results.items.items())
+    head, rows = _score_numbers(results.rows, metrics)
+    return [
+        paragraph(
+            (averaged if seeds > 1 else "One seed, so no interval. ")
+            + "★ marks the best mean below the teacher in each column; whether a difference is shown stands under Comparisons."
+        ),
+        _score_table(results.rows, metrics, results.primary),
+        paragraph(join([csv_link("scores", head, rows), f" Test items: {items}." if items else ""]), "small"),
+        *_problems(results.problems),
+    ]
+
+
+def _problems(problems: Mapping[str, str]) -> list[Content]:
+    """Why models have no scores, those with the same problem together."""
     models: dict[str, list[str]] = {}
     for name, why in problems.items():
         models.setdefault(why, []).append(name)
-    listed = "".join(f"<li><code>{escape(', '.join(names))}</code> {escape(why)}</li>" for why, names in models.items())
-    without = f'<h3>Without scores</h3>\n<ul class="problems">{listed}</ul>' if problems else ""
-    if not metrics:
-        return [missing("No model has a score yet, so there is no table."), without]
-    seeds = results["seeds"]
-    said = (
-        f"Mean over {len(seeds)} seeds ± half the 95 % interval of that mean. "
-        if len(seeds) > 1
-        else "One seed, so no interval. "
-    )
-    said += "★ marks the best mean below the teacher in each column; whether a difference is shown stands under Comparisons."
-    items = ", ".join(f"{step} {count}" for step, count in results["items"].items())
-    head = ("model", "kind", *(f"{metric['name']}{what}" for metric in metrics for what in ("", " half width", " n")))
-    rows = [
-        (
-            row["name"],
-            row["kind"],
-            *((row["cells"].get(m["name"]) or {}).get(what) for m in metrics for what in ("mean", "half_width", "n")),
-        )
-        for row in results["rows"]
-    ]
-    return [
-        paragraph(said),
-        _score_table(results["rows"], metrics, results["primary"]),
-        f'<p class="small">{csv_link("scores", head, rows)}{escape(f" Test items: {items}." if items else "")}</p>',
-        without,
-    ]
+    lines = [tag("li", tag("code", ", ".join(names)), f" {why}") for why, names in models.items()]
+    return [tag("h3", "Without scores"), tag("ul", *lines, class_="problems")] if lines else []
 
 
-def _score_table(rows: Sequence[Row], metrics: Sequence[Row], primary: str | None) -> str:
-    steps: list[list[Any]] = []
-    for metric in metrics:
-        if not steps or steps[-1][0] != metric["step"]:
-            steps.append([metric["step"], 0])
-        steps[-1][1] += 1
-    groups = "".join(f'<th scope="colgroup" colspan="{count}">{escape(step)}</th>' for step, count in steps)
-    heads = "".join(_score_head(metric, primary) for metric in metrics)
-    best = {metric["name"]: _best(rows, metric) for metric in metrics}
-    lines = "\n".join(
-        f'<tr class="{row["kind"]}"><th scope="row">{escape(row["name"])}</th><td>{escape(row["kind"])}</td>'
-        + "".join(_score_cell(row, metric, best[metric["name"]], primary) for metric in metrics)
-        + "</tr>"
-        for row in rows
-    )
-    name = "Every strategy, baseline and the teacher by every metric"
-    return scrolling(
-        name,
-        f'<table class="scores sortable"><caption>{name}</caption>\n<thead><tr><th colspan="2"></th>{groups}</tr>\n'
-        f'<tr><th scope="col">model</th><th scope="col">kind</th>{heads}</tr></thead>\n'
-        f"<tbody>\n{lines}\n</tbody></table>",
-    )
+def _score_numbers(rows: Sequence[Row], metrics: Sequence[Metric]) -> tuple[list[str], list[list[Any]]]:
+    """Every cell's numbers, for the CSV."""
+    head = ["model", "kind", *(f"{metric.name}{what}" for metric in metrics for what in ("", " half width", " n"))]
+    lines = []
+    for row in rows:
+        cells = [row.cells.get(metric.name) for metric in metrics]
+        values = [(None,) * 3 if cell is None else (cell.mean, cell.half_width, cell.n) for cell in cells]
+        lines.append([row.name, row.kind, *(value for three in values for value in three)])
+    return head, lines
 
 
-def _score_head(metric: Row, primary: str | None) -> str:
-    main, words = " main" if metric["name"] == primary else "", ""
-    if metric["higher_is_better"] is not None:
-        way, arrow = ("higher", "↑") if metric["higher_is_better"] else ("lower", "↓")
-        words = f' <span class="way" title="{way} is better">{arrow}{hidden(f"{way} is better")}</span>'
-    return f'<th scope="col" class="number{main}">{escape(metric["label"])}{words}</th>'
+def _score_table(rows: Sequence[Row], metrics: Sequence[Metric], primary: str | None) -> Markup:
+    steps = [(step, len(list(group))) for step, group in groupby(metrics, lambda metric: metric.step)]
+    groups = [tag("th", step, scope="colgroup", colspan=count) for step, count in steps]
+    heads = [tag("th", name, scope="col") for name in ("model", "kind")]
+    heads += [_score_head(metric, primary) for metric in metrics]
+    best = {metric.name: _best(rows, metric) for metric in metrics}
+    lines = []
+    for row in rows:
+        cells = [_score_cell(row, metric, best[metric.name], primary) for metric in metrics]
+        lines.append(tag("tr", tag("th", row.name, scope="row"), tag("td", row.kind), *cells, class_=row.kind))
+    caption = "Every strategy, baseline and the teacher by every metric"
+    head = [tag("tr", tag("th", colspan=2), *groups), tag("tr", *heads)]
+    return whole_table(caption, head, lines, "scores sortable")
 
 
-def _best(rows: Sequence[Row], metric: Row) -> float | None:
+def _score_head(metric: Metric, primary: str | None) -> Markup:
+    parts: list[Content] = [metric.label]
+    if metric.higher_is_better is not None:
+        way, arrow = ("higher", "↑") if metric.higher_is_better else ("lower", "↓")
+        parts += [" ", tag("span", arrow, hidden(f"{way} is better"), class_="way", title=f"{way} is better")]
+    return tag("th", *parts, scope="col", class_="number main" if metric.name == primary else "number")
+
+
+def _best(rows: Sequence[Row], metric: Metric) -> float | None:
     """The best mean of all models but the teacher; None where they all have the same, or neither end is the better one."""
-    cells = [row["cells"].get(metric["name"]) for row in rows if row["kind"] != "teacher"]
-    means = [cell["mean"] for cell in cells if cell is not None]
-    if len(set(means)) < 2 or metric["higher_is_better"] is None:
+    means = [row.cells[metric.name].mean for row in rows if row.kind != "teacher" and metric.name in row.cells]
+    if len(set(means)) < 2 or metric.higher_is_better is None:
         return None
-    return max(means) if metric["higher_is_better"] else min(means)
+    return max(means) if metric.higher_is_better else min(means)
 
 
-def _score_cell(row: Row, metric: Row, best: float | None, primary: str | None) -> str:
-    cell, main = row["cells"].get(metric["name"]), " main" if metric["name"] == primary else ""
-    if cell is None:
-        whole = score_plots.problem(row, metric)
-        if whole is None:
-            return f'<td class="number missing{main}">–{hidden("no value")}</td>'
-        reason = whole if len(whole) <= LONGEST_REASON else whole[: LONGEST_REASON - 1] + "…"
-        return f'<td class="missing{main}" title="{escape(whole)}">{escape(reason)}</td>'
-    half = cell["half_width"]
-    shown = number(cell["mean"], metric)
-    if row["kind"] != "teacher" and cell["mean"] == best:
-        shown = f'<strong><span aria-hidden="true">★</span>{hidden("best: ")}{shown}</strong>'
-    if half is not None:
-        shown += f' <span class="half" data-value="{half!r}">± {number(half, metric)}</span>'
-    if cell["n"] < row["models"]:
-        shown += f' <span class="few">n = {cell["n"]} of {row["models"]}</span>'
-    return f'<td class="number{main}" data-value="{cell["mean"]!r}">{shown}</td>'
+def _score_cell(row: Row, metric: Metric, best: float | None, primary: str | None) -> Markup:
+    score, main = row.cells.get(metric.name), " main" if metric.name == primary else ""
+    if score is None:
+        why = row.problem(metric.step)
+        if why is None:
+            return tag("td", numbers.ABSENT, hidden("no value"), class_=f"number missing{main}")
+        return tag("td", shortened(why, LONGEST_REASON), class_=f"missing{main}", title=why)
+    mean = numbers.score(score.mean, metric)
+    parts: list[Content] = [mean]
+    if row.kind != "teacher" and score.mean == best:
+        parts = [tag("strong", tag("span", "★", aria_hidden="true"), hidden("best: "), mean)]
+    if score.half_width is not None:
+        half = f"± {numbers.half_width(score, metric)}"
+        parts += [" ", tag("span", half, class_="half", data_value=repr(score.half_width))]
+    if score.n < row.models:
+        parts += [" ", tag("span", f"n = {score.n} of {row.models}", class_="few")]
+    return tag("td", *parts, class_=f"number{main}", data_value=repr(score.mean))
 
 
-def interval_section(results: Results) -> list[str]:
+def interval_section(results: Results) -> list[Content]:
     """Each metric as a picture, the main one and those with a margin first."""
-
-    def drawn(place: int, metric: Row) -> str:
-        margin = results["margins"].get(metric["name"])
-        picture = score_plots.scores(f"scores-{place}", metric, results["rows"], results["reference"], margin)
-        return figure(picture, f"<b>{escape(metric['label'])}</b> ({escape(metric['name'])})")
-
     metrics = _ordered(results)
     if not metrics:
         return [missing("No model has a score yet, so there is nothing to draw.")]
-    said = (
+    text = (
         "Diamonds are means, bars their 95 % intervals, rings the single seeds. Dashed lines are baselines, the solid line is the "
-        "teacher; an arrow says that a value lies outside the picture."
+        "teacher; an arrow shows that a value lies outside the picture."
     )
-    if results["margins"]:
-        said += f" The shaded band is the margin around {results['reference']}."
-    first = [
-        metric for metric in metrics if metric["name"] == results["primary"] or metric["name"] in results["margins"]
-    ]
-    first = first or metrics[:1]
-    rest = [metric for metric in metrics if metric not in first]
-    shown = [drawn(place, metric) for place, metric in enumerate(first)]
-    more = "".join(drawn(place, metric) for place, metric in enumerate(rest, start=len(first)))
-    return [
-        f'<div class="pictures">{paragraph(said)}{"".join(shown)}</div>',
-        details(f"The other {len(rest)} metrics", f'<div class="pictures">{more}</div>') if rest else "",
-    ]
+    if results.margins:
+        text += f" The shaded band is the margin around {results.reference}."
+    first = [metric for metric in metrics if metric.name in results.main_metrics] or metrics[:1]
+    others = [metric for metric in metrics if metric not in first]
+    figures = []
+    for place, metric in enumerate([*first, *others]):
+        margin = results.margins.get(metric.name)
+        picture = score_plots.scores(f"scores-{place}", metric, results.rows, results.reference, margin)
+        figures.append(figure(picture, bold(metric.label, f" ({metric.name})")))
+    parts: list[Content] = [pictures([paragraph(text), *figures[: len(first)]])]
+    if others:
+        parts.append(details(f"The other {len(others)} metrics", pictures(figures[len(first) :])))
+    return parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Comparisons and maps
 
 
-def comparison_section(results: Results) -> list[str]:
+def comparison_section(results: Results) -> list[Content]:
     """Differences to the reference: pictures, then all numbers with their verdicts."""
-    found = results["comparisons"]
-    if not found:
+    if not results.comparisons:
         return [missing("Nothing can be compared yet: it takes two strategies with scores, one of them the reference.")]
-    metrics = _ordered(results)
-    first = {metric["name"] for metric in metrics if metric["name"] in (results["primary"], *results["margins"])}
-    first = first or {metrics[0]["name"]}
-    groups = _families(found, metrics)
-    main = [group for group in groups if group[0]["name"] in first]
-    rest = [group for group in groups if group[0]["name"] not in first]
-    drawn = "".join(
-        figure(
-            score_plots.differences(f"differences-{place}", metric, family),
-            f"<b>{escape(metric['label'])}</b>, difference to {escape(family[0]['reference'])}",
-        )
-        for place, (metric, family) in enumerate(main)
-    )
-    said = (
-        "Differences are paired by seed and stand with their 95 % intervals. Different: told from zero. Equivalent: shown to "
+    metrics = {metric.name: metric for metric in _ordered(results)}
+    main_names = [name for name in metrics if name in results.main_metrics] or list(metrics)[:1]
+    families = _families(results.comparisons, list(metrics))
+    main = [family for family in families if family[0].metric in main_names]
+    others = [family for family in families if family[0].metric not in main_names]
+    figures = []
+    for place, family in enumerate(main):
+        metric = metrics[family[0].metric]
+        picture = score_plots.differences(f"differences-{place}", metric, family)
+        figures.append(figure(picture, bold(metric.label, f", difference to {family[0].reference}")))
+    text = (
+        "Differences are paired by seed and stand with their 95 % intervals. Different: shown not to be zero. Equivalent: shown to "
         "lie within the margin that was stated before the run, by two one-sided tests. Undecided: neither. Corrected "
         "p-values are Holm's, over the strategies compared with the same reference."
     )
-    if any(one["items_interval"] for one in found):
-        said += " The thin grey lines, and the last columns of the table, are a paired bootstrap over the test items."
-    more = f"Comparisons by the other {len({metric['name'] for metric, _ in rest})} metrics"
-    rows = [[_joined(value) for value in one.values()] for one in found]
-    return [
-        f'<div class="pictures">{paragraph(said)}{drawn}</div>',
-        _comparison_table("Comparisons by " + ", ".join(dict.fromkeys(metric["label"] for metric, _ in main)), main),
-        details(more, _comparison_table("Comparisons by the other metrics", rest)) if rest else "",
-        f'<p class="small">{csv_link("comparisons", tuple(found[0]), rows)}</p>',
-    ]
+    if any(comparison.items_interval for comparison in results.comparisons):
+        text += " The thin grey lines, and the last columns of the table, are a paired bootstrap over the test items."
+    labels = dict.fromkeys(metrics[family[0].metric].label for family in main)
+    parts: list[Content] = [pictures([paragraph(text), *figures])]
+    parts.append(_comparison_table("Comparisons by " + ", ".join(labels), main, metrics))
+    if others:
+        count = len({family[0].metric for family in others})
+        below = _comparison_table("Comparisons by the other metrics", others, metrics)
+        parts.append(details(f"Comparisons by the other {count} metrics", below))
+    values = [asdict(comparison) for comparison in results.comparisons]
+    rows = [[_joined(value) for value in comparison.values()] for comparison in values]
+    return [*parts, paragraph(csv_link("comparisons", list(values[0]), rows), "small")]
 
 
-def _families(found: Sequence[Row], metrics: Sequence[Row]) -> list[tuple[Row, list[Row]]]:
+def _families(comparisons: Sequence[Comparison], metrics: Sequence[str]) -> list[list[Comparison]]:
     """The comparisons of each metric with each reference, in the metrics' order."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for one in found:
-        groups.setdefault((one["metric"], one["reference"]), []).append(one)
-    return [(metric, group) for metric in metrics for (name, _), group in groups.items() if name == metric["name"]]
+    groups: dict[tuple[str, str], list[Comparison]] = {}
+    for comparison in comparisons:
+        groups.setdefault((comparison.metric, comparison.reference), []).append(comparison)
+    return [family for name in metrics for (metric, _), family in groups.items() if metric == name]
 
 
 def _joined(value: Any) -> Any:
-    return " to ".join(str(end) for end in value) if isinstance(value, list) else value
+    return " to ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def _comparison_table(name: str, groups: Sequence[tuple[Row, list[Row]]]) -> str:
-    with_items = any(one["items_interval"] for _, group in groups for one in group)
-    heads = ("metric", "strategy", "compared with", "difference", "95 % interval", "verdict", "seeds")
-    heads += ("p different (corrected)", "margin", "p equivalent (corrected)")
-    heads += ("over items", "p over items (corrected)") if with_items else ()
+def _comparison_table(caption: str, families: Sequence[Sequence[Comparison]], metrics: Mapping[str, Metric]) -> Markup:
+    comparisons = [comparison for family in families for comparison in family]
+    head, *rows = comparison_table(comparisons, metrics)
+    verdict = head.index("verdict")
     lines = []
-    for metric, group in groups:
-        for one in group:
-            verdict = f'<span class="sign" aria-hidden="true">{SIGNS[one["verdict"]]}</span> {escape(one["verdict"])}'
-            cells = [
-                ("", escape(one["strategy"])),
-                ("", escape(one["reference"])),
-                ("number", "" if one["difference"] is None else signed(one["difference"], metric)),
-                ("number", _interval(one["interval"], metric)),
-                ("verdict", verdict),
-                ("number", str(one["seeds"])),
-                ("number", _p(one["p_different"], one["p_different_holm"])),
-                ("number", "–" if one["margin"] is None else f"{one['margin']:g}"),
-                ("number", _p(one["p_equivalent"], one["p_equivalent_holm"])),
-            ]
-            if with_items:
-                cells += [
-                    ("number", _interval(one["items_interval"], metric)),
-                    ("number", _p(one["items_p"], one["items_p_holm"])),
-                ]
-            difference = "" if one["difference"] is None else f' data-difference="{one["difference"]!r}"'
-            inner = "".join(f'<td class="{kind}">{cell}</td>' for kind, cell in cells)
-            lines.append(f'<tr{difference}><th scope="row">{escape(metric["label"])}</th>{inner}</tr>')
-    head = "".join(f'<th scope="col">{escape(one)}</th>' for one in heads)
-    return scrolling(
-        name,
-        f'<table class="comparisons"><caption>{escape(name)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
-        + "\n".join(lines)
-        + "\n</tbody></table>",
-    )
+    for comparison, (label, *values) in zip(comparisons, rows, strict=True):
+        cells = [cell(value) for value in values]
+        sign = tag("span", SIGNS[comparison.verdict], class_="sign", aria_hidden="true")
+        cells[verdict - 1] = tag("td", sign, f" {comparison.verdict}", class_="verdict")
+        difference = repr(comparison.difference)
+        lines.append(tag("tr", tag("th", label, scope="row"), *cells, data_difference=difference))
+    return whole_table(caption, [row_of_heads(head)], lines, "comparisons")
 
 
-def _interval(ends: Sequence[float] | None, metric: Row) -> str:
-    return "–" if ends is None else f"{signed(ends[0], metric)} to {signed(ends[1], metric)}"
-
-
-def _p(plain: float | None, corrected: float | None) -> str:
-    if plain is None:
-        return "–"
-    return _p_text(plain) + ("" if corrected is None else f" ({_p_text(corrected)})")
-
-
-def _p_text(value: float) -> str:
-    return "&lt; 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def map_section(results: Results) -> list[str]:
+def map_section(results: Results) -> list[Content]:
     """Each strategy's layer map; one per seed where the seeds' maps differ."""
-    maps = [
-        found for found in results["maps"] if found["pairs"] and found["student_blocks"] and found["teacher_blocks"]
-    ]
-    mapped = {found["strategy"] for found in results["maps"] if found["pairs"]}
-    done = [run["strategy"] for run in results["runs"] if run["strategy"] is not None and run["state"] == "done"]
-    unpaired = [strategy for strategy in dict.fromkeys(done) if strategy not in mapped]
-    unknown = [found for found in results["maps"] if found["pairs"] and found not in maps]
-    said = [f"Without a map, since no block is paired: {', '.join(unpaired)}."] if unpaired else []
-    said += [
-        f"{found['strategy']}: the depth of its models is not at hand; student from teacher block "
-        + ", ".join(f"{student} from {teacher}" for student, teacher in found["pairs"])
-        + "."
-        for found in unknown
-    ]
+    maps = [layer_map for layer_map in results.maps if layer_map.pairs]
+    mapped = {layer_map.strategy for layer_map in maps}
+    done = dict.fromkeys(run.strategy for run in results.runs if run.strategy is not None and run.state == "done")
+    unpaired = [strategy for strategy in done if strategy not in mapped]
     if not mapped and not unpaired:
         return [missing("No trained student with a layer map yet.")]
-    seeds = {run["name"]: run["seed"] for run in results["runs"]}
-    drawn = "".join(
-        figure(
-            score_plots.layer_map(f"map-{place}", found),
-            f"<b>{escape(found['strategy'])}</b> {escape(_whose(found, seeds))}",
-        )
-        for place, found in enumerate(maps)
+    seeds = {run.name: run.seed for run in results.runs}
+    figures, parts = (
+        [],
+        [paragraph(f"Without a map, since no block is paired: {', '.join(unpaired)}." if unpaired else "")],
     )
-    words = (
+    for layer_map in maps:
+        if layer_map.student_blocks and layer_map.teacher_blocks:
+            picture = score_plots.layer_map(f"map-{len(figures)}", layer_map)
+            figures.append(figure(picture, bold(layer_map.strategy, f" {_whose(layer_map, seeds)}")))
+        else:
+            pairs = ", ".join(f"{student} from {teacher}" for student, teacher in layer_map.pairs)
+            unknown = (
+                f"{layer_map.strategy}: the depth of its models is not at hand; student from teacher block {pairs}."
+            )
+            parts.append(paragraph(unknown))
+    text = (
         "Left the student's blocks, right the teacher's, block 0 (next to the embeddings) on top; a line is a pair whose "
         "states are compared."
     )
-    return [
-        paragraph(words) if maps else "",
-        f'<div class="pictures maps">{drawn}</div>' if maps else "",
-        *(paragraph(one) for one in said),
-    ]
+    return [paragraph(text if figures else ""), pictures(figures, "maps"), *parts]
 
 
-def _whose(found: Row, seeds: dict[str, int | None]) -> str:
+def _whose(layer_map: LayerMap, seeds: Mapping[str, int | None]) -> str:
     """Which seeds share a map; runs without one are named."""
-    known = [seeds.get(run) for run in found["runs"]]
+    known = [seeds.get(run) for run in layer_map.runs]
     if None in known or not known:
-        return ", ".join(found["runs"])
-    return ("seed " if len(known) == 1 else "seeds ") + ", ".join(str(seed) for seed in known)
+        return ", ".join(layer_map.runs)
+    return ("seed " if len(known) == 1 else "seeds ") + ", ".join(map(str, known))

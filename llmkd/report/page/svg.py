@@ -1,7 +1,7 @@
-"""Drawings as SVG that lives inside a page: text stays text, and the page's style sheet says each colour.
+"""Drawings as SVG that lives inside a page: text stays text, and the page's style sheet gives each colour.
 
-A drawing is made with one stand-in colour per role; `svg` puts the style sheet's variable in its place, so that the same
-drawing serves light, dark and print. The same numbers give the same bytes.
+A drawing is made with one stand-in colour per role; `inline` puts the style sheet's variable in its place, so that the
+same drawing serves light, dark and print. The same numbers give the same bytes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+from xml.etree import ElementTree
+
+from markupsafe import Markup
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,31 +31,50 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 TEXT, SMALL = 11.5, 10.5  # font sizes in pixels
 LONGEST_NAME = 18  # characters of a name inside a picture
 
-Given = ParamSpec("Given")
-Made = TypeVar("Made")
+Arguments = ParamSpec("Arguments")
+Value = TypeVar("Value")
+
+
+class Numbers(NamedTuple):
+    """A table of plain values: the names of its columns, and its rows."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing with what it shows in words and in numbers: `head` names the columns of `rows`.
-
-    The first `columns` of them make the table beside it (all, where it is None); the CSV holds all.
-    """
+    """A drawing with what it shows in words and in numbers: all of them for the CSV, and the table that is shown beside it."""
 
     name: str
     title: str
     description: str
-    svg: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[Any, ...], ...]
-    columns: int | None = None
+    svg: Markup
+    numbers: Numbers
+    table: Numbers
+    note: str = ""
 
 
-def drawn(function: Callable[Given, Made]) -> Callable[Given, Made]:
+def picture(
+    figure: Figure,
+    name: str,
+    title: str,
+    description: str,
+    numbers: Numbers,
+    columns: int | None = None,
+    table: Numbers | None = None,
+    note: str = "",
+) -> Picture:
+    """A figure as a picture. The table beside it is `table`, or the first `columns` of the numbers, or all of them."""
+    shown = table or Numbers(numbers.head[:columns], tuple(row[:columns] for row in numbers.rows))
+    return Picture(name, title, description, inline(figure, name, title, description), numbers, shown, note)
+
+
+def drawn(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
     """Draws under this module's settings and leaves matplotlib's own as they were."""
 
     @functools.wraps(function)
-    def wrapper(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+    def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Value:
         import matplotlib
 
         settings: Any = {
@@ -95,10 +116,19 @@ def axes(width: float, height: float, left: float, right: float, top: float, bot
     figure = Figure(figsize=(width / 72, height / 72), dpi=72)
     figure.patch.set_visible(False)
     box = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
-    made = figure.add_axes(box)
-    made.patch.set_visible(False)
-    made.set_axisbelow(True)
-    return figure, made
+    ax = figure.add_axes(box)
+    ax.patch.set_visible(False)
+    ax.set_axisbelow(True)
+    return figure, ax
+
+
+def pixel_axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure without scales, whose coordinates are pixels from its upper left corner."""
+    figure, ax = axes(width, height, 0, 0, 0, 0)
+    ax.set_xlim(0, width)
+    ax.set_ylim(height, 0)
+    ax.axis("off")
+    return figure, ax
 
 
 def few_ticks(axis: Any, count: int) -> None:
@@ -149,34 +179,53 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     return places
 
 
-def svg(figure: Figure, name: str, title: str, description: str) -> str:
+# ---------------------------------------------------------------------------------------------------------------------
+# From matplotlib's file to an element of the page
+
+
+def inline(figure: Figure, name: str, title: str, description: str) -> Markup:
     """The figure as an inline `<svg>` with an accessible name and description; `name` makes its ids its own."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
-    body = text[text.index(">", text.index("<svg ")) + 1 : text.rindex("</svg>")]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.S)
-    body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.S)  # it would style the whole page
-    body = re.sub(r"<[^>]+>", lambda tag: _tidied(tag[0], name), body)
-    body = re.sub(r">\s+<", "><", body)
-    while body != (body := re.sub(r"<g></g>|<defs></defs>", "", body)):
-        pass
-    width, height = figure.get_size_inches() * 72
-    return (
-        f'<svg class="picture" role="img" aria-label="{escape(title)}" aria-describedby="{name}-words" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}">'
-        f'<desc id="{name}-words">{escape(description)}</desc>{body.strip()}</svg>'
-    )
+    drawing = ElementTree.fromstring(buffer.getvalue())
+    for element in drawing.iter():
+        _tidy(element, name)
+    _prune(drawing)
+    width, height = (f"{72 * inches:.0f}" for inches in figure.get_size_inches())
+    about = {"class": "picture", "role": "img", "aria-label": title, "aria-describedby": f"{name}-words"}
+    svg = ElementTree.Element("svg", {**about, "viewBox": f"0 0 {width} {height}", "width": width, "height": height})
+    ElementTree.SubElement(svg, "desc", {"id": f"{name}-words"}).text = description
+    svg.extend(drawing)
+    return Markup(ElementTree.tostring(svg, encoding="unicode"))
 
 
-def _tidied(tag: str, name: str) -> str:
-    """One tag with ids of the picture's own, colours by role, no font family, and two decimals."""
-    tag = " ".join(tag.split())
-    tag = re.sub(r' id="[a-z0-9.]+_\d+"', "", tag)  # matplotlib numbers its groups; nothing refers to them
-    tag = tag.replace(' id="', f' id="{name}-').replace('xlink:href="#', f'href="#{name}-')
-    tag = tag.replace("url(#", f"url(#{name}-")
-    tag = re.sub(r" ?transform=\"rotate\(-?0 [^)]*\)\"", "", tag)
-    tag = re.sub(r" ?font-family: [^;\"]*;?", "", tag)
-    tag = re.sub(r"#a1b0([0-9a-f]{2})", lambda found: f"var(--{ROLES[int(found[1], 16)]})", tag)
-    tag = re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), tag)
-    return tag
+def _tidy(element: ElementTree.Element, name: str) -> None:
+    """An element without namespaces, with ids of the picture's own, colours by role, and no white space around it."""
+    element.tag = element.tag.rpartition("}")[2]
+    attributes = {key.rpartition("}")[2]: " ".join(value.split()) for key, value in element.attrib.items()}
+    element.attrib.clear()
+    for key, value in attributes.items():
+        if key == "id":
+            if re.fullmatch(r"[a-z0-9.]+_\d+", value):  # matplotlib numbers its groups; nothing refers to them
+                continue
+            value = f"{name}-{value}"
+        elif key == "href":
+            value = f"#{name}-{value.removeprefix('#')}"
+        elif key == "style":
+            value = "; ".join(part for part in value.split("; ") if not part.startswith("font-family"))
+        elif key == "transform" and value.startswith(("rotate(-0 ", "rotate(0 ")):
+            continue
+        value = value.replace("url(#", f"url(#{name}-")
+        value = re.sub(r"#a1b0([0-9a-f]{2})", lambda match: f"var(--{ROLES[int(match[1], 16)]})", value)
+        value = re.sub(r"-?\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), value)
+        element.set(key, value)
+    element.text = element.text if (element.text or "").strip() else None
+    element.tail = None
+
+
+def _prune(element: ElementTree.Element) -> None:
+    """Drop what nobody sees: metadata, style sheets (one would style the whole page), groups of nothing."""
+    for child in list(element):
+        _prune(child)
+        if child.tag in ("metadata", "style") or (child.tag in ("g", "defs") and not len(child)):
+            element.remove(child)

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, TypedDict
 
+from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING
+from llmkd.report import numbers
 from llmkd.report.page.svg import (
     COLOUR,
     DASHES,
     MARKERS,
     SMALL,
     TEXT,
+    Numbers,
     Picture,
     axes,
     drawn,
     few_ticks,
     log_axis,
+    picture,
     short,
     spread,
-    svg,
     whole_numbers,
 )
+from llmkd.report.results import Curve, LogLine, TrainingRun
 
-Row = dict[str, Any]
-Groups = dict[str, dict[str, list[Row]]]  # strategy -> run -> log lines
+Groups = dict[str, dict[str, Curve]]  # strategy -> run -> its log
 Line = list[tuple[float, float]]
 Lines = dict[str, dict[str, Line]]  # strategy -> run -> what is drawn
+
+
+class Look(TypedDict):
+    """How a line is drawn."""
+
+    color: str
+    ls: Any
+
+
+EMBEDDINGS = {EMBEDDING: "embeddings", DECODER_EMBEDDING: "decoder's embeddings"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,16 +47,14 @@ Lines = dict[str, dict[str, Line]]  # strategy -> run -> what is drawn
 
 
 @drawn
-def curves(name: str, part: str, groups: Groups, strategies: Sequence[str], of: int) -> Picture:
+def curves(name: str, part: str, groups: Groups, strategies: Sequence[str], longest: int) -> Picture:
     """One loss part by step: per strategy the mean over seeds (thick) and each seed (thin).
 
-    `groups` is strategy -> run -> log lines; a strategy's look is its place in `strategies`; `of` is how many log lines the
-    longest run wrote.
+    A strategy's look is its place in `strategies`; `longest` is how many log lines the longest run wrote.
     """
     figure, ax = axes(380, 240, 42, 92, 20, 36)
-    lines = {
-        strategy: {run: [(line["step"], line[part]) for line in found] for run, found in runs.items()}
-        for strategy, runs in groups.items()
+    lines: Lines = {
+        strategy: {run: _values(curve, part) for run, curve in runs.items()} for strategy, runs in groups.items()
     }
     means = {strategy: _mean_line(runs.values()) for strategy, runs in lines.items()}
     looks = {strategy: _look(strategies.index(strategy)) for strategy in lines}
@@ -57,19 +68,17 @@ def curves(name: str, part: str, groups: Groups, strategies: Sequence[str], of: 
         log_axis(ax)
     else:
         few_ticks(ax.yaxis, 4)
-    _labels(ax, [(strategy, line[-1], looks[strategy]) for strategy, line in means.items()])
+    _label_ends(ax, means, looks)
     ax.grid(axis="y")
     few_ticks(ax.xaxis, 5)
     ax.set_xlabel("step")
     above = f"{part}{', log scale' if logarithmic else ''}"
     ax.text(0, 1.02, above, transform=ax.transAxes, size=SMALL, color=COLOUR["muted"])
 
-    title = f"Training: {part} by step"
     shown = max(len(line) for runs in lines.values() for line in runs.values())
-    words = "; ".join(f"{strategy} ends at {line[-1][1]:.4g}" for strategy, line in means.items()) + "."
-    words += f" {shown} of {of} logged steps are drawn." if shown < of else ""
-    head, rows = _columns("step", means, lines)
-    return Picture(name, title, words, svg(figure, name, title, words), head, rows, 1 + len(means))
+    words = _ends_in_words(means)
+    words += f" {shown} of {longest} logged steps are drawn." if shown < longest else ""
+    return picture(figure, name, f"Training: {part} by step", words, _columns("step", means, lines), 1 + len(means))
 
 
 @drawn
@@ -77,7 +86,7 @@ def distances_at_end(name: str, groups: Groups, strategies: Sequence[str]) -> Pi
     """The last logged hidden distance of each student block: per strategy the mean over seeds, each seed as a point."""
     figure, ax = axes(380, 240, 42, 92, 20, 36)
     lines: Lines = {
-        strategy: {run: list(by_block(found[-1]["pairs"]).items()) for run, found in runs.items()}
+        strategy: {run: list(by_block(curve, curve.lines[-1]).items()) for run, curve in runs.items()}
         for strategy, runs in groups.items()
     }
     means = {strategy: _mean_line(runs.values()) for strategy, runs in lines.items()}
@@ -90,105 +99,108 @@ def distances_at_end(name: str, groups: Groups, strategies: Sequence[str]) -> Pi
         ax.plot(*zip(*means[strategy], strict=True), **look, marker=marker, ms=5, lw=1.6, zorder=3)
     blocks = sorted({int(block) for line in means.values() for block, _ in line})
     ax.set_ylim(bottom=0)
-    ax.set_xticks(blocks, [_block(block) for block in blocks])
+    ax.set_xticks(blocks, [_block_name(block) for block in blocks])
     ax.set_xlim(blocks[0] - 0.2, blocks[-1] + 0.2)
-    _labels(ax, [(strategy, line[-1], looks[strategy]) for strategy, line in means.items()])
+    _label_ends(ax, means, looks)
     ax.grid(axis="y")
     few_ticks(ax.yaxis, 4)
     ax.set_xlabel("student block")
 
+    last = [
+        f"{strategy} {numbers.amount(line[-1][1])} at block {_block_name(line[-1][0])}"
+        for strategy, line in means.items()
+    ]
+    words = f"Mean over seeds; last block: {'; '.join(last)}."
+    table = _columns("student block", means, lines)
+    table = table._replace(rows=tuple((_block_name(block), *values) for block, *values in table.rows))
     title = "Hidden distance of each student block at the end"
-    said = [f"{strategy} {line[-1][1]:.4g} at block {_block(line[-1][0])}" for strategy, line in means.items()]
-    words = "Mean over seeds; last block: " + "; ".join(said) + "."
-    head, rows = _columns("student block", means, lines)
-    rows = tuple((_block(row[0]), *row[1:]) for row in rows)
-    return Picture(name, title, words, svg(figure, name, title, words), head, rows, 1 + len(means))
+    return picture(figure, name, title, words, table, 1 + len(means))
 
 
 @drawn
-def distances_by_step(name: str, strategy: str, runs: dict[str, list[Row]], top: float) -> Picture:
+def distances_by_step(name: str, strategy: str, runs: Mapping[str, Curve], top: float) -> Picture:
     """One strategy's hidden distance by step, a line per student block (mean over seeds); `top` is the common scale."""
     figure, ax = axes(230, 170, 40, 34, 8, 34)
     lines: dict[int, list[Line]] = {}
-    for run in runs.values():
-        found = [(line["step"], by_block(line["pairs"])) for line in run]
-        for block in found[-1][1]:
-            lines.setdefault(block, []).append([(step, there[block]) for step, there in found if block in there])
-    means = {_block(block): _mean_line(there) for block, there in sorted(lines.items())}
+    for curve in runs.values():
+        steps = [(line.step, by_block(curve, line)) for line in curve.lines]
+        for block in steps[-1][1]:
+            lines.setdefault(block, []).append([(step, values[block]) for step, values in steps if block in values])
+    means = {_block_name(block): _mean_line(of_block) for block, of_block in sorted(lines.items())}
     looks = {block: _look(place) for place, block in enumerate(means)}
     for block, line in means.items():
         ax.plot(*zip(*line, strict=True), **looks[block], lw=1.5)
     ax.set_ylim(0, top * 1.04)
-    _labels(ax, [(block, line[-1], looks[block]) for block, line in means.items()])
+    _label_ends(ax, means, looks)
     ax.grid(axis="y")
     few_ticks(ax.xaxis, 3)
     few_ticks(ax.yaxis, 3)
     ax.set_xlabel("step")
 
+    named = {f"block {block}": line for block, line in means.items()}
     title = f"{strategy}: hidden distance of each student block by step"
-    words = "; ".join(f"block {block} ends at {line[-1][1]:.4g}" for block, line in means.items()) + "."
-    head, rows = _columns("step", {f"block {block}": line for block, line in means.items()}, {})
-    return Picture(name, title, words, svg(figure, name, title, words), head, rows)
+    return picture(figure, name, title, _ends_in_words(named), _columns("step", named, {}))
 
 
-def _columns(x: str, means: dict[str, Line], lines: Lines) -> tuple[tuple[str, ...], tuple[tuple[Any, ...], ...]]:
+def by_block(curve: Curve, line: LogLine) -> dict[int, float]:
+    """Student block, counted through all stacks -> the mean distance over its pairs in one line of the log.
+
+    Embeddings are -1, those of a decoder beside an encoder -2. Empty while the blocks of the pairs are not known.
+    """
+    distances: dict[int, list[float]] = {}
+    for pair, distance in line.pairs.items():
+        if distance is not None and pair in curve.blocks:
+            distances.setdefault(curve.blocks[pair], []).append(distance)
+    return {block: fmean(values) for block, values in sorted(distances.items())}
+
+
+def _values(curve: Curve, part: str) -> Line:
+    return [(line.step, value) for line in curve.lines if (value := line.parts.get(part)) is not None]
+
+
+def _ends_in_words(lines: Mapping[str, Line]) -> str:
+    return "; ".join(f"{name} ends at {numbers.amount(line[-1][1])}" for name, line in lines.items()) + "."
+
+
+def _columns(x: str, means: Mapping[str, Line], lines: Lines) -> Numbers:
     """Lines as a table: a row per x, a column per mean, then one per run; None where a line has no such x."""
     named = {**means, **{run: line for runs in lines.values() for run, line in runs.items()}}
-    found = [dict(line) for line in named.values()]
-    rows = sorted({place for line in found for place in line})
-    return (x, *named), tuple((place, *(line.get(place) for line in found)) for place in rows)
+    columns = [dict(line) for line in named.values()]
+    places = sorted({place for column in columns for place in column})
+    return Numbers((x, *named), tuple((place, *(column.get(place) for column in columns)) for place in places))
 
 
-def by_block(pairs: dict[str, float | None]) -> dict[int, float]:
-    """Student block -> mean distance over its pairs, from the log's `student<teacher` names; the embeddings are -1.
-
-    Of an encoder-decoder (`enc 0<3`, `dec 1<7`) the decoder's blocks are counted after the encoder's, its embeddings are -2.
-    """
-    students = {pair: pair.partition("<")[0].rpartition(" ") for pair in pairs}
-    encoder = [int(block) + 1 for stack, _, block in students.values() if stack == "enc" and block != "e"]
-    found: dict[int, list[float]] = {}
-    for pair, value in pairs.items():
-        if value is None:  # not a finite number
-            continue
-        stack, _, student = students[pair]
-        decodes = stack == "dec"
-        block = (-2 if decodes else -1) if student == "e" else int(student) + decodes * max(encoder, default=0)
-        found.setdefault(block, []).append(value)
-    return {block: fmean(values) for block, values in sorted(found.items())}
+def _block_name(block: float) -> str:
+    return EMBEDDINGS.get(int(block), str(int(block)))
 
 
-def _block(block: float) -> str:
-    return {-1: "embeddings", -2: "decoder's embeddings"}.get(int(block), str(int(block)))
-
-
-def _look(place: int) -> dict[str, Any]:
+def _look(place: int) -> Look:
     return {"color": COLOUR[f"series-{place % 8 + 1}"], "ls": DASHES[place % len(DASHES)]}
 
 
 def _mean_line(lines: Iterable[Line]) -> Line:
     """The mean of several lines at every x that all of them have, or that any has where they share none."""
-    found: dict[float, list[float]] = {}
     lines = list(lines)
+    values: dict[float, list[float]] = {}
     for line in lines:
         for x, y in line:
-            found.setdefault(x, []).append(y)
-    shared = [x for x, values in found.items() if len(values) == len(lines)]
-    return [(x, fmean(found[x])) for x in sorted(shared or found)]
+            values.setdefault(x, []).append(y)
+    shared = [x for x, ys in values.items() if len(ys) == len(lines)]
+    return [(x, fmean(values[x])) for x in sorted(shared or values)]
 
 
-def _labels(ax: Any, ends: Sequence[tuple[str, tuple[float, float], dict[str, Any]]]) -> None:
+def _label_ends(ax: Any, lines: Mapping[str, Line], looks: Mapping[str, Look]) -> None:
     """Writes each line's name right of its end, apart from one another, with a thin line leading there."""
     low, high = ax.get_ylim()
     ax.set_ylim(low, high)
     to_share = ax.transScale.transform
     bottom, top = (to_share((1, limit))[1] for limit in (low, high))
-    wanted = [(to_share((1, value))[1] - bottom) / (top - bottom) for _, (_, value), _ in ends]
-    tall = ax.get_position().height * ax.figure.get_size_inches()[1] * 72
-    for (label, _, look), want, place in zip(ends, wanted, spread(wanted, 13.5 / tall, 0.02, 0.98), strict=True):
-        quiet = {"transform": ax.transAxes, "clip_on": False, "color": look["color"]}
-        wide = ax.get_position().width * ax.figure.get_size_inches()[0] * 72
+    wanted = [(to_share((1, line[-1][1]))[1] - bottom) / (top - bottom) for line in lines.values()]
+    wide, tall = 72 * ax.figure.get_size_inches() * (ax.get_position().width, ax.get_position().height)
+    for name, want, place in zip(lines, wanted, spread(wanted, 13.5 / tall, 0.02, 0.98), strict=True):
+        quiet = {"transform": ax.transAxes, "clip_on": False, "color": looks[name]["color"]}
         ax.plot([1.005, 1 + 9 / wide, 1 + 12 / wide], [want, place, place], lw=0.8, **quiet)
-        ax.text(1 + 15 / wide, place, short(label), va="center", size=SMALL, **quiet)
+        ax.text(1 + 15 / wide, place, short(name), va="center", size=SMALL, **quiet)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,18 +208,18 @@ def _labels(ax: Any, ends: Sequence[tuple[str, tuple[float, float], dict[str, An
 
 
 @drawn
-def cost(name: str, key: str, label: str, runs: Sequence[Row]) -> Picture:
+def cost(name: str, label: str, costs: Sequence[tuple[TrainingRun, float]]) -> Picture:
     """One cost of every finished run, a point each in its strategy's row, and the row's mean as a bar."""
-    groups: dict[str, list[Row]] = {}
-    for run in runs:
-        groups.setdefault(run["strategy"], []).append(run)
+    groups: dict[str, list[float]] = {}
+    for run, value in costs:
+        groups.setdefault(str(run.strategy), []).append(value)
     figure, ax = axes(320, 22 * len(groups) + 50, 108, 12, 6, 40)
-    most = max(run[key] for run in runs)
-    for place, members in enumerate(groups.values()):
-        mean = fmean(run[key] for run in members)
-        ax.barh([place], [mean], height=0.62, color=COLOUR["band"], edgecolor=COLOUR["accent"], lw=0.8, zorder=1)
+    most = max(value for _, value in costs)
+    for place, values in enumerate(groups.values()):
+        bar = {"color": COLOUR["band"], "edgecolor": COLOUR["accent"], "lw": 0.8}
+        ax.barh([place], [fmean(values)], height=0.62, zorder=1, **bar)
         ring = {"ms": 4, "mfc": COLOUR["paper"], "mec": COLOUR["ink"], "mew": 0.9}
-        ax.plot([run[key] for run in members], [place] * len(members), "o", ls="none", zorder=3, **ring)
+        ax.plot(values, [place] * len(values), "o", ls="none", zorder=3, **ring)
     ax.set_xlim(0, most * 1.06 or 1)
     ax.set_ylim(len(groups) - 0.5, -0.5)
     ax.set_yticks(range(len(groups)), [short(group) for group in groups], color=COLOUR["ink"], size=TEXT)
@@ -217,8 +229,7 @@ def cost(name: str, key: str, label: str, runs: Sequence[Row]) -> Picture:
         whole_numbers(ax.xaxis)
     ax.set_xlabel(label)
 
-    title = f"Cost of training: {label}"
-    said = [f"{group} {fmean(run[key] for run in members):,.4g}" for group, members in groups.items()]
-    words = "Mean over runs: " + "; ".join(said) + "."
-    rows = tuple((run["strategy"], run["name"], run[key]) for run in runs)
-    return Picture(name, title, words, svg(figure, name, title, words), ("strategy", "run", label), rows)
+    means = [f"{group} {numbers.amount(fmean(values))}" for group, values in groups.items()]
+    words = f"Mean over runs: {'; '.join(means)}."
+    rows = tuple((run.strategy, run.name, value) for run, value in costs)
+    return picture(figure, name, f"Cost of training: {label}", words, Numbers(("strategy", "run", label), rows))

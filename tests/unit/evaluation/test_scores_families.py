@@ -20,7 +20,7 @@ from llmkd.models import load
 from llmkd.models.families import family
 from llmkd.recipe.evaluation import Generation
 from llmkd.recipe.recipe import Data, Evaluation
-from llmkd.report.files import ScoredEntry
+from llmkd.recipe.study_entries import StudyEntry
 from llmkd.report.item_scores import ItemScores
 from tests.family_models import CLASSES, ENCODER_DECODERS, ENCODERS, family_recipe, new
 
@@ -103,18 +103,10 @@ def _check_scores(folder: Path, file: Path) -> None:
     expected = class_metrics.class_metrics(labels, predicted, nats, 3)
     assert found["metrics"] == pytest.approx(expected, rel=1e-5) and found["error"] is None
     assert len(set(predicted)) > 1
+    about: dict[str, Any] = {"kind": "student", "strategy": "forward", "seed": 0, "model": "", "train": None}
+    entry = StudyEntry(name="one", **about, classification=file.name)
     scores = {f"classification/{key}": value for key, value in found["metrics"].items()}
-    about: dict[str, Any] = {
-        "name": "one",
-        "kind": "student",
-        "strategy": "forward",
-        "seed": 0,
-        "model": "",
-        "train": None,
-    }
-    about |= {"problems": {}, "items": {}, "versions": {}, "conditions": {}, "lower": []}
-    entry = ScoredEntry(**about, classification=file.name, scores=scores)
-    items = ItemScores(file.parent, [entry])
+    items = ItemScores(file.parent, [entry], {"one": scores}, {"one": []})
     for metric in ("accuracy", "f1", "cross_entropy"):
         sums = items(f"classification/{metric}", [("forward", 0)], [("forward", 0)])
         assert sums is not None and sums[2](sums[0][0].sum(0)) == pytest.approx(found["metrics"][metric], rel=1e-4)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkd.report.gather import gather
+from llmkd.report.results import Comparison, Results, Row
 
 VERSIONS = {"llmkd": "0.1.0", "lm_eval": "0.4.13"}
 TWO_STEPS = ("evaluation", "generation")
@@ -76,15 +77,15 @@ class Folder:
                 if bleu is not None:
                     self.score(name, bleu)
 
-    def results(self) -> dict[str, Any]:
+    def results(self) -> Results:
         return gather(self.folder)
 
-    def row(self, name: str) -> dict[str, Any]:
-        return next(row for row in self.results()["rows"] if row["name"] == name)
+    def row(self, name: str) -> Row:
+        return next(row for row in self.results().rows if row.name == name)
 
-    def comparison(self, metric: str, strategy: str, reference: str) -> dict[str, Any]:
+    def comparison(self, metric: str, strategy: str, reference: str) -> Comparison:
         wanted = (metric, strategy, reference)
-        return next(c for c in self.results()["comparisons"] if (c["metric"], c["strategy"], c["reference"]) == wanted)
+        return next(c for c in self.results().comparisons if (c.metric, c.strategy, c.reference) == wanted)
 
 
 def small_study(folder: Path) -> Folder:

@@ -8,7 +8,7 @@ import yaml
 
 from llmkd.cli import main
 from llmkd.errors import InputError
-from llmkd.report.across_studies import compare
+from llmkd.report.across_studies import compare_studies
 from tests.unit.report.study_folder import VERSIONS, Folder
 
 RECIPE: dict[str, Any] = {
@@ -50,14 +50,14 @@ def one(tmp_path: Path) -> Folder:
 
 def test_scores_stand_side_by_side_with_their_intervals(tmp_path: Path, one: Folder) -> None:
     two = study(tmp_path / "two", "two", 60.0, loss__hidden=1.0)
-    text = compare([one.folder, two.folder], tmp_path / "comparison.md")
+    text = compare_studies([one.folder, two.folder], tmp_path / "comparison.md")
     written = (tmp_path / "comparison.md").read_text()
     # 65 and 66: mean 65.5, standard error 0.5, times 12.706
     assert "| forward | one | 2 of 2 | 75.5 ± 6.4 | 0.500 ± 0.000 |\n| forward | two | 2 of 2 | 65.5 ± 6.4 |" in written
     assert "| loss.hidden | 3.0 | 1.0 |" in written and "name" not in written.split("recipe key")[1]
     assert "(!)" not in written and "can't be compared" not in text
     for made in (one, two):
-        assert f"- {made.study['name']}: {made.results()['conclusion']}" in written
+        assert f"- {made.study['name']}: {made.results().conclusion}" in written
     assert "65.5 ± 6.4" in text and "loss.hidden" in text and all(len(line) <= 100 for line in text.splitlines())
 
 
@@ -72,7 +72,7 @@ def test_another_measurement_is_flagged_with_its_reason(
     tmp_path: Path, one: Folder, change: dict[str, Any], why: str
 ) -> None:
     two = study(tmp_path / "two", "two", **change)
-    text = " ".join(compare([one.folder, two.folder], tmp_path / "comparison.md").split())
+    text = " ".join(compare_studies([one.folder, two.folder], tmp_path / "comparison.md").split())
     assert f"say/bleu (!) can't be compared: {why}." in text
     assert "| say/bleu (!) | choose/acc (!) |" in (tmp_path / "comparison.md").read_text()
 
@@ -95,7 +95,7 @@ def test_what_the_result_files_say_is_compared_too(
     two = study(tmp_path / "two", "two")
     for entry in two.study["entries"]:
         two.score(entry["name"], 70.0, **more)
-    text = " ".join(compare([one.folder, two.folder], tmp_path / "comparison.md").split())
+    text = " ".join(compare_studies([one.folder, two.folder], tmp_path / "comparison.md").split())
     for metric in ("say/bleu", "choose/acc"):
         assert (f"{metric} (!) can't be compared: {why}." in text) == (metric in flagged)
 
@@ -103,7 +103,7 @@ def test_what_the_result_files_say_is_compared_too(
 def test_models_of_one_study_that_were_not_measured_alike(tmp_path: Path, one: Folder) -> None:
     two = study(tmp_path / "two", "two")
     two.score("none-s0", 70.0, backend="vllm")
-    text = " ".join(compare([one.folder, two.folder], tmp_path / "comparison.md").split())
+    text = " ".join(compare_studies([one.folder, two.folder], tmp_path / "comparison.md").split())
     assert "two's own models were not measured alike" in text
 
 
@@ -111,19 +111,19 @@ def test_generated_texts_are_compared_by_their_prompts(tmp_path: Path) -> None:
     steps = ("evaluation", "generation")
     one = study(tmp_path / "one", "one", steps=steps)
     two = study(tmp_path / "two", "two", steps=steps, data__rows=50, evaluation__generation__batch_size=1)
-    text = compare([one.folder, two.folder], tmp_path / "comparison.md")
+    text = compare_studies([one.folder, two.folder], tmp_path / "comparison.md")
     assert "(!)" not in text  # more rows to train on, and another batch size, ask nothing else of a model
     for entry in two.study["entries"]:
         row = {"item": 0, "prompt": "another", "references": ["r"], "text": "t", "scores": {}}
         two.lines(f"generations/{entry['name']}.jsonl", [row])
-    text = " ".join(compare([one.folder, two.folder], tmp_path / "comparison.md").split())
+    text = " ".join(compare_studies([one.folder, two.folder], tmp_path / "comparison.md").split())
     assert "BLEU (!) can't be compared: prompts and references: " in text and "say/bleu (!)" not in text
 
 
 def test_studies_of_one_name_are_told_apart_and_a_missing_recipe_is_said(tmp_path: Path) -> None:
     one, two = study(tmp_path / "a", "same"), study(tmp_path / "b", "same")
     (two.folder / "recipe.yaml").unlink()
-    compare([one.folder, two.folder], tmp_path / "comparison.md")
+    compare_studies([one.folder, two.folder], tmp_path / "comparison.md")
     written = (tmp_path / "comparison.md").read_text()
     assert f"| forward | {one.folder} |" in written and f"| forward | {two.folder} |" in written
     assert "not all have a recipe.yaml" in written
@@ -132,7 +132,7 @@ def test_studies_of_one_name_are_told_apart_and_a_missing_recipe_is_said(tmp_pat
 def test_nothing_in_common(tmp_path: Path, one: Folder) -> None:
     two = Folder(tmp_path / "two", "two")
     two.entry("student", "reverse", 0)
-    text = compare([one.folder, two.folder], tmp_path / "comparison.md")
+    text = compare_studies([one.folder, two.folder], tmp_path / "comparison.md")
     assert (
         "The studies have no metric in common." in text
         and "| reverse | two | 0 of 1 |" in (tmp_path / "comparison.md").read_text()
@@ -142,9 +142,9 @@ def test_nothing_in_common(tmp_path: Path, one: Folder) -> None:
 def test_too_few_studies(tmp_path: Path, one: Folder) -> None:
     for folders in ([one.folder], [one.folder, one.folder]):
         with pytest.raises(InputError, match="two or more different studies"):
-            compare(folders, tmp_path / "comparison.md")
+            compare_studies(folders, tmp_path / "comparison.md")
     with pytest.raises(InputError, match="no study here"):
-        compare([one.folder, tmp_path], tmp_path / "comparison.md")
+        compare_studies([one.folder, tmp_path], tmp_path / "comparison.md")
     assert not (tmp_path / "comparison.md").exists()
 
 

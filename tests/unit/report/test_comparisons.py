@@ -12,6 +12,7 @@ from statsmodels.stats.weightstats import ttost_paired
 
 from llmkd.evaluation import text_metrics
 from llmkd.report.comparisons import questions
+from llmkd.report.results import Row
 from llmkd.report.significance import items_bootstrap
 from tests.unit.report.study_folder import Folder
 
@@ -33,8 +34,8 @@ def study(tmp_path: Path) -> Folder:
     return made
 
 
-def rows(**kinds: str) -> list[dict[str, Any]]:
-    return [{"name": name, "kind": kind} for name, kind in kinds.items()]
+def rows(**kinds: str) -> list[Row]:
+    return [Row(name, kind, models=1, seeds=[]) for name, kind in kinds.items()]
 
 
 def test_no_pair_is_asked_about_twice() -> None:
@@ -59,42 +60,42 @@ def test_no_pair_is_asked_about_twice() -> None:
 
 
 def test_comparisons_equal_scipys_and_statsmodels_on_the_files_numbers(study: Folder) -> None:
-    found = [c for c in study.results()["comparisons"] if (c["metric"], c["reference"]) == ("say/bleu", "forward")]
-    assert [c["strategy"] for c in found] == ["reverse", "random"]
+    found = [c for c in study.results().comparisons if (c.metric, c.reference) == ("say/bleu", "forward")]
+    assert [c.strategy for c in found] == ["reverse", "random"]
     base = SCORES["forward"]
-    tests = [stats.ttest_rel(SCORES[c["strategy"]], base) for c in found]
-    tosts = [ttost_paired(np.array(SCORES[c["strategy"]]), np.array(base), -1.0, 1.0)[0] for c in found]
+    tests = [stats.ttest_rel(SCORES[c.strategy], base) for c in found]
+    tosts = [ttost_paired(np.array(SCORES[c.strategy]), np.array(base), -1.0, 1.0)[0] for c in found]
     for c, test in zip(found, tests, strict=True):
-        assert c["difference"] == pytest.approx(np.mean(np.subtract(SCORES[c["strategy"]], base)))
-        assert c["interval"] == pytest.approx(list(test.confidence_interval(0.95)))
-        assert (c["seeds"], c["margin"]) == (4, 1.0)
-    assert [c["p_different"] for c in found] == pytest.approx([test.pvalue for test in tests])
-    assert [c["p_equivalent"] for c in found] == pytest.approx(tosts)
+        assert c.difference == pytest.approx(np.mean(np.subtract(SCORES[c.strategy], base)))
+        assert c.interval == pytest.approx(list(test.confidence_interval(0.95)))
+        assert (c.seeds, c.margin) == (4, 1.0)
+    assert [c.p_different for c in found] == pytest.approx([test.pvalue for test in tests])
+    assert [c.p_equivalent for c in found] == pytest.approx(tosts)
     adjusted = multipletests([test.pvalue for test in tests], method="holm")[1]
-    assert [c["p_different_holm"] for c in found] == pytest.approx(list(np.asarray(adjusted)))
-    assert [c["p_equivalent_holm"] for c in found] == pytest.approx(
+    assert [c.p_different_holm for c in found] == pytest.approx(list(np.asarray(adjusted)))
+    assert [c.p_equivalent_holm for c in found] == pytest.approx(
         list(np.asarray(multipletests(tosts, method="holm")[1]))
     )
-    assert [c["verdict"] for c in found] == ["equivalent", "undecided"]
+    assert [c.verdict for c in found] == ["equivalent", "undecided"]
 
 
 def test_the_undistilled_student_is_one_number_for_all_seeds(study: Folder) -> None:
     found = study.comparison("say/bleu", "forward", "undistilled")
-    assert found["seeds"] == 4 and found["difference"] == pytest.approx(np.mean(SCORES["forward"]) - 3.0)
-    assert found["p_different"] == pytest.approx(stats.ttest_1samp(SCORES["forward"], 3.0).pvalue)
+    assert found.seeds == 4 and found.difference == pytest.approx(np.mean(SCORES["forward"]) - 3.0)
+    assert found.p_different == pytest.approx(stats.ttest_1samp(SCORES["forward"], 3.0).pvalue)
 
 
 def test_seeds_are_paired_by_their_number_not_by_their_place(study: Folder) -> None:
     study.score("forward-s0", None, error="no room")
     found = study.comparison("say/bleu", "reverse", "forward")
     test = stats.ttest_rel(SCORES["reverse"][1:], SCORES["forward"][1:])
-    assert found["seeds"] == 3 and found["p_different"] == pytest.approx(test.pvalue)
+    assert found.seeds == 3 and found.p_different == pytest.approx(test.pvalue)
 
 
 def test_without_a_margin_nothing_is_equivalent(study: Folder) -> None:
-    found = [c for c in study.results()["comparisons"] if c["metric"] == "choose/acc"]
-    assert found and all((c["margin"], c["p_equivalent"], c["p_equivalent_holm"]) == (None, None, None) for c in found)
-    assert {c["verdict"] for c in found} == {"not tested"}  # every model has 0.5
+    found = [c for c in study.results().comparisons if c.metric == "choose/acc"]
+    assert found and all((c.margin, c.p_equivalent, c.p_equivalent_holm) == (None, None, None) for c in found)
+    assert {c.verdict for c in found} == {"not tested"}  # every model has 0.5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,10 +118,10 @@ def test_lm_evals_items_are_drawn_anew(study: Folder) -> None:
         for strategy in ("reverse", "forward")
     )
     expected = items_bootstrap(one, other)
-    assert expected is not None and expected.difference == pytest.approx(found["difference"])
-    assert (found["items"], found["items_p"]) == (items, expected.p)
-    assert found["items_interval"] == pytest.approx(list(expected.interval))
-    assert found["items_p_holm"] == found["items_p"] < 0.01  # the only member of its family that has items
+    assert expected is not None and expected.difference == pytest.approx(found.difference)
+    assert (found.items, found.items_p) == (items, expected.p)
+    assert found.items_interval == pytest.approx(list(expected.interval))
+    assert found.items_p_holm == found.items_p and expected.p < 0.01  # the only member of its family that has items
 
 
 TEXTS = [
@@ -150,7 +151,8 @@ def test_corpus_bleu_is_scored_anew_for_each_draw(tmp_path: Path) -> None:
     generated(study, "forward", [TEXTS, TEXTS[:3] + ["Heron Mill is a farm."]])
     generated(study, "reverse", [["The inn serves food."] + TEXTS[1:], ["An inn.", *TEXTS[1:3], "Heron Mill is big."]])
     found = study.comparison("generation/bleu", "reverse", "forward")
-    assert found["items"] == 4 and found["items_interval"][0] <= found["difference"] <= found["items_interval"][1]
+    assert found.items == 4 and found.items_interval is not None
+    assert found.items_interval[0] <= found.difference <= found.items_interval[1]
 
     files = [study.folder / f"generations/{s}-s{seed}.jsonl" for s in ("reverse", "forward") for seed in (0, 1)]
     models = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
@@ -172,7 +174,7 @@ def test_corpus_bleu_is_scored_anew_for_each_draw(tmp_path: Path) -> None:
         resamples=200,
     )
     assert some is not None and some.interval == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
-    metrics = {c["metric"] for c in study.results()["comparisons"] if c["items"]}
+    metrics = {c.metric for c in study.results().comparisons if c.items}
     assert metrics == {"generation/bleu", "generation/chrf", "generation/rouge_l", "generation/repetition"}
 
 
@@ -186,9 +188,9 @@ def test_agreement_is_a_mean_over_tokens_where_that_gives_the_reported_number(tm
             metrics = {"kl": float(by_tokens), "top1": 0.375, "likelihood": -1.0}
             study.write(f"agreement/{name}.json", {"name": name, "error": None, "metrics": metrics, "rows": 4})
             study.lines(f"agreement/{name}.jsonl", lines)
-    found = {c["metric"]: c for c in study.results()["comparisons"]}
-    assert found["agreement/kl"]["items_interval"] == pytest.approx([1.0, 1.0])  # the same shift for every item
-    assert found["agreement/top1"]["items"] == 4 and found["agreement/likelihood"]["items"] is None
+    found = {c.metric: c for c in study.results().comparisons}
+    assert found["agreement/kl"].items_interval == pytest.approx([1.0, 1.0])  # the same shift for every item
+    assert found["agreement/top1"].items == 4 and found["agreement/likelihood"].items is None
 
 
 @pytest.mark.parametrize("spoilt", ["another number", "an item less", "no file"])
@@ -196,7 +198,7 @@ def test_items_that_do_not_give_the_reported_number_say_nothing(tmp_path: Path, 
     study = Folder(tmp_path)
     generated(study, "forward", [TEXTS, TEXTS])
     generated(study, "reverse", [TEXTS, TEXTS[:3] + ["Heron Mill is a farm."]])
-    assert study.comparison("generation/bleu", "reverse", "forward")["items"] == 4
+    assert study.comparison("generation/bleu", "reverse", "forward").items == 4
     file = study.folder / "generations/reverse-s1"
     if spoilt == "another number":
         study.generated("reverse-s1", {"bleu": 12.0})
@@ -206,4 +208,4 @@ def test_items_that_do_not_give_the_reported_number_say_nothing(tmp_path: Path, 
     else:
         file.with_suffix(".jsonl").unlink()
     found = study.comparison("generation/bleu", "reverse", "forward")
-    assert (found["items"], found["items_interval"], found["items_p"], found["items_p_holm"]) == (None,) * 4
+    assert (found.items, found.items_interval, found.items_p, found.items_p_holm) == (None,) * 4

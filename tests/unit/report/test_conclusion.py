@@ -19,7 +19,7 @@ MARGIN = {"say/bleu": 0.5}
 def said(folder: Path, scores: Mapping[str, Sequence[float | None]], **study: Any) -> str:
     made = Folder(folder, **study)
     made.students(scores)
-    return made.results()["conclusion"]
+    return made.results().conclusion
 
 
 def test_equivalent_and_better_than_none(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_all_baselines_share_a_clause_where_they_share_the_outcome(tmp_path: Pat
     study = Folder(tmp_path, margins=MARGIN)
     study.score(study.entry("baseline", "undistilled", None, "undistilled"), 3.0)
     study.students({"ce_only": FAR, "none": [value + 5.0 for value in FAR], "forward": BASE, "reverse": NEAR})
-    assert study.results()["conclusion"] == (
+    assert study.results().conclusion == (
         "Over 5 seeds, reverse does not differ from forward by more than the margin of 0.5 say/bleu; all beat none and undistilled; "
         "against ce_only, forward and reverse are better, none is not tested."
     )
@@ -58,7 +58,7 @@ def test_better_is_said_by_the_metrics_own_direction(tmp_path: Path, higher: boo
         for seed, value in enumerate(values):
             name = study.entry("student", strategy, seed)
             study.score(name, value, higher_is_better={"say": {"bleu": higher}})
-    sentence = study.results()["conclusion"]
+    sentence = study.results().conclusion
     assert f"reverse is {word} than forward by 5.03 say/bleu (95 % interval 4.93 to 5.13)" in sentence
     assert sentence.endswith(f"; {beside}.")
 
@@ -168,11 +168,11 @@ def test_the_main_metric_is_never_replaced_by_another(tmp_path: Path) -> None:
     study = Folder(tmp_path, margins={"generation/bleu": 0.5, "say/bleu": 0.5})
     study.students({"none": FAR, "forward": BASE, "reverse": NEAR})
     results = study.results()
-    assert results["primary"] is None
-    assert results["conclusion"] == (
+    assert results.primary is None
+    assert results.conclusion == (
         "Nothing can be concluded, since no model has a score on generation/bleu, the study's main metric."
     )
-    assert "The margin of generation/bleu tests nothing: no model has a score by that name." in results["notes"]
+    assert "The margin of generation/bleu tests nothing: no model has a score by that name." in results.notes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_the_main_metric_is_never_replaced_by_another(tmp_path: Path) -> None:
 def test_margins_stated_with_results_in_sight_are_noted(tmp_path: Path, history: list[Any], noted: bool) -> None:
     study = Folder(tmp_path, margins=MARGIN, margins_history=history)
     study.students({"none": FAR, "forward": BASE})
-    found = [note for note in study.results()["notes"] if "margins were changed" in note]
+    found = [note for note in study.results().notes if "margins were changed" in note]
     assert bool(found) == noted
     if noted:
         assert found[0].startswith(
@@ -216,19 +216,19 @@ def test_a_difference_that_hangs_on_the_items_is_noted(tmp_path: Path) -> None:
                 study.score(name, 1.0, 1 - len(items) / 40)
                 study.lines(f"evaluations/{name}.samples.jsonl", lines)
         results = study.results()
-        assert "forward beats none" in results["conclusion"]
+        assert "forward beats none" in results.conclusion
         hangs = (
             "Shown by the seeds, but another draw of test items might not show it: the difference of forward and none."
         )
-        assert (hangs in results["notes"]) == frail
-        assert any("hold for another draw" in note for note in results["notes"]) != frail
+        assert (hangs in results.notes) == frail
+        assert any("hold for another draw" in note for note in results.notes) != frail
 
 
 def test_what_was_not_alike_is_noted(tmp_path: Path) -> None:
     study = Folder(tmp_path)
     study.students({"none": FAR[:2], "forward": BASE[:2]})
     study.score("none-s0", 60.0, versions={"lm_eval": "0.4.12"}, backend="vllm", items={"say": 20, "choose": 200})
-    notes = " ".join(study.results()["notes"])
+    notes = " ".join(study.results().notes)
     assert "lm-eval ran on vllm for none-s0, hf for none-s1, forward-s0 and forward-s1" in notes
     assert "lm_eval was 0.4.12 for some and 0.4.13 for others" in notes
     assert "say had 20 items for some models and 200 for others" in notes

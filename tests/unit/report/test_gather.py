@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from llmkd.errors import InputError
-from llmkd.report.files import generations
-from llmkd.report.gather import CURVE_POINTS, gather
+from llmkd.report.files import GeneratedItem, generations
+from llmkd.report.gather import gather
+from llmkd.report.results import Cell, LayerMap
+from llmkd.report.training_runs import CURVE_POINTS
 from tests.unit.report.study_folder import VERSIONS, Folder, small_study
 
 T_1 = 12.706204736  # the 97.5 % point of Student's t with 1 degree of freedom, from tables
@@ -22,28 +24,22 @@ def study(tmp_path: Path) -> Folder:
 
 
 def test_mean_and_interval_by_hand(study: Folder) -> None:
-    cell = study.row("forward")["cells"]["say/bleu"]
+    cell = study.row("forward").cells["say/bleu"]
     # standard deviation of 70 and 72 is sqrt(2); divided by sqrt(2) seeds it is 1
-    assert cell.pop("half_width") == pytest.approx(T_1 * 1.0)
-    assert cell == {"mean": 71.0, "n": 2, "values": [70.0, 72.0], "seeds": [0, 1]}
-    assert study.row("teacher")["cells"]["say/bleu"] == {
-        "mean": 90.0,
-        "half_width": None,
-        "n": 1,
-        "values": [90.0],
-        "seeds": [None],
-    }
+    assert cell.half_width == pytest.approx(T_1 * 1.0)
+    assert cell == Cell(mean=71.0, half_width=cell.half_width, n=2, values=[70.0, 72.0], seeds=[0, 1])
+    assert study.row("teacher").cells["say/bleu"] == Cell(90.0, None, 1, [90.0], [None])
 
 
 def test_every_number_of_the_files_is_there_once(study: Folder) -> None:
-    rows = {row["name"]: row for row in study.results()["rows"]}
+    rows = {row.name: row for row in study.results().rows}
     for entry in study.study["entries"]:
         found = json.loads((study.folder / entry["evaluation"]).read_text())
         for task, values in found["tasks"].items():
             for metric, value in values.items():
-                cell = rows[entry["strategy"] or entry["name"]]["cells"][f"{task}/{metric}"]
-                assert cell["values"][cell["seeds"].index(entry["seed"])] == value
-    assert sum(cell["n"] for row in rows.values() for cell in row["cells"].values()) == 12
+                cell = rows[entry["strategy"] or entry["name"]].cells[f"{task}/{metric}"]
+                assert cell.values[cell.seeds.index(entry["seed"])] == value
+    assert sum(cell.n for row in rows.values() for cell in row.cells.values()) == 12
 
 
 def test_the_three_steps_stand_side_by_side(tmp_path: Path) -> None:
@@ -55,7 +51,7 @@ def test_the_three_steps_stand_side_by_side(tmp_path: Path) -> None:
     study.generated(name, {"bleu": 64.5, "repetition": 0.1})
     study.write(f"agreement/{name}.json", {"name": name, "error": None, "metrics": {"kl": 0.2}, "rows": 50})
     results = study.results()
-    shown = {m["name"]: (m["label"], m["higher_is_better"], m["percent"], m["step"]) for m in results["metrics"]}
+    shown = {m.name: (m.label, m.higher_is_better, m.percent, m.step) for m in results.metrics}
     assert shown == {
         "generation/bleu": ("BLEU", True, True, "generation"),
         "generation/length_ratio": ("length ratio", None, False, "generation"),
@@ -64,18 +60,18 @@ def test_the_three_steps_stand_side_by_side(tmp_path: Path) -> None:
         "choose/acc": ("choose/acc", True, False, "lm-eval"),
         "agreement/kl": ("KL to the teacher", False, False, "agreement"),
     }
-    assert results["primary"] == "generation/bleu"
-    assert results["scored"] == results["models"] == 2 and results["problems"] == {}
-    assert results["items"] == {"generation": 3, "say": 200, "choose": 200, "agreement": 50}
-    assert results["backends"] == {"generation": {"hf": ["teacher", name]}, "lm-eval": {"hf": ["teacher", name]}}
-    assert study.row("teacher")["steps"] == ["generation", "lm-eval"]
+    assert results.primary == "generation/bleu"
+    assert results.scored == results.models == 2 and results.problems == {}
+    assert results.items == {"generation": 3, "say": 200, "choose": 200, "agreement": 50}
+    assert results.backends == {"generation": {"hf": ["teacher", name]}, "lm-eval": {"hf": ["teacher", name]}}
+    assert study.row("teacher").steps == ["generation", "lm-eval"]
 
 
 def test_a_metric_is_lower_is_better_where_the_file_or_its_name_says(study: Folder) -> None:
     name = study.entry("student", "reverse", 0)
     study.score(name, 1.0, tasks={"web": {"word_perplexity": 9.0, "bits_per_byte": 1.1}, "own": {"loss": 2.0}})
     study.score("none-s0", 1.0, tasks={"own": {"loss": 2.0}}, higher_is_better={"own": {"loss": False}})
-    better = {metric["name"]: metric["higher_is_better"] for metric in study.results()["metrics"]}
+    better = {metric.name: metric.higher_is_better for metric in study.results().metrics}
     assert not (better["web/word_perplexity"] or better["web/bits_per_byte"] or better["own/loss"])
     assert better["say/bleu"] and better["choose/acc"]
 
@@ -88,10 +84,10 @@ def test_a_failed_evaluation_is_no_number(study: Folder) -> None:
     study.score("forward-s1", None, error="OutOfMemoryError: no room for 3 GiB")
     results = study.results()
     row = study.row("forward")
-    assert row["cells"]["say/bleu"] == {"mean": 70.0, "half_width": None, "n": 1, "values": [70.0], "seeds": [0]}
-    assert row["missing"] == {"lm-eval": ["failed: OutOfMemoryError: no room for 3 GiB"]}
-    assert results["problems"] == {"forward-s1": "lm-eval failed: OutOfMemoryError: no room for 3 GiB"}
-    assert (results["scored"], results["models"]) == (5, 6)
+    assert row.cells["say/bleu"] == Cell(70.0, None, 1, [70.0], [0])
+    assert row.missing == {"lm-eval": ["failed: OutOfMemoryError: no room for 3 GiB"]}
+    assert results.problems == {"forward-s1": "lm-eval failed: OutOfMemoryError: no room for 3 GiB"}
+    assert (results.scored, results.models) == (5, 6)
 
 
 def test_one_failed_step_leaves_the_others_numbers(tmp_path: Path) -> None:
@@ -100,22 +96,22 @@ def test_one_failed_step_leaves_the_others_numbers(tmp_path: Path) -> None:
     study.score(name, 70.0)
     study.generated(name, None, error="vLLM did not start")
     results = study.results()
-    assert results["problems"] == {name: "generation failed: vLLM did not start; agreement not run"}
-    assert set(study.row("forward")["cells"]) == {"say/bleu", "choose/acc"}
-    assert results["scored"] == 0
+    assert results.problems == {name: "generation failed: vLLM did not start; agreement not run"}
+    assert set(study.row("forward").cells) == {"say/bleu", "choose/acc"}
+    assert results.scored == 0
 
 
 @pytest.mark.parametrize("text", ['{"name": "none-s0", "tasks": {"say": {"bl', ""])
 def test_a_half_written_evaluation_is_no_number(study: Folder, text: str) -> None:
     study.write("evaluations/none-s0.json", text)
-    assert study.results()["problems"] == {"none-s0": "lm-eval unreadable result file"}
+    assert study.results().problems == {"none-s0": "lm-eval unreadable result file"}
 
 
 @pytest.mark.parametrize("value", [None, nan, "N/A", True])
 def test_a_metric_without_value_is_no_number(study: Folder, value: float | None) -> None:
     study.score("teacher", value)
-    assert "say/bleu" not in study.row("teacher")["cells"] and "choose/acc" in study.row("teacher")["cells"]
-    json.dumps(study.results(), allow_nan=False)
+    assert "say/bleu" not in study.row("teacher").cells and "choose/acc" in study.row("teacher").cells
+    json.dumps(study.results().to_json(), allow_nan=False)
 
 
 def test_a_study_not_begun(tmp_path: Path) -> None:
@@ -123,11 +119,11 @@ def test_a_study_not_begun(tmp_path: Path) -> None:
     empty.entry("teacher", None, None, "teacher")
     empty.entry("student", "forward", 0)
     results = empty.results()
-    assert results["problems"] == {"teacher": "lm-eval not run", "forward-s0": "lm-eval not run"}
-    assert (results["metrics"], results["primary"], results["comparisons"], results["curves"]) == ([], None, [], {})
+    assert results.problems == {"teacher": "lm-eval not run", "forward-s0": "lm-eval not run"}
+    assert (results.metrics, results.primary, results.comparisons, results.curves) == ([], None, [], {})
 
 
-def test_no_study_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_a_study_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no study here"):
         gather(tmp_path)
 
@@ -147,40 +143,35 @@ def test_maps_cost_and_provenance(study: Folder) -> None:
             study.write(f"{run}/model/config.json", {"num_hidden_layers": 3})
     study.write("teacher/metrics.jsonl", '{"step": 10}\n{"step": 20}\n{"st')
     results = study.results()
-    assert results["maps"] == [
-        {
-            "strategy": "forward",
-            "runs": ["forward-s0", "forward-s1"],
-            "pairs": [[0, 3], [1, 7], [2, 11]],
-            "student_blocks": 3,
-            "teacher_blocks": 12,
-        }
+    pairs = [[0, 3], [1, 7], [2, 11]]
+    assert results.maps == [
+        LayerMap("forward", ["forward-s0", "forward-s1"], pairs, student_blocks=3, teacher_blocks=12)
     ]
-    runs = {run["name"]: run for run in results["runs"]}
-    assert (runs["teacher"]["state"], runs["teacher"]["last_step"]) == ("unfinished", 20)
-    assert runs["forward-s1"]["state"] == "done" and runs["forward-s1"]["tokens_per_second"] == 1626.4
-    assert results["hardware"] == made["hardware"] and results["commit"] == "abc123"
-    assert results["versions"] == {**VERSIONS, "torch": "2.13.0"}
+    runs = {run.name: run for run in results.runs}
+    assert (runs["teacher"].state, runs["teacher"].last_step) == ("unfinished", 20)
+    assert runs["forward-s1"].state == "done" and runs["forward-s1"].tokens_per_second == 1626.4
+    assert results.hardware == made["hardware"] and results.commit == "abc123"
+    assert results.versions == {**VERSIONS, "torch": "2.13.0"}
 
 
 def test_random_maps_are_one_per_seed(study: Folder) -> None:
     for seed, pairs in ((0, [[0, 7], [1, 3]]), (1, [[0, 3], [1, 7]])):
         study.write(f"students/forward-s{seed}/summary.json", {"pairs": pairs})
-    maps = study.results()["maps"]
-    assert [(m["runs"], m["pairs"]) for m in maps] == [
+    maps = study.results().maps
+    assert [(m.runs, m.pairs) for m in maps] == [
         (["forward-s0"], [[0, 7], [1, 3]]),
         (["forward-s1"], [[0, 3], [1, 7]]),
     ]
-    assert maps[0]["teacher_blocks"] is None
+    assert maps[0].teacher_blocks is None
 
 
 def test_curves_are_the_logged_lines_thinned_with_both_ends(study: Folder) -> None:
     short = [{"step": n, "loss": 3.0 / n, "ce": 1.0, "kl": nan, "hidden": 0.5, "pairs": {"0<3": 0.5}} for n in (1, 2)]
     study.lines("students/none-s0/metrics.jsonl", short)
     study.lines("students/none-s1/metrics.jsonl", [{**short[0], "step": n} for n in range(1, 1001)])
-    curves = study.results()["curves"]
-    assert curves["none-s0"] == [{**line, "kl": None} for line in short]
-    steps = [line["step"] for line in curves["none-s1"]]
+    curves = study.results().curves
+    assert curves["none-s0"].to_json() == [{**line, "kl": None} for line in short]
+    steps = [line.step for line in curves["none-s1"].lines]
     assert len(steps) == CURVE_POINTS and (steps[0], steps[-1]) == (1, 1000) and steps == sorted(set(steps))
 
 
@@ -190,7 +181,7 @@ def test_curves_hold_what_a_run_steers_and_reports(study: Folder) -> None:
     norms |= {"distances": {"mse": 0.0625, "cka": 2.0}, "divergences": {"tvd": 1.0, "forward_kl": inf}}
     steered = {**plain, "step": 2, "temperature": 1.5, "weights": {"kl": 0.75}, "norms": norms, "stones": 3.0}
     study.lines("students/none-s0/metrics.jsonl", [plain, steered])
-    first, second = study.results()["curves"]["none-s0"]
+    first, second = study.results().curves["none-s0"].to_json()
     assert first == plain
     assert {key: value for key, value in second.items() if key not in plain} == {
         "temperature": 1.5,
@@ -219,14 +210,9 @@ def test_generations_side_by_side(tmp_path: Path) -> None:
         study.lines(f"generations/{name}.jsonl", lines[: 150 if seed else 300])
     found = generations(tmp_path)
     assert len(found) == 200
-    assert found[3] == {
-        "item": 3,
-        "prompt": "p3",
-        "references": ["r3"],
-        "outputs": {"forward-s0": "forward-s0 3", "forward-s1": "forward-s1 3"},
-        "scores": {"forward-s0": {"slots": 3}, "forward-s1": {"slots": 3}},
-    }
-    assert list(found[150]["outputs"]) == ["forward-s0"]
+    outputs = {"forward-s0": "forward-s0 3", "forward-s1": "forward-s1 3"}
+    assert found[3] == GeneratedItem(3, "p3", ["r3"], outputs, {"forward-s0": {"slots": 3}, "forward-s1": {"slots": 3}})
+    assert list(found[150].outputs) == ["forward-s0"]
 
 
 def test_a_failed_task_costs_the_others_nothing(tmp_path: Path) -> None:
@@ -235,5 +221,5 @@ def test_a_failed_task_costs_the_others_nothing(tmp_path: Path) -> None:
     partial = {"tasks": {"good": {"acc": 0.5}}, "error": "bad: no data", "versions": {}, "items": {"good": 4}}
     study.write(f"evaluations/{name}.json", partial)
     results = gather(tmp_path)
-    assert results["rows"][0]["cells"]["good/acc"]["values"] == [0.5]
-    assert results["problems"] == {name: "lm-eval failed: bad: no data"} and results["scored"] == 0
+    assert results.rows[0].cells["good/acc"].values == [0.5]
+    assert results.problems == {name: "lm-eval failed: bad: no data"} and results.scored == 0

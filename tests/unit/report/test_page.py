@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from llmkd.report import numbers
+from llmkd.report.files import GeneratedItem
 from llmkd.report.page import document
-from llmkd.report.page import texts as side_by_side
 from llmkd.report.page.document import html
-from llmkd.report.page.score_plots import signed
+from llmkd.report.page.texts import packed
+from llmkd.report.results import Cell, Results
 from tests.unit.report import example_results as example
 from tests.unit.report.page_reader import Page
 
@@ -23,17 +26,17 @@ EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"' & <!--
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, Any]:
+def results() -> Results:
     return example.study(seeds=(0, 1, 2))
 
 
 @pytest.fixture(scope="module")
-def texts(results: dict[str, Any]) -> list[dict[str, Any]]:
+def texts(results: Results) -> list[GeneratedItem]:
     return example.generations(results, 12)
 
 
 @pytest.fixture(scope="module")
-def source(results: dict[str, Any], texts: list[dict[str, Any]]) -> str:
+def source(results: Results, texts: list[GeneratedItem]) -> str:
     return html(results, texts, "name: quickstart\n")
 
 
@@ -46,14 +49,14 @@ def read(source: str) -> Page:
 # Numbers
 
 
-def test_the_page_opens_with_the_answer(results: dict[str, Any], read: Page) -> None:
+def test_the_page_opens_with_the_answer(results: Results, read: Page) -> None:
     assert [text for _, text in read.all("h1")] == ["quickstart"]
-    assert read.all("p", "answer")[0][1] == results["conclusion"]
-    assert results["notes"][0] in read.all("ul", "notes")[0][1]
+    assert read.all("p", "answer")[0][1] == results.conclusion
+    assert results.notes[0] in read.all("ul", "notes")[0][1]
     assert not read.all("p", "partial")
 
 
-def test_every_score_is_the_results(results: dict[str, Any], read: Page) -> None:
+def test_every_score_is_the_results(results: Results, read: Page) -> None:
     table = [
         values for values in re.findall(r'<tr class="(?:teacher|baseline|student)">(.*)</tr>', html(results, [], ""))
     ]
@@ -66,93 +69,85 @@ def test_every_score_is_the_results(results: dict[str, Any], read: Page) -> None
         ]
         for line in table
     }
-    main_first = sorted(results["metrics"], key=lambda metric: metric["name"] != results["primary"])
+    main_first = sorted(results.metrics, key=lambda metric: metric.name != results.primary)
     expected = {
-        row["name"]: [
-            (cell["mean"], cell["half_width"]) for metric in main_first if (cell := row["cells"].get(metric["name"]))
-        ]
-        for row in results["rows"]
+        row.name: [(cell.mean, cell.half_width) for metric in main_first if (cell := row.cells.get(metric.name))]
+        for row in results.rows
     }
     assert found == expected
     head, *lines = read.csv("scores")
     for line in lines:
-        cells = next(row for row in results["rows"] if row["name"] == line[0])["cells"]
+        cells = next(row for row in results.rows if row.name == line[0]).cells
         for name, value in zip(head[2:], line[2:], strict=True):
             metric, _, what = name.partition(" ")
             cell = cells.get(metric)
-            wanted = cell and cell[{"": "mean", "half width": "half_width", "n": "n"}[what]]
+            wanted = cell and getattr(cell, {"": "mean", "half width": "half_width", "n": "n"}[what])
             assert value == ("" if wanted is None else repr(wanted)), name
 
 
-def test_the_best_below_the_teacher_is_marked_by_more_than_colour(results: dict[str, Any], read: Page) -> None:
+def test_the_best_below_the_teacher_is_marked_by_more_than_colour(results: Results, read: Page) -> None:
     marked = [a["data-value"] for a, text in read.all("td", "number") if "★" in text and "best:" in text]
     wanted = []
-    for metric in results["metrics"]:
-        means = [row["cells"][metric["name"]]["mean"] for row in results["rows"] if row["kind"] != "teacher"]
-        wanted.append(max(means) if metric["higher_is_better"] else min(means))
+    for metric in results.metrics:
+        means = [row.cells[metric.name].mean for row in results.rows if row.kind != "teacher"]
+        wanted.append(max(means) if metric.higher_is_better else min(means))
     assert sorted(map(float, marked)) == sorted(wanted)
 
 
-def test_nothing_is_best_where_all_tie_or_neither_end_is_better(results: dict[str, Any]) -> None:
-    one = {
-        **results["metrics"][0],
-        "name": "generation/length_ratio",
-        "label": "length ratio",
-        "higher_is_better": None,
-    }
-    tied = {**results["metrics"][0], "name": "generation/eos_rate", "label": "ended by itself"}
+def test_nothing_is_best_where_all_tie_or_neither_end_is_better(results: Results) -> None:
+    neither = replace(results.metrics[0], name="generation/length_ratio", label="length ratio", higher_is_better=None)
+    tied = replace(results.metrics[0], name="generation/eos_rate", label="ended by itself")
     rows = []
-    for number, row in enumerate(results["rows"]):
-        cell = {"half_width": None, "n": row["models"], "seeds": [], "values": []}
-        cells = {one["name"]: {**cell, "mean": 1 + number / 10}, tied["name"]: {**cell, "mean": 1.0}}
-        rows.append({**row, "cells": cells})
-    changed = {**results, "metrics": [one, tied], "rows": rows, "comparisons": [], "primary": None, "margins": {}}
+    for number, row in enumerate(results.rows):
+        means = {neither.name: 1 + number / 10, tied.name: 1.0}
+        rows.append(replace(row, cells={name: Cell(mean, None, row.models, [], []) for name, mean in means.items()}))
+    changed = replace(results, metrics=[neither, tied], rows=rows, comparisons=[], primary=None, margins={})
     table = html(changed, [], "").partition('<table class="scores')[2].partition("</table>")[0]
     assert "best: " not in table and "length ratio</th>" in table and "ended by itself <span" in table
 
 
-def test_every_comparison_is_the_results(results: dict[str, Any], read: Page) -> None:
+def test_every_comparison_is_the_results(results: Results, read: Page) -> None:
     head, *lines = read.csv("comparisons")
-    assert len(lines) == len(results["comparisons"])
-    for line, found in zip(lines, results["comparisons"], strict=True):
+    assert len(lines) == len(results.comparisons)
+    for line, found in zip(lines, results.comparisons, strict=True):
         values = dict(zip(head, line, strict=True))
-        assert float(values["difference"]) == found["difference"]
-        assert [float(end) for end in values["interval"].split(" to ")] == found["interval"]
-        assert values["verdict"] == found["verdict"]
+        assert float(values["difference"]) == found.difference
+        assert [float(end) for end in values["interval"].split(" to ")] == found.interval
+        assert values["verdict"] == found.verdict
     shown = [(a["data-difference"], text) for a, text in read.all("tr") if "data-difference" in a]
-    assert sorted(float(value) for value, _ in shown) == sorted(c["difference"] for c in results["comparisons"])
-    labels = {metric["name"]: metric for metric in results["metrics"]}
-    for found in results["comparisons"]:
-        metric = labels[found["metric"]]
-        names = f"{metric['label']}{found['strategy']}{found['reference']}"
-        (line,) = [text for value, text in shown if float(value) == found["difference"] and text.startswith(names)]
-        assert found["verdict"] in line
-        assert f"{signed(found['interval'][0], metric)} to {signed(found['interval'][1], metric)}" in line
+    assert sorted(float(value) for value, _ in shown) == sorted(c.difference for c in results.comparisons)
+    labels = {metric.name: metric for metric in results.metrics}
+    for found in results.comparisons:
+        metric = labels[found.metric]
+        names = f"{metric.label}{found.strategy}{found.reference}"
+        (line,) = [text for value, text in shown if float(value) == found.difference and text.startswith(names)]
+        assert found.verdict in line
+        assert found.interval is not None and numbers.interval(found.interval, metric) in line
 
 
-def test_every_picture_has_its_numbers_as_table_and_csv(results: dict[str, Any], read: Page) -> None:
+def test_every_picture_has_its_numbers_as_table_and_csv(results: Results, read: Page) -> None:
     pictures = len(read.all("svg"))
     assert pictures == len(read.all("figure")) == len(read.all("details", "figure-numbers"))
-    assert pictures == len(results["metrics"]) + 4 + len(results["maps"]) + 4 + 4 + 3
+    assert pictures == len(results.metrics) + 4 + len(results.maps) + 4 + 4 + 3
     names = [a["download"].removesuffix(".csv") for a, _ in read.all("a", "csv")]
     assert len(names) == len(set(names)) == pictures + 3  # the tables of scores, comparisons and cost have one too
     head, *lines = read.csv("cost-seconds")
     assert {line[1]: float(line[2]) for line in lines} == {
-        r["name"]: r["seconds"] for r in results["runs"] if r["strategy"]
+        run.name: run.seconds for run in results.runs if run.strategy
     }
     head, *lines = read.csv("curve-kl")
     for name in ("forward-s0", "ce_only-s2"):
         drawn = [float(line[head.index(name)]) for line in lines]
-        assert drawn == [line["kl"] for line in results["curves"][name]]
+        assert drawn == [line.parts["kl"] for line in results.curves[name].lines]
 
 
 def test_what_only_some_runs_log_has_pictures_too() -> None:
     """A temperature that moves, and the norms of gradients, which few lines report."""
     results = example.study(seeds=(0, 1), log_lines=60)
-    for number, line in enumerate(results["curves"]["forward-s1"]):
-        line["temperature"] = 2.0 - number / 60
+    for number, line in enumerate(results.curves["forward-s1"].lines):
+        line.parts["temperature"] = 2.0 - number / 60
         if number % 20 == 0:
-            line |= {"norm of ce": 0.5 + number, "norm of 0<3 kl": 0.25}
+            line.parts.update({"norm of ce": 0.5 + number, "norm of 0<3 kl": 0.25})
     read = Page(html(results, [], ""))
     assert len(read.all("svg")) == len(Page(html(example.study(seeds=(0, 1), log_lines=60), [], "")).all("svg")) + 3
     head, *lines = read.csv("curve-norm-of-ce")
@@ -161,7 +156,19 @@ def test_what_only_some_runs_log_has_pictures_too() -> None:
     assert head == ["step", "forward", "forward-s1"] and len(lines) == 40
 
 
-def test_a_long_curve_is_thinned_and_says_so() -> None:
+def test_runs_whose_blocks_are_not_known_yet_are_named() -> None:
+    """An encoder-decoder's log counts the decoder's blocks by themselves; which they are is known when the run has ended."""
+    results = example.study(seeds=(0, 1))
+    pictures = len(Page(html(results, [], "")).all("svg"))
+    waiting = "Not drawn by block before the run has ended: the hidden distances of forward-s1."
+    results.curves["forward-s1"] = replace(results.curves["forward-s1"], blocks={})
+    read = Page(html(results, [], ""))
+    assert waiting in read.text[0] and len(read.all("svg")) == pictures
+    assert "forward-s0" in read.csv("distance-end")[0] and "forward-s1" not in read.csv("distance-end")[0]
+    assert "forward-s1" in read.csv("curve-hidden")[0]
+
+
+def test_a_long_curve_is_thinned_with_a_note() -> None:
     results = example.study(seeds=(0, 1), log_lines=1000)
     read = Page(html(results, [], ""))
     head, *lines = read.csv("curve-ce")
@@ -174,15 +181,22 @@ def test_a_long_curve_is_thinned_and_says_so() -> None:
 # Safety
 
 
-def test_nothing_a_study_says_becomes_markup(results: dict[str, Any], texts: list[dict[str, Any]]) -> None:
-    evil: dict[str, Any] = json.loads(json.dumps(results).replace("all_to_one", "EVIL"), object_hook=_evil)
-    evil |= {"name": EVIL, "conclusion": EVIL, "notes": [EVIL], "problems": {EVIL: EVIL}, "commit": EVIL}
-    evil |= {"versions": {EVIL: EVIL}, "hardware": {"cpu": EVIL}, "items": {EVIL: 3}, "scored": 1}
-    evil["metrics"] = [{**metric, "label": EVIL} for metric in evil["metrics"]]
-    evil["rows"][-1] |= {"cells": {}, "problems": [EVIL]}
-    written = [
-        {**item, "prompt": EVIL, "references": [EVIL], "outputs": {**item["outputs"], EVIL: EVIL}} for item in texts
-    ]
+def test_nothing_a_study_says_becomes_markup(results: Results, texts: list[GeneratedItem]) -> None:
+    evil = replace(
+        example.study(("none", "forward", "reverse", EVIL, "random"), seeds=(0, 1, 2)),
+        name=EVIL,
+        conclusion=EVIL,
+        notes=[EVIL],
+        problems={EVIL: EVIL},
+        commit=EVIL,
+        versions={EVIL: EVIL},
+        hardware={"cpu": EVIL},
+        items={EVIL: 3},
+        scored=1,
+        metrics=[replace(metric, label=EVIL) for metric in results.metrics],
+    )
+    evil.rows[-1] = example.without_scores(evil.rows[-1], EVIL)
+    written = [replace(item, prompt=EVIL, references=[EVIL], outputs={**item.outputs, EVIL: EVIL}) for item in texts]
     source = html(evil, written, EVIL)
     read = Page(source)
     assert len(read.all("script")) == 2 and not read.all("img") and source.count("<!--") == 0
@@ -192,14 +206,6 @@ def test_nothing_a_study_says_becomes_markup(results: dict[str, Any], texts: lis
     assert [EVIL, 1, [None, None]] in data["items"][0]["t"]
     assert EVIL in read.all("h1")[0][1] and EVIL in read.all("pre")[0][1] and EVIL in read.all("p", "answer")[0][1]
     assert {tag for tag, _ in read.tags} == {tag for tag, _ in Page(html(results, texts, "x")).tags} | {"h3", "ul"}
-
-
-def _evil(value: dict[str, Any]) -> dict[str, Any]:
-    """Puts the hostile name wherever `EVIL` stands as a value or a key."""
-    put = lambda text: text.replace("EVIL", EVIL) if isinstance(text, str) else text  # noqa: E731
-    return {
-        put(key): [put(one) for one in inner] if isinstance(inner, list) else put(inner) for key, inner in value.items()
-    }
 
 
 def test_only_the_pages_own_script_may_run(source: str, read: Page) -> None:
@@ -227,25 +233,23 @@ def test_script_writes_text_and_never_markup() -> None:
 # Half a study, sizes, order
 
 
-def test_half_a_study_is_a_page_that_names_what_is_missing(
-    results: dict[str, Any], texts: list[dict[str, Any]]
-) -> None:
+def test_half_a_study_is_a_page_that_names_what_is_missing(results: Results, texts: list[GeneratedItem]) -> None:
     half = example.partial(results)
     read = Page(html(half, texts, ""))
     assert "Partial." in read.all("p", "partial")[0][1]
     listed = read.all("ul", "problems")[0][1]
-    for name, why in half["problems"].items():
+    for name, why in half.problems.items():
         assert name in listed and why in listed
     cells = [text for _, text in read.all("td", "missing")]
-    assert cells.count("not run") == len(results["metrics"])
-    assert sum(text.startswith("failed: OutOfMemoryError") for text in cells) == len(results["metrics"])
+    assert cells.count("not run") == len(results.metrics)
+    assert sum(text.startswith("failed: OutOfMemoryError") for text in cells) == len(results.metrics)
     assert "recipe.yaml is not at hand" in read.text[0]
     for picture in ("scores-0", "curve-ce", "cost-seconds"):
         assert len(read.csv(picture)) > 1
     assert "random" not in {line[0] for line in read.csv("cost-seconds")}
 
 
-def test_a_study_not_begun_has_no_picture(results: dict[str, Any]) -> None:
+def test_a_study_not_begun_has_no_picture(results: Results) -> None:
     read = Page(html(example.nothing(results), [], ""))
     assert not read.all("svg") and not read.all("figure")
     assert [text for _, text in read.all("h2")] == [text for _, text in Page(html(results, [], "")).all("h2")]
@@ -257,12 +261,12 @@ def test_one_seed_has_no_interval() -> None:
     read = Page(html(results, [], ""))
     assert "One seed, so no interval" in read.text[0]
     assert not read.all("span", "half")
-    assert {found["verdict"] for found in results["comparisons"]} == {"not tested"}
+    assert {found.verdict for found in results.comparisons} == {"not tested"}
 
 
-def test_the_same_study_gives_the_same_bytes(results: dict[str, Any], texts: list[dict[str, Any]], source: str) -> None:
+def test_the_same_study_gives_the_same_bytes(results: Results, texts: list[GeneratedItem], source: str) -> None:
     html(example.study(seeds=(5,)), [], "")
-    results, texts = json.loads(json.dumps([results, texts]))
+    results, texts = copy.deepcopy((results, texts))
     assert html(results, texts, "name: quickstart\n") == source
 
 
@@ -272,7 +276,7 @@ def test_a_whole_study_stays_small() -> None:
     texts = example.generations(results)
     usual = len(html(results, texts, "").encode())
     for item in texts:
-        item["outputs"] = {entry: f"{text} {entry}" for entry, text in item["outputs"].items()}
+        item.outputs.update({model: f"{text} {model}" for model, text in item.outputs.items()})
     worst = html(results, texts, "")
     print(f"\n[page] {usual / 1e6:.2f} MB; {len(worst.encode()) / 1e6:.2f} MB where no two models write the same")
     assert usual < 2_000_000 and len(worst.encode()) < 2_000_000
@@ -301,34 +305,34 @@ def test_headings_landmarks_and_names(read: Page) -> None:
 # Texts side by side
 
 
-def test_packed_texts_are_the_models(results: dict[str, Any], texts: list[dict[str, Any]]) -> None:
-    strategies = {run["name"]: run["strategy"] for run in results["runs"]}
-    data = side_by_side.packed(texts, strategies)
+def test_packed_texts_are_the_models(results: Results, texts: list[GeneratedItem]) -> None:
+    strategies = {run.name: run.strategy for run in results.runs}
+    data = packed(texts, strategies)
     assert data["total"] == len(data["items"]) == len(texts)
     assert data["groups"][data["models"].index("forward-s2")] == "forward"
     assert data["groups"][data["models"].index("undistilled")] == "undistilled"
-    for packed, item in zip(data["items"], texts, strict=True):
-        assert (packed["n"], packed["p"], packed["r"]) == (item["item"], item["prompt"], item["references"])
-        assert len({json.dumps(text) for text in packed["t"]}) == len(packed["t"])
-        for model, place in zip(data["models"], packed["m"], strict=True):
-            text, right, scores = packed["t"][place]
-            assert text == item["outputs"][model]
-            assert right == item["scores"][model]["slots_exact"]
-            assert dict(zip(data["scores"], scores, strict=True)) == item["scores"][model]
+    for smaller, item in zip(data["items"], texts, strict=True):
+        assert (smaller["n"], smaller["p"], smaller["r"]) == (item.item, item.prompt, item.references)
+        assert len({json.dumps(text) for text in smaller["t"]}) == len(smaller["t"])
+        for model, place in zip(data["models"], smaller["m"], strict=True):
+            text, right, scores = smaller["t"][place]
+            assert text == item.outputs[model]
+            assert right == item.scores[model]["slots_exact"]
+            assert dict(zip(data["scores"], scores, strict=True)) == item.scores[model]
 
 
 def test_without_scores_a_reference_is_right_and_a_model_may_be_missing() -> None:
-    item = {"item": 3, "prompt": "p", "references": ["one", "two"], "outputs": {"a": " two\n", "b-s1": "three"}}
-    other = {**item, "item": 4, "references": [], "outputs": {"b-s1": "x"}}
-    data = side_by_side.packed([item, other], {})
+    item = GeneratedItem(3, "p", ["one", "two"], {"a": " two\n", "b-s1": "three"})
+    other = replace(item, item=4, references=[], outputs={"b-s1": "x"})
+    data = packed([item, other], {})
     assert data["groups"] == ["a", "b"]
-    assert data["items"][0]["t"] == [[" two\n", 1, []], ["three", 0, []]]
-    assert data["items"][1]["m"] == [-1, 0] and data["items"][1]["t"] == [["x", None, []]]
+    assert data["items"][0]["t"] == [(" two\n", 1, []), ("three", 0, [])]
+    assert data["items"][1]["m"] == [-1, 0] and data["items"][1]["t"] == [("x", None, [])]
 
 
-def test_an_endless_text_is_cut_and_says_so() -> None:
-    item = {"item": 0, "prompt": "p", "references": ["r"], "outputs": {"a": "x" * 5000}}
-    ((text, right, _),) = side_by_side.packed([item], {})["items"][0]["t"]
+def test_an_endless_text_is_cut_with_a_note() -> None:
+    item = GeneratedItem(0, "p", ["r"], {"a": "x" * 5000})
+    ((text, right, _),) = packed([item], {})["items"][0]["t"]
     assert text == "x" * 4000 + " … [cut here; 5,000 characters in all]" and right == 0
 
 

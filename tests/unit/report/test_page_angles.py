@@ -12,7 +12,8 @@ import pytest
 
 from llmkd.evaluation.angle_cosines import pairs_of
 from llmkd.report.angles import coarse, evenly, grouped, sentence
-from llmkd.report.page.angles import angle_section
+from llmkd.report.page.angles import angle_section, cosine_maps
+from llmkd.report.results import Angles, AnglesThen, Average, BlockMap, StrategyAngles
 from llmkd.report.write import report
 from tests.unit.report.page_reader import Page
 from tests.unit.report.study_folder import Folder
@@ -42,6 +43,16 @@ def angles_of(folder: Folder, name: str, before: Any, after: Any, teacher_blocks
     folder.write(f"angles/{name}.json", {**about, "projector": None, "stacks": stacks, **more})
 
 
+def students(folder: Folder) -> list[StrategyAngles]:
+    angles = folder.results().angles
+    assert angles is not None
+    return angles.students
+
+
+def section(folder: Folder) -> str:
+    return "\n".join(angle_section(folder.results().angles))
+
+
 @pytest.fixture
 def study(tmp_path: Path) -> Folder:
     """Two strategies over two seeds, 3 and 6 blocks; one model failed."""
@@ -58,7 +69,7 @@ def study(tmp_path: Path) -> Folder:
 def test_a_study_without_angles_has_no_such_section(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     folder.students({"forward": [90.0]})
-    assert folder.results()["angles"] is None
+    assert folder.results().angles is None
     page = report(tmp_path).read_text()
     assert "Angles" not in page and "Angles" not in (tmp_path / "report.md").read_text()
 
@@ -86,45 +97,68 @@ def test_the_page_shows_the_means_over_seeds(study: Folder) -> None:
             known = [value for value in values if value is not None]
             assert shown == "" if not known else float(shown) == pytest.approx(sum(known) / len(known), abs=2e-3)
     (table,) = [text for _, text in read.all("table") if "Angles by strategy" in text]
-    found = study.results()["angles"]["students"]
-    assert [(one["strategy"], one["seeds"]) for one in found] == [("forward", [0, 1]), ("reverse", [0])]
-    cell = found[0]["after"]["mean"]
+    found = students(study)
+    assert [(one.strategy, one.seeds) for one in found] == [("forward", [0, 1]), ("reverse", [0])]
+    cell = found[0].after.mean
     wanted = [sum(block["mean_of_pairs"] for block in one["after"]["blocks"]) / 3 for one in files]
-    assert cell["mean"] == pytest.approx(sum(wanted) / 2) and cell["half_width"] > 0
-    assert f"{cell['mean']:.3f} ± {cell['half_width']:.3f}" in table
-    assert found[0]["before"]["mean"]["half_width"] is None  # one start, copied twice
-    assert f"{cell['mean']:.3f} ±" in (study.folder / "report.md").read_text()
+    assert cell.mean == pytest.approx(sum(wanted) / 2) and cell.half_width is not None and cell.half_width > 0
+    assert f"{cell.mean:.3f} ± {cell.half_width:.3f}" in table
+    assert found[0].before.mean.half_width is None  # one start, copied twice
+    assert f"{cell.mean:.3f} ±" in (study.folder / "report.md").read_text()
 
 
 def test_a_picture_is_read_without_colour_and_by_ear(study: Folder) -> None:
-    """Below zero has a dot, no direction a stroke; equal squares are drawn once; each picture has its words and numbers."""
-    source = "\n".join(angle_section(study.results()))
-    read = Page(source)
+    """Below zero has a dot, no direction a stroke; each picture has its words and numbers."""
+    read = Page(section(study))
     assert len(read.all("svg")) == len(read.all("figure")) == len(read.all("details", "figure-numbers")) == 2
     assert all(a["role"] == "img" and "Mean cosine" in a["aria-label"] for a, _ in read.all("svg"))
     described = [text for _, text in read.all("desc")]
     assert all(
-        re.search(r"student block 2: mean 0\.\d\d before and -?0\.\d\d after, lowest", text) for text in described
+        re.search(r"student block 2: mean 0\.\d\d before and −?0\.\d\d after, lowest", text) for text in described
     )
-    assert len(read.all("use")) == 3 and len([a for a, _ in read.all("g") if "id" in a]) == 3 + 6
-    after = study.results()["angles"]["students"][0]["after"]["blocks"][1]["mean"]
-    below = sum(value < 0 for row in after for value in row)
-    dots = [a["d"].count("h0") for a, _ in read.all("path") if a.get("stroke-linecap") == "round"]
-    assert below > 0 and below in dots
-    strokes = [a["d"].count("l1 1") for a, _ in read.all("path") if a.get("stroke-width") == ".06"]
-    assert strokes == [6]
+    dots, strokes = (
+        [a["d"].count("M") for a, _ in read.all("path") if wanted in a.get("style", "")]
+        for wanted in ("stroke: var(--ink); stroke-width: 7.2", "stroke: var(--muted)")
+    )
+    below = [
+        sum(value is not None and value < 0 for block in then.blocks for row in block.mean for value in row)
+        for then in (student.after for student in students(study))
+    ]
+    assert below == dots and min(below) > 0
+    assert strokes == [6, 6]
     ids = [a["id"] for _, a in read.tags if "id" in a]
-    assert len(ids) == len(set(ids)) and {a["href"][1:] for a, _ in read.all("use")} <= set(ids)
+    assert len(ids) == len(set(ids))
+
+
+def test_a_cells_colour_stands_at_its_place() -> None:
+    """One cell of each strength: a line as wide as the cell, from its left edge to its right."""
+    matrix: list[list[float | None]] = [[1.0, 0.5], [-0.3, 0.0]]
+    average = Average(0.5, None, 1)
+    then = AnglesThen(average, average, average, average, 1, [BlockMap(0, matrix, matrix)])
+    about: Any = ("forward", "", "teacher", [0], 1, 1, "raw", None, False, [[0], [1]])
+    drawing = cosine_maps("x", StrategyAngles(*about, before=then, after=then))
+    paths = [a for a, _ in Page(drawing.svg).all("path") if "stroke-width: 72;" in a.get("style", "")]
+    shown = {}
+    for path in paths:
+        colour, opacity = (re.search(p, path["style"]) for p in (r"series-(\d)", r"opacity: ([\d.]+)"))
+        assert colour is not None
+        numbers = [float(number) for number in re.findall(r"[\d.]+", path["d"])]
+        shown[colour[1], float(opacity[1]) if opacity else 1.0] = numbers
+    assert shown == {
+        ("1", 1.0): [46, 60, 118, 60, 216, 60, 288, 60],
+        ("1", 0.5): [118, 60, 190, 60, 288, 60, 360, 60],
+        ("2", 0.3): [46, 132, 118, 132, 216, 132, 288, 132],
+    }
 
 
 def test_what_failed_is_named_and_becomes_no_markup(study: Folder) -> None:
     source = report(study.folder).read_text()
     assert not Page(source).all("img") and f"reverse-s1: {EVIL}." in Page(source).text[0]
     assert "reverse-s1: " in (study.folder / "report.md").read_text()
-    assert study.results()["angles"]["students"][1]["seeds"] == [0]
+    assert students(study)[1].seeds == [0]
     for name in ("forward-s0", "forward-s1", "reverse-s0"):
         study.write(f"angles/{name}.json", {"name": name, "seed": 0, "error": "no"})
-    assert "No student's angles could be measured." in Page("\n".join(angle_section(study.results()))).text[0]
+    assert "No student's angles could be measured." in Page(section(study)).text[0]
     assert report(study.folder).is_file()
 
 
@@ -152,9 +186,9 @@ def test_two_stacks_have_a_line_and_a_picture_each(tmp_path: Path) -> None:
 
 def test_angles_of_an_earlier_form_are_named_with_the_cure(study: Folder) -> None:
     study.write("angles/reverse-s0.json", {"name": "reverse-s0", "seed": 0, "error": None, "before": {}, "after": {}})
-    found = study.results()["angles"]
-    assert [one["strategy"] for one in found["students"]] == ["forward"]
-    assert found["problems"]["reverse-s0"] == f"measured by an earlier llmkd; run llmkd angles {study.folder}"
+    found = study.results().angles
+    assert found is not None and [one.strategy for one in found.students] == ["forward"]
+    assert found.problems["reverse-s0"] == f"measured by an earlier llmkd; run llmkd angles {study.folder}"
 
 
 def test_at_any_depth_the_section_stays_small(tmp_path: Path) -> None:
@@ -163,23 +197,25 @@ def test_at_any_depth_the_section_stays_small(tmp_path: Path) -> None:
     folder.students({name: [90.0] for name in ("none", "forward", "reverse", "all_to_one", "random")})
     for entry in folder.study["entries"]:
         angles_of(folder, entry["name"], seen(draw, 16, 64), seen(draw, 16, 64), 64)
-    source = "\n".join(angle_section(folder.results()))
+    source = section(folder)
     print(f"\n[angles] {len(source) / 1e3:.0f} kB")
     assert len(source) < 200_000 and "4 of 16 student blocks are shown; neighbouring teacher blocks" in source
     assert [line[0] for line in Page(source).csv("angles-0")[1::78]] == ["0", "5", "10", "15"]
 
 
 def test_the_sentence_says_the_range_over_strategies() -> None:
-    def one(before: float, after: float, stack: str = "") -> dict[str, Any]:
-        cells = {"before": before, "after": after}
-        seen = {when: {"mean": {"mean": v}, "above_zero": {"mean": (v + 1) / 2}} for when, v in cells.items()}
-        return {**seen, "stack": stack}
+    def student(before: float, after: float, stack: str = "") -> StrategyAngles:
+        times = []
+        for mean in (before, after):
+            averages = [Average(value, None, 1) for value in (mean, (mean + 1) / 2, None, None)]
+            times.append(AnglesThen(*averages, student_blocks=1, blocks=[]))
+        return StrategyAngles("forward", stack, "teacher", [0], 1, 1, "raw", None, False, [[0]], *times)
 
-    said = sentence({"students": [one(0.5, 0.25), one(0.5, -0.125)]})
-    assert "before training 0.50 (above zero at 75% of tokens)" in said
-    assert "after training -0.12 to 0.25 (above zero at 44% to 62% of tokens)" in said and "in the" not in said
-    said = sentence({"students": [one(0.5, 0.25, "encoder"), one(0.75, 0.0, "decoder")]})
-    assert re.search("in the encoder before training 0.50 .*, in the decoder before training 0.75 .* 0.00 ", said)
+    text = sentence(Angles([student(0.5, 0.25), student(0.5, -0.125)], {}))
+    assert "before training 0.50 (above zero at 75% of tokens)" in text
+    assert "after training −0.12 to 0.25 (above zero at 44% to 62% of tokens)" in text and "in the" not in text
+    text = sentence(Angles([student(0.5, 0.25, "encoder"), student(0.75, 0.0, "decoder")], {}))
+    assert re.search("in the encoder before training 0.50 .*, in the decoder before training 0.75 .* 0.00 ", text)
 
 
 def test_blocks_are_taken_together_evenly() -> None:

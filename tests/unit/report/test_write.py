@@ -2,15 +2,15 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from llmkd.errors import InputError
-from llmkd.report.write import COLUMNS, report, table_text
+from llmkd.report import write
+from llmkd.report.tables import COLUMNS
+from llmkd.report.write import report, terminal_text
 from tests.unit.report.study_folder import Folder, small_study
 
 
@@ -23,9 +23,7 @@ def page(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         calls.append(arguments)
         return "<!doctype html>"
 
-    module = ModuleType("llmkd.report.page.document")
-    module.__dict__["html"] = html
-    monkeypatch.setitem(sys.modules, "llmkd.report.page.document", module)
+    monkeypatch.setattr(write, "html", html)
     return calls
 
 
@@ -42,12 +40,12 @@ def markdown(study: Folder) -> str:
 def test_all_forms_are_written_from_the_same_results(study: Folder, page: list[tuple[Any, ...]]) -> None:
     study.write("recipe.yaml", "name: made-up\n")
     assert report(study.folder) == study.folder / "report.html"
-    results = json.loads((study.folder / "results.json").read_text())
-    assert results == study.results()
+    results = study.results()
+    assert json.loads((study.folder / "results.json").read_text()) == results.to_json()
     assert page == [(results, [], "name: made-up\n")]
     text = (study.folder / "report.md").read_text()
-    assert text.startswith(f"# Study made-up\n\n**{results['conclusion']}**\n")
-    assert all(f"\n- {note}" in text for note in results["notes"])
+    assert text.startswith(f"# Study made-up\n\n**{results.conclusion}**\n")
+    assert all(f"\n- {note}" in text for note in results.notes)
 
 
 def test_every_score_is_a_line_of_the_csv(study: Folder) -> None:
@@ -83,9 +81,7 @@ def test_a_failure_stands_in_its_cells_and_never_a_zero(study: Folder) -> None:
         study.score(f"forward-s{seed}", None, error="ValueError: " + "long " * 30)
     row = next(line for line in markdown(study).splitlines() if line.startswith("| forward "))
     cells = [cell.strip() for cell in row.split("|")[4:-1]]
-    assert len(cells) == 2 and all(
-        cell.startswith("failed: ValueError: long") and cell.endswith("...") for cell in cells
-    )
+    assert len(cells) == 2 and all(cell.startswith("failed: ValueError: long") and cell.endswith("…") for cell in cells)
 
 
 def test_a_step_that_was_not_asked_for_is_no_problem(tmp_path: Path) -> None:
@@ -95,7 +91,7 @@ def test_a_step_that_was_not_asked_for_is_no_problem(tmp_path: Path) -> None:
     study.score(name, 70.0)
     study.write(f"agreement/{name}.json", {"error": None, "metrics": {"kl": 0.25}})
     text = markdown(study)
-    assert "| teacher | teacher | 1 of 1 | - |" in text and "| forward | student | 1 of 1 | 0.250 |" in text
+    assert "| teacher | teacher | 1 of 1 | – |" in text and "| forward | student | 1 of 1 | 0.250 |" in text
     assert "### lm-eval" in text and "### agreement" in text and "## Problems" not in text
 
 
@@ -104,8 +100,8 @@ def test_comparisons_with_their_verdicts(study: Folder) -> None:
     text = markdown(study)
     main, rest = text.split("## Comparisons")[1].split("## Layer maps")[0].split("<details>")
     line = next(line for line in main.splitlines() if "| forward | none |" in line)
-    assert line == "| say/bleu | forward | none | +30.50 | +24.15 to +36.85 | 2 | 0.010 |  |  | different |  |  |  |"
-    assert "| choose/acc | forward | none | +0.0000 |  | 2 |  |  |  | not tested |  |  |  |" in rest
+    assert line == "| say/bleu | forward | none | +30.50 | +24.15 to +36.85 | different | 2 | 0.010 (0.010) | – | – |"
+    assert "| choose/acc | forward | none | +0.0000 | – | not tested | 2 | – | – | – |" in rest
 
 
 def test_maps_and_costs(study: Folder) -> None:
@@ -121,8 +117,8 @@ def test_maps_and_costs(study: Folder) -> None:
     text = markdown(study)
     assert text.count("```text") == 1  # one drawing for both seeds, none for a strategy without pairs
     assert "**forward** (forward-s0, forward-s1)" in text and "student <- teacher" in text
-    assert "| forward-s0 | done | 2 | 60 | 33 | 1,626 | 0.51 |" in text
-    assert "| teacher | unfinished, at step 20 |  |  |  |  |  |" in text
+    assert "| forward-s0 | done | 2 | 60 | 33.4 | 54,321 | 1,626 | 0.512 |" in text
+    assert "| teacher | unfinished, at step 20 |  |  |  |  |  |  |" in text
     assert "- hardware: cpu A | B, cores 2\n- commit: abc123" in text and "torch 2.13.0" in text
 
 
@@ -153,7 +149,7 @@ def test_a_study_not_begun_has_a_report(tmp_path: Path) -> None:
     assert "No trained student" in text and "None yet" in text
 
 
-def test_no_study_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_a_study_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no study here"):
         report(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -164,11 +160,11 @@ def test_no_study_is_said(tmp_path: Path) -> None:
 
 
 def test_table_for_the_terminal(study: Folder) -> None:
-    lines = table_text(study.results()).splitlines()
+    lines = terminal_text(study.results()).splitlines()
     assert lines[0].split(" | ") == ["model      ", "kind    ", "n     ", "say/bleu   ", "choose/acc"]
     assert lines[2].startswith("teacher     | teacher  | 1 of 1 | 90.0        | 0.990")
     assert "| 71.0 ± 12.7 | 0.500 ± 0.000" in lines[5]
-    assert " ".join(lines[-2:]).endswith(study.results()["conclusion"])
+    assert " ".join(lines[-2:]).endswith(study.results().conclusion)
 
 
 def test_fifteen_metrics_stay_readable_and_the_main_ones_come_first(tmp_path: Path) -> None:
@@ -178,7 +174,7 @@ def test_fifteen_metrics_stay_readable_and_the_main_ones_come_first(tmp_path: Pa
         study.score(study.entry("student", "forward", seed), None, tasks=tasks)
     failed = study.entry("student", "reverse", 0)
     study.score(failed, None, error="ValueError: " + "long " * 30)
-    lines = table_text(study.results()).splitlines()
+    lines = terminal_text(study.results()).splitlines()
     table = lines[: lines.index("")]
     assert all(len(line) <= COLUMNS for line in table)
     assert (

@@ -17,9 +17,11 @@ from llmkd.models.model_types import types_with
 from llmkd.planning import doctor, memory
 from llmkd.recipe.inputs import finetune_inputs, training_inputs
 from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
-from llmkd.report import gather
-from llmkd.report.files import ScoredEntry
+from llmkd.recipe.study_entries import StudyEntry
+from llmkd.report.files import Summary, depth
 from llmkd.report.page import training_plots
+from llmkd.report.results import Curve, LogLine
+from llmkd.report.training_runs import layer_maps, pair_blocks
 from llmkd.train import Stopping
 from llmkd.training import checks, jobs, write_cache
 from llmkd.training import pairs as recipe_map
@@ -415,11 +417,16 @@ def test_each_redraw_of_the_two_stacks_is_drawn_apart(tiny: Path) -> None:
     assert sum([t for _, t in p[1:4]] == [t - 9 for _, t in p[5:]] for p in alike) < 5  # 1 in 84 by chance
 
 
-def test_distances_of_two_stacks_are_counted_like_the_maps(tiny: Path) -> None:
-    pairs = recipe_map.maps_of(two_stacks(tiny, **{"matching.embedding": True}), (2, 3), (4, 12))
-    logged: dict[str, float | None] = {name: float(n) for n, name in enumerate(recipe_map.pair_names(pairs, (2, 4)))}
-    assert training_plots.by_block(logged) == {s: float(n) for n, (s, _) in enumerate(pairs)}
-    assert list(training_plots.by_block({"e<e": 1.0, "0<3": 2.0, "1<7": None})) == [-1, 0]
+@pytest.mark.parametrize("strategy", ["forward", "pkd_skip", "pkd_last", "explicit"])
+def test_distances_of_two_stacks_are_counted_like_the_maps(tiny: Path, strategy: str) -> None:
+    """Whichever blocks are paired, and so wherever the encoder's last block is left out: all have their own distance."""
+    pairs = {"matching.pairs": {"encoder": [[0, 1]], "decoder": [[1, 2], [2, 7]]}} if strategy == "explicit" else {}
+    recipe = two_stacks(tiny, **{"matching.embedding": True, "matching.strategy": strategy, **pairs})
+    mapped = recipe_map.maps_of(recipe, (3, 3), (4, 12))
+    names = recipe_map.pair_names(mapped, (3, 4))
+    line = LogLine(1, {}, {name: float(number) for number, name in enumerate(names)})
+    curve = Curve([line], pair_blocks(names, [list(pair) for pair in mapped]))
+    assert training_plots.by_block(curve, line) == {s: float(n) for n, (s, _) in enumerate(mapped)}
 
 
 @pytest.mark.parametrize(
@@ -434,22 +441,15 @@ def test_distances_of_two_stacks_are_counted_like_the_maps(tiny: Path) -> None:
 )
 def test_report_knows_the_depth_of_every_family(tmp_path: Path, kind: str, config: Any, blocks: int) -> None:
     config().save_pretrained(tmp_path)
-    assert gather._blocks(tmp_path) == blocks == sum(families.depths(load.load_config(tmp_path)))
+    assert depth(tmp_path) == blocks == sum(families.depths(load.load_config(tmp_path)))
 
 
 def test_report_draws_no_embeddings(tmp_path: Path) -> None:
     """Their pair has no place in a map of blocks."""
-    about: dict[str, Any] = {
-        "name": "forward-s0",
-        "strategy": "forward",
-        "seed": 0,
-        "kind": "student",
-        "train": "train",
-    }
-    about |= {"scores": {}, "problems": {}, "items": {}, "versions": {}, "conditions": {}, "lower": []}
-    entry = ScoredEntry(**about, model="model")
+    about: dict[str, Any] = {"kind": "student", "strategy": "forward", "seed": 0, "model": "model", "train": "."}
+    entry = StudyEntry(name="forward-s0", **about)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps({"num_hidden_layers": 2}))
-    summary = {"pairs": [[EMBEDDING, EMBEDDING], [0, 1], [1, 3], [DECODER_EMBEDDING, DECODER_EMBEDDING]]}
-    (found,) = gather._maps(tmp_path, [entry], [(entry, summary)])
-    assert found["pairs"] == [[0, 1], [1, 3]] and found["student_blocks"] == 2
+    summary = Summary([[EMBEDDING, EMBEDDING], [0, 1], [1, 3], [DECODER_EMBEDDING, DECODER_EMBEDDING]])
+    (found,) = layer_maps(tmp_path, [entry], {"forward-s0": summary})
+    assert found.pairs == [[0, 1], [1, 3]] and found.student_blocks == 2

@@ -1,0 +1,249 @@
+"""What a study's files hold, gathered: the one value that all forms of the report are written from.
+
+`Results.to_json()` is results.json. Numbers are finite; what is not known is None.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from llmkd.evaluation.results import Matrix, When
+
+Agreed = dict[str, Any]
+"""Conditions shared by models, as their files give them (any JSON value); where models differ, a list of all values."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric and how to show it; `percent`: it runs from 0 to 100; `higher_is_better` is None where neither end is."""
+
+    name: str
+    label: str
+    higher_is_better: bool | None
+    percent: bool
+    step: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row's scores by one metric: their mean, half the 95 % t-interval of it, and each model's value."""
+
+    mean: float
+    half_width: float | None
+    n: int
+    values: list[float]
+    seeds: list[int | None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A strategy, a baseline or the teacher, its seeds together. `missing`: step -> why models have no score."""
+
+    name: str
+    kind: str
+    models: int
+    seeds: list[int]
+    problems: list[str] = field(default_factory=list)
+    missing: dict[str, list[str]] = field(default_factory=dict)
+    steps: list[str] = field(default_factory=list)
+    cells: dict[str, Cell] = field(default_factory=dict)
+
+    def problem(self, step: str | None = None) -> str | None:
+        """The first problem of a step, or of any; None where there is none."""
+        return next((why for name, reasons in self.missing.items() if step in (None, name) for why in reasons), None)
+
+    @property
+    def scored(self) -> str:
+        """How many of the row's models have all their scores."""
+        return f"{self.models - len(self.problems)} of {self.models}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One strategy minus another on one metric: over seeds, then over test items; `_holm` are corrected p-values."""
+
+    metric: str
+    strategy: str
+    reference: str
+    difference: float
+    interval: list[float] | None
+    seeds: int
+    p_different: float | None
+    margin: float | None
+    p_equivalent: float | None
+    items: int | None
+    items_interval: list[float] | None
+    items_p: float | None
+    p_different_holm: float | None = None
+    p_equivalent_holm: float | None = None
+    items_p_holm: float | None = None
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """The pairs of blocks of some runs of a strategy, the embeddings' left out; depths are None where no model is at hand."""
+
+    strategy: str
+    runs: list[str]
+    pairs: list[list[int]]
+    student_blocks: int | None
+    teacher_blocks: int | None
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a run cost, or how far it has come. `state`: done, unfinished or not run."""
+
+    name: str
+    strategy: str | None
+    seed: int | None
+    state: str
+    last_step: int | None
+    steps: int | None = None
+    seconds: float | None = None
+    tokens: int | None = None
+    tokens_per_second: float | None = None
+    memory_gib: float | None = None
+    world_size: int | None = None
+    resumed_from_step: int | None = None
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """One line of a run's log: the parts of its loss, and each pair's distance by the pair's name."""
+
+    step: int
+    parts: dict[str, float | None]
+    pairs: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run's log, thinned. `blocks`: a pair's name -> its student block, through all stacks; empty while it is not known."""
+
+    lines: list[LogLine]
+    blocks: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The lines as results.json has them."""
+        return [{"step": line.step, **line.parts, "pairs": line.pairs} for line in self.lines]
+
+
+@dataclass(frozen=True)
+class Average:
+    """The mean over `n` students, with half the 95 % interval where they are two or more and differ."""
+
+    mean: float | None
+    half_width: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class BlockMap:
+    """Of one student block, by places of teacher blocks: the mean cosine, and the share of tokens where it is above zero."""
+
+    block: int
+    mean: Matrix
+    above_zero: Matrix
+
+
+@dataclass(frozen=True)
+class AnglesThen:
+    """The angles of one strategy's students at one time: over all blocks, and in detail of some."""
+
+    mean: Average
+    above_zero: Average
+    paper_code: Average
+    paper_code_with_padding: Average
+    student_blocks: int
+    blocks: list[BlockMap]
+
+
+@dataclass(frozen=True)
+class StrategyAngles:
+    """The angles of one strategy's students in one stack, before and after training.
+
+    `teacher_blocks`: the blocks of each place along a side of the matrices.
+    """
+
+    strategy: str
+    stack: str
+    init: str
+    seeds: list[int | None]
+    rows: int
+    tokens: int
+    final_state: str
+    projector: dict[str, str] | None
+    projector_left_out: bool
+    teacher_blocks: list[list[int]]
+    before: AnglesThen
+    after: AnglesThen
+
+    def at(self, when: When) -> AnglesThen:
+        """Before or after training."""
+        return self.before if when == "before" else self.after
+
+
+@dataclass(frozen=True)
+class Angles:
+    """The angles of a study's students; `problems`: student -> why it has none."""
+
+    students: list[StrategyAngles]
+    problems: dict[str, str]
+
+
+@dataclass(frozen=True)
+class StatedMargins:
+    """The study's margins as they stood at one time, and how many results there were by then."""
+
+    margins: dict[str, float]
+    results: int
+
+
+@dataclass(frozen=True)
+class Results:
+    """A whole study, or as much of it as there is."""
+
+    name: str
+    models: int
+    scored: int
+    seeds: list[int]
+    reference: str
+    margins: dict[str, float]
+    margins_history: list[StatedMargins]
+    primary: str | None
+    metrics: list[Metric]
+    rows: list[Row]
+    problems: dict[str, str]
+    items: Agreed
+    maps: list[LayerMap]
+    runs: list[TrainingRun]
+    curves: dict[str, Curve]
+    angles: Angles | None
+    backends: dict[str, dict[str, list[str]]]
+    conditions: dict[str, Agreed]
+    versions: Agreed
+    hardware: Agreed
+    commit: str | None
+    comparisons: list[Comparison] = field(default_factory=list)
+    conclusion: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def metric(self, name: str | None) -> Metric | None:
+        """A metric by its name; None where no model has it."""
+        return next((metric for metric in self.metrics if metric.name == name), None)
+
+    def row(self, name: str) -> Row | None:
+        """A row by its name."""
+        return next((row for row in self.rows if row.name == name), None)
+
+    @property
+    def main_metrics(self) -> set[str | None]:
+        """The main metric's name and those of the metrics with a margin."""
+        return {self.primary, *self.margins}
+
+    def to_json(self) -> dict[str, Any]:
+        """What results.json holds."""
+        return {**asdict(self), "curves": {name: curve.to_json() for name, curve in self.curves.items()}}

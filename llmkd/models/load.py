@@ -152,10 +152,10 @@ def _flash_attention() -> bool:
 
 def load_causal_lm(folder: Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
     """As `load_model`, where only a decoder will do. Raises InputError for another family."""
-    found = kind(load_config(folder, trust_remote_code=trust_remote_code))
-    if found != "decoder":
+    shape = kind(load_config(folder, trust_remote_code=trust_remote_code))
+    if shape != "decoder":
         raise InputError(
-            f"{folder}: an {found.replace('_', '-')} where a causal language model is needed; give a decoder"
+            f"{folder}: an {shape.replace('_', '-')} where a causal language model is needed; give a decoder"
         )
     return load_model(folder, trust_remote_code=trust_remote_code, **options)
 
@@ -177,11 +177,9 @@ def load_model(
     shape = load_config(folder, trust_remote_code=trust_remote_code)
     name, why = attention_implementation(attention, dtype)
     log.info("%s: attention %s (%s)", folder, name, why)
-    part: dict[str, Any] = {}
-    if first_blocks is not None:
-        part["config"] = student_config(shape, range(first_blocks), {})
+    part = {} if first_blocks is None else {"config": student_config(shape, range(first_blocks), {})}
     try:
-        with sharded_construction(ds_config), quiet_about_unused(part):
+        with sharded_construction(ds_config), quiet_about_unused(bool(part)):
             loaded: Any = AUTO_CLASSES[kind(shape)].from_pretrained(
                 folder,
                 dtype=dtype,
@@ -228,9 +226,13 @@ def load_head(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fal
     files = tensor_files(folder)
     stored = next((name for name in names if f"{name}.weight" in files), None)
     if stored is None:
-        options: dict[str, Any] = dict(attention="eager", trust_remote_code=trust_remote_code, first_blocks=1)
-        found = head(load_causal_lm(folder, dtype=dtype, ds_config=None, **options))
-        return found.weight.detach(), None if found.bias is None else found.bias.detach()
+        trusted = trust_remote_code
+        small = head(
+            load_causal_lm(
+                folder, dtype=dtype, ds_config=None, attention="eager", trust_remote_code=trusted, first_blocks=1
+            )
+        )
+        return small.weight.detach(), None if small.bias is None else small.bias.detach()
 
     def tensor(name: str) -> Tensor:
         with safe_open(files[name], framework="pt") as tensors:
@@ -240,10 +242,10 @@ def load_head(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fal
 
 
 @contextlib.contextmanager
-def quiet_about_unused(part: dict[str, Any]) -> Iterator[None]:
+def quiet_about_unused(quiet: bool) -> Iterator[None]:
     """Where a part of a model is loaded, keep transformers from listing the tensors that are left in the files."""
     before = transformers.utils.logging.get_verbosity()
-    if part:
+    if quiet:
         transformers.utils.logging.set_verbosity_error()
     try:
         yield

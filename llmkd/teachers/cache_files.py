@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -36,7 +37,7 @@ IDENTITY = {
     "tokenizer": "another tokenizer",
     "data": "other data",
 }
-"""What a cache is made of, each with a fingerprint, and how it is called where it differs."""
+"""What a cache is made of, each with a fingerprint -> what a message calls it where it differs."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Contents:
 
     identity: dict[str, str]
     """The fingerprints, by the keys of IDENTITY."""
-    recipe: dict[str, Any]
+    recipe: dict[str, object]
     """Recipe keys that help to say why a fingerprint differs."""
     rows: int
     tokens: int
@@ -80,8 +81,8 @@ class Manifest:
 
     contents: Contents
     shards: tuple[Shard, ...]
-    made: dict[str, Any]
-    """With which versions and recipe."""
+    made: Mapping[str, str | None]
+    """Of the writing: versions, commit and the recipe's name."""
 
 
 def state_name(state: State) -> str:
@@ -98,26 +99,25 @@ def state_names(contents: Contents) -> list[str]:
 
 def layout(contents: Contents, tokens: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name -> (shape, dtype) of all that a shard holds of so many tokens."""
-    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name in state_names(contents):
-        found[name] = ((tokens, contents.hidden), STORED[contents.dtype])
+        tensors[name] = ((tokens, contents.hidden), STORED[contents.dtype])
         if contents.dtype in LARGEST:
-            found[f"{name}.scale"] = ((tokens,), torch.float32)
+            tensors[f"{name}.scale"] = ((tokens,), torch.float32)
     if contents.top_k is not None:
-        found[IDS] = ((tokens, contents.top_k), torch.int32)
-        # float32 whatever `dtype` says: the rest's mass is 1 - Σ, which has no digits to lose.
-        found[LOG_PROBABILITIES] = ((tokens, contents.top_k), torch.float32)
-    return found
+        tensors[IDS] = ((tokens, contents.top_k), torch.int32)
+        # float32 whatever `dtype` is: the mass of all other tokens is 1 - Σ, which has no digits to lose.
+        tensors[LOG_PROBABILITIES] = ((tokens, contents.top_k), torch.float32)
+    return tensors
 
 
 def sizes(contents: Contents) -> dict[str, int]:
     """Name -> bytes in the whole cache; a state's scales count with it."""
-    total: dict[str, int] = {}
+    total: Counter[str] = Counter()
     for name, (shape, dtype) in layout(contents, contents.tokens).items():
-        count = torch.Size(shape).numel() * dtype.itemsize
         key = "top_k" if name.startswith("top_k") else name.removesuffix(".scale")
-        total[key] = total.get(key, 0) + count
-    return total
+        total[key] += torch.Size(shape).numel() * dtype.itemsize
+    return dict(total)
 
 
 def shard_ranges(lengths: Sequence[int], bytes_per_token: int, shard_bytes: int) -> list[tuple[int, int]]:
@@ -133,11 +133,11 @@ def shard_ranges(lengths: Sequence[int], bytes_per_token: int, shard_bytes: int)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Is it this one?
+# Does it serve?
 
 
-def difference(have: Contents, want: Contents) -> str | None:
-    """Why a cache of these contents can't serve who wants those, as the rest of a sentence; None if it can."""
+def unfit(have: Contents, want: Contents) -> str | None:
+    """Why a cache that has `have` can't serve a run that wants `want`, to follow the cache's name in a sentence; None if it can."""
     for key, name in IDENTITY.items():
         if have.identity[key] != want.identity[key]:
             return f"was made of {name}{_named(key, have.recipe, want.recipe)}"
@@ -149,8 +149,8 @@ def difference(have: Contents, want: Contents) -> str | None:
     if want.final and not have.final:
         return "holds no final state, which the divergence (loss.kl) or the last pair (final_state: normed) needs"
     if want.top_k is not None and (have.top_k, have.columns) != (want.top_k, want.columns):
-        found = "no" if have.top_k is None else f"the {have.top_k} likeliest tokens' (of {have.columns})"
-        return f"holds {found} log-probabilities, the recipe asks for cache.top_k {want.top_k} (of {want.columns})"
+        stored = "no" if have.top_k is None else f"the {have.top_k} likeliest tokens' (of {have.columns})"
+        return f"holds {stored} log-probabilities, the recipe asks for cache.top_k {want.top_k} (of {want.columns})"
     return None
 
 
@@ -205,9 +205,9 @@ def remove(file: Path) -> None:
     file.unlink(missing_ok=True)
 
 
-def finish(folder: Path, contents: Contents, shards: Sequence[Shard], made: dict[str, Any]) -> None:
+def finish(folder: Path, contents: Contents, shards: Sequence[Shard], made: Mapping[str, str | None]) -> None:
     """Publish the manifest over the shards' records, which are then no longer needed."""
-    values = {"format": FORMAT, "contents": asdict(contents), "shards": [asdict(s) for s in shards], "made": made}
+    values = {"format": FORMAT, "contents": asdict(contents), "shards": [asdict(s) for s in shards], "made": dict(made)}
     write_json_durably(folder / "manifest.json", {**values, "checksum": _checksum(values)})
     for shard in shards:
         (folder / shard.file).with_suffix(".json").unlink(missing_ok=True)
@@ -224,7 +224,7 @@ def reopen(folder: Path, manifest: Manifest, damaged: Sequence[Shard]) -> None:
 
 
 def write_plan(folder: Path, contents: Contents, ranges: Sequence[tuple[int, int]]) -> None:
-    """Say what is being written here, so that it can be gone on with."""
+    """Record what is being written here, so that an interrupted run can go on with it."""
     write_json_durably(folder / "plan.json", {"format": FORMAT, "contents": asdict(contents), "ranges": list(ranges)})
 
 
@@ -252,23 +252,24 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def _json(file: Path) -> dict[str, Any]:
+    """A file of this format, still to be parsed."""
     try:
         values = json.loads(file.read_text())
-        found = values["format"]
+        format_ = values["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: can't be read; remove {file.parent} and run llmkd cache again") from error
-    if found != FORMAT:
+    if format_ != FORMAT:
         raise InputError(
-            f"{file}: is of format {found}, this version of llmkd reads {FORMAT}; run llmkd cache again elsewhere"
+            f"{file}: is of format {format_}, this version of llmkd reads {FORMAT}; run llmkd cache again elsewhere"
         )
     return values
 
 
-def _contents(values: dict[str, Any]) -> Contents:
+def _contents(values: Mapping[str, Any]) -> Contents:
     return Contents(**{**values, "blocks": tuple(values["blocks"])})
 
 
-def _checksum(values: dict[str, Any]) -> str:
+def _checksum(values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -286,11 +287,8 @@ def problem(folder: Path, shard: Shard, contents: Contents) -> str | None:
             shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in expected.keys() & names}
     except (OSError, SafetensorError) as error:
         return f"can't be opened ({error})"
-    return (
-        None
-        if {OFFSETS, *expected} <= names and shapes == {k: v[0] for k, v in expected.items()}
-        else "has another header"
-    )
+    as_written = {OFFSETS, *expected} <= names and shapes == {name: shape for name, (shape, _) in expected.items()}
+    return None if as_written else "has another header"
 
 
 def changed(folder: Path, shard: Shard) -> str | None:

@@ -1,4 +1,4 @@
-"""A teacher that is not there: what it said of every row was written to disk once, and is read from there by memory map."""
+"""A teacher whose signals were written to disk once, for every row, and are read from there by memory map."""
 
 from __future__ import annotations
 
@@ -95,18 +95,18 @@ class CacheTeacher:
             scales = here(f"{name}.scale") if f"{name}.scale" in values else None
             return _placed(restored(here(name), scales, self._dtype), batch)
 
-        known = None
+        likeliest = None
         if self._top_k:
             assert self._contents.columns is not None
             ids, log_p = (_placed(here(name), batch) for name in (IDS, LOG_PROBABILITIES))
-            known = TopK(ids, log_p, self._contents.columns)
+            likeliest = TopK(ids, log_p, self._contents.columns)
         waiting = _Waiting(self._names, state)
         if self._weights is None:
-            return Signal(waiting, self._uses, None, None, known)
+            return Signal(waiting, self._uses, None, None, likeliest)
         return Signal(waiting, self._uses, state(FINAL), self.head)
 
     def _values(self, batch: Batch) -> dict[str, Tensor]:
-        """The batch's values as they are stored, end to end; read ahead if the loader told of it."""
+        """The batch's values as they are stored, end to end; read ahead where they were announced."""
         assert batch.rows, "a cached teacher is asked for rows by their numbers"
         coming = self._coming.popleft() if self._coming else None
         self._read_ahead()

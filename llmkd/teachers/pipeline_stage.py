@@ -60,7 +60,7 @@ def load_stage(
     name, why = attention_implementation(attention, dtype)
     log.info("%s: stage of blocks %d to %d, attention %s (%s)", folder, part.start, part.stop - 1, name, why)
     small = student_config(config, part, {})
-    with torch.device("meta"):  # nothing is made, and nothing drawn, that is not read below
+    with torch.device("meta"):  # no memory and no random number for what is read below
         model = AutoModelForCausalLM.from_config(
             small, dtype=dtype, attn_implementation=name, trust_remote_code=trust_remote_code
         )
@@ -89,12 +89,12 @@ def read_tensors(folder: Path, names: Iterable[str], *, dtype: torch.dtype, devi
                 f"{folder}: its weights lack the tensor {name!r}; give the whole weights, as save_pretrained writes them"
             )
         of_file.setdefault(files[name], []).append(name)
-    found = {}
+    read = {}
     for file, wanted in sorted(of_file.items()):
-        with safe_open(file, framework="pt", device=str(device)) as tensors:
+        with safe_open(file, framework="pt", device=str(device)) as stored:
             for name in wanted:
-                found[name] = tensors.get_tensor(name).to(dtype)
-    return found
+                read[name] = stored.get_tensor(name).to(dtype)
+    return read
 
 
 def _name_in_file(name: str, part: range) -> str:

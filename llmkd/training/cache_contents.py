@@ -39,7 +39,7 @@ def contents(recipe: Recipe, students: Sequence[Student], teacher: Path, tokeniz
     shape = load.load_config(teacher, trust_remote_code=settings.trust_remote_code)
     asked = asked_for(students, shape.num_hidden_layers)
     top_k = asked.top_k
-    columns = _columns([one for one, _ in students if one.loss.kl] or [recipe], shape.vocab_size, top_k)
+    columns = _columns([student for student, _ in students if student.loss.kl] or [recipe], shape.vocab_size, top_k)
     if top_k is not None and top_k > columns:
         raise InputError(f"cache.top_k: {top_k} of {columns} tokens; write a smaller number, or leave it out")
     return Contents(
@@ -67,11 +67,12 @@ def students(recipe: Recipe, student_depth: int, teacher_depth: int) -> list[Stu
     """The students that a cache must serve: those of the recipe's study, each with each seed, or the recipe's own."""
     entries = [entry for entry in study_entries(recipe) if entry.kind == "student"]
     recipes = [entry_recipe(recipe, entry) for entry in entries] or [recipe]
-    same = [one.student.path == recipe.student.path for one in recipes]
-    deep = [
-        one.student.blocks or (student_depth if s else depths(one)[0]) for one, s in zip(recipes, same, strict=True)
-    ]
-    return [(one, pairs_of(one, depth, teacher_depth)) for one, depth in zip(recipes, deep, strict=True)]
+
+    def depth(student: Recipe) -> int:
+        own = student.student
+        return own.blocks or (student_depth if own.path == recipe.student.path else depths(student)[0])
+
+    return [(student, pairs_of(student, depth(student), teacher_depth)) for student in recipes]
 
 
 def depths(recipe: Recipe) -> tuple[int, int]:
@@ -116,13 +117,13 @@ def normed_last(recipe: Recipe, depth: int) -> int | None:
 
 def _columns(recipes: Iterable[Recipe], teacher_vocabulary: int, top_k: int | None) -> int:
     """How many tokens the teacher's head and a student's know. Raises InputError where students differ in it and a top k is kept."""
-    found = {min(teacher_vocabulary, _student_vocabulary(one) or teacher_vocabulary) for one in recipes}
-    if top_k is not None and len(found) > 1:
+    columns = {min(teacher_vocabulary, _student_vocabulary(recipe) or teacher_vocabulary) for recipe in recipes}
+    if top_k is not None and len(columns) > 1:
         raise InputError(
-            f"cache.top_k: the study's students know {' and '.join(map(str, sorted(found)))} of the teacher's tokens, and one cache holds "
-            "the likeliest of one such number; leave out cache.top_k, or give them studies of their own"
+            f"cache.top_k: the study's students know {' and '.join(map(str, sorted(columns)))} of the teacher's tokens, and one cache "
+            "holds the likeliest of one such number; leave out cache.top_k, or give them studies of their own"
         )
-    return min(found)
+    return min(columns)
 
 
 def _student_vocabulary(recipe: Recipe) -> int | None:
@@ -134,7 +135,7 @@ def _student_vocabulary(recipe: Recipe) -> int | None:
 
 
 def tokens_hash(data: Dataset) -> str:
-    """A hash of every row's token ids. What is trained of them is left out: what a teacher says does not depend on it."""
+    """A hash of every row's token ids. Which of them are trained is left out: the teacher's signals do not depend on it."""
     digest = hashlib.sha256()
     for table in data.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=1000):
         ids: Any = table["input_ids"].combine_chunks()  # type: ignore[index]
@@ -194,7 +195,7 @@ def _checked(recipe: Recipe, wanted: Contents) -> Manifest:
     if manifest is None:
         state = "is not finished" if (folder / "plan.json").is_file() else "holds no cache"
         raise InputError(f"teacher.placement: {folder} {state}; run llmkd cache with this recipe, then train")
-    why = cache_files.difference(manifest.contents, wanted)
+    why = cache_files.unfit(manifest.contents, wanted)
     if why is not None:
         raise InputError(
             f"the teacher's cache {folder} {why}; put the recipe back, or write another with llmkd cache RECIPE --set cache.path=FOLDER"
@@ -206,9 +207,9 @@ def _checked(recipe: Recipe, wanted: Contents) -> Manifest:
 
 def damaged(folder: Path, manifest: Manifest, *, hashed: bool) -> list[tuple[cache_files.Shard, str]]:
     """The shards that are not what was written, and why: by size and header, and if `hashed` by every byte."""
-    found = [(shard, cache_files.problem(folder, shard, manifest.contents)) for shard in manifest.shards]
-    bad = [(shard, what) for shard, what in found if what is not None]
+    checked = [(shard, cache_files.problem(folder, shard, manifest.contents)) for shard in manifest.shards]
+    bad = [(shard, what) for shard, what in checked if what is not None]
     if hashed:
-        sound = [shard for shard, what in found if what is None]
+        sound = [shard for shard, what in checked if what is None]
         bad += [(shard, what) for shard, what in cache_files.changed_shards(folder, sound) if what is not None]
     return bad

@@ -1,4 +1,4 @@
-"""What lies in a cache's folder and what is left to do there, found out before a teacher is made."""
+"""What is in a cache's folder and what is left to do there, checked before the teacher is loaded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def prepare(recipe: Recipe, wanted: Contents, lengths: Sequence[int], *, trusted
     under_way = _under_way(folder, wanted)
     contents, ranges = under_way or (wanted, _ranges(recipe, wanted, lengths))
     done = _done(folder, len(ranges))
-    _say_size(folder, contents, len(done), sum(shard.tokens for shard in done.values()))
+    _log_size(folder, contents, len(done), sum(shard.tokens for shard in done.values()))
     if under_way is None:
         folder.mkdir(parents=True, exist_ok=True)
         cache_files.write_plan(folder, contents, ranges)
@@ -62,7 +62,7 @@ def _whole(recipe: Recipe, wanted: Contents, *, trusted: bool) -> Contents | Non
 
 
 def _damaged(recipe: Recipe, manifest: Manifest, *, trusted: bool) -> list[Shard]:
-    """The shards that must be made anew, each said with its reason."""
+    """The shards that must be made anew; the log gives the reason of each."""
     hashed = not trusted or cache_contents.verifies_at_start(recipe, manifest)
     if hashed:
         size = sum(shard.bytes for shard in manifest.shards)
@@ -75,10 +75,10 @@ def _damaged(recipe: Recipe, manifest: Manifest, *, trusted: bool) -> list[Shard
 
 def _under_way(folder: Path, wanted: Contents) -> tuple[Contents, list[tuple[int, int]]] | None:
     """What is being written here, which may be more than is wanted, and its row ranges; None where nothing is."""
-    found = cache_files.read_plan(folder)
-    if found is not None:
-        _check_serves(folder, found[0], wanted)
-    return found
+    under_way = cache_files.read_plan(folder)
+    if under_way is not None:
+        _check_serves(folder, under_way[0], wanted)
+    return under_way
 
 
 def _ranges(recipe: Recipe, wanted: Contents, lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -89,20 +89,20 @@ def _ranges(recipe: Recipe, wanted: Contents, lengths: Sequence[int]) -> list[tu
 
 def _done(folder: Path, shards: int) -> dict[int, Shard]:
     """Number -> record of the shards that are published."""
-    found = {number: cache_files.record(cache_files.shard_file(folder, number)) for number in range(shards)}
-    return {number: shard for number, shard in found.items() if shard is not None}
+    records = {number: cache_files.record(cache_files.shard_file(folder, number)) for number in range(shards)}
+    return {number: shard for number, shard in records.items() if shard is not None}
 
 
 def _check_serves(folder: Path, have: Contents, wanted: Contents) -> None:
     """Raise InputError where a folder's cache is not the one that is wanted: it is not written over."""
-    why = cache_files.difference(have, wanted)
+    why = cache_files.unfit(have, wanted)
     if why is not None:
         raise InputError(
             f"the teacher's cache {folder} {why}; put the recipe back, remove that folder, or set cache.path"
         )
 
 
-def _say_size(folder: Path, wanted: Contents, shards_done: int, tokens_done: int) -> None:
+def _log_size(folder: Path, wanted: Contents, shards_done: int, tokens_done: int) -> None:
     """Log what the cache will take. Raises InputError where the disk has not so much left."""
     sizes = cache_files.sizes(wanted)
     total = sum(sizes.values())

@@ -10,15 +10,14 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 
-from llmkd.data.batches import Batch, batches
+from llmkd.data.batches import Batch
 from llmkd.distributed.ranks import World, all_rows, on_main, sum_counts
 from llmkd.errors import InputError
 from llmkd.layer_map import Pairs, nearest
@@ -39,8 +38,8 @@ the tokens' states of all blocks wait in host memory (8B teacher, 36 blocks: 0.6
 FILE = "map.json"
 
 
-def settled(world: World, job: Job, data: Dataset, reading: dict[str, Any], *, resuming: bool) -> Job:
-    """The job with its map: measured now, or the one it was begun with. All ranks take part and get the same."""
+def settled(world: World, job: Job, rows: Callable[..., Iterator[list[Batch]]], *, resuming: bool) -> Job:
+    """The job with its map: measured now on the first step of `rows`, or the one it was begun with (all ranks take part)."""
     file = job.folder / FILE
     if resuming:
         pairs = on_main(world, lambda: json.loads(file.read_text())["pairs"] if file.is_file() else None)
@@ -49,15 +48,15 @@ def settled(world: World, job: Job, data: Dataset, reading: dict[str, Any], *, r
                 f"{file}: the map that this run was begun with is gone; put it back, or remove {job.folder / 'checkpoints'} to begin again"
             )
         return _with_map(job, _pairs(pairs))
-    [micro_batches] = batches(data, start_step=0, steps=1, **reading)
-    found = measured(world, job, micro_batches)
+    [micro_batches] = rows(start_step=0, steps=1)
+    measures = measured(world, job, micro_batches)
 
     def kept() -> Pairs:
-        maps = [nearest(similarities.tolist()) for similarities in found.values()]
+        maps = [nearest(similarities.tolist()) for similarities in measures.values()]
         pairs = through_stacks(job.recipe, maps, job.encoders)
         names = pair_names(pairs, job.encoders)
         job.folder.mkdir(parents=True, exist_ok=True)
-        cka = {stack: similarities.tolist() for stack, similarities in found.items()}
+        cka = {stack: similarities.tolist() for stack, similarities in measures.items()}
         file.write_text(json.dumps({"pairs": pairs, "names": names, "cka": cka}))
         return pairs
 
@@ -68,11 +67,11 @@ def settled(world: World, job: Job, data: Dataset, reading: dict[str, Any], *, r
 
 def _with_map(job: Job, pairs: Pairs) -> Job:
     """The job with the map's pairs, and its stones where they are to be the map's (without the embeddings' pair)."""
-    found = replace(job, pairs=pairs if job.pairs else ())
+    mapped = replace(job, pairs=pairs if job.pairs else ())
     settings = job.recipe.stones
     if settings is None or settings.pairs != "from_map":
-        return found
-    return replace(found, stones=tuple(sorted((student, teacher) for student, teacher in pairs if student >= 0)))
+        return mapped
+    return replace(mapped, stones=tuple(sorted((student, teacher) for student, teacher in pairs if student >= 0)))
 
 
 def measured(world: World, job: Job, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:

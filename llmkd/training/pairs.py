@@ -12,8 +12,6 @@ from llmkd.recipe.recipe import Recipe
 
 DECODER_SEED = 2**16
 """Added to a recipe's seed where an encoder-decoder's decoder draws its map."""
-
-
 STACKS = ("encoder", "decoder")
 """Of encoder-decoders, in the order in which their blocks are counted."""
 
@@ -85,25 +83,25 @@ def encoders_of(student: Sequence[int], teacher: Sequence[int]) -> tuple[int, in
 def through_stacks(recipe: Recipe, maps: Sequence[Pairs], encoders: tuple[int, int] | None) -> Pairs:
     """Each stack's own map, the encoder's first -> pairs counted through all stacks, each stack's after its embeddings' where the recipe
     matches them too."""
-    found: list[tuple[int, int]] = []
+    counted: list[tuple[int, int]] = []
     for pairs, (student, teacher), embedding in zip(
         maps, ((0, 0), encoders or (0, 0)), (EMBEDDING, DECODER_EMBEDDING), strict=False
     ):
         if recipe.matching.embedding and pairs:
-            found.append((embedding, embedding))
-        found += [(s + student, t + teacher) for s, t in pairs]
-    return tuple(found)
+            counted.append((embedding, embedding))
+        counted += [(s + student, t + teacher) for s, t in pairs]
+    return tuple(counted)
 
 
 def _asked_for(recipe: Recipe, pairs: Pairs, encoders: tuple[int, int] | None = None) -> Pairs:
     """The pairs, each with a weight and a distance if the recipe gives any; none where `loss.hidden` is 0."""
     matching = recipe.matching
     listed = {"pair_weights": ("weights", matching.pair_weights), "distance": ("distances", matching.distance)}
-    for key, (what, given) in listed.items():
-        if isinstance(given, tuple) and pairs and len(given) != len(pairs):
+    for key, (what, values) in listed.items():
+        if isinstance(values, tuple) and pairs and len(values) != len(pairs):
             names = pair_names(pairs, encoders=encoders)
             raise InputError(
-                f"matching.{key}: {len(given)} {what} for the {len(pairs)} pairs {', '.join(names)}; "
+                f"matching.{key}: {len(values)} {what} for the {len(pairs)} pairs {', '.join(names)}; "
                 "write one for each, in this order"
             )
     return () if recipe.loss.hidden == 0 else pairs

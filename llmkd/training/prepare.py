@@ -87,8 +87,9 @@ def prepare(world: World, job: Job) -> PreparedRun:
         packed=job.data.batching == "packed",
         make=collate_for(job.family),
     )
+    rows = functools.partial(batches, data, **reading)
     if job.recipe.measures_map and not job.makes_teacher:
-        job = nearest.settled(world, job, data, reading, resuming=resume is not None)
+        job = nearest.settled(world, job, rows, resuming=resume is not None)
     module = build.load_student(job, ds_config, build.teacher_width(job), build.rows_of_all_ranks(world, job))
     teacher = cached or (build.load_teacher(world, job) if job.teacher is not None else None)
     student = engine(
@@ -106,7 +107,6 @@ def prepare(world: World, job: Job) -> PreparedRun:
     if world.is_main:
         job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / "recipe.yaml").write_text(dump_recipe(job.recipe))
-    rows = functools.partial(batches, data, **reading)
     if resume is None and module.stones is not None:
         build.fit_stones(world, job, student, teacher, rows)
     _announce(world, job, steps, accumulation, len(data))

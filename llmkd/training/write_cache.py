@@ -1,8 +1,8 @@
 """Write a teacher's cache: run the teacher once over the recipe's rows and keep what its students will ask for.
 
-The rows are cut into shards by their lengths alone; the ranks take shards in turn, so that any number of them writes the same files.
-What is done is not done again: a whole shard is kept, one cut short by a signal is gone on with at its next row, and of a run that was
-killed outright only the shards under way are lost.
+The rows are divided into shards by their lengths alone; the ranks take shards in turn, so that any number of them writes the same files.
+What is done is not done again: a whole shard is kept, a shard that a signal cut short goes on at its next row, and a run that was killed
+outright loses the shards under way alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ def cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool = F
     job = jobs.distil_job(world, recipe, folder)
     if job.family.kind != "decoder":
         raise InputError(
-            f"llmkd cache keeps what a decoder says, and the teacher is {KIND_NAMES[job.family.kind]}; train without a cache"
+            f"llmkd cache keeps a decoder's states, and the teacher is {KIND_NAMES[job.family.kind]}; train without a cache"
         )
     teacher = on_main(world, lambda: folders.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
     tokenizer = initial.job_tokenizer(world, job, resuming=False)
@@ -82,8 +82,7 @@ def cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool = F
     whole = _write(world, plan, model, rows, recipe, stopping)
     barrier(world)
     if whole:
-        made = {**versions("torch", "transformers"), "commit": commit(), "recipe": recipe.name}
-        on_main(world, lambda: _finish(plan, made))
+        on_main(world, lambda: _finish(plan, recipe))
         log.info("cache: done, %s", folder)
     else:
         log.info("cache: stopped by %s; saved %s; the same command goes on from there", stopping.name, folder)
@@ -128,9 +127,9 @@ class _Shard:
         self._file = cache_files.shard_file(folder, number)
         self._rows = rows
         self._offsets = np.concatenate([[0], np.cumsum(lengths)])
-        found = cache_files.read_partial(self._partial)
-        self._done = torch.zeros(len(lengths), dtype=torch.bool) if found is None else found[DONE]
-        self._tensors = found or {
+        partial = cache_files.read_partial(self._partial)
+        self._done = torch.zeros(len(lengths), dtype=torch.bool) if partial is None else partial[DONE]
+        self._tensors = partial or {
             **{
                 name: torch.zeros(s, dtype=d)
                 for name, (s, d) in cache_files.layout(contents, int(lengths.sum())).items()
@@ -146,7 +145,7 @@ class _Shard:
             yield (left[start : start + size] + self._rows[0]).tolist()
 
     def put(self, rows: Sequence[int], values: dict[str, Tensor]) -> None:
-        """What the teacher said of these rows, end to end."""
+        """Fill in these rows; `values` holds them end to end."""
         places = [row - self._rows[0] for row in rows]
         lengths = [int(self._offsets[place + 1] - self._offsets[place]) for place in places]
         for name, value in values.items():
@@ -182,7 +181,7 @@ class _Disk:
         return self
 
     def put(self, shard: _Shard, rows: Sequence[int], values: dict[str, Tensor]) -> None:
-        """What the teacher said of some rows of a shard; one shard after another."""
+        """Fill in some rows of a shard, one shard after another."""
         shard.put(rows, values)
         self._shard = shard
         if shard.whole:
@@ -221,7 +220,7 @@ def _write(world: World, plan: Plan, teacher: Teacher, rows: _Rows, recipe: Reci
             asked_for += [] if alone else [idle.to(world.device)] * (together - len(items))
             teacher.expect(asked_for)
             for number, batch in enumerate(asked_for):
-                values = said(teacher.signals(batch), batch, plan.contents, recipe.train.head_chunk)
+                values = stored_values(teacher.signals(batch), batch, plan.contents, recipe.train.head_chunk)
                 if number < len(items):
                     disk.put(*items[number], values)
     return not asked
@@ -239,37 +238,38 @@ def _work(plan: Plan, rows: _Rows, world: World, micro_batch_size: int) -> Itera
 
 
 @torch.no_grad()
-def said(signal: Signal, batch: Batch, wanted: Contents, chunk: int) -> dict[str, Tensor]:
+def stored_values(signal: Signal, batch: Batch, wanted: Contents, chunk: int) -> dict[str, Tensor]:
     """What is stored of a signal: each tensor's values at the batch's tokens, end to end, on the CPU."""
     states = {cache_files.state_name(block): signal.take(block) for block in wanted.blocks}
     last = signal.take_final()
     if wanted.final:
         assert last is not None
         states[cache_files.state_name(OtherState.FINAL)] = last
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, state in states.items():
         values, scales = stored(state.flatten(0, 1)[batch.attended_at], wanted.dtype)
-        found[name] = values.cpu()
+        tensors[name] = values.cpu()
         if scales is not None:
-            found[f"{name}.scale"] = scales.cpu()
+            tensors[f"{name}.scale"] = scales.cpu()
     if wanted.top_k is not None:
         assert last is not None and signal.head is not None and wanted.columns is not None
         with signal.head() as (weight, bias):
             final = last.flatten(0, 1)[batch.attended_at]
             head = weight[: wanted.columns], None if bias is None else bias[: wanted.columns]
             parts = [_likeliest(part, *head, wanted.top_k) for part in final.split(chunk)]
-        found[IDS], found[LOG_PROBABILITIES] = (torch.cat(column) for column in zip(*parts, strict=True))
-    return found
+        tensors[IDS], tensors[LOG_PROBABILITIES] = (torch.cat(column) for column in zip(*parts, strict=True))
+    return tensors
 
 
 def _likeliest(final: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """(ids, log-probabilities) [n, k] of the likeliest tokens."""
-    found = F.linear(final, weight, bias).float().log_softmax(-1).topk(k, dim=-1)
-    return found.indices.int().cpu(), found.values.cpu()
+    likeliest = F.linear(final, weight, bias).float().log_softmax(-1).topk(k, dim=-1)
+    return likeliest.indices.int().cpu(), likeliest.values.cpu()
 
 
-def _finish(plan: Plan, made: dict[str, Any]) -> None:
+def _finish(plan: Plan, recipe: Recipe) -> None:
     files = [cache_files.shard_file(plan.folder, number) for number in range(len(plan.ranges))]
     shards = [shard for file in files if (shard := cache_files.record(file)) is not None]
     assert len(shards) == len(files), "every shard has been published"
+    made = {**versions("torch", "transformers"), "commit": commit(), "recipe": recipe.name}
     cache_files.finish(plan.folder, plan.contents, shards, made)

@@ -196,6 +196,10 @@ def parameters(divergence: Divergence) -> dict[str, float]:
     return dict(divergence.keywords) if isinstance(divergence, partial) else {}
 
 
+PARAMETERS = tuple(dict.fromkeys(name for divergence in DIVERGENCES.values() for name in parameters(divergence)))
+"""All that any divergence reads so."""
+
+
 def with_parameters(names: str | Mapping[str, float], given: Mapping[str, float | None]) -> Divergence:
     """The divergence of that name, or the sum of several by their weights, with the parameters that are given; None leaves the usual value.
 

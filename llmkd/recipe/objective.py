@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from llmkd.layer_map import OPTIONS, STRATEGIES
 from llmkd.losses.distance_sum import KNOWN, terms_of
-from llmkd.losses.divergences import DIVERGENCES, with_parameters
+from llmkd.losses.divergences import DIVERGENCES, PARAMETERS, with_parameters
 from llmkd.losses.objective import Change
 from llmkd.recipe.section import NO_EFFECT, Positions, Section, check_name, check_weights
 
@@ -270,7 +270,7 @@ class Loss(Section):
     @property
     def parameters(self) -> dict[str, float | None]:
         """The divergences' own parameters, by name."""
-        return {"beta": self.beta, "skew": self.skew, "akl_mu": self.akl_mu, "top_k": self.top_k}
+        return {name: getattr(self, name) for name in PARAMETERS}
 
 
 class Stones(Section):

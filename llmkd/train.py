@@ -47,7 +47,8 @@ from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
 from llmkd.student.passes import PassResult, StepSettings
 from llmkd.training import checkpoint, initial, jobs, write_cache
 from llmkd.training.jobs import Job
-from llmkd.training.metrics import Interval, Journal, Meter, peak_memory_gib
+from llmkd.training.journal import Journal
+from llmkd.training.metrics import Interval, Meter, peak_memory_gib
 from llmkd.training.pairs import pair_names
 from llmkd.training.prepare import PreparedRun, prepare
 from llmkd.training.steps import Counts, Steps
@@ -96,8 +97,8 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
                 keep=settings.keep_checkpoints,
             )
             if asked_to_stop and step < run.steps:
-                told = "%s: stopped by %s after step %d; saved %s; the same command goes on from there"
-                log.info(told, job.title, stopping.name, step, folder)
+                message = "%s: stopped by %s after step %d; saved %s; the same command goes on from there"
+                log.info(message, job.title, stopping.name, step, folder)
                 journal.close()
                 return False
     seconds = time.perf_counter() - began

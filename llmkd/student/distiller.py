@@ -20,7 +20,7 @@ from llmkd.models.parts import blocks, encoder_blocks, final_state, head, head_b
 from llmkd.student.connectors import watched
 from llmkd.student.gradient_norms import Tail, TailPass
 from llmkd.student.loss_head import HeadResult, LossHead, reported_terms
-from llmkd.student.matching import Matching, Sampling, Stacks
+from llmkd.student.matching import Matching, Sampling
 from llmkd.student.passes import PassResult, StepSettings
 from llmkd.student.stepping_stones import SteppingStones, StonesResult
 from llmkd.teachers.base import Signal
@@ -52,8 +52,7 @@ class Distiller(nn.Module):
         self.stones = stones
         self.loss_head = LossHead(head(model), head_bias(model), chunk=chunk)
         self._student_blocks = list(student_blocks)
-        self._sampling = Sampling(tokens, all_rows)
-        self._stacks = Stacks(encoder_blocks(model))
+        self._sampling = Sampling(encoder_blocks(model), tokens, all_rows)
         stack = blocks(model)
         self._stone_blocks = {} if stones is None else {block: stack[block] for block, _ in stones.pairs}
         # A decoder's final state is at hand; any other state is taken where it is born.
@@ -109,7 +108,7 @@ class Distiller(nn.Module):
         """Inside, the states of the pairs are compared as the student makes them."""
         student_blocks = [block for block, _ in settings.pairs]
         assert not student_blocks or (signal is not None and student_blocks == self._student_blocks)
-        places = self._stacks.places(student_blocks, batch, self._sampling, settings, micro_batch)
+        places = self._sampling.places(batch, settings, micro_batch)
         self._matching = Matching(
             signal, settings, places, all_rows=self._sampling.all_rows, projectors=self.projectors, tail=tail
         )

@@ -33,38 +33,34 @@ class Places:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How many tokens of a micro-batch are compared (None: all), and what gathers the rows of all ranks for sets over all of them."""
+    """Which tokens of a micro-batch are compared.
 
+    An encoder-decoder's encoder has states at the tokens of the source; every other block at the batch's own.
+    """
+
+    source_blocks: range
+    """An encoder-decoder's encoder; empty for other models."""
     tokens: int | None = None
+    """How many tokens of a micro-batch; None for all."""
     all_rows: AllRows | None = None
+    """Gathers the rows of all ranks, where sets are over all of them."""
 
-    def places(self, at: Tensor, settings: StepSettings, micro_batch: int, weight: float = 1.0) -> Places:
-        """The places among the flat positions [N] in this pass (all ranks take part where sets are over all ranks)."""
-        seed = 0 if self.tokens is None else settings.sample_seeds[micro_batch]
-        over_ranks = None if self.tokens is None else self.all_rows
-        together = None if over_ranks is None else stood_for(at, over_ranks)
-        return Places(*sampled(at, self.tokens, seed), together, weight)
-
-
-class Stacks:
-    """Whose tokens a block's states stand at. An encoder-decoder's encoder (`source`: its blocks) reads the source; all else reads the
-    batch's own tokens, and every block of other models does."""
-
-    def __init__(self, source: range) -> None:
-        self._source = source
-
-    def places(
-        self, blocks: Sequence[int], batch: Batch, sampling: Sampling, settings: StepSettings, micro_batch: int
-    ) -> list[Places]:
-        """The places of each of these blocks."""
-        if not blocks:
+    def places(self, batch: Batch, settings: StepSettings, micro_batch: int) -> list[Places]:
+        """The places of each pair in this pass (all ranks take part where sets are over all ranks)."""
+        if not settings.pairs:
             return []
-        at = batch.attended_at if settings.weights.hidden_positions == "attended" else batch.trained_at
-        own = sampling.places(at, settings, micro_batch)
+        attended = settings.weights.hidden_positions == "attended"
+        own = self._of(batch.attended_at if attended else batch.trained_at, 1.0, settings, micro_batch)
         if batch.source_at is None:
-            return [own] * len(blocks)
-        source = sampling.places(batch.source_at, settings, micro_batch, settings.source_weight)
-        return [source if block in self._source else own for block in blocks]
+            return [own] * len(settings.pairs)
+        source = self._of(batch.source_at, settings.source_weight, settings, micro_batch)
+        return [source if block in self.source_blocks else own for block, _ in settings.pairs]
+
+    def _of(self, at: Tensor, weight: float, settings: StepSettings, micro_batch: int) -> Places:
+        if self.tokens is None:
+            return Places(at, 1.0, None, weight)
+        together = None if self.all_rows is None else stood_for(at, self.all_rows)
+        return Places(*sampled(at, self.tokens, settings.sample_seeds[micro_batch]), together, weight)
 
 
 class Matching:

@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ log = logging.getLogger("llmkd")
 TAG = "shards"
 
 
-def save(world: World, engine: Any, folder: Path, *, step: int, inputs: dict[str, Any], keep: int) -> Path:
+def save(world: World, engine: Any, folder: Path, *, step: int, inputs: Mapping[str, object], keep: int) -> Path:
     """Save a sharded checkpoint (all ranks take part), publish it, and remove all but the newest `keep`."""
     final = folder / f"step-{step:08d}"
     tmp = final.with_name(final.name + ".tmp")
@@ -71,18 +72,19 @@ class Saved:
     world_size: int
 
 
-def newest(folder: Path, inputs: dict[str, Any]) -> Saved | None:
+def newest(folder: Path, inputs: Mapping[str, object]) -> Saved | None:
     """The newest whole checkpoint. Raises InputError if another recipe wrote it."""
-    found = whole(folder)
-    if not found:
+    checkpoints = whole(folder)
+    if not checkpoints:
         return None
-    state = json.loads((found[-1] / "state.json").read_text())
-    check_same(state["inputs"], inputs, found[-1])
-    return Saved(found[-1], int(state["step"]), int(state["world_size"]))
+    last = checkpoints[-1]
+    state = json.loads((last / "state.json").read_text())
+    check_same(state["inputs"], inputs, last)
+    return Saved(last, int(state["step"]), int(state["world_size"]))
 
 
-def check_same(theirs: dict[str, Any], ours: dict[str, Any], where: Path) -> None:
-    """Raise InputError naming the first recipe key in which what stands at `where` differs from this run."""
+def check_same(theirs: Mapping[str, object], ours: Mapping[str, object], where: Path) -> None:
+    """Raise InputError that names the first recipe key in which the checkpoint or model at `where` differs from this run."""
     for key in sorted(theirs.keys() | ours.keys()):
         if theirs.get(key) != ours.get(key):
             before, now = (repr(values[key]) if key in values else "at its default" for values in (theirs, ours))
@@ -147,7 +149,7 @@ def _sync(folder: Path) -> None:
 
 
 def export(
-    world: World, model: PreTrainedModel, folder: Path, *, tokenizer_from: Path, card: str, meta: dict[str, Any]
+    world: World, model: PreTrainedModel, folder: Path, *, tokenizer_from: Path, card: str, meta: Mapping[str, object]
 ) -> None:
     """Write the student as a clean HF folder: safetensors, tokenizer, generation config, model card, `llmkd.json` (all ranks take part)."""
     state = whole_state(world, model)

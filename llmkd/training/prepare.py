@@ -61,7 +61,7 @@ class PreparedRun:
 def prepare(world: World, job: Job) -> PreparedRun:
     """Make the parts of a run, or take them up from its newest checkpoint (all ranks take part).
 
-    What can be wrong is looked at first; nothing is written before that.
+    The user's mistakes are found first; nothing is written before that.
     """
     settings = job.train
     accumulation = build.accumulation_steps(settings, world.size)
@@ -110,16 +110,8 @@ def prepare(world: World, job: Job) -> PreparedRun:
     if resume is None and module.stones is not None:
         build.fit_stones(world, job, student, teacher, rows)
     _announce(world, job, steps, accumulation, len(data))
-    return PreparedRun(
-        job=job,
-        engine=student,
-        module=module,
-        teacher=teacher,
-        rows=rows,
-        rate=rate,
-        first=0 if resume is None else resume.step,
-        steps=steps,
-    )
+    first = 0 if resume is None else resume.step
+    return PreparedRun(job, student, module, teacher, rows, rate, first=first, steps=steps)
 
 
 def _announce(world: World, job: Job, steps: int, accumulation: int, rows: int) -> None:

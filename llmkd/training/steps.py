@@ -19,7 +19,8 @@ from llmkd.recipe.objective import Schedule, Schedules
 from llmkd.student.passes import PassResult, StepSettings, StoneSettings, StoneWeights
 from llmkd.student.stepping_stones import factors
 from llmkd.training.jobs import Job
-from llmkd.training.metrics import Moving, forget_after
+from llmkd.training.journal import forget_after
+from llmkd.training.metrics import Moving
 from llmkd.training.pairs import maps_of, pair_names
 
 TEMPERATURES = "temperature.jsonl"

@@ -1,0 +1,104 @@
+"""Where a run's numbers are written: the log, metrics.jsonl, TensorBoard, and W&B if asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+from llmkd.distributed.ranks import World
+from llmkd.losses.objective import PARTS
+from llmkd.training.jobs import Job
+from llmkd.training.metrics import Interval, Values
+
+log = logging.getLogger("llmkd")
+
+
+def line(step: int, steps: int, interval: Interval) -> str:
+    """One readable line of a log interval."""
+    pairs = " ".join(f"{name}:{value:.4f}" for name, value in interval.pairs.items())
+    text = f"step {step}/{steps} loss {interval.loss:.4f} ce {interval.ce:.4f} kl {interval.kl:.4f}"
+    if pairs:
+        text += f" hidden {interval.hidden:.4f} [{pairs}]"
+    if interval.norms is not None:
+        norms = interval.norms
+        text += " norms " + " ".join(f"{part}:{getattr(norms, part):.3g}" for part in PARTS)
+        for named in (norms.distances, norms.divergences):
+            text += "".join(f" {name}:{norm:.3g}" for name, norm in (named or {}).items())
+        for stone, parts in (norms.stones or {}).items():
+            text += f" {stone} " + " ".join(f"{part}:{norm:.3g}" for part, norm in parts.items())
+    if interval.temperature is not None:
+        text += f" temperature {interval.temperature:.3f}"
+    if interval.stones is not None:
+        text += f" stones {interval.stones:.4f}"
+    text += f" grad {interval.grad_norm:.3f} lr {interval.learning_rate:.2e}"
+    return text + f" {interval.tokens_per_second:,.0f} tok/s {interval.memory_gib:.2f} GiB"
+
+
+class Journal:
+    """Writes a run's values: one log line, `metrics.jsonl`, TensorBoard, and W&B if asked for. Only rank 0 writes."""
+
+    def __init__(self, world: World, job: Job, *, start_step: int, steps: int) -> None:
+        self._main, self._steps = world.is_main, steps
+        folder = job.folder
+        if not self._main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._file = folder / "metrics.jsonl"
+        forget_after(self._file, start_step)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._wandb = None
+        if job.train.wandb is not None:
+            import wandb  # type: ignore[import-not-found]
+
+            name = f"{job.recipe.name}-{job.title}"
+            self._wandb = wandb.init(
+                project=job.train.wandb, name=name, dir=str(folder), config=job.inputs, id=name, resume="allow"
+            )
+
+    def write(self, step: int, interval: Interval) -> None:
+        """Record the interval that ends with this step."""
+        if not self._main:
+            return
+        log.info(line(step, self._steps, interval))
+        values = interval.values()
+        with self._file.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        flat = _flat(values)
+        for key, value in flat.items():
+            self._board.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(flat, step=step)
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        if self._main:
+            self._board.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+
+
+def _flat(values: Values, prefix: str = "") -> dict[str, float]:
+    """Nested values by names with slashes."""
+    flat: dict[str, float] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def forget_after(file: Path, step: int) -> None:
+    """Drop a JSONL file's lines of steps that a resumed run will do again, and a last line that a killed run left half-written."""
+    if not file.is_file():
+        return
+    kept = []
+    for text in file.read_text().splitlines():
+        try:
+            if json.loads(text)["step"] <= step:
+                kept.append(text)
+        except (json.JSONDecodeError, KeyError):
+            continue
+    tmp = file.with_suffix(".tmp")
+    tmp.write_text("".join(text + "\n" for text in kept))
+    os.replace(tmp, file)

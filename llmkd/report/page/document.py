@@ -80,7 +80,7 @@ def html(results: Results, generations: Sequence[GeneratedItem], recipe: str) ->
     script = _asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-    return PAGE.format(
+    page = PAGE.format(
         policy=Markup(policy),
         name=results.name,
         style=_asset("page.css"),
@@ -89,6 +89,7 @@ def html(results: Results, generations: Sequence[GeneratedItem], recipe: str) ->
         body=join((section(name, heading, parts) for name, (heading, parts) in sections.items()), "\n"),
         script=script,
     )
+    return str(page)  # a plain string: written to a file, it is no longer a part of a page
 
 
 @cache

@@ -18,7 +18,7 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str]]] = []
         self.text: list[str] = []
         self._open: list[int] = []
-        self.feed(source)
+        self.feed(str(source))  # a Markup would escape the text that is read from it
         self.close()
         assert not self._open, [self.tags[i] for i in self._open]
 

@@ -92,6 +92,12 @@ def test_every_command_has_the_options_that_are_shown(document: Path) -> None:
 
 
 @documents()
+def test_every_module_that_is_run_exists(document: Path) -> None:
+    for module in re.findall(r"python (?:-\w+ \w+ )?-m ((?:llmkd|benchmarks)[\w.]*)", document.read_text()):
+        assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
+
+
+@documents()
 def test_every_recipe_key_exists(document: Path) -> None:
     for key in (key for span in code(document) for key in KEY.findall(f"{span} ")):
         sections = key.split(".")

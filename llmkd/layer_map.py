@@ -253,7 +253,7 @@ def drawing(pairs: Pairs, student_blocks: int, teacher_blocks: int) -> str:
     """The map as a picture: a row per student block, a column per teacher block, # where they are paired.
 
     forward falls, reverse rises, all_to_one is a wall. Plain ASCII, at most `MAX_WIDTH` columns: two characters to a
-    teacher block while they fit, then one, then several blocks to a column (said above the picture).
+    teacher block while they fit, then one, then several blocks to a column (as a line above the picture says).
     """
     _check_drawn(pairs, student_blocks, teacher_blocks)
     targets = {j: sorted(t for s, t in pairs if s == j) for j in range(student_blocks)}

@@ -1,4 +1,4 @@
-"""HF model folders: found, fetched, told apart by their contents, written whole or not at all."""
+"""HF model folders: found, fetched, and recognised by their contents."""
 
 from __future__ import annotations
 

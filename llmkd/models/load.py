@@ -1,7 +1,7 @@
 """Hugging Face models loaded: one path, `load_model`, from a plain folder straight into shards under ZeRO-3.
 
-Every student starts as such a folder, whatever it is made from (llmkd.models.make). Where a model has its blocks and its head is said by
-llmkd.models.parts.
+Every student starts as such a folder, whatever it is made from (llmkd.models.make). llmkd.models.parts finds its blocks and
+its head.
 """
 
 from __future__ import annotations

@@ -13,12 +13,13 @@ from transformers import PreTrainedConfig
 from llmkd.errors import InputError
 from llmkd.planning.memory import PLACED, peak, plan
 from llmkd.planning.rows import GIB
-from llmkd.planning.shapes import teacher_config
+from llmkd.planning.shapes import initial_student_config, teacher_config
 from llmkd.planning.teacher import NODE, PlannedTeacher
 from llmkd.recipe.placements import PLACEMENTS, PlacementName
 from llmkd.recipe.recipe import Recipe
 from llmkd.teachers.pipeline_schedule import pipeline_drawing
 from llmkd.teachers.pipeline_stage import check_pipelined
+from llmkd.training.pairs import pairs_of
 
 USABLE = 0.9
 """Of a device's memory; the rest is for what a plan does not count."""
@@ -43,7 +44,8 @@ class Cost:
 def compare(recipe: Recipe, ranks: int, teacher: PreTrainedConfig | None = None) -> list[Cost]:
     """What each placement would cost, the simplest first, all else of the recipe unchanged."""
     config = teacher or teacher_config(recipe)
-    _ = PlannedTeacher(recipe, config, ranks).pairs  # a map that can't be is no placement's fault
+    depth = initial_student_config(recipe, config).num_hidden_layers
+    pairs_of(recipe, depth, config.num_hidden_layers)  # a wrong map is refused here: it is no placement's fault
     costs = []
     for name, placement in PLACEMENTS.items():
         try:

@@ -196,7 +196,7 @@ def gathered_bytes(shape: Shapes, size: int, ranks: int) -> int:
 
 
 def pipeline_traffic(teacher: PlannedTeacher) -> tuple[int, str]:
-    """States from stage to stage and to the micro-batch's owner, and what every member is told of it."""
+    """States from stage to stage and to the micro-batch's owner, and the inputs that every member gets."""
     shape, parts, sent = teacher.pipeline()
     states = states_per_item(sent, len(parts))
     announced = ANNOUNCED_BYTES * (len(parts) - 1)

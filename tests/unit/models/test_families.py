@@ -16,8 +16,7 @@ from llmkd.errors import InputError
 from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING
 from llmkd.losses.distance_sum import sampled, terms_of
 from llmkd.losses.set_distances import SET_DISTANCES
-from llmkd.models import families
-from llmkd.models import parts as model_parts
+from llmkd.models import families, parts
 from llmkd.teachers.resident import ResidentTeacher
 from tests.family_models import DECODERS, ENCODER_DECODERS, ENCODERS, VOCABULARY, new, plain_losses, run
 from tests.passes import distiller, step_settings
@@ -195,8 +194,8 @@ def test_head_of_an_encoder_decoder_gives_the_models_own_loss(name: str) -> None
     assert batch.source_ids is not None and batch.source_attended is not None
     model.config.decoder_start_token_id = 0
     theirs = model(input_ids=batch.source_ids, attention_mask=batch.source_attended.long(), labels=batch.targets)
-    states = model_parts.final_state(model, batch)
-    logits = torch.nn.functional.linear(states, model_parts.head(model).weight, model_parts.head_bias(model))
+    states = parts.final_state(model, batch)
+    logits = torch.nn.functional.linear(states, parts.head(model).weight, parts.head_bias(model))
     kept = batch.targets != -100
     torch.testing.assert_close(logits[kept], theirs.logits[kept], rtol=1e-10, atol=1e-10)
     own = torch.nn.functional.cross_entropy(logits[kept], batch.targets[kept])

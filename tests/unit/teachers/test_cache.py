@@ -303,8 +303,8 @@ def runs_of_teacher(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     seen: list[tuple[int, ...]] = []
     load = build.load_teacher
 
-    def watched(world: Any, job: Any) -> Any:
-        teacher = load(world, job)
+    def watched(*arguments: Any) -> Any:
+        teacher = load(*arguments)
         signals = teacher.signals
 
         def noted(batch: Batch) -> Any:

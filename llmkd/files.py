@@ -1,4 +1,4 @@
-"""Files of results: published whole or not at all, and known again by a fingerprint of all that made them."""
+"""Result files: written completely or not at all, and identified by a fingerprint of everything that decided their content."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fetched_by(path: str) -> str:
 
 
 def publish(file: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all, whenever we are stopped."""
+    """Write a file completely or not at all, even if the process is killed."""
     tmp = file.with_name(file.name + ".tmp")
     tmp.write_text(text)
     os.replace(tmp, file)
@@ -63,7 +63,7 @@ def contents(root: Path, files: Iterable[Path]) -> list[str]:
 def sources(*modules: ModuleType) -> list[str]:
     """Each module's name without its packages, and the hash of its source; where the module's file lies does not matter."""
     hashes = [hashlib.sha256(inspect.getsource(module).encode()).hexdigest() for module in modules]
-    return [f"{module.__name__.rpartition('.')[2]} {found}" for module, found in zip(modules, hashes, strict=True)]
+    return [f"{module.__name__.rpartition('.')[2]} {value}" for module, value in zip(modules, hashes, strict=True)]
 
 
 def read(file: Path) -> Any:
@@ -76,21 +76,21 @@ def read(file: Path) -> Any:
 
 def read_lines(file: Path, limit: int | None = None) -> list[dict[str, Any]]:
     """The lines of a JSONL file, at most `limit`; a line that a killed process left half-written is left out."""
-    found = []
+    values = []
     try:
         with file.open() as lines:
             for line in islice(lines, limit):
                 try:
-                    found.append(json.loads(line))
+                    values.append(json.loads(line))
                 except ValueError:
                     continue
     except OSError:
         return []
-    return found
+    return values
 
 
 def publish_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a folder beside, then put it in place by one rename."""
+    """Let `write` fill a temporary folder, then put it in place by one rename."""
     tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What a result was made with: versions, hardware and commit, written beside every number that is published."""
+"""Provenance of a result: versions, hardware and commit, written beside every number that is published."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llmkd import __version__
 
 def versions(*packages: str) -> dict[str, str]:
     """Package -> installed version, llmkd's own first; a package that is not installed is left out."""
-    found = {"llmkd": __version__, "python": platform.python_version()}
+    installed = {"llmkd": __version__, "python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def hardware() -> dict[str, Any]:
@@ -49,7 +49,7 @@ def commit() -> str | None:
     try:
         head = _git(root, "rev-parse", "--short=12", "HEAD")
         return head + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):  # no git here, or a checkout of another user's
+    except (OSError, subprocess.CalledProcessError):  # git is not installed, or the checkout is another user's
         return None
 
 

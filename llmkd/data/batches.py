@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -25,8 +25,10 @@ Kind = Literal["decoder", "encoder", "encoder_decoder"]
 
 log = logging.getLogger("llmkd")
 IGNORE = -100
+TokenRow = Mapping[str, Any]
+"""A row as tokens: its columns as lists, by name."""
 MULTIPLE = 8
-"""To which the rows of a batch are padded."""
+"""Rows of a batch are padded to a multiple of this."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,16 @@ class Batch:
     attended: Tensor  # [B, T] bool, False at padding
     trained_at: Tensor  # [N] flat positions with a target
     attended_at: Tensor  # [M] flat positions that are not padding
-    rows: tuple[int, ...] = ()  # the rows' numbers in the tokenized data, in the order in which they stand here
-    segments: Tensor | None = None  # [B, T] to which of two texts a token belongs, where an encoder is told
+    rows: tuple[int, ...] = ()  # the rows' numbers in the tokenized data, in this batch's order
+    segments: Tensor | None = None  # [B, T] which of two texts a token belongs to, for encoders
     source_ids: Tensor | None = None  # [B, S] what an encoder-decoder's encoder reads; all else is then its decoder's
     source_attended: Tensor | None = None  # [B, S] bool, False at padding
     source_at: Tensor | None = None  # [K] flat positions of the source that are not padding
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on the device."""
-        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {k: v for k, v in parts.items() if isinstance(v, Tensor)}
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in parts.items() if isinstance(v, Tensor)})
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -64,7 +65,7 @@ class Batch:
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
-    """Whole batches in one pass; the rest of the rows sits out, others each time."""
+    """Whole batches in one pass. Rows left over are not used in that pass; they are others each time."""
     if rows < batch_size:
         raise InputError(
             f"train.batch_size: {batch_size} rows per step, but the data has only {rows}; write a smaller batch, or "
@@ -97,40 +98,46 @@ def micro_batch_rows(rows: np.ndarray, *, rank: int, world_size: int, accumulati
 
 
 def collate(
-    rows: Sequence[dict[str, Any]], *, pad_id: int, packed: bool, multiple: int = MULTIPLE, numbers: Sequence[int] = ()
+    rows: Sequence[TokenRow], *, pad_id: int, packed: bool, multiple: int = MULTIPLE, numbers: Sequence[int] = ()
 ) -> Batch:
     """Tokenized rows -> one Batch: padded on the right to a multiple of 8, or packed end to end in one row.
 
-    `numbers`: which rows of the data these are, where somebody asks (a cached teacher does).
+    `numbers`: the rows' numbers in the data (a cached teacher needs them).
     """
     ids = [torch.as_tensor(row["input_ids"]) for row in rows]
     targets = [_targets(i, torch.as_tensor(row["trained"])) for i, row in zip(ids, rows, strict=True)]
-    if packed:
-        input_ids, target = torch.cat(ids)[None], torch.cat(targets)[None]
-        position_ids = torch.cat([torch.arange(len(i)) for i in ids])[None]
-        attended = torch.ones_like(input_ids, dtype=torch.bool)
-        mask = None
-    else:
+    if not packed:
         width = -(-max(len(i) for i in ids) // multiple) * multiple
-        input_ids = torch.stack([_padded(i, width, pad_id) for i in ids])
-        target = torch.stack([_padded(t, width, IGNORE) for t in targets])
-        attended = torch.stack([_padded(torch.ones_like(i), width, 0) for i in ids]).bool()
-        position_ids = torch.arange(width).expand(len(ids), width).contiguous()
-        mask = attended.long()
+        return padded_batch(
+            torch.stack([_padded(i, width, pad_id) for i in ids]),
+            torch.stack([_padded(torch.ones_like(i), width, 0) for i in ids]).bool(),
+            torch.stack([_padded(t, width, IGNORE) for t in targets]),
+            numbers,
+        )
+    input_ids = torch.cat(ids)[None]
+    attended = torch.ones_like(input_ids, dtype=torch.bool)
+    positions = torch.cat([torch.arange(len(i)) for i in ids])[None]
+    batch = padded_batch(input_ids, attended, torch.cat(targets)[None], numbers)
+    return replace(batch, position_ids=positions, attention_mask=None)
+
+
+def padded_batch(ids: Tensor, attended: Tensor, targets: Tensor, numbers: Sequence[int], **more: Tensor) -> Batch:
+    """A Batch of rows padded on the right: ids [B, T], attended [B, T] bool, targets [B, T] (encoders: [B, 1], the classes)."""
     return Batch(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        attention_mask=mask,
-        targets=target,
+        input_ids=ids,
+        position_ids=torch.arange(ids.shape[1]).expand(ids.shape).contiguous(),
+        attention_mask=attended.long(),
+        targets=targets,
         attended=attended,
-        trained_at=(target.flatten() != IGNORE).nonzero().flatten(),
+        trained_at=(targets.flatten() != IGNORE).nonzero().flatten(),
         attended_at=attended.flatten().nonzero().flatten(),
         rows=tuple(int(number) for number in numbers),
+        **more,
     )
 
 
 def _targets(ids: Tensor, trained: Tensor) -> Tensor:
-    """[T]: the next token where it is trained, else IGNORE. The last one predicts none: nothing crosses documents."""
+    """[T]: the next token where it is trained, else IGNORE. The last position predicts nothing, so that no target crosses documents."""
     following = torch.where(trained.bool(), ids, IGNORE)[1:]
     return torch.cat([following, torch.tensor([IGNORE])])
 
@@ -140,7 +147,7 @@ def _padded(values: Tensor, width: int, fill: int) -> Tensor:
 
 
 def announced(steps: Iterator[list[Batch]], tell: Callable[[list[Batch]], None]) -> Iterator[list[Batch]]:
-    """The same steps; `tell` hears of each when the step before it is about to be trained."""
+    """The same steps; `tell` is called with each one before the step before it is trained."""
     waiting: list[list[Batch]] = []
     for batches_of_step in steps:
         tell(batches_of_step)
@@ -164,7 +171,7 @@ def batches(
     packed: bool,
     make: Callable[..., Batch] = collate,
 ) -> Iterator[list[Batch]]:
-    """For each step from `start_step` on, this rank's micro-batches, made ready one step ahead; `make` makes one of its rows."""
+    """For each step from `start_step` on, this rank's micro-batches, prepared one step ahead; `make` collates the rows of one."""
     lengths = np.array(data["length"])
     per_epoch = steps_per_epoch(len(lengths), batch_size)
 
@@ -191,10 +198,10 @@ def batches(
 
 @dataclass(frozen=True)
 class Family:
-    """A model's kind, and what must be known of it to make its batches."""
+    """A model's kind, and what its batches depend on."""
 
     kind: Kind
     labels: tuple[str, ...] = ()
     """An encoder's classes, in the order of its logits."""
     start: int = 0
-    """The token id with which an encoder-decoder's decoder begins."""
+    """The token id that an encoder-decoder's decoder starts with."""

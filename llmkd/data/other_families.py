@@ -1,4 +1,4 @@
-"""Rows and batches of the families that do not just continue a text: classified texts for encoders, source and target for encoder-decoders.
+"""Rows and batches of the families other than decoders: classified texts for encoders, source and target for encoder-decoders.
 
 `tokenize_for(family, ...)` and `collate_for(family)` are what a run uses, for decoders too (llmkd.data.batches). An encoder's row has
 one position that is trained, its class. An encoder-decoder's prompt is what its encoder reads, the completion what its decoder writes.
@@ -13,8 +13,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from llmkd.data.batches import IGNORE, MULTIPLE, Batch, Family, collate
-from llmkd.data.tokens import check_columns, kept_rows, tokenize
+from llmkd.data.batches import IGNORE, MULTIPLE, Batch, Family, TokenRow, collate, padded_batch
+from llmkd.data.tokens import Columns, check_columns, check_end_token, mapped_rows, tokenize
 from llmkd.errors import InputError
 
 FORMATS = {
@@ -28,11 +28,10 @@ FORMATS = {
 def check_format(family: Family, format: str) -> None:
     """Raise InputError for rows that this kind of model can't be trained on."""
     if format not in FORMATS[family.kind]:
-        said = family.kind.replace("_", "-")
+        kind = family.kind.replace("_", "-")
+        article = "a" if family.kind == "decoder" else "an"
         raise InputError(
-            f"data.format: an {said} is not trained on {format}; write {' or '.join(FORMATS[family.kind])}"
-            if family.kind != "decoder"
-            else f"data.format: {format} is for encoders, and this model is a decoder; write {' or '.join(FORMATS['decoder'])}"
+            f"data.format: {article} {kind} is not trained on {format}; write {' or '.join(FORMATS[family.kind])}"
         )
 
 
@@ -41,12 +40,11 @@ def tokenize_for(
 ) -> Dataset:
     """The rows as tokens for a model of this family. Raises InputError for a row that lacks its columns, or when no row is left."""
     check_format(family, format)
-    lengths: dict[str, Any] = dict(max_length=max_length, too_long=too_long)
     if family.kind == "encoder":
-        return tokenize_classified(rows, tokenizer, family.labels, **lengths)
+        return tokenize_classified(rows, tokenizer, family.labels, max_length=max_length, too_long=too_long)
     if family.kind == "encoder_decoder":
-        return tokenize_sources(rows, tokenizer, family.start, **lengths)
-    return tokenize(rows, tokenizer, format=format, **lengths)
+        return tokenize_sources(rows, tokenizer, family.start, max_length=max_length, too_long=too_long)
+    return tokenize(rows, tokenizer, format=format, max_length=max_length, too_long=too_long)
 
 
 def collate_for(family: Family) -> Callable[..., Batch]:
@@ -68,19 +66,19 @@ def label_names(rows: Dataset) -> tuple[str, ...]:
         names = [str(number) for number in range(max(values) + 1)]
     else:
         odd = next(v for v in values if not isinstance(v, str | int) or (isinstance(v, int) and v < 0))
-        raise InputError(f"data: the label {odd!r} is no class; write texts, or whole numbers from 0 up")
+        raise InputError(f"data: the label {odd!r} is not a class; write texts, or whole numbers from 0 up")
     if len(names) < 2:
         raise InputError(f"data: all rows have the label {names[0]!r}; give rows of two classes or more")
     return tuple(names)
 
 
 def label_number(label: object, names: Sequence[str], number: int) -> int:
-    """A row's class as its place among the classes: by its name, else by its number. Raises InputError for a label that is none of them."""
-    if str(label) in names:  # first, for classes may be named by numbers that do not begin at 0
+    """A row's class as its index among the classes, found by name, else by number. Raises InputError for a label that is none of them."""
+    if str(label) in names:  # names first: classes may be named by numbers that do not start at 0
         return list(names).index(str(label))
     if not isinstance(label, int) or not 0 <= label < len(names):
         raise InputError(
-            f"data row {number}: the label {label!r} is none of the model's classes ({', '.join(names)}); mend the row, or leave it out"
+            f"data row {number}: the label {label!r} is none of the model's classes ({', '.join(names)}); fix the row, or leave it out"
         )
     return label
 
@@ -94,13 +92,13 @@ def tokenize_classified(
     check_columns(rows, columns, "classification")
     cut = {"truncation": True, "max_length": max_length} if too_long == "truncate" else {}
 
-    def encoded(columns: dict[str, list[Any]], numbers: list[int]) -> dict[str, Any]:
+    def encoded(columns: Columns, numbers: list[int]) -> Columns:
         texts = [columns["text_a"], columns["text_b"]] if pair else [columns["text"]]
         for number, *parts in zip(numbers, *texts, strict=True):
             _check_texts(parts, number)
-        found = tokenizer(*texts, **cut)
-        ids = found["input_ids"]
-        segments = found["token_type_ids"] if "token_type_ids" in found else [[0] * len(row) for row in ids]
+        tokens = tokenizer(*texts, **cut)
+        ids = tokens["input_ids"]
+        segments = tokens["token_type_ids"] if "token_type_ids" in tokens else [[0] * len(row) for row in ids]
         classes = [label_number(v, labels, n) for v, n in zip(columns["label"], numbers, strict=True)]
         length = [len(row) for row in ids]
         whole = length if not cut else [len(row) for row in tokenizer(*texts)["input_ids"]]
@@ -114,29 +112,19 @@ def tokenize_classified(
             "row": numbers,
         }
 
-    names = rows.column_names
-    found = rows.map(encoded, batched=True, with_indices=True, remove_columns=names, load_from_cache_file=False)
-    return kept_rows(found, max_length=max_length, too_long=too_long)
+    return mapped_rows(rows, encoded, max_length=max_length, too_long=too_long)
 
 
 def collate_classified(
-    rows: Sequence[dict[str, Any]], *, pad_id: int, packed: bool = False, numbers: Sequence[int] = ()
+    rows: Sequence[TokenRow], *, pad_id: int, packed: bool = False, numbers: Sequence[int] = ()
 ) -> Batch:
     """Rows of `tokenize_classified` -> one Batch, padded on the right; targets [B, 1] are the classes."""
     assert not packed, "families.check_usable refuses it"
     ids, attended = _padded([row["input_ids"] for row in rows], pad_id)
     segments, _ = _padded([row["segments"] for row in rows], 0)
-    return Batch(
-        input_ids=ids,
-        position_ids=torch.arange(ids.shape[1]).expand(ids.shape).contiguous(),
-        attention_mask=attended.long(),
-        targets=torch.tensor([[row["class"]] for row in rows]),
-        attended=attended,
-        trained_at=torch.arange(len(rows)),
-        attended_at=attended.flatten().nonzero().flatten(),
-        rows=tuple(int(number) for number in numbers),
-        segments=segments if segments.any() else None,
-    )
+    classes = torch.tensor([[row["class"]] for row in rows])
+    more = {"segments": segments} if segments.any() else {}
+    return padded_batch(ids, attended, classes, numbers, **more)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,20 +138,16 @@ def tokenize_sources(rows: Dataset, tokenizer: Any, start: int, *, max_length: i
     each of the two.
     """
     check_columns(rows, ("prompt", "completion"), "prompt_completion")
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise InputError(
-            "the tokenizer has no end-of-sequence token, by which a student learns to stop; set its eos_token"
-        )
+    eos = check_end_token(tokenizer)
 
-    def encoded(columns: dict[str, list[Any]], numbers: list[int]) -> dict[str, Any]:
+    def encoded(columns: Columns, numbers: list[int]) -> Columns:
         for number, *parts in zip(numbers, columns["prompt"], columns["completion"], strict=True):
             _check_texts(parts, number)
         sources = tokenizer(columns["prompt"])["input_ids"]
         written = tokenizer(text_target=columns["completion"])["input_ids"]
         targets = [[start, *ids] if ids[-1:] == [eos] else [start, *ids, eos] for ids in written]
         whole = [max(len(s), len(t) - 1) for s, t in zip(sources, targets, strict=True)]
-        useful = [bool(s) for s in sources]  # an encoder without a token has nothing to say
+        useful = [bool(s) for s in sources]  # an encoder needs at least one token
         if too_long == "truncate":
             # the tokenizer's own truncation keeps the token that closes a text
             sources = tokenizer(columns["prompt"], truncation=True, max_length=max_length)["input_ids"]
@@ -177,28 +161,22 @@ def tokenize_sources(rows: Dataset, tokenizer: Any, start: int, *, max_length: i
             "row": numbers,
         }
 
-    names = rows.column_names
-    found = rows.map(encoded, batched=True, with_indices=True, remove_columns=names, load_from_cache_file=False)
-    return kept_rows(found, max_length=max_length, too_long=too_long)
+    return mapped_rows(rows, encoded, max_length=max_length, too_long=too_long)
 
 
 def collate_sources(
-    rows: Sequence[dict[str, Any]], *, pad_id: int, packed: bool = False, numbers: Sequence[int] = ()
+    rows: Sequence[TokenRow], *, pad_id: int, packed: bool = False, numbers: Sequence[int] = ()
 ) -> Batch:
     """Rows of `tokenize_sources` -> one Batch, both sides padded on the right."""
     assert not packed, "families.check_usable refuses it"
     source, source_attended = _padded([row["source_ids"] for row in rows], pad_id)
     ids, attended = _padded([row["target_ids"][:-1] for row in rows], pad_id)
     targets, _ = _padded([row["target_ids"][1:] for row in rows], IGNORE)
-    return Batch(
-        input_ids=ids,
-        position_ids=torch.arange(ids.shape[1]).expand(ids.shape).contiguous(),
-        attention_mask=attended.long(),
-        targets=targets,
-        attended=attended,
-        trained_at=(targets.flatten() != IGNORE).nonzero().flatten(),
-        attended_at=attended.flatten().nonzero().flatten(),
-        rows=tuple(int(number) for number in numbers),
+    return padded_batch(
+        ids,
+        attended,
+        targets,
+        numbers,
         source_ids=source,
         source_attended=source_attended,
         source_at=source_attended.flatten().nonzero().flatten(),

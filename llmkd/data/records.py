@@ -1,4 +1,4 @@
-"""The built-in task: records of places to stay, told in one or two sentences.
+"""The built-in task: records of places to stay, described in one or two sentences.
 
     name Heron Mill | kind inn | setting lake | price low | food Thai | rating 4 | dogs yes | near Selby =>
     Heron Mill is a cheap inn by the lake. It serves Thai food, has four stars, welcomes dogs and is near Selby.

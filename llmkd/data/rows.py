@@ -21,9 +21,9 @@ def load_rows(source: str, *, name: str | None, split: str, rows: int | None, re
     """The rows of the built-in task, of local files or of a hub data set. Raises InputError when there are none."""
     if source == "records":
         if rows is None:
-            raise InputError("data.rows: the built-in task is endless; say how many rows to use, e.g. rows: 20000")
-        made = records.rows(split, records_seed, 0, rows)
-        return Dataset.from_list([{"prompt": e["prompt"], "completion": e["completion"]} for e in made])
+            raise InputError("data.rows: the built-in task is endless; write how many rows to use, e.g. rows: 20000")
+        examples = records.rows(split, records_seed, 0, rows)
+        return Dataset.from_list([{key: e[key] for key in ("prompt", "completion")} for e in examples])
     path = Path(source).expanduser()
     if path.exists():
         data = _local_rows(path, split)
@@ -37,7 +37,7 @@ def load_rows(source: str, *, name: str | None, split: str, rows: int | None, re
     if rows is not None:
         data = data.select(range(min(rows, len(data))))
     if len(data) == 0:
-        raise InputError(f"data.source: {source!r} (split {split!r}) holds no rows; give data with some")
+        raise InputError(f"data.source: {source!r} (split {split!r}) has no rows; give data with some")
     return data
 
 
@@ -60,7 +60,7 @@ def _files(path: Path, split: str) -> list[Path]:
 def _local_rows(path: Path, split: str) -> Dataset:
     if not split.replace("_", "").isalnum():
         raise InputError(
-            f"data.split: {split!r} is more than a name, which only the hub reads; use data.rows to take fewer"
+            f"data.split: {split!r} is more than a name, which is for the hub only; use data.rows to take fewer"
         )
     files = _files(path, split)
     kinds = {_kind(f) for f in files}
@@ -69,13 +69,13 @@ def _local_rows(path: Path, split: str) -> Dataset:
             f"data.source: {str(path)!r} must be (or hold) files of one kind: {', '.join(LOADERS)}, each may end in .gz"
         )
     kind = str(kinds.pop())
-    # In a CSV an empty cell is an empty text, and the word None or NA is that word.
+    # In a CSV an empty cell is an empty text, and the words None and NA are words.
     options: dict[str, Any] = {"keep_default_na": False} if kind == "csv" else {}
     try:
         return load_dataset(kind, data_files={"rows": [str(f) for f in files]}, split="rows", **options)
     except Exception as error:  # datasets wraps every parser's own error
         if not any(f.stat().st_size for f in files) or "corresponds to no data" in str(error):
-            raise InputError(f"data.source: {str(path)!r} holds no rows; give data with some") from error
+            raise InputError(f"data.source: {str(path)!r} has no rows; give data with some") from error
         reason = first_line(error.__cause__ or error)
         raise InputError(f"data.source: {str(path)!r} can't be read as {kind} ({reason}); correct the file") from error
 
@@ -92,7 +92,7 @@ def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
     if not chosen:
         raise InputError(
             f"data.split: no file of {str(folder)!r} is named after {split!r} ({', '.join(f.name for f in files)}); "
-            "write the split that you mean, or give one file as data.source"
+            "write the name of one of these, or give one file as data.source"
         )
     return chosen
 
@@ -105,8 +105,8 @@ def _kind(file: Path) -> str | None:
 def _hub_rows(source: str, name: str | None, split: str) -> Dataset:
     try:
         return load_dataset(source, name, split=split)
-    except Exception as error:  # the hub client has a score of network errors; all mean the same to the user
+    except Exception as error:  # the hub client has many network errors; all mean the same to the user
         raise InputError(
-            f"data.source: {source!r} is no file here and the hub did not give it ({first_line(error)}); check the "
+            f"data.source: {source!r} is not a file here and could not be loaded from the hub ({first_line(error)}); check the "
             "name, data.name and data.split, or give a local file"
         ) from error

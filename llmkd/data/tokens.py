@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,28 +15,27 @@ from llmkd.errors import InputError, first_line
 
 log = logging.getLogger("llmkd")
 FORMATS = {"prompt_completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
-SAID = "llmkd0said0here"
-"""Stands for what an assistant says while a chat template is asked what it writes around it."""
+PLACEHOLDER = "llmkd0said0here"
+"""Stands for an assistant's message while a chat template shows what it writes around one."""
 
+Columns = Mapping[str, list[Any]]
+"""Some rows, column by column."""
 Encoded = tuple[list[list[int]], list[list[bool]]]
-"""Of each row its token ids, and which of them are trained."""
+"""Each row's token ids, and which of them are trained."""
 
 
 def tokenize(rows: Dataset, tokenizer: Any, *, format: str, max_length: int, too_long: str) -> Dataset:
-    """Rows -> {input_ids, trained (per token), length, row}. Prompts are not trained; of a chat, what the assistant says is.
+    """Rows -> {input_ids, trained (per token), length, row}. Prompts are not trained; of a chat, the assistant's messages are.
 
     `row` is the row's number. Prompt and completion are tokenized apart, as they are when the model later continues the
     prompt. Raises InputError for a row that lacks its columns, or when no row is left.
     """
     format = _format_of(rows.column_names) if format == "auto" else format
     check_columns(rows, FORMATS[format], format)
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            "the tokenizer has no end-of-sequence token, by which a student learns to stop; set its eos_token"
-        )
+    check_end_token(tokenizer)
     encode = {"prompt_completion": _prompt_completion, "messages": _messages, "text": _text}[format]
 
-    def encoded(columns: dict[str, list[Any]], numbers: list[int]) -> dict[str, Any]:
+    def encoded(columns: Columns, numbers: list[int]) -> Columns:
         _check_text(columns, format, numbers)
         ids, trained = encode(columns, tokenizer, numbers)
         whole = [len(i) for i in ids]
@@ -53,14 +52,20 @@ def tokenize(rows: Dataset, tokenizer: Any, *, format: str, max_length: int, too
             "row": numbers,
         }
 
-    found = rows.map(
-        encoded, batched=True, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False
-    )
-    return kept_rows(found, max_length=max_length, too_long=too_long)
+    return mapped_rows(rows, encoded, max_length=max_length, too_long=too_long)
+
+
+def check_end_token(tokenizer: Any) -> int:
+    """The id of the tokenizer's end-of-sequence token. Raises InputError if it has none."""
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "the tokenizer has no end-of-sequence token, from which a student learns to stop; set its eos_token"
+        )
+    return int(tokenizer.eos_token_id)
 
 
 def check_columns(rows: Dataset, needed: Sequence[str], format: str) -> None:
-    """Raise InputError where a format's column is not there."""
+    """Raise InputError where a column of the format is missing."""
     missing = [column for column in needed if column not in rows.column_names]
     if missing:
         raise InputError(
@@ -69,12 +74,18 @@ def check_columns(rows: Dataset, needed: Sequence[str], format: str) -> None:
         )
 
 
-def kept_rows(found: Dataset, *, max_length: int, too_long: str) -> Dataset:
-    """The tokenized rows that are trained on, by their columns `whole` (tokens before any cut) and `useful`, which go.
+def mapped_rows(
+    rows: Dataset, encode: Callable[[Columns, list[int]], Columns], *, max_length: int, too_long: str
+) -> Dataset:
+    """The rows that are trained on, as tokens.
 
-    Raises InputError when no row is left.
+    `encode` makes token columns of a batch of rows and their numbers; two of them decide whether a row is kept and are then removed,
+    `whole` (its tokens before any truncation) and `useful` (whether it has a token to train). Raises InputError when no row is left.
     """
-    long, useful = np.array(found["whole"]) > max_length, np.array(found["useful"])
+    encoded = rows.map(
+        encode, batched=True, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False
+    )
+    long, useful = np.array(encoded["whole"]) > max_length, np.array(encoded["useful"])
     kept = np.flatnonzero(useful & (~long | (too_long == "truncate")))
     if long.any() or not useful.all():
         fate = "truncated" if too_long == "truncate" else "dropped"
@@ -87,7 +98,7 @@ def kept_rows(found: Dataset, *, max_length: int, too_long: str) -> Dataset:
             f"data.max_length: no row has a token to train within {max_length} tokens; write a larger max_length, or "
             "look at the data"
         )
-    return found.select(kept).remove_columns(["whole", "useful"])
+    return encoded.select(kept).remove_columns(["whole", "useful"])
 
 
 def _format_of(columns: Sequence[str]) -> str:
@@ -100,15 +111,15 @@ def _format_of(columns: Sequence[str]) -> str:
     )
 
 
-def _check_text(columns: dict[str, list[Any]], format: str, numbers: list[int]) -> None:
+def _check_text(columns: Columns, format: str, numbers: list[int]) -> None:
     for column in FORMATS[format]:
         for number, value in zip(numbers, columns[column], strict=True):
             if column != "messages" and not isinstance(value, str):
-                cure = "for chats name the column messages" if isinstance(value, list) else "make it a text"
+                cure = "for chats name the column messages" if isinstance(value, list) else "make it text"
                 raise InputError(f"data row {number}: {column} must be text, it is {type(value).__name__}; {cure}")
 
 
-def _prompt_completion(columns: dict[str, list[Any]], tokenizer: Any, numbers: list[int]) -> Encoded:
+def _prompt_completion(columns: Columns, tokenizer: Any, numbers: list[int]) -> Encoded:
     prompts = leading(tokenizer, columns["prompt"])
     completions = _closed(tokenizer(columns["completion"], add_special_tokens=False)["input_ids"], tokenizer)
     both = list(zip(prompts, completions, strict=True))
@@ -116,27 +127,27 @@ def _prompt_completion(columns: dict[str, list[Any]], tokenizer: Any, numbers: l
 
 
 def leading(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """The ids of texts that open a sequence: with the tokenizer's leading tokens, without a closing one it may add."""
+    """The ids of texts that start a sequence: with the tokenizer's leading tokens, without an end token that it may add."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     added = tokenizer("a", add_special_tokens=True)["input_ids"]
     opens, closes = bos is not None and added[:1] == [bos], added[-1:] == [eos]
     encoded = [ids[:-1] if closes else ids for ids in tokenizer(texts, add_special_tokens=True)["input_ids"]]
-    return [ids[1:] if opens and ids[:2] == [bos, bos] else ids for ids in encoded]  # the text brought its own
+    return [ids[1:] if opens and ids[:2] == [bos, bos] else ids for ids in encoded]  # the text already has it
 
 
 def _closed(encoded: list[list[int]], tokenizer: Any) -> list[list[int]]:
-    """The ids with an end-of-sequence token, one even where the text brought its own."""
+    """The ids with exactly one end-of-sequence token, also where the text already has it."""
     eos = tokenizer.eos_token_id
     return [ids if ids[-1:] == [eos] else [*ids, eos] for ids in encoded]
 
 
-def _text(columns: dict[str, list[Any]], tokenizer: Any, numbers: list[int]) -> Encoded:
+def _text(columns: Columns, tokenizer: Any, numbers: list[int]) -> Encoded:
     texts = _closed(leading(tokenizer, columns["text"]), tokenizer)
-    # An empty line is no document; trained on, it would teach to stop at once.
+    # An empty line is not a document: training on it would teach to stop at once.
     return texts, [[bool(text.strip())] * len(ids) for text, ids in zip(columns["text"], texts, strict=True)]
 
 
-def _messages(columns: dict[str, list[Any]], tokenizer: Any, numbers: list[int]) -> Encoded:
+def _messages(columns: Columns, tokenizer: Any, numbers: list[int]) -> Encoded:
     encoded = []
     for number, messages in zip(numbers, columns["messages"], strict=True):
         try:
@@ -147,9 +158,9 @@ def _messages(columns: dict[str, list[Any]], tokenizer: Any, numbers: list[int])
 
 
 def conversation(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """A chat through the tokenizer's template: (ids, trained). What the assistant says is trained, its end of turn too.
+    """A chat through the tokenizer's template: (ids, trained). The assistant's messages are trained, with their end of turn.
 
-    Raises InputError where that can't be told.
+    Raises InputError where they can't be found in the rendered text.
     """
     if not (
         isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
@@ -161,32 +172,36 @@ def conversation(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[i
     if not turns:
         raise InputError("the conversation has no turn of the role assistant; add one, there is nothing to train on")
     whole = rendered(messages, tokenizer)
-    spans = [_said(messages, turn, whole, tokenizer) for turn in turns]
+    spans = [_trained_span(messages, turn, whole, tokenizer) for turn in turns]
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    # Some tokenizers leave white space out of a token's place, so that (a, b) may be (b, b).
+    # Some tokenizers leave white space out of a token's offsets, so that (a, b) may be (b, b).
     trained = [any(start <= a and start < b <= end for start, end in spans) for a, b in encoded["offset_mapping"]]
     return encoded["input_ids"], trained
 
 
-def _said(messages: list[dict[str, str]], turn: int, whole: str, tokenizer: Any) -> tuple[int, int]:
-    """Where an assistant's turn stands in the rendered chat: from the end of the generation prompt to its end of turn.
+def _trained_span(messages: list[dict[str, str]], turn: int, whole: str, tokenizer: Any) -> tuple[int, int]:
+    """An assistant's turn in the rendered chat, (start, end): from the end of the generation prompt to its end of turn.
 
-    A template may write a turn otherwise once others follow (Qwen3 leaves out what was thought), so the place is found
-    from what stands around a stand-in for the words, in the whole chat and where the chat ends with this turn.
+    A template may write a turn differently once others follow (Qwen3 leaves out the thoughts), so the place is found from the text
+    around a placeholder, in the whole chat and in the chat that ends with this turn.
     """
-    upto = [*messages[:turn], {**messages[turn], "content": SAID}]
-    opening, _, closing = rendered(upto, tokenizer).partition(SAID)
-    after = rendered([*upto, *messages[turn + 1 :]], tokenizer).partition(SAID)[2] if messages[turn + 1 :] else closing
-    if not after.startswith(closing):  # Phi-3 ends a whole chat with a further token
+    upto = [*messages[:turn], {**messages[turn], "content": PLACEHOLDER}]
+    opening, _, closing = rendered(upto, tokenizer).partition(PLACEHOLDER)
+    after = (
+        rendered([*upto, *messages[turn + 1 :]], tokenizer).partition(PLACEHOLDER)[2]
+        if messages[turn + 1 :]
+        else closing
+    )
+    if not after.startswith(closing):  # Phi-3 ends a whole chat with one more token
         closing = re.sub(r"\s\S*$", "", os.path.commonprefix([closing, after]))
     end = len(whole) - len(after) + len(closing.rstrip() or closing)
     before = rendered(messages[:turn], tokenizer, add_generation_prompt=True) if turn else opening
     start = len(os.path.commonprefix([whole, before]))
-    told = len(os.path.commonprefix([before, rendered(messages[:turn], tokenizer)])) if turn else 0
-    if SAID in whole or not whole.endswith(after) or not told <= start <= end:
+    prefix = len(os.path.commonprefix([before, rendered(messages[:turn], tokenizer)])) if turn else 0
+    if PLACEHOLDER in whole or not whole.endswith(after) or not prefix <= start <= end:
         raise InputError(
-            f"the chat template writes what precedes turn {turn} otherwise once that turn is there, so the assistant's "
-            "tokens can't be told apart; give prompt and completion instead"
+            f"the chat template changes the text before turn {turn} once that turn is there, so the assistant's tokens can't be "
+            "located; give prompt and completion instead"
         )
     return start, end
 
@@ -196,4 +211,6 @@ def rendered(messages: list[dict[str, str]], tokenizer: Any, add_generation_prom
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # a template is a program of its own, and may raise anything
         reason = first_line(error)
-        raise InputError(f"the tokenizer's chat template refuses the messages ({reason}); mend one of them") from error
+        raise InputError(
+            f"the tokenizer's chat template refuses the messages ({reason}); fix one of the two"
+        ) from error

@@ -21,17 +21,19 @@ from llmkd.distributed.ranks import World
 from llmkd.errors import InputError
 
 # isort: split
-import deepspeed  # after llmkd.distributed.ranks, which says what accelerator there is
+import deepspeed  # after llmkd.distributed.ranks, which sets the accelerator
 
 log = logging.getLogger("llmkd")
 
 OFFLOADED = ("param", "optimizer")
+DsConfig = dict[str, Any]
+"""A DeepSpeed configuration: nested JSON whose keys are DeepSpeed's."""
 BY_RECIPE = ("recipe", "auto")
 """The values of a DeepSpeed JSON in whose place the recipe's number is written; "auto" is what other projects call it."""
 AUTO = "auto"
 
 
-def load_ds_config(name: str, folder: Path) -> dict[str, Any]:
+def load_ds_config(name: str, folder: Path) -> DsConfig:
     """A DeepSpeed configuration by its name in `folder` (ds_configs/) or by a path of the user's own."""
     file = Path(name) if name.endswith(".json") else folder / f"{name}.json"
     if not file.is_file():
@@ -49,7 +51,7 @@ def load_ds_config(name: str, folder: Path) -> dict[str, Any]:
 
 
 def complete_ds_config(
-    config: dict[str, Any],
+    config: DsConfig,
     *,
     world_size: int,
     micro_batch: int,
@@ -57,9 +59,9 @@ def complete_ds_config(
     clip: float,
     dtype: str,
     nvme_path: str,
-) -> dict[str, Any]:
+) -> DsConfig:
     """Write the recipe's numbers into a DeepSpeed configuration. Raises InputError where a number of the user's own disagrees."""
-    decided: dict[str, Any] = {
+    decided: DsConfig = {
         "train_batch_size": world_size * micro_batch * accumulation,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -85,9 +87,9 @@ def complete_ds_config(
     return completed
 
 
-def _without_auto(config: dict[str, Any], decided: Iterable[str], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
+def _without_auto(config: DsConfig, decided: Iterable[str], prefix: str = "") -> tuple[DsConfig, list[str]]:
     """(a copy without each "auto" at a key that the recipe does not decide, those keys): DeepSpeed takes its defaults there."""
-    kept: dict[str, Any] = {}
+    kept: DsConfig = {}
     dropped: list[str] = []
     for key, value in config.items():
         if isinstance(value, dict):
@@ -100,7 +102,7 @@ def _without_auto(config: dict[str, Any], decided: Iterable[str], prefix: str = 
     return kept, dropped
 
 
-def _decide(config: dict[str, Any], key: str, value: Any) -> str | None:
+def _decide(config: DsConfig, key: str, value: Any) -> str | None:
     """Write the recipe's value at a dotted key where the file leaves it open. What is wrong, where the file has another value."""
     *parents, last = key.split(".")
     section = config
@@ -121,7 +123,7 @@ def _decide(config: dict[str, Any], key: str, value: Any) -> str | None:
     return None
 
 
-def zero_stage(config: dict[str, Any]) -> int:
+def zero_stage(config: DsConfig) -> int:
     """The ZeRO stage a DeepSpeed configuration asks for."""
     stage = config.get("zero_optimization", {}).get("stage", 0)
     return 0 if stage == AUTO else int(stage)
@@ -129,7 +131,7 @@ def zero_stage(config: dict[str, Any]) -> int:
 
 def teacher_ds_config(
     micro_batch: int, dtype: str, offload: str, *, block: int, parameter: int, nvme_path: str = ""
-) -> dict[str, Any]:
+) -> DsConfig:
     """ZeRO-3 for a frozen teacher: parameters only, and never more of them gathered than one block, or its embeddings alone.
 
     `block` and `parameter`: weights of the largest block and of the largest parameter in one. DeepSpeed gathers a module's parameters
@@ -138,14 +140,14 @@ def teacher_ds_config(
     would hold a whole 1B teacher on every rank.
     """
     ahead = max(block - parameter, 1)
-    zero: dict[str, Any] = {
+    zero: DsConfig = {
         "stage": 3,
         "stage3_max_live_parameters": ahead,
         "stage3_max_reuse_distance": 0,
         "stage3_prefetch_bucket_size": ahead,
         "stage3_param_persistence_threshold": 0,
     }
-    config: dict[str, Any] = {
+    config: DsConfig = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,
         "bf16": {"enabled": dtype == "bfloat16"},
@@ -172,7 +174,7 @@ def check_asynchronous_io(key: str) -> None:
 
 
 @contextlib.contextmanager
-def sharded_construction(config: dict[str, Any] | None) -> Iterator[None]:
+def sharded_construction(config: DsConfig | None) -> Iterator[None]:
     """Inside, transformers builds and loads a model straight into ZeRO-3 shards, if `config` asks for stage 3."""
     if config is None or zero_stage(config) != 3:
         yield
@@ -188,7 +190,7 @@ def sharded_construction(config: dict[str, Any] | None) -> Iterator[None]:
 
 def engine(
     module: nn.Module,
-    config: dict[str, Any],
+    config: DsConfig,
     *,
     learning_rate: float,
     betas: tuple[float, float],
@@ -217,18 +219,18 @@ def engine(
         optimizer = torch.optim.AdamW(groups, fused=True, **options)
     if "nvme" in (config.get("zero_optimization", {}).get(f"offload_{part}", {}).get("device") for part in OFFLOADED):
         check_asynchronous_io("train.deepspeed")
-    made, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-    return made
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    return engine
 
 
-def frozen_engine(module: nn.Module, config: dict[str, Any]) -> Any:
+def frozen_engine(module: nn.Module, config: DsConfig) -> Any:
     """A DeepSpeed engine that only runs `module` forward: shards, no optimizer, no gradients."""
-    made, *_ = deepspeed.initialize(model=module.requires_grad_(False), config=config)
-    made.eval()
-    return made
+    engine, *_ = deepspeed.initialize(model=module.requires_grad_(False), config=config)
+    engine.eval()
+    return engine
 
 
-def on_other_ranks(config: dict[str, Any]) -> dict[str, Any]:
+def on_other_ranks(config: DsConfig) -> DsConfig:
     """The configuration of an engine that is to load what another number of ranks saved."""
     if zero_stage(config) == 0:
         return config  # nothing is sharded
@@ -255,7 +257,7 @@ def merge_shards(shards: Path, whole: Path) -> None:
         shutil.rmtree(whole.parent, ignore_errors=True)
         raise InputError(
             f"{shards}: DeepSpeed could not merge its shards for another number of ranks ({_last_line(done.stderr)}); "
-            "go on with the number of ranks that wrote it"
+            "resume with the number of ranks that wrote it"
         )
 
 
@@ -267,15 +269,15 @@ def saved_weights(shards: Path, prefix: str) -> dict[str, Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     if list(shards.glob("*_optim_states.pt")):
-        found: Any = get_fp32_state_dict_from_zero_checkpoint(str(shards.parent), tag=shards.name, lazy_mode=True)
+        state: Any = get_fp32_state_dict_from_zero_checkpoint(str(shards.parent), tag=shards.name, lazy_mode=True)
     else:  # without ZeRO each rank's file holds whole tensors
-        found = torch.load(shards / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
-    kept = {name: tensor for name, tensor in found.items() if name.startswith(prefix)}
+        state = torch.load(shards / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+    kept = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
     return {name.removeprefix(prefix): tensor.contiguous().float().clone() for name, tensor in kept.items()}
 
 
 def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["it gave no reason"])[-1]
+    return (text.strip().splitlines() or ["no reason given"])[-1]
 
 
 def load_shards(engine: Any, folder: Path) -> None:

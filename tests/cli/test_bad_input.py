@@ -123,7 +123,7 @@ def test_the_recipe_that_is_spoilt_below_is_good(place: Path, world: Any) -> Non
         ({"data.source": "/nowhere/rows.jsonl"}, "data.source: no file or folder '/nowhere/rows.jsonl'; give a .jsonl"),
         (
             {"data.source": "no-one/nothing"},
-            "data.source: 'no-one/nothing' is no file here and the hub did not give it",
+            "data.source: 'no-one/nothing' is not a file here and could not be loaded from the hub",
         ),
         ({"data.format": "text"}, "data.format: text needs the column 'text', the data has prompt, completion; rename"),
         ({"data.format": "messages"}, "data.format: messages needs the column 'messages'"),
@@ -151,9 +151,9 @@ def test_mistakes_in_a_recipe(place: Path, world: Any, changes: dict[str, Any], 
 
 def test_data_that_cannot_be_used(place: Path, world: Any) -> None:
     (place / "rows.jsonl").write_text("")
-    assert "rows.jsonl' holds no rows; give data with some" in refusal(place, world, {})
+    assert "rows.jsonl' has no rows; give data with some" in refusal(place, world, {})
     (place / "rows.jsonl").write_text('{"prompt": "one", "completion": null}\n' * 9)
-    assert "data row 0: completion must be text, it is NoneType; make it a text" in refusal(place, world, {})
+    assert "data row 0: completion must be text, it is NoneType; make it text" in refusal(place, world, {})
 
 
 def test_world_size_that_does_not_divide_the_batch(place: Path, world: Any) -> None:

@@ -207,9 +207,9 @@ def test_a_turn_that_quotes_the_template_changes_nothing() -> None:
             None,
             "the tokenizer has no chat template; give prompt and completion, or give the tokenizer one",
         ),
-        ([SYSTEM, USER, ANSWER], LLAMA2_LIKE, "template refuses the messages (only user and assistant); mend"),
-        ([USER, ANSWER, ANSWER], QWEN3_LIKE, "writes what precedes turn 2 otherwise once that turn is there, so"),
-        ([USER, ANSWER], "{{ messages | length }}", "can't be told apart; give prompt and completion"),
+        ([SYSTEM, USER, ANSWER], LLAMA2_LIKE, "template refuses the messages (only user and assistant); fix"),
+        ([USER, ANSWER, ANSWER], QWEN3_LIKE, "changes the text before turn 2 once that turn is there, so"),
+        ([USER, ANSWER], "{{ messages | length }}", "can't be located; give prompt and completion"),
     ],
 )
 def test_chat_that_cannot_be_read_is_refused_by_its_row(messages: Any, template: str | None, expected: str) -> None:
@@ -260,8 +260,8 @@ def test_only_overlong_rows_are_an_error(too_long: str) -> None:
             "needs the column 'completion', the data has prompt, answer",
         ),
         ([{"prompt": "a"}], "text", "needs the column 'text', the data has prompt; rename"),
-        ([{"text": "a"}, {"text": None}], "auto", "data row 1: text must be text, it is NoneType; make it a text"),
-        ([{"prompt": "a", "completion": 3}], "auto", "data row 0: completion must be text, it is int; make it a text"),
+        ([{"text": "a"}, {"text": None}], "auto", "data row 1: text must be text, it is NoneType; make it text"),
+        ([{"prompt": "a", "completion": 3}], "auto", "data row 0: completion must be text, it is int; make it text"),
         ([{"prompt": [USER], "completion": [ANSWER]}], "auto", "it is list; for chats name the column messages"),
     ],
 )
@@ -275,7 +275,7 @@ def test_tokenizer_without_end_is_refused() -> None:
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(
-        InputError, match="no end-of-sequence token, by which a student learns to stop; set its eos_token"
+        InputError, match="no end-of-sequence token, from which a student learns to stop; set its eos_token"
     ):
         tokenized([{"text": "one"}], tokenizer)
 
@@ -344,10 +344,10 @@ def _bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
     _write(folder / "mixed" / "b.csv", ROWS)
     (folder / "none").mkdir()
     contents = {
-        "empty.jsonl": (b"", "holds no rows"),
-        "blank.jsonl": (b"\n\n", "holds no rows"),
-        "list.json": (b"[]", "holds no rows"),
-        "header.csv": (b"prompt,completion\n", "holds no rows"),
+        "empty.jsonl": (b"", "has no rows"),
+        "blank.jsonl": (b"\n\n", "has no rows"),
+        "list.json": (b"[]", "has no rows"),
+        "header.csv": (b"prompt,completion\n", "has no rows"),
         "empty.jsonl.gz": (gzip.compress(b""), "can't be read as json"),
         "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:-20], "can't be read as json"),
         "broken.jsonl": (b'{"text": "a"}\n{oops\n', "can't be read as json (JSON parse error"),
@@ -373,7 +373,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_names_that_no_hub_gives() -> None:
-    with pytest.raises(InputError, match="'no-one/nothing' is no file here and the hub did not give it .*local file"):
+    with pytest.raises(
+        InputError, match="'no-one/nothing' is not a file here and could not be loaded from the hub .*local file"
+    ):
         loaded("no-one/nothing")
     for path in ("./rows", "~/rows", "/nowhere/rows.jsonl", "rows.jsonl", "rows.jsonl.gz", "my/data/rows"):
         with pytest.raises(InputError, match=r"data\.source: no file or folder .*; give a \.jsonl"):

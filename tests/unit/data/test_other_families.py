@@ -75,7 +75,7 @@ def test_classes_are_in_one_order() -> None:
     assert label_names(rows({"label": "yes"}, {"label": "no"}, {"label": "yes"})) == ("no", "yes")
     assert label_names(rows({"label": 2}, {"label": 0})) == ("0", "1", "2")
     for data, sentence in (
-        (rows({"label": 1.5}, {"label": 0.0}), r"the label .* is no class; write texts, or whole numbers from 0 up"),
+        (rows({"label": 1.5}, {"label": 0.0}), r"the label .* is not a class; write texts, or whole numbers from 0 up"),
         (rows({"label": -1}, {"label": 0}), r"the label -1 is no class"),
         (rows({"label": "yes"}), r"all rows have the label 'yes'; give rows of two classes"),
         (rows({"class": 1}), r"data\.format: classification needs the column 'label', the data has class"),
@@ -132,7 +132,7 @@ def test_each_side_has_a_length_of_its_own(seq2seq_tokenizer: Any) -> None:
         (
             Family("decoder"),
             "classification",
-            r"classification is for encoders, and this model is a decoder; write auto",
+            r"a decoder is not trained on classification; write auto",
         ),
     ],
 )

@@ -115,7 +115,7 @@ def _check_scores(folder: Path, file: Path) -> None:
 def test_a_label_that_the_model_does_not_know_is_one_sentence(tmp_path: Path) -> None:
     recipe = family_recipe(tmp_path, "encoder", new(ENCODERS["bert"](2), "encoder"))
     rows = Dataset.from_list([{"text": "red", "label": "fourth"}])
-    sentence = "data row 0: the label 'fourth' is none of the model's classes (first, second, third); mend the row, or leave it out"
+    sentence = "data row 0: the label 'fourth' is none of the model's classes (first, second, third); fix the row, or leave it out"
     with pytest.raises(InputError, match=re.escape(sentence)):
         classified(tmp_path / "teacher", rows, Evaluation(), recipe.data)
 

@@ -1,4 +1,4 @@
-"""The command line: every command parses, calls one function and prints its result. Heavy imports stay inside."""
+"""The command line: every command parses, calls one function and prints its result. Heavy imports are inside the commands."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def finetune(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None
     from llmkd.recipe.recipe import load_recipe
 
     if load_recipe(recipe, overrides).finetune is None:
-        raise InputError(f"recipe {recipe!r} has no finetune section, so there is no teacher to make; add one")
+        raise InputError(f"recipe {recipe!r} has no finetune section, which says how to make a teacher; add one")
     _launch(recipe, overrides, ["--teacher-only"], ranks)
 
 
@@ -134,7 +134,7 @@ def _launch(recipe: str, overrides: tuple[str, ...], options: list[str], ranks: 
 
 
 def _ranks(asked: int | None) -> int:
-    """The ranks asked for, or one per GPU; 0 where neither says."""
+    """The ranks asked for, else one per GPU; 0 where there is neither."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -162,7 +162,7 @@ def study(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None:
         available = _ranks(ranks)
         _show(run(settings, ranks or min(available or settings.study.ranks, settings.study.ranks)))
     except Stopped:
-        click.echo("Stopped; all is saved, and the same command goes on from here.")
+        click.echo("Stopped; everything is saved, and the same command resumes.")
 
 
 @cli.command()
@@ -257,8 +257,8 @@ def generate(
         settings = settings.changed({"evaluation.generation": {}})
     place = output or (studies[0] if studies else models[0].resolve().parent) / "generations"
     trusted = settings.teacher.trust_remote_code or settings.student.trust_remote_code
-    made = run(models_of(models), settings.evaluation, settings.data, place, trust_remote_code=trusted)
-    click.echo(shown(made))
+    results = run(models_of(models), settings.evaluation, settings.data, place, trust_remote_code=trusted)
+    click.echo(shown(results))
 
 
 @cli.command()

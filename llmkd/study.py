@@ -36,9 +36,11 @@ from llmkd.recipe.study_entries import (
     read_study,
     study_entries,
 )
+from llmkd.report.write import report
 from llmkd.training.build import accumulation_steps, total_steps
 from llmkd.training.checkpoint import check_same
 from llmkd.training.checks import teacher_shape
+from llmkd.training.initial import initial_student
 from llmkd.training.jobs import (
     check_place,
     check_student,
@@ -60,8 +62,6 @@ class Stopped(Exception):
 
 def study(recipe: Recipe, ranks: int | None = None) -> Path:
     """Run what is missing of a study and return the path of its report. Raises InputError on bad input, Stopped on a signal."""
-    from llmkd.report.write import report
-
     if not recipe.study.students:
         raise InputError("study.strategies: name at least one, e.g. [none, forward, reverse]")
     folder = recipe.folder
@@ -89,7 +89,7 @@ def study(recipe: Recipe, ranks: int | None = None) -> Path:
     mistakes = _score(recipe, entries)
     written = report(folder)
     if mistakes:
-        raise InputError(f"{'; '.join(mistakes)} (the rest of the report is made: {written})")
+        raise InputError(f"{'; '.join(mistakes)} (the report of all else: {written})")
     return written
 
 
@@ -140,7 +140,7 @@ def _study_file(recipe: Recipe, entries: Sequence[StudyEntry]) -> StudyFile:
 
 
 def _launch(recipe: Recipe, entry: StudyEntry, ranks: int) -> None:
-    """Train one entry; its whole recipe travels as a file."""
+    """Train one entry, by a recipe file of its own."""
     file = recipe.folder / "recipes" / f"{entry.name}.yaml"
     file.parent.mkdir(exist_ok=True)
     teacher = entry.kind == "teacher"
@@ -150,7 +150,7 @@ def _launch(recipe: Recipe, entry: StudyEntry, ranks: int) -> None:
 
 
 def _cache(recipe: Recipe, ranks: int) -> None:
-    """Write the one cache that teaches all students; what there is of it already is kept."""
+    """Write the one cache that teaches all students; what is already written is kept."""
     file = recipe.folder / "recipes" / "cache.yaml"
     file.parent.mkdir(exist_ok=True)
     publish(file, dump_recipe(recipe))
@@ -163,23 +163,19 @@ def _cache(recipe: Recipe, ranks: int) -> None:
     )
 
 
-def _run(ranks: int, arguments: list[str], what: str, rest: str) -> None:
+def _run(ranks: int, arguments: list[str], what: str, resume_point: str) -> None:
     """One launch of a study. Raises Stopped if a signal ended it, InputError if a mistake did."""
     ending = launch(ranks, arguments)
-    if ending.stopped and ending.code in (0, 130, 143):  # 130 and 143: a rank was asked before it could listen
+    if ending.stopped and ending.code in (0, 130, 143):  # 130 and 143: a rank got the signal before it handled signals
         raise Stopped
     if ending.code:
         raise InputError(
-            f"study: {what} ended with code {ending.code} (see above); the same command goes on from {rest}"
+            f"study: {what} ended with code {ending.code} (see above); the same command resumes from {resume_point}"
         )
 
 
 def _write_undistilled(recipe: Recipe, entries: Sequence[StudyEntry]) -> None:
-    """The students as they are before the first step, for the baseline."""
-    from llmkd.models.folders import resolve
-    from llmkd.training.initial import initial_student
-    from llmkd.training.jobs import student_inputs
-
+    """The students before their first step, for the baseline."""
     for entry in entries:
         target = recipe.folder / entry.model
         if entry.strategy != "undistilled":
@@ -197,16 +193,14 @@ def _model(recipe: Recipe, entry: StudyEntry) -> Path:
     inside = recipe.folder / entry.model
     if entry.train is not None or entry.strategy == "undistilled":
         return inside
-    from llmkd.models.folders import resolve
-
     return resolve(entry.model, entry.name, recipe.teacher.revision if entry.kind == "teacher" else None)
 
 
 def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
     """Raise InputError, before anything is written, for what would stop the study hours later.
 
-    Students that can't be trained as their recipe says, ranks that do not share the batch, tasks that are not there, and students or a
-    teacher already there that another recipe made.
+    Students that can't be trained, ranks that can't share the batch, tasks that do not exist, and models in the folder that another
+    recipe made.
     """
     _check_scores(recipe)
     teacher = teacher_shape(recipe)
@@ -227,20 +221,20 @@ def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
         if entry.kind == "teacher":
             inputs = teacher_inputs(recipe)
         else:
-            one = entry_recipe(recipe, entry)
-            _check_trained(one, family, teacher, ranks)
-            inputs = student_inputs(one)
+            own = entry_recipe(recipe, entry)
+            _check_trained(own, family, teacher, ranks)
+            inputs = student_inputs(own)
         meta = recipe.folder / entry.model / "llmkd.json"
         if meta.is_file():
             check_same(json.loads(meta.read_text())["inputs"], inputs, meta.parent.parent)
 
 
 def _check_scores(recipe: Recipe) -> None:
-    """Raise InputError for scores that can't be had of any model."""
+    """Raise InputError for scoring steps that would fail for every model."""
     settings = recipe.evaluation
     if not any(step not in ((), None) for step in (settings.tasks, settings.generation, settings.classification)):
         raise InputError(
-            "evaluation: a study with nothing to score by; name lm-eval tasks under evaluation.tasks, or write evaluation.generation: {}"
+            "evaluation: a study needs something to score by; name lm-eval tasks under evaluation.tasks, or write evaluation.generation: {}"
         )
     if settings.classification is not None:
         read_rows(held_out_data(recipe))
@@ -259,22 +253,22 @@ def _check_pair_weights(recipe: Recipe, entries: Sequence[StudyEntry], teacher: 
         name = entry.strategy or entry.name
         if entry.kind != "student" or "matching.pair_weights" in recipe.study.changes(name):
             continue
-        one = entry_recipe(recipe, entry).changed({"matching.pair_weights": None})
-        pairs = maps_of(one, depths_of(one, _student_shape(one, teacher)[0]), depths(teacher))
+        own = entry_recipe(recipe, entry).changed({"matching.pair_weights": None})
+        pairs = maps_of(own, depths_of(own, _student_shape(own, teacher)[0]), depths(teacher))
         if pairs:  # where none is matched, no weight is read
             counts[name] = len(pairs)
     if len(set(counts.values())) > 1:
-        said = ", ".join(f"{name} has {count} pairs" for name, count in counts.items())
+        listed = ", ".join(f"{name} has {count} pairs" for name, count in counts.items())
         name, count = min(counts.items(), key=lambda item: item[1])
         example = f"{{{name}_weighted: {{matching.strategy: {name}, matching.pair_weights: {[1.0] * count}}}}}"
         raise InputError(
-            f"matching.pair_weights: {said}, and one list can't weigh them all; take it out, and write under study.variants a student for "
-            f"each strategy with weights of its own, e.g. {example}"
+            f"matching.pair_weights: {listed}, and one list can't weigh them all; take it out, and write under study.variants a student "
+            f"for each strategy with weights of its own, e.g. {example}"
         )
 
 
 def _student_shape(recipe: Recipe, teacher: PreTrainedConfig) -> tuple[PreTrainedConfig, Path | None]:
-    """What a student is made of, its checkpoint's configuration or the teacher's, and the checkpoint."""
+    """(the configuration that a student starts from, its checkpoint's or the teacher's; the checkpoint)."""
     if recipe.student.init != "checkpoint":
         return teacher, None
     checkpoint = resolve(recipe.student.path or "", "student.path")
@@ -282,11 +276,11 @@ def _student_shape(recipe: Recipe, teacher: PreTrainedConfig) -> tuple[PreTraine
 
 
 def _check_trained(recipe: Recipe, family: Family, teacher: PreTrainedConfig, ranks: int) -> None:
-    """Raise InputError for a student that its training would refuse; `teacher`: of that shape, be it there or not yet made."""
+    """Raise InputError for a student that its training would refuse. `teacher`: the configuration, whether the model is there or not."""
     student, checkpoint = _student_shape(recipe, teacher)
     _, _, weights = check_student(recipe, family, teacher, student)
-    if checkpoint is not None and (known := _tokenizer_folder(recipe)) is not None:
-        check_vocabularies(recipe, known, checkpoint)
+    if checkpoint is not None and (tokenizer := _tokenizer_folder(recipe)) is not None:
+        check_vocabularies(recipe, tokenizer, checkpoint)
     check_place(recipe, teacher, weights, ranks=ranks, ranks_per_node=ranks, gpu=torch.cuda.is_available())
 
 

@@ -1,4 +1,4 @@
-"""What a recipe may ask of which family of models; asked before anything is written."""
+"""What each family of models can be asked for; checked before anything is written."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ def teacher_shape(recipe: Recipe) -> PreTrainedConfig:
 
 
 def check_training(recipe: Recipe, family: Family) -> None:
-    """Raise InputError for a student's training that this family's models can't have."""
+    """Raise InputError for settings of a student's training that this family of models does not support."""
     check_format(family, recipe.data.format)
-    student, said = recipe.student, KIND_NAMES[family.kind]
+    student, kind = recipe.student, KIND_NAMES[family.kind]
     if student.decoder_blocks is not None and family.kind != "encoder_decoder":
-        raise InputError(f"student.decoder_blocks: {said} has one stack of blocks; leave it out")
+        raise InputError(f"student.decoder_blocks: {kind} has one stack of blocks; leave it out")
     if student.classifier is not None and family.kind != "encoder":
-        raise InputError(f"student.classifier: {said} has no classes; leave it out")
+        raise InputError(f"student.classifier: {kind} has no classes; leave it out")
     if family.kind == "decoder":
         return
     if recipe.teacher.serving.takes_decoders_only:
         key = "share_cache" if recipe.teacher.share_cache else "placement"
         cure = "false" if recipe.teacher.share_cache else "replicated or zero3"
         raise InputError(
-            f"teacher.{key}: only a decoder can be cut into stages or cached, and this is {said}; write {cure}"
+            f"teacher.{key}: only a decoder can be cut into stages or cached, and this is {kind}; write {cure}"
         )
     if recipe.teacher.offload_states:
-        raise InputError(f"teacher.offload_states: not made for {said} yet; write false")
+        raise InputError(f"teacher.offload_states: not supported for {kind} yet; write false")
     if recipe.stones is not None and family.kind == "encoder_decoder":
         raise InputError(
-            f"stones: a stone goes on with the upper blocks of one stack, and this is {said}; leave the section out, or give a decoder or "
-            "an encoder"
+            f"stones: a stone continues with the upper blocks of one stack, and this is {kind}; leave the section out, or give a decoder "
+            "or an encoder"
         )
     if family.kind == "encoder":
         _check_encoder(recipe)
@@ -61,7 +61,7 @@ def _check_encoder(recipe: Recipe) -> None:
 
 
 def check_same_classes(teacher: Family, student: Family) -> None:
-    """Raise InputError where a student that is given is of another kind than its teacher, or knows other classes."""
+    """Raise InputError where a student's checkpoint is of another kind than its teacher, or has other classes."""
     if teacher.kind != student.kind:
         raise InputError(
             f"student.path: the teacher is {KIND_NAMES[teacher.kind]}, the student {KIND_NAMES[student.kind]}; give two of one kind"

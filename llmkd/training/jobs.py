@@ -37,12 +37,12 @@ from llmkd.training.pairs import depths_of, encoders_of, maps_of, stones_of
 
 @dataclass(frozen=True)
 class Job:
-    """One training run. `teacher` is None where nothing is asked of one (fine-tuning; cross-entropy alone)."""
+    """One training run. `teacher` is None where none is needed (fine-tuning; cross-entropy alone)."""
 
     folder: Path
     recipe: Recipe
     inputs: dict[str, Any]
-    """What decides the result; a checkpoint or a model of other inputs is refused."""
+    """The keys and file hashes that decide the result; a checkpoint or a model of other inputs is refused."""
     initial: Path
     tokenizer: Path | None
     """The folder whose tokenizer is used; None where one is trained on the data."""
@@ -72,7 +72,7 @@ class Job:
 
     @property
     def redraws(self) -> bool:
-        """Whether the map is drawn again while the student learns; `pairs` is then the first draw."""
+        """Whether the map is drawn again during training; `pairs` is then the first draw."""
         return bool(self.pairs) and self.recipe.matching.redraw_every > 0
 
 
@@ -171,15 +171,15 @@ def _weights(recipe: Recipe, pairs: Pairs, stones: Pairs) -> Weights:
 
 
 def teacher_family(recipe: Recipe, shape: Any) -> Family:
-    """The family of a recipe's teacher, of this configuration, also before it is made: an encoder's classes are those of its data."""
-    found = families.family(shape)
-    if recipe.finetune is None or found.kind != "encoder":
-        return found
+    """The family of a recipe's teacher with this configuration, made or not: an encoder that is still to be made has its data's classes."""
+    family = families.family(shape)
+    if recipe.finetune is None or family.kind != "encoder":
+        return family
     return Family("encoder", labels=label_names(read_rows(recipe.finetune.data or recipe.data)))
 
 
 def _teacher_name(recipe: Recipe) -> str:
-    """Where the recipe says what the teacher is."""
+    """The teacher, or what it is made from, for messages."""
     if recipe.finetune is None:
         return recipe.teacher_path
     return recipe.finetune.path or "finetune.architecture"
@@ -198,7 +198,7 @@ def _check_redraws(recipe: Recipe, teacher: Any, student: Any) -> None:
 
 
 def check_vocabularies(recipe: Recipe, teacher: Path, student: Path) -> None:
-    """Raise InputError where a student that is given knows other tokens than its teacher."""
+    """Raise InputError where the tokenizers of a student's checkpoint and its teacher differ."""
     load.check_same_tokens(
         load.load_tokenizer(teacher, trust_remote_code=recipe.teacher.trust_remote_code),
         load.load_tokenizer(student, trust_remote_code=recipe.student.trust_remote_code),
@@ -206,7 +206,7 @@ def check_vocabularies(recipe: Recipe, teacher: Path, student: Path) -> None:
 
 
 def _check_shape(recipe: Recipe, section: str, shape: Any, name: str, *, compared: bool) -> None:
-    """Raise InputError for a model that can't be run as its section says, on rows so long, or whose states can't be compared."""
+    """Raise InputError for a model that can't be run with its section's settings or rows so long, or whose states can't be compared."""
     attention = recipe.teacher.attention if section == "teacher" else recipe.student.attention
     load.check_usable(shape, section=section, attention=attention, packed=recipe.data.batching == "packed")
     _check_lengths(recipe.data.max_length, families.positions(shape), name)
@@ -222,28 +222,28 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
         raise InputError("the recipe has no finetune section; there is no teacher to make")
     start = settings.path
     data = settings.data or recipe.data
-    given = None if start is None else on_main(world, lambda: folders.resolve(start, "finetune.path"))
-    if given is None:
+    checkpoint = None if start is None else on_main(world, lambda: folders.resolve(start, "finetune.path"))
+    if checkpoint is None:
         assert settings.architecture is not None
         family = families.family(new_config(settings.architecture.model_dump()))
         _check_lengths(data.max_length, settings.architecture.max_position_embeddings, "finetune.architecture")
         if data.batching == "packed" and family.kind != "decoder":
             raise InputError("data.batching: only a decoder's rows are packed; write grouped")
     else:
-        shape = load.load_config(given, trust_remote_code=recipe.teacher.trust_remote_code)
+        shape = load.load_config(checkpoint, trust_remote_code=recipe.teacher.trust_remote_code)
         _check_lengths(data.max_length, families.positions(shape), start or "")
         packed = data.batching == "packed"
         load.check_usable(shape, section="teacher", attention=recipe.teacher.attention, packed=packed)
         family = families.family(shape)
     check_format(family, data.format)
-    if family.kind == "encoder":  # its classes are the data's, whatever the checkpoint knew before
+    if family.kind == "encoder":  # its classes are the data's, not the checkpoint's
         family = Family("encoder", labels=on_main(world, lambda: label_names(read_rows(data))))
     job = Job(
         folder=folder,
         recipe=recipe,
         inputs=on_main(world, lambda: teacher_inputs(recipe)),
-        initial=folder / "initial" if given is None or family.kind == "encoder" else given,
-        tokenizer=given,
+        initial=folder / "initial" if checkpoint is None or family.kind == "encoder" else checkpoint,
+        tokenizer=checkpoint,
         teacher=None,
         pairs=(),
         weights=Weights(ce=1.0, kl=0.0, hidden=0.0, kl_positions="trained", hidden_positions="trained"),
@@ -258,7 +258,7 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
 
 
 def student_inputs(recipe: Recipe) -> dict[str, Any]:
-    """What decides what a student becomes: the recipe's part of it, and the contents of the files it names."""
+    """What decides what a student becomes: keys of the recipe, and hashes of the local files that it names."""
     inputs = {**training_inputs(recipe), **_contents(recipe.train, recipe.data)}
     for key, path in (("teacher.path", recipe.teacher.path), ("student.path", recipe.student.path)):
         if path is not None and Path(path).is_dir():
@@ -267,23 +267,23 @@ def student_inputs(recipe: Recipe) -> dict[str, Any]:
 
 
 def teacher_inputs(recipe: Recipe) -> dict[str, Any]:
-    """What decides what a recipe's own teacher becomes, as `student_inputs` does a student's."""
+    """As `student_inputs`, for the recipe's own teacher."""
     assert recipe.finetune is not None
     start = recipe.finetune.path
-    found = _contents(recipe.finetune.train, recipe.finetune.data or recipe.data)
+    hashes = _contents(recipe.finetune.train, recipe.finetune.data or recipe.data)
     if start is not None and Path(start).is_dir():
-        found["path:contents"] = folders.folder_contents(Path(start))
-    return {**finetune_inputs(recipe), **{f"finetune.{key}": value for key, value in found.items()}}
+        hashes["path:contents"] = folders.folder_contents(Path(start))
+    return {**finetune_inputs(recipe), **{f"finetune.{key}": value for key, value in hashes.items()}}
 
 
 def _contents(train: Train, data: Data) -> dict[str, str]:
-    """Hashes of the local files that these sections name; of what lies on the hub the name must do."""
-    found = {}
+    """Hashes of the local files that these sections name; what is on the hub is identified by its name alone."""
+    hashes = {}
     if (rows := source_contents(data.source, data.split)) is not None:
-        found["data.source:contents"] = rows
+        hashes["data.source:contents"] = rows
     if train.deepspeed.endswith(".json"):
-        found["train.deepspeed:contents"] = fingerprint(load_ds_config(train.deepspeed, ROOT / "ds_configs"))
-    return found
+        hashes["train.deepspeed:contents"] = fingerprint(load_ds_config(train.deepspeed, ROOT / "ds_configs"))
+    return hashes
 
 
 def refuse_other_recipe(world: World, job: Job) -> None:
@@ -292,7 +292,7 @@ def refuse_other_recipe(world: World, job: Job) -> None:
 
 
 def finished(job: Job) -> bool:
-    """Whether the job's model is already there, whole and of the same inputs. Raises InputError if it is of others."""
+    """Whether the job's model is already there, made of the same inputs. Raises InputError if it was made of others."""
     meta = job.folder / "model" / "llmkd.json"
     if not meta.is_file():
         return False

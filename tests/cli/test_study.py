@@ -103,7 +103,7 @@ def test_a_step_that_can_not_be_done_costs_the_others_nothing(
 
     monkeypatch.setattr(generation, "generate", refuse)
     recipe = load_recipe(recipe_file, [f"output={tmp_path}", "study.margins=[{metric: generation/bleu, within: 2}]"])
-    with pytest.raises(InputError, match="vLLM is not installed here; write hf .the rest of the report is made"):
+    with pytest.raises(InputError, match="vLLM is not installed here; write hf .the report of all else"):
         study(recipe)
     results = json.loads((folder / "results.json").read_text())
     assert any(metric["step"] == "lm-eval" for metric in results["metrics"])

@@ -76,7 +76,7 @@ def test_classes_are_in_one_order() -> None:
     assert label_names(rows({"label": 2}, {"label": 0})) == ("0", "1", "2")
     for data, sentence in (
         (rows({"label": 1.5}, {"label": 0.0}), r"the label .* is not a class; write texts, or whole numbers from 0 up"),
-        (rows({"label": -1}, {"label": 0}), r"the label -1 is no class"),
+        (rows({"label": -1}, {"label": 0}), r"the label -1 is not a class"),
         (rows({"label": "yes"}), r"all rows have the label 'yes'; give rows of two classes"),
         (rows({"class": 1}), r"data\.format: classification needs the column 'label', the data has class"),
     ):

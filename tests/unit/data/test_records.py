@@ -31,7 +31,7 @@ def test_a_known_example_does_not_change() -> None:
 
 
 def test_another_process_with_another_hash_seed_makes_the_same_examples() -> None:
-    code = "from llmkd import records; print(records.examples('test', 3, 5, 4))"
+    code = "from llmkd.data import records; print(records.examples('test', 3, 5, 4))"
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": str(ROOT)}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == str(records.examples("test", 3, 5, 4))

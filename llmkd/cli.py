@@ -245,8 +245,8 @@ def generate(
     overrides: tuple[str, ...],
 ) -> None:
     """Let models continue held-out prompts, score the texts and show some. A study's folder stands for all its models."""
+    from llmkd.evaluation.generate_command import models_of, summary
     from llmkd.evaluation.generation import generate as run
-    from llmkd.evaluation.generation import models_of, shown
     from llmkd.recipe.recipe import load_recipe
 
     studies = [path for path in models if (path / "study.json").is_file()]
@@ -258,7 +258,7 @@ def generate(
     place = output or (studies[0] if studies else models[0].resolve().parent) / "generations"
     trusted = settings.teacher.trust_remote_code or settings.student.trust_remote_code
     results = run(models_of(models), settings.evaluation, settings.data, place, trust_remote_code=trusted)
-    click.echo(shown(results))
+    click.echo(summary(results))
 
 
 @cli.command()
@@ -275,8 +275,8 @@ def angles(run: Path, recipe: str | None, rows: int | None, overrides: tuple[str
 
     RUN is a study's folder or one student's training folder; the results are in RUN/angles.
     """
+    from llmkd.evaluation.angle_table import angles_text
     from llmkd.evaluation.angles import angles as measure
-    from llmkd.evaluation.angles import angles_text
 
     click.echo(angles_text(measure(run, recipe=recipe, overrides=overrides, rows=rows)))
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from llmkd.data.batches import Family
 from llmkd.distributed.launch import launch
 from llmkd.errors import InputError
+from llmkd.evaluation import agreement, angles, classification, generation, lm_eval_step
 from llmkd.evaluation.checks import check_evaluation, held_out_data
 from llmkd.evaluation.generation import check as check_generation
 from llmkd.evaluation.lm_eval_step import check_tasks
@@ -24,12 +25,16 @@ from llmkd.models.families import depths, kind
 from llmkd.models.folders import resolve
 from llmkd.models.load import load_config
 from llmkd.recipe.recipe import Recipe, dump_recipe
-from llmkd.recipe.study_entries import (
+from llmkd.recipe.scoring_steps import (
     AGREEMENT,
-    CLASSIFICATIONS,
-    EVALUATIONS,
-    GENERATIONS,
-    RESULTS,
+    ANGLES,
+    CLASSIFICATION,
+    GENERATION,
+    LM_EVAL,
+    SCORING_STEPS,
+    ScoringStep,
+)
+from llmkd.recipe.study_entries import (
     StudyEntry,
     StudyFile,
     entry_recipe,
@@ -94,35 +99,28 @@ def study(recipe: Recipe, ranks: int | None = None) -> Path:
 
 
 def _score(recipe: Recipe, entries: Sequence[StudyEntry]) -> list[str]:
-    """Have every model write, compare it with the teacher, run lm-eval; what one step can't do must not cost the others theirs."""
-    from llmkd.evaluation.agreement import agree
-    from llmkd.evaluation.angles import angles
-    from llmkd.evaluation.checks import held_out_data
-    from llmkd.evaluation.classification import classify
-    from llmkd.evaluation.generation import generate
-    from llmkd.evaluation.lm_eval_step import evaluate
-
+    """Take every scoring step that the recipe asks for; the mistakes of those that can't be taken, which cost the others nothing."""
     settings, folder = recipe.evaluation, recipe.folder
     trust = recipe.teacher.trust_remote_code or recipe.student.trust_remote_code
-    jobs = [(entry.name, _model(recipe, entry)) for entry in entries]
-    teacher = next(model for entry, (_, model) in zip(entries, jobs, strict=True) if entry.kind == "teacher")
-    others = [job for entry, job in zip(entries, jobs, strict=True) if entry.kind != "teacher"]
-    steps: list[Callable[[], object]] = []
-    if settings.generation is not None:
-        steps.append(lambda: generate(jobs, settings, recipe.data, folder / GENERATIONS, trust_remote_code=trust))
-    if settings.agreement_rows:
-        shared = (teacher, settings, recipe.data, folder / GENERATIONS, folder / AGREEMENT)
-        steps.append(lambda: agree(others, *shared, trust_remote_code=trust))
-    if settings.classification is not None:
-        steps.append(lambda: classify(jobs, settings, held_out_data(recipe), folder / CLASSIFICATIONS))
-    if settings.tasks:
-        steps.append(lambda: evaluate(jobs, settings, folder / EVALUATIONS, trust_remote_code=trust))
-    if settings.angles_rows:
-        steps.append(lambda: angles(folder, rows=settings.angles_rows))
+    models = {entry.name: _model(recipe, entry) for entry in entries}
+    teacher = next(models[entry.name] for entry in entries if entry.kind == "teacher")
+    jobs = list(models.items())
+    students = [(entry.name, models[entry.name]) for entry in entries if entry.kind != "teacher"]
+    generations = folder / GENERATION.folder
+    take: dict[ScoringStep, Callable[[Path], object]] = {
+        GENERATION: lambda out: generation.generate(jobs, settings, recipe.data, out, trust_remote_code=trust),
+        CLASSIFICATION: lambda out: classification.classify(jobs, settings, held_out_data(recipe), out),
+        LM_EVAL: lambda out: lm_eval_step.evaluate(jobs, settings, out, trust_remote_code=trust),
+        AGREEMENT: lambda out: agreement.agree(
+            students, teacher, settings, recipe.data, generations, out, trust_remote_code=trust
+        ),
+        ANGLES: lambda _: angles.angles(folder, rows=settings.angles_rows),
+    }
     mistakes = []
-    for step in steps:
+    for step in SCORING_STEPS:
         try:
-            step()
+            if step.asked(settings):
+                take[step](folder / step.folder)
         except InputError as error:
             mistakes.append(str(error))
     return mistakes
@@ -134,7 +132,8 @@ def _study_file(recipe: Recipe, entries: Sequence[StudyEntry]) -> StudyFile:
     margins = {margin.metric: margin.within for margin in recipe.study.margins}
     history = read_study(folder).margins_history if (folder / "study.json").is_file() else []
     if not history or history[-1]["margins"] != margins:
-        results = [file for step in RESULTS for file in (folder / step).glob("*.json")]
+        scored = [step for step in SCORING_STEPS if step.entry is not None]
+        results = [file for step in scored for file in (folder / step.folder).glob("*.json")]
         history = [*history, {"margins": margins, "results": len(results)}]
     return StudyFile(recipe.name, recipe.study.compared_with, margins, history, entries)
 

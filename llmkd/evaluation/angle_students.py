@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmkd.errors import InputError
 from llmkd.models.folders import resolve
@@ -17,11 +16,11 @@ from llmkd.recipe.study_entries import entry_recipe, read_study
 
 log = logging.getLogger("llmkd")
 
-DECIDES = ("student.", "matching.", "train.dtype", "seed")  # the recipe's part by which a student's start is made anew
+DECIDES = ("student.", "matching.", "train.dtype", "seed")  # how the keys begin by which a student's start is made anew
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainedStudent:
     """One trained student: where it was trained, by which recipe, and with which pairs."""
 
     name: str
@@ -32,25 +31,8 @@ class Run:
     recipe: Recipe
     pairs: tuple[tuple[int, int], ...]
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "strategy": self.strategy,
-            "seed": self.seed,
-            "train": str(self.train.resolve()),
-            "recipe": self.recipe.model_dump(mode="json"),
-            "pairs": self.pairs,
-        }
 
-    @staticmethod
-    def of_json(value: dict[str, Any]) -> Run:
-        given = {key: value[key] for key in ("name", "kind", "strategy", "seed")}
-        recipe = Recipe.model_validate_json(json.dumps(value["recipe"]))
-        return Run(**given, train=Path(value["train"]), recipe=recipe, pairs=_pairs(value["pairs"]))
-
-
-def runs_of(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[Path, list[Run]]:
+def students_of(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[Path, list[TrainedStudent]]:
     """(the teacher's folder, the trained students). Raises InputError for a folder without one.
 
     `recipe`: a file in place of the study's own recipe.yaml or the training folder's.
@@ -69,11 +51,11 @@ def runs_of(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple
     )
 
 
-def _of_study(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[Path, list[Run]]:
-    """All trained students of a study, and cross-entropy alone; what is not trained yet is passed over, with a word about it."""
+def _of_study(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[Path, list[TrainedStudent]]:
+    """All trained students of a study, and cross-entropy alone; what is not trained yet is left out, and logged."""
     entries = read_study(folder).entries
     whole = load_recipe(recipe or folder / "recipe.yaml", overrides)
-    runs = []
+    students = []
     for entry in entries:
         if entry.train is None or entry.kind == "teacher":
             continue
@@ -81,18 +63,20 @@ def _of_study(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tup
         if not (train / "model" / "llmkd.json").is_file():
             log.info("angles: %s has no model yet and is left out", entry.name)
             continue
-        given = {"name": entry.name, "kind": entry.kind, "strategy": entry.strategy, "seed": entry.seed}
-        runs.append(_run(given, train, entry_recipe(whole, entry)))
-    if not runs:
+        assert entry.strategy is not None and entry.seed is not None, "a student that is trained has both"
+        students.append(
+            _student(train, entry_recipe(whole, entry), entry.name, entry.kind, entry.strategy, entry.seed)
+        )
+    if not students:
         raise InputError(f"{folder}: no student of this study has been trained yet; run llmkd study first")
     teacher = next(entry for entry in entries if entry.kind == "teacher")
     inside = folder / teacher.model
     if teacher.train is not None and inside.is_dir():  # so that a study may be moved
-        return inside, runs
-    return resolve(whole.teacher_path, "teacher.path", whole.teacher.revision), runs
+        return inside, students
+    return resolve(whole.teacher_path, "teacher.path", whole.teacher.revision), students
 
 
-def _of_training(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[Path, list[Run]]:
+def _of_training(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[Path, list[TrainedStudent]]:
     """The student of a training folder; one that lies in a study has that study's teacher."""
     name = folder.resolve().name
     meta = json.loads((folder / "model" / "llmkd.json").read_text())
@@ -101,20 +85,19 @@ def _of_training(folder: Path, recipe: str | None, overrides: Sequence[str]) -> 
             f"{folder}: this run made a teacher, and angles are seen from a student; give a student's folder"
         )
     strategy, seed = meta["strategy"], meta["inputs"].get("seed", 0)
-    given = {"name": name, "kind": "student", "strategy": strategy, "seed": seed}
     own = load_recipe(_own_recipe(folder) if recipe is None else recipe, overrides)
     if recipe is not None:  # a run may have been given its strategy and seed on the command line
         own = own.changed({"matching.strategy": strategy, "seed": seed})
-    run = _run(given, folder, own)
+    student = _student(folder, own, name, "student", strategy, seed)
     study = folder.resolve().parent.parent
     if (study / "study.json").is_file() and any(entry.name == name for entry in read_study(study).entries):
         inside = study / "teacher" / "model"
         if own.teacher.path is None and inside.is_dir():
-            return inside, [run]
-    return resolve(own.teacher_path, "teacher.path", own.teacher.revision), [run]
+            return inside, [student]
+    return resolve(own.teacher_path, "teacher.path", own.teacher.revision), [student]
 
 
-def _run(given: dict[str, Any], train: Path, recipe: Recipe) -> Run:
+def _student(train: Path, recipe: Recipe, name: str, kind: str, strategy: str, seed: int) -> TrainedStudent:
     """Raises InputError unless the recipe makes the student's start as its training did."""
     meta = json.loads((train / "model" / "llmkd.json").read_text())
     ours, theirs = training_inputs(recipe), meta["inputs"]
@@ -124,14 +107,15 @@ def _run(given: dict[str, Any], train: Path, recipe: Recipe) -> Run:
             raise InputError(
                 f"{train} was trained by another recipe: {key} was {before}, here it is {now}; give its own recipe by --recipe"
             )
-    return Run(**given, train=train, recipe=recipe, pairs=_pairs(meta["pairs"]))
+    pairs = tuple((block, teacher_block) for block, teacher_block in meta["pairs"])
+    return TrainedStudent(name, kind, strategy, seed, train, recipe, pairs)
 
 
-def for_pairs(run: Run) -> str:
-    """With what a run that matched no pair would have matched some; nothing for one that did."""
-    if run.pairs:
+def fix_for_pairs(student: TrainedStudent) -> str:
+    """What a run that matched no pair must be given to match some; nothing for one that did."""
+    if student.pairs:
         return ""
-    recipe = run.recipe
+    recipe = student.recipe
     lacking = ["a strategy other than none"] * (recipe.matching.strategy == "none")
     lacking += ["loss.hidden above 0"] * (recipe.loss.hidden == 0)
     return f"with {' and '.join(lacking) or 'pairs'} "
@@ -145,7 +129,3 @@ def _own_recipe(folder: Path) -> Path:
             f"{folder}: its recipe.yaml is not at hand; give the recipe that trained this student by --recipe"
         )
     return file
-
-
-def _pairs(values: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
-    return tuple((student, teacher) for student, teacher in values)

@@ -7,6 +7,7 @@ that is absent has its default, a key that is not known here is left out.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from math import isfinite
@@ -35,7 +36,7 @@ AGREEMENT_METRICS = {
 
 
 class _Fields:
-    """A dataclass that is made from a JSON object, whatever else the object holds."""
+    """A dataclass that is made from a JSON object; what else the object holds is left out."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
@@ -47,6 +48,9 @@ class _Fields:
 class StepResult(_Fields):
     """What the result files of all steps hold: whose they are, what they were made of, and what went wrong."""
 
+    LINES: ClassVar[str | None] = None
+    """How the name of the file with a line per item ends, in place of `.json`; None without such a file."""
+
     name: str = ""
     fingerprint: str = ""
     error: str | None = None
@@ -54,9 +58,21 @@ class StepResult(_Fields):
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """A result file that must be there."""
+        return cls.from_json(json.loads(file.read_text()))
+
     def to_json(self) -> dict[str, Any]:
-        """The content of the result file."""
         return asdict(self)
+
+    def text(self) -> str:
+        """The content of the result file, strict JSON. Raises ValueError for a NaN."""
+        return json.dumps(self.to_json(), indent=1, allow_nan=False, ensure_ascii=False)
+
+    def summary(self) -> str:
+        """What was found, in a few words for the log."""
+        return f"failed: {self.error}" if self.error else "done"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +82,7 @@ class ScoredModel(StepResult):
     STEP: ClassVar[str] = ""
     LABELS: ClassVar[Mapping[str, Metric]] = {}
     """How the step's metrics are shown; one that is not here is shown by its own name, higher is better."""
-    LINES: ClassVar[str] = ".jsonl"
-    """How the name of the file with a line per item ends, in place of `.json`."""
+    LINES = ".jsonl"
 
     model: str = ""
     dtype: str | None = None
@@ -98,6 +113,11 @@ class ScoredModel(StepResult):
     def has_scores(self) -> bool:
         """Whether the file holds numbers, be it of a step that failed."""
         return any(self.tasks.values())
+
+    def summary(self) -> str:
+        scores = [(name, value) for scores in self.tasks.values() for name, value in scores.items()]
+        shown = [f"{name} {'-' if value is None else format(value, '.4g')}" for name, value in scores]
+        return " ".join([*shown, *([f"failed: {self.error}"] if self.error else [])])
 
     def to_json(self) -> dict[str, Any]:
         whole = super().to_json()
@@ -223,11 +243,21 @@ def _renamed(values: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]
 # A line per item
 
 
-@dataclass(frozen=True, kw_only=True)
-class GeneratedText(_Fields):
-    """What a model wrote for one prompt."""
+@dataclass(frozen=True)
+class Item(_Fields):
+    """A line of a file with one line per item."""
 
     item: int
+
+    def text(self) -> str:
+        """The line, strict JSON. Raises ValueError for a NaN."""
+        return json.dumps(asdict(self), allow_nan=False, ensure_ascii=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedText(Item):
+    """What a model wrote for one prompt."""
+
     prompt: str
     references: list[str]
     text: str
@@ -238,10 +268,9 @@ class GeneratedText(_Fields):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparedItem(_Fields):
+class ComparedItem(Item):
     """One held-out row or text, as student and teacher see it; None where the item is of the other sort."""
 
-    item: int
     token_agreement: float | None = None
     kl: float | None = None
     top1: float | None = None
@@ -255,10 +284,9 @@ class ComparedItem(_Fields):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifiedRow(_Fields):
+class ClassifiedRow(Item):
     """One row: its class and the one that the model gave it, as numbers."""
 
-    item: int
     label: int
     predicted: int
     classes: int
@@ -267,11 +295,10 @@ class ClassifiedRow(_Fields):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskItem(_Fields):
-    """One item of one of lm-eval's tasks; what a task does not have is left out of the file."""
+class TaskItem(Item):
+    """One item of one of lm-eval's tasks; what the task does not have is left out of the line."""
 
     task: str
-    item: int
     filter: str | None = None
     prompt: str | None = None
     output: Any = None
@@ -283,6 +310,11 @@ class TaskItem(_Fields):
     @property
     def scores(self) -> Scores:
         return self.metrics
+
+    def text(self) -> str:
+        """The line; what lm-eval gives that JSON does not know is written as text, and a NaN as it is."""
+        values = {key: value for key, value in vars(self).items() if value is not None}
+        return json.dumps(values, default=str, ensure_ascii=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,6 +441,10 @@ class AngleResult(StepResult):
         whole = super().to_json()
         measured = whole.pop("measured") or {}
         return {**whole, **measured}
+
+    def text(self) -> str:
+        """In one line: histograms are long."""
+        return json.dumps(self.to_json(), allow_nan=False, separators=(",", ":"))
 
 
 def tokens_read(tokens: Mapping[str, int]) -> str:

@@ -1,35 +1,231 @@
-"""A scoring step's results: which are there, and known again by a fingerprint of all that made them."""
+"""The driver of the scoring steps. A step is a function from a model to its result; processes, devices, failures and files are here.
+
+    STEP = Step(GENERATION, Task, GenerationResult, prepare)             # in the step's module, run by `python -m`
+    files = run(STEP, unscored, Task(...), out)                          # in the parent
+    sys.exit(serve(STEP))                                                # in the child
+
+`unscored` are the models' results before they are scored: name, model, and the fingerprint of all that decides the scores. A result
+file with that fingerprint and no error is not made again. Each device has a process of its own, and all take their models from one
+queue; a process that dies costs no model but the one in its hands.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
+from typing import Generic, TypeVar
 
-from llmkd.files import contents
+import torch
+from pydantic import TypeAdapter
+
+from llmkd.errors import InputError
+from llmkd.evaluation.results import Item, StepResult, read_result
+from llmkd.files import contents, publish
+from llmkd.inference import child
+from llmkd.inference.child import Child, Say
+from llmkd.recipe.scoring_steps import ScoringStep
+
+log = logging.getLogger("llmkd")
 
 NOT_OF_THE_MODEL = ("llmkd.json", "README.md")  # in an exported folder, but without influence on its outputs
 
+S = TypeVar("S")
+R = TypeVar("R", bound=StepResult)
+Score = Callable[[R], tuple[R, Sequence[Item]]]
+"""An unscored model -> its result, and a line per item. Whatever it raises is noted in the model's file."""
+
+
+@dataclass(frozen=True)
+class Step(Generic[S, R]):
+    """A way to score models."""
+
+    names: ScoringStep
+    shared: type[S]
+    """A dataclass: all that the models of a call share, as it travels to the child."""
+    result: type[R]
+    prepare: Callable[[S, Say], Score[R]]
+    """In the child: what is done once for all models. Raises InputError for orders that can't be followed."""
+
+    @property
+    def log_name(self) -> str:
+        return f"{self.names.name}.log"
+
+
+@dataclass(frozen=True)
+class Process:
+    """What the process must be like that scores a model. Models that want the same one share it, in the order of `rank`."""
+
+    rank: int = 0
+    variables: Mapping[str, str] = field(default_factory=dict)
+    alone: bool = False
+    """Whether the process ends after one model."""
+
+
+def run(
+    step: Step[S, R],
+    unscored: Sequence[R],
+    shared: S,
+    out: Path,
+    *,
+    process: Callable[[R], Process] = lambda _: Process(),
+    devices: Sequence[str] | None = None,
+) -> dict[str, Path]:
+    """Score the models that have no up-to-date result in `out`; the result files by name.
+
+    A model that can't be scored gets a file with `error` set, and is tried again at the next call. `devices`: by default all that this
+    process sees. Raises InputError where the child refuses the orders.
+    """
+    files = {model.name: out / f"{model.name}.json" for model in unscored}
+    todo = pending(unscored, out)
+    log.info("%s: %d of %d models are up to date", step.names.name, len(unscored) - len(todo), len(unscored))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / step.log_name).unlink(missing_ok=True)
+    driver = _Driver(step, sorted(todo, key=lambda model: process(model).rank), shared, out, process)
+    used = (visible_devices() if devices is None else devices)[: len(todo)]
+    with ThreadPoolExecutor(max(1, len(used))) as pool:
+        working = [pool.submit(driver.work, device) for device in used]
+        try:
+            for finished in as_completed(working):
+                finished.result()
+        except BaseException:  # a refusal, or we are stopped: leave no process behind
+            driver.stop()
+            raise
+    return files
+
+
+class _Driver(Generic[S, R]):
+    """The queue of one call's models, and the processes that work on it."""
+
+    def __init__(
+        self, step: Step[S, R], todo: Sequence[R], shared: S, out: Path, process: Callable[[R], Process]
+    ) -> None:
+        self._step, self._out, self._process = step, out, process
+        self._shared = {
+            "out": str(out.resolve()),
+            "shared": TypeAdapter(step.shared).dump_python(shared, mode="json"),
+        }
+        self._queue = iter(enumerate(todo, start=1))
+        self._count, self._lock, self._stopped = len(todo), Lock(), False
+        self._children: list[Child] = []
+
+    def work(self, device: str) -> None:
+        """Score models of the queue on a device until none is left."""
+        running: Child | None = None
+        wanted = Process()
+        while (taken := self._take()) is not None:
+            number, model = taken
+            before, wanted = wanted, self._process(model)
+            if running is not None and (wanted != before or before.alone):
+                running.close()
+                running = None
+            running = running or self._start(wanted, device)
+            order = {"label": f"{number}/{self._count} {model.name}", "model": model.to_json()}
+            code = running.do(order, lambda line: log.info("%s: %s", self._step.names.name, line))
+            if code is not None and not self._stopped:
+                running = None
+                error = f"the process that scored it ended with code {code}; see {self._out / self._step.log_name}"
+                _publish(self._out, replace(model, error=error), [])
+        if running is not None:
+            running.close()
+
+    def stop(self) -> None:
+        """End all processes, and start no other."""
+        with self._lock:
+            self._stopped = True
+            for process in self._children:
+                process.kill()
+
+    def _take(self) -> tuple[int, R] | None:
+        with self._lock:
+            return None if self._stopped else next(self._queue, None)
+
+    def _start(self, wanted: Process, device: str) -> Child:
+        place = {} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": device}
+        log_file = self._out / self._step.log_name
+        with self._lock:
+            if self._stopped:
+                raise RuntimeError("stopped")  # whoever stopped us has an exception of its own under way
+            started = child.Child(self._step.names.module, self._shared, log_file, {**wanted.variables, **place})
+            self._children.append(started)
+            return started
+
+
+def visible_devices() -> list[str]:
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them; `cpu` where there is none."""
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (named.split(",") if named else [str(number) for number in range(count)])[:count] or ["cpu"]
+
+
+# --- The child
+
+
+def serve(step: Step[S, R]) -> int:
+    """Score the models on stdin one after another; 2 if the orders can't be followed."""
+    received, orders, say = child.listen()
+    out = Path(received["out"])
+    try:
+        score = step.prepare(TypeAdapter(step.shared).validate_json(json.dumps(received["shared"])), say)
+    except InputError as error:
+        say(f"{child.REFUSAL}{error}")
+        return 2
+    for order in orders:
+        say(f"{order['label']}: started")
+        result = _scored(score, step.result.from_json(order["model"]), out)
+        say(f"{child.DONE}{order['label']}: {result.summary()} ({result.seconds:.1f} s)")
+    return 0
+
+
+def _scored(score: Score[R], model: R, out: Path) -> R:
+    """Score a model and write its files; what is wrong with it must not cost the others their scores."""
+    started = time.perf_counter()
+    try:
+        result, items = score(model)
+        result = replace(result, seconds=result.seconds or time.perf_counter() - started)
+        _publish(out, result, items)
+    except Exception as error:
+        log.exception("%s", model.name)
+        result = replace(model, error=explained(error), seconds=time.perf_counter() - started)
+        _publish(out, result, [])
+    return result
+
+
+def explained(error: Exception) -> str:
+    """An exception as a result file notes it, in one sentence."""
+    return (
+        str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    )
+
+
+# --- Files
+
+
+def pending(unscored: Sequence[R], out: Path) -> list[R]:
+    """The models without a result in `out` of the same fingerprint; a noted error is no result."""
+
+    def is_done(model: R) -> bool:
+        result = read_result(out / f"{model.name}.json", type(model))
+        return result is not None and result.fingerprint == model.fingerprint and result.error is None
+
+    return [model for model in unscored if not is_done(model)]
+
+
+def _publish(out: Path, result: StepResult, items: Sequence[Item]) -> None:
+    """Write a model's files, the items first: where a result is, its items are."""
+    if result.LINES:
+        publish(out / f"{result.name}{result.LINES}", "".join(f"{item.text()}\n" for item in items))
+    publish(out / f"{result.name}.json", result.text())
+
 
 def model_contents(folder: Path) -> list[str]:
-    """The same of all files that decide what a model folder's model does; none where there is no such folder."""
-    found = (file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
-    ours = (file for file in found if not file.name.startswith(".") and file.name not in NOT_OF_THE_MODEL)
-    return contents(folder, sorted(ours))
-
-
-def written(file: Path, fingerprint: str) -> bool:
-    """Whether the result file is there, whole, and of this fingerprint."""
-    try:
-        return json.loads(file.read_text())["fingerprint"] == fingerprint
-    except (OSError, ValueError, KeyError, TypeError):  # none, or not whole
-        return False
-
-
-def up_to_date(file: Path, fingerprint: str) -> bool:
-    """Whether the result need not be made again: a noted error is not a result."""
-    return written(file, fingerprint) and json.loads(file.read_text())["error"] is None
-
-
-def one_sentence(error: BaseException) -> str:
-    """An exception as a result file notes it."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    """Name and hash of every file that decides what a model folder's model does; none where there is no such folder."""
+    files = (file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    return contents(
+        folder, sorted(file for file in files if not file.name.startswith(".") and file.name not in NOT_OF_THE_MODEL)
+    )

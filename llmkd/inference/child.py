@@ -1,55 +1,77 @@
-"""A step in a process of its own: an order goes in as JSON, a line per model comes out, all other talk goes to a file.
+"""A process that does orders one after another: orders go in as JSON, lines come out, all other output goes to a file.
 
-code = child.run("llmkd.evaluation.generation", order, out / "generation.log", "generation")     # the parent
-order, say = child.listen()                                                           # the child
+child = Child("llmkd.evaluation.generation", shared, out / "generation.log")     # the parent
+exit_code = child.do(order, log.info)                                            # None: the order is done
+shared, orders, say = listen()                                                   # the child
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from llmkd.errors import InputError
 from llmkd.files import PACKAGE, ROOT
 
-log = logging.getLogger("llmkd")
-
 # What a launcher sets for its ranks, by how the names begin: a child is none of them and would wait for the others.
 LAUNCHER_VARIABLES = tuple("RANK WORLD_SIZE MASTER_ LOCAL_ GROUP_ ROLE_ CROSS_ TORCHELASTIC_ ACCELERATE_".split())
-REFUSAL = "input error: "  # begins the child's last line when it can't follow its order
+REFUSAL = "input error: "  # begins the child's last line when it can't follow its orders
+DONE = "done: "  # begins the last line about an order
+
+Say = Callable[[str], None]
 
 
-def run(module: str, order: Any, talk: Path, label: str, variables: Mapping[str, str] | None = None) -> int:
-    """Run `python -m module` on an order, logging its lines under `label`; its exit code.
+class Child:
+    """`python -m module`, started with what all its orders share; whatever it prints besides its lines is appended to `log_file`."""
 
-    What it says else is added to the file `talk`. Raises InputError if its last line is a refusal.
-    """
-    pipe, line = subprocess.PIPE, ""
-    environment = {**clean_environment(), **(variables or {})}
-    with talk.open("a") as errors:
-        command = [sys.executable, "-m", module]
-        with subprocess.Popen(command, env=environment, text=True, stdin=pipe, stdout=pipe, stderr=errors) as child:
-            assert child.stdin is not None and child.stdout is not None
-            try:
-                child.stdin.write(json.dumps(order))
-                child.stdin.close()
-                for line in child.stdout:
-                    if not line.startswith(REFUSAL):
-                        log.info("%s: %s", label, line.rstrip())
-            except BrokenPipeError:  # it died at once; its code says so
-                pass
-            except BaseException:  # we are stopped: leave no one behind
-                child.kill()
-                raise
-    if line.startswith(REFUSAL):
-        raise InputError(line.removeprefix(REFUSAL).rstrip())
-    return child.returncode
+    def __init__(self, module: str, shared: object, log_file: Path, variables: Mapping[str, str] | None = None) -> None:
+        command, environment = [sys.executable, "-m", module], {**clean_environment(), **(variables or {})}
+        pipe = subprocess.PIPE
+        with log_file.open("a") as errors:
+            self._process = subprocess.Popen(
+                command, env=environment, text=True, stdin=pipe, stdout=pipe, stderr=errors
+            )
+        self._send(shared)
+
+    def do(self, order: object, say: Say) -> int | None:
+        """Hand over an order and wait until it is done; `say` gets each line that the child prints meanwhile.
+
+        Returns None, or the exit code of a child that died before it was done. Raises InputError where the child refuses its orders.
+        """
+        self._send(order)
+        assert self._process.stdout is not None
+        for line in map(str.rstrip, self._process.stdout):
+            if line.startswith(REFUSAL):
+                raise InputError(line.removeprefix(REFUSAL))
+            say(line.removeprefix(DONE))
+            if line.startswith(DONE):
+                return None
+        return self._process.wait()
+
+    def close(self) -> None:
+        """Let it end, and wait for that."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._process.wait()
+
+    def _send(self, value: object) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has died, and its exit code will tell
+            self._process.stdin.write(json.dumps(value) + "\n")
+            self._process.stdin.flush()
 
 
 def clean_environment() -> dict[str, str]:
@@ -60,12 +82,14 @@ def clean_environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": os.pathsep.join(paths), "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def listen() -> tuple[Any, Callable[[str], None]]:
-    """In the child: the order, and the function that says a line to the parent.
+def listen() -> tuple[Any, Iterator[Any], Say]:
+    """In the child: what all orders share, the orders as they come, and the function that sends a line to the parent.
 
-    Whatever else is written to stdout from now on, by libraries in C too, goes where stderr goes.
+    From now on nobody else reads our stdin, and what is written to stdout, by libraries in C too, goes where stderr goes.
     """
-    order = json.load(sys.stdin)
-    ours = os.fdopen(os.dup(1), "w")
+    received, sent = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
     os.dup2(2, 1)
-    return order, lambda line: print(line, file=ours, flush=True)
+    values = map(json.loads, received)
+    return next(values), values, lambda line: print(line, file=sent, flush=True)

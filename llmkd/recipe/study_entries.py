@@ -12,10 +12,8 @@ from llmkd.files import publish_json, read
 from llmkd.layer_map import STRATEGIES
 from llmkd.recipe.objective import Matching
 from llmkd.recipe.recipe import Recipe
+from llmkd.recipe.scoring_steps import SCORING_STEPS
 
-GENERATIONS, AGREEMENT, EVALUATIONS = "generations", "agreement", "evaluations"  # the folders of a study's results
-CLASSIFICATIONS = "classifications"
-RESULTS = (GENERATIONS, CLASSIFICATIONS, AGREEMENT, EVALUATIONS)
 CE_ONLY: Mapping[str, object] = {
     "matching.strategy": "none",
     "loss.kl": 0.0,
@@ -24,12 +22,7 @@ CE_ONLY: Mapping[str, object] = {
     "loss.schedules": None,
     "stones": None,
 }
-STEPS = {
-    "generation": "generation",
-    "classification": "classification",
-    "lm-eval": "evaluation",
-    "agreement": "agreement",
-}
+STEPS = {step.name: step.entry for step in SCORING_STEPS if step.entry is not None}
 """Scoring step -> the field of `StudyEntry` that names its result file, in the order of the report's columns."""
 
 
@@ -153,19 +146,12 @@ def _entry(
     seed: int | None = None,
     train: str | None = None,
 ) -> StudyEntry:
-    settings = recipe.evaluation
-    return StudyEntry(
-        name=name,
-        kind=kind,
-        strategy=strategy,
-        seed=seed,
-        model=model,
-        train=train,
-        generation=f"{GENERATIONS}/{name}.json" if settings.generation is not None else None,
-        classification=f"{CLASSIFICATIONS}/{name}.json" if settings.classification is not None else None,
-        agreement=f"{AGREEMENT}/{name}.json" if settings.agreement_rows and kind != "teacher" else None,
-        evaluation=f"{EVALUATIONS}/{name}.json" if settings.tasks else None,
-    )
+    results = {
+        step.entry: f"{step.folder}/{name}.json"
+        for step in SCORING_STEPS
+        if step.entry is not None and step.asked(recipe.evaluation) and (step.of_teacher or kind != "teacher")
+    }
+    return StudyEntry(name=name, kind=kind, strategy=strategy, seed=seed, model=model, train=train, **results)
 
 
 def entry_recipe(recipe: Recipe, entry: StudyEntry) -> Recipe:

@@ -64,9 +64,7 @@ def _of_study(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tup
             log.info("angles: %s has no model yet and is left out", entry.name)
             continue
         assert entry.strategy is not None and entry.seed is not None, "a student that is trained has both"
-        students.append(
-            _student(train, entry_recipe(whole, entry), entry.name, entry.kind, entry.strategy, entry.seed)
-        )
+        students.append(_student(train, entry_recipe(whole, entry), entry.name, entry.kind, entry.strategy, entry.seed))
     if not students:
         raise InputError(f"{folder}: no student of this study has been trained yet; run llmkd study first")
     teacher = next(entry for entry in entries if entry.kind == "teacher")

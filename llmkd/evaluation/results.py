@@ -66,7 +66,7 @@ class StepResult(_Fields):
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def text(self) -> str:
+    def to_text(self) -> str:
         """The content of the result file, strict JSON. Raises ValueError for a NaN."""
         return json.dumps(self.to_json(), indent=1, allow_nan=False, ensure_ascii=False)
 
@@ -249,7 +249,7 @@ class Item(_Fields):
 
     item: int
 
-    def text(self) -> str:
+    def to_line(self) -> str:
         """The line, strict JSON. Raises ValueError for a NaN."""
         return json.dumps(asdict(self), allow_nan=False, ensure_ascii=False)
 
@@ -311,7 +311,7 @@ class TaskItem(Item):
     def scores(self) -> Scores:
         return self.metrics
 
-    def text(self) -> str:
+    def to_line(self) -> str:
         """The line; what lm-eval gives that JSON does not know is written as text, and a NaN as it is."""
         values = {key: value for key, value in vars(self).items() if value is not None}
         return json.dumps(values, default=str, ensure_ascii=False)
@@ -442,7 +442,7 @@ class AngleResult(StepResult):
         measured = whole.pop("measured") or {}
         return {**whole, **measured}
 
-    def text(self) -> str:
+    def to_text(self) -> str:
         """In one line: histograms are long."""
         return json.dumps(self.to_json(), allow_nan=False, separators=(",", ":"))
 

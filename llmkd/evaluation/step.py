@@ -22,7 +22,6 @@ from pathlib import Path
 from threading import Lock
 from typing import Generic, TypeVar
 
-import torch
 from pydantic import TypeAdapter
 
 from llmkd.errors import InputError
@@ -159,6 +158,8 @@ class _Driver(Generic[S, R]):
 
 def visible_devices() -> list[str]:
     """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them; `cpu` where there is none."""
+    import torch  # takes seconds, which a child that needs no torch is spared
+
     count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
     return (named.split(",") if named else [str(number) for number in range(count)])[:count] or ["cpu"]
 
@@ -219,8 +220,8 @@ def pending(unscored: Sequence[R], out: Path) -> list[R]:
 def _publish(out: Path, result: StepResult, items: Sequence[Item]) -> None:
     """Write a model's files, the items first: where a result is, its items are."""
     if result.LINES:
-        publish(out / f"{result.name}{result.LINES}", "".join(f"{item.text()}\n" for item in items))
-    publish(out / f"{result.name}.json", result.text())
+        publish(out / f"{result.name}{result.LINES}", "".join(f"{item.to_line()}\n" for item in items))
+    publish(out / f"{result.name}.json", result.to_text())
 
 
 def model_contents(folder: Path) -> list[str]:

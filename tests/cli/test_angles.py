@@ -65,7 +65,7 @@ def test_the_command_measures_a_training_folder_once(
     assert [len(block["histogram"]) for block in after] == [15] * 3
     assert not list((run / "angles").glob("initial-*"))
 
-    monkeypatch.setattr(child, "run", lambda *_, **__: pytest.fail("it is up to date"))
+    monkeypatch.setattr(child, "Child", lambda *_, **__: pytest.fail("it is up to date"))
     main(["angles", str(run), "--rows", str(ROWS)])
     assert json.loads(file.read_text()) == found and "before" in capfd.readouterr().out
 
@@ -110,7 +110,7 @@ def test_other_rows_or_another_model_are_measured_again(run: Path, tmp_path: Pat
     angles.angles(folder, rows=2)
     angles.angles(folder, rows=2)
     angles.angles(folder, rows=3)
-    assert [order["rows"] for order in inside] == [2, 3]
+    assert [order["shared"]["rows"] for order in inside] == [2, 3]
     config = folder / "model" / "config.json"
     config.write_text(config.read_text() + "\n")
     angles.angles(folder, rows=3)

@@ -10,6 +10,7 @@ import pytest
 
 from llmkd.errors import InputError
 from llmkd.evaluation import angles
+from llmkd.evaluation.angle_table import angles_text
 from llmkd.train import train
 from llmkd.training import jobs
 from tests.family_models import ENCODER_DECODERS, ENCODERS, family_recipe, new
@@ -55,7 +56,7 @@ def test_a_copied_students_first_block_has_no_direction_to_its_teachers_before(
             assert before[0]["without_direction"] == [stack["tokens"], 0, 0, 0]
             assert stack["before"]["paper_code"]["tokens"]["mean"] == 0
         assert after[0]["without_direction"] == [0] * stack["teacher_blocks"] and after[0]["mean"] != before[0]["mean"]
-    said = angles.angles_text(angles.angles(folder, rows=ROWS))
+    said = angles_text(angles.angles(folder, rows=ROWS))
     assert len(inside) == 1  # what is there is not measured again
     if name == "bert":
         assert "forward-s0 | teacher | before" in said and f"over {stack['tokens']} tokens of 6 held-out" in said

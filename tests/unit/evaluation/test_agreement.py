@@ -14,9 +14,10 @@ from llmkd.data.tokens import leading
 from llmkd.errors import InputError
 from llmkd.evaluation import agreement
 from llmkd.files import publish
-from llmkd.models import load as models
 from llmkd.models import make
+from llmkd.models.load import load_config, load_tokenizer
 from llmkd.recipe.recipe import Data, Evaluation
+from tests.in_process import stopped_at_once
 
 ITEMS, ROWS = 7, 5  # more generated texts than compared rows
 
@@ -25,9 +26,9 @@ ITEMS, ROWS = 7, 5  # more generated texts than compared rows
 def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models (the teacher, its copy, one with a wider head, one with cut weights, one of another tokenizer) and texts of them."""
     made = tmp_path_factory.mktemp("agreement")
-    teacher, tokenizer = tiny / "teacher", models.load_tokenizer(tiny / "teacher")
+    teacher, tokenizer = tiny / "teacher", load_tokenizer(tiny / "teacher")
     shutil.copytree(teacher, made / "same")
-    config = models.load_config(teacher)
+    config = load_config(teacher)
     config.update({"vocab_size": 328, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2})
     make.new_model(config, made / "wider", seed=5, dtype=torch.float32, tokenizer=tokenizer.save_pretrained)
     shutil.copytree(made / "wider", made / "broken")
@@ -80,7 +81,7 @@ def lines(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def log_p(model: Any, ids: list[int]) -> torch.Tensor:
-    """[T, V] in float64, what is said at each position of the next token."""
+    """[T, V] in float64, log-probabilities of the next token at each position."""
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
 
@@ -89,7 +90,7 @@ def test_numbers_are_those_of_whole_logits(found: dict[str, dict[str, Any]], fol
     """KL and top-1 over the shared columns at the completion's tokens and its end; likelihood of the student's text."""
     load: Any = AutoModelForCausalLM.from_pretrained
     teacher, student = load(tiny / "teacher").double(), load(folder / "wider").double()
-    tokenizer = models.load_tokenizer(tiny / "teacher")
+    tokenizer = load_tokenizer(tiny / "teacher")
     kl, same = [], []
     for number, row in enumerate(map(json.loads, (tiny / "rows.jsonl").read_text().splitlines()[:ROWS])):
         prompt, completion = (tokenizer(row[key], add_special_tokens=False)["input_ids"] for key in row)
@@ -129,9 +130,9 @@ def test_the_teacher_agrees_with_itself(found: dict[str, dict[str, Any]], folder
 
 
 def test_token_agreement_is_over_the_longer_text(found: dict[str, dict[str, Any]], folder: Path) -> None:
-    said = [line["token_agreement"] for line in lines(folder, "wider")]
-    assert said[3:5] == [0.75, 1.0]
-    assert found["wider"]["metrics"]["token_agreement"] == pytest.approx(sum(said) / ITEMS)
+    shares = [line["token_agreement"] for line in lines(folder, "wider")]
+    assert shares[3:5] == [0.75, 1.0]
+    assert found["wider"]["metrics"]["token_agreement"] == pytest.approx(sum(shares) / ITEMS)
     assert (
         agreement.token_agreement([1, 2, 3], [1, 5, 3, 4]) == agreement.token_agreement([1, 5, 3, 4], [1, 2, 3]) == 0.5
     )
@@ -151,18 +152,12 @@ def test_a_failure_marks_its_model_and_no_other(found: dict[str, dict[str, Any]]
 def test_what_is_done_is_not_done_again_and_what_failed_is(
     found: dict[str, dict[str, Any]], folder: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[list[str]] = []
-
-    def child(_module: str, order: dict[str, Any], *_: Any, **__: Any) -> int:
-        asked.append([job["name"] for job in order["jobs"]])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(agreement.child, "run", child)
+    asked = stopped_at_once(monkeypatch)
     assert run(folder, tiny, ["same", "wider"], folder / "agreement")["wider"] == found["wider"]
     for names, changes in ((["same", "broken", "wider"], {}), (["same"], {"agreement_rows": 4})):
         with pytest.raises(KeyboardInterrupt):
             run(folder, tiny, names, folder / "agreement", **changes)
-    assert asked == [["broken"], ["same"]]
+    assert asked == ["broken", "same"]
 
 
 def test_chunks_and_batches_change_nothing() -> None:

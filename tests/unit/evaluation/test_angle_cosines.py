@@ -18,7 +18,8 @@ from llmkd.data.tokens import tokenize
 from llmkd.errors import InputError
 from llmkd.evaluation import angle_cosines
 from llmkd.evaluation.angle_cosines import BINS, CodeCosine, PairCosines, pairs_of
-from llmkd.evaluation.angle_states import TeacherStates, Viewpoint, look
+from llmkd.evaluation.angle_states import StudentObserver, TeacherStates, observe
+from llmkd.evaluation.results import BlockAngles, StudentView
 from llmkd.models import load, make
 from tests.tensor_bytes import TensorBytes
 
@@ -36,19 +37,19 @@ def naive(student: Tensor, teacher: Sequence[Tensor]) -> dict[tuple[int, int], l
     return found
 
 
-def check(result: dict[str, Any], wanted: dict[tuple[int, int], list[float]], tolerance: float = 1e-5) -> None:
+def check(result: BlockAngles, wanted: dict[tuple[int, int], list[float]], tolerance: float = 1e-5) -> None:
     """A block's result is the mean, share, count and histogram of the wanted cosines."""
     for number, ((i, j), values) in enumerate(wanted.items()):
         share = sum(value > 0 for value in values) / len(values)
-        assert result["mean"][i][j] == result["mean"][j][i] == pytest.approx(sum(values) / len(values), abs=tolerance)
-        assert result["above_zero"][i][j] == result["above_zero"][j][i] == pytest.approx(share)
-        assert result["counted"][number] == sum(result["histogram"][number]) == len(values)
+        assert result.mean[i][j] == result.mean[j][i] == pytest.approx(sum(values) / len(values), abs=tolerance)
+        assert result.above_zero[i][j] == result.above_zero[j][i] == pytest.approx(share)
+        assert result.counted[number] == sum(result.histogram[number]) == len(values)
         counts = [0] * BINS
         for value in values:
             counts[min(int((value + 1) / 2 * BINS), BINS - 1)] += 1
-        assert result["histogram"][number] == counts
+        assert result.histogram[number] == counts
     means = [sum(values) / len(values) for values in wanted.values()]
-    assert result["mean_of_pairs"] == pytest.approx(sum(means) / len(means), abs=tolerance)
+    assert result.mean_of_pairs == pytest.approx(sum(means) / len(means), abs=tolerance)
 
 
 def everywhere(states: Tensor) -> Tensor:
@@ -68,14 +69,14 @@ def test_known_angles() -> None:
     seen.add(student, teacher, everywhere(student))
     result = seen.result()
     right, up, left, diagonal = range(4)
-    assert result["mean"][right][up] == 0 and result["above_zero"][right][up] == 0
-    assert result["mean"][right][left] == -1 and result["above_zero"][right][left] == 0
-    assert result["mean"][up][diagonal] == pytest.approx(math.sqrt(0.5)) and result["above_zero"][up][diagonal] == 1
-    assert result["mean"][left][diagonal] == pytest.approx(-math.sqrt(0.5))
-    assert [result["mean"][i][i] for i in range(4)] == [1.0] * 4
-    by_pair = dict(zip(pairs_of(4), result["histogram"], strict=True))
+    assert result.mean[right][up] == 0 and result.above_zero[right][up] == 0
+    assert result.mean[right][left] == -1 and result.above_zero[right][left] == 0
+    assert result.mean[up][diagonal] == pytest.approx(math.sqrt(0.5)) and result.above_zero[up][diagonal] == 1
+    assert result.mean[left][diagonal] == pytest.approx(-math.sqrt(0.5))
+    assert [result.mean[i][i] for i in range(4)] == [1.0] * 4
+    by_pair = dict(zip(pairs_of(4), result.histogram, strict=True))
     assert by_pair[right, left][0] == 1 and by_pair[right, up][BINS // 2] == 1
-    assert result["without_direction"] == [0] * 4
+    assert result.without_direction == [0] * 4
 
 
 def test_a_state_that_equals_the_students_has_no_direction() -> None:
@@ -89,9 +90,9 @@ def test_a_state_that_equals_the_students_has_no_direction() -> None:
     seen = PairCosines(3)
     seen.add(student, teacher, everywhere(student))
     result = seen.result()
-    assert result["without_direction"] == [2, 0, 0] and result["counted"] == [1, 1, 3]
-    assert result["mean"][0][1] == pytest.approx(math.sqrt(0.5))
-    assert result["mean"][1][2] == pytest.approx((2 * math.sqrt(0.5) + 1) / 3)
+    assert result.without_direction == [2, 0, 0] and result.counted == [1, 1, 3]
+    assert result.mean[0][1] == pytest.approx(math.sqrt(0.5))
+    assert result.mean[1][2] == pytest.approx((2 * math.sqrt(0.5) + 1) / 3)
 
 
 def test_a_block_that_never_has_a_direction_has_no_number() -> None:
@@ -99,8 +100,8 @@ def test_a_block_that_never_has_a_direction_has_no_number() -> None:
     seen = PairCosines(2)
     seen.add(student, [student, torch.randn(1, 3, 4)], everywhere(student))
     result = seen.result()
-    assert result["mean"] == [[None, None], [None, 1.0]] and result["mean_of_pairs"] is None
-    assert result["counted"] == [0] and result["above_zero"][0][1] is None
+    assert result.mean == [[None, None], [None, 1.0]] and result.mean_of_pairs is None
+    assert result.counted == [0] and result.above_zero[0][1] is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -142,8 +143,8 @@ def test_padding_changes_nothing(side: str) -> None:
     assert seen.result() == plain.result()
     other = CodeCosine()
     other.add(padded(student), padded(teacher[0]), padded(teacher[3]), torch.nn.functional.pad(attended, pad))
-    assert other.result()["tokens"] == code.result()["tokens"]
-    assert (other.result()["with_padding"]["not_finite"], other.result()["with_padding"]["counted"]) == (6, 15)
+    assert other.result().tokens == code.result().tokens
+    assert (other.result().with_padding.not_finite, other.result().with_padding.counted) == (6, 15)
 
 
 def test_states_that_are_no_numbers_are_refused() -> None:
@@ -159,7 +160,7 @@ def test_one_teacher_block_makes_no_pair() -> None:
     seen = PairCosines(1)
     seen.add(student, [student + 1], everywhere(student))
     result = seen.result()
-    assert (result["mean"], result["counted"], result["mean_of_pairs"]) == ([[1.0]], [], None)
+    assert (result.mean, result.counted, result.mean_of_pairs) == ([[1.0]], [], None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,11 +187,11 @@ def batches_of(rows: list[dict[str, Any]], size: int) -> list[Batch]:
     return [collate(rows[start : start + size], pad_id=0, packed=False) for start in range(0, len(rows), size)]
 
 
-def seen_from(folders: tuple[Path, Path], batches: list[Batch], normed: bool) -> dict[str, Any]:
+def seen_from(folders: tuple[Path, Path], batches: list[Batch], normed: bool) -> StudentView:
     teacher = TeacherStates(Load(folders[0], attn_implementation="sdpa"))
-    student = Viewpoint(Load(folders[1], attn_implementation="sdpa"), teacher, normed_last=normed)
-    look(teacher, [student], batches, CPU)
-    (stack,) = student.result()
+    student = StudentObserver(Load(folders[1], attn_implementation="sdpa"), teacher, normed_last=normed)
+    observe(teacher, [student], batches, CPU)
+    (stack,) = student.views()
     return stack
 
 
@@ -213,46 +214,46 @@ def test_models_states_are_those_of_hidden_states(
         blocks = whole[1:] if normed else [*whole[1:-1], torch.cat(raw)]
         sides.append((blocks, whole))
     (teacher, teacher_hf), (student, student_hf) = sides
-    assert [block["block"] for block in result["blocks"]] == [0, 1, 2]
-    for block, ours in zip(result["blocks"], student, strict=True):
+    assert [block.block for block in result.blocks] == [0, 1, 2]
+    for block, ours in zip(result.blocks, student, strict=True):
         wanted = naive(ours, teacher)
         for number, ((i, j), values) in enumerate(wanted.items()):
-            assert block["mean"][i][j] == pytest.approx(sum(values) / len(values), abs=1e-4)
-            assert block["counted"][number] == len(values)
-            assert block["above_zero"][i][j] == pytest.approx(sum(v > 0 for v in values) / len(values), abs=2 / 150)
+            assert block.mean[i][j] == pytest.approx(sum(values) / len(values), abs=1e-4)
+            assert block.counted[number] == len(values)
+            assert block.above_zero[i][j] == pytest.approx(sum(v > 0 for v in values) / len(values), abs=2 / 150)
     u, v = teacher_hf[1] - student_hf[1], teacher_hf[-1] - student_hf[1]
     code = (u * v).sum(-1) / (u.norm(dim=-1) * v.norm(dim=-1) + 1e-6)
-    tokens = result["paper_code"]["tokens"]
-    assert tokens["mean"] == pytest.approx(code.mean().item(), abs=1e-5) and tokens["counted"] == len(code)
-    padded = result["paper_code"]["with_padding"]
-    assert padded["counted"] == sum(b.attended.numel() for b in batches_of(rows, 3)) > tokens["counted"]
+    tokens = result.paper_code.tokens
+    assert tokens.mean == pytest.approx(code.mean().item(), abs=1e-5) and tokens.counted == len(code)
+    padded = result.paper_code.with_padding
+    assert padded.counted == sum(b.attended.numel() for b in batches_of(rows, 3)) > tokens.counted
 
 
 def test_students_of_one_pass_may_look_at_either_last_state(
     folders: tuple[Path, Path], rows: list[dict[str, Any]]
 ) -> None:
     teacher = TeacherStates(Load(folders[0], attn_implementation="sdpa"))
-    both = [Viewpoint(Load(folders[1]), teacher, normed_last=normed) for normed in (True, False)]
-    look(teacher, both, batches_of(rows, 3), CPU)
+    both = [StudentObserver(Load(folders[1]), teacher, normed_last=normed) for normed in (True, False)]
+    observe(teacher, both, batches_of(rows, 3), CPU)
     apart = [seen_from(folders, batches_of(rows, 3), normed) for normed in (True, False)]
-    assert [one.result() for one in both] == [[one] for one in apart] and apart[0]["blocks"][0] != apart[1]["blocks"][0]
+    assert [one.views() for one in both] == [[one] for one in apart] and apart[0].blocks[0] != apart[1].blocks[0]
 
 
 def test_batches_do_not_change_the_numbers(folders: tuple[Path, Path], rows: list[dict[str, Any]]) -> None:
     one, many = (seen_from(folders, batches_of(rows, size), False) for size in (8, 1))
-    for ours, theirs in zip(one["blocks"], many["blocks"], strict=True):
-        assert ours["counted"] == theirs["counted"]
-        torch.testing.assert_close(torch.tensor(ours["mean"]), torch.tensor(theirs["mean"]), atol=1e-5, rtol=0)
-    assert one["paper_code"]["tokens"]["mean"] == pytest.approx(many["paper_code"]["tokens"]["mean"], abs=1e-5)
+    for ours, theirs in zip(one.blocks, many.blocks, strict=True):
+        assert ours.counted == theirs.counted
+        torch.testing.assert_close(torch.tensor(ours.mean), torch.tensor(theirs.mean), atol=1e-5, rtol=0)
+    assert one.paper_code.tokens.mean == pytest.approx(many.paper_code.tokens.mean, abs=1e-5)
 
 
 def test_rows_padded_on_the_left_see_the_same(folders: tuple[Path, Path], rows: list[dict[str, Any]]) -> None:
     """Through the models: masked positions enter neither the attention nor the angles."""
     right = seen_from(folders, batches_of(rows, 8), False)
     left = seen_from(folders, [_left(rows)], False)
-    for ours, theirs in zip(right["blocks"], left["blocks"], strict=True):
-        assert ours["counted"] == theirs["counted"]
-        torch.testing.assert_close(torch.tensor(ours["mean"]), torch.tensor(theirs["mean"]), atol=1e-5, rtol=0)
+    for ours, theirs in zip(right.blocks, left.blocks, strict=True):
+        assert ours.counted == theirs.counted
+        torch.testing.assert_close(torch.tensor(ours.mean), torch.tensor(theirs.mean), atol=1e-5, rtol=0)
 
 
 def _left(rows: list[dict[str, Any]]) -> Batch:
@@ -276,22 +277,22 @@ def test_the_teacher_seen_from_itself_lacks_its_own_direction(
     folders: tuple[Path, Path], rows: list[dict[str, Any]]
 ) -> None:
     result = seen_from((folders[0], folders[0]), batches_of(rows, 4), False)
-    for number, block in enumerate(result["blocks"]):
+    for number, block in enumerate(result.blocks):
         tokens = sum(len(row["input_ids"]) for row in rows)
-        assert block["without_direction"] == [tokens if other == number else 0 for other in range(6)]
-    assert result["paper_code"]["tokens"]["mean"] == 0  # T_1 is S_1, which the paper's code counts as 0
+        assert block.without_direction == [tokens if other == number else 0 for other in range(6)]
+    assert result.paper_code.tokens.mean == 0  # T_1 is S_1, which the paper's code counts as 0
 
 
 def test_no_more_than_one_batch_is_held(folders: tuple[Path, Path], rows: list[dict[str, Any]]) -> None:
     """Four batches of the same shape make the same peak as one, to the byte; and nothing is left but sums."""
     (batch,) = batches_of(rows, 8)
     teacher = TeacherStates(Load(folders[0], attn_implementation="sdpa"))
-    student = Viewpoint(Load(folders[1], attn_implementation="sdpa"), teacher, normed_last=False)
-    look(teacher, [student], [batch], CPU)
+    student = StudentObserver(Load(folders[1], attn_implementation="sdpa"), teacher, normed_last=False)
+    observe(teacher, [student], [batch], CPU)
     peaks, left = [], []
     for count in (1, 4):
         with TensorBytes() as made:
-            look(teacher, [student], [batch] * count, CPU)
+            observe(teacher, [student], [batch] * count, CPU)
             peaks.append(made.peak)
             left.append(made.live)
     state = batch.attended.numel() * 32 * 4
@@ -307,10 +308,10 @@ def test_widths_that_differ_need_a_projector(
     )
     teacher = TeacherStates(Load(folders[0]))
     with pytest.raises(InputError, match="16 wide and the teacher's 32, and no projector.*; give a student of the"):
-        Viewpoint(Load(tmp_path / "narrow"), teacher, normed_last=False)
+        StudentObserver(Load(tmp_path / "narrow"), teacher, normed_last=False)
     projectors = {block: torch.nn.Linear(16, 32, bias=False).requires_grad_(False) for block in (1, 2)}
-    student = Viewpoint(Load(tmp_path / "narrow"), teacher, normed_last=False, projectors=projectors)
-    look(teacher, [student], batches_of(rows, 8), CPU)
-    (result,) = student.result()
-    assert [block["block"] for block in result["blocks"]] == [1, 2] and result["paper_code"] is None
-    assert all(-1 < value < 1 for block in result["blocks"] for value in [block["mean"][0][5]])
+    student = StudentObserver(Load(tmp_path / "narrow"), teacher, normed_last=False, projectors=projectors)
+    observe(teacher, [student], batches_of(rows, 8), CPU)
+    (result,) = student.views()
+    assert [block.block for block in result.blocks] == [1, 2] and result.paper_code is None
+    assert all(value is not None and -1 < value < 1 for block in result.blocks for value in [block.mean[0][5]])

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from llmkd.data.batches import Batch, collate
 from llmkd.data.other_families import collate_classified, collate_sources
 from llmkd.errors import InputError
-from llmkd.evaluation.angle_states import TeacherStates, Viewpoint, look
+from llmkd.evaluation.angle_states import StudentObserver, TeacherStates, observe
+from llmkd.evaluation.results import StudentView
 from llmkd.models.families import depths
 from tests.family_models import DECODERS, ENCODER_DECODERS, ENCODERS, new, run
 from tests.tensor_bytes import TensorBytes
@@ -42,12 +43,12 @@ def batches_of(name: str, size: int = 2) -> list[Batch]:
     return [make(rows[start : start + size], pad_id=0) for start in range(0, len(rows), size)]
 
 
-def seen_from(teacher: Any, student: Any, batches: Sequence[Batch], **settings: Any) -> list[dict[str, Any]]:
+def seen_from(teacher: Any, student: Any, batches: Sequence[Batch], **settings: Any) -> list[StudentView]:
     """Stack by stack what a student sees."""
     states = TeacherStates(copy.deepcopy(teacher))
-    viewpoint = Viewpoint(copy.deepcopy(student), states, **settings)
-    look(states, [viewpoint], batches, CPU)
-    return viewpoint.result()
+    observer = StudentObserver(copy.deepcopy(student), states, **settings)
+    observe(states, [observer], batches, CPU)
+    return observer.views()
 
 
 @torch.no_grad()
@@ -79,18 +80,18 @@ def test_angles_are_those_of_hidden_states(name: str, normed: bool) -> None:
     shown = [plain_states(model, batches, True) for model in (student, teacher)]  # as hidden_states are
     assert len(found) == len(ours) == (1 if name in ENCODERS else 2)
     for number, stack in enumerate(found):
-        assert [block["block"] for block in stack["blocks"]] == list(range(len(ours[number])))
-        for block, state in zip(stack["blocks"], ours[number], strict=True):
+        assert [block.block for block in stack.blocks] == list(range(len(ours[number])))
+        for block, state in zip(stack.blocks, ours[number], strict=True):
             check(block, naive(state, theirs[number]), tolerance=1e-12)
         s1, t1, last = shown[0][number][0], shown[1][number][0], shown[1][number][-1]
         u, v = t1 - s1, last - s1
         code = (u * v).sum(-1) / (u.norm(dim=-1) * v.norm(dim=-1) + 1e-6)
-        tokens, padded = (stack["paper_code"][key] for key in ("tokens", "with_padding"))
-        assert tokens["mean"] == pytest.approx(code.mean().item(), abs=1e-12) and tokens["counted"] == len(code)
+        tokens, padded = (stack.paper_code.tokens, stack.paper_code.with_padding)
+        assert tokens.mean == pytest.approx(code.mean().item(), abs=1e-12) and tokens.counted == len(code)
         positions = [b.attended if number or b.source_attended is None else b.source_attended for b in batches]
         if len(found) == 2 and number == 0:
             assert len(code) == sum(batch.source_count for batch in batches)
-        assert padded["counted"] == sum(mask.numel() for mask in positions) > tokens["counted"]
+        assert padded.counted == sum(mask.numel() for mask in positions) > tokens.counted
 
 
 @pytest.mark.parametrize("name", ["bert", "t5", "bart"])
@@ -98,9 +99,9 @@ def test_padding_and_batches_change_nothing(name: str) -> None:
     teacher, student = pair_of(name)
     many, one = (seen_from(teacher, student, batches_of(name, size), normed_last=False) for size in (1, 3))
     for ours, theirs in zip(many, one, strict=True):
-        for block, other in zip(ours["blocks"], theirs["blocks"], strict=True):
-            assert block["counted"] == other["counted"] and block["histogram"] == other["histogram"]
-            torch.testing.assert_close(torch.tensor(block["mean"]), torch.tensor(other["mean"]), atol=1e-10, rtol=0)
+        for block, other in zip(ours.blocks, theirs.blocks, strict=True):
+            assert block.counted == other.counted and block.histogram == other.histogram
+            torch.testing.assert_close(torch.tensor(block.mean), torch.tensor(other.mean), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["bert", "bart"])
@@ -109,9 +110,9 @@ def test_a_teacher_seen_from_itself_lacks_its_own_direction(name: str) -> None:
     for stack, depth in zip(
         seen_from(teacher, teacher, batches_of(name), normed_last=False), depths(teacher.config), strict=True
     ):
-        for number, block in enumerate(stack["blocks"]):
-            assert [missing > 0 for missing in block["without_direction"]] == [n == number for n in range(depth)]
-        assert stack["paper_code"]["tokens"]["mean"] == 0  # T_1 is S_1, which the paper's code counts as 0
+        for number, block in enumerate(stack.blocks):
+            assert [missing > 0 for missing in block.without_direction] == [n == number for n in range(depth)]
+        assert stack.paper_code.tokens.mean == 0  # T_1 is S_1, which the paper's code counts as 0
 
 
 def test_a_stack_whose_blocks_have_no_projector_sees_nothing() -> None:
@@ -123,10 +124,10 @@ def test_a_stack_whose_blocks_have_no_projector_sees_nothing() -> None:
     torch.manual_seed(0)
     project = nn.Linear(24, 32, bias=False).double().requires_grad_(False)
     encoder, decoder = seen_from(teacher, student, batches_of("t5"), normed_last=False, projectors={3: project})
-    assert (encoder["blocks"], encoder["paper_code"], decoder["paper_code"]) == ([], None, None)
+    assert (encoder.blocks, encoder.paper_code, decoder.paper_code) == ([], None, None)
     ours, theirs = (plain_states(model, batches_of("t5"), False)[1] for model in (student, teacher))
-    (block,) = decoder["blocks"]
-    assert block["block"] == 1
+    (block,) = decoder.blocks
+    assert block.block == 1
     check(block, naive(project(ours[1]), theirs), tolerance=1e-12)
 
 
@@ -135,12 +136,12 @@ def test_no_more_than_one_batch_is_held() -> None:
     teacher, student = pair_of("t5")
     (batch,) = batches_of("t5", 3)
     states = TeacherStates(teacher)
-    viewpoint = Viewpoint(student, states, normed_last=False)
-    look(states, [viewpoint], [batch], CPU)
+    observer = StudentObserver(student, states, normed_last=False)
+    observe(states, [observer], [batch], CPU)
     peaks, left = [], []
     for count in (1, 4):
         with TensorBytes() as made:
-            look(states, [viewpoint], [batch] * count, CPU)
+            observe(states, [observer], [batch] * count, CPU)
             peaks.append(made.peak)
             left.append(made.live)
     state = batch.attended.numel() * 32 * 8
@@ -155,8 +156,8 @@ def test_final_states_of_another_width_have_no_paper_code() -> None:
     )
     batch = collate(decoder_rows(), pad_id=0, packed=False)
     (stack,) = seen_from(teacher, student, [batch], normed_last=False)
-    assert stack["paper_code"] is None and len(stack["blocks"]) == 2
-    check(stack["blocks"][1], naive(*_last_and_all(student, teacher, batch)), tolerance=1e-12)
+    assert stack.paper_code is None and len(stack.blocks) == 2
+    check(stack.blocks[1], naive(*_last_and_all(student, teacher, batch)), tolerance=1e-12)
 
 
 @torch.no_grad()

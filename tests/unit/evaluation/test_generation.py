@@ -17,11 +17,14 @@ from llmkd.data import batches, records, tokens
 from llmkd.data import rows as row_files
 from llmkd.errors import InputError
 from llmkd.evaluation import generation, prompts
+from llmkd.evaluation.generate_command import models_of, summary
+from llmkd.evaluation.results import GenerationResult
 from llmkd.files import ROOT
-from llmkd.inference import backends, child, vllm_setup
+from llmkd.inference import backends, child, choose, vllm_setup
 from llmkd.models import load, make
 from llmkd.recipe.evaluation import Generation
 from llmkd.recipe.recipe import Data, Evaluation
+from tests.in_process import in_process, stopped_at_once
 
 ITEMS, NEW = 24, 24
 TEMPLATE = (
@@ -125,14 +128,15 @@ def killed_and_resumed(jobs: list[tuple[str, Path]], tmp_path_factory: pytest.Te
     with stopping(), pytest.raises(KeyboardInterrupt):
         generation.generate(jobs, settings(batch_size=7), Data(rows=10), out)
     there = sorted(file.name for file in out.glob("*.json*"))
-    before, asked, run = (out / "trained.json").stat().st_mtime_ns, [], child.run
+    before, asked = (out / "trained.json").stat().st_mtime_ns, []
 
-    def recorded(module: str, order: Any, *rest: Any) -> int:
-        asked.append([job["name"] for job in order["jobs"]])
-        return run(module, order, *rest)
+    class Recorded(child.Child):
+        def do(self, order: Any, say: child.Say) -> int | None:
+            asked.append(order["model"]["name"])
+            return super().do(order, say)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(child, "run", recorded)
+        patch.setattr(child, "Child", Recorded)
         files = generation.generate(jobs, settings(batch_size=7), Data(rows=10), out)
     kept = before == (out / "trained.json").stat().st_mtime_ns
     return {"files": files, "there": there, "asked": asked, "kept": kept}
@@ -152,8 +156,12 @@ def result(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.with_suffix(".jsonl").read_text().splitlines()]
+
+
 def test_a_result_says_what_was_made_and_with_what(by_hf: dict[str, Path], trained: Path) -> None:
-    found, lines = result(by_hf["trained"]), generation.lines_of(by_hf["trained"])
+    found, lines = result(by_hf["trained"]), lines_of(by_hf["trained"])
     assert found["error"] is None and found["backend"] == "hf" and found["why"] == "as the recipe says"
     assert found["model"] == str(trained) and found["dtype"] == "float32" and found["items"] == ITEMS
     assert {"llmkd", "torch", "transformers"} <= set(found["versions"])
@@ -171,7 +179,7 @@ def test_greedy_texts_are_those_of_one_prompt_at_a_time_without_cache_or_padding
 ) -> None:
     model: Any = load.load_causal_lm(trained, dtype=torch.float32, ds_config=None, attention="eager").eval()
     tokenizer = load.load_tokenizer(trained)
-    lines = generation.lines_of(by_hf["trained"])
+    lines = lines_of(by_hf["trained"])
     assert {line["finished"] for line in lines} == {True, False}, "the test wants texts of both kinds"
     for line in lines[:10]:
         ids, written = tokenizer(line["prompt"])["input_ids"], []
@@ -186,7 +194,7 @@ def test_greedy_texts_are_those_of_one_prompt_at_a_time_without_cache_or_padding
 @needs_vllm
 def test_both_backends_write_the_same_in_float32(by_hf: dict[str, Path], by_vllm: dict[str, Path]) -> None:
     for name in ("trained", "other"):
-        ours, theirs = generation.lines_of(by_hf[name]), generation.lines_of(by_vllm[name])
+        ours, theirs = lines_of(by_hf[name]), lines_of(by_vllm[name])
         assert len(ours) == ITEMS and ours == theirs
         assert result(by_hf[name])["metrics"] == result(by_vllm[name])["metrics"]
     assert by_hf["trained"].with_suffix(".jsonl").read_text() != by_hf["other"].with_suffix(".jsonl").read_text()
@@ -201,15 +209,15 @@ def test_a_model_that_fails_says_why_and_costs_the_others_nothing(backend: str, 
     assert broken["error"].startswith(f"{backend} could not run this model (") and "\n" not in broken["error"]
     assert "generation.log" in broken["error"] and broken["metrics"] == {}
     assert gone["error"] == "nowhere holds no model (no config.json)"
-    assert generation.lines_of(files["broken"]) == []
+    assert lines_of(files["broken"]) == []
     assert result(files["other"])["error"] is None
-    assert "could not run" in generation.shown(files) and "prompt 2:" in generation.shown(files)
+    assert "could not run" in summary(files) and "prompt 2:" in summary(files)
 
 
 def test_vllm_by_name_is_refused_before_anything_is_written(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_setup, "DISTRIBUTIONS", ("no-such-distribution",))
+    monkeypatch.setattr(vllm_setup, "vllm_version", lambda: None)
     with pytest.raises(InputError, match="evaluation.generation.backend: vLLM is not installed here; .*LLMKD_VLLM=1"):
         generation.generate([("m", trained)], settings(backend="vllm"), Data(rows=10), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -221,17 +229,17 @@ def test_auto_takes_vllm_where_the_work_repays_its_start(trained: Path, monkeypa
         p.numel()
         for p in load.load_causal_lm(trained, dtype=torch.float32, ds_config=None, attention="sdpa").parameters()
     )
-    assert generation.parameters(trained) == size and generation.head_size(trained) == 32
-    monkeypatch.setattr(generation, "vllm_version", lambda: "0.32.0+cpu")
-    monkeypatch.setattr(generation, "on_cpu", lambda: True)
+    assert choose.parameters(trained) == size and choose.head_size(trained) == 32
+    monkeypatch.setattr(choose, "vllm_version", lambda: "0.32.0+cpu")
+    monkeypatch.setattr(choose, "on_cpu", lambda: True)
     enough = int(generation.WORTH_VLLM / size / 100) + 1
     assert generation.choose(auto, trained, enough)[0] == "vllm"
     backend, why = generation.choose(auto, trained, enough - 1)
     assert backend == "hf" and "too little to repay" in why
-    monkeypatch.setattr(generation, "CPU_HEAD_SIZES", (64,))
-    assert generation.choose(auto, trained, enough) == ("hf", "vLLM's CPU build knows no attention heads of size 32")
+    monkeypatch.setattr(choose, "CPU_HEAD_SIZES", (64,))
+    assert generation.choose(auto, trained, enough) == ("hf", "vLLM's CPU build has no attention heads of size 32")
     assert generation.choose(auto, Path("nowhere"), enough) == ("hf", "the model's size can't be read")
-    monkeypatch.setattr(generation, "vllm_version", lambda: None)
+    monkeypatch.setattr(choose, "vllm_version", lambda: None)
     assert generation.choose(auto, trained, enough) == ("hf", "vLLM is not installed")
 
 
@@ -243,29 +251,21 @@ def test_what_was_done_before_a_kill_is_not_done_again(
 ) -> None:
     run = killed_and_resumed
     assert run["there"] == ["trained.json", "trained.jsonl"], "nothing half written, nothing of the next model"
-    assert run["asked"] == [["broken", "gone", "other"]] and run["kept"]
-    asked: list[list[str]] = []
-
-    def nothing(module: str, order: Any, *_: Any) -> int:
-        asked.append([job["name"] for job in order["jobs"]])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(child, "run", nothing)
+    assert run["asked"] == ["broken", "gone", "other"] and run["kept"]
+    asked = stopped_at_once(monkeypatch)
     out = run["files"]["trained"].parent
     good = [jobs[0], jobs[3]]
     assert list(generation.generate(good, settings(batch_size=7), Data(rows=10), out)) == ["trained", "other"]
     assert asked == []
     with pytest.raises(KeyboardInterrupt):  # what failed is tried again
         generation.generate(jobs, settings(batch_size=7), Data(rows=10), out)
-    assert asked == [["broken", "gone"]]
+    assert asked == ["broken"]
 
 
 def test_another_setting_model_or_prompt_is_another_result(trained: Path, jobs: list[tuple[str, Path]]) -> None:
     def fingerprint(model: Path = trained, items: int = ITEMS, **changes: Any) -> str:
         some = settings(**changes)
-        return generation._order("m", model, some, generation.prompts(generation.section(some), Data(rows=10))[:items])[
-            "fingerprint"
-        ]
+        return generation._unscored("m", model, some, generation.check(some, Data(rows=10))[:items]).fingerprint
 
     assert fingerprint() == fingerprint(backend="auto")  # hf too
     others = [fingerprint(model=jobs[3][1]), fingerprint(items=5), fingerprint(seed=1), fingerprint(max_new_tokens=9)]
@@ -273,26 +273,12 @@ def test_another_setting_model_or_prompt_is_another_result(trained: Path, jobs: 
     assert len({fingerprint(), *others}) == 1 + len(others)
 
 
-def test_a_child_that_dies_is_noted_on_its_model(
-    jobs: list[tuple[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def dies(module: str, order: Any, *rest: Any) -> int:
-        left = order["jobs"][1:]
-        for job in left:  # it wrote the others before
-            generation._publish(tmp_path, generation._result(job, order["settings"]), [])
-        return -9
-
-    monkeypatch.setattr(child, "run", dies)
-    files = generation.generate([jobs[0], jobs[3]], settings(), Data(rows=10), tmp_path)
-    assert "ended with code -9" in result(files["trained"])["error"] and result(files["other"])["error"] is None
-
-
 # --- Sampling
 
 
 def test_sampling_follows_its_seed_and_not_the_batch_beside_it(trained: Path) -> None:
     tokenizer = load.load_tokenizer(trained)
-    asked = [ids for _, ids in prompts.encoded(generation.prompts(Generation(items=6), Data(rows=10)), tokenizer)]
+    asked = [ids for _, ids in prompts.encoded(prompts.held_out_prompts(Generation(items=6), Data(rows=10)), tokenizer)]
 
     def texts(seed: int, temperature: float = 1.0) -> list[list[int]]:
         how = backends.Sampling(12, backends.stop_ids(trained, tokenizer), temperature, 0.9, seed, batch_size=6)
@@ -316,9 +302,11 @@ def test_chat_prompts_are_continued(trained: Path, tmp_path: Path) -> None:
     source.write_text(json.dumps({"messages": chat}) + "\n")
     some = settings(source=str(source), max_new_tokens=5)
     items = generation.check(some, Data(rows=10))
-    found, [line] = generation._written_by({"model": str(trained), "backend": "hf"}, items, some)
-    assert line["prompt"].startswith("<user> a cheap inn") and line["references"] == ["There is one."]
-    assert "slots" not in found["metrics"] and 1 <= len(line["token_ids"]) <= 5
+    model = GenerationResult(model=str(trained), backend="hf")
+    task = generation.Task(generation.section(some), some.dtype, items, "generation.log", False)
+    result, [text] = generation.score(model, task)
+    assert text.prompt.startswith("<user> a cheap inn") and text.references == ["There is one."]
+    assert "slots" not in result.metrics and 1 <= len(text.token_ids) <= 5
 
 
 def test_a_prompt_without_room_for_its_continuation_is_refused() -> None:
@@ -353,18 +341,11 @@ def test_the_command_runs_a_study_and_shows_what_was_written(
         )
     ]
     (study / "study.json").write_text(json.dumps({"name": "made-up", "entries": entries}))
-    assert generation.models_of([study]) == [("teacher", study / "teacher" / "model"), ("given", trained)]
+    assert models_of([study]) == [("teacher", study / "teacher" / "model"), ("given", trained)]
     with pytest.raises(InputError, match="two models are called 'teacher'; give each a call of its own"):
-        generation.models_of([study, study / "teacher" / "model"])
+        models_of([study, study / "teacher" / "model"])
 
-    def in_this_process(module: str, order: Any, *_: Any) -> int:
-        some = Evaluation.model_validate_json(json.dumps(order["settings"]))
-        for job in order["jobs"]:
-            found, lines = generation._written_by(job, order["items"], some)
-            generation._publish(Path(order["out"]), generation._result(job, order["settings"], **found), lines)
-        return 0
-
-    monkeypatch.setattr(child, "run", in_this_process)
+    in_process(monkeypatch)
     shutil.copy(ROOT / "recipes" / "quickstart.yaml", study / "recipe.yaml")
     sets = ["--set", "evaluation.generation.max_new_tokens=6"]
     cli.main(["generate", str(study), "--items", "2", "--backend", "hf", *sets])

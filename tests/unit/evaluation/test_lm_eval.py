@@ -22,9 +22,10 @@ from llmkd.errors import InputError
 from llmkd.evaluation import lm_eval_step, lm_eval_tasks, lm_eval_worker
 from llmkd.evaluation.step import model_contents
 from llmkd.files import ROOT
-from llmkd.inference import child
+from llmkd.inference import child, choose, vllm_setup
 from llmkd.inference.vllm_setup import vllm_version
 from llmkd.recipe.recipe import Evaluation
+from tests.in_process import stopped_at_once
 
 TASKS = ("records_generation", "records_choice", "records_bits")
 LIMIT = 4
@@ -142,13 +143,7 @@ def test_a_broken_model_says_why_and_costs_the_others_nothing(scored: dict[str, 
 def test_what_is_done_is_not_done_again(
     scored: dict[str, Path], models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[list[str]] = []
-
-    def child(todo: list[dict[str, Any]], *_: Any) -> int:
-        asked.append([order["name"] for order in todo])
-        raise KeyboardInterrupt  # as if stopped at once: nothing is recorded
-
-    monkeypatch.setattr(lm_eval_step, "_run_child", child)
+    asked = stopped_at_once(monkeypatch)
     good = [(name, models[name]) for name in ("first", "last")]
     out = scored["first"].parent
     assert lm_eval_step.evaluate(good, settings(), out) == {name: scored[name] for name, _ in good}
@@ -156,7 +151,7 @@ def test_what_is_done_is_not_done_again(
     for jobs, changed in (([*good, ("broken", models["broken"])], settings()), (good, settings(limit=5))):
         with pytest.raises(KeyboardInterrupt):
             lm_eval_step.evaluate(jobs, changed, out)
-    assert asked == [["broken"], ["first", "last"]]
+    assert asked == ["broken", "first"]
     assert json.loads(scored["first"].read_text())["error"] is None
 
 
@@ -249,10 +244,10 @@ def test_bits_per_byte_of_a_text_file_and_a_fault_in_one_task(models: dict[str, 
 KILLED = """
 import sys
 from pathlib import Path
-from llmkd import evaluation
+from llmkd.evaluation.lm_eval_step import evaluate
 from llmkd.recipe.recipe import Evaluation
 jobs = [(f"m{number}", Path(sys.argv[1])) for number in range(4)]
-evaluation.evaluate(jobs, Evaluation.model_validate_json(sys.argv[2]), Path(sys.argv[3]))
+evaluate(jobs, Evaluation.model_validate_json(sys.argv[2]), Path(sys.argv[3]))
 """
 
 
@@ -305,7 +300,7 @@ def write_task(folder: Path, name: str, text: str) -> None:
         ),
         ("dataset_path: a/b\nmetric_list: [{metric: exact_match, hf_evaluate: true}]", "metric 'exact_match'"),
         ("dataset_path: a/b\nunsafe_code: true", "runs code.*choose another"),
-        ("custom_dataset: !function broken.rows", "can't be built .no rows today.*mend its YAML"),
+        ("custom_dataset: !function broken.rows", "can't be built .no rows today.*(fix|mend) its YAML"),
     ],
 )
 def test_what_would_fail_after_the_training_is_refused_before_it(text: str, said: str, tmp_path: Path) -> None:
@@ -348,7 +343,7 @@ def test_vllm_asked_for_where_there_is_none_is_refused(tmp_path: Path, monkeypat
     [
         (None, 1e10, "hf", "vLLM is not installed"),
         ("0.32.0", 1e10, "vllm", "1e.04M parameters, enough to repay"),
-        ("0.32.0+cpu", 2e6, "hf", "2M parameters, too few to repay"),
+        ("0.32.0+cpu", 2e6, "hf", "2M parameters, too little to repay"),
         ("0.32.0+cpu", None, "hf", "the model's size can't be read"),
     ],
 )
@@ -365,13 +360,13 @@ def test_auto_takes_vllm_where_it_is_and_the_model_large(
             raise FileNotFoundError(folder)
         return size
 
-    for room in ("evaluation", "vllm_backend"):
-        monkeypatch.setattr(f"llmkd.{room}.vllm_version", lambda: version)
-    monkeypatch.setattr(lm_eval_step, "parameters", parameters)
-    (order,) = lm_eval_step._orders([("first", models["first"])], settings(), None)
-    assert order["backend"] == backend and re.search(why, order["why"])
-    (order,) = lm_eval_step._orders([("first", models["first"])], settings(backend="hf"), None)
-    assert (order["backend"], order["why"]) == ("hf", "as the recipe says")
+    for module in (choose, vllm_setup):
+        monkeypatch.setattr(module, "vllm_version", lambda: version)
+    monkeypatch.setattr(choose, "parameters", parameters)
+    model = lm_eval_step._unscored("first", models["first"], settings(), None)
+    assert model.backend == backend and re.search(why, model.why)
+    model = lm_eval_step._unscored("first", models["first"], settings(backend="hf"), None)
+    assert (model.backend, model.why) == ("hf", "as the recipe says")
 
 
 @pytest.mark.slow
@@ -395,23 +390,6 @@ def test_vllm_gives_the_scores_of_hugging_face_and_so_does_its_command(
     said = json.loads(files["broken"].read_text())["error"]
     assert said.startswith("vLLM did not start (") and said.endswith("; write evaluation.backend: hf")
     compare(run_by_hand(found["command"], tmp_path / "by_hand" / "out.json"), found["tasks"])
-
-
-def test_a_model_that_kills_the_process_is_noted_and_the_rest_goes_on(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def child(todo: list[dict[str, Any]], asked: Evaluation, _include: Any, out: Path, _trust: bool) -> int:
-        for order in todo:
-            if order["name"] == "broken":
-                return -9
-            lm_eval_worker.write_result(out, lm_eval_worker.result(order, asked, tasks={"t": {"m": 1.0}}))
-        return 0
-
-    monkeypatch.setattr(lm_eval_step, "_run_child", child)
-    files = lm_eval_step.evaluate(list(models.items()), settings(), tmp_path)
-    found = {name: json.loads(file.read_text()) for name, file in files.items()}
-    assert "ended with code -9" in found["broken"]["error"]
-    assert [found[name]["error"] for name in ("first", "last")] == [None, None]
 
 
 def test_fingerprint_follows_contents_and_nothing_else(models: dict[str, Path], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from llmkd.data import records, tokens
 from llmkd.data import rows as row_files
 from llmkd.errors import InputError
-from llmkd.evaluation import generation, prompts
+from llmkd.evaluation.prompts import Prompt, encoded, held_out_prompts, read_prompts
 from llmkd.models import make
 from llmkd.recipe.evaluation import Generation
 from llmkd.recipe.recipe import Data
@@ -29,9 +29,9 @@ def tokenizer() -> Any:
 
 
 def test_the_built_in_task_brings_its_records_and_all_their_phrasings() -> None:
-    items = generation.prompts(Generation(items=3), Data(rows=10, records_seed=5))
+    items = held_out_prompts(Generation(items=3), Data(rows=10, records_seed=5))
     made = records.examples("test", 5, 0, 3)
-    assert items == [{key: example[key] for key in ("prompt", "references", "record")} for example in made]
+    assert items == [Prompt(text=e["prompt"], references=e["references"], record=e["record"]) for e in made]
 
 
 CHAT = [
@@ -51,29 +51,29 @@ def test_a_chat_is_asked_up_to_where_training_begins_the_last_answer(tokenizer: 
     source = write(
         tmp_path / "chats.jsonl", {"messages": CHAT}, {"messages": [*CHAT, {"role": "user", "content": "thanks"}]}
     )
-    items = generation.prompts(Generation(source=source, items=5), Data(rows=10))
+    items = held_out_prompts(Generation(source=source, items=5), Data(rows=10))
     ids, is_trained = tokens.conversation(CHAT, tokenizer)
     begins = max(place for place in range(1, len(ids)) if is_trained[place] and not is_trained[place - 1])
-    for item, (text, asked) in zip(items, prompts.encoded(items, tokenizer), strict=True):
+    for item, (text, asked) in zip(items, encoded(items, tokenizer), strict=True):
         assert asked == ids[:begins] and text.endswith(f"by the lake{tokenizer.eos_token}\n<assistant> ")
-        assert item["references"] == ["Heron Mill is by the lake."]
+        assert item.references == ["Heron Mill is by the lake."]
 
 
 def test_a_prompt_is_asked_as_training_begins_its_row(tokenizer: Any, tmp_path: Path) -> None:
     row = {"prompt": "kind inn =>", "completion": " It is an inn."}
     source = write(tmp_path / "rows.jsonl", row, {**row, "prompt": "kind farm =>"})
-    items = generation.prompts(Generation(source=source, items=1), Data(rows=10))
-    assert items == [{"prompt": "kind inn =>", "references": ["It is an inn."]}]
+    items = held_out_prompts(Generation(source=source, items=1), Data(rows=10))
+    assert items == [Prompt(text="kind inn =>", references=["It is an inn."])]
     rows = row_files.load_rows(source, name=None, split="train", rows=1)
     ids = tokens.tokenize(rows, tokenizer, format="auto", max_length=99, too_long="drop")[0]
-    [(text, asked)] = prompts.encoded(items, tokenizer)
+    [(text, asked)] = encoded(items, tokenizer)
     assert text == row["prompt"] and asked == ids["input_ids"][: ids["trained"].index(True)]
 
 
 def test_references_of_their_own_take_the_completions_place(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "completion": " c", "references": ["one", "two "][: n + 1]} for n in range(2)]
-    items = prompts.held_out(write(tmp_path / "rows.jsonl", *rows), name=None, split="test", rows=9)
-    assert [item["references"] for item in items] == [["one"], ["one", "two"]]
+    items = read_prompts(write(tmp_path / "rows.jsonl", *rows), name=None, split="test", rows=9)
+    assert [item.references for item in items] == [["one"], ["one", "two"]]
 
 
 @pytest.mark.parametrize(
@@ -88,17 +88,17 @@ def test_references_of_their_own_take_the_completions_place(tmp_path: Path) -> N
 )
 def test_rows_without_prompts_are_refused(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
-        prompts.held_out(write(tmp_path / "rows.jsonl", *rows), name=None, split="test", rows=9)
+        read_prompts(write(tmp_path / "rows.jsonl", *rows), name=None, split="test", rows=9)
 
 
 def test_rows_that_the_students_are_trained_on_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="evaluation.generation.split: the students are trained on the split 'test'"):
-        generation.prompts(Generation(), Data(rows=10, split="test"))
+        held_out_prompts(Generation(), Data(rows=10, split="test"))
     one = write(tmp_path / "rows.jsonl", {"prompt": "p", "completion": "c"})
     for source in (one, str(tmp_path)):
         with pytest.raises(InputError, match="evaluation.generation.source: the students are trained on all of"):
-            generation.prompts(Generation(), Data(source=source))
+            held_out_prompts(Generation(), Data(source=source))
     write(tmp_path / "train.jsonl", {"prompt": "of train", "completion": "c"})
     write(tmp_path / "test.jsonl", {"prompt": "held out", "completion": "c"})
-    assert [item["prompt"] for item in generation.prompts(Generation(), Data(source=str(tmp_path)))] == ["held out"]
-    assert generation.prompts(Generation(source=one), Data(source=one))  # said by name: meant so
+    assert [item.text for item in held_out_prompts(Generation(), Data(source=str(tmp_path)))] == ["held out"]
+    assert held_out_prompts(Generation(source=one), Data(source=one))  # said by name: meant so

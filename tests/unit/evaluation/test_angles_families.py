@@ -18,7 +18,7 @@ from llmkd.evaluation.results import StudentView
 from llmkd.models.families import depths
 from tests.family_models import DECODERS, ENCODER_DECODERS, ENCODERS, new, run
 from tests.tensor_bytes import TensorBytes
-from tests.unit.evaluation.test_angle_cosines import check
+from tests.unit.evaluation.test_angle_cosines import check, code_of
 from tests.unit.models.test_families import decoder_rows, encoder_decoder_pair, encoder_pair, encoder_rows, source_rows
 
 CPU = torch.device("cpu")
@@ -86,7 +86,7 @@ def test_angles_are_those_of_hidden_states(name: str, normed: bool) -> None:
         s1, t1, last = shown[0][number][0], shown[1][number][0], shown[1][number][-1]
         u, v = t1 - s1, last - s1
         code = (u * v).sum(-1) / (u.norm(dim=-1) * v.norm(dim=-1) + 1e-6)
-        tokens, padded = (stack.paper_code.tokens, stack.paper_code.with_padding)
+        tokens, padded = (code_of(stack).tokens, code_of(stack).with_padding)
         assert tokens.mean == pytest.approx(code.mean().item(), abs=1e-12) and tokens.counted == len(code)
         positions = [b.attended if number or b.source_attended is None else b.source_attended for b in batches]
         if len(found) == 2 and number == 0:
@@ -112,7 +112,7 @@ def test_a_teacher_seen_from_itself_lacks_its_own_direction(name: str) -> None:
     ):
         for number, block in enumerate(stack.blocks):
             assert [missing > 0 for missing in block.without_direction] == [n == number for n in range(depth)]
-        assert stack.paper_code.tokens.mean == 0  # T_1 is S_1, which the paper's code counts as 0
+        assert code_of(stack).tokens.mean == 0  # T_1 is S_1, which the paper's code counts as 0
 
 
 def test_a_stack_whose_blocks_have_no_projector_sees_nothing() -> None:

@@ -30,7 +30,7 @@ def angles_text(files: dict[str, Path]) -> str:
     final_states = " or ".join(dict.fromkeys(angles.final_state for _, angles in measured))
     teacher_blocks = " + ".join(str(stack.teacher_blocks) for stack in first.stacks)
     note = (
-        f"cos(T_i - S, T_j - S) over {tokens_read(first.stacks)} of {first.rows} held-out rows, mean over student blocks and pairs "
+        f"cos(T_i - S, T_j - S) over {tokens_read({stack.stack: stack.tokens for stack in first.stacks})} of {first.rows} held-out rows, mean over student blocks and pairs "
         f"i < j of {teacher_blocks} teacher blocks; the last blocks' states are {final_states}; paper_code: the mean "
         "of cos(T_first - S_first, T_last - S_first) as the paper's code takes it"
     )

@@ -82,7 +82,7 @@ class ScoredModel(StepResult):
     STEP: ClassVar[str] = ""
     LABELS: ClassVar[Mapping[str, Metric]] = {}
     """How the step's metrics are shown; one that is not here is shown by its own name, higher is better."""
-    LINES = ".jsonl"
+    LINES: ClassVar[str] = ".jsonl"
 
     model: str = ""
     dtype: str | None = None
@@ -258,9 +258,9 @@ class Item(_Fields):
 class GeneratedText(Item):
     """What a model wrote for one prompt."""
 
-    prompt: str
-    references: list[str]
-    text: str
+    prompt: str = ""
+    references: list[str] = field(default_factory=list)
+    text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finished: bool = False
     """Whether the model ended the text itself."""

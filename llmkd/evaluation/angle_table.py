@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmkd.errors import InputError
-from llmkd.evaluation.results import WHEN, AngleResult, StudentView, tokens_read
+from llmkd.evaluation.results import WHEN, AngleResult, StudentView
 
 
 def angles_text(files: dict[str, Path]) -> str:
@@ -30,7 +30,7 @@ def angles_text(files: dict[str, Path]) -> str:
     final_states = " or ".join(dict.fromkeys(angles.final_state for _, angles in measured))
     teacher_blocks = " + ".join(str(stack.teacher_blocks) for stack in first.stacks)
     note = (
-        f"cos(T_i - S, T_j - S) over {tokens_read({stack.stack: stack.tokens for stack in first.stacks})} of {first.rows} held-out rows, mean over student blocks and pairs "
+        f"cos(T_i - S, T_j - S) over {first.tokens_read()} of {first.rows} held-out rows, mean over student blocks and pairs "
         f"i < j of {teacher_blocks} teacher blocks; the last blocks' states are {final_states}; paper_code: the mean "
         "of cos(T_first - S_first, T_last - S_first) as the paper's code takes it"
     )

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from llmkd.evaluation.angle_files import FOLDER
 from llmkd.evaluation.results import (
     WHEN,
     AngleResult,
@@ -17,6 +16,7 @@ from llmkd.evaluation.results import (
     read_result,
     tokens_read,
 )
+from llmkd.recipe.scoring_steps import ANGLES
 from llmkd.recipe.study_entries import StudyEntry
 from llmkd.report import numbers
 from llmkd.report.files import row_name
@@ -31,7 +31,7 @@ Member = tuple[AngleResult, MeasuredAngles, StackAngles]
 def study_angles(folder: Path, entries: Iterable[StudyEntry]) -> Angles | None:
     """The angles of a study's students by strategy and, of encoder-decoders, by stack; None where none were measured."""
     trained = [entry for entry in entries if entry.train is not None]
-    results = [(entry, read_result(folder / FOLDER / f"{entry.name}.json", AngleResult)) for entry in trained]
+    results = [(entry, read_result(folder / ANGLES.folder / f"{entry.name}.json", AngleResult)) for entry in trained]
     if all(result is None for _, result in results):
         return None
     groups: dict[tuple[str, str], list[Member]] = {}

@@ -26,11 +26,12 @@ from llmkd.data.rows import source_contents
 from llmkd.errors import InputError
 from llmkd.evaluation.angle_cosines import BINS, pairs_of
 from llmkd.evaluation.angle_projectors import drawn_projectors, trained_projectors
+from llmkd.evaluation.angle_results import AngleResult, MeasuredAngles, StackAngles, StudentView
 from llmkd.evaluation.angle_states import STACKS, StudentObserver, TeacherStates, observe
 from llmkd.evaluation.angle_students import TrainedStudent, students_of
 from llmkd.evaluation.checks import held_out_data
 from llmkd.evaluation.held_out import batches_of, generation_rows, held_out_section
-from llmkd.evaluation.results import AngleResult, Item, MeasuredAngles, StackAngles, StudentView
+from llmkd.evaluation.results import Item
 from llmkd.evaluation.step import Score, Step, model_contents, run, serve
 from llmkd.files import digest
 from llmkd.inference.child import Say

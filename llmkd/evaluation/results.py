@@ -1,8 +1,8 @@
 """The result files of the scoring steps as dataclasses: one class a step, read and written here and nowhere else.
 
-A step's folder holds, for each model, `<name>.json` (a class of this module) and, for all steps but the angles, a file with one line
-per item (`GeneratedText`, `ComparedItem`, `ClassifiedRow`, `TaskItem`). Readers are tolerant of older and of hand-made files: a key
-that is absent has its default, a key that is not known here is left out.
+A step's folder holds, for each model, `<name>.json` (a class of this module, of the angles one of `angle_results`) and, for all steps
+but the angles, a file with one line per item (`GeneratedText`, `ComparedItem`, `ClassifiedRow`, `TaskItem`). Readers are tolerant of
+older and of hand-made files: a key that is absent has its default, a key that is not known here is left out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from math import isfinite
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeGuard, TypeVar
+from typing import Any, ClassVar, Self, TypeGuard, TypeVar
 
 from llmkd.evaluation import class_metrics, text_metrics
 from llmkd.evaluation.text_metrics import Metric
@@ -20,11 +20,6 @@ from llmkd.files import read, read_lines
 
 Scores = dict[str, float | None]
 """Metric -> its value; None where the step could not give it."""
-Matrix = list[list[float | None]]
-"""By teacher block and teacher block."""
-When = Literal["before", "after"]
-WHEN: tuple[When, When] = ("before", "after")
-"""Of a student's training: when its angles are measured."""
 
 AGREEMENT_METRICS = {
     "token_agreement": Metric("tokens as the teacher's", True, False),
@@ -35,7 +30,7 @@ AGREEMENT_METRICS = {
 """Every metric of the agreement with the teacher, in the order of a table."""
 
 
-class _Fields:
+class JsonFields:
     """A dataclass that is made from a JSON object; what else the object holds is left out."""
 
     @classmethod
@@ -45,7 +40,7 @@ class _Fields:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepResult(_Fields):
+class StepResult(JsonFields):
     """What the result files of all steps hold: whose they are, what they were made of, and what went wrong."""
 
     LINES: ClassVar[str | None] = None
@@ -244,7 +239,7 @@ def _renamed(values: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Item(_Fields):
+class Item(JsonFields):
     """A line of a file with one line per item."""
 
     item: int
@@ -318,143 +313,6 @@ class TaskItem(Item):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Angles
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockAngles(_Fields):
-    """The cosines between all pairs of teacher blocks, seen from one student block.
-
-    Matrices [L, L] by teacher block: mean cosine and share above zero (1 on the diagonal; None where no token counts). Lists by pair
-    i < j: tokens counted, and the histogram's counts; by teacher block: tokens at which its state has no direction.
-    """
-
-    block: int
-    mean: Matrix
-    above_zero: Matrix
-    mean_of_pairs: float | None
-    above_zero_of_pairs: float | None
-    counted: list[int] = field(default_factory=list)
-    without_direction: list[int] = field(default_factory=list)
-    histogram: list[list[int]] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CosineSummary(_Fields):
-    """One stream of cosines."""
-
-    mean: float | None
-    above_zero: float | None = None
-    counted: int = 0
-    not_finite: int = 0
-    histogram: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PaperCode:
-    """The statistic of the paper's own code, with padding as there and over tokens alone."""
-
-    with_padding: CosineSummary
-    tokens: CosineSummary
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudentView:
-    """What one stack of a student sees of the teacher's."""
-
-    blocks: list[BlockAngles]
-    paper_code: PaperCode | None
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        code = value["paper_code"]
-        return cls(
-            blocks=[BlockAngles.from_json(block) for block in value["blocks"]],
-            paper_code=code
-            and PaperCode(**{key: CosineSummary.from_json(code[key]) for key in ("with_padding", "tokens")}),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class StackAngles(_Fields):
-    """One stack of blocks before and after training: a decoder's only one, or an encoder-decoder's `encoder` or `decoder`."""
-
-    stack: str
-    """Empty where a model has but one."""
-    tokens: int
-    positions: int = 0
-    """Tokens and padding."""
-    teacher_blocks: int
-    student_blocks: int
-    pairs: list[tuple[int, int]] = field(default_factory=list)
-    before: StudentView
-    after: StudentView
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return super().from_json({**value, **{when: StudentView.from_json(value[when]) for when in WHEN}})
-
-    def view(self, when: When) -> StudentView:
-        return self.before if when == "before" else self.after
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasuredAngles(_Fields):
-    """What was measured of one student."""
-
-    rows: int
-    final_state: str
-    projector: dict[str, str] | None = None
-    """When -> whose projectors the states were seen through; None where the widths are the same."""
-    projector_left_out: bool = False
-    """Whether the student was trained through a projector that these angles leave out."""
-    bins: int = 0
-    stacks: list[StackAngles]
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return super().from_json({**value, "stacks": [StackAngles.from_json(stack) for stack in value["stacks"]]})
-
-    def tokens_read(self) -> str:
-        """How many tokens the stacks read: `12 tokens`, or `12 tokens in the encoder and 9 in the decoder`."""
-        return tokens_read({stack.stack: stack.tokens for stack in self.stacks})
-
-
-@dataclass(frozen=True, kw_only=True)
-class AngleResult(StepResult):
-    """How a student's blocks see the teacher's. `measured` is None of a step that failed, and of a file by an earlier llmkd."""
-
-    kind: str = ""
-    strategy: str = ""
-    seed: int | None = None
-    init: str = ""
-    measured: MeasuredAngles | None = None
-    settings: dict[str, object] = field(default_factory=dict)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        whole = value.get("error") is None and "stacks" in value
-        return super().from_json({**value, "measured": MeasuredAngles.from_json(value) if whole else None})
-
-    def to_json(self) -> dict[str, Any]:
-        """What was measured stands among the other keys of the file."""
-        whole = super().to_json()
-        measured = whole.pop("measured") or {}
-        return {**whole, **measured}
-
-    def to_text(self) -> str:
-        """In one line: histograms are long."""
-        return json.dumps(self.to_json(), allow_nan=False, separators=(",", ":"))
-
-
-def tokens_read(tokens: Mapping[str, int]) -> str:
-    """How many tokens the stacks read, by stack: `12 tokens`, or `12 tokens in the encoder and 9 in the decoder`."""
-    first, *others = [f"{count:,}" for count in tokens.values()]
-    where = [f" in the {stack}" if stack else "" for stack in tokens]
-    return f"{first} tokens{where[0]}" + "".join(f" and {n}{at}" for n, at in zip(others, where[1:], strict=True))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
 SCORED: dict[str, type[ScoredModel]] = {
@@ -463,7 +321,7 @@ SCORED: dict[str, type[ScoredModel]] = {
 """Step -> the class of its result files; of a step that is not here, ScoredModel."""
 
 R = TypeVar("R", bound=StepResult)
-L = TypeVar("L", bound=_Fields)
+L = TypeVar("L", bound=JsonFields)
 
 
 def read_result(file: Path, kind: type[R]) -> R | None:

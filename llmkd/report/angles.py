@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from llmkd.evaluation.results import (
+from llmkd.evaluation.angle_results import (
     WHEN,
     AngleResult,
     Matrix,
     MeasuredAngles,
     StackAngles,
     StudentView,
-    read_result,
     tokens_read,
 )
+from llmkd.evaluation.results import read_result
 from llmkd.recipe.scoring_steps import ANGLES
 from llmkd.recipe.study_entries import StudyEntry
 from llmkd.report import numbers

@@ -18,8 +18,8 @@ from llmkd.data.tokens import tokenize
 from llmkd.errors import InputError
 from llmkd.evaluation import angle_cosines
 from llmkd.evaluation.angle_cosines import BINS, CodeCosine, PairCosines, pairs_of
+from llmkd.evaluation.angle_results import BlockAngles, PaperCode, StudentView
 from llmkd.evaluation.angle_states import StudentObserver, TeacherStates, observe
-from llmkd.evaluation.results import BlockAngles, PaperCode, StudentView
 from llmkd.models import load, make
 from tests.tensor_bytes import TensorBytes
 

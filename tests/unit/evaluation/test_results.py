@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from llmkd.evaluation.angle_results import AngleResult
 from llmkd.evaluation.results import (
     SCORED,
     AgreementResult,
-    AngleResult,
     ClassificationResult,
     ComparedItem,
     GeneratedText,

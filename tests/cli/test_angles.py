@@ -14,6 +14,7 @@ import yaml
 from llmkd.cli import main
 from llmkd.errors import InputError
 from llmkd.evaluation import angles
+from llmkd.evaluation.angle_table import angles_text
 from llmkd.inference import child
 from llmkd.recipe.recipe import dump_recipe, load_recipe
 from llmkd.recipe.study_entries import StudyFile, study_entries
@@ -148,7 +149,7 @@ def test_a_student_that_can_not_be_looked_from_is_named(
     shutil.copytree(still, folder, ignore=shutil.ignore_patterns("angles"))
     spoil(folder)
     with pytest.raises(InputError, match=sentence):
-        angles.angles_text(angles.angles(folder, rows=2))
+        angles_text(angles.angles(folder, rows=2))
     angles.angles(folder, rows=2)
     assert len(inside) == 2  # a noted error is no result
 
@@ -177,7 +178,7 @@ def test_a_run_without_pairs_is_told_what_would_have_matched_some(
     meta = json.loads(file.read_text())
     file.write_text(json.dumps({**meta, "inputs": {**meta["inputs"], key: yaml.safe_load(value)}}))
     with pytest.raises(InputError, match=sentence):
-        angles.angles_text(angles.angles(folder, overrides=[override], rows=2))
+        angles_text(angles.angles(folder, overrides=[override], rows=2))
 
 
 def test_a_study_is_measured_student_by_student(run: Path, tmp_path: Path, inside: list[Any]) -> None:
@@ -199,7 +200,7 @@ def test_a_study_is_measured_student_by_student(run: Path, tmp_path: Path, insid
     assert list(files) == ["ce_only-s0", "forward-s0"]
     ours, theirs = (json.loads(file.read_text()) for file in files.values())
     assert ours["stacks"] == theirs["stacks"]
-    assert "ce_only-s0" in angles.angles_text(files)
+    assert "ce_only-s0" in angles_text(files)
 
 
 @pytest.mark.parametrize(

@@ -275,8 +275,8 @@ def angles(run: Path, recipe: str | None, rows: int | None, overrides: tuple[str
 
     RUN is a study's folder or one student's training folder; the results are in RUN/angles.
     """
-    from llmkd.evaluation.angle_table import angles_text
-    from llmkd.evaluation.angles import angles as measure
+    from llmkd.evaluation.angles.measure import angles as measure
+    from llmkd.evaluation.angles.table import angles_text
 
     click.echo(angles_text(measure(run, recipe=recipe, overrides=overrides, rows=rows)))
 

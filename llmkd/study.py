@@ -16,7 +16,8 @@ from transformers import PreTrainedConfig
 from llmkd.data.batches import Family
 from llmkd.distributed.launch import launch
 from llmkd.errors import InputError
-from llmkd.evaluation import agreement, angles, classification, generation, lm_eval_step
+from llmkd.evaluation import agreement, classification, generation, lm_eval_step
+from llmkd.evaluation.angles.measure import angles
 from llmkd.evaluation.checks import check_evaluation, held_out_data
 from llmkd.evaluation.generation import check as check_generation
 from llmkd.evaluation.lm_eval_step import check_tasks
@@ -114,7 +115,7 @@ def _score(recipe: Recipe, entries: Sequence[StudyEntry]) -> list[str]:
         AGREEMENT: lambda out: agreement.agree(
             students, teacher, settings, recipe.data, generations, out, trust_remote_code=trust
         ),
-        ANGLES: lambda _: angles.angles(folder, rows=settings.angles_rows),
+        ANGLES: lambda _: angles(folder, rows=settings.angles_rows),
     }
     mistakes = []
     for step in SCORING_STEPS:

@@ -37,7 +37,7 @@ LM_EVAL = ScoringStep("lm-eval", "tasks", "evaluations", "llmkd.evaluation.lm_ev
 AGREEMENT = ScoringStep(
     "agreement", "agreement_rows", "agreement", "llmkd.evaluation.agreement", "agreement", of_teacher=False
 )
-ANGLES = ScoringStep("angles", "angles_rows", "angles", "llmkd.evaluation.angles", of_teacher=False)
+ANGLES = ScoringStep("angles", "angles_rows", "angles", "llmkd.evaluation.angles.measure", of_teacher=False)
 
 SCORING_STEPS = (GENERATION, CLASSIFICATION, LM_EVAL, AGREEMENT, ANGLES)
 """In the order in which a study takes them, and in which the report shows them; the agreement reads the generated texts."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from llmkd.evaluation.angle_results import (
+from llmkd.evaluation.angles.results import (
     WHEN,
     AngleResult,
     Matrix,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from llmkd.evaluation.angle_results import Matrix, When
+from llmkd.evaluation.angles.results import Matrix, When
 
 Agreed = dict[str, Any]
 """Conditions shared by models, as their files give them (any JSON value); where models differ, a list of all values."""

@@ -13,8 +13,8 @@ import yaml
 
 from llmkd.cli import main
 from llmkd.errors import InputError
-from llmkd.evaluation import angles
-from llmkd.evaluation.angle_table import angles_text
+from llmkd.evaluation.angles import measure
+from llmkd.evaluation.angles.table import angles_text
 from llmkd.inference import child
 from llmkd.recipe.recipe import dump_recipe, load_recipe
 from llmkd.recipe.study_entries import StudyFile, study_entries
@@ -73,7 +73,7 @@ def test_the_command_measures_a_training_folder_once(
 
 def test_training_that_moves_nothing_has_the_same_angles_before_and_after(still: Path, inside: list[Any]) -> None:
     """The start is made anew as training made it, and the projector in the checkpoint is the one that was drawn."""
-    found = json.loads(angles.angles(still, rows=ROWS)["still"].read_text())
+    found = json.loads(measure.angles(still, rows=ROWS)["still"].read_text())
     assert found["error"] is None
     assert found["projector"] == {
         "before": "as drawn from the recipe's seed",
@@ -94,27 +94,27 @@ def test_a_projector_at_equal_width_is_left_out_and_the_file_says_so(
 ) -> None:
     """The states are raw: without its projectors in the checkpoints, the same angles."""
     folder = trained(world, tiny, tmp_path / "always", **{"matching.projector": "always"})
-    found = json.loads(angles.angles(folder, rows=2)["always"].read_text())
+    found = json.loads(measure.angles(folder, rows=2)["always"].read_text())
     shutil.rmtree(folder / "checkpoints")
     shutil.rmtree(folder / "angles")
-    again = json.loads(angles.angles(folder, rows=2)["always"].read_text())
+    again = json.loads(measure.angles(folder, rows=2)["always"].read_text())
     assert found["error"] is None and found["projector"] is None and found["projector_left_out"] is True
     assert found["stacks"] == again["stacks"]
     shutil.copytree(run, tmp_path / "plain", ignore=shutil.ignore_patterns("angles"))
-    plain = angles.angles(tmp_path / "plain", rows=2)["plain"]
+    plain = measure.angles(tmp_path / "plain", rows=2)["plain"]
     assert json.loads(plain.read_text())["projector_left_out"] is False
 
 
 def test_other_rows_or_another_model_are_measured_again(run: Path, tmp_path: Path, inside: list[Any]) -> None:
     folder = tmp_path / "forward-s0"
     shutil.copytree(run, folder)
-    angles.angles(folder, rows=2)
-    angles.angles(folder, rows=2)
-    angles.angles(folder, rows=3)
+    measure.angles(folder, rows=2)
+    measure.angles(folder, rows=2)
+    measure.angles(folder, rows=3)
     assert [order["shared"]["rows"] for order in inside] == [2, 3]
     config = folder / "model" / "config.json"
     config.write_text(config.read_text() + "\n")
-    angles.angles(folder, rows=3)
+    measure.angles(folder, rows=3)
     assert len(inside) == 3
 
 
@@ -149,8 +149,8 @@ def test_a_student_that_can_not_be_looked_from_is_named(
     shutil.copytree(still, folder, ignore=shutil.ignore_patterns("angles"))
     spoil(folder)
     with pytest.raises(InputError, match=sentence):
-        angles_text(angles.angles(folder, rows=2))
-    angles.angles(folder, rows=2)
+        angles_text(measure.angles(folder, rows=2))
+    measure.angles(folder, rows=2)
     assert len(inside) == 2  # a noted error is no result
 
 
@@ -178,7 +178,7 @@ def test_a_run_without_pairs_is_told_what_would_have_matched_some(
     meta = json.loads(file.read_text())
     file.write_text(json.dumps({**meta, "inputs": {**meta["inputs"], key: yaml.safe_load(value)}}))
     with pytest.raises(InputError, match=sentence):
-        angles_text(angles.angles(folder, overrides=[override], rows=2))
+        angles_text(measure.angles(folder, overrides=[override], rows=2))
 
 
 def test_a_study_is_measured_student_by_student(run: Path, tmp_path: Path, inside: list[Any]) -> None:
@@ -188,7 +188,7 @@ def test_a_study_is_measured_student_by_student(run: Path, tmp_path: Path, insid
     StudyFile("tiny", "forward", {}, [], study_entries(recipe)).write(tmp_path)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     with pytest.raises(InputError, match="no student of this study has been trained yet; run llmkd study first"):
-        angles.angles(tmp_path)
+        measure.angles(tmp_path)
     for name, strategy in (("forward-s0", "forward"), ("ce_only-s0", "none")):
         folder = tmp_path / "students" / name
         shutil.copytree(run, folder, ignore=shutil.ignore_patterns("angles"))
@@ -196,7 +196,7 @@ def test_a_study_is_measured_student_by_student(run: Path, tmp_path: Path, insid
         (folder / "model" / "llmkd.json").write_text(
             json.dumps({**meta, "inputs": {**meta["inputs"], "matching.strategy": strategy}})
         )
-    files = angles.angles(tmp_path, rows=2)
+    files = measure.angles(tmp_path, rows=2)
     assert list(files) == ["ce_only-s0", "forward-s0"]
     ours, theirs = (json.loads(file.read_text()) for file in files.values())
     assert ours["stacks"] == theirs["stacks"]
@@ -221,14 +221,14 @@ def test_a_wrong_folder_is_named_with_the_cure(
     run: Path, tmp_path: Path, make: Callable[[Path, Path], Path], sentence: str
 ) -> None:
     with pytest.raises(InputError, match=sentence):
-        angles.angles(make(tmp_path, run))
+        measure.angles(make(tmp_path, run))
 
 
 def test_a_wrong_recipe_is_named_with_the_cure(run: Path, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="student.blocks was 3, here it is 2; give its own recipe by --recipe"):
-        angles.angles(run, overrides=["student.blocks=2"])
+        measure.angles(run, overrides=["student.blocks=2"])
     with pytest.raises(InputError, match="evaluation.generation: the held-out rows are those of this section"):
-        angles.angles(run, recipe=str(tiny / "recipe.yaml"))
+        measure.angles(run, recipe=str(tiny / "recipe.yaml"))
     with pytest.raises(
         InputError, match="angles_rows: the held-out rows are those of evaluation.generation, of encoders .*; add"
     ):
@@ -237,11 +237,11 @@ def test_a_wrong_recipe_is_named_with_the_cure(run: Path, tiny: Path, tmp_path: 
     shutil.copytree(run, folder)
     (folder / "recipe.yaml").unlink()
     with pytest.raises(InputError, match="its recipe.yaml is not at hand; give the recipe that trained"):
-        angles.angles(folder)
+        measure.angles(folder)
     meta = json.loads((folder / "model" / "llmkd.json").read_text())
     (folder / "model" / "llmkd.json").write_text(json.dumps({**meta, "inputs": {"finetune.seed": 0}}))
     with pytest.raises(InputError, match="this run made a teacher, and angles are seen from a student"):
-        angles.angles(folder)
+        measure.angles(folder)
 
 
 def test_rows_that_can_not_be_had_are_refused(run: Path, tmp_path: Path, inside: list[Any]) -> None:
@@ -249,5 +249,5 @@ def test_rows_that_can_not_be_had_are_refused(run: Path, tmp_path: Path, inside:
     folder = tmp_path / "forward-s0"
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("angles"))
     with pytest.raises(InputError, match="no file or folder '/nowhere.jsonl'"):
-        angles.angles(folder, overrides=["evaluation.generation.source=/nowhere.jsonl"])
+        measure.angles(folder, overrides=["evaluation.generation.source=/nowhere.jsonl"])
     assert not list((folder / "angles").glob("*.json"))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from llmkd.errors import InputError
-from llmkd.evaluation import angles
-from llmkd.evaluation.angle_table import angles_text
+from llmkd.evaluation.angles import measure
+from llmkd.evaluation.angles.table import angles_text
 from llmkd.train import train
 from llmkd.training import jobs
 from tests.family_models import ENCODER_DECODERS, ENCODERS, family_recipe, new
@@ -33,7 +33,7 @@ def trained(world: Any, folder: Path, name: str, **changes: Any) -> Path:
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    found = json.loads(angles.angles(folder, rows=ROWS)["forward-s0"].read_text())
+    found = json.loads(measure.angles(folder, rows=ROWS)["forward-s0"].read_text())
     assert found["error"] is None and found["rows"] == ROWS
     return found
 
@@ -56,7 +56,7 @@ def test_a_copied_students_first_block_has_no_direction_to_its_teachers_before(
             assert before[0]["without_direction"] == [stack["tokens"], 0, 0, 0]
             assert stack["before"]["paper_code"]["tokens"]["mean"] == 0
         assert after[0]["without_direction"] == [0] * stack["teacher_blocks"] and after[0]["mean"] != before[0]["mean"]
-    said = angles_text(angles.angles(folder, rows=ROWS))
+    said = angles_text(measure.angles(folder, rows=ROWS))
     assert len(inside) == 1  # what is there is not measured again
     if name == "bert":
         assert "forward-s0 | teacher | before" in said and f"over {stack['tokens']} tokens of 6 held-out" in said
@@ -87,4 +87,4 @@ def test_a_narrow_random_student_sees_through_its_projectors(
 def test_an_encoders_rows_are_those_it_classifies(world: Any, tmp_path: Path, inside: list[Any]) -> None:
     folder = trained(world, tmp_path, "bert")
     with pytest.raises(InputError, match=r"evaluation\.classification: the held-out rows are those of this section"):
-        angles.angles(folder, recipe=str(tmp_path / "recipe.yaml"))
+        measure.angles(folder, recipe=str(tmp_path / "recipe.yaml"))

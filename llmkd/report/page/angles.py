@@ -8,7 +8,7 @@ from itertools import groupby
 from statistics import fmean
 from typing import Any
 
-from llmkd.evaluation.angle_results import WHEN, Matrix
+from llmkd.evaluation.angles.results import WHEN, Matrix
 from llmkd.report import numbers
 from llmkd.report.angles import angle_table, sentence, setting
 from llmkd.report.page.html import Content, bold, figure, missing, paragraph, pictures, table

@@ -16,10 +16,10 @@ from llmkd.data.batches import IGNORE, Batch, collate
 from llmkd.data.rows import load_rows
 from llmkd.data.tokens import tokenize
 from llmkd.errors import InputError
-from llmkd.evaluation import angle_cosines
-from llmkd.evaluation.angle_cosines import BINS, CodeCosine, PairCosines, pairs_of
-from llmkd.evaluation.angle_results import BlockAngles, PaperCode, StudentView
-from llmkd.evaluation.angle_states import StudentObserver, TeacherStates, observe
+from llmkd.evaluation.angles import cosines
+from llmkd.evaluation.angles.cosines import BINS, CodeCosine, PairCosines, pairs_of
+from llmkd.evaluation.angles.results import BlockAngles, PaperCode, StudentView
+from llmkd.evaluation.angles.states import StudentObserver, TeacherStates, observe
 from llmkd.models import load, make
 from tests.tensor_bytes import TensorBytes
 
@@ -113,7 +113,7 @@ def test_a_block_that_never_has_a_direction_has_no_number() -> None:
 def test_numbers_are_those_of_a_loop(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of seven tokens, several batches, a projector to the teacher's width."""
     torch.manual_seed(0)
-    monkeypatch.setattr(angle_cosines, "CHUNK", 7 * 5 * 16)
+    monkeypatch.setattr(cosines, "CHUNK", 7 * 5 * 16)
     project = torch.nn.Linear(8, 16).requires_grad_(False)
     project = project.double() if dtype == torch.float64 else project
     seen, wanted = PairCosines(5), {pair: [] for pair in pairs_of(5)}

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from llmkd.data.batches import Batch, collate
 from llmkd.data.other_families import collate_classified, collate_sources
 from llmkd.errors import InputError
-from llmkd.evaluation.angle_results import StudentView
-from llmkd.evaluation.angle_states import StudentObserver, TeacherStates, observe
+from llmkd.evaluation.angles.results import StudentView
+from llmkd.evaluation.angles.states import StudentObserver, TeacherStates, observe
 from llmkd.models.families import depths
 from tests.family_models import DECODERS, ENCODER_DECODERS, ENCODERS, new, run
 from tests.tensor_bytes import TensorBytes

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llmkd.evaluation.angle_results import AngleResult
+from llmkd.evaluation.angles.results import AngleResult
 from llmkd.evaluation.results import (
     SCORED,
     AgreementResult,

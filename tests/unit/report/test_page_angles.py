@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llmkd.evaluation.angle_cosines import pairs_of
+from llmkd.evaluation.angles.cosines import pairs_of
 from llmkd.report.angles import coarse, evenly, grouped, sentence
 from llmkd.report.page.angles import angle_section, cosine_maps
 from llmkd.report.results import Angles, AnglesThen, Average, BlockMap, StrategyAngles

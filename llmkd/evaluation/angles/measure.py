@@ -4,7 +4,8 @@
 again. "Before" is the student as training began it, made anew from its recipe. The work is done in a process of its own, this file.
 
 Cost: per student one pass of the teacher over the rows and one of each of its two models (one "before" serves all students that
-begin alike), and the cosines (llmkd.evaluation.angle_cosines). Memory: teacher, two students, and one batch's states of all teacher blocks.
+begin alike), and the cosines (llmkd.evaluation.angles.cosines). Memory: teacher, two students, and one batch's states of all teacher
+blocks.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from torch import nn
 from llmkd.data.batches import Batch
 from llmkd.data.rows import source_contents
 from llmkd.errors import InputError
-from llmkd.evaluation.angle_cosines import BINS, pairs_of
-from llmkd.evaluation.angle_projectors import drawn_projectors, trained_projectors
-from llmkd.evaluation.angle_results import AngleResult, MeasuredAngles, StackAngles, StudentView
-from llmkd.evaluation.angle_states import STACKS, StudentObserver, TeacherStates, observe
-from llmkd.evaluation.angle_students import TrainedStudent, students_of
+from llmkd.evaluation.angles.cosines import BINS, pairs_of
+from llmkd.evaluation.angles.projectors import drawn_projectors, trained_projectors
+from llmkd.evaluation.angles.results import AngleResult, MeasuredAngles, StackAngles, StudentView
+from llmkd.evaluation.angles.states import STACKS, StudentObserver, TeacherStates, observe
+from llmkd.evaluation.angles.students import TrainedStudent, students_of
 from llmkd.evaluation.checks import held_out_data
 from llmkd.evaluation.held_out import batches_of, generation_rows, held_out_section
 from llmkd.evaluation.results import Item

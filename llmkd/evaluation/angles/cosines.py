@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmkd.errors import InputError
-from llmkd.evaluation.angle_results import BlockAngles, CosineSummary, Matrix, PaperCode
+from llmkd.evaluation.angles.results import BlockAngles, CosineSummary, Matrix, PaperCode
 from llmkd.losses.distances import SMALLEST_NORM
 
 BINS = 64  # of a histogram, on [-1, 1]

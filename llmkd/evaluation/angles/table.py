@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmkd.errors import InputError
-from llmkd.evaluation.angle_results import WHEN, AngleResult, StudentView
+from llmkd.evaluation.angles.results import WHEN, AngleResult, StudentView
 
 
 def angles_text(files: dict[str, Path]) -> str:

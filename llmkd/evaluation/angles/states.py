@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from llmkd.data.batches import Batch
 from llmkd.errors import InputError
-from llmkd.evaluation.angle_cosines import CodeCosine, PairCosines
-from llmkd.evaluation.angle_results import StudentView
+from llmkd.evaluation.angles.cosines import CodeCosine, PairCosines
+from llmkd.evaluation.angles.results import StudentView
 from llmkd.models.parts import Stack, Tokens, final_state, on_state, stacks, tokens_of
 from llmkd.teachers.base import Capture
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from llmkd.distributed.engines import saved_weights
 from llmkd.errors import InputError
-from llmkd.evaluation.angle_students import TrainedStudent, fix_for_pairs
+from llmkd.evaluation.angles.students import TrainedStudent, fix_for_pairs
 from llmkd.models.load import DTYPES
 from llmkd.student.distiller import make_projectors
 from llmkd.training import checkpoint

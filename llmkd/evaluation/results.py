@@ -1,6 +1,6 @@
 """The result files of the scoring steps as dataclasses: one class a step, read and written here and nowhere else.
 
-A step's folder holds, for each model, `<name>.json` (a class of this module, of the angles one of `angle_results`) and, for all steps
+A step's folder holds, for each model, `<name>.json` (a class of this module, of the angles one of `angles.results`) and, for all steps
 but the angles, a file with one line per item (`GeneratedText`, `ComparedItem`, `ClassifiedRow`, `TaskItem`). Readers are tolerant of
 older and of hand-made files: a key that is absent has its default, a key that is not known here is left out.
 """

@@ -42,7 +42,7 @@ def _t5(shape: Mapping[str, Any], ends: Mapping[str, Any], labels: tuple[str, ..
         num_layers=depth,
         num_decoder_layers=shape.get("decoder_layers") or depth,
         initializer_factor=shape["initializer_range"] / DEFAULT_RANGE,
-        **ends | {"decoder_start_token_id": PAD},  # as in the published models
+        **{**ends, "decoder_start_token_id": PAD},  # as in the published models
     )
 
 

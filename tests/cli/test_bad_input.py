@@ -248,7 +248,9 @@ def test_checkpoint_and_model_of_another_recipe(place: Path, world: Any) -> None
     model.mkdir()
     (model / "llmkd.json").write_text(json.dumps({"inputs": inputs}))
     sentence = refusal(place, world, {"matching.strategy": "reverse"})
-    assert f"{place / 'run'} was made by another recipe: matching.strategy was at its default, now 'reverse'" in sentence
+    assert (
+        f"{place / 'run'} was made by another recipe: matching.strategy was at its default, now 'reverse'" in sentence
+    )
 
 
 def _another_row(place: Path) -> None:

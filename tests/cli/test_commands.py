@@ -123,7 +123,7 @@ def test_plan_draws_the_run_s_own_cut_of_a_pipeline(capsys: pytest.CaptureFixtur
     architecture = load_recipe("qwen3_8b_to_9_blocks").teacher.architecture
     assert architecture is not None
     parts = teacher_cut(new_config(architecture.model_dump()), 8)
-    assert parts != pipeline_schedule.cut([1] * 36, 8)
+    assert parts != pipeline_schedule.cut_into_stages([1] * 36, 8)
     assert re.findall(r"blocks (\d+)-(\d+) ", text) == [(str(part.start), str(part.stop - 1)) for part in parts]
     assert "final state -> student 8 and head" in text
     maps = ["maps", "--student-blocks", "9", "--teacher-blocks", "36", "--strategy", "forward", "--stages", "8"]

@@ -315,10 +315,15 @@ class TaskItem(Item):
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
-SCORED: dict[str, type[ScoredModel]] = {
+_CLASSES: dict[str, type[ScoredModel]] = {
     one.STEP: one for one in (GenerationResult, ClassificationResult, LmEvalResult, AgreementResult)
 }
-"""Step -> the class of its result files; of a step that is not here, ScoredModel."""
+
+
+def scored_class(step: str) -> type[ScoredModel]:
+    """The class of a step's result files. A step whose files hold no keys of their own needs none here."""
+    return _CLASSES.get(step) or type("ScoredModel", (ScoredModel,), {"STEP": step})
+
 
 R = TypeVar("R", bound=StepResult)
 L = TypeVar("L", bound=JsonFields)

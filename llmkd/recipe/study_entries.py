@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ CE_ONLY: Mapping[str, object] = {
     "stones": None,
 }
 STEPS = {step.name: step.entry for step in SCORING_STEPS if step.entry is not None}
-"""Scoring step -> the field of `StudyEntry` that names its result file, in the order of the report's columns."""
+"""Scoring step -> the key of an entry in `study.json` that names its result file, in the order of the report's columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +39,23 @@ class StudyEntry:
     """The model's folder, or the hub name of one that the study does not make."""
     train: str | None
     """The folder of its training run; None where it is not trained."""
-    generation: str | None = None
-    classification: str | None = None
-    agreement: str | None = None
-    evaluation: str | None = None
-    """The four result files; None for a step that the recipe does not ask for."""
+    results: Mapping[str, str] = field(default_factory=dict)
+    """Scoring step -> its result file, for each step that the recipe asks for; in `study.json` a key of its own each."""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> StudyEntry:
+        own: dict[str, Any] = {one.name: value.get(one.name) for one in fields(cls) if one.name != "results"}
+        return cls(**own, results={step: value[key] for step, key in STEPS.items() if value.get(key)})
+
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        files = values.pop("results")
+        return {**values, **{key: files.get(step) for step, key in STEPS.items()}}
 
     @property
     def steps(self) -> list[str]:
         """The scoring steps that the study asks of this model."""
-        return [step for step in STEPS if self.result_file(step) is not None]
+        return [step for step in STEPS if step in self.results]
 
     def run_folder(self, study: Path) -> Path:
         """The folder of its training run, in a study's folder."""
@@ -57,8 +64,7 @@ class StudyEntry:
 
     def result_file(self, step: str) -> str | None:
         """The file of a scoring step's result."""
-        file: str | None = getattr(self, STEPS[step])
-        return file
+        return self.results.get(step)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class StudyFile:
     entries: Sequence[StudyEntry]
 
     def write(self, folder: Path) -> None:
-        publish_json(folder / "study.json", asdict(self))
+        publish_json(folder / "study.json", {**vars(self), "entries": [entry.to_json() for entry in self.entries]})
 
 
 def read_study(folder: Path) -> StudyFile:
@@ -89,10 +95,7 @@ def read_study(folder: Path) -> StudyFile:
         reference=values.get("reference") or "forward",
         margins=values.get("margins") or {},
         margins_history=values.get("margins_history") or [],
-        entries=[
-            StudyEntry(**{field.name: entry.get(field.name) for field in fields(StudyEntry)})
-            for entry in values["entries"]
-        ],
+        entries=[StudyEntry.from_json(entry) for entry in values["entries"]],
     )
 
 
@@ -147,11 +150,11 @@ def _entry(
     train: str | None = None,
 ) -> StudyEntry:
     results = {
-        step.entry: f"{step.folder}/{name}.json"
+        step.name: f"{step.folder}/{name}.json"
         for step in SCORING_STEPS
         if step.entry is not None and step.asked(recipe.evaluation) and (step.of_teacher or kind != "teacher")
     }
-    return StudyEntry(name=name, kind=kind, strategy=strategy, seed=seed, model=model, train=train, **results)
+    return StudyEntry(name=name, kind=kind, strategy=strategy, seed=seed, model=model, train=train, results=results)
 
 
 def entry_recipe(recipe: Recipe, entry: StudyEntry) -> Recipe:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmkd.evaluation.results import SCORED, GeneratedText, ScoredModel, Scores, read_items, read_result
+from llmkd.evaluation.results import GeneratedText, ScoredModel, Scores, read_items, read_result, scored_class
 from llmkd.files import read
 from llmkd.recipe.study_entries import StudyEntry, read_study
 from llmkd.report.results import Agreed
@@ -27,7 +27,7 @@ def result_file(folder: Path, entry: StudyEntry, step: str) -> Path:
 
 def items_file(folder: Path, entry: StudyEntry, step: str) -> Path:
     """The file of a step's lines, one per item."""
-    return result_file(folder, entry, step).with_suffix(SCORED[step].LINES)
+    return result_file(folder, entry, step).with_suffix(scored_class(step).LINES)
 
 
 def step_result(folder: Path, entry: StudyEntry, step: str) -> tuple[ScoredModel | None, str | None]:
@@ -36,7 +36,7 @@ def step_result(folder: Path, entry: StudyEntry, step: str) -> tuple[ScoredModel
     A step that failed may have numbers all the same: one faulty task costs the others nothing.
     """
     file = result_file(folder, entry, step)
-    result = read_result(file, SCORED[step])
+    result = read_result(file, scored_class(step))
     if result is None:
         return None, "unreadable result file" if file.is_file() else "not run"
     if result.error is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from llmkd.evaluation.results import SCORED, ScoredModel
+from llmkd.evaluation.results import ScoredModel, scored_class
 from llmkd.recipe.study_entries import STEPS, StudyEntry, StudyFile, read_study
 from llmkd.report.angles import study_angles
 from llmkd.report.comparisons import comparisons
@@ -135,9 +135,9 @@ def _metrics(outcomes: Sequence[Outcome]) -> list[Metric]:
 
 def _metric(name: str, lower: bool) -> Metric:
     step, _, short = name.partition("/")
-    if step not in SCORED:
+    if step not in STEPS:
         return Metric(name, name, not lower, short in OF_100, "lm-eval")
-    label, higher, percent = SCORED[step].LABELS.get(short, (short, True, False))
+    label, higher, percent = scored_class(step).LABELS.get(short, (short, True, False))
     return Metric(name, label, higher, percent, step)
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from llmkd.evaluation.angles.results import AngleResult
 from llmkd.evaluation.results import (
-    SCORED,
     AgreementResult,
     ClassificationResult,
     ComparedItem,
@@ -20,6 +19,7 @@ from llmkd.evaluation.results import (
     StepResult,
     read_items,
     read_result,
+    scored_class,
 )
 
 HEADER = {"name", "fingerprint", "error", "seconds", "versions"}
@@ -113,5 +113,7 @@ def test_angles_that_failed_or_are_of_an_earlier_form_hold_no_measurement() -> N
         assert AngleResult.from_json(value).measured is None
 
 
-def test_every_scored_step_has_its_class() -> None:
-    assert set(SCORED) == {"generation", "classification", "lm-eval", "agreement"}
+def test_a_step_without_keys_of_its_own_needs_no_class_of_its_own() -> None:
+    assert scored_class("lm-eval") is LmEvalResult
+    result = scored_class("new").from_json({"name": "m", "metrics": {"score": 1.0}})
+    assert result.tasks == {"new": {"score": 1.0}} and type(result).from_json(result.to_json()) == result

@@ -110,7 +110,7 @@ def _check_scores(folder: Path, file: Path) -> None:
     assert found["metrics"] == pytest.approx(expected, rel=1e-5) and found["error"] is None
     assert len(set(predicted)) > 1
     about: dict[str, Any] = {"kind": "student", "strategy": "forward", "seed": 0, "model": "", "train": None}
-    entry = StudyEntry(name="one", **about, classification=file.name)
+    entry = StudyEntry(name="one", **about, results={"classification": file.name})
     scores = {f"classification/{key}": value for key, value in found["metrics"].items()}
     items = ItemScores(file.parent, [entry], {"one": scores}, {"one": []})
     for metric in ("accuracy", "f1", "cross_entropy"):

@@ -58,7 +58,7 @@ class StepResult(JsonFields):
         """A result file that must be there."""
         return cls.from_json(json.loads(file.read_text()))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return asdict(self)
 
     def to_text(self) -> str:
@@ -114,7 +114,7 @@ class ScoredModel(StepResult):
         shown = [f"{name} {'-' if value is None else format(value, '.4g')}" for name, value in scores]
         return " ".join([*shown, *([f"failed: {self.error}"] if self.error else [])])
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         whole = super().to_json()
         if self.backend is None:
             del whole["backend"]
@@ -142,7 +142,7 @@ class GenerationResult(ScoredModel):
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         return super().from_json({**value, "prompts": value.get("items")})
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return _renamed(super().to_json(), {"prompts": "items"})
 
 
@@ -211,7 +211,7 @@ class LmEvalResult(ScoredModel):
         tasks = {task: numbers(scores) for task, scores in value.get("tasks", {}).items()}
         return super().from_json({**value, "task_scores": tasks, "task_items": value.get("items", {})})
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         whole = super().to_json()
         del whole["metrics"]
         return _renamed(whole, {"task_scores": "tasks", "task_items": "items"})
@@ -230,7 +230,7 @@ def _counted(step: str, count: int | None) -> dict[str, int]:
     return {} if count is None else {step: count}
 
 
-def _renamed(values: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def _renamed(values: dict[str, object], names: Mapping[str, str]) -> dict[str, object]:
     return {names.get(key, key): value for key, value in values.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
 from llmkd.evaluation.results import JsonFields, StepResult
@@ -131,11 +131,11 @@ class AngleResult(StepResult):
         whole = value.get("error") is None and "stacks" in value
         return super().from_json({**value, "measured": MeasuredAngles.from_json(value) if whole else None})
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """What was measured stands among the other keys of the file."""
         whole = super().to_json()
-        measured = whole.pop("measured") or {}
-        return {**whole, **measured}
+        del whole["measured"]
+        return whole if self.measured is None else {**whole, **asdict(self.measured)}
 
     def to_text(self) -> str:
         """In one line: histograms are long."""

@@ -41,11 +41,6 @@ def publish_json(file: Path, value: Any) -> None:
     publish(file, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False))
 
 
-def publish_lines(file: Path, values: Iterable[Any]) -> None:
-    """Publish one JSON value a line."""
-    publish(file, "".join(json.dumps(value, allow_nan=False, ensure_ascii=False) + "\n" for value in values))
-
-
 def digest(parts: Sequence[str]) -> str:
     """A hash of texts, 32 hexadecimal digits."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

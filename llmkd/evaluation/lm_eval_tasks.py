@@ -139,7 +139,7 @@ def _local_fault(manager: Any, config: Config) -> str | None:
     try:
         manager.load([config["task"]])
     except Exception as error:  # whatever the task's own code or data raises, it would raise after the training too
-        return f"can't be built ({first_line(error)}); mend its YAML or its data"
+        return f"can't be built ({first_line(error)}); fix its YAML or its data"
     return None
 
 

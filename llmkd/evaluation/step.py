@@ -130,7 +130,8 @@ class _Driver(Generic[S, R]):
             if code is not None and not self._stopped:
                 running = None
                 error = f"the process that scored it ended with code {code}; see {self._out / self._step.log_name}"
-                _publish(self._out, replace(model, error=error), [])
+                if pending([model], self._out):  # else it died after its result was written
+                    _publish(self._out, replace(model, error=error), [])
         if running is not None:
             running.close()
 

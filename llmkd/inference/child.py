@@ -22,7 +22,7 @@ from llmkd.files import PACKAGE, ROOT
 # What a launcher sets for its ranks, by how the names begin: a child is none of them and would wait for the others.
 LAUNCHER_VARIABLES = tuple("RANK WORLD_SIZE MASTER_ LOCAL_ GROUP_ ROLE_ CROSS_ TORCHELASTIC_ ACCELERATE_".split())
 REFUSAL = "input error: "  # begins the child's last line when it can't follow its orders
-DONE = "done: "  # begins the last line about an order
+DONE = "\x1edone: "  # begins the last line about an order; no name of a model holds the control character
 
 Say = Callable[[str], None]
 
@@ -37,14 +37,17 @@ class Child:
             self._process = subprocess.Popen(
                 command, env=environment, text=True, stdin=pipe, stdout=pipe, stderr=errors
             )
-        self._send(shared)
+        # Sent with the first order: a child reads only once its imports are done, which may take long.
+        self._unsent = [shared]
 
     def do(self, order: object, say: Say) -> int | None:
         """Hand over an order and wait until it is done; `say` gets each line that the child prints meanwhile.
 
         Returns None, or the exit code of a child that died before it was done. Raises InputError where the child refuses its orders.
         """
-        self._send(order)
+        for value in (*self._unsent, order):
+            self._send(value)
+        self._unsent = []
         assert self._process.stdout is not None
         for line in map(str.rstrip, self._process.stdout):
             if line.startswith(REFUSAL):

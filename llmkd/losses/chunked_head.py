@@ -282,5 +282,5 @@ def _kept_top_k(known: TopK, where: Tensor) -> TopK:
 
 
 def _kept(states: Tensor, where: Tensor) -> Tensor:
-    """The states where they count, zeros elsewhere: what is nobody's may hold anything, NaN too, and stays out of every product."""
+    """The states where they count, zeros elsewhere: unused positions may hold anything, NaN too, and stay out of every product."""
     return states.masked_fill(~where[:, None], 0.0)

@@ -169,5 +169,7 @@ def entry_recipe(recipe: Recipe, entry: StudyEntry) -> Recipe:
 
 def _only_for(recipe: Recipe, strategy: str) -> dict[str, object]:
     """The options of other strategies, each at its default: a study's recipe may give those of all its strategies."""
+    if strategy not in STRATEGIES:  # refused by its name, once the recipe is changed
+        return {}
     given = recipe.matching.options.keys() - set(STRATEGIES[strategy].options)
     return {f"matching.{option}": Matching.model_fields[option].default for option in given}

@@ -145,6 +145,7 @@ def test_a_variant_is_a_student_with_keys_of_its_own(recipe_file: Path) -> None:
         ("study.variants={a: {}}", "study.variants.a: nothing is changed"),
         ("study.variants={a: {data.rows: 7}}", "study.variants.a: data.rows is the same for all students"),
         ("study.variants={a: {loss.hiden: 7}}", "hiden.*hidden"),
+        ("study.variants={a: {matching.strategy: forwrd}}", "matching.strategy.*forwrd.*forward"),
         ("evaluation.tasks=[records_choise]", "no task 'records_choise'.*did you mean records_choice"),
         ("student.blocks=9", "student.blocks: 9 blocks can't be copied from a teacher of 6"),
         ("matching.target_block=6", "target"),

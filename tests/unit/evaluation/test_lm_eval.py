@@ -300,7 +300,7 @@ def write_task(folder: Path, name: str, text: str) -> None:
         ),
         ("dataset_path: a/b\nmetric_list: [{metric: exact_match, hf_evaluate: true}]", "metric 'exact_match'"),
         ("dataset_path: a/b\nunsafe_code: true", "runs code.*choose another"),
-        ("custom_dataset: !function broken.rows", "can't be built .no rows today.*(fix|mend) its YAML"),
+        ("custom_dataset: !function broken.rows", "can't be built .no rows today.*fix its YAML"),
     ],
 )
 def test_what_would_fail_after_the_training_is_refused_before_it(text: str, said: str, tmp_path: Path) -> None:

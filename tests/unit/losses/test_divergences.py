@@ -97,10 +97,10 @@ MIXES = [{"forward_kl": 0.5, "reverse_kl": 0.5}, {"jsd": 2.0, "tvd": 0.1, "akl":
 def test_a_mix_is_the_weighted_sum_by_autograd_and_by_closed_form(mix, temperature):
     student, teacher = logits(6, 40, dtype=torch.float64).requires_grad_(), logits(6, 40, seed=1, dtype=torch.float64)
     given = {"beta": 0.3} if "jsd" in mix else {}
-    expected = sum(
-        weight * definitions.divergence(name, student, teacher, temperature, **(given if name == "jsd" else {}))
-        for name, weight in mix.items()
-    )
+    expected = torch.zeros((), dtype=student.dtype)
+    for name, weight in mix.items():
+        parameters = given if name == "jsd" else {}
+        expected = expected + weight * definitions.divergence(name, student, teacher, temperature, **parameters)
     value = with_parameters(mix, given)(student, teacher, temperature)
     torch.testing.assert_close(value, expected)
     (slope,) = gradients(expected, student)

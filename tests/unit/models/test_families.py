@@ -231,7 +231,7 @@ def test_sampled_sets_and_weights_of_pairs_know_the_two_stacks(name: str) -> Non
         rows = (ours[block].flatten(0, 1)[at], theirs[target].flatten(0, 1)[at].detach())
         expected.append(SET_DISTANCES["cka"](*rows) * 5 * factor * counts)
     torch.testing.assert_close(sums[2:].double(), torch.stack(expected).detach(), rtol=1e-6, atol=0.0)
-    (HIDDEN * sum(w * d for w, d in zip(weights, expected, strict=True))).backward()
+    (HIDDEN * torch.stack([w * d for w, d in zip(weights, expected, strict=True)]).sum()).backward()
     for (key, found), plain in zip(module.model.named_parameters(), student.parameters(), strict=True):
         if plain.grad is not None:
             torch.testing.assert_close(found.grad, plain.grad, rtol=1e-6, atol=1e-9, msg=lambda m, n=key: f"{n}: {m}")

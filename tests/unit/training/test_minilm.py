@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForSequenceClassification
 
+from llmkd.evaluation import classification
 from llmkd.evaluation.checks import held_out_data
-from llmkd.evaluation.classification import classified
+from llmkd.evaluation.results import ClassificationResult
 from llmkd.files import ROOT
 from llmkd.recipe.recipe import load_recipe
 from llmkd.train import student_folder, train
@@ -40,13 +41,13 @@ def test_minilm_is_fine_tuned_and_distilled(world: Any, tmp_path: Path) -> None:
     assert train(world, jobs.finetune_job(world, recipe, recipe.folder / "teacher"))
     assert train(world, jobs.distil_job(world, recipe, student_folder(recipe)))
     data = held_out_data(recipe)
-    rows = jobs.read_rows(data)
+    rows, task = jobs.read_rows(data), classification.Task(recipe.evaluation, data)
     accuracy = {}
     for name, folder in (("teacher", Path(recipe.teacher_path)), ("student", student_folder(recipe) / "model")):
-        found, lines = classified(folder, rows, recipe.evaluation, data)
-        assert len(lines) == 200 and found["classes"] == ["negative", "positive"]
-        accuracy[name] = found["metrics"]["accuracy"]
-        print(name, json.dumps(found["metrics"]))
+        scored, lines = classification.score(ClassificationResult(name=name, model=str(folder)), rows, task)
+        assert len(lines) == 200 and scored.classes == ["negative", "positive"]
+        accuracy[name] = scored.metrics["accuracy"]
+        print(name, json.dumps(scored.metrics))
     assert accuracy["teacher"] > 0.7 and accuracy["student"] > 0.6  # each class has half of the rows
     student = AutoModelForSequenceClassification.from_pretrained(student_folder(recipe) / "model")
     assert student.config.num_hidden_layers == 3 and student.config.id2label == {0: "negative", 1: "positive"}

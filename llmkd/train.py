@@ -73,7 +73,7 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         # every step (all ranks: their counts are added up on the CPU)
         counts, asked_to_stop = _counts(world, micro_batches, stopping)
         this = steps.settings(step, counts, len(micro_batches))
-        run.begin(this)
+        run.set_rate(step)
         results = [_train_on(run, batch.to(world.device), this, number) for number, batch in enumerate(micro_batches)]
         meter.add(this, results)
         tokens += this.tokens
@@ -118,8 +118,7 @@ def _counts(world: World, micro_batches: Sequence[Batch], stopping: Stopping) ->
 
 def _train_on(run: PreparedRun, batch: Batch, settings: StepSettings, micro_batch: int) -> PassResult:
     """One micro-batch: the teacher's pass, the student's, the backward pass; after the step's last one the optimizer's step."""
-    signal = None if run.teacher is None else run.teacher.signals(batch)
-    result: PassResult = run.engine(batch, signal, settings, micro_batch)
+    result: PassResult = run.engine(batch, run.signal(batch, settings), settings, micro_batch)
     run.engine.backward(result.loss, scale_wrt_gas=False)  # the sums are already divided by the whole batch's counts
     run.engine.step()
     return result._replace(loss=result.loss.detach())

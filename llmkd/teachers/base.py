@@ -80,12 +80,20 @@ class Signal:
 class Teacher(Protocol):
     """A placement of the teacher's weights."""
 
+    @property
+    def blocks(self) -> nn.ModuleList | None:
+        """All its blocks, where a rank can run them itself (`Placement.runs_upper_blocks`); None elsewhere."""
+        ...
+
     def expect(self, batches: Sequence[Batch]) -> None:
         """Announce the micro-batches that will be asked for next, in order. Every rank calls it equally often, ahead of `signals`."""
         ...
 
-    def signals(self, batch: Batch) -> Signal:
-        """The teacher's signal for a micro-batch. Every rank calls it once per micro-batch, in the same order."""
+    def signals(self, batch: Batch, uses: Sequence[int] | None = None) -> Signal:
+        """The teacher's signal for a micro-batch. Every rank calls it once per micro-batch, in the same order.
+
+        `uses`: the blocks that the student takes, where they change from step to step; a placement that needs a fixed map has none given.
+        """
         ...
 
 

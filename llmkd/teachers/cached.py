@@ -46,6 +46,8 @@ class CacheTeacher:
     were run in it.
     """
 
+    blocks = None
+
     def __init__(
         self,
         folder: Path,
@@ -84,8 +86,9 @@ class CacheTeacher:
             if coming.values is None:
                 coming.values = self._pool.submit(self._read, coming.rows)
 
-    def signals(self, batch: Batch) -> Signal:
+    def signals(self, batch: Batch, uses: Sequence[int] | None = None) -> Signal:
         """The states of the batch's rows at their places [B, T, H], zeros at padding; each is put there when it is taken."""
+        assert uses is None, "a cache's map is fixed"
         values = self._values(batch)
 
         def here(name: str) -> Tensor:

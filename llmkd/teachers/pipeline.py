@@ -59,6 +59,8 @@ class PipelineTeacher:
     is where the student is; None where no divergence asks for it, and then no final state is sent.
     """
 
+    blocks = None
+
     def __init__(
         self,
         body: nn.Module,
@@ -113,8 +115,9 @@ class PipelineTeacher:
         self._turns.append(Turn(deque(range(first, first + len(mine))), self._rounds))
 
     @torch.no_grad()
-    def signals(self, batch: Batch) -> Signal:
+    def signals(self, batch: Batch, uses: Sequence[int] | None = None) -> Signal:
         """The teacher's signal for this member's next micro-batch. The stages have then begun on the ones after it."""
+        assert uses is None, "a pipeline's map is fixed"
         while not self._turns[0].mine:
             self._turns.popleft()
         turn = self._turns[0]

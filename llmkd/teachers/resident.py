@@ -42,32 +42,32 @@ class ResidentTeacher:
         model.eval().requires_grad_(False)
         self._head = head(model) if logits else None
         self._model = model
-        self._uses = tuple(uses)
+        self._uses = self._taken = tuple(uses)
         self.blocks = blocks(model)
         self._upper = UpperBlocks(model, stones, again=checkpointed) if stones else None
         body = Body(model)
         self._body = body if ds_config is None else frozen_engine(body, ds_config)
-        new: Callable[[], States] = dict if offload_to is None else lambda: OffloadedStates(self._uses, offload_to)
-        self._capture = Capture({}, new, lambda block: block in self._uses)
+        new: Callable[[], States] = dict if offload_to is None else lambda: OffloadedStates(self._taken, offload_to)
+        self._capture = Capture({}, new, lambda block: block in self._taken)
         for block in set(uses):
             on_state(model, block, self._capture.keeper(block), normed=normed_last)
-
-    def use(self, uses: Sequence[int]) -> None:
-        """From now on the student takes these blocks, all of them among those it was made with; no other state is kept."""
-        self._uses = tuple(uses)
-        self._capture.collect()  # what waits for the next pass is made for these
 
     def expect(self, batches: Sequence[Batch]) -> None:
         """It runs on each micro-batch when it is asked for it."""
 
     @torch.no_grad()
-    def signals(self, batch: Batch) -> Signal:
-        """Run the teacher on the batch: the mapped blocks' states and, where logits are asked for, the final state and the head."""
+    def signals(self, batch: Batch, uses: Sequence[int] | None = None) -> Signal:
+        """Run the teacher on the batch: the mapped blocks' states and, where logits are asked for, the final state and the head.
+
+        `uses`: the blocks that the student takes this time, all among those the teacher was made with; default: these.
+        """
+        self._taken = self._uses if uses is None else tuple(uses)
+        self._capture.collect()  # an empty place for the states of these blocks
         final = self._body(batch)
         states = self._capture.collect()
         if self._head is None:
-            return Signal(states, self._uses, None, None)
-        return Signal(states, self._uses, final, self.head, upper=self._upper)
+            return Signal(states, self._taken, None, None)
+        return Signal(states, self._taken, final, self.head, upper=self._upper)
 
     @contextlib.contextmanager
     def head(self) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -276,7 +276,7 @@ def fit_stones(
 ) -> None:
     """Fit the stones' connectors on the run's first batches, which `rows` gives (all ranks take part)."""
     settings = job.recipe.stones
-    assert settings is not None and isinstance(teacher, ResidentTeacher)
+    assert settings is not None and teacher is not None and teacher.blocks is not None, "the recipe's checks see to it"
     stack = blocks(student.module.model), teacher.blocks
     connectors = student.module.stones.connectors
     steps = rows(start_step=0, steps=settings.connector_batches)

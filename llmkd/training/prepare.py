@@ -19,8 +19,7 @@ from llmkd.errors import InputError
 from llmkd.recipe.recipe import dump_recipe
 from llmkd.student.distiller import Distiller
 from llmkd.student.passes import StepSettings
-from llmkd.teachers.base import Teacher
-from llmkd.teachers.resident import ResidentTeacher
+from llmkd.teachers.base import Signal, Teacher
 from llmkd.training import build, cache_contents, checkpoint, initial, nearest
 from llmkd.training.jobs import Job
 
@@ -49,13 +48,15 @@ class PreparedRun:
         steps = self.rows(start_step=self.first, steps=self.steps)
         return steps if self.teacher is None else announced(steps, self.teacher.expect)
 
-    def begin(self, settings: StepSettings) -> None:
-        """Give the optimizer this step's learning rate, and the teacher the blocks of its pairs where the map is drawn again."""
+    def set_rate(self, step: int) -> None:
+        """Give the optimizer the learning rate of this step, from 1."""
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = self.rate(settings.step - 1)
-        if self.job.redraws:
-            assert isinstance(self.teacher, ResidentTeacher)  # the recipe's checks refuse other placements
-            self.teacher.use([block for _, block in settings.pairs])
+            group["lr"] = self.rate(step - 1)
+
+    def signal(self, batch: Batch, settings: StepSettings) -> Signal | None:
+        """The teacher's signal for a micro-batch of a step; None without a teacher."""
+        redrawn = [block for _, block in settings.pairs] if self.job.redraws else None
+        return None if self.teacher is None else self.teacher.signals(batch, redrawn)
 
 
 def prepare(world: World, job: Job) -> PreparedRun:

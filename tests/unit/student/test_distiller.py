@@ -149,6 +149,14 @@ def test_only_mapped_blocks_are_captured_and_none_outlives_its_pairs(
     loss.backward()
 
 
+def test_a_pass_for_other_blocks_keeps_these_alone_and_the_next_its_own(teacher: Any) -> None:
+    source = ResidentTeacher(teacher, [0, 1, 4], normed_last=False, ds_config=None)
+    whole, part, again = source.signals(_batch()), source.signals(_batch(), [4, 4]), source.signals(_batch())
+    assert (whole.held, part.held, again.held) == (3, 1, 3)
+    first, second = part.take(4), part.take(4)
+    assert part.held == 0 and torch.equal(first, second) and torch.equal(first, again.take(4))
+
+
 def test_teacher_asks_for_no_hidden_states(teacher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     source = ResidentTeacher(teacher, [2], normed_last=False, ds_config=None)
     outputs = []

@@ -307,9 +307,9 @@ def runs_of_teacher(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         teacher = load(*arguments)
         signals = teacher.signals
 
-        def noted(batch: Batch) -> Any:
+        def noted(batch: Batch, *uses: Any) -> Any:
             seen.append(batch.rows)
-            return signals(batch)
+            return signals(batch, *uses)
 
         teacher.signals = noted  # type: ignore[method-assign]
         return teacher

@@ -7,7 +7,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from llmkd.recipe.recipe import Recipe
+from pydantic_core import to_jsonable_python
+
+from llmkd.recipe.recipe import Recipe, section_at
 from llmkd.recipe.run import Cache, Finetune
 from llmkd.recipe.section import NO_EFFECT, Section
 
@@ -15,8 +17,8 @@ from llmkd.recipe.section import NO_EFFECT, Section
 def training_inputs(recipe: Recipe) -> dict[str, Any]:
     """The keys that decide what a student becomes, flat and dotted.
 
-    A key at its default counts as absent, so a new key of the recipe leaves every run of before as it was. Keys marked NO_EFFECT are
-    left out. A teacher that the recipe makes counts by how it is made, so that the run's folder may be renamed or moved.
+    A key at its default is left out, so that a key added to recipes later leaves the inputs of older runs unchanged; so are keys marked
+    NO_EFFECT. A teacher that the recipe makes counts by how it is made, so that the run's folder may be renamed or moved.
     """
     changes: dict[str, Any] = {"finetune": None if recipe.finetune is None else _with_own_data(recipe)}
     if recipe.teacher.placed.has_weights:
@@ -53,6 +55,21 @@ def _inputs(section: Section) -> dict[str, Any]:
         else:
             values[key] = plain[key]
     return flat(values)
+
+
+def input_text(inputs: Mapping[str, Any], key: str) -> str:
+    """The value of a key among a run's inputs, for messages; of a key that is not among them, its default."""
+    if key in inputs:
+        return repr(inputs[key])
+    *place, name = key.split(".")
+    section = section_at(place)
+    field = None if section is None else section.model_fields.get(name)
+    default = (
+        None
+        if field is None or field.is_required()
+        else to_jsonable_python(field.get_default(call_default_factory=True))
+    )
+    return "unset" if default is None else f"{default!r} (the default)"
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from llmkd.errors import InputError
 from llmkd.layer_map import OPTIONS, STRATEGIES
 from llmkd.losses.distance_sum import KNOWN, terms_of
 from llmkd.losses.divergences import DIVERGENCES, PARAMETERS, with_parameters
@@ -83,6 +84,18 @@ class Matching(Section):
         """The strategies' options that are given."""
         values = {key: getattr(self, key) for key in OPTIONS}
         return {key: value for key, value in values.items() if value != type(self).model_fields[key].default}
+
+    def check_options(self, strategies: Sequence[str]) -> None:
+        """Raise InputError for an option that none of these strategies reads."""
+        for option in self.options:
+            if not any(option in STRATEGIES[name].options for name in strategies if name in STRATEGIES):
+                names = ", ".join(strategies)
+                reader = (
+                    f"strategy {names!r} does not read" if len(strategies) == 1 else f"no strategy of {names} reads"
+                )
+                raise InputError(
+                    f"matching.{option}: {reader} this option; leave it out, or use strategy {OPTIONS[option]!r}"
+                )
 
     @property
     def mixes(self) -> tuple[dict[str, float], ...]:

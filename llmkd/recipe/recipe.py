@@ -69,6 +69,11 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _options_are_read(self) -> Recipe:
+        self.matching.check_options(tuple(dict.fromkeys((self.matching.strategy, *self.study_strategies))))
+        return self
+
+    @model_validator(mode="after")
     def _temperature_schedule_is_read(self) -> Recipe:
         schedule = None if self.loss.schedules is None else self.loss.schedules.temperature
         if schedule is None:
@@ -159,6 +164,12 @@ class Recipe(Section):
     @property
     def _takes_divergence(self) -> bool:
         return self.loss.kl > 0 or (self.stones is not None and (self.stones.kl > 0 or self.stones.cross > 0))
+
+    @property
+    def study_strategies(self) -> tuple[str, ...]:
+        """The strategies of the study's students, each once."""
+        changes = [self.study.changes(student) for student in self.study.students]
+        return tuple(dict.fromkeys(str(c.get("matching.strategy", self.matching.strategy)) for c in changes))
 
     @property
     def measures_map(self) -> bool:
@@ -274,26 +285,26 @@ def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
 
 def _examples(location: Sequence[Any]) -> list[str]:
     """The examples that the field at [section, key] declares, as YAML."""
-    section = None if len(location) != 2 else _section_at(location[:1])
+    section = None if len(location) != 2 else section_at(location[:1])
     field = None if section is None else section.model_fields.get(location[1])
     examples = [] if field is None else field.examples or []
     return [yaml.safe_dump(e, default_flow_style=True, width=1000).removesuffix("...\n").strip() for e in examples]
 
 
 def _keys_at(location: Sequence[Any]) -> list[str]:
-    section = _section_at(location)
+    section = section_at(location)
     assert section is not None, location
     return list(section.model_fields)
 
 
-def _section_at(location: Sequence[Any]) -> type[Section] | None:
+def section_at(location: Sequence[Any]) -> type[Section] | None:
     """The class of the section at this place of a recipe; None for the place of a value."""
     section: Any = Recipe
     for part in location:
         if get_origin(section) is dict:  # of sections by name
             section = section.__args__[1]
             continue
-        if section not in _sections((section,)):
+        if section not in _sections((section,)) or part not in section.model_fields:
             return None
         annotation = section.model_fields[part].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]

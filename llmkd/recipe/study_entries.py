@@ -158,18 +158,19 @@ def _entry(
 
 
 def entry_recipe(recipe: Recipe, entry: StudyEntry) -> Recipe:
-    """The recipe of one student of a study."""
+    """The recipe of one student of a study. Raises InputError where no student of the study reads an option that the recipe gives."""
     assert entry.strategy is not None, entry
     changes = dict(CE_ONLY if entry.strategy == "ce_only" else recipe.study.changes(entry.strategy))
     if recipe.teacher.share_cache:
         changes["teacher.placement"] = "cache"
+    recipe.matching.check_options(recipe.study_strategies)
     strategy = str(changes.get("matching.strategy", recipe.matching.strategy))
-    return recipe.changed({**_only_for(recipe, strategy), **changes, "seed": entry.seed})
+    return recipe.changed({**_without_others(recipe.matching, strategy), **changes, "seed": entry.seed})
 
 
-def _only_for(recipe: Recipe, strategy: str) -> dict[str, object]:
-    """The options of other strategies, each at its default: a study's recipe may give those of all its strategies."""
+def _without_others(matching: Matching, strategy: str) -> dict[str, object]:
+    """The options that only the study's other strategies read, each set back to its default."""
     if strategy not in STRATEGIES:  # refused by its name, once the recipe is changed
         return {}
-    given = recipe.matching.options.keys() - set(STRATEGIES[strategy].options)
-    return {f"matching.{option}": Matching.model_fields[option].default for option in given}
+    unread = matching.options.keys() - set(STRATEGIES[strategy].options)
+    return {f"matching.{option}": Matching.model_fields[option].default for option in unread}

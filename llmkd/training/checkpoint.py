@@ -26,6 +26,7 @@ from llmkd.distributed.engines import load_shards, merge_shards, whole_state
 from llmkd.distributed.ranks import World, barrier, on_main
 from llmkd.errors import InputError
 from llmkd.models.folders import copy_tokenizer
+from llmkd.recipe.inputs import input_text
 
 log = logging.getLogger("llmkd")
 
@@ -87,7 +88,7 @@ def check_same(theirs: Mapping[str, object], ours: Mapping[str, object], where: 
     """Raise InputError that names the first recipe key in which the checkpoint or model at `where` differs from this run."""
     for key in sorted(theirs.keys() | ours.keys()):
         if theirs.get(key) != ours.get(key):
-            before, now = (repr(values[key]) if key in values else "at its default" for values in (theirs, ours))
+            before, now = input_text(theirs, key), input_text(ours, key)
             raise InputError(
                 f"{where} was made by another recipe: {key} was {before}, now {now}; give --output another folder, put the recipe back, "
                 f"or remove {where}"

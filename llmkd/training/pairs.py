@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmkd.errors import InputError
-from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING, STRATEGIES, Pairs, check_options, layer_map
+from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING, STRATEGIES, Pairs, layer_map
 from llmkd.models import families
 from llmkd.recipe.recipe import Recipe
 
@@ -46,7 +46,7 @@ def _stack_map(recipe: Recipe, student: int, teacher: int, *, stack: str = "", d
     `stack`: one of STACKS, of models of two.
     """
     matching = recipe.matching
-    check_options(matching.strategy, matching.options)
+    matching.check_options([matching.strategy])  # a study's recipe may give options of its other strategies
     by_stack = {key: value for key, value in matching.options.items() if isinstance(value, Mapping)}
     for key in by_stack if not stack else ():
         example = "[[0, 1], [1, 3]]" if key == "pairs" else "2"

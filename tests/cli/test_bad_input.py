@@ -114,7 +114,7 @@ def test_the_recipe_that_is_spoilt_below_is_good(place: Path, world: Any) -> Non
             "pairs[0] is [0, 6]: 6 is not a block of the teacher, which has 6: write a whole number from 0 to 5",
         ),
         ({"matching.strategy": "explicit", "matching.pairs": [[3, 0]]}, "3 is not a block of the student, which has 3"),
-        ({"matching.pairs": [[0, 0]]}, "pairs: strategy 'forward' does not read this option; leave it out"),
+        ({"matching.pairs": [[0, 0]]}, "matching.pairs: strategy 'forward' does not read this option; leave it out"),
         (
             {"matching.strategy": "all_to_one", "matching.target_block": 6},
             "target_block 6 is not a block of the teacher",
@@ -249,7 +249,8 @@ def test_checkpoint_and_model_of_another_recipe(place: Path, world: Any) -> None
     (model / "llmkd.json").write_text(json.dumps({"inputs": inputs}))
     sentence = refusal(place, world, {"matching.strategy": "reverse"})
     assert (
-        f"{place / 'run'} was made by another recipe: matching.strategy was at its default, now 'reverse'" in sentence
+        f"{place / 'run'} was made by another recipe: matching.strategy was 'forward' (the default), now 'reverse'"
+        in sentence
     )
 
 

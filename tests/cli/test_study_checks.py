@@ -100,6 +100,10 @@ def test_the_study_that_is_spoilt_below_is_good(file: Path) -> None:
             ["matching.pair_weights=[1, 2]"],
             "matching.pair_weights: 2 weights for the 3 pairs 0<1, 1<3, 2<5; write one for",
         ),
+        (
+            ["matching.strategy=in_order_random", "matching.redraw_every=5", "study.strategies=[forward, reverse]"],
+            "matching.redraw_every: no strategy of forward, reverse reads this option; leave it out, or use strategy",
+        ),
         (["student.copy_blocks=[0, 1, 9]"], "student.copy_blocks: 9 is not a block of the teacher (0 to 5)"),
         ([variant(**{"student.copy_blocks": [0, 1, 9]})], "student.copy_blocks: 9 is not a block of the teacher"),
         (["data.max_length=100"], "data.max_length: 100 tokens are more than the 64 positions of "),

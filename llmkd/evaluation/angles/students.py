@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llmkd.errors import InputError
 from llmkd.models.folders import resolve
-from llmkd.recipe.inputs import training_inputs
+from llmkd.recipe.inputs import input_text, training_inputs
 from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.recipe.study_entries import entry_recipe, read_study
 
@@ -101,7 +101,7 @@ def _student(train: Path, recipe: Recipe, name: str, kind: str, strategy: str, s
     ours, theirs = training_inputs(recipe), meta["inputs"]
     for key in sorted(ours.keys() | theirs.keys()):
         if key.startswith(DECIDES) and not key.endswith(":contents") and ours.get(key) != theirs.get(key):
-            before, now = (repr(values[key]) if key in values else "at its default" for values in (theirs, ours))
+            before, now = input_text(theirs, key), input_text(ours, key)
             raise InputError(
                 f"{train} was trained by another recipe: {key} was {before}, here it is {now}; give its own recipe by --recipe"
             )

@@ -11,9 +11,10 @@ from pydantic import ValidationError
 
 from llmkd.errors import InputError
 from llmkd.files import ROOT
-from llmkd.recipe.inputs import fingerprint, training_inputs
+from llmkd.recipe.inputs import fingerprint, input_text, training_inputs
 from llmkd.recipe.placements import PLACEMENTS, PlacementName, WithWeights
 from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
+from llmkd.recipe.study_entries import entry_recipe, study_entries
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -180,6 +181,18 @@ def test_file_that_is_no_text_and_missing_file(tmp_path: Path) -> None:
         (["matching.pair_weights=[0, 0]"], "matching.pair_weights: [0.0, 0.0]; write numbers from 0 up, one of them"),
         (["matching.pair_weights=[1, -1]"], "matching.pair_weights: [1.0, -1.0]; write numbers from 0 up"),
         (
+            ["matching.redraw_every=5"],
+            "matching.redraw_every: strategy 'forward' does not read this option; leave it out, or use strategy 'in_order_random'",
+        ),
+        (
+            ["matching.target_block=1", "study.strategies=[reverse, none]"],
+            "matching.target_block: no strategy of forward, reverse, none reads this option; leave it out, or use strategy 'all_to_one'",
+        ),
+        (
+            ["matching.pairs=[[0, 1]]", "study.variants={mse: {matching.distance: mse}}"],
+            "matching.pairs: strategy 'forward' does not read this option; leave it out, or use strategy 'explicit'",
+        ),
+        (
             ["matching.strategy=in_order_random", "matching.redraw_every=5", "teacher.placement=pipeline"],
             "matching.redraw_every: a teacher with placement pipeline has the blocks of one map, fixed before training; write teacher."
             "placement: replicated or zero3, or redraw_every: 0",
@@ -311,10 +324,11 @@ def test_set_refuses(recipe: Path, override: str, expected: str) -> None:
 )
 def test_set_takes_yaml(recipe: Path, override: str, value: Any) -> None:
     full = [f"teacher.architecture={ARCHITECTURE}"] if "architecture" in override else []
-    found: Any = load_recipe(recipe, [*full, override])
+    full += ["matching.strategy=explicit"] if "matching.pairs" in override else []
+    read: Any = load_recipe(recipe, [*full, override])
     for part in override.partition("=")[0].split("."):
-        found = getattr(found, part)
-    assert found == value and type(found) is type(value)
+        read = getattr(read, part)
+    assert read == value and type(read) is type(value)
 
 
 def test_later_set_wins_and_whole_sections_can_be_set(recipe: Path) -> None:
@@ -515,12 +529,37 @@ def test_a_key_at_its_default_counts_as_absent(recipe: Path) -> None:
     assert inputs["train.steps"] == 4 and inputs["student.blocks"] == 3
 
 
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("train.learning_rate", "0.003"),
+        ("loss.temperature", "1.0 (the default)"),
+        ("train.betas", "[0.9, 0.999] (the default)"),
+        ("finetune.seed", "0 (the default)"),
+        ("student.path", "unset"),
+        ("train.steps.unknown", "unset"),
+        ("data.source:contents", "unset"),
+        ("gone.key", "unset"),
+        ("loss.schedules.distances.mse.shape", "'cosine' (the default)"),
+    ],
+)
+def test_a_key_that_is_not_among_the_inputs_is_shown_by_its_default(recipe: Path, key: str, text: str) -> None:
+    assert input_text(training_inputs(load_recipe(recipe)), key) == text
+
+
 def test_a_cache_counts_where_it_is_read(recipe: Path) -> None:
     stored = ["cache.dtype=int8", "cache.path=elsewhere"]
     same = training_inputs(load_recipe(recipe))
     assert training_inputs(load_recipe(recipe, stored)) == same
     read = training_inputs(load_recipe(recipe, [*stored, "teacher.placement=cache"]))
     assert read == {**same, "teacher.placement": "cache", "cache.dtype": "int8"}
+
+
+def test_a_studys_option_is_for_the_strategies_that_read_it(recipe: Path) -> None:
+    given = ["matching.redraw_every=5", "study.strategies=[forward, in_order_random]", "study.baselines=[ce_only]"]
+    study = load_recipe(recipe, given)
+    redraws = {entry.name: entry_recipe(study, entry).matching.redraw_every for entry in study_entries(study)[1:]}
+    assert redraws == {"ce_only-s0": 0, "forward-s0": 0, "in_order_random-s0": 5}
 
 
 def test_every_key_is_named_once(recipe: Path) -> None:

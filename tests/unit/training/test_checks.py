@@ -219,23 +219,27 @@ def test_a_strategy_is_applied_to_each_stack(tiny: Path) -> None:
     [
         (
             {"matching.target_block": 3},
-            "target_block: strategy 'nearest' does not read this option; leave it out, or use strategy 'all_to_one'",
+            "matching.target_block: strategy 'nearest' does not read this option; leave it out, or use strategy 'all_to_one'",
         ),
         (
             {"matching.redraw_every": 5},
-            "redraw_every: strategy 'nearest' does not read this option; leave it out, or use strategy 'in_order_random'",
+            "matching.redraw_every: strategy 'nearest' does not read this option; leave it out, or use strategy 'in_order_random'",
         ),
         (
             {"matching.pairs": [[0, 1]]},
-            "pairs: strategy 'nearest' does not read this option; leave it out, or use strategy 'explicit'",
+            "matching.pairs: strategy 'nearest' does not read this option; leave it out, or use strategy 'explicit'",
         ),
     ],
 )
 def test_what_the_recipes_own_strategy_does_not_read_is_named_by_it(tiny: Path, option: Any, sentence: str) -> None:
-    """Though `nearest` is planned by the pairs of `forward`."""
+    """Though `nearest` is planned by the pairs of `forward`; and though a student of the recipe's study reads it."""
     assert recipe_map.pairs_of(two_stacks(tiny, **{"matching.strategy": "nearest"}), 3, 12) == forward(3, 12)
     with pytest.raises(InputError, match=sentence):
-        recipe_map.pairs_of(two_stacks(tiny, **{"matching.strategy": "nearest"}, **option), 3, 12)
+        two_stacks(tiny, **{"matching.strategy": "nearest"}, **option)
+    studied = {"study.strategies": ["nearest", "all_to_one", "in_order_random", "explicit"]}
+    recipe = two_stacks(tiny, **{"matching.strategy": "nearest"}, **option, **studied)
+    with pytest.raises(InputError, match=sentence):
+        recipe_map.pairs_of(recipe, 3, 12)
 
 
 def explicit(tiny: Path, pairs: Any, **changes: Any) -> Recipe:
@@ -318,8 +322,8 @@ def test_each_stack_has_a_target_block_of_its_own(tiny: Path) -> None:
 def test_a_mistake_in_a_stacks_map_names_the_stack(
     tiny: Path, strategy: str, key: str, value: Any, sentence: str
 ) -> None:
-    recipe = two_stacks(tiny, **{"matching.strategy": strategy, f"matching.{key}": value})
     with pytest.raises(InputError, match=sentence):
+        recipe = two_stacks(tiny, **{"matching.strategy": strategy, f"matching.{key}": value})
         recipe_map.maps_of(recipe, (2, 1), (4, 3))
 
 

@@ -53,7 +53,8 @@ def maps(
     stages: int | None,
 ) -> None:
     """Show which teacher block teaches which student block."""
-    from llmkd.layer_map import CONVENTION, OPTIONS, RULES, STRATEGIES, drawing, layer_map, needs_states, table
+    from llmkd.layer_map import OPTIONS, RULES, STRATEGIES, layer_map, needs_states
+    from llmkd.report.map_drawing import CONVENTION, drawing, table
     from llmkd.teachers.pipeline_schedule import cut_into_stages, pipeline_drawing
 
     if stages is not None and stages > teacher_blocks:

@@ -14,12 +14,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llmkd.files import publish
-from llmkd.layer_map import drawing
 from llmkd.recipe.study_entries import read_study
 from llmkd.report import tables
 from llmkd.report.angles import angle_table, sentence, setting
 from llmkd.report.files import generations
 from llmkd.report.gather import gather, outcome
+from llmkd.report.map_drawing import drawing
 from llmkd.report.page.document import html
 from llmkd.report.results import Angles, LayerMap, Results
 

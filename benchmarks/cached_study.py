@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llmkd.data.batches import announced, batches
+from llmkd.data.batches import Counts, announced, batches
 from llmkd.distributed.engines import engine
 from llmkd.distributed.launch import launch
 from llmkd.distributed.ranks import World, start
@@ -26,7 +26,7 @@ from llmkd.planning.rows import GIB
 from llmkd.provenance import commit, hardware
 from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
 from llmkd.training import build, cache_contents, initial, jobs
-from llmkd.training.steps import Counts, Steps
+from llmkd.training.steps import Steps
 
 STRATEGIES = ("none", "forward", "reverse", "all_to_one", "random")
 NO_TEACHER = {"matching.strategy": "none", "loss.kl": 0.0}
@@ -117,9 +117,9 @@ class Stepper:
         """(seconds, seconds of this process's CPU) of one optimizer step, as the training loop does it."""
         began = time.perf_counter(), time.process_time()
         micro_batches = next(self._loader)
-        trained, attended = (sum(c) for c in zip(*(batch.counts for batch in micro_batches), strict=True))
+        counts = Counts(*map(sum, zip(*(batch.counts for batch in micro_batches), strict=True)))
         self._number += 1
-        settings = self._steps.settings(self._number, Counts(trained, attended, source=0), len(micro_batches))
+        settings = self._steps.settings(self._number, counts, len(micro_batches))
         for number, batch in enumerate(micro_batches):
             signal = self._teacher.signals(batch) if self._teacher is not None else None
             self._engine.backward(self._engine(batch, signal, settings, number).loss, scale_wrt_gas=False)

@@ -27,7 +27,7 @@ import datasets
 import transformers
 
 from llmkd import __version__
-from llmkd.data.batches import Batch
+from llmkd.data.batches import Batch, Counts
 from llmkd.distributed.ranks import (
     World,
     barrier,
@@ -51,7 +51,7 @@ from llmkd.training.journal import Journal
 from llmkd.training.metrics import Interval, Meter, peak_memory_gib
 from llmkd.training.pairs import pair_names
 from llmkd.training.prepare import PreparedRun, prepare
-from llmkd.training.steps import Counts, Steps
+from llmkd.training.steps import Steps
 
 log = logging.getLogger("llmkd")
 
@@ -76,7 +76,7 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         run.set_rate(step)
         results = [_train_on(run, batch.to(world.device), this, number) for number, batch in enumerate(micro_batches)]
         meter.add(this, results)
-        tokens += this.tokens
+        tokens += this.counts.tokens
         # at the steps of a dynamic temperature (all ranks: one reduction)
         steps.follow(this, results)
         saves = step == run.steps or asked_to_stop or (settings.save_every and step % settings.save_every == 0)
@@ -110,9 +110,8 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
 
 def _counts(world: World, micro_batches: Sequence[Batch], stopping: Stopping) -> tuple[Counts, bool]:
     """(the tokens of a step over all ranks, whether any rank is asked to stop) (all ranks take part)."""
-    trained, attended = (sum(counts) for counts in zip(*(batch.counts for batch in micro_batches), strict=True))
-    source = sum(batch.source_count for batch in micro_batches)
-    *counts, asked = sum_counts(world, [trained, attended, source, int(stopping.asked)])
+    here = [sum(counts) for counts in zip(*(batch.counts for batch in micro_batches), strict=True)]
+    *counts, asked = sum_counts(world, [*here, int(stopping.asked)])
     return Counts(*counts), bool(asked)
 
 

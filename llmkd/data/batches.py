@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,25 @@ TokenRow = Mapping[str, Any]
 """A row as tokens: its columns as lists, by name."""
 MULTIPLE = 8
 """Rows of a batch are padded to a multiple of this."""
+
+
+class Counts(NamedTuple):
+    """How many tokens there are in some micro-batches, padding not counted."""
+
+    trained: int
+    attended: int
+    source: int = 0
+    """Of encoder-decoders: what their encoder reads; the other two are then their decoder's."""
+
+    @property
+    def tokens(self) -> int:
+        """All tokens that the model reads."""
+        return self.attended + self.source
+
+    @property
+    def source_weight(self) -> float:
+        """What a position of the source counts, so that source and target weigh alike in the whole batch."""
+        return self.attended / max(self.source, 1)
 
 
 @dataclass(frozen=True)
@@ -54,14 +73,10 @@ class Batch:
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in parts.items() if isinstance(v, Tensor)})
 
     @property
-    def counts(self) -> tuple[int, int]:
-        """(trained positions, attended positions); shapes only, nothing is read from the device."""
-        return self.trained_at.numel(), self.attended_at.numel()
-
-    @property
-    def source_count(self) -> int:
-        """How many positions of the source are not padding; 0 where there is none."""
-        return 0 if self.source_at is None else self.source_at.numel()
+    def counts(self) -> Counts:
+        """Its tokens; from shapes only, so nothing is read from the device."""
+        source = 0 if self.source_at is None else self.source_at.numel()
+        return Counts(self.trained_at.numel(), self.attended_at.numel(), source)
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkd.data.batches import Batch
+from llmkd.errors import InputError
 from llmkd.losses.distance_sum import AllRows, Term, distance_sum, kinds, sampled, stood_for
 from llmkd.losses.distances import Distance
 from llmkd.student.gradient_norms import TailPass, before_projector, square
@@ -53,7 +54,7 @@ class Sampling:
         own = self._of(batch.attended_at if attended else batch.trained_at, 1.0, settings, micro_batch)
         if batch.source_at is None:
             return [own] * len(settings.pairs)
-        source = self._of(batch.source_at, settings.source_weight, settings, micro_batch)
+        source = self._of(batch.source_at, settings.counts.source_weight, settings, micro_batch)
         return [source if block in self.source_blocks else own for block, _ in settings.pairs]
 
     def _of(self, at: Tensor, weight: float, settings: StepSettings, micro_batch: int) -> Places:
@@ -78,6 +79,7 @@ class Matching:
     ) -> None:
         self._signal, self._settings, self._places = signal, settings, places
         self._all_rows, self._projectors, self._tail = all_rows, projectors, tail
+        self._is_trained = torch.is_grad_enabled()
         self._sums: dict[int, Tensor] = {}
         self._squares: dict[int, Tensor] = {}
         self._squares_of_kinds: dict[Distance, Tensor] = {}
@@ -86,6 +88,12 @@ class Matching:
         """Compare a pair's state [B, T, H_s], and what its projector makes of it, with the teacher's; the teacher's is let go."""
         if not self._settings.pairs:  # nothing is compared in this pass
             return
+        if self._is_trained and not torch.is_grad_enabled():
+            # transformers asks for the other form, but a model's own code from before transformers 4.35 chooses for itself.
+            raise InputError(
+                "train.activation_checkpointing: this model's code checkpoints its blocks in torch's re-entrant form, which runs them "
+                "without gradients, so that no pair could teach them; write false"
+            )
         assert self._signal is not None
         theirs = self._signal.take(self._settings.pairs[number][1])
         terms = self._settings.terms[number]

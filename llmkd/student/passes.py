@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from llmkd.data.batches import Counts
 from llmkd.layer_map import Pairs
 from llmkd.losses.distance_sum import Term
 from llmkd.losses.divergences import Divergence, forward_kl
@@ -66,8 +67,6 @@ class StepSettings:
     """The distances of each pair."""
     divergence: Divergence
     temperature: float
-    source_weight: float = 1.0
-    """What a position of an encoder-decoder's source counts, so that source and target weigh alike in the whole batch."""
     sample_seeds: tuple[int, ...] = ()
     """By micro-batch, the seed of its sample of tokens; empty where all tokens are compared."""
     stones: StoneSettings | None = None
@@ -80,8 +79,8 @@ class StepSettings:
     """Measure the teacher's own cross-entropy."""
     step: int = 0
     """The number of the step, from 1."""
-    tokens: int = 0
-    """How many tokens all ranks train on in this step, padding not counted."""
+    counts: Counts = Counts(0, 0)
+    """The tokens of the step's whole batch, over all ranks."""
 
     @property
     def runs_head(self) -> bool:

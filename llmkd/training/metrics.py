@@ -138,7 +138,7 @@ class Meter:
         # Not over a step in which the divergence weighs nothing any more: it was not computed.
         counts = (by.ce, by.kl if weights.kl > 0 else 0, by.hidden)
         self._divisors = [total + count for total, count in zip(self._divisors, counts, strict=True)]
-        self._tokens += settings.tokens
+        self._tokens += settings.counts.tokens
         self._steps += 1
         if settings.report_norms:
             self._squares = _total([result.squares for result in results])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from llmkd.data.batches import Counts
 from llmkd.distributed.ranks import World, on_main, sum_tensor
 from llmkd.layer_map import Pairs
 from llmkd.losses.distance_sum import draw_seed, terms_of
@@ -26,16 +26,6 @@ from llmkd.training.pairs import maps_of, pair_names
 TEMPERATURES = "temperature.jsonl"
 """In the run's folder: each change of a dynamic temperature with the two cross-entropies it was made from, from which a resumed run
 takes up the temperature's state."""
-
-
-@dataclass(frozen=True)
-class Counts:
-    """The tokens of one step's batch, over all ranks and micro-batches."""
-
-    trained: int
-    attended: int
-    source: int
-    """Of encoder-decoders, those that their encoder reads."""
 
 
 class Steps:
@@ -83,14 +73,13 @@ class Steps:
             terms=terms,
             divergence=divergence,
             temperature=self._temperature_of(step),
-            source_weight=counts.attended / max(counts.source, 1),
             sample_seeds=tuple(draw_seed(job.seed, step, number, world.rank) for number in samples),
             stones=self._stones(step, trained=by.ce, compared=by.kl),
             keeps_head=job.weights.ce > 0 or job.weights.kl > 0,
             report_norms=self._report_every > 0 and step % self._report_every == 0,
             teacher_ce=self._dynamic is not None and step % self._dynamic.every == 0,
             step=step,
-            tokens=counts.attended + counts.source,
+            counts=counts,
         )
 
     def _pairs(self, step: int) -> Pairs:

@@ -105,7 +105,7 @@ def test_prompt_is_not_trained_and_one_eos_is(adds: str, opening: str, pad_is_eo
     assert texts(row, tokenizer) == (f"{opening}one two three<eos>", " three<eos>")
     batch = collate([row, row], pad_id=tokenizer.pad_token_id, packed=False)
     assert (batch.targets == tokenizer.eos_token_id).sum() == 2  # eos is a target even where it is the pad too
-    assert batch.counts == (2 * sum(row["trained"]), 2 * len(row["input_ids"]))
+    assert batch.counts == (2 * sum(row["trained"]), 2 * len(row["input_ids"]), 0)
 
 
 @pytest.mark.parametrize("adds", ["", "<bos> $A", "$A <eos>", "<bos> $A <eos>"])
@@ -474,7 +474,7 @@ def test_targets_are_the_next_tokens_of_the_same_document(packed: bool) -> None:
     flat = batch.targets.flatten()
     assert batch.trained_at.tolist() == [k for k, t in enumerate(flat.tolist()) if t != IGNORE]
     assert batch.attended_at.tolist() == [k for k, a in enumerate(batch.attended.flatten().tolist()) if a]
-    assert batch.counts == (sum(sum(row["trained"][1:]) for row in rows), sum(LENGTHS))
+    assert batch.counts == (sum(sum(row["trained"][1:]) for row in rows), sum(LENGTHS), 0)
     assert batch.input_ids.shape == ((1, sum(LENGTHS)) if packed else (len(rows), 16))
 
 

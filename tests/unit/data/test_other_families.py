@@ -56,7 +56,7 @@ def test_one_text_and_two_texts_are_written_by_the_tokenizers_template(encoder_t
     assert batch.segments is not None and batch.segments[0].sum() == 0
     assert batch.segments[1, : len(pair["segments"])].tolist() == pair["segments"]
     assert batch.attended.sum(1).tolist() == [single["length"], pair["length"]]
-    assert batch.counts == (2, single["length"] + pair["length"]) and batch.source_count == 0
+    assert batch.counts == (2, single["length"] + pair["length"], 0)
     assert collate_classified([single], pad_id=0).segments is None  # a model without two kinds of text is told of none
 
 
@@ -105,7 +105,7 @@ def test_source_and_target(seq2seq_tokenizer: Any) -> None:
     assert batch.targets[0, : len(six) + 1].tolist() == [*six, eos]
     assert batch.targets[1, 0] == eos and (batch.targets[1, 1:] == IGNORE).all()
     assert batch.source_ids is not None and batch.source_ids[0, : len(one) + 1].tolist() == [*one, eos]
-    assert batch.counts == (len(six) + 2, len(six) + 2) and batch.source_count == len(one) + len(six) + 2
+    assert batch.counts == (len(six) + 2, len(six) + 2, len(one) + len(six) + 2)
 
 
 def test_each_side_has_a_length_of_its_own(seq2seq_tokenizer: Any) -> None:

@@ -90,7 +90,7 @@ def test_angles_are_those_of_hidden_states(name: str, normed: bool) -> None:
         assert tokens.mean == pytest.approx(code.mean().item(), abs=1e-12) and tokens.counted == len(code)
         positions = [b.attended if number or b.source_attended is None else b.source_attended for b in batches]
         if len(found) == 2 and number == 0:
-            assert len(code) == sum(batch.source_count for batch in batches)
+            assert len(code) == sum(batch.counts.source for batch in batches)
         assert padded.counted == sum(mask.numel() for mask in positions) > tokens.counted
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmkd.data.batches import Batch, collate
+from llmkd.data.batches import Batch, Counts, collate
 from llmkd.data.other_families import collate_classified, collate_sources
 from llmkd.errors import InputError
 from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING
@@ -40,13 +40,13 @@ def ours(
     student = copy.deepcopy(student)
     module = distiller(student, pairs, normed_last=normed)
     source = ResidentTeacher(copy.deepcopy(teacher), [t for _, t in pairs], normed_last=normed, ds_config=None)
-    trained, attended = (sum(counts) for counts in zip(*(b.counts for b in batches), strict=True))
-    weight = attended / max(sum(b.source_count for b in batches), 1)
+    counts = Counts(*map(sum, zip(*(b.counts for b in batches), strict=True)))
+    trained, attended, _ = counts
     total = torch.zeros(2 + len(pairs), dtype=torch.float64)
     for batch in batches:
         signal = source.signals(batch)
         scales = (CE / trained, KL / trained, HIDDEN / (attended * max(len(pairs), 1)))
-        settings = step_settings(pairs, scales, temperature=temperature, source_weight=weight)
+        settings = step_settings(pairs, scales, temperature=temperature, counts=counts)
         loss, sums, *_ = module(batch, signal, settings)
         loss.backward()
         total += sums.double()
@@ -128,7 +128,7 @@ def test_encoder_gives_the_losses_and_gradients_of_the_plain_model(name: str) ->
     batch = collate_classified(encoder_rows(segments=name == "bert"), pad_id=0)
     gradients = check_against_the_plain_model(teacher, student, ENCODER_PAIRS, batch, temperature=2.0)
     assert len(gradients) == len(list(student.parameters()))
-    assert batch.counts == (3, 19)
+    assert batch.counts == (3, 19, 0)
 
 
 @pytest.mark.parametrize("name", [*ENCODERS, *ENCODER_DECODERS])
@@ -182,7 +182,7 @@ def test_encoder_decoder_gives_the_losses_and_gradients_of_the_plain_model(name:
     batch = collate_sources(source_rows(), pad_id=0)
     gradients = check_against_the_plain_model(teacher, student, SEQUENCE_PAIRS, batch, normed=normed, temperature=2.0)
     assert len(gradients) == len(list(student.parameters()))
-    assert batch.counts == (19, 19) and batch.source_count == 16
+    assert batch.counts == (19, 19, 16)
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
@@ -215,7 +215,7 @@ def test_sampled_sets_and_weights_of_pairs_know_the_two_stacks(name: str) -> Non
         (0.0, 0.0, HIDDEN),
         distance=terms_of({"cka": 1.0}),
         pair_weights=weights,
-        source_weight=1.5,
+        counts=Counts(0, attended=3, source=2),
         sample_seeds=(seed,),
     )
     signal = ResidentTeacher(copy.deepcopy(teacher), [t for _, t in pairs], normed_last=False, ds_config=None).signals(

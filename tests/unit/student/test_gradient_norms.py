@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkd.data.batches import Batch, collate
+from llmkd.data.batches import Batch, Counts, collate
 from llmkd.data.other_families import collate_classified, collate_sources
 from llmkd.errors import InputError
 from llmkd.layer_map import EMBEDDING
@@ -38,7 +38,7 @@ from tests.unit.models.test_families import (
 )
 
 SCALES = (0.5, 2.0, 3.0)  # of CE, KL and the hidden loss
-SOURCE = 1.5  # what a position of a source counts
+COUNTS = Counts(0, attended=3, source=2)  # a position of a source counts 1.5
 SEED = 5
 
 
@@ -51,7 +51,7 @@ def reported(
 ) -> Tensor:
     """[2 + pairs], what the student reports of a pass in which its dropout draws from SEED."""
     module = distiller(copy.deepcopy(student), pairs, normed_last=normed, projectors=projectors)
-    settings = step_settings(pairs, SCALES, pair_weights=tuple(weights), temperature=2.0, source_weight=SOURCE)
+    settings = step_settings(pairs, SCALES, pair_weights=tuple(weights), temperature=2.0, counts=COUNTS)
     source = ResidentTeacher(copy.deepcopy(teacher), [t for _, t in pairs], normed_last=normed, ds_config=None)
     signal = source.signals(batch)
     torch.manual_seed(SEED)
@@ -90,7 +90,7 @@ def expected(
         state = states[block]
         seen = state if projectors is None else projectors[number](state)
         distance = DISTANCES["normalized_mse"](seen, their_states[target])[where].sum()
-        weight = SCALES[2] * weights[number] * (SOURCE if source else 1.0)
+        weight = SCALES[2] * weights[number] * (1.5 if source else 1.0)
         (gradient,) = torch.autograd.grad(weight * distance, outputs.get(block, state), retain_graph=True)
         gradients.append(gradient)
     return torch.stack([gradient.square().sum() for gradient in gradients])

@@ -87,7 +87,7 @@ def _settings(
     **others: Any,
 ) -> StepSettings:
     """Of a step (from 0) whose batch is all there is."""
-    trained, attended = batch.counts
+    trained, attended, _ = batch.counts
     compared = attended if positions == "attended" else trained
     stones = StoneSettings(
         weights=StoneWeights(CE, KL, cross),

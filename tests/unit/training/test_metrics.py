@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmkd.data.batches import Counts
 from llmkd.losses.objective import Change, Divisors, Weights, weights_of_step
 from llmkd.student.passes import PassResult, StepSettings, StoneSettings, StoneSums, StoneWeights
 from llmkd.training.metrics import Meter, Moving, StoneMeter
@@ -15,7 +16,7 @@ from tests.passes import step_settings
 
 
 def _settings(weights: Weights, by: Divisors, **others: Any) -> StepSettings:
-    return replace(step_settings(**others), weights=weights, divisors=by, tokens=10)
+    return replace(step_settings(**others), weights=weights, divisors=by, counts=Counts(0, 10))
 
 
 def _halves(*sums: float) -> list[PassResult]:

@@ -7,13 +7,16 @@ import logging
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from llmkd import __version__
 from llmkd.errors import InputError
 from llmkd.recipe.options import SET, train_options
+
+if TYPE_CHECKING:
+    from llmkd.report.results import Results
 
 RANKS = click.option(
     "--ranks",
@@ -161,7 +164,7 @@ def study(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None:
     signal.signal(signal.SIGTERM, stop)
     try:
         available = _ranks(ranks)
-        _show(run(settings, ranks or min(available or settings.study.ranks, settings.study.ranks)))
+        _show(*run(settings, ranks or min(available or settings.study.ranks, settings.study.ranks)))
     except Stopped:
         click.echo("Stopped; everything is saved, and the same command resumes.")
 
@@ -172,7 +175,7 @@ def report(folder: Path) -> None:
     """Write the report of a study's folder, whole or half done."""
     from llmkd.report.write import report as write_report
 
-    _show(write_report(folder))
+    _show(*write_report(folder))
 
 
 @cli.command()
@@ -189,12 +192,11 @@ def compare(folders: tuple[Path, ...], output: Path | None) -> None:
     click.echo(f"\nComparison: {file}")
 
 
-def _show(path: Path) -> None:
-    from llmkd.report.gather import gather
+def _show(page: Path, results: Results) -> None:
     from llmkd.report.write import terminal_text
 
-    click.echo(terminal_text(gather(path.parent, with_items=False)))
-    click.echo(f"\nReport: {path}")
+    click.echo(terminal_text(results))
+    click.echo(f"\nReport: {page}")
 
 
 @cli.command()
@@ -319,10 +321,10 @@ def doctor(recipe: str, rows: int, overrides: tuple[str, ...]) -> None:
     click.echo(doctor_text(*examine(load_recipe(recipe, overrides), rows)))
 
 
-def main(arguments: list[str] | None = None) -> Any:
+def main(arguments: list[str] | None = None) -> None:
     """Run a command; a user's mistake is one sentence and exit code 2."""
     try:
-        return cli(arguments, standalone_mode=False)
+        cli(arguments, standalone_mode=False)
     except InputError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)

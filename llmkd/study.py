@@ -42,7 +42,7 @@ from llmkd.recipe.study_entries import (
     read_study,
     study_entries,
 )
-from llmkd.report.write import report
+from llmkd.report.write import Report, report
 from llmkd.training.build import accumulation_steps, total_steps
 from llmkd.training.checkpoint import check_same
 from llmkd.training.checks import teacher_shape
@@ -66,8 +66,8 @@ class Stopped(Exception):
     """A signal ended the study between two steps; everything so far is saved."""
 
 
-def study(recipe: Recipe, ranks: int | None = None) -> Path:
-    """Run what is missing of a study and return the path of its report. Raises InputError on bad input, Stopped on a signal."""
+def study(recipe: Recipe, ranks: int | None = None) -> Report:
+    """Run what is missing of a study, and write its report. Raises InputError on bad input, Stopped on a signal."""
     if not recipe.study.students:
         raise InputError("study.strategies: name at least one, e.g. [none, forward, reverse]")
     folder = recipe.folder
@@ -95,7 +95,7 @@ def study(recipe: Recipe, ranks: int | None = None) -> Path:
     mistakes = _score(recipe, entries)
     written = report(folder)
     if mistakes:
-        raise InputError(f"{'; '.join(mistakes)} (the report of all else: {written})")
+        raise InputError(f"{'; '.join(mistakes)} (the report of all else: {written.page})")
     return written
 
 

@@ -96,7 +96,7 @@ def _unscored(name: str, folder: Path, settings: Evaluation, prompts: Sequence[P
         why=why,
         dtype=settings.dtype,
         versions=packages,
-        prompts=0,
+        rows=0,
     )
 
 
@@ -177,7 +177,7 @@ def score(model: GenerationResult, task: Task) -> tuple[GenerationResult, list[G
         seconds=written.seconds,
         load_seconds=written.load_seconds,
         new_tokens=sum(map(len, written.token_ids)),
-        prompts=len(items),
+        rows=len(items),
         metrics={**metrics},
     )
     return result, items

@@ -1,24 +1,38 @@
 """The result files of the scoring steps as dataclasses: one class a step, read and written here and nowhere else.
 
 A step's folder holds, for each model, `<name>.json` (a class of this module, of the angles one of `angles.results`) and, for all steps
-but the angles, a file with one line per item (`GeneratedText`, `ComparedItem`, `ClassifiedRow`, `TaskItem`). Readers are tolerant of
-older and of hand-made files: a key that is absent has its default, a key that is not known here is left out.
+but the angles, a file with one line per item (`GeneratedText`, `ComparedItem`, `ClassifiedRow`, `TaskItem`). Older and hand-made files
+are read too: an absent key has its default, an unknown one is left out.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from math import isfinite
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeGuard, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeGuard, TypeVar
+
+from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 
 from llmkd.evaluation import class_metrics, text_metrics
 from llmkd.evaluation.text_metrics import Metric
 from llmkd.files import read, read_lines
+from llmkd.text import figures
 
-Scores = dict[str, float | None]
+
+def finite_or_none(value: object) -> float | None:
+    """A finite number, else None: lm-eval writes "N/A" for a score it can't give, and JSON's NaN is no score."""
+    return value if _is_number(value) else None
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+Scores = dict[str, Annotated[float | None, PlainValidator(finite_or_none)]]
 """Metric -> its value; None where the step could not give it."""
 
 AGREEMENT_METRICS = {
@@ -31,207 +45,17 @@ AGREEMENT_METRICS = {
 
 
 class JsonFields:
-    """A dataclass that is made from a JSON object; what else the object holds is left out."""
+    """A dataclass that is made from a JSON object and becomes one; a field may have another name there (`Field(alias=...)`)."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]  # its subclasses are dataclasses
-        return cls(**{name: value[name] for name in names if name in value})
+        return _adapter(cls).validate_python(value)
+
+    def to_json(self) -> dict[str, Any]:
+        return _adapter(type(self)).dump_python(self, by_alias=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepResult(JsonFields):
-    """What the result files of all steps hold: whose they are, what they were made of, and what went wrong."""
-
-    LINES: ClassVar[str | None] = None
-    """How the name of the file with a line per item ends, in place of `.json`; None without such a file."""
-
-    name: str = ""
-    fingerprint: str = ""
-    error: str | None = None
-    """Why the step failed; it may have numbers all the same, where one of several tasks failed."""
-    seconds: float = 0.0
-    versions: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, file: Path) -> Self:
-        """A result file that must be there."""
-        return cls.from_json(json.loads(file.read_text()))
-
-    def to_json(self) -> dict[str, object]:
-        return asdict(self)
-
-    def to_text(self) -> str:
-        """The content of the result file, strict JSON. Raises ValueError for a NaN."""
-        return json.dumps(self.to_json(), indent=1, allow_nan=False, ensure_ascii=False)
-
-    def summary(self) -> str:
-        """What was found, in a few words for the log."""
-        return f"failed: {self.error}" if self.error else "done"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoredModel(StepResult):
-    """A model's scores of one step. A step with nothing further to tell can use this class as it is."""
-
-    STEP: ClassVar[str] = ""
-    LABELS: ClassVar[Mapping[str, Metric]] = {}
-    """How the step's metrics are shown; one that is not here is shown by its own name, higher is better."""
-    LINES: ClassVar[str] = ".jsonl"
-
-    model: str = ""
-    dtype: str | None = None
-    backend: str | None = None
-    """What ran the model, where there is a choice: hf or vllm."""
-    metrics: Scores = field(default_factory=dict)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return super().from_json({**value, "metrics": numbers(value.get("metrics", {}))})
-
-    @property
-    def tasks(self) -> Mapping[str, Scores]:
-        """Task -> metric -> value. A step without tasks of its own is its only task."""
-        return {self.STEP: self.metrics}
-
-    @property
-    def items(self) -> Mapping[str, int]:
-        """Task -> how many items it was scored on, as far as the file tells."""
-        return {}
-
-    @property
-    def directions(self) -> Mapping[str, Mapping[str, bool]]:
-        """Task -> metric -> whether higher is better, where the file tells."""
-        return {}
-
-    @property
-    def has_scores(self) -> bool:
-        """Whether the file holds numbers, be it of a step that failed."""
-        return any(self.tasks.values())
-
-    def summary(self) -> str:
-        scores = [(name, value) for scores in self.tasks.values() for name, value in scores.items()]
-        shown = [f"{name} {'-' if value is None else format(value, '.4g')}" for name, value in scores]
-        return " ".join([*shown, *([f"failed: {self.error}"] if self.error else [])])
-
-    def to_json(self) -> dict[str, object]:
-        whole = super().to_json()
-        if self.backend is None:
-            del whole["backend"]
-        return whole
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationResult(ScoredModel):
-    """Scores of the texts that a model wrote."""
-
-    STEP = "generation"
-    LABELS = text_metrics.METRICS
-
-    why: str = ""
-    """Why this backend."""
-    load_seconds: float = 0.0
-    new_tokens: int = 0
-    prompts: int | None = None
-
-    @property
-    def items(self) -> Mapping[str, int]:
-        return _counted(self.STEP, self.prompts)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return super().from_json({**value, "prompts": value.get("items")})
-
-    def to_json(self) -> dict[str, object]:
-        return _renamed(super().to_json(), {"prompts": "items"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class AgreementResult(ScoredModel):
-    """How far a student agrees with the teacher."""
-
-    STEP = "agreement"
-    LABELS = AGREEMENT_METRICS
-
-    teacher: str = ""
-    rows: int | None = None
-    tokens: int = 0
-
-    @property
-    def items(self) -> Mapping[str, int]:
-        return _counted(self.STEP, self.rows)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassificationResult(ScoredModel):
-    """How well an encoder puts rows into classes."""
-
-    STEP = "classification"
-    LABELS = class_metrics.METRICS
-
-    rows: int | None = None
-    classes: list[str] = field(default_factory=list)
-
-    @property
-    def items(self) -> Mapping[str, int]:
-        return _counted(self.STEP, self.rows)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LmEvalResult(ScoredModel):
-    """Scores of lm-eval's tasks. `metrics` is empty: each task has its own, in `task_scores`."""
-
-    STEP = "lm-eval"
-    LINES = ".samples.jsonl"
-
-    why: str = ""
-    task_scores: dict[str, Scores] = field(default_factory=dict)
-    stderr: dict[str, Scores] = field(default_factory=dict)
-    task_items: dict[str, int] = field(default_factory=dict)
-    higher_is_better: dict[str, dict[str, bool]] = field(default_factory=dict)
-    num_fewshot: dict[str, int | None] = field(default_factory=dict)
-    command: str | None = None
-    """lm-eval's command line that gives the same scores by hand."""
-    batch_size: int | str | None = None
-
-    @property
-    def tasks(self) -> Mapping[str, Scores]:
-        return self.task_scores
-
-    @property
-    def items(self) -> Mapping[str, int]:
-        return self.task_items
-
-    @property
-    def directions(self) -> Mapping[str, Mapping[str, bool]]:
-        return self.higher_is_better
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        tasks = {task: numbers(scores) for task, scores in value.get("tasks", {}).items()}
-        return super().from_json({**value, "task_scores": tasks, "task_items": value.get("items", {})})
-
-    def to_json(self) -> dict[str, object]:
-        whole = super().to_json()
-        del whole["metrics"]
-        return _renamed(whole, {"task_scores": "tasks", "task_items": "items"})
-
-
-def numbers(scores: Mapping[str, object]) -> Scores:
-    """The scores with None for what is no finite number: lm-eval writes "N/A" for what it can't give, and JSON's NaN is no score."""
-    return {name: value if _is_number(value) else None for name, value in scores.items()}
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-
-
-def _counted(step: str, count: int | None) -> dict[str, int]:
-    return {} if count is None else {step: count}
-
-
-def _renamed(values: dict[str, object], names: Mapping[str, str]) -> dict[str, object]:
-    return {names.get(key, key): value for key, value in values.items()}
+_adapter: Any = cache(TypeAdapter)  # made once for each class
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,27 +136,180 @@ class TaskItem(Item):
         return json.dumps(values, default=str, ensure_ascii=False)
 
 
+ScoredItem = GeneratedText | ComparedItem | ClassifiedRow | TaskItem
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A file per model
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult(JsonFields):
+    """What the result files of all steps hold: whose they are, what they were made of, and what went wrong."""
+
+    ITEMS_SUFFIX: ClassVar[str | None] = None
+    """How the name of the file with a line per item ends, in place of `.json`; None without such a file."""
+
+    name: str = ""
+    fingerprint: str = ""
+    error: str | None = None
+    """Why the step failed; it may have numbers all the same, where one of several tasks failed."""
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """A result file that must be there."""
+        return cls.from_json(json.loads(file.read_text()))
+
+    def to_text(self) -> str:
+        """The content of the result file, strict JSON. Raises ValueError for a NaN."""
+        return json.dumps(self.to_json(), indent=1, allow_nan=False, ensure_ascii=False)
+
+    def summary(self) -> str:
+        """The result in a few words, for the log."""
+        return f"failed: {self.error}" if self.error else "done"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredModel(StepResult):
+    """A model's scores of one step."""
+
+    STEP: ClassVar[str] = ""
+    LABELS: ClassVar[Mapping[str, Metric]] = {}
+    """How the step's metrics are shown; one that is not here is shown by its own name, higher is better."""
+    ITEM: ClassVar[type[ScoredItem]]
+    ITEMS_SUFFIX: ClassVar[str] = ".jsonl"
+
+    model: str = ""
+    dtype: str | None = None
+    backend: str | None = None
+    """What ran the model, where there is a choice: hf or vllm."""
+    metrics: Scores = field(default_factory=dict)
+    rows: int | None = None
+    """How many items were scored; None in a hand-made file that does not say so."""
+
+    @property
+    def tasks(self) -> Mapping[str, Scores]:
+        """Task -> metric -> value. A step without tasks of its own is its only task."""
+        return {self.STEP: self.metrics}
+
+    @property
+    def items(self) -> Mapping[str, int]:
+        """Task -> how many items it was scored on, where the file says so."""
+        return {} if self.rows is None else {self.STEP: self.rows}
+
+    @property
+    def directions(self) -> Mapping[str, Mapping[str, bool]]:
+        """Task -> metric -> whether higher is better, where the file says so."""
+        return {}
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether the file holds numbers, be it of a step that failed."""
+        return any(self.tasks.values())
+
+    def summary(self) -> str:
+        scores = [(name, value) for scores in self.tasks.values() for name, value in scores.items()]
+        shown = [f"{name} {figures(value, 4)}" for name, value in scores]
+        return " ".join([*shown, *([f"failed: {self.error}"] if self.error else [])])
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in super().to_json().items() if (key, value) != ("backend", None)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult(ScoredModel):
+    """Scores of the texts that a model wrote."""
+
+    STEP = "generation"
+    ITEM = GeneratedText
+    LABELS = text_metrics.METRICS
+
+    why: str = ""
+    """Why this backend."""
+    load_seconds: float = 0.0
+    new_tokens: int = 0
+    rows: Annotated[int | None, Field(alias="items")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgreementResult(ScoredModel):
+    """How far a student agrees with the teacher."""
+
+    STEP = "agreement"
+    ITEM = ComparedItem
+    LABELS = AGREEMENT_METRICS
+
+    teacher: str = ""
+    tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationResult(ScoredModel):
+    """How well an encoder puts rows into classes."""
+
+    STEP = "classification"
+    ITEM = ClassifiedRow
+    LABELS = class_metrics.METRICS
+
+    classes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LmEvalResult(ScoredModel):
+    """Scores of lm-eval's tasks. Each task has its own metrics and rows, in `task_scores` and `task_items`."""
+
+    STEP = "lm-eval"
+    ITEM = TaskItem
+    ITEMS_SUFFIX = ".samples.jsonl"
+
+    why: str = ""
+    task_scores: Annotated[dict[str, Scores], Field(alias="tasks")] = field(default_factory=dict)
+    stderr: dict[str, Scores] = field(default_factory=dict)
+    task_items: Annotated[dict[str, int], Field(alias="items")] = field(default_factory=dict)
+    higher_is_better: dict[str, dict[str, bool]] = field(default_factory=dict)
+    num_fewshot: dict[str, int | None] = field(default_factory=dict)
+    command: str | None = None
+    """lm-eval's command line that gives the same scores by hand."""
+    batch_size: int | str | None = None
+
+    @property
+    def tasks(self) -> Mapping[str, Scores]:
+        return self.task_scores
+
+    @property
+    def items(self) -> Mapping[str, int]:
+        return self.task_items
+
+    @property
+    def directions(self) -> Mapping[str, Mapping[str, bool]]:
+        return self.higher_is_better
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in super().to_json().items() if key not in ("metrics", "rows")}
+
+
+RESULT_CLASSES: dict[str, type[ScoredModel]] = {
+    kind.STEP: kind for kind in (GenerationResult, ClassificationResult, LmEvalResult, AgreementResult)
+}
+"""Scoring step -> the class of its result files."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
-_CLASSES: dict[str, type[ScoredModel]] = {
-    one.STEP: one for one in (GenerationResult, ClassificationResult, LmEvalResult, AgreementResult)
-}
-
-
-def scored_class(step: str) -> type[ScoredModel]:
-    """The class of a step's result files. A step whose files hold no keys of their own needs none here."""
-    return _CLASSES.get(step) or type("ScoredModel", (ScoredModel,), {"STEP": step})
-
-
 R = TypeVar("R", bound=StepResult)
-L = TypeVar("L", bound=JsonFields)
+L = TypeVar("L", bound=Item)
 
 
 def read_result(file: Path, kind: type[R]) -> R | None:
-    """A result file, or None if it is not there or not whole."""
+    """A result file, or None if it is not there, not whole, or holds something else."""
     value = read(file)
-    return kind.from_json(value) if isinstance(value, dict) else None
+    try:
+        return kind.from_json(value) if isinstance(value, dict) else None
+    except ValidationError:
+        return None
 
 
 def read_items(file: Path, kind: type[L], limit: int | None = None) -> list[L]:

@@ -131,7 +131,7 @@ class _Driver(Generic[S, R]):
                 running = None
                 error = f"the process that scored it ended with code {code}; see {self._out / self._step.log_name}"
                 if pending([model], self._out):  # else it died after its result was written
-                    _publish(self._out, replace(model, error=error), [])
+                    _write(self._out, replace(model, error=error), [])
         if running is not None:
             running.close()
 
@@ -190,11 +190,11 @@ def _scored(score: Score[R], model: R, out: Path) -> R:
     try:
         result, items = score(model)
         result = replace(result, seconds=result.seconds or time.perf_counter() - started)
-        _publish(out, result, items)
+        _write(out, result, items)
     except Exception as error:
         log.exception("%s", model.name)
         result = replace(model, error=explained(error), seconds=time.perf_counter() - started)
-        _publish(out, result, [])
+        _write(out, result, [])
     return result
 
 
@@ -218,10 +218,10 @@ def pending(unscored: Sequence[R], out: Path) -> list[R]:
     return [model for model in unscored if not is_done(model)]
 
 
-def _publish(out: Path, result: StepResult, items: Sequence[Item]) -> None:
+def _write(out: Path, result: StepResult, items: Sequence[Item]) -> None:
     """Write a model's files, the items first: where a result is, its items are."""
-    if result.LINES:
-        publish(out / f"{result.name}{result.LINES}", "".join(f"{item.to_line()}\n" for item in items))
+    if result.ITEMS_SUFFIX:
+        publish(out / f"{result.name}{result.ITEMS_SUFFIX}", "".join(f"{item.to_line()}\n" for item in items))
     publish(out / f"{result.name}.json", result.to_text())
 
 

@@ -22,7 +22,8 @@ from llmkd.report import tables
 from llmkd.report.files import generations
 from llmkd.report.gather import gather
 from llmkd.report.results import Metric, Results
-from llmkd.report.tables import Table, plain
+from llmkd.report.tables import plain
+from llmkd.text import Table, aligned, shortened
 
 UNIMPORTANT = ("name", "output")
 DECIDES = {
@@ -193,11 +194,7 @@ def _markdown(
 def _terminal_text(
     studies: Sequence[ComparedStudy], metrics: Sequence[Metric], recipes: Table, sentences: Sequence[str]
 ) -> str:
-    scores = _score_table(studies, metrics, tables.LONGEST_IN_TERMINAL)
-    text, left_out = tables.fitting(scores, tables.COLUMNS)
-    parts = [text]
-    if left_out:
-        parts.append(f"{left_out} more metrics are in the file.")
+    parts = tables.fitting(_score_table(studies, metrics, tables.LONGEST_IN_TERMINAL), tables.COLUMNS, "file")
     if len(recipes) > 1:
-        parts.append(tables.aligned([[tables.shortened(cell, 30) for cell in line] for line in recipes]))
+        parts.append(aligned([[shortened(cell, 30) for cell in line] for line in recipes]))
     return "\n\n".join([*parts, *(textwrap.fill(sentence, tables.COLUMNS) for sentence in sentences)])

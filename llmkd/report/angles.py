@@ -6,15 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from llmkd.evaluation.angles.results import (
-    WHEN,
-    AngleResult,
-    Matrix,
-    MeasuredAngles,
-    StackAngles,
-    StudentView,
-    tokens_read,
-)
+from llmkd.evaluation.angles import results as angle_results
+from llmkd.evaluation.angles.results import WHEN, AngleResult, Matrix, StackAngles, StudentView, mean_of_known
 from llmkd.evaluation.results import read_result
 from llmkd.recipe.scoring_steps import ANGLES
 from llmkd.recipe.study_entries import StudyEntry
@@ -22,10 +15,12 @@ from llmkd.report import numbers
 from llmkd.report.files import row_name
 from llmkd.report.results import Angles, AnglesThen, Average, BlockMap, StrategyAngles
 from llmkd.report.significance import half_width
+from llmkd.report.training_runs import thinned
+from llmkd.text import Table, fixed
 
 MOST_STUDENT_BLOCKS = 4  # shown of a strategy, evenly from first to last
-MOST_TEACHER_BLOCKS = 12  # along a side of a picture; of a deeper teacher neighbours are taken together
-Member = tuple[AngleResult, MeasuredAngles, StackAngles]
+MOST_TEACHER_BLOCKS = 12  # along a side of a picture; a deeper teacher's neighbours are taken together
+Member = tuple[AngleResult, angle_results.MeasuredAngles, StackAngles]
 
 
 def study_angles(folder: Path, entries: Iterable[StudyEntry]) -> Angles | None:
@@ -79,11 +74,11 @@ def _over_students(views: Sequence[StudentView], teacher_blocks: int) -> AnglesT
             _mean_matrix([coarse(view.blocks[place].mean, sides) for view in views]),
             _mean_matrix([coarse(view.blocks[place].above_zero, sides) for view in views]),
         )
-        for place in evenly(len(blocks), MOST_STUDENT_BLOCKS)
+        for place in thinned(range(len(blocks)), MOST_STUDENT_BLOCKS)
     ]
     return AnglesThen(
-        mean=_average(views, lambda view: _mean([block.mean_of_pairs for block in view.blocks])),
-        above_zero=_average(views, lambda view: _mean([block.above_zero_of_pairs for block in view.blocks])),
+        mean=_average(views, lambda view: mean_of_known([block.mean_of_pairs for block in view.blocks])),
+        above_zero=_average(views, lambda view: mean_of_known([block.above_zero_of_pairs for block in view.blocks])),
         paper_code=_average(views, lambda view: view.paper_code and view.paper_code.tokens.mean),
         paper_code_with_padding=_average(views, lambda view: view.paper_code and view.paper_code.with_padding.mean),
         student_blocks=len(blocks),
@@ -105,30 +100,20 @@ def grouped(teacher_blocks: int) -> list[list[int]]:
     return [list(range(start, stop)) for start, stop in zip(edges, edges[1:], strict=False)]
 
 
-def evenly(count: int, most: int) -> list[int]:
-    """At most `most` of so many places, the first and the last among them."""
-    if count <= most:
-        return list(range(count))
-    return [round(place * (count - 1) / (most - 1)) for place in range(most)]
-
-
 def coarse(matrix: Matrix, sides: Sequence[Sequence[int]]) -> Matrix:
     """The matrix by groups of blocks: the mean over pairs of different blocks, to three digits; a block alone keeps its own number."""
 
     def value(rows: Sequence[int], columns: Sequence[int]) -> float | None:
         pairs = [(i, j) for i in rows for j in columns if i != j] or [(rows[0], columns[0])]
-        return _rounded(_mean([matrix[i][j] for i, j in pairs]))
+        return _rounded(mean_of_known([matrix[i][j] for i, j in pairs]))
 
     return [[value(rows, columns) for columns in sides] for rows in sides]
 
 
 def _mean_matrix(matrices: Sequence[Matrix]) -> Matrix:
-    return [[_rounded(_mean(cells)) for cells in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
+    return [
+        [_rounded(mean_of_known(cells)) for cells in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)
+    ]
 
 
 def _rounded(value: float | None) -> float | None:
@@ -163,7 +148,7 @@ def _ranges(students: Sequence[StrategyAngles], stack: str) -> str:
 
 
 def _range(values: Sequence[float], decimals: int, unit: str = "") -> str:
-    low, high = (numbers.fixed(value, decimals) + unit for value in (min(values), max(values)))
+    low, high = (fixed(value, decimals) + unit for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
 
@@ -172,7 +157,7 @@ def setting(angles: Angles) -> str:
     students = angles.students
     tokens = {student.stack: student.tokens for student in students if student.strategy == students[0].strategy}
     parts = [
-        f"Over {tokens_read(tokens)} of {students[0].rows} held-out rows, padding left out; the last blocks' states are "
+        f"Over {angle_results.tokens_read(tokens)} of {students[0].rows} held-out rows, padding left out; the last blocks' states are "
         f"{_final_states(students)}.",
         "paper_code is the layer-selection paper's own statistic, cos(T_first - S_first, T_last - S_first), which counts padding; a "
         "first block that is still a copy of the teacher's counts there as 0.",
@@ -198,8 +183,8 @@ def _final_states(students: Sequence[StrategyAngles]) -> str:
     return "those after the final norm" if normed else "raw"
 
 
-def angle_table(angles: Angles) -> list[list[str]]:
-    """A line per strategy, stack and time, a header first."""
+def angle_table(angles: Angles) -> Table:
+    """A line per strategy, stack and time."""
     named = any(student.stack for student in angles.students)
     head = ["strategy", *["stack"] * named, "init", "students", "training", "mean over pairs", "share above zero"]
     lines = [[*head, "paper_code, tokens", "paper_code, with padding"]]

@@ -7,77 +7,74 @@ two verdicts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from llmkd.report.item_scores import Seeds
-from llmkd.report.results import Comparison, Metric, Row
-from llmkd.report.significance import Array, Score, holm, items_bootstrap, paired, verdict
+from llmkd.report.item_scores import ItemScores
+from llmkd.report.results import Comparison, Results, Row
+from llmkd.report.significance import holm, items_bootstrap, paired, verdict
 
 BASELINES = ("none", "ce_only", "undistilled")
-Items = Callable[[str, Seeds, Seeds], tuple[Array, Array, Score] | None]
 
 
 def questions(rows: Sequence[Row], reference: str) -> dict[str, list[str]]:
-    """What is compared with -> the strategies that are: the study's reference first, then the baselines that there are.
+    """Reference or baseline -> the strategies that are compared with it; the study's reference first, then the baselines it has.
 
-    With the reference are compared the strategies that match blocks; `none` only where a baseline is the reference.
+    `none` is compared with baselines alone.
     """
     names = [row.name for row in rows]
     students = [row.name for row in rows if row.kind == "student"]
-    asked = {}
+    strategies = {}
     for base in [reference, *(name for name in BASELINES if name != reference)]:
         others = [name for name in students if name != base and not (name == "none" and base not in BASELINES)]
         if base in names and others:
-            asked[base] = others
-    return asked
+            strategies[base] = others
+    return strategies
 
 
-def comparisons(
-    rows: Sequence[Row], metrics: Sequence[Metric], reference: str, margins: Mapping[str, float], items: Items
-) -> list[Comparison]:
-    """Every comparison of every metric; a strategy without a score that its counterpart has for the same seed is left out."""
-    by_name = {row.name: row for row in rows}
-    compared = []
-    for metric in metrics:
-        for base, strategies in questions(rows, reference).items():
-            margin = margins.get(metric.name)
-            family = [_compare(metric.name, by_name[name], by_name[base], margin, items) for name in strategies]
-            compared += _corrected([comparison for comparison in family if comparison is not None])
-    return compared
+def comparisons(results: Results, items: ItemScores | None) -> list[Comparison]:
+    """Every comparison of every metric; a strategy that shares no scored seed with its counterpart is left out.
+
+    `items`: for the second check; it is left out where they are None.
+    """
+    rows = {row.name: row for row in results.rows}
+    corrected = []
+    for metric in results.metrics:
+        margin = results.margins.get(metric.name)
+        for base, strategies in questions(results.rows, results.reference).items():
+            family = [_uncorrected(metric.name, rows[name], rows[base], margin, items) for name in strategies]
+            corrected += _corrected([comparison for comparison in family if comparison is not None])
+    return corrected
 
 
-def _compare(metric: str, strategy: Row, base: Row, margin: float | None, items: Items) -> Comparison | None:
+def _uncorrected(
+    metric: str, strategy: Row, base: Row, margin: float | None, items: ItemScores | None
+) -> Comparison | None:
     """One strategy against another on one metric, before Holm; None if no seed has both scores."""
     if metric not in strategy.cells or metric not in base.cells:
         return None
-    scores, base_scores = (
-        dict(zip(row.cells[metric].seeds, row.cells[metric].values, strict=True)) for row in (strategy, base)
-    )
-    single = set(base_scores) == {
-        None
-    }  # one model for all seeds, as a student copied from the teacher is before training
+    scores, base_scores = strategy.cells[metric].by_seed, base.cells[metric].by_seed
+    # One model for all seeds, as the undistilled student is where it is copied from the teacher.
+    single = set(base_scores) == {None}
     seeds = [seed for seed in scores if single or seed in base_scores]
     if not seeds:
         return None
     by_seed = paired(
         [scores[seed] for seed in seeds], [base_scores[None if single else seed] for seed in seeds], margin
     )
-    models = [(strategy.name, seed) for seed in seeds]
-    statistics = items(metric, models, [(base.name, seed) for seed in ([None] if single else seeds)])
-    by_item = items_bootstrap(*statistics) if statistics is not None else None
+    by_item = None
+    if items is not None:
+        base_models = [(base.name, seed) for seed in ([None] if single else seeds)]
+        statistics = items.of(metric, [(strategy.name, seed) for seed in seeds], base_models)
+        by_item = None if statistics is None else items_bootstrap(*statistics)
     return Comparison(
         metric=metric,
         strategy=strategy.name,
         reference=base.name,
-        difference=by_seed.difference,
-        interval=by_seed.interval and list(by_seed.interval),
-        seeds=by_seed.seeds,
-        p_different=by_seed.p_different,
         margin=margin,
-        p_equivalent=by_seed.p_equivalent,
+        **vars(by_seed),
         items=by_item and by_item.items,
-        items_interval=by_item and list(by_item.interval),
+        items_interval=by_item and by_item.interval,
         items_p=by_item and by_item.p,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmkd.evaluation.results import GeneratedText, ScoredModel, Scores, read_items, read_result, scored_class
+from llmkd.evaluation.results import RESULT_CLASSES, GeneratedText, ScoredModel, Scores, read_items, read_result
 from llmkd.files import read
 from llmkd.recipe.study_entries import StudyEntry, read_study
 from llmkd.report.results import Agreed
@@ -27,16 +27,13 @@ def result_file(folder: Path, entry: StudyEntry, step: str) -> Path:
 
 def items_file(folder: Path, entry: StudyEntry, step: str) -> Path:
     """The file of a step's lines, one per item."""
-    return result_file(folder, entry, step).with_suffix(scored_class(step).LINES)
+    return result_file(folder, entry, step).with_suffix(RESULT_CLASSES[step].ITEMS_SUFFIX)
 
 
 def step_result(folder: Path, entry: StudyEntry, step: str) -> tuple[ScoredModel | None, str | None]:
-    """What a step found of a model, and the problem if there is one.
-
-    A step that failed may have numbers all the same: one faulty task costs the others nothing.
-    """
+    """A model's result of a step, and the problem if there is one: a step that failed for one task has the other tasks' scores."""
     file = result_file(folder, entry, step)
-    result = read_result(file, scored_class(step))
+    result = read_result(file, RESULT_CLASSES[step])
     if result is None:
         return None, "unreadable result file" if file.is_file() else "not run"
     if result.error is None:
@@ -70,7 +67,7 @@ def generations(folder: Path, limit: int = 200) -> list[GeneratedItem]:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run wrote of itself when it was done (summary.json). `costs`: steps, seconds and so on, as a TrainingRun has them."""
+    """The summary.json that a finished run leaves. `costs`: steps, seconds and so on, by the names of a TrainingRun's fields."""
 
     pairs: list[list[int]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)

@@ -13,13 +13,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from llmkd.evaluation.results import ScoredModel, scored_class
+from llmkd.evaluation.results import RESULT_CLASSES, ScoredModel
 from llmkd.recipe.study_entries import STEPS, StudyEntry, StudyFile, read_study
 from llmkd.report.angles import study_angles
 from llmkd.report.comparisons import comparisons
 from llmkd.report.conclusion import conclusion, notes
 from llmkd.report.files import read_summary, row_name, step_result
-from llmkd.report.item_scores import ItemScores, no_items
+from llmkd.report.item_scores import ItemScores
 from llmkd.report.results import Agreed, Cell, Metric, Results, Row, StatedMargins
 from llmkd.report.significance import half_width
 from llmkd.report.training_runs import curve, layer_maps, read_log, training_run
@@ -30,7 +30,7 @@ OF_100 = ("bleu", "chrf", "ter")  # lm-eval's metrics that go from 0 to 100
 
 @dataclass(frozen=True)
 class Outcome:
-    """One model: its scores by metric, and by step its result, or the problem that there is none."""
+    """One model: its scores by metric, and by step its result and its problem, where it has them."""
 
     entry: StudyEntry
     scores: dict[str, float] = field(default_factory=dict)
@@ -44,15 +44,14 @@ class Outcome:
 
     @property
     def lower_is_better(self) -> set[str]:
-        """The metrics of which less is better, by what the files say or else by their names."""
-        lower = set()
-        for result in self.results.values():
-            for task, scores in result.tasks.items():
-                for metric in scores:
-                    higher = result.directions[task].get(metric, True) if task in result.directions else None
-                    if higher is False or (higher is None and LOWER_IS_BETTER.search(metric)):
-                        lower.add(f"{task}/{metric}")
-        return lower
+        """The metrics of which less is better: those of which the files say so, or else those named so."""
+        return {
+            f"{task}/{metric}"
+            for result in self.results.values()
+            for task, scores in result.tasks.items()
+            for metric in scores
+            if not result.directions.get(task, {metric: not LOWER_IS_BETTER.search(metric)}).get(metric, True)
+        }
 
 
 def outcome(folder: Path, entry: StudyEntry) -> Outcome:
@@ -64,14 +63,8 @@ def outcome(folder: Path, entry: StudyEntry) -> Outcome:
             model.problems[step] = problem
         if result is not None:
             model.results[step] = result
-            model.scores.update(
-                {
-                    f"{task}/{metric}": value
-                    for task, scores in result.tasks.items()
-                    for metric, value in scores.items()
-                    if value is not None
-                }
-            )
+            for task, scores in result.tasks.items():
+                model.scores.update({f"{task}/{name}": value for name, value in scores.items() if value is not None})
     return model
 
 
@@ -83,14 +76,10 @@ def gather(folder: Path, with_items: bool = True) -> Results:
     study = read_study(folder)
     outcomes = [outcome(folder, entry) for entry in study.entries]
     results = _without_comparisons(folder, study, outcomes)
-    items = no_items
-    if with_items:
-        scores = {outcome.entry.name: outcome.scores for outcome in outcomes}
-        items = ItemScores(
-            folder, study.entries, scores, {outcome.entry.name: outcome.problems for outcome in outcomes}
-        )
-    compared = comparisons(results.rows, results.metrics, study.reference, study.margins, items)
-    results = replace(results, comparisons=compared)
+    scores = {outcome.entry.name: outcome.scores for outcome in outcomes}
+    failed = {outcome.entry.name: outcome.problems for outcome in outcomes}
+    items = ItemScores(folder, study.entries, scores, failed) if with_items else None
+    results = replace(results, comparisons=comparisons(results, items))
     return replace(results, conclusion=conclusion(results), notes=notes(results))
 
 
@@ -137,7 +126,7 @@ def _metric(name: str, lower: bool) -> Metric:
     step, _, short = name.partition("/")
     if step not in STEPS:
         return Metric(name, name, not lower, short in OF_100, "lm-eval")
-    label, higher, percent = scored_class(step).LABELS.get(short, (short, True, False))
+    label, higher, percent = RESULT_CLASSES[step].LABELS.get(short, (short, True, False))
     return Metric(name, label, higher, percent, step)
 
 

@@ -17,19 +17,12 @@ import numpy as np
 
 from llmkd.evaluation import text_metrics
 from llmkd.evaluation.class_metrics import class_statistics, f1_scores
-from llmkd.evaluation.results import ClassifiedRow, ComparedItem, GeneratedText, TaskItem, read_items
+from llmkd.evaluation.results import RESULT_CLASSES, ClassifiedRow, ComparedItem, GeneratedText, TaskItem, read_items
 from llmkd.recipe.study_entries import StudyEntry
 from llmkd.report.files import items_file, row_name
 from llmkd.report.significance import Array, Score, mean_score
 
 TOLERANCE = 1e-4  # relative: result files may hold rounded numbers
-LINES = {
-    "generation": GeneratedText,
-    "classification": ClassifiedRow,
-    "lm-eval": TaskItem,
-    "agreement": ComparedItem,
-}
-"""Step -> the class of its lines, one per item."""
 Item = tuple[str, int]  # (task or step, number)
 Seeds = Sequence[tuple[str, int | None]]  # (row's name, seed)
 
@@ -61,12 +54,8 @@ class Statistics:
         return reported is not None and isclose(score, reported, rel_tol=TOLERANCE, abs_tol=1e-9)
 
 
-def no_items(metric: str, first: Seeds, second: Seeds) -> None:
-    """In the place of `ItemScores` where comparisons need no second check by items."""
-
-
 class ItemScores:
-    """The items' statistics of a study's models. A model's files are read when first asked for, once.
+    """The items' statistics of a study's models. A model's files are read once, at its first comparison.
 
     `scores`: model's name -> metric -> what its result files report; `failed`: its name -> the steps that failed.
     """
@@ -83,12 +72,12 @@ class ItemScores:
         self._scores, self._failed = scores, failed
         self._read: dict[str, dict[str, Statistics]] = {}
 
-    def __call__(self, metric: str, first: Seeds, second: Seeds) -> tuple[Array, Array, Score] | None:
+    def of(self, metric: str, first: Seeds, second: Seeds) -> tuple[Array, Array, Score] | None:
         """The statistics `[models, items, k]` of two groups of (row, seed), and their score.
 
         None unless every model has the metric's items, and all have the same.
         """
-        models = [self._of(self._entries[model]).get(metric) for model in (*first, *second)]
+        models = [self._by_metric(self._entries[model]).get(metric) for model in (*first, *second)]
         whole = [statistics for statistics in models if statistics is not None]
         if len(whole) < len(models):
             return None
@@ -98,7 +87,7 @@ class ItemScores:
         values = np.array([[statistics.by_item[item] for item in items] for statistics in whole], dtype=float)
         return values[: len(first)], values[len(first) :], score
 
-    def _of(self, entry: StudyEntry) -> dict[str, Statistics]:
+    def _by_metric(self, entry: StudyEntry) -> dict[str, Statistics]:
         """A model's metrics, each by the first way to score its items that gives back the reported number."""
         if entry.name not in self._read:
             reported, chosen = self._scores[entry.name], self._read.setdefault(entry.name, {})
@@ -114,7 +103,7 @@ class ItemScores:
 
 def _ways_to_score(file: Path, step: str) -> dict[str, list[Statistics]]:
     """Metric -> the ways in which its items may make its score, from one step's lines."""
-    lines = read_items(file, LINES[step])
+    lines = read_items(file, RESULT_CLASSES[step].ITEM)
     values: dict[str, dict[Item, float]] = {}
     tokens: dict[Item, float] = {}
     for line in lines:

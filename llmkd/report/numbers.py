@@ -1,12 +1,11 @@
-"""How the report writes numbers: the same in the terminal, in Markdown, on the page and in its pictures."""
+"""How the report writes scores, differences and intervals; other numbers are written by `llmkd.text`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from llmkd.report.results import Average, Cell, Metric
-
-ABSENT = "–"  # where there is no number
+from llmkd.text import ABSENT, figures, fixed
 
 
 def score(value: float, metric: Metric) -> str:
@@ -22,16 +21,16 @@ def mean(cell: Cell, metric: Metric, between: str = " ± ") -> str:
 
 def half_width(cell: Cell, metric: Metric) -> str:
     """Half the interval of a mean, to the decimals of the mean."""
-    return ABSENT if cell.half_width is None else fixed(cell.half_width, _decimals(cell.mean, metric))
+    return fixed(cell.half_width, _decimals(cell.mean, metric))
 
 
 def size(value: float, metric: Metric) -> str:
-    """How large a difference is, without its sign: one decimal more than a score has."""
+    """A difference without its sign: one decimal more than a score has."""
     return fixed(abs(value), _decimals(value, metric) + 1)
 
 
 def signed(value: float, metric: Metric) -> str:
-    """A difference: its sign, whichever it is, and its size."""
+    """A difference with its sign, `+` too."""
     return ("\N{MINUS SIGN}" if value < 0 else "+") + size(value, metric)
 
 
@@ -42,43 +41,18 @@ def interval(ends: Sequence[float] | None, metric: Metric) -> str:
 
 def p_value(value: float | None) -> str:
     """A p-value to three decimals."""
-    return ABSENT if value is None else "< 0.001" if value < 0.001 else fixed(value, 3)
+    return "< 0.001" if value is not None and value < 0.001 else fixed(value, 3)
 
 
 def margin(value: float | None) -> str:
     """A margin as the recipe states it."""
-    return ABSENT if value is None else _minus(f"{value:g}")
-
-
-def amount(value: float | None) -> str:
-    """A loss, a cost or a count: three figures below 1,000, whole with separators above; small whole numbers as they are."""
-    if value is None:
-        return ""
-    if abs(value) >= 999.5:
-        return fixed(value, 0)
-    return str(value) if isinstance(value, int) else _minus(f"{value:.3g}")
+    return figures(value, 6)
 
 
 def average(value: Average) -> str:
     """A mean cosine or share with half its interval."""
-    if value.mean is None:
-        return ABSENT
     return fixed(value.mean, 3) + ("" if value.half_width is None else f" ± {fixed(value.half_width, 3)}")
-
-
-def fixed(value: float, decimals: int) -> str:
-    """A number with so many decimals, separators at thousands, and a true minus sign."""
-    return _minus(f"{value:,.{decimals}f}")
-
-
-def exact(value: float) -> str:
-    """A number behind a picture: five figures."""
-    return _minus(f"{value:.5g}")
 
 
 def _decimals(value: float, metric: Metric) -> int:
     return 1 if metric.percent else 3 if abs(value) < 100 else 2 if abs(value) < 1000 else 0
-
-
-def _minus(text: str) -> str:
-    return text.replace("-", "\N{MINUS SIGN}")

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from llmkd.evaluation.angles.results import Matrix, When
 
-Agreed = dict[str, Any]
+Agreed = Mapping[str, Any]
 """Conditions shared by models, as their files give them (any JSON value); where models differ, a list of all values."""
 
 
@@ -34,6 +35,11 @@ class Cell:
     n: int
     values: list[float]
     seeds: list[int | None]
+
+    @property
+    def by_seed(self) -> dict[int | None, float]:
+        """The value of each seed; of models without one, the last."""
+        return dict(zip(self.seeds, self.values, strict=True))
 
 
 @dataclass(frozen=True)
@@ -94,12 +100,12 @@ class LayerMap:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a run cost, or how far it has come. `state`: done, unfinished or not run."""
+    """What a run cost, or how far it has come."""
 
     name: str
     strategy: str | None
     seed: int | None
-    state: str
+    state: Literal["done", "unfinished", "not run"]
     last_step: int | None
     steps: int | None = None
     seconds: float | None = None
@@ -126,7 +132,7 @@ class Curve:
     lines: list[LogLine]
     blocks: dict[str, int] = field(default_factory=dict)
 
-    def to_json(self) -> list[dict[str, Any]]:
+    def to_json(self) -> list[dict[str, object]]:
         """The lines as results.json has them."""
         return [{"step": line.step, **line.parts, "pairs": line.pairs} for line in self.lines]
 
@@ -244,6 +250,6 @@ class Results:
         """The main metric's name and those of the metrics with a margin."""
         return {self.primary, *self.margins}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """What results.json holds."""
         return {**asdict(self), "curves": {name: curve.to_json() for name, curve in self.curves.items()}}

@@ -39,7 +39,7 @@ class Paired:
 
     seeds: int
     difference: float
-    interval: tuple[float, float] | None
+    interval: list[float] | None
     p_different: float | None
     p_equivalent: float | None
 
@@ -50,7 +50,7 @@ class Resampled:
 
     items: int
     difference: float
-    interval: tuple[float, float]
+    interval: list[float]
     p: float
 
 
@@ -80,7 +80,7 @@ def paired(scores: Sequence[float], base: Sequence[float], margin: float | None 
     test: Any = stats.ttest_rel(first, second)  # its stub knows no pvalue
     p_different = float(test.pvalue)
     p_equivalent = None if margin is None else float(ttost_paired(first, second, -margin, margin)[0])
-    return Paired(len(differences), mean, (mean - half, mean + half), p_different, p_equivalent)
+    return Paired(len(differences), mean, [mean - half, mean + half], p_different, p_equivalent)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -156,4 +156,4 @@ def items_bootstrap(
     tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
     p = min(1.0, 2 * (int(tail) + 1) / (resamples + 1))
     interval = drawn_anew.confidence_interval
-    return Resampled(items, observed, (float(interval.low), float(interval.high)), p)
+    return Resampled(items, observed, [float(interval.low), float(interval.high)], p)

@@ -6,31 +6,21 @@ from collections.abc import Mapping, Sequence
 
 from llmkd.report import numbers
 from llmkd.report.results import Comparison, Metric, Results, Row, TrainingRun
+from llmkd.text import ABSENT, Table, aligned, amount, shortened
 
 LONGEST_REASON = 60  # characters of a failure inside a table; the whole sentence stands below it
 LONGEST_IN_TERMINAL = 20
 COLUMNS = 100  # of a terminal
-Table = list[list[str]]
-"""A header, then lines of as many cells."""
 
 
-def aligned(table: Table) -> str:
-    """A table in columns of spaces."""
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
-    return "\n".join([lines[0], "-+-".join("-" * width for width in widths), *lines[1:]])
-
-
-def fitting(table: Table, columns: int) -> tuple[str, int]:
-    """As many of a table's first columns as fit into a terminal, at least four, and how many were left out."""
+def fitting(table: Table, columns: int, where: str) -> list[str]:
+    """As many of a table's first columns as fit into a terminal, at least four, and `where` the others are."""
     shown = len(table[0])
-    while (text := aligned([line[:shown] for line in table])) and shown > 4 and _width(text) > columns:
+    while shown > 4 and max(map(len, aligned([line[:shown] for line in table]).splitlines())) > columns:
         shown -= 1
-    return text, len(table[0]) - shown
-
-
-def _width(text: str) -> int:
-    return max(len(line) for line in text.splitlines())
+    left_out = len(table[0]) - shown
+    note = [f"{left_out} more metrics are in the {where}."] if left_out else []
+    return [aligned([line[:shown] for line in table]), *note]
 
 
 def markdown(table: Table) -> str:
@@ -59,12 +49,7 @@ def score_cell(row: Row, metric: Metric, longest: int = LONGEST_REASON) -> str:
 
 def _reason(row: Row, step: str | None, longest: int) -> str:
     """Why a row has no number: the step's problem, or that it gave none, or that it was not asked for."""
-    return shortened(row.problem(step) or ("no value" if step in row.steps else numbers.ABSENT), longest)
-
-
-def shortened(text: str, longest: int) -> str:
-    """A text cut to so many characters."""
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+    return shortened(row.problem(step) or ("no value" if step in row.steps else ABSENT), longest)
 
 
 def comparison_table(comparisons: Sequence[Comparison], metrics: Mapping[str, Metric]) -> Table:
@@ -80,7 +65,7 @@ def comparison_table(comparisons: Sequence[Comparison], metrics: Mapping[str, Me
         cells += [_p(comparison.p_different, comparison.p_different_holm), numbers.margin(comparison.margin)]
         cells.append(_p(comparison.p_equivalent, comparison.p_equivalent_holm))
         if with_items:
-            cells += [numbers.ABSENT if comparison.items is None else str(comparison.items)]
+            cells += [ABSENT if comparison.items is None else str(comparison.items)]
             cells += [numbers.interval(comparison.items_interval, metric)]
             cells += [_p(comparison.items_p, comparison.items_p_holm)]
         lines.append(cells)
@@ -102,7 +87,7 @@ def costs(run: TrainingRun) -> list[int | float | None]:
 
 def cost_table(runs: Sequence[TrainingRun]) -> Table:
     """A line per training run."""
-    return [COST_HEAD, *([run.name, run_state(run), *map(numbers.amount, costs(run))] for run in runs)]
+    return [COST_HEAD, *([run.name, run_state(run), *map(amount, costs(run))] for run in runs)]
 
 
 def run_state(run: TrainingRun) -> str:

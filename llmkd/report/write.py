@@ -1,7 +1,7 @@
 """The report of a study, for people: made at any time from the study's files, of a half-done study too.
 
 `report(folder)` writes `report.html` (to look at), `report.md`, `results.json` (all numbers) and `results.csv` (every score,
-one per line); `terminal_text(results)` is the answer and the main numbers for a terminal.
+one per line); `terminal_text(results)` has the answer and the main numbers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from llmkd.files import publish
 from llmkd.recipe.study_entries import read_study
@@ -20,20 +21,27 @@ from llmkd.report.angles import angle_table, sentence, setting
 from llmkd.report.files import generations
 from llmkd.report.gather import gather, outcome
 from llmkd.report.map_drawing import drawing
-from llmkd.report.page.document import html
+from llmkd.report.page.document import whole_page
 from llmkd.report.results import Angles, LayerMap, Results
 
 
-def report(folder: Path) -> Path:
-    """Write a study's report in all its forms and return the page's path. Raises InputError if the folder holds no study."""
+class Report(NamedTuple):
+    """A report that was written: the page's path, and what all its forms were made from."""
+
+    page: Path
+    results: Results
+
+
+def report(folder: Path) -> Report:
+    """Write a study's report in all its forms. Raises InputError if the folder holds no study."""
     results = gather(folder)
     file = folder / "recipe.yaml"
     recipe = file.read_text() if file.is_file() else ""
     publish(folder / "results.json", json.dumps(results.to_json(), indent=1, allow_nan=False))
     publish(folder / "results.csv", _scores_csv(folder))
     publish(folder / "report.md", _markdown(results, recipe))
-    publish(folder / "report.html", html(results, generations(folder), recipe))
-    return folder / "report.html"
+    publish(folder / "report.html", whole_page(results, generations(folder), recipe))
+    return Report(folder / "report.html", results)
 
 
 def _scores_csv(folder: Path) -> str:
@@ -50,10 +58,7 @@ def _scores_csv(folder: Path) -> str:
 def terminal_text(results: Results, columns: int = tables.COLUMNS) -> str:
     """The scores for a terminal, the metrics with a margin first and as many as fit, and below them the answer."""
     metrics = sorted(results.metrics, key=lambda metric: metric.name not in results.margins)  # sorted is stable
-    text, left_out = tables.fitting(tables.score_table(results, metrics, tables.LONGEST_IN_TERMINAL), columns)
-    parts = [text]
-    if left_out:
-        parts.append(f"{left_out} more metrics are in the report.")
+    parts = tables.fitting(tables.score_table(results, metrics, tables.LONGEST_IN_TERMINAL), columns, "report")
     if results.problems:
         problems = [f"{name}: {why}" for name, why in results.problems.items()]
         more = [f"and {len(problems) - 5} more"] * (len(problems) > 5)

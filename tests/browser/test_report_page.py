@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from llmkd.report.files import GeneratedItem
-from llmkd.report.page.document import html
+from llmkd.report.page.document import whole_page
 from llmkd.report.results import Results
 from tests.unit.report import example_results as example
 
@@ -61,7 +61,7 @@ def texts(study: Results) -> list[GeneratedItem]:
 @pytest.fixture(scope="module")
 def file(study: Results, texts: list[GeneratedItem], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(html(study, texts, "name: quickstart\n"), encoding="utf-8")
+    path.write_text(whole_page(study, texts, "name: quickstart\n"), encoding="utf-8")
     return path
 
 
@@ -179,7 +179,7 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(browser: Browser,
 
 def test_columns_sort_by_number_with_missing_last(browser: Browser, study: Results, tmp_path: Path) -> None:
     file = tmp_path / "half.html"
-    file.write_text(html(example.partial(study), [], ""), encoding="utf-8")
+    file.write_text(whole_page(example.partial(study), [], ""), encoding="utf-8")
     with Opened(browser, file) as page:
         page.keep("half")
         rows = page.tab.locator("table.scores tbody tr")

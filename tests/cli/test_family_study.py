@@ -45,7 +45,7 @@ def test_study_of_another_family(tmp_path: Path, model_type: str) -> None:
     values["study"] = {"strategies": ["forward"], "seeds": [0], "baselines": []}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    page = study(recipe)
+    page = study(recipe).page
     folder = recipe.folder
     for entry in read_study(folder).entries:
         found = json.loads((folder / (entry.result_file(step) or "")).read_text())
@@ -59,7 +59,7 @@ def test_study_of_another_family(tmp_path: Path, model_type: str) -> None:
     two = [[0, 1], [1, 3]]
     assert drawn["pairs"] == (two if model_type == "bert" else [*two, [2, 7]])
     assert (drawn["student_blocks"], drawn["teacher_blocks"]) == ((2, 4) if model_type == "bert" else (3, 8))
-    assert "Layer map of forward" in page.read_text() and report(folder) == page
+    assert "Layer map of forward" in page.read_text() and report(folder).page == page
     angles = json.loads((folder / "angles" / "forward-s0.json").read_text())
     assert angles["error"] is None and angles["rows"] == 5
     stacks = [(stack["stack"], stack["student_blocks"], stack["teacher_blocks"]) for stack in angles["stacks"]]

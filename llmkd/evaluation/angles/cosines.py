@@ -10,14 +10,14 @@ teacher of width 4096 seen from 9 blocks that is 0.1 GFLOP a token, where the te
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from llmkd.errors import InputError
-from llmkd.evaluation.angles.results import BlockAngles, CosineSummary, Matrix, PaperCode
+from llmkd.evaluation.angles.results import BlockAngles, CosineSummary, Matrix, PaperCode, mean_of_known
 from llmkd.losses.distances import SMALLEST_NORM
 
 BINS = 64  # of a histogram, on [-1, 1]
@@ -29,7 +29,7 @@ Project = Callable[[Tensor], Tensor]
 
 def pairs_of(blocks: int) -> list[tuple[int, int]]:
     """The pairs (i, j) with i < j of so many blocks, in the order of every list of pairs here."""
-    return [(i, j) for i in range(blocks) for j in range(i + 1, blocks)]
+    return list(combinations(range(blocks), 2))
 
 
 class PairCosines:
@@ -41,7 +41,7 @@ class PairCosines:
 
     def __init__(self, blocks: int, device: torch.device | str = "cpu", bins: int = BINS) -> None:
         self._blocks, self._bins = blocks, bins
-        self._i, self._j = (torch.tensor(side, dtype=torch.int64, device=device) for side in _sides(blocks))
+        self._i, self._j = torch.triu_indices(blocks, blocks, offset=1, device=device)
         pairs = len(self._i)
         self._first_bin = torch.arange(pairs, device=device) * bins
         self._sum = torch.zeros(pairs, dtype=torch.float64, device=device)
@@ -93,8 +93,8 @@ class PairCosines:
             block=block,
             mean=self._matrix(mean, directed),
             above_zero=self._matrix(above, directed),
-            mean_of_pairs=_mean(mean),
-            above_zero_of_pairs=_mean(above),
+            mean_of_pairs=mean_of_known(mean),
+            above_zero_of_pairs=mean_of_known(above),
             counted=counted,
             without_direction=no_direction,
             histogram=self._histogram.view(len(counted), self._bins).tolist(),
@@ -184,13 +184,3 @@ def projected(states: Tensor, project: Project | None) -> Tensor:
 
 def _at_least_float32(states: Tensor) -> Tensor:
     return states.to(torch.promote_types(states.dtype, torch.float32))
-
-
-def _sides(blocks: int) -> tuple[list[int], list[int]]:
-    pairs = pairs_of(blocks)
-    return [i for i, _ in pairs], [j for _, j in pairs]
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    there = [value for value in values if value is not None]
-    return math.fsum(there) / len(there) if there else None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, Literal, Self
 
-from llmkd.evaluation.results import JsonFields, StepResult
+from llmkd.evaluation.results import StepResult
 
 Matrix = list[list[float | None]]
 """By teacher block and teacher block."""
@@ -17,7 +18,7 @@ WHEN: tuple[When, When] = ("before", "after")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockAngles(JsonFields):
+class BlockAngles:
     """The cosines between all pairs of teacher blocks, seen from one student block.
 
     Matrices [L, L] by teacher block: mean cosine and share above zero (1 on the diagonal; None where no token counts). Lists by pair
@@ -35,7 +36,7 @@ class BlockAngles(JsonFields):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CosineSummary(JsonFields):
+class CosineSummary:
     """One stream of cosines."""
 
     mean: float | None
@@ -60,18 +61,9 @@ class StudentView:
     blocks: list[BlockAngles]
     paper_code: PaperCode | None
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        code = value["paper_code"]
-        return cls(
-            blocks=[BlockAngles.from_json(block) for block in value["blocks"]],
-            paper_code=code
-            and PaperCode(**{key: CosineSummary.from_json(code[key]) for key in ("with_padding", "tokens")}),
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
-class StackAngles(JsonFields):
+class StackAngles:
     """One stack of blocks before and after training: a decoder's only one, or an encoder-decoder's `encoder` or `decoder`."""
 
     stack: str
@@ -85,16 +77,12 @@ class StackAngles(JsonFields):
     before: StudentView
     after: StudentView
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return super().from_json({**value, **{when: StudentView.from_json(value[when]) for when in WHEN}})
-
     def view(self, when: When) -> StudentView:
         return self.before if when == "before" else self.after
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuredAngles(JsonFields):
+class MeasuredAngles:
     """What was measured of one student."""
 
     rows: int
@@ -106,12 +94,8 @@ class MeasuredAngles(JsonFields):
     bins: int = 0
     stacks: list[StackAngles]
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return super().from_json({**value, "stacks": [StackAngles.from_json(stack) for stack in value["stacks"]]})
-
     def tokens_read(self) -> str:
-        """How many tokens the stacks read: `12 tokens`, or `12 tokens in the encoder and 9 in the decoder`."""
+        """As the function `tokens_read`, of all stacks."""
         return tokens_read({stack.stack: stack.tokens for stack in self.stacks})
 
 
@@ -129,13 +113,13 @@ class AngleResult(StepResult):
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         whole = value.get("error") is None and "stacks" in value
-        return super().from_json({**value, "measured": MeasuredAngles.from_json(value) if whole else None})
+        return super().from_json({**value, "measured": value if whole else None})
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """What was measured stands among the other keys of the file."""
         whole = super().to_json()
-        del whole["measured"]
-        return whole if self.measured is None else {**whole, **asdict(self.measured)}
+        measured = whole.pop("measured")
+        return {**whole, **(measured or {})}
 
     def to_text(self) -> str:
         """In one line: histograms are long."""
@@ -147,3 +131,9 @@ def tokens_read(tokens: Mapping[str, int]) -> str:
     first, *others = [f"{count:,}" for count in tokens.values()]
     where = [f" in the {stack}" if stack else "" for stack in tokens]
     return f"{first} tokens{where[0]}" + "".join(f" and {n}{at}" for n, at in zip(others, where[1:], strict=True))
+
+
+def mean_of_known(values: Sequence[float | None]) -> float | None:
+    """The mean of the values that are not None; None where there is none."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None

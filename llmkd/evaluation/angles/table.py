@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 from llmkd.errors import InputError
-from llmkd.evaluation.angles.results import WHEN, AngleResult, StudentView
+from llmkd.evaluation.angles.results import WHEN, AngleResult, StudentView, mean_of_known
+from llmkd.text import aligned, fixed
 
 
 def angles_text(files: dict[str, Path]) -> str:
@@ -24,8 +24,6 @@ def angles_text(files: dict[str, Path]) -> str:
     for result, stack in stacks:
         about = [result.name, result.init, *[stack.stack] * named]
         lines += [[*about, when, *_cells(stack.view(when))] for when in WHEN]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    rows = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     first = measured[0][1]
     final_states = " or ".join(dict.fromkeys(angles.final_state for _, angles in measured))
     teacher_blocks = " + ".join(str(stack.teacher_blocks) for stack in first.stacks)
@@ -34,23 +32,16 @@ def angles_text(files: dict[str, Path]) -> str:
         f"i < j of {teacher_blocks} teacher blocks; the last blocks' states are {final_states}; paper_code: the mean "
         "of cos(T_first - S_first, T_last - S_first) as the paper's code takes it"
     )
-    return "\n".join(
-        [rows[0], "-+-".join("-" * width for width in widths), *rows[1:], "", textwrap.fill(note, 100), *failed]
-    )
+    return "\n".join([aligned(lines), "", textwrap.fill(note, 100), *failed])
 
 
 def _cells(view: StudentView) -> list[str]:
+    code = view.paper_code
     values = [
-        average([block.mean_of_pairs for block in view.blocks]),
-        average([block.above_zero_of_pairs for block in view.blocks]),
+        mean_of_known([block.mean_of_pairs for block in view.blocks]),
+        mean_of_known([block.above_zero_of_pairs for block in view.blocks]),
         min((value for block in view.blocks for row in block.mean for value in row if value is not None), default=None),
-        None if view.paper_code is None else view.paper_code.tokens.mean,
-        None if view.paper_code is None else view.paper_code.with_padding.mean,
+        None if code is None else code.tokens.mean,
+        None if code is None else code.with_padding.mean,
     ]
-    return ["-" if value is None else f"{value:.3f}" for value in values]
-
-
-def average(values: Sequence[float | None]) -> float | None:
-    """The mean of the values that there are."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
+    return [fixed(value, 3) for value in values]

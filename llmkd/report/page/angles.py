@@ -14,6 +14,7 @@ from llmkd.report.angles import angle_table, sentence, setting
 from llmkd.report.page.html import Content, bold, figure, missing, paragraph, pictures, table
 from llmkd.report.page.svg import COLOUR, SMALL, TEXT, Numbers, Picture, drawn, picture, pixel_axes
 from llmkd.report.results import Angles, StrategyAngles
+from llmkd.text import fixed
 
 SIDE, LEFT, TOP, GAP = 144, 46, 24, 26  # of a map and around it, in pixels
 LEVELS = 10  # of a colour's strength
@@ -133,7 +134,7 @@ def cosine_maps(name: str, student: StrategyAngles) -> Picture:
 
 
 def _cosine(value: float | None) -> str:
-    return "not known" if value is None else numbers.fixed(value, 2)
+    return "not known" if value is None else fixed(value, 2)
 
 
 class _Cells:

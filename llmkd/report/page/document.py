@@ -15,19 +15,8 @@ from markupsafe import Markup
 
 from llmkd.report import numbers
 from llmkd.report.files import GeneratedItem
+from llmkd.report.page import html
 from llmkd.report.page.angles import angle_section
-from llmkd.report.page.html import (
-    Content,
-    data_script,
-    definitions,
-    details,
-    join,
-    missing,
-    paragraph,
-    section,
-    table,
-    tag,
-)
 from llmkd.report.page.scores import comparison_section, interval_section, map_section, score_section
 from llmkd.report.page.texts import packed
 from llmkd.report.page.training import cost_section, training_section
@@ -63,9 +52,9 @@ PAGE = Markup("""<!doctype html>
 """)
 
 
-def html(results: Results, generations: Sequence[GeneratedItem], recipe: str) -> str:
+def whole_page(results: Results, generations: Sequence[GeneratedItem], recipe: str) -> str:
     """The whole page as one string; the same arguments give the same bytes."""
-    sections: dict[str, tuple[str, Sequence[Content]]] = {
+    sections: dict[str, tuple[str, Sequence[html.Content]]] = {
         "scores": ("Scores", score_section(results)),
         "comparisons": ("Comparisons", comparison_section(results)),
         "maps": ("Layer maps", map_section(results)),
@@ -85,8 +74,10 @@ def html(results: Results, generations: Sequence[GeneratedItem], recipe: str) ->
         name=results.name,
         style=_asset("page.css"),
         opening=_opening(results),
-        links=join(tag("li", tag("a", heading, href=f"#{name}")) for name, (heading, _) in sections.items()),
-        body=join((section(name, heading, parts) for name, (heading, parts) in sections.items()), "\n"),
+        links=html.join(
+            html.tag("li", html.tag("a", heading, href=f"#{name}")) for name, (heading, _) in sections.items()
+        ),
+        body=html.join((html.section(name, heading, parts) for name, (heading, parts) in sections.items()), "\n"),
         script=script,
     )
     return str(page)  # a plain string: written to a file, it is no longer a part of a page
@@ -101,12 +92,14 @@ def _asset(name: str) -> Markup:
 def _opening(results: Results) -> Markup:
     """The answer, what limits it, and the study in a line of facts."""
     scored = f"{results.scored} of {results.models}"
-    parts = [tag("p", results.conclusion, class_="answer")]
+    parts = [html.tag("p", results.conclusion, class_="answer")]
     if results.scored < results.models:
         sentence = f" {scored} models have scores; what is missing is named below."
-        parts.append(tag("p", tag("strong", "Partial."), sentence, class_="partial"))
+        parts.append(html.tag("p", html.tag("strong", "Partial."), sentence, class_="partial"))
     if results.notes:
-        parts.append(tag("ul", *(tag("li", note) for note in results.notes), class_="notes", aria_label="Notes"))
+        parts.append(
+            html.tag("ul", *(html.tag("li", note) for note in results.notes), class_="notes", aria_label="Notes")
+        )
     labels = {metric.name: metric.label for metric in results.metrics}
     margins = [f"{numbers.margin(margin)} {labels.get(name, name)}" for name, margin in results.margins.items()]
     facts = [
@@ -115,7 +108,7 @@ def _opening(results: Results) -> Markup:
         ("Compared with", results.reference),
         ("Margin", ", ".join(margins) or "none stated"),
     ]
-    return join([*parts, definitions(facts, "facts")], "\n")
+    return html.join([*parts, html.definitions(facts, "facts")], "\n")
 
 
 def _seeds(results: Results) -> str:
@@ -126,45 +119,49 @@ def _seeds(results: Results) -> str:
 # Texts, and what was run
 
 
-def _generation_section(results: Results, generations: Sequence[GeneratedItem]) -> list[Content]:
+def _generation_section(results: Results, generations: Sequence[GeneratedItem]) -> list[html.Content]:
     if not generations:
-        return [missing("No model has generated a text yet.")]
+        return [html.missing("No model has generated a text yet.")]
     texts = packed(generations, {run.name: run.strategy for run in results.runs})
     shown, note = len(texts["items"]), ""
     if shown < len(generations):
         note = f"The first {shown} of {len(generations)} items are on this page; all are in the study's folder generations/."
     return [
-        paragraph(
+        html.paragraph(
             "Each prompt with its reference and what the models wrote; models with the same text share a line. Words that are not "
             "in the nearest reference are underlined, words of it that are missing are struck through."
         ),
-        paragraph(note, "small"),
-        tag(
+        html.paragraph(note, "small"),
+        html.tag(
             "div",
-            missing("It takes the script of this page to show the texts; they lie in generations/ too."),
+            html.missing("It takes the script of this page to show the texts; they lie in generations/ too."),
             id="texts",
         ),
-        data_script("texts-data", texts),
+        html.data_script("texts-data", texts),
     ]
 
 
-def _run_section(results: Results, recipe: str) -> list[Content]:
-    facts: list[tuple[str, Content]] = [
-        ("Commit", tag("code", results.commit) if results.commit else "not known"),
+def _run_section(results: Results, recipe: str) -> list[html.Content]:
+    facts: list[tuple[str, html.Content]] = [
+        ("Commit", html.tag("code", results.commit) if results.commit else "not known"),
         ("Seeds", _seeds(results)),
         ("Hardware", plain(results.hardware) or "not known"),
         ("Versions", plain(results.versions) or "not known"),
     ]
-    parts: list[Content] = [definitions(facts, "ran")]
+    parts: list[html.Content] = [html.definitions(facts, "ran")]
     if results.backends:
         head = ("step", "backend", "models")
-        parts.append(table("What ran the models when they were evaluated", head, _backend_rows(results.backends)))
+        parts.append(html.table("What ran the models when they were evaluated", head, _backend_rows(results.backends)))
     else:
-        parts.append(missing("No evaluation has run yet."))
+        parts.append(html.missing("No evaluation has run yet."))
     if recipe:
-        parts.append(details(join(["The recipe, ", tag("code", "recipe.yaml")]), tag("pre", tag("code", recipe))))
+        parts.append(
+            html.details(
+                html.join(["The recipe, ", html.tag("code", "recipe.yaml")]), html.tag("pre", html.tag("code", recipe))
+            )
+        )
     else:
-        parts.append(missing("The study's recipe.yaml is not at hand."))
+        parts.append(html.missing("The study's recipe.yaml is not at hand."))
     return parts
 
 

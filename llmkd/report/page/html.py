@@ -12,8 +12,8 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from llmkd.report import numbers
 from llmkd.report.page.svg import Picture
+from llmkd.text import figures
 
 TABLE_ROWS = 150  # rows of a figure's numbers that are shown as a table; the CSV holds all
 NUMBER = re.compile(r"[-+−]?[\d,]+(\.\d+)?(e[-+−]\d+)?")
@@ -96,7 +96,7 @@ def text(value: Any) -> Content:
     """A value as a table shows it; nothing for None."""
     if value is None:
         return ""
-    return numbers.exact(value) if isinstance(value, float) else value if isinstance(value, str) else str(value)
+    return figures(value, 5) if isinstance(value, float) else value if isinstance(value, str) else str(value)
 
 
 def csv_link(name: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markup:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmkd.report import numbers
-from llmkd.report.page.svg import COLOUR, SMALL, TEXT, Numbers, Picture, axes, drawn, few_ticks, picture, short
+from llmkd.report.page import svg
 from llmkd.report.results import Comparison, LayerMap, Metric, Row
 
 Span = tuple[float, float]
@@ -16,8 +16,8 @@ Span = tuple[float, float]
 # Scores
 
 
-@drawn
-def scores(name: str, metric: Metric, rows: Sequence[Row], reference: str, margin: float | None) -> Picture:
+@svg.drawn
+def scores(name: str, metric: Metric, rows: Sequence[Row], reference: str, margin: float | None) -> svg.Picture:
     """One metric: each strategy's seeds, mean and 95 % interval; baselines and the teacher as reference lines.
 
     The band is the stated margin around the reference strategy's mean.
@@ -27,7 +27,7 @@ def scores(name: str, metric: Metric, rows: Sequence[Row], reference: str, margi
     places = {row.name: float(number) for number, row in enumerate(students)}
     places |= {row.name: len(students) + 0.4 + number for number, row in enumerate(others)}
     last = max(places.values(), default=0.0)
-    figure, ax = axes(380, 24 * (last + 1) + 50, 108, 78, 6, 40)
+    figure, ax = svg.axes(380, 24 * (last + 1) + 50, 108, 78, 6, 40)
     ax.set_ylim(last + 0.6, -0.6)
 
     centre = next((_mean(row, metric) for row in rows if row.name == reference), None)
@@ -35,17 +35,17 @@ def scores(name: str, metric: Metric, rows: Sequence[Row], reference: str, margi
     span = _span(students, others, metric, band)
     ax.set_xlim(*span)
     if band:
-        ax.axvspan(*band, color=COLOUR["band"], lw=0, zorder=0)
+        ax.axvspan(*band, color=svg.COLOUR["band"], lw=0, zorder=0)
     for row in others:
         value = _mean(row, metric)
         if value is not None and span[0] <= value <= span[1]:
             style = "solid" if row.kind == "teacher" else (0, (4, 3))
-            ax.plot([value, value], [-0.6, places[row.name]], color=COLOUR["muted"], lw=0.9, ls=style, zorder=1)
+            ax.plot([value, value], [-0.6, places[row.name]], color=svg.COLOUR["muted"], lw=0.9, ls=style, zorder=1)
     for row in rows:
         _draw_row(ax, row, metric, places[row.name], span)
-    ax.set_yticks(list(places.values()), [short(row) for row in places], color=COLOUR["ink"], size=TEXT)
+    ax.set_yticks(list(places.values()), [svg.short(row) for row in places], color=svg.COLOUR["ink"], size=svg.TEXT)
     ax.grid(axis="x")
-    few_ticks(ax.xaxis, 4)
+    svg.few_ticks(ax.xaxis, 4)
     ax.set_xlabel(f"{metric.label} ({_better(metric)})")
 
     parts = [f"{row.name} {_in_words(row, metric)}" for row in (*students, *others)]
@@ -53,7 +53,7 @@ def scores(name: str, metric: Metric, rows: Sequence[Row], reference: str, margi
         low, high = (numbers.score(edge, metric) for edge in band)
         parts.append(f"margin of {numbers.margin(margin)} around {reference}: {low} to {high}")
     table = _score_numbers([*students, *others], metric)
-    return picture(figure, name, f"{metric.label} of each strategy", "; ".join(parts) + ".", table)
+    return svg.picture(figure, name, f"{metric.label} of each strategy", "; ".join(parts) + ".", table)
 
 
 def _draw_row(ax: Any, row: Row, metric: Metric, place: float, span: Span) -> None:
@@ -61,12 +61,12 @@ def _draw_row(ax: Any, row: Row, metric: Metric, place: float, span: Span) -> No
     side, cell = ax.get_yaxis_transform(), row.cells.get(metric.name)
     if cell is None:
         why = (row.problem(metric.step) or "no value").partition(":")[0]
-        ax.text(0.03, place, why, transform=side, va="center", size=SMALL, color=COLOUR["muted"])
+        ax.text(0.03, place, why, transform=side, va="center", size=svg.SMALL, color=svg.COLOUR["muted"])
         return
     mean, half = cell.mean, cell.half_width
     student = row.kind == "student"
-    colour = COLOUR["accent" if student else "muted"]
-    ax.text(1.03, place, numbers.mean(cell, metric), transform=side, va="center", size=SMALL)
+    colour = svg.COLOUR["accent" if student else "muted"]
+    ax.text(1.03, place, numbers.mean(cell, metric), transform=side, va="center", size=svg.SMALL)
     if not span[0] <= mean <= span[1]:
         tip, tail = (0, 0.09) if mean < span[0] else (1, 0.91)
         arrow = {"arrowstyle": "->", "color": colour, "lw": 1.2, "shrinkA": 0, "shrinkB": 0}
@@ -76,7 +76,7 @@ def _draw_row(ax: Any, row: Row, metric: Metric, place: float, span: Span) -> No
         ax.plot([mean - half, mean + half], [place, place], color=colour, lw=2.4, solid_capstyle="butt", zorder=3)
     ax.plot([mean], [place], "D", color=colour, ms=6 if student else 5, zorder=4)
     if len(cell.values) > 1:
-        ring = {"ms": 3.6, "mfc": COLOUR["paper"], "mec": colour, "mew": 0.9}
+        ring = {"ms": 3.6, "mfc": svg.COLOUR["paper"], "mec": colour, "mew": 0.9}
         ax.plot(cell.values, [place + 0.32] * len(cell.values), "o", ls="none", zorder=3, **ring)
 
 
@@ -99,7 +99,7 @@ def _span(students: Sequence[Row], others: Sequence[Row], metric: Metric, band: 
     return low - room, high + room
 
 
-def _score_numbers(rows: Sequence[Row], metric: Metric) -> Numbers:
+def _score_numbers(rows: Sequence[Row], metric: Metric) -> svg.Numbers:
     seeds = sorted({seed for row in rows for seed in row.seeds})
     lines: list[tuple[Any, ...]] = []
     for row in rows:
@@ -111,7 +111,7 @@ def _score_numbers(rows: Sequence[Row], metric: Metric) -> Numbers:
         by_seed = dict(zip(cell.seeds, cell.values, strict=False))  # a model without a seed has a value all the same
         lines.append((row.name, cell.mean, *ends, cell.n, *(by_seed.get(seed) for seed in seeds)))
     head = ("model", "mean", "interval low", "interval high", "n", *(f"seed {seed}" for seed in seeds))
-    return Numbers(head, tuple(lines))
+    return svg.Numbers(head, tuple(lines))
 
 
 def _in_words(row: Row, metric: Metric) -> str:
@@ -133,12 +133,12 @@ def _better(metric: Metric) -> str:
 # Differences
 
 
-@drawn
-def differences(name: str, metric: Metric, comparisons: Sequence[Comparison]) -> Picture:
+@svg.drawn
+def differences(name: str, metric: Metric, comparisons: Sequence[Comparison]) -> svg.Picture:
     """One metric's differences to the reference with 95 % intervals, the margin as a band and the verdict in words."""
     reference = comparisons[0].reference
     margin = next((comparison.margin for comparison in comparisons if comparison.margin is not None), None)
-    figure, ax = axes(380, 34 * len(comparisons) + 46, 142, 46, 4, 40)
+    figure, ax = svg.axes(380, 34 * len(comparisons) + 46, 142, 46, 4, 40)
     ax.set_ylim(len(comparisons) - 0.5, -0.5)
     ends = [0.0, *((-margin, margin) if margin else ())]
     for comparison in comparisons:
@@ -146,40 +146,40 @@ def differences(name: str, metric: Metric, comparisons: Sequence[Comparison]) ->
     room = 0.08 * (max(ends) - min(ends)) or 0.5
     ax.set_xlim(min(ends) - room, max(ends) + room)
     if margin:
-        ax.axvspan(-margin, margin, color=COLOUR["band"], lw=0, zorder=0)
+        ax.axvspan(-margin, margin, color=svg.COLOUR["band"], lw=0, zorder=0)
         for edge in (-margin, margin):
-            ax.axvline(edge, color=COLOUR["muted"], lw=0.8, ls=(0, (3, 2)), zorder=1)
-    ax.axvline(0, color=COLOUR["ink"], lw=1, zorder=1)
+            ax.axvline(edge, color=svg.COLOUR["muted"], lw=0.8, ls=(0, (3, 2)), zorder=1)
+    ax.axvline(0, color=svg.COLOUR["ink"], lw=1, zorder=1)
     for place, comparison in enumerate(comparisons):
         _draw_difference(ax, comparison, metric, place)
     ax.set_yticks([])
     ax.grid(axis="x")
-    few_ticks(ax.xaxis, 4)
+    svg.few_ticks(ax.xaxis, 4)
     ax.set_xlabel(f"difference to {reference}, {metric.label} ({_better(metric)})")
 
     words = "; ".join(_difference_in_words(comparison, metric) for comparison in comparisons) + "."
     words += f" The margin is {numbers.margin(margin)} to either side." if margin else " No margin is stated."
     head = ("strategy", "difference", "interval low", "interval high", "margin", "verdict")
     rows = tuple((c.strategy, c.difference, *(c.interval or (None, None)), c.margin, c.verdict) for c in comparisons)
-    return picture(figure, name, f"{metric.label}: difference to {reference}", words, Numbers(head, rows))
+    return svg.picture(figure, name, f"{metric.label}: difference to {reference}", words, svg.Numbers(head, rows))
 
 
 def _draw_difference(ax: Any, comparison: Comparison, metric: Metric, place: int) -> None:
     """One line of `differences`: a full mark lies within the margin, a square is shown not to be zero."""
     side = ax.get_yaxis_transform()
-    ax.text(-0.04, place - 0.17, short(comparison.strategy), transform=side, ha="right", va="center", size=TEXT)
-    quiet = {"size": SMALL - 0.5, "color": COLOUR["muted"]}
+    ax.text(-0.04, place - 0.17, svg.short(comparison.strategy), transform=side, ha="right", va="center", size=svg.TEXT)
+    quiet = {"size": svg.SMALL - 0.5, "color": svg.COLOUR["muted"]}
     ax.text(-0.04, place + 0.2, comparison.verdict, transform=side, ha="right", va="center", **quiet)
     if comparison.items_interval is not None:
-        ax.plot(comparison.items_interval, [place + 0.2] * 2, color=COLOUR["muted"], lw=1.1, zorder=2)
+        ax.plot(comparison.items_interval, [place + 0.2] * 2, color=svg.COLOUR["muted"], lw=1.1, zorder=2)
     if comparison.interval is not None:
-        ax.plot(comparison.interval, [place] * 2, color=COLOUR["accent"], lw=2.6, solid_capstyle="butt", zorder=3)
+        ax.plot(comparison.interval, [place] * 2, color=svg.COLOUR["accent"], lw=2.6, solid_capstyle="butt", zorder=3)
     within = comparison.verdict in ("equivalent", "different within the margin")
     marker = "s" if comparison.verdict.startswith("different") else "o"
-    face = COLOUR["accent" if within else "paper"]
-    ax.plot([comparison.difference], [place], marker, ms=7, mfc=face, mec=COLOUR["accent"], mew=1.5, zorder=4)
+    face = svg.COLOUR["accent" if within else "paper"]
+    ax.plot([comparison.difference], [place], marker, ms=7, mfc=face, mec=svg.COLOUR["accent"], mew=1.5, zorder=4)
     difference = numbers.signed(comparison.difference, metric)
-    ax.text(1.03, place, difference, transform=side, va="center", size=SMALL)
+    ax.text(1.03, place, difference, transform=side, va="center", size=svg.SMALL)
 
 
 def _difference_in_words(comparison: Comparison, metric: Metric) -> str:
@@ -192,8 +192,8 @@ def _difference_in_words(comparison: Comparison, metric: Metric) -> str:
 # Layer maps
 
 
-@drawn
-def layer_map(name: str, layer_map: LayerMap) -> Picture:
+@svg.drawn
+def layer_map(name: str, layer_map: LayerMap) -> svg.Picture:
     """A strategy's pairs as lines from the student's blocks (left) to the teacher's (right); block 0 is on top.
 
     Both models are drawn equally tall, so a map that follows depth is made of nearly level lines.
@@ -201,7 +201,7 @@ def layer_map(name: str, layer_map: LayerMap) -> Picture:
     students, teachers = layer_map.student_blocks, layer_map.teacher_blocks
     assert students and teachers
     tall = min(max(15.0 * teachers, 150.0), max(9.2 * teachers, 330.0))
-    figure, ax = axes(230, tall + 30, 0, 0, 24, 6)
+    figure, ax = svg.axes(230, tall + 30, 0, 0, 24, 6)
     ax.set_xlim(0, 230)
     ax.set_ylim(tall, 0)
     ax.axis("off")
@@ -210,17 +210,17 @@ def layer_map(name: str, layer_map: LayerMap) -> Picture:
         ("student", students, 34.0, {student for student, _ in pairs}),
         ("teacher", teachers, 156.0, {teacher for _, teacher in pairs}),
     ):
-        ax.text(left + 20, -8, side, ha="center", va="bottom", size=SMALL, color=COLOUR["muted"], clip_on=False)
+        ax.text(left + 20, -8, side, ha="center", va="bottom", size=svg.SMALL, color=svg.COLOUR["muted"], clip_on=False)
         _column(ax, blocks, left, tall, paired, numbers_right=side == "teacher")
     for student, teacher in pairs:
         ends = [(student + 0.5) * tall / students, (teacher + 0.5) * tall / teachers]
-        ax.plot([74, 156], ends, color=COLOUR["accent"], lw=1.6, marker="o", ms=3.4, zorder=4)
+        ax.plot([74, 156], ends, color=svg.COLOUR["accent"], lw=1.6, marker="o", ms=3.4, zorder=4)
 
     words = ", ".join(f"{student} from {teacher}" for student, teacher in pairs)
     words = f"student block from teacher block: {words}." if pairs else "no pair."
     words = f"{students} student blocks and {teachers} teacher blocks; {words}"
-    table = Numbers(("student block", "teacher block"), pairs)
-    return picture(figure, name, f"Layer map of {layer_map.strategy}", words, table)
+    table = svg.Numbers(("student block", "teacher block"), pairs)
+    return svg.picture(figure, name, f"Layer map of {layer_map.strategy}", words, table)
 
 
 def _column(ax: Any, blocks: int, left: float, tall: float, paired: set[int], numbers_right: bool) -> None:
@@ -234,10 +234,10 @@ def _column(ax: Any, blocks: int, left: float, tall: float, paired: set[int], nu
     gap = min(2.5, step * 0.25)
     for block in range(blocks):
         in_pair = block in paired
-        face, edge = COLOUR["band"] if in_pair else "none", COLOUR["accent" if in_pair else "muted"]
+        face, edge = svg.COLOUR["band"] if in_pair else "none", svg.COLOUR["accent" if in_pair else "muted"]
         corner = (left, block * step + gap / 2)
         ax.add_patch(Rectangle(corner, 40, step - gap, fc=face, ec=edge, lw=1.1 if in_pair else 0.7))
         if in_pair or step >= 11 or (block % 4 == 0 and not {block - 1, block + 1} & paired):
             x, side = (left + 46, "left") if numbers_right else (left - 6, "right")
-            tone = COLOUR["ink" if in_pair else "muted"]
-            ax.text(x, (block + 0.5) * step, str(block), ha=side, va="center", size=SMALL - 1, color=tone)
+            tone = svg.COLOUR["ink" if in_pair else "muted"]
+            ax.text(x, (block + 0.5) * step, str(block), ha=side, va="center", size=svg.SMALL - 1, color=tone)

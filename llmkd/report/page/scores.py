@@ -10,25 +10,10 @@ from typing import Any
 from markupsafe import Markup
 
 from llmkd.report import numbers
-from llmkd.report.page import score_plots
-from llmkd.report.page.html import (
-    Content,
-    bold,
-    cell,
-    csv_link,
-    details,
-    figure,
-    hidden,
-    join,
-    missing,
-    paragraph,
-    pictures,
-    row_of_heads,
-    tag,
-    whole_table,
-)
+from llmkd.report.page import html, score_plots
 from llmkd.report.results import Comparison, LayerMap, Metric, Results, Row
-from llmkd.report.tables import comparison_table, shortened
+from llmkd.report.tables import comparison_table
+from llmkd.text import ABSENT, shortened
 
 LONGEST_REASON = 40  # characters of a failure inside a table; the whole sentence stands below it
 SIGNS = {"equivalent": "≈", "different": "≠", "different within the margin": "≠", "undecided": "?", "not tested": "–"}
@@ -45,33 +30,35 @@ def _ordered(results: Results) -> list[Metric]:
     return sorted(results.metrics, key=lambda metric: (steps.index(metric.step), metric is not main))
 
 
-def score_section(results: Results) -> list[Content]:
+def score_section(results: Results) -> list[html.Content]:
     """The table of all scores, and why some are missing."""
     metrics = _ordered(results)
     if not metrics:
-        return [missing("No model has a score yet, so there is no table."), *_problems(results.problems)]
+        return [html.missing("No model has a score yet, so there is no table."), *_problems(results.problems)]
     seeds = len(results.seeds)
     averaged = f"Mean over {seeds} seeds ± half the 95 % interval of that mean. "
     items = ", ".join(f"{task} {count}" for task, count in results.items.items())
     head, rows = _score_numbers(results.rows, metrics)
     return [
-        paragraph(
+        html.paragraph(
             (averaged if seeds > 1 else "One seed, so no interval. ")
             + "★ marks the best mean below the teacher in each column; whether a difference is shown stands under Comparisons."
         ),
         _score_table(results.rows, metrics, results.primary),
-        paragraph(join([csv_link("scores", head, rows), f" Test items: {items}." if items else ""]), "small"),
+        html.paragraph(
+            html.join([html.csv_link("scores", head, rows), f" Test items: {items}." if items else ""]), "small"
+        ),
         *_problems(results.problems),
     ]
 
 
-def _problems(problems: Mapping[str, str]) -> list[Content]:
+def _problems(problems: Mapping[str, str]) -> list[html.Content]:
     """Why models have no scores, those with the same problem together."""
     models: dict[str, list[str]] = {}
     for name, why in problems.items():
         models.setdefault(why, []).append(name)
-    lines = [tag("li", tag("code", ", ".join(names)), f" {why}") for why, names in models.items()]
-    return [tag("h3", "Without scores"), tag("ul", *lines, class_="problems")] if lines else []
+    lines = [html.tag("li", html.tag("code", ", ".join(names)), f" {why}") for why, names in models.items()]
+    return [html.tag("h3", "Without scores"), html.tag("ul", *lines, class_="problems")] if lines else []
 
 
 def _score_numbers(rows: Sequence[Row], metrics: Sequence[Metric]) -> tuple[list[str], list[list[Any]]]:
@@ -87,25 +74,27 @@ def _score_numbers(rows: Sequence[Row], metrics: Sequence[Metric]) -> tuple[list
 
 def _score_table(rows: Sequence[Row], metrics: Sequence[Metric], primary: str | None) -> Markup:
     steps = [(step, len(list(group))) for step, group in groupby(metrics, lambda metric: metric.step)]
-    groups = [tag("th", step, scope="colgroup", colspan=count) for step, count in steps]
-    heads = [tag("th", name, scope="col") for name in ("model", "kind")]
+    groups = [html.tag("th", step, scope="colgroup", colspan=count) for step, count in steps]
+    heads = [html.tag("th", name, scope="col") for name in ("model", "kind")]
     heads += [_score_head(metric, primary) for metric in metrics]
     best = {metric.name: _best(rows, metric) for metric in metrics}
     lines = []
     for row in rows:
         cells = [_score_cell(row, metric, best[metric.name], primary) for metric in metrics]
-        lines.append(tag("tr", tag("th", row.name, scope="row"), tag("td", row.kind), *cells, class_=row.kind))
+        lines.append(
+            html.tag("tr", html.tag("th", row.name, scope="row"), html.tag("td", row.kind), *cells, class_=row.kind)
+        )
     caption = "Every strategy, baseline and the teacher by every metric"
-    head = [tag("tr", tag("th", colspan=2), *groups), tag("tr", *heads)]
-    return whole_table(caption, head, lines, "scores sortable")
+    head = [html.tag("tr", html.tag("th", colspan=2), *groups), html.tag("tr", *heads)]
+    return html.whole_table(caption, head, lines, "scores sortable")
 
 
 def _score_head(metric: Metric, primary: str | None) -> Markup:
-    parts: list[Content] = [metric.label]
+    parts: list[html.Content] = [metric.label]
     if metric.higher_is_better is not None:
         way, arrow = ("higher", "↑") if metric.higher_is_better else ("lower", "↓")
-        parts += [" ", tag("span", arrow, hidden(f"{way} is better"), class_="way", title=f"{way} is better")]
-    return tag("th", *parts, scope="col", class_="number main" if metric.name == primary else "number")
+        parts += [" ", html.tag("span", arrow, html.hidden(f"{way} is better"), class_="way", title=f"{way} is better")]
+    return html.tag("th", *parts, scope="col", class_="number main" if metric.name == primary else "number")
 
 
 def _best(rows: Sequence[Row], metric: Metric) -> float | None:
@@ -121,25 +110,25 @@ def _score_cell(row: Row, metric: Metric, best: float | None, primary: str | Non
     if score is None:
         why = row.problem(metric.step)
         if why is None:
-            return tag("td", numbers.ABSENT, hidden("no value"), class_=f"number missing{main}")
-        return tag("td", shortened(why, LONGEST_REASON), class_=f"missing{main}", title=why)
+            return html.tag("td", ABSENT, html.hidden("no value"), class_=f"number missing{main}")
+        return html.tag("td", shortened(why, LONGEST_REASON), class_=f"missing{main}", title=why)
     mean = numbers.score(score.mean, metric)
-    parts: list[Content] = [mean]
+    parts: list[html.Content] = [mean]
     if row.kind != "teacher" and score.mean == best:
-        parts = [tag("strong", tag("span", "★", aria_hidden="true"), hidden("best: "), mean)]
+        parts = [html.tag("strong", html.tag("span", "★", aria_hidden="true"), html.hidden("best: "), mean)]
     if score.half_width is not None:
         half = f"± {numbers.half_width(score, metric)}"
-        parts += [" ", tag("span", half, class_="half", data_value=repr(score.half_width))]
+        parts += [" ", html.tag("span", half, class_="half", data_value=repr(score.half_width))]
     if score.n < row.models:
-        parts += [" ", tag("span", f"n = {score.n} of {row.models}", class_="few")]
-    return tag("td", *parts, class_=f"number{main}", data_value=repr(score.mean))
+        parts += [" ", html.tag("span", f"n = {score.n} of {row.models}", class_="few")]
+    return html.tag("td", *parts, class_=f"number{main}", data_value=repr(score.mean))
 
 
-def interval_section(results: Results) -> list[Content]:
+def interval_section(results: Results) -> list[html.Content]:
     """Each metric as a picture, the main one and those with a margin first."""
     metrics = _ordered(results)
     if not metrics:
-        return [missing("No model has a score yet, so there is nothing to draw.")]
+        return [html.missing("No model has a score yet, so there is nothing to draw.")]
     text = (
         "Diamonds are means, bars their 95 % intervals, rings the single seeds. Dashed lines are baselines, the solid line is the "
         "teacher; an arrow shows that a value lies outside the picture."
@@ -152,10 +141,10 @@ def interval_section(results: Results) -> list[Content]:
     for place, metric in enumerate([*first, *others]):
         margin = results.margins.get(metric.name)
         picture = score_plots.scores(f"scores-{place}", metric, results.rows, results.reference, margin)
-        figures.append(figure(picture, bold(metric.label, f" ({metric.name})")))
-    parts: list[Content] = [pictures([paragraph(text), *figures[: len(first)]])]
+        figures.append(html.figure(picture, html.bold(metric.label, f" ({metric.name})")))
+    parts: list[html.Content] = [html.pictures([html.paragraph(text), *figures[: len(first)]])]
     if others:
-        parts.append(details(f"The other {len(others)} metrics", pictures(figures[len(first) :])))
+        parts.append(html.details(f"The other {len(others)} metrics", html.pictures(figures[len(first) :])))
     return parts
 
 
@@ -163,10 +152,12 @@ def interval_section(results: Results) -> list[Content]:
 # Comparisons and maps
 
 
-def comparison_section(results: Results) -> list[Content]:
+def comparison_section(results: Results) -> list[html.Content]:
     """Differences to the reference: pictures, then all numbers with their verdicts."""
     if not results.comparisons:
-        return [missing("Nothing can be compared yet: it takes two strategies with scores, one of them the reference.")]
+        return [
+            html.missing("Nothing can be compared yet: it takes two strategies with scores, one of them the reference.")
+        ]
     metrics = {metric.name: metric for metric in _ordered(results)}
     main_names = [name for name in metrics if name in results.main_metrics] or list(metrics)[:1]
     families = _families(results.comparisons, list(metrics))
@@ -176,7 +167,7 @@ def comparison_section(results: Results) -> list[Content]:
     for place, family in enumerate(main):
         metric = metrics[family[0].metric]
         picture = score_plots.differences(f"differences-{place}", metric, family)
-        figures.append(figure(picture, bold(metric.label, f", difference to {family[0].reference}")))
+        figures.append(html.figure(picture, html.bold(metric.label, f", difference to {family[0].reference}")))
     text = (
         "Differences are paired by seed and stand with their 95 % intervals. Different: shown not to be zero. Equivalent: shown to "
         "lie within the margin that was stated before the run, by two one-sided tests. Undecided: neither. Corrected "
@@ -185,15 +176,15 @@ def comparison_section(results: Results) -> list[Content]:
     if any(comparison.items_interval for comparison in results.comparisons):
         text += " The thin grey lines, and the last columns of the table, are a paired bootstrap over the test items."
     labels = dict.fromkeys(metrics[family[0].metric].label for family in main)
-    parts: list[Content] = [pictures([paragraph(text), *figures])]
+    parts: list[html.Content] = [html.pictures([html.paragraph(text), *figures])]
     parts.append(_comparison_table("Comparisons by " + ", ".join(labels), main, metrics))
     if others:
         count = len({family[0].metric for family in others})
         below = _comparison_table("Comparisons by the other metrics", others, metrics)
-        parts.append(details(f"Comparisons by the other {count} metrics", below))
+        parts.append(html.details(f"Comparisons by the other {count} metrics", below))
     values = [asdict(comparison) for comparison in results.comparisons]
     rows = [[_joined(value) for value in comparison.values()] for comparison in values]
-    return [*parts, paragraph(csv_link("comparisons", list(values[0]), rows), "small")]
+    return [*parts, html.paragraph(html.csv_link("comparisons", list(values[0]), rows), "small")]
 
 
 def _families(comparisons: Sequence[Comparison], metrics: Sequence[str]) -> list[list[Comparison]]:
@@ -214,42 +205,42 @@ def _comparison_table(caption: str, families: Sequence[Sequence[Comparison]], me
     verdict = head.index("verdict")
     lines = []
     for comparison, (label, *values) in zip(comparisons, rows, strict=True):
-        cells = [cell(value) for value in values]
-        sign = tag("span", SIGNS[comparison.verdict], class_="sign", aria_hidden="true")
-        cells[verdict - 1] = tag("td", sign, f" {comparison.verdict}", class_="verdict")
+        cells = [html.cell(value) for value in values]
+        sign = html.tag("span", SIGNS[comparison.verdict], class_="sign", aria_hidden="true")
+        cells[verdict - 1] = html.tag("td", sign, f" {comparison.verdict}", class_="verdict")
         difference = repr(comparison.difference)
-        lines.append(tag("tr", tag("th", label, scope="row"), *cells, data_difference=difference))
-    return whole_table(caption, [row_of_heads(head)], lines, "comparisons")
+        lines.append(html.tag("tr", html.tag("th", label, scope="row"), *cells, data_difference=difference))
+    return html.whole_table(caption, [html.row_of_heads(head)], lines, "comparisons")
 
 
-def map_section(results: Results) -> list[Content]:
+def map_section(results: Results) -> list[html.Content]:
     """Each strategy's layer map; one per seed where the seeds' maps differ."""
     maps = [layer_map for layer_map in results.maps if layer_map.pairs]
     mapped = {layer_map.strategy for layer_map in maps}
     done = dict.fromkeys(run.strategy for run in results.runs if run.strategy is not None and run.state == "done")
     unpaired = [strategy for strategy in done if strategy not in mapped]
     if not mapped and not unpaired:
-        return [missing("No trained student with a layer map yet.")]
+        return [html.missing("No trained student with a layer map yet.")]
     seeds = {run.name: run.seed for run in results.runs}
     figures, parts = (
         [],
-        [paragraph(f"Without a map, since no block is paired: {', '.join(unpaired)}." if unpaired else "")],
+        [html.paragraph(f"Without a map, since no block is paired: {', '.join(unpaired)}." if unpaired else "")],
     )
     for layer_map in maps:
         if layer_map.student_blocks and layer_map.teacher_blocks:
             picture = score_plots.layer_map(f"map-{len(figures)}", layer_map)
-            figures.append(figure(picture, bold(layer_map.strategy, f" {_whose(layer_map, seeds)}")))
+            figures.append(html.figure(picture, html.bold(layer_map.strategy, f" {_whose(layer_map, seeds)}")))
         else:
             pairs = ", ".join(f"{student} from {teacher}" for student, teacher in layer_map.pairs)
             unknown = (
                 f"{layer_map.strategy}: the depth of its models is not at hand; student from teacher block {pairs}."
             )
-            parts.append(paragraph(unknown))
+            parts.append(html.paragraph(unknown))
     text = (
         "Left the student's blocks, right the teacher's, block 0 (next to the embeddings) on top; a line is a pair whose "
         "states are compared."
     )
-    return [paragraph(text if figures else ""), pictures(figures, "maps"), *parts]
+    return [html.paragraph(text if figures else ""), html.pictures(figures, "maps"), *parts]
 
 
 def _whose(layer_map: LayerMap, seeds: Mapping[str, int | None]) -> str:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 
-from llmkd.report.page import training_plots
-from llmkd.report.page.html import Content, bold, csv_link, details, figure, missing, paragraph, pictures, table, tag
+from llmkd.report.page import html, training_plots
 from llmkd.report.page.training_plots import Groups
 from llmkd.report.results import Curve, LogLine, Results, TrainingRun
 from llmkd.report.tables import COST_HEAD, cost_table, costs, run_state
@@ -35,11 +34,11 @@ COSTS: dict[str, tuple[str, Callable[[TrainingRun], float | None]]] = {
 }
 
 
-def training_section(results: Results) -> list[Content]:
+def training_section(results: Results) -> list[html.Content]:
     """The loss parts by step, then the hidden distance by student block."""
     groups = _curves(results)
     if not groups:
-        return [missing("No student has logged a training step yet.")]
+        return [html.missing("No student has logged a training step yet.")]
     longest = max(len(curve.lines) for runs in groups.values() for curve in runs.values())
     figures = []
     for part, words in {**PARTS, **_scheduled(groups)}.items():
@@ -47,28 +46,30 @@ def training_section(results: Results) -> list[Content]:
         if runs:
             name = f"curve-{re.sub('[^a-z0-9]+', '-', part)}"
             drawn = training_plots.curves(name, part, runs, list(groups), longest)
-            figures.append(figure(drawn, bold(part, f", {words}")))
+            figures.append(html.figure(drawn, html.bold(part, f", {words}")))
     paired = _kept(groups, lambda curve, line: bool(training_plots.by_block(curve, line)))
     if paired:
         end = training_plots.distances_at_end("distance-end", paired, list(groups))
-        figures.append(figure(end, bold("hidden distance", " of each student block, last logged step")))
+        figures.append(html.figure(end, html.bold("hidden distance", " of each student block, last logged step")))
     text = "Thick lines are means over seeds, thin ones the single seeds."
     if longest > LOG_LINES:
         text += f" Of the {longest} logged steps {LOG_LINES} are drawn, evenly spaced, the last among them."
-    parts = [paragraph(text), pictures(figures)]
+    parts = [html.paragraph(text), html.pictures(figures)]
     return [*parts, *(_by_step(paired) if paired else []), _without_distances(groups, bool(paired))]
 
 
-def _without_distances(groups: Groups, drawn: bool) -> Content:
+def _without_distances(groups: Groups, drawn: bool) -> html.Content:
     """Which runs' distances are not drawn by block, if any are left out."""
     curves = {name: curve for runs in groups.values() for name, curve in runs.items()}
     unknown = [name for name, curve in curves.items() if not curve.blocks and any(line.pairs for line in curve.lines)]
     if unknown:
-        return missing(f"Not drawn by block before the run has ended: the hidden distances of {', '.join(unknown)}.")
-    return Markup() if drawn else missing("No run has a pair of blocks, so there is no hidden distance.")
+        return html.missing(
+            f"Not drawn by block before the run has ended: the hidden distances of {', '.join(unknown)}."
+        )
+    return Markup() if drawn else html.missing("No run has a pair of blocks, so there is no hidden distance.")
 
 
-def _by_step(paired: Groups) -> list[Content]:
+def _by_step(paired: Groups) -> list[html.Content]:
     """The hidden distance of every block by step, a picture per strategy on one scale."""
     distances = [
         training_plots.by_block(curve, line)
@@ -79,14 +80,14 @@ def _by_step(paired: Groups) -> list[Content]:
     most = max(map(len, distances))
     if most > MOST_BLOCKS:
         text = f"Distances step by step are not drawn for {most} student blocks; the log files hold them."
-        return [paragraph(text)]
+        return [html.paragraph(text)]
     top = max(value for by_block in distances for value in by_block.values())
     figures = [
-        figure(training_plots.distances_by_step(f"distance-{place}", strategy, runs, top), bold(strategy))
+        html.figure(training_plots.distances_by_step(f"distance-{place}", strategy, runs, top), html.bold(strategy))
         for place, (strategy, runs) in enumerate(paired.items())
     ]
     words = "Hidden distance by step, a line per student block (its number at the right), mean over seeds; one scale for all."
-    return [tag("h3", "Hidden distance by block and step"), paragraph(words), pictures(figures, "maps")]
+    return [html.tag("h3", "Hidden distance by block and step"), html.paragraph(words), html.pictures(figures, "maps")]
 
 
 def _curves(results: Results) -> Groups:
@@ -125,23 +126,25 @@ def _kept(groups: Groups, keep: Callable[[Curve, LogLine], bool]) -> Groups:
     return kept
 
 
-def cost_section(runs: Sequence[TrainingRun]) -> list[Content]:
+def cost_section(runs: Sequence[TrainingRun]) -> list[html.Content]:
     """Speed, time and memory of every run."""
     if not runs:
-        return [missing("No training run has begun yet.")]
+        return [html.missing("No training run has begun yet.")]
     figures = []
     for key, (label, cost) in COSTS.items():
         known = [(run, value) for run in runs if run.strategy is not None and (value := cost(run)) is not None]
         if known:
-            figures.append(figure(training_plots.cost(f"cost-{key}", label, known), bold(label)))
+            figures.append(html.figure(training_plots.cost(f"cost-{key}", label, known), html.bold(label)))
     text = "Bars are means over runs, rings the runs."
     if any(run.strategy is None for run in runs):
         text += " The teacher's own training is in the table only."
     head, *rows = cost_table(runs)
     numbers = [[run.name, run_state(run), *costs(run)] for run in runs]
     return [
-        paragraph(text) if figures else missing("No student has finished its training yet, so no cost is drawn."),
-        pictures(figures, "three"),
-        details(f"All {len(runs)} runs", table("Cost of every training run", head, rows, "sortable")),
-        paragraph(csv_link("cost", COST_HEAD, numbers), "small"),
+        html.paragraph(text)
+        if figures
+        else html.missing("No student has finished its training yet, so no cost is drawn."),
+        html.pictures(figures, "three"),
+        html.details(f"All {len(runs)} runs", html.table("Cost of every training run", head, rows, "sortable")),
+        html.paragraph(html.csv_link("cost", COST_HEAD, numbers), "small"),
     ]

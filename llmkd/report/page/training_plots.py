@@ -7,25 +7,9 @@ from statistics import fmean
 from typing import Any, TypedDict
 
 from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING
-from llmkd.report import numbers
-from llmkd.report.page.svg import (
-    COLOUR,
-    DASHES,
-    MARKERS,
-    SMALL,
-    TEXT,
-    Numbers,
-    Picture,
-    axes,
-    drawn,
-    few_ticks,
-    log_axis,
-    picture,
-    short,
-    spread,
-    whole_numbers,
-)
+from llmkd.report.page import svg
 from llmkd.report.results import Curve, LogLine, TrainingRun
+from llmkd.text import amount
 
 Groups = dict[str, dict[str, Curve]]  # strategy -> run -> its log
 Line = list[tuple[float, float]]
@@ -46,13 +30,13 @@ EMBEDDINGS = {EMBEDDING: "embeddings", DECODER_EMBEDDING: "decoder's embeddings"
 # Losses and distances
 
 
-@drawn
-def curves(name: str, part: str, groups: Groups, strategies: Sequence[str], longest: int) -> Picture:
+@svg.drawn
+def curves(name: str, part: str, groups: Groups, strategies: Sequence[str], longest: int) -> svg.Picture:
     """One loss part by step: per strategy the mean over seeds (thick) and each seed (thin).
 
     A strategy's look is its place in `strategies`; `longest` is how many log lines the longest run wrote.
     """
-    figure, ax = axes(380, 240, 42, 92, 20, 36)
+    figure, ax = svg.axes(380, 240, 42, 92, 20, 36)
     lines: Lines = {
         strategy: {run: _values(curve, part) for run, curve in runs.items()} for strategy, runs in groups.items()
     }
@@ -65,26 +49,26 @@ def curves(name: str, part: str, groups: Groups, strategies: Sequence[str], long
     values = [value for runs in lines.values() for line in runs.values() for _, value in line]
     logarithmic = min(values) > 0 and max(values) > 8 * min(values)
     if logarithmic:
-        log_axis(ax)
+        svg.log_axis(ax)
     else:
-        few_ticks(ax.yaxis, 4)
+        svg.few_ticks(ax.yaxis, 4)
     _label_ends(ax, means, looks)
     ax.grid(axis="y")
-    few_ticks(ax.xaxis, 5)
+    svg.few_ticks(ax.xaxis, 5)
     ax.set_xlabel("step")
     above = f"{part}{', log scale' if logarithmic else ''}"
-    ax.text(0, 1.02, above, transform=ax.transAxes, size=SMALL, color=COLOUR["muted"])
+    ax.text(0, 1.02, above, transform=ax.transAxes, size=svg.SMALL, color=svg.COLOUR["muted"])
 
     shown = max(len(line) for runs in lines.values() for line in runs.values())
     words = _ends_in_words(means)
     words += f" {shown} of {longest} logged steps are drawn." if shown < longest else ""
-    return picture(figure, name, f"Training: {part} by step", words, _columns("step", means, lines), 1 + len(means))
+    return svg.picture(figure, name, f"Training: {part} by step", words, _columns("step", means, lines), 1 + len(means))
 
 
-@drawn
-def distances_at_end(name: str, groups: Groups, strategies: Sequence[str]) -> Picture:
+@svg.drawn
+def distances_at_end(name: str, groups: Groups, strategies: Sequence[str]) -> svg.Picture:
     """The last logged hidden distance of each student block: per strategy the mean over seeds, each seed as a point."""
-    figure, ax = axes(380, 240, 42, 92, 20, 36)
+    figure, ax = svg.axes(380, 240, 42, 92, 20, 36)
     lines: Lines = {
         strategy: {run: list(by_block(curve, curve.lines[-1]).items()) for run, curve in runs.items()}
         for strategy, runs in groups.items()
@@ -92,8 +76,8 @@ def distances_at_end(name: str, groups: Groups, strategies: Sequence[str]) -> Pi
     means = {strategy: _mean_line(runs.values()) for strategy, runs in lines.items()}
     looks = {strategy: _look(strategies.index(strategy)) for strategy in lines}
     for strategy, runs in lines.items():
-        look, marker = looks[strategy], MARKERS[strategies.index(strategy) % len(MARKERS)]
-        ring = {"ms": 3.4, "mfc": COLOUR["paper"], "mec": look["color"], "mew": 0.8}
+        look, marker = looks[strategy], svg.MARKERS[strategies.index(strategy) % len(svg.MARKERS)]
+        ring = {"ms": 3.4, "mfc": svg.COLOUR["paper"], "mec": look["color"], "mew": 0.8}
         for line in runs.values():
             ax.plot(*zip(*line, strict=True), "o", ls="none", zorder=2, **ring)
         ax.plot(*zip(*means[strategy], strict=True), **look, marker=marker, ms=5, lw=1.6, zorder=3)
@@ -103,24 +87,21 @@ def distances_at_end(name: str, groups: Groups, strategies: Sequence[str]) -> Pi
     ax.set_xlim(blocks[0] - 0.2, blocks[-1] + 0.2)
     _label_ends(ax, means, looks)
     ax.grid(axis="y")
-    few_ticks(ax.yaxis, 4)
+    svg.few_ticks(ax.yaxis, 4)
     ax.set_xlabel("student block")
 
-    last = [
-        f"{strategy} {numbers.amount(line[-1][1])} at block {_block_name(line[-1][0])}"
-        for strategy, line in means.items()
-    ]
+    last = [f"{strategy} {amount(line[-1][1])} at block {_block_name(line[-1][0])}" for strategy, line in means.items()]
     words = f"Mean over seeds; last block: {'; '.join(last)}."
     table = _columns("student block", means, lines)
     table = table._replace(rows=tuple((_block_name(block), *values) for block, *values in table.rows))
     title = "Hidden distance of each student block at the end"
-    return picture(figure, name, title, words, table, 1 + len(means))
+    return svg.picture(figure, name, title, words, table, 1 + len(means))
 
 
-@drawn
-def distances_by_step(name: str, strategy: str, runs: Mapping[str, Curve], top: float) -> Picture:
+@svg.drawn
+def distances_by_step(name: str, strategy: str, runs: Mapping[str, Curve], top: float) -> svg.Picture:
     """One strategy's hidden distance by step, a line per student block (mean over seeds); `top` is the common scale."""
-    figure, ax = axes(230, 170, 40, 34, 8, 34)
+    figure, ax = svg.axes(230, 170, 40, 34, 8, 34)
     lines: dict[int, list[Line]] = {}
     for curve in runs.values():
         steps = [(line.step, by_block(curve, line)) for line in curve.lines]
@@ -133,13 +114,13 @@ def distances_by_step(name: str, strategy: str, runs: Mapping[str, Curve], top: 
     ax.set_ylim(0, top * 1.04)
     _label_ends(ax, means, looks)
     ax.grid(axis="y")
-    few_ticks(ax.xaxis, 3)
-    few_ticks(ax.yaxis, 3)
+    svg.few_ticks(ax.xaxis, 3)
+    svg.few_ticks(ax.yaxis, 3)
     ax.set_xlabel("step")
 
     named = {f"block {block}": line for block, line in means.items()}
     title = f"{strategy}: hidden distance of each student block by step"
-    return picture(figure, name, title, _ends_in_words(named), _columns("step", named, {}))
+    return svg.picture(figure, name, title, _ends_in_words(named), _columns("step", named, {}))
 
 
 def by_block(curve: Curve, line: LogLine) -> dict[int, float]:
@@ -159,15 +140,15 @@ def _values(curve: Curve, part: str) -> Line:
 
 
 def _ends_in_words(lines: Mapping[str, Line]) -> str:
-    return "; ".join(f"{name} ends at {numbers.amount(line[-1][1])}" for name, line in lines.items()) + "."
+    return "; ".join(f"{name} ends at {amount(line[-1][1])}" for name, line in lines.items()) + "."
 
 
-def _columns(x: str, means: Mapping[str, Line], lines: Lines) -> Numbers:
+def _columns(x: str, means: Mapping[str, Line], lines: Lines) -> svg.Numbers:
     """Lines as a table: a row per x, a column per mean, then one per run; None where a line has no such x."""
     named = {**means, **{run: line for runs in lines.values() for run, line in runs.items()}}
     columns = [dict(line) for line in named.values()]
     places = sorted({place for column in columns for place in column})
-    return Numbers((x, *named), tuple((place, *(column.get(place) for column in columns)) for place in places))
+    return svg.Numbers((x, *named), tuple((place, *(column.get(place) for column in columns)) for place in places))
 
 
 def _block_name(block: float) -> str:
@@ -175,7 +156,7 @@ def _block_name(block: float) -> str:
 
 
 def _look(place: int) -> Look:
-    return {"color": COLOUR[f"series-{place % 8 + 1}"], "ls": DASHES[place % len(DASHES)]}
+    return {"color": svg.COLOUR[f"series-{place % 8 + 1}"], "ls": svg.DASHES[place % len(svg.DASHES)]}
 
 
 def _mean_line(lines: Iterable[Line]) -> Line:
@@ -197,39 +178,39 @@ def _label_ends(ax: Any, lines: Mapping[str, Line], looks: Mapping[str, Look]) -
     bottom, top = (to_share((1, limit))[1] for limit in (low, high))
     wanted = [(to_share((1, line[-1][1]))[1] - bottom) / (top - bottom) for line in lines.values()]
     wide, tall = 72 * ax.figure.get_size_inches() * (ax.get_position().width, ax.get_position().height)
-    for name, want, place in zip(lines, wanted, spread(wanted, 13.5 / tall, 0.02, 0.98), strict=True):
+    for name, want, place in zip(lines, wanted, svg.spread(wanted, 13.5 / tall, 0.02, 0.98), strict=True):
         quiet = {"transform": ax.transAxes, "clip_on": False, "color": looks[name]["color"]}
         ax.plot([1.005, 1 + 9 / wide, 1 + 12 / wide], [want, place, place], lw=0.8, **quiet)
-        ax.text(1 + 15 / wide, place, short(name), va="center", size=SMALL, **quiet)
+        ax.text(1 + 15 / wide, place, svg.short(name), va="center", size=svg.SMALL, **quiet)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cost
 
 
-@drawn
-def cost(name: str, label: str, costs: Sequence[tuple[TrainingRun, float]]) -> Picture:
+@svg.drawn
+def cost(name: str, label: str, costs: Sequence[tuple[TrainingRun, float]]) -> svg.Picture:
     """One cost of every finished run, a point each in its strategy's row, and the row's mean as a bar."""
     groups: dict[str, list[float]] = {}
     for run, value in costs:
         groups.setdefault(str(run.strategy), []).append(value)
-    figure, ax = axes(320, 22 * len(groups) + 50, 108, 12, 6, 40)
+    figure, ax = svg.axes(320, 22 * len(groups) + 50, 108, 12, 6, 40)
     most = max(value for _, value in costs)
     for place, values in enumerate(groups.values()):
-        bar = {"color": COLOUR["band"], "edgecolor": COLOUR["accent"], "lw": 0.8}
+        bar = {"color": svg.COLOUR["band"], "edgecolor": svg.COLOUR["accent"], "lw": 0.8}
         ax.barh([place], [fmean(values)], height=0.62, zorder=1, **bar)
-        ring = {"ms": 4, "mfc": COLOUR["paper"], "mec": COLOUR["ink"], "mew": 0.9}
+        ring = {"ms": 4, "mfc": svg.COLOUR["paper"], "mec": svg.COLOUR["ink"], "mew": 0.9}
         ax.plot(values, [place] * len(values), "o", ls="none", zorder=3, **ring)
     ax.set_xlim(0, most * 1.06 or 1)
     ax.set_ylim(len(groups) - 0.5, -0.5)
-    ax.set_yticks(range(len(groups)), [short(group) for group in groups], color=COLOUR["ink"], size=TEXT)
+    ax.set_yticks(range(len(groups)), [svg.short(group) for group in groups], color=svg.COLOUR["ink"], size=svg.TEXT)
     ax.grid(axis="x")
-    few_ticks(ax.xaxis, 4)
+    svg.few_ticks(ax.xaxis, 4)
     if most >= 1000:
-        whole_numbers(ax.xaxis)
+        svg.whole_numbers(ax.xaxis)
     ax.set_xlabel(label)
 
-    means = [f"{group} {numbers.amount(fmean(values))}" for group, values in groups.items()]
+    means = [f"{group} {amount(fmean(values))}" for group, values in groups.items()]
     words = f"Mean over runs: {'; '.join(means)}."
     rows = tuple((run.strategy, run.name, value) for run, value in costs)
-    return picture(figure, name, f"Cost of training: {label}", words, Numbers(("strategy", "run", label), rows))
+    return svg.picture(figure, name, f"Cost of training: {label}", words, svg.Numbers(("strategy", "run", label), rows))

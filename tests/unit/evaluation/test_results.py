@@ -9,6 +9,7 @@ import pytest
 
 from llmkd.evaluation.angles.results import AngleResult
 from llmkd.evaluation.results import (
+    RESULT_CLASSES,
     AgreementResult,
     ClassificationResult,
     ComparedItem,
@@ -19,8 +20,8 @@ from llmkd.evaluation.results import (
     StepResult,
     read_items,
     read_result,
-    scored_class,
 )
+from llmkd.recipe.study_entries import STEPS
 
 HEADER = {"name", "fingerprint", "error", "seconds", "versions"}
 MODEL = HEADER | {"model", "dtype"}
@@ -76,8 +77,8 @@ def test_a_failed_step_may_have_scores() -> None:
     assert not GenerationResult.from_json({"error": "no model", "metrics": {}}).has_scores
 
 
-@pytest.mark.parametrize("text", ["", '{"name": "m", "tasks": {"say": {"bl', "[1]"])
-def test_a_file_that_is_not_whole_is_none(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["", '{"name": "m", "tasks": {"say": {"bl', "[1]", '{"metrics": 1}'])
+def test_a_file_that_is_not_whole_or_holds_something_else_is_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text(text)
     assert read_result(tmp_path / "m.json", ScoredModel) is None
     assert read_result(tmp_path / "none.json", ScoredModel) is None
@@ -113,7 +114,7 @@ def test_angles_that_failed_or_are_of_an_earlier_form_hold_no_measurement() -> N
         assert AngleResult.from_json(value).measured is None
 
 
-def test_a_step_without_keys_of_its_own_needs_no_class_of_its_own() -> None:
-    assert scored_class("lm-eval") is LmEvalResult
-    result = scored_class("new").from_json({"name": "m", "metrics": {"score": 1.0}})
-    assert result.tasks == {"new": {"score": 1.0}} and type(result).from_json(result.to_json()) == result
+def test_every_step_with_scores_has_a_class_of_results_and_of_lines() -> None:
+    assert RESULT_CLASSES.keys() == STEPS.keys()
+    assert all(RESULT_CLASSES[step].STEP == step for step in STEPS)
+    assert len({RESULT_CLASSES[step].ITEM for step in STEPS}) == len(STEPS)

@@ -114,7 +114,7 @@ def _check_scores(folder: Path, file: Path) -> None:
     scores = {f"classification/{key}": value for key, value in found["metrics"].items()}
     items = ItemScores(file.parent, [entry], {"one": scores}, {"one": []})
     for metric in ("accuracy", "f1", "cross_entropy"):
-        sums = items(f"classification/{metric}", [("forward", 0)], [("forward", 0)])
+        sums = items.of(f"classification/{metric}", [("forward", 0)], [("forward", 0)])
         assert sums is not None and sums[2](sums[0][0].sum(0)) == pytest.approx(found["metrics"][metric], rel=1e-4)
 
 

@@ -285,8 +285,8 @@ def nothing(results: Results) -> Results:
 
 
 if __name__ == "__main__":
-    from llmkd.report.page.document import html
+    from llmkd.report.page.document import whole_page
 
     whole = study()
     recipe = (Path(__file__).parents[3] / "recipes/quickstart.yaml").read_text()
-    Path(sys.argv[1]).write_text(html(whole, generations(whole), recipe))
+    Path(sys.argv[1]).write_text(whole_page(whole, generations(whole), recipe))

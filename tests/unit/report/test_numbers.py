@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llmkd import text
 from llmkd.report import numbers
 from llmkd.report.results import Average, Cell, Metric
 from llmkd.report.write import report, terminal_text
@@ -25,7 +26,7 @@ def test_a_value_is_printed_alike_in_terminal_markdown_html_and_pictures(tmp_pat
             study.score(name, None, tasks={"web": {"word_perplexity": value}})
             costs = {"steps": 60, "seconds": 1234.5, "tokens": 54321, "tokens_per_second": 44.03, "memory_gib": 0.512}
             study.write(f"students/{name}/summary.json", costs)
-    page = Page(report(tmp_path).read_text())
+    page = Page(report(tmp_path).page.read_text())
     cells = [text for tag in ("td", "th") for _, text in page.all(tag)]
     drawn = [text for _, text in page.all("text")]
     markdown = [cell.strip() for line in (tmp_path / "report.md").read_text().splitlines() for cell in line.split("|")]
@@ -71,7 +72,7 @@ def test_what_is_not_there_is_a_dash() -> None:
 
 def test_other_numbers() -> None:
     assert [numbers.p_value(p) for p in (0.0004, 0.001, 0.25)] == ["< 0.001", "0.001", "0.250"]
-    amounts = [numbers.amount(value) for value in (None, 60, 54321, 0.5123, 33.44, 999.6, -0.25)]
+    amounts = [text.amount(value) for value in (None, 60, 54321, 0.5123, 33.44, 999.6, -0.25)]
     assert amounts == ["", "60", "54,321", "0.512", "33.4", "1,000", "−0.25"]
     assert numbers.average(Average(-0.25, 0.125, 3)) == "−0.250 ± 0.125"
-    assert (numbers.exact(-0.1234567), numbers.margin(0.5)) == ("−0.12346", "0.5")
+    assert (text.figures(-0.1234567, 5), numbers.margin(0.5)) == ("−0.12346", "0.5")

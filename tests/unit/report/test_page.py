@@ -15,7 +15,7 @@ import pytest
 from llmkd.report import numbers
 from llmkd.report.files import GeneratedItem
 from llmkd.report.page import document
-from llmkd.report.page.document import html
+from llmkd.report.page.document import whole_page
 from llmkd.report.page.texts import packed
 from llmkd.report.results import Cell, Results
 from tests.unit.report import example_results as example
@@ -37,7 +37,7 @@ def texts(results: Results) -> list[GeneratedItem]:
 
 @pytest.fixture(scope="module")
 def source(results: Results, texts: list[GeneratedItem]) -> str:
-    return html(results, texts, "name: quickstart\n")
+    return whole_page(results, texts, "name: quickstart\n")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,8 @@ def test_the_page_opens_with_the_answer(results: Results, read: Page) -> None:
 
 def test_every_score_is_the_results(results: Results, read: Page) -> None:
     table = [
-        values for values in re.findall(r'<tr class="(?:teacher|baseline|student)">(.*)</tr>', html(results, [], ""))
+        values
+        for values in re.findall(r'<tr class="(?:teacher|baseline|student)">(.*)</tr>', whole_page(results, [], ""))
     ]
     found = {
         re.findall(r'<th scope="row">(\w+)</th>', line)[0]: [
@@ -102,7 +103,7 @@ def test_nothing_is_best_where_all_tie_or_neither_end_is_better(results: Results
         means = {neither.name: 1 + number / 10, tied.name: 1.0}
         rows.append(replace(row, cells={name: Cell(mean, None, row.models, [], []) for name, mean in means.items()}))
     changed = replace(results, metrics=[neither, tied], rows=rows, comparisons=[], primary=None, margins={})
-    table = html(changed, [], "").partition('<table class="scores')[2].partition("</table>")[0]
+    table = whole_page(changed, [], "").partition('<table class="scores')[2].partition("</table>")[0]
     assert "best: " not in table and "length ratio</th>" in table and "ended by itself <span" in table
 
 
@@ -148,8 +149,10 @@ def test_what_only_some_runs_log_has_pictures_too() -> None:
         line.parts["temperature"] = 2.0 - number / 60
         if number % 20 == 0:
             line.parts.update({"norm of ce": 0.5 + number, "norm of 0<3 kl": 0.25})
-    read = Page(html(results, [], ""))
-    assert len(read.all("svg")) == len(Page(html(example.study(seeds=(0, 1), log_lines=60), [], "")).all("svg")) + 3
+    read = Page(whole_page(results, [], ""))
+    assert (
+        len(read.all("svg")) == len(Page(whole_page(example.study(seeds=(0, 1), log_lines=60), [], "")).all("svg")) + 3
+    )
     head, *lines = read.csv("curve-norm-of-ce")
     assert [float(line[head.index("forward-s1")]) for line in lines] == [0.5, 20.5, 40.5]
     head, *lines = read.csv("curve-temperature")
@@ -159,10 +162,10 @@ def test_what_only_some_runs_log_has_pictures_too() -> None:
 def test_runs_whose_blocks_are_not_known_yet_are_named() -> None:
     """An encoder-decoder's log counts the decoder's blocks by themselves; which they are is known when the run has ended."""
     results = example.study(seeds=(0, 1))
-    pictures = len(Page(html(results, [], "")).all("svg"))
+    pictures = len(Page(whole_page(results, [], "")).all("svg"))
     waiting = "Not drawn by block before the run has ended: the hidden distances of forward-s1."
     results.curves["forward-s1"] = replace(results.curves["forward-s1"], blocks={})
-    read = Page(html(results, [], ""))
+    read = Page(whole_page(results, [], ""))
     assert waiting in read.text[0] and len(read.all("svg")) == pictures
     assert "forward-s0" in read.csv("distance-end")[0] and "forward-s1" not in read.csv("distance-end")[0]
     assert "forward-s1" in read.csv("curve-hidden")[0]
@@ -170,7 +173,7 @@ def test_runs_whose_blocks_are_not_known_yet_are_named() -> None:
 
 def test_a_long_curve_is_thinned_with_a_note() -> None:
     results = example.study(seeds=(0, 1), log_lines=1000)
-    read = Page(html(results, [], ""))
+    read = Page(whole_page(results, [], ""))
     head, *lines = read.csv("curve-ce")
     steps = [int(line[0]) for line in lines]
     assert len(steps) == 40 and (steps[0], steps[-1]) == (2, 2000)
@@ -197,7 +200,7 @@ def test_nothing_a_study_says_becomes_markup(results: Results, texts: list[Gener
     )
     evil.rows[-1] = example.without_scores(evil.rows[-1], EVIL)
     written = [replace(item, prompt=EVIL, references=[EVIL], outputs={**item.outputs, EVIL: EVIL}) for item in texts]
-    source = html(evil, written, EVIL)
+    source = whole_page(evil, written, EVIL)
     read = Page(source)
     assert len(read.all("script")) == 2 and not read.all("img") and source.count("<!--") == 0
     assert not [name for _, attributes in read.tags for name in attributes if name.startswith("on")]
@@ -205,7 +208,10 @@ def test_nothing_a_study_says_becomes_markup(results: Results, texts: list[Gener
     assert data["items"][0]["p"] == EVIL and EVIL in data["models"]
     assert [EVIL, 1, [None, None]] in data["items"][0]["t"]
     assert EVIL in read.all("h1")[0][1] and EVIL in read.all("pre")[0][1] and EVIL in read.all("p", "answer")[0][1]
-    assert {tag for tag, _ in read.tags} == {tag for tag, _ in Page(html(results, texts, "x")).tags} | {"h3", "ul"}
+    assert {tag for tag, _ in read.tags} == {tag for tag, _ in Page(whole_page(results, texts, "x")).tags} | {
+        "h3",
+        "ul",
+    }
 
 
 def test_only_the_pages_own_script_may_run(source: str, read: Page) -> None:
@@ -235,7 +241,7 @@ def test_script_writes_text_and_never_markup() -> None:
 
 def test_half_a_study_is_a_page_that_names_what_is_missing(results: Results, texts: list[GeneratedItem]) -> None:
     half = example.partial(results)
-    read = Page(html(half, texts, ""))
+    read = Page(whole_page(half, texts, ""))
     assert "Partial." in read.all("p", "partial")[0][1]
     listed = read.all("ul", "problems")[0][1]
     for name, why in half.problems.items():
@@ -250,34 +256,34 @@ def test_half_a_study_is_a_page_that_names_what_is_missing(results: Results, tex
 
 
 def test_a_study_not_begun_has_no_picture(results: Results) -> None:
-    read = Page(html(example.nothing(results), [], ""))
+    read = Page(whole_page(example.nothing(results), [], ""))
     assert not read.all("svg") and not read.all("figure")
-    assert [text for _, text in read.all("h2")] == [text for _, text in Page(html(results, [], "")).all("h2")]
+    assert [text for _, text in read.all("h2")] == [text for _, text in Page(whole_page(results, [], "")).all("h2")]
     assert len(read.all("p", "missing-part")) == 9  # one in each section, two in the last
 
 
 def test_one_seed_has_no_interval() -> None:
     results = example.study(seeds=(0,))
-    read = Page(html(results, [], ""))
+    read = Page(whole_page(results, [], ""))
     assert "One seed, so no interval" in read.text[0]
     assert not read.all("span", "half")
     assert {found.verdict for found in results.comparisons} == {"not tested"}
 
 
 def test_the_same_study_gives_the_same_bytes(results: Results, texts: list[GeneratedItem], source: str) -> None:
-    html(example.study(seeds=(5,)), [], "")
+    whole_page(example.study(seeds=(5,)), [], "")
     results, texts = copy.deepcopy((results, texts))
-    assert html(results, texts, "name: quickstart\n") == source
+    assert whole_page(results, texts, "name: quickstart\n") == source
 
 
 def test_a_whole_study_stays_small() -> None:
     """Five strategies over five seeds and 200 items; then with every text of every model its own."""
     results = example.study(student_blocks=9, teacher_blocks=36, log_lines=1000)
     texts = example.generations(results)
-    usual = len(html(results, texts, "").encode())
+    usual = len(whole_page(results, texts, "").encode())
     for item in texts:
         item.outputs.update({model: f"{text} {model}" for model, text in item.outputs.items()})
-    worst = html(results, texts, "")
+    worst = whole_page(results, texts, "")
     print(f"\n[page] {usual / 1e6:.2f} MB; {len(worst.encode()) / 1e6:.2f} MB where no two models write the same")
     assert usual < 2_000_000 and len(worst.encode()) < 2_000_000
     (data,) = [json.loads(text) for a, text in Page(worst).all("script") if a.get("id") == "texts-data"]

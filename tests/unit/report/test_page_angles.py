@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from llmkd.evaluation.angles.cosines import pairs_of
-from llmkd.report.angles import coarse, evenly, grouped, sentence
+from llmkd.report.angles import coarse, grouped, sentence
 from llmkd.report.page.angles import angle_section, cosine_maps
 from llmkd.report.results import Angles, AnglesThen, Average, BlockMap, StrategyAngles
+from llmkd.report.training_runs import thinned
 from llmkd.report.write import report
 from tests.unit.report.page_reader import Page
 from tests.unit.report.study_folder import Folder
@@ -70,7 +71,7 @@ def test_a_study_without_angles_has_no_such_section(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     folder.students({"forward": [90.0]})
     assert folder.results().angles is None
-    page = report(tmp_path).read_text()
+    page = report(tmp_path).page.read_text()
     assert "Angles" not in page and "Angles" not in (tmp_path / "report.md").read_text()
 
 
@@ -82,12 +83,12 @@ def test_the_report_says_whose_projectors_are_left_out(study: Folder) -> None:
     assert "left out here" not in (study.folder / "report.md").read_text()
     file = study.folder / "angles" / "reverse-s0.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "projector_left_out": True}))
-    page = report(study.folder).read_text()
+    page = report(study.folder).page.read_text()
     assert said in page and said in (study.folder / "report.md").read_text()
 
 
 def test_the_page_shows_the_means_over_seeds(study: Folder) -> None:
-    read = Page(report(study.folder).read_text())
+    read = Page(report(study.folder).page.read_text())
     assert read.csv("angles-0")[0][0] == "student block" and len(read.csv("angles-0")) == 1 + 3 * 21
     written = [json.loads((study.folder / f"angles/forward-s{seed}.json").read_text()) for seed in (0, 1)]
     files = [one["stacks"][0] for one in written]
@@ -152,14 +153,14 @@ def test_a_cells_colour_stands_at_its_place() -> None:
 
 
 def test_what_failed_is_named_and_becomes_no_markup(study: Folder) -> None:
-    source = report(study.folder).read_text()
+    source = report(study.folder).page.read_text()
     assert not Page(source).all("img") and f"reverse-s1: {EVIL}." in Page(source).text[0]
     assert "reverse-s1: " in (study.folder / "report.md").read_text()
     assert students(study)[1].seeds == [0]
     for name in ("forward-s0", "forward-s1", "reverse-s0"):
         study.write(f"angles/{name}.json", {"name": name, "seed": 0, "error": "no"})
     assert "No student's angles could be measured." in Page(section(study)).text[0]
-    assert report(study.folder).is_file()
+    assert report(study.folder).page.is_file()
 
 
 def test_two_stacks_have_a_line_and_a_picture_each(tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_two_stacks_have_a_line_and_a_picture_each(tmp_path: Path) -> None:
         shape = {"stack": stack, "tokens": tokens, "teacher_blocks": teachers, "student_blocks": students}
         stacks.append({**shape, "before": seen(draw, students, teachers), "after": seen(draw, students, teachers)})
     angles_of(folder, "forward-s0", stacks[0]["before"], None, 0, stacks=stacks)
-    read = Page(report(folder.folder).read_text())
+    read = Page(report(folder.folder).page.read_text())
     assert [len(read.csv(f"angles-{n}")) - 1 for n in (0, 1)] == [2 * 10, 3 * 21]
     for number, one in enumerate(stacks):
         shown = {(int(b), int(i), int(j)): after for b, i, j, _, _, after, _ in read.csv(f"angles-{number}")[1:]}
@@ -223,6 +224,6 @@ def test_blocks_are_taken_together_evenly() -> None:
     sides = grouped(36)
     assert sides == [[3 * place, 3 * place + 1, 3 * place + 2] for place in range(12)]
     assert [block for side in grouped(17) for block in side] == list(range(17)) and len(grouped(17)) == 12
-    assert (evenly(3, 4), evenly(9, 4)) == ([0, 1, 2], [0, 3, 5, 8])
+    assert [list(thinned(range(count), 4)) for count in (3, 9)] == [[0, 1, 2], [0, 3, 5, 8]]
     matrix = [[1.0, 0.5, None], [0.5, 1.0, 0.0], [None, 0.0, 1.0]]
     assert coarse(matrix, [[0, 1], [2]]) == [[0.5, 0.0], [0.0, 1.0]]

@@ -63,7 +63,7 @@ def test_equivalence_at_alpha_is_the_90_percent_interval_inside_the_margin() -> 
 def test_order_turns_the_sign_and_nothing_else() -> None:
     one, other = paired(FORWARD, REVERSE, 1.0), paired(REVERSE, FORWARD, 1.0)
     assert one.difference == -other.difference
-    assert one.interval is not None and other.interval == (-one.interval[1], -one.interval[0])
+    assert one.interval is not None and other.interval == [-one.interval[1], -one.interval[0]]
     assert (one.p_different, one.p_equivalent) == pytest.approx((other.p_different, other.p_equivalent))
 
 
@@ -175,7 +175,7 @@ def test_weights_count_as_often_as_they_say() -> None:
 def test_the_same_texts_are_no_difference() -> None:
     same = pairs_of_values(np.random.default_rng(3).normal(size=(2, 20)))
     found = items_bootstrap(same, same)
-    assert found is not None and found.interval == (0.0, 0.0) and found.p == 1.0
+    assert found is not None and found.interval == [0.0, 0.0] and found.p == 1.0
 
 
 def test_too_few_items_or_no_score_is_said_by_none() -> None:

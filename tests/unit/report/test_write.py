@@ -19,11 +19,11 @@ def page(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The calls of the page's maker, which has tests of its own."""
     calls: list[tuple[Any, ...]] = []
 
-    def html(*arguments: Any) -> str:
+    def whole_page(*arguments: Any) -> str:
         calls.append(arguments)
         return "<!doctype html>"
 
-    monkeypatch.setattr(write, "html", html)
+    monkeypatch.setattr(write, "whole_page", whole_page)
     return calls
 
 
@@ -39,7 +39,7 @@ def markdown(study: Folder) -> str:
 
 def test_all_forms_are_written_from_the_same_results(study: Folder, page: list[tuple[Any, ...]]) -> None:
     study.write("recipe.yaml", "name: made-up\n")
-    assert report(study.folder) == study.folder / "report.html"
+    assert report(study.folder).page == study.folder / "report.html"
     results = study.results()
     assert json.loads((study.folder / "results.json").read_text()) == results.to_json()
     assert page == [(results, [], "name: made-up\n")]

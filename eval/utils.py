@@ -49,7 +49,7 @@ def _row(example: records.Example) -> dict[str, Any]:
 
 
 def score_sentences(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
-    """One item's scores: `slots_exact` is 1 if every slot is told rightly, `slots` is the share that is."""
+    """One item's scores: `slots_exact` is 1 if every slot is right, `slots` is the share that is."""
     text = results[0].strip()
     share = records.slots_right(dict(zip(doc["slots"], doc["values"], strict=True)), text)
     pair = (doc["references"], text)

@@ -33,12 +33,12 @@ from llmkd.distributed.ranks import (
     barrier,
     lost_rank,
     on_main,
+    print_mistake,
     quiet,
     silent_ranks,
     start,
     stop,
     sum_counts,
-    tell_mistake,
 )
 from llmkd.errors import InputError
 from llmkd.provenance import commit, hardware, versions
@@ -243,7 +243,7 @@ def main() -> None:
         command(standalone_mode=False)
     except (InputError, click.ClickException) as error:
         sentence = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        tell_mistake(f"Error: {sentence}")
+        print_mistake(f"Error: {sentence}")
         _leave(2)
     except click.exceptions.Abort:
         _leave(130)

@@ -7,7 +7,7 @@ step do not depend on the number of ranks or on accumulation.
 from __future__ import annotations
 
 import functools
-import logging
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,6 @@ from llmkd.errors import InputError
 
 Kind = Literal["decoder", "encoder", "encoder_decoder"]
 
-log = logging.getLogger("llmkd")
 IGNORE = -100
 TokenRow = Mapping[str, Any]
 """A row as tokens: its columns as lists, by name."""
@@ -80,7 +79,7 @@ class Batch:
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
-    """Whole batches in one pass. Rows left over are not used in that pass; they are others each time."""
+    """Whole batches in one pass. Rows left over are not used in that pass; each pass leaves out others."""
     if rows < batch_size:
         raise InputError(
             f"train.batch_size: {batch_size} rows per step, but the data has only {rows}; write a smaller batch, or "
@@ -112,28 +111,33 @@ def micro_batch_rows(rows: np.ndarray, *, rank: int, world_size: int, accumulati
     return list(rows.reshape(accumulation, world_size, -1)[:, rank])
 
 
-def collate(
-    rows: Sequence[TokenRow], *, pad_id: int, packed: bool, multiple: int = MULTIPLE, numbers: Sequence[int] = ()
-) -> Batch:
+def collate(rows: Sequence[TokenRow], *, pad_id: int, packed: bool, numbers: Sequence[int] = ()) -> Batch:
     """Tokenized rows -> one Batch: padded on the right to a multiple of 8, or packed end to end in one row.
 
     `numbers`: the rows' numbers in the data (a cached teacher needs them).
     """
-    ids = [torch.as_tensor(row["input_ids"]) for row in rows]
-    targets = [_targets(i, torch.as_tensor(row["trained"])) for i, row in zip(ids, rows, strict=True)]
+    ids = [row["input_ids"] for row in rows]
+    # The last position of a row predicts nothing, so that no target crosses documents.
+    targets = [
+        [*(token if is_trained else IGNORE for token, is_trained in pairs[1:]), IGNORE]
+        for pairs in (list(zip(row["input_ids"], row["trained"], strict=True)) for row in rows)
+    ]
     if not packed:
-        width = -(-max(len(i) for i in ids) // multiple) * multiple
-        return padded_batch(
-            torch.stack([_padded(i, width, pad_id) for i in ids]),
-            torch.stack([_padded(torch.ones_like(i), width, 0) for i in ids]).bool(),
-            torch.stack([_padded(t, width, IGNORE) for t in targets]),
-            numbers,
-        )
-    input_ids = torch.cat(ids)[None]
+        input_ids, attended = padded(ids, pad_id)
+        return padded_batch(input_ids, attended, padded(targets, IGNORE)[0], numbers)
+    input_ids = torch.tensor([list(itertools.chain(*ids))])
     attended = torch.ones_like(input_ids, dtype=torch.bool)
     positions = torch.cat([torch.arange(len(i)) for i in ids])[None]
-    batch = padded_batch(input_ids, attended, torch.cat(targets)[None], numbers)
+    batch = padded_batch(input_ids, attended, torch.tensor([list(itertools.chain(*targets))]), numbers)
     return replace(batch, position_ids=positions, attention_mask=None)
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """(numbers [B, T], which of them are the rows' own [B, T] bool), T a multiple of `MULTIPLE`."""
+    width = -(-max(len(row) for row in rows) // MULTIPLE) * MULTIPLE
+    numbers = torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return numbers, torch.arange(width)[None] < lengths[:, None]
 
 
 def padded_batch(ids: Tensor, attended: Tensor, targets: Tensor, numbers: Sequence[int], **more: Tensor) -> Batch:
@@ -151,21 +155,11 @@ def padded_batch(ids: Tensor, attended: Tensor, targets: Tensor, numbers: Sequen
     )
 
 
-def _targets(ids: Tensor, trained: Tensor) -> Tensor:
-    """[T]: the next token where it is trained, else IGNORE. The last position predicts nothing, so that no target crosses documents."""
-    following = torch.where(trained.bool(), ids, IGNORE)[1:]
-    return torch.cat([following, torch.tensor([IGNORE])])
-
-
-def _padded(values: Tensor, width: int, fill: int) -> Tensor:
-    return torch.nn.functional.pad(values, (0, width - len(values)), value=fill)
-
-
-def announced(steps: Iterator[list[Batch]], tell: Callable[[list[Batch]], None]) -> Iterator[list[Batch]]:
-    """The same steps; `tell` is called with each one before the step before it is trained."""
+def announced(steps: Iterator[list[Batch]], announce: Callable[[list[Batch]], None]) -> Iterator[list[Batch]]:
+    """The same steps; `announce` is called with each one before the step before it is trained."""
     waiting: list[list[Batch]] = []
     for batches_of_step in steps:
-        tell(batches_of_step)
+        announce(batches_of_step)
         waiting.append(batches_of_step)
         if len(waiting) == 2:
             yield waiting.pop(0)

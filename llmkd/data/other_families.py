@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
 
-from llmkd.data.batches import IGNORE, MULTIPLE, Batch, Family, TokenRow, collate, padded_batch
+from llmkd.data.batches import IGNORE, Batch, Family, TokenRow, collate, padded, padded_batch
 from llmkd.data.tokens import Columns, check_columns, check_end_token, mapped_rows, tokenize
 from llmkd.errors import InputError
 
@@ -102,15 +101,8 @@ def tokenize_classified(
         classes = [label_number(v, labels, n) for v, n in zip(columns["label"], numbers, strict=True)]
         length = [len(row) for row in ids]
         whole = length if not cut else [len(row) for row in tokenizer(*texts)["input_ids"]]
-        return {
-            "input_ids": ids,
-            "segments": segments,
-            "class": classes,
-            "length": length,
-            "whole": whole,
-            "useful": [True] * len(ids),
-            "row": numbers,
-        }
+        counted = dict(length=length, whole=whole, useful=[True] * len(ids), row=numbers)
+        return {"input_ids": ids, "segments": segments, "class": classes, **counted}
 
     return mapped_rows(rows, encoded, max_length=max_length, too_long=too_long)
 
@@ -120,8 +112,8 @@ def collate_classified(
 ) -> Batch:
     """Rows of `tokenize_classified` -> one Batch, padded on the right; targets [B, 1] are the classes."""
     assert not packed, "families.check_usable refuses it"
-    ids, attended = _padded([row["input_ids"] for row in rows], pad_id)
-    segments, _ = _padded([row["segments"] for row in rows], 0)
+    ids, attended = padded([row["input_ids"] for row in rows], pad_id)
+    segments, _ = padded([row["segments"] for row in rows], 0)
     classes = torch.tensor([[row["class"]] for row in rows])
     more = {"segments": segments} if segments.any() else {}
     return padded_batch(ids, attended, classes, numbers, **more)
@@ -152,14 +144,8 @@ def tokenize_sources(rows: Dataset, tokenizer: Any, start: int, *, max_length: i
             # the tokenizer's own truncation keeps the token that closes a text
             sources = tokenizer(columns["prompt"], truncation=True, max_length=max_length)["input_ids"]
             targets = [t[: max_length + 1] for t in targets]
-        return {
-            "source_ids": sources,
-            "target_ids": targets,
-            "length": [len(s) + len(t) - 1 for s, t in zip(sources, targets, strict=True)],
-            "whole": whole,
-            "useful": useful,
-            "row": numbers,
-        }
+        length = [len(s) + len(t) - 1 for s, t in zip(sources, targets, strict=True)]
+        return dict(source_ids=sources, target_ids=targets, length=length, whole=whole, useful=useful, row=numbers)
 
     return mapped_rows(rows, encoded, max_length=max_length, too_long=too_long)
 
@@ -169,9 +155,9 @@ def collate_sources(
 ) -> Batch:
     """Rows of `tokenize_sources` -> one Batch, both sides padded on the right."""
     assert not packed, "families.check_usable refuses it"
-    source, source_attended = _padded([row["source_ids"] for row in rows], pad_id)
-    ids, attended = _padded([row["target_ids"][:-1] for row in rows], pad_id)
-    targets, _ = _padded([row["target_ids"][1:] for row in rows], IGNORE)
+    source, source_attended = padded([row["source_ids"] for row in rows], pad_id)
+    ids, attended = padded([row["target_ids"][:-1] for row in rows], pad_id)
+    targets, _ = padded([row["target_ids"][1:] for row in rows], IGNORE)
     return padded_batch(
         ids,
         attended,
@@ -190,11 +176,3 @@ def _check_texts(values: Sequence[Any], number: int) -> None:
     for value in values:
         if not isinstance(value, str):
             raise InputError(f"data row {number}: a text is {type(value).__name__}; make it a text")
-
-
-def _padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
-    """(ids [B, T], which of them are the rows' own [B, T] bool), T a multiple of 8."""
-    width = -(-max(len(row) for row in rows) // MULTIPLE) * MULTIPLE
-    ids = torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids, torch.arange(width)[None] < lengths[:, None]

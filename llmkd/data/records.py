@@ -85,23 +85,17 @@ def examples(split: str, seed: int, start: int, count: int) -> list[Example]:
     `references` are all phrasings of the record, the completion among them, without the space. Raises InputError for a
     split that is not in `SPLITS`.
     """
-    return [{**made, "references": references(made["record"])} for made in rows(split, seed, start, count)]
+    return [{**row, "references": references(row["record"])} for row in rows(split, seed, start, count)]
 
 
 def rows(split: str, seed: int, start: int, count: int) -> list[Example]:
     """The same without references, which take most of the time and which training has no use for."""
     if split not in SPLITS:
         raise InputError(f"records: no split {split!r}; choose from {', '.join(SPLITS)}")
-    return [row(split, seed, index) for index in range(start, start + count)]
+    return [_row(split, seed, index) for index in range(start, start + count)]
 
 
-def example(split: str, seed: int, index: int) -> Example:
-    """One example, a function of its three arguments alone."""
-    return examples(split, seed, index, 1)[0]
-
-
-def row(split: str, seed: int, index: int) -> Example:
-    """One row of `rows`."""
+def _row(split: str, seed: int, index: int) -> Example:
     random = Random(stable_hash(f"{split} {seed} {index}"))
     record = draw_record(random)
     while home(record) != split:
@@ -125,21 +119,21 @@ def references(record: Record) -> list[str]:
 
 
 def sentences(record: Record, phrasing: Phrasing) -> str:
-    """The record told with one of four openings and one of three wordings."""
+    """The record in words, with one of four openings and one of three wordings."""
     opening, wording = phrasing
     words = {slot: CLOSED_SLOTS[slot][value][wording] for slot, value in record.items() if slot in CLOSED_SLOTS}
     name, kind = record["name"], " ".join(words[slot] for slot in ("price", "kind") if slot in words)
     kind = ("an " if kind[0] in "aeiou" else "a ") + kind
     where = f" {words['setting']}" if "setting" in words else ""
-    said = listed([words[slot] for slot in ORDERS[wording] if slot in words])
-    if opening == 1 and said:
-        return f"{name}, {kind}{where}, {said}."
+    rest = listed([words[slot] for slot in ORDERS[wording] if slot in words])
+    if opening == 1 and rest:
+        return f"{name}, {kind}{where}, {rest}."
     first = f"{name} is {kind}{where}."
     if opening == 2:
         first = f"There is {kind} called {name}{where}."
     if opening == 3 and where:
         first = f"{where[1].upper()}{where[2:]} is {name}, {kind}."
-    return f"{first} It {said}." if said else first
+    return f"{first} It {rest}." if rest else first
 
 
 def listed(parts: list[str]) -> str:
@@ -147,31 +141,31 @@ def listed(parts: list[str]) -> str:
 
 
 def slots_right(record: Record, text: str) -> float:
-    """The share of slots told rightly; 1.0 only if every slot of the record is told and nothing contradicts it.
+    """The share of slots that a text has right; 1.0 only if it has every slot of the record and nothing contradicts it.
 
     Counted over the record's slots and those that the text adds: a slot is right if its own value is in the text and no
     other value of that slot is.
     """
-    told = values_told(text)
-    slots = [slot for slot in SLOTS if slot in record or told[slot]]
-    return sum(told[slot] == {record.get(slot)} for slot in slots) / len(slots)
+    values = _values_in(text)
+    slots = [slot for slot in SLOTS if slot in record or values[slot]]
+    return sum(values[slot] == {record.get(slot)} for slot in slots) / len(slots)
 
 
-def values_told(text: str) -> dict[str, set[str]]:
-    """The values of each slot that a text speaks of."""
-    told = {"name": set(NAME_PATTERN.findall(text))}
-    rest = NAME_PATTERN.sub(" ", text).lower()
-    for slot, values in SIGNS.items():
-        told[slot] = {
+def _values_in(text: str) -> dict[str, set[str]]:
+    """The values of each slot that a text names."""
+    values = {"name": set(NAME_PATTERN.findall(text))}
+    without_name = NAME_PATTERN.sub(" ", text).lower()
+    for slot, signs_of in SIGNS.items():
+        values[slot] = {
             value
-            for value, signs in values.items()
-            if any(re.search(rf"\b{re.escape(s.lower())}\b", rest) for s in signs)
+            for value, signs in signs_of.items()
+            if any(re.search(rf"\b{re.escape(sign.lower())}\b", without_name) for sign in signs)
         }
-    return told
+    return values
 
 
 def choices(example: Example, count: int = 4) -> tuple[list[str], int]:
-    """The completion among `count - 1` others that each tell another slot wrongly, in the same words; and its place."""
+    """(the completion among `count - 1` others, each with another slot wrong in the same wording; its place among them)."""
     record, text = example["record"], example["completion"].strip()
     phrasing = next(phrasing for phrasing in PHRASINGS if sentences(record, phrasing) == text)
     random = Random(stable_hash(example["prompt"] + text))

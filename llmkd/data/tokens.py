@@ -15,8 +15,8 @@ from llmkd.errors import InputError, first_line
 
 log = logging.getLogger("llmkd")
 FORMATS = {"prompt_completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
-PLACEHOLDER = "llmkd0said0here"
-"""Stands for an assistant's message while a chat template shows what it writes around one."""
+PLACEHOLDER = "llmkd0message0here"
+"""Stands for an assistant's message in order to find what a chat template writes around it."""
 
 Columns = Mapping[str, list[Any]]
 """Some rows, column by column."""
@@ -41,16 +41,8 @@ def tokenize(rows: Dataset, tokenizer: Any, *, format: str, max_length: int, too
         whole = [len(i) for i in ids]
         if too_long == "truncate":
             ids, trained = [i[:max_length] for i in ids], [t[:max_length] for t in trained]
-        useful = [any(t[1:]) for t in trained]
-        length = [len(i) for i in ids]
-        return {
-            "input_ids": ids,
-            "trained": trained,
-            "length": length,
-            "whole": whole,
-            "useful": useful,
-            "row": numbers,
-        }
+        length, useful = [len(i) for i in ids], [any(t[1:]) for t in trained]
+        return dict(input_ids=ids, trained=trained, length=length, whole=whole, useful=useful, row=numbers)
 
     return mapped_rows(rows, encoded, max_length=max_length, too_long=too_long)
 

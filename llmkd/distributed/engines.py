@@ -1,4 +1,4 @@
-"""DeepSpeed engines: their configurations, models built in shards, what is read from shards and written into them."""
+"""DeepSpeed engines: their configurations, models built in shards, and the reading and writing of shards."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from typing import Any
 import torch
 import torch._dynamo  # noqa: F401  (zero.Init patches tensor constructors; dynamo must be imported before it does)
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from llmkd.distributed.ranks import World
 from llmkd.errors import InputError
 
 # isort: split
 import deepspeed  # after llmkd.distributed.ranks, which sets the accelerator
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 log = logging.getLogger("llmkd")
 
@@ -106,9 +108,7 @@ def _decide(config: DsConfig, key: str, value: Any) -> str | None:
     """Write the recipe's value at a dotted key where the file leaves it open. What is wrong, where the file has another value."""
     *parents, last = key.split(".")
     section = config
-    if (
-        last == "nvme_path"
-    ):  # where an offloaded student rests: any path will do, and nothing is written unless it is asked for
+    if last == "nvme_path":  # a file may have any path, and one that does not offload needs none
         for parent in parents:
             section = section.get(parent, {})
         if section.get(last) in BY_RECIPE:
@@ -163,7 +163,7 @@ def teacher_ds_config(
 
 
 def check_asynchronous_io(key: str) -> None:
-    """Build (once per machine) or load what DeepSpeed reads NVMe with. Raises InputError where that is not possible."""
+    """Build (once per machine) or load DeepSpeed's NVMe reader. Raises InputError where that is not possible."""
     try:
         deepspeed.ops.op_builder.AsyncIOBuilder().load(verbose=False)
     except Exception as error:  # a missing compiler, header or library, each with an error of its own
@@ -179,8 +179,6 @@ def sharded_construction(config: DsConfig | None) -> Iterator[None]:
     if config is None or zero_stage(config) != 3:
         yield
         return
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
     keep = HfDeepSpeedConfig(config)  # transformers holds a weak reference to it
     try:
         yield
@@ -250,13 +248,13 @@ def merge_shards(shards: Path, whole: Path) -> None:
     folders = ["--input_folder", str(shards), "--output_folder", str(whole)]
     workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]  # more would hold more of it in memory
     module = "deepspeed.checkpoint.ds_to_universal"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", module, *folders, *workers, "--inject_missing_state"], capture_output=True, text=True
     )
-    if done.returncode:
+    if process.returncode:
         shutil.rmtree(whole.parent, ignore_errors=True)
         raise InputError(
-            f"{shards}: DeepSpeed could not merge its shards for another number of ranks ({_last_line(done.stderr)}); "
+            f"{shards}: DeepSpeed could not merge its shards for another number of ranks ({_last_line(process.stderr)}); "
             "resume with the number of ranks that wrote it"
         )
 
@@ -266,8 +264,6 @@ def saved_weights(shards: Path, prefix: str) -> dict[str, Tensor]:
 
     The checkpoint's shards are read whole into memory, optimizer states included.
     """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     if list(shards.glob("*_optim_states.pt")):
         state: Any = get_fp32_state_dict_from_zero_checkpoint(str(shards.parent), tag=shards.name, lazy_mode=True)
     else:  # without ZeRO each rank's file holds whole tensors
@@ -313,7 +309,7 @@ def gathered(parameters: Iterable[Tensor | None]) -> contextlib.AbstractContextM
 
 @torch.no_grad()
 def overwrite(world: World, parameter: nn.Parameter, value: Tensor) -> None:
-    """Give a parameter of an engine another value, the same on every rank: its shards and the optimizer's fp32 copy of them, too."""
+    """Give a parameter of an engine another value, the same on every rank, in its shards and in the optimizer's fp32 copy of them."""
     value = value.to(device=world.device, dtype=torch.float32)
     if not hasattr(parameter, "ds_id"):
         parameter.copy_(value)
@@ -321,7 +317,7 @@ def overwrite(world: World, parameter: nn.Parameter, value: Tensor) -> None:
         return
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         parameter.copy_(value)
-    # DeepSpeed's own setter of a whole parameter fails where ranks don't divide it; shards are of one size, the last filled up.
+    # DeepSpeed's own setter fails where the ranks do not divide the parameter's size. Shards are of one size, the last one padded.
     size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
     filled = torch.nn.functional.pad(value.flatten(), (0, size * world.size - value.numel()))
     deepspeed.utils.safe_set_local_fp32_param(parameter, filled[world.rank * size : (world.rank + 1) * size])

@@ -1,7 +1,4 @@
-"""Ranks and collectives: with llmkd.distributed.engines the only file that imports deepspeed or torch.distributed.
-
-The floors below compute on tensors and know nothing of ranks; what is here is applied to them from outside.
-"""
+"""Ranks and collectives. Beside llmkd.distributed.engines the only file that imports deepspeed or torch.distributed."""
 
 from __future__ import annotations
 
@@ -28,12 +25,13 @@ import deepspeed  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 Result = TypeVar("Result")
-SPOKEN = "llmkd/spoken"
+PRINTED = "llmkd/printed"
+"""The store's key by which rank 0 tells the others that it has printed their common mistake."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers. `control` carries small CPU tensors and objects, so that the device is never waited for."""
+    """This process among its peers. `control` is the group for small CPU tensors and objects: with it nothing waits for the device."""
 
     rank: int
     size: int
@@ -52,8 +50,8 @@ class World:
 
 def start(timeout_seconds: int = 1800) -> World:
     """Join the process group that the launcher (deepspeed, torchrun, llmkd train) described, or make one of a single process."""
-    # DeepSpeed looks here for its shared-memory operator alone, which only inference uses; looking it up would compile probes, and
-    # building it would ask for a C++ compiler and a minute.
+    # Only for its shared-memory operator, which inference uses, would DeepSpeed look here. The look-up compiles probes, and building the
+    # operator takes a C++ compiler and a minute.
     setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 (a name its type stubs do not know)
     timeout = timedelta(seconds=timeout_seconds)
     cuda = torch.cuda.is_available()
@@ -84,10 +82,11 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def tell_mistake(sentence: str, patience_seconds: float = 3) -> None:
-    """Print the mistake that ends this rank: rank 0 does, another rank only where rank 0 has not met one.
+def print_mistake(sentence: str, patience_seconds: float = 3) -> None:
+    """Print the mistake that ends this rank, once: rank 0 prints it, another rank only where rank 0 did not make it too.
 
-    Launchers end the others at the first exit, so the others wait for rank 0 to speak, and it for them to have heard.
+    A launcher ends all ranks when the first one exits. So each other rank waits until rank 0 has printed, and rank 0 exits only when the
+    others have noticed that.
     """
     patience = timedelta(seconds=patience_seconds)
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -98,13 +97,13 @@ def tell_mistake(sentence: str, patience_seconds: float = 3) -> None:
     store = dist.distributed_c10d._get_default_store()
     try:
         if rank == 0:
-            store.set(SPOKEN, "yes")
+            store.set(PRINTED, "yes")
             print(sentence, file=sys.stderr, flush=True)
-            store.wait([f"{SPOKEN}/{other}" for other in range(1, size)], patience)
+            store.wait([f"{PRINTED}/{other}" for other in range(1, size)], patience)
         else:
-            store.wait([SPOKEN], patience)
-            store.set(f"{SPOKEN}/{rank}", "heard")
-    except dist.DistError:  # nobody else has met it
+            store.wait([PRINTED], patience)
+            store.set(f"{PRINTED}/{rank}", "noticed")
+    except dist.DistError:  # the other side did not come here in time: the mistake is not a common one
         if rank != 0:
             print(sentence, file=sys.stderr, flush=True)
 
@@ -187,30 +186,30 @@ class PendingTransfer:
     """A tensor on its way to or from a member of a pipeline; it is kept alive until it has been waited for."""
 
     tensor: Tensor
-    said: str
+    description: str
     work: Any
 
     def wait(self) -> Tensor:
-        """The tensor, received (or taken by the other side). Raises LostRank where that does not come about."""
+        """The tensor, once it has been received (or the other side has taken it). Raises LostRank where that fails."""
         try:
             self.work.wait()
         except RuntimeError as error:  # gloo and NCCL have no type of error for it
-            raise LostRank(f"{self.said}, in vain ({str(error).splitlines()[0]})") from error
+            raise LostRank(f"{self.description}, in vain ({str(error).splitlines()[0]})") from error
         return self.tensor
 
 
 class PipelineGroup:
-    """Sends tensors between the members of a group of consecutive ranks, and counts the bytes this one sends.
+    """Sends tensors between the members of a pipeline (consecutive ranks), and counts the bytes that this rank sends.
 
-    In process groups of its own, so that nothing comes between: on NCCL what two ranks send each other must be posted in one order on
-    both sides, and collectives of other groups keep theirs.
+    NCCL needs all operations of a process group posted in the same order on every rank, so each pipeline has groups of its own, apart
+    from the collectives of training.
     """
 
     def __init__(self, world: World, size: int) -> None:
         self._ranks: list[int] = []
         self._group: Any = None
         self._control: Any = None
-        for first in range(0, world.size, size):  # every rank takes part in the making of every group
+        for first in range(0, world.size, size):  # every rank takes part in creating every group
             ranks = list(range(first, first + size))
             group = dist.new_group(ranks, timeout=world.timeout)
             control = dist.new_group(ranks, timeout=world.timeout, backend="gloo")
@@ -233,29 +232,31 @@ class PipelineGroup:
         """Start to send (True) or receive (False) each tensor to or from a member, all at once. Both sides post in one order."""
         if not sends:
             return []
-        posts, said = [], []
+        posts, descriptions = [], []
         for tensor, member, is_sent in sends:
             rank = self._ranks[member]
             posts.append(dist.P2POp(dist.isend if is_sent else dist.irecv, tensor, rank, self._group))
             verb = "take" if is_sent else "send"
-            said.append(f"waited for rank {rank} to {verb} a teacher's state, for up to {self._seconds} s")
+            descriptions.append(f"waited for rank {rank} to {verb} a teacher's state, for up to {self._seconds} s")
             self.sent_bytes += tensor.nbytes if is_sent else 0
         works = dist.batch_isend_irecv(posts)
-        if len(works) == 1:  # NCCL makes one of all
+        if len(works) == 1:  # NCCL returns one for all
             works = works * len(posts)
-        return [PendingTransfer(s[0], text, work) for s, text, work in zip(sends, said, works, strict=True)]
+        return [PendingTransfer(s[0], text, work) for s, text, work in zip(sends, descriptions, works, strict=True)]
 
 
 def lost_rank(error: BaseException) -> bool:
-    """Whether an error says that other ranks no longer answer."""
-    said = str(error).lower()  # of gloo's own, the one on a timeout does not name it
-    return isinstance(error, LostRank | dist.DistError) or "gloo" in said or "pair closure" in said
+    """Whether an error means that other ranks no longer answer."""
+    message = str(
+        error
+    ).lower()  # gloo raises plain RuntimeErrors, and after a timeout speaks of a "pair closure" without its name
+    return isinstance(error, LostRank | dist.DistError) or "gloo" in message or "pair closure" in message
 
 
 def silent_ranks(patience_seconds: float = 3) -> list[int]:
-    """After a wait in vain: which ranks do not answer a roll call either, most likely the ones that began it.
+    """The ranks that do not answer a roll call after a failed wait: most likely the ones that caused the failure.
 
-    This rank's connections are closed first, so that ranks which wait for this one notice, and answer, at once.
+    This rank's connections are closed first: ranks that wait for this one then fail at once, and answer too.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     store = dist.distributed_c10d._get_default_store()
@@ -270,12 +271,12 @@ def silent_ranks(patience_seconds: float = 3) -> list[int]:
                 store.wait([f"llmkd/answers/{other}"], timedelta(seconds=left))
             except dist.DistStoreError:  # not in time
                 silent.append(other)
-    except dist.DistNetworkError:  # rank 0, which holds the store, is gone, and nobody else can be asked
+    except dist.DistNetworkError:  # rank 0 is gone, and with it the store through which the others would answer
         return [0]
     return silent
 
 
 def quiet() -> None:
-    """Keep DeepSpeed's own log to warnings, and its calls of torch's older names out of the user's sight."""
+    """Limit DeepSpeed's own log to warnings, and hide torch's warnings about the older names that DeepSpeed calls."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

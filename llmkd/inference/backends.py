@@ -1,7 +1,7 @@
 """Two ways to continue prompts, Hugging Face and vLLM: the same token ids in, the same out (greedy, in fp32).
 
-Both take prompts as token ids and end a text at the same tokens, so that neither reads a folder's tokenizer or its generation
-settings by itself. One call is one model: loaded or started once, gone at the end.
+Both take prompts as token ids and are told at which tokens a text ends, so that neither reads a folder's tokenizer or generation settings
+by itself. A call loads one model, and unloads it at the end.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from llmkd.errors import InputError
 from llmkd.inference.vllm_setup import engine_options
+from llmkd.models.families import family
+from llmkd.models.load import load_model
 
 Ids = list[int]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a text goes on, and where it ends."""
+    """How tokens are chosen, and where a text ends."""
 
     max_new_tokens: int
     stops: tuple[int, ...]
-    """Token ids that end a text; the one that did stays in it."""
+    """Token ids that end a text, and stay in it."""
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
@@ -49,11 +52,6 @@ class Continuations:
 
 def by_hugging_face(folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampling) -> Continuations:
     """Continue prompts in batches of like length, padded on the left; an encoder-decoder answers them, padded on the right."""
-    from transformers import GenerationConfig
-
-    from llmkd.models.families import family
-    from llmkd.models.load import load_model
-
     started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load_model(
@@ -65,18 +63,18 @@ def by_hugging_face(folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampl
     )
     model = model.to(device).eval()
     model.config.use_cache = True
-    reader = family(model.config)
-    if reader.kind == "encoder":
+    model_family = family(model.config)
+    if model_family.kind == "encoder":
         raise InputError(f"{folder}: an encoder writes no texts; give a decoder or an encoder-decoder")
-    answers = reader.kind == "encoder_decoder"
+    answers = model_family.kind == "encoder_decoder"
     pad = how.stops[0]
     chosen: dict[str, Any] = {"do_sample": False}
     if how.temperature:
         chosen = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
     ends = {"max_new_tokens": how.max_new_tokens, "eos_token_id": list(how.stops), "pad_token_id": pad}
     if answers:
-        ends["decoder_start_token_id"] = reader.start
-    model.generation_config = GenerationConfig(**chosen, **ends)  # the folder's own would fill in what is left open
+        ends["decoder_start_token_id"] = model_family.start
+    model.generation_config = GenerationConfig(**chosen, **ends)  # in place of the folder's own
     loaded = time.perf_counter()
     torch.manual_seed(how.seed)
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
@@ -85,7 +83,7 @@ def by_hugging_face(folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampl
         batch = order[start : start + how.batch_size]
         width = len(prompts[batch[0]])
         rows = [(prompts[n], [pad] * (width - len(prompts[n]))) for n in batch]
-        ids = torch.tensor([row + rest if answers else rest + row for row, rest in rows], device=device)
+        ids = torch.tensor([ids + padding if answers else padding + ids for ids, padding in rows], device=device)
         lengths = torch.tensor([len(prompts[n]) for n in batch], device=device)[:, None]
         places = torch.arange(width, device=device)
         mask = (places < lengths if answers else places >= width - lengths).long()
@@ -98,7 +96,7 @@ def by_hugging_face(folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampl
 def by_vllm(folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampling) -> Continuations:
     """Continue all prompts by one start of vLLM's engine. The process needs `vllm_environment` from its start."""
     started = time.perf_counter()
-    from vllm import LLM, SamplingParams, TokensPrompt  # type: ignore[import-not-found]
+    from vllm import LLM, SamplingParams, TokensPrompt  # type: ignore[import-not-found]  # optional, and takes seconds
 
     longest = max(len(prompt) for prompt in prompts) + how.max_new_tokens
     options = engine_options(dtype, max_length=longest, seed=how.seed)
@@ -106,21 +104,21 @@ def by_vllm(folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampling) -> 
     engine: Any = LLM(model=str(folder), skip_tokenizer_init=True, generation_config="vllm", **options)
     loaded = time.perf_counter()
     try:
-        asked = [
+        sampling = [
             SamplingParams(
                 temperature=how.temperature,
                 top_p=how.top_p,
-                seed=how.seed + number if how.temperature else None,  # one stream each, whatever shares its batch
+                seed=how.seed + number if how.temperature else None,  # its own stream, whatever shares the batch
                 max_tokens=how.max_new_tokens,
                 stop_token_ids=list(how.stops),
                 detokenize=False,
             )
             for number in range(len(prompts))
         ]
-        found = engine.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], asked, use_tqdm=False)
-        texts = [list(output.outputs[0].token_ids) for output in found]
+        outputs = engine.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], sampling, use_tqdm=False)
+        texts = [list(output.outputs[0].token_ids) for output in outputs]
     finally:
-        engine.llm_engine.engine_core.shutdown()  # else the next model finds its memory taken
+        engine.llm_engine.engine_core.shutdown()  # else its memory is not free for the next model
         del engine
         gc.collect()
     return Continuations(texts, loaded - started, time.perf_counter() - loaded)
@@ -133,18 +131,18 @@ BACKENDS: dict[str, Callable[[Path, Sequence[Ids], str, Sampling], Continuations
 
 
 def _ended(text: Ids, stops: Sequence[int]) -> Ids:
-    """A row of a batch up to the token that ended it; padding follows there."""
+    """A row of a batch up to the token that ended it, without the padding after it."""
     end = next((place for place, token in enumerate(text) if token in stops), len(text))
     return text[: end + 1]
 
 
 def stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end a text of this model: the tokenizer's own and those that the folder's settings name."""
-    named = [tokenizer.eos_token_id]
+    ids = [tokenizer.eos_token_id]
     for file in (folder / "generation_config.json", folder / "config.json"):
         eos = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-        named += eos if isinstance(eos, list) else [eos]
-    stops = tuple(dict.fromkeys(token for token in named if token is not None))
+        ids += eos if isinstance(eos, list) else [eos]
+    stops = tuple(dict.fromkeys(token for token in ids if token is not None))
     if not stops:
         raise InputError(
             f"{folder}: neither tokenizer nor configuration names an end-of-sequence token; set the tokenizer's eos_token"

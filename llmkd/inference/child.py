@@ -1,4 +1,4 @@
-"""A process that does orders one after another: orders go in as JSON, lines come out, all other output goes to a file.
+"""A child process that carries out orders one after another: it reads them as JSON, prints lines, and its other output goes to a file.
 
 child = Child("llmkd.evaluation.generation", shared, out / "generation.log")     # the parent
 exit_code = child.do(order, log.info)                                            # None: the order is done
@@ -19,10 +19,10 @@ from typing import Any
 from llmkd.errors import InputError
 from llmkd.files import PACKAGE, ROOT
 
-# What a launcher sets for its ranks, by how the names begin: a child is none of them and would wait for the others.
+# How the variables begin that a launcher sets for its ranks: with them a child would wait for the other ranks.
 LAUNCHER_VARIABLES = tuple("RANK WORLD_SIZE MASTER_ LOCAL_ GROUP_ ROLE_ CROSS_ TORCHELASTIC_ ACCELERATE_".split())
 REFUSAL = "input error: "  # begins the child's last line when it can't follow its orders
-DONE = "\x1edone: "  # begins the last line about an order; no name of a model holds the control character
+DONE = "\x1edone: "  # begins the last line about an order; the control character is in no model's name
 
 Say = Callable[[str], None]
 
@@ -37,13 +37,13 @@ class Child:
             self._process = subprocess.Popen(
                 command, env=environment, text=True, stdin=pipe, stdout=pipe, stderr=errors
             )
-        # Sent with the first order: a child reads only once its imports are done, which may take long.
+        # Sent with the first order: a child reads only after its imports, which may take long.
         self._unsent = [shared]
 
     def do(self, order: object, say: Say) -> int | None:
-        """Hand over an order and wait until it is done; `say` gets each line that the child prints meanwhile.
+        """Send an order and wait until it is done; `say` gets each line that the child prints meanwhile.
 
-        Returns None, or the exit code of a child that died before it was done. Raises InputError where the child refuses its orders.
+        Returns None, or the exit code of a child that died first. Raises InputError where the child refuses the order.
         """
         for value in (*self._unsent, order):
             self._send(value)
@@ -58,7 +58,7 @@ class Child:
         return self._process.wait()
 
     def close(self) -> None:
-        """Let it end, and wait for that."""
+        """Let it end, and wait until it has."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -72,13 +72,13 @@ class Child:
 
     def _send(self, value: object) -> None:
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it has died, and its exit code will tell
+        with suppress(BrokenPipeError):  # it has died: `do` returns its exit code
             self._process.stdin.write(json.dumps(value) + "\n")
             self._process.stdin.flush()
 
 
 def clean_environment() -> dict[str, str]:
-    """Ours, less what a launcher set for its ranks, with this checkout importable and progress bars off."""
+    """This process's environment without a launcher's variables, with this checkout importable and progress bars off."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER_VARIABLES)}
     checkout = [str(PACKAGE.parent)] if ROOT == PACKAGE.parent else []
     paths = checkout + [path for path in [kept.get("PYTHONPATH")] if path]
@@ -88,7 +88,7 @@ def clean_environment() -> dict[str, str]:
 def listen() -> tuple[Any, Iterator[Any], Say]:
     """In the child: what all orders share, the orders as they come, and the function that sends a line to the parent.
 
-    From now on nobody else reads our stdin, and what is written to stdout, by libraries in C too, goes where stderr goes.
+    From now on stdin is empty for everybody else, and what is written to stdout, by libraries in C too, goes where stderr goes.
     """
     received, sent = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     nothing = os.open(os.devnull, os.O_RDONLY)

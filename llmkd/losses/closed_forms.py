@@ -113,9 +113,9 @@ def buckets(q: Tensor, log_q: Tensor, ids: Tensor, p: Tensor, log_p: Tensor, p_r
 def mixed(
     q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor, *, parts: tuple[tuple[Divergence, float], ...]
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of the parts' values and of their gradients; each but the last is given buffers of its own to spoil."""
+    """The weighted sum of the parts' values and of their gradients. A part overwrites its buffers, so all but the last get copies."""
     value, gradient = torch.zeros_like(q[:, 0]), torch.zeros_like(q)
-    parts = tuple(part for part in parts if part[1])  # what has come to weigh nothing is not run
+    parts = tuple(part for part in parts if part[1])  # a weight of 0: not run
     for number, (divergence, weight) in enumerate(parts):
         form = closed_form(divergence)
         assert form is not None
@@ -201,13 +201,8 @@ CLOSED_DISTANCES: dict[Distance, ClosedDistance] = {
 }
 
 
-def closed_distance(distance: Distance) -> ClosedDistance | None:
-    """The form of a distance; None for one that has none, which goes through autograd."""
-    return CLOSED_DISTANCES.get(distance)
-
-
 def _unit(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(unit vectors in place, norms `[n, 1]`, which have no direction): those are zero, their norm is given as 1."""
+    """(unit vectors in place, norms `[n, 1]`, which have no direction); a state without one becomes zero, its norm 1."""
     norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
     without = norm <= SMALLEST_NORM
     norm = norm.masked_fill_(without, 1.0)

@@ -1,7 +1,7 @@
 """The weighted sum of a pair's distances over some positions, with its gradient, at once: nothing of it but [N, H] waits.
 
-A `Term` is a distance and its weight. What a distance of llmkd.losses.distances says of each token is added up; what one of
-llmkd.losses.set_distances says of a set of N tokens counts N times, so that both are divided by one global count of tokens.
+A `Term` is a distance and its weight. The values of a token-wise distance (llmkd.losses.distances) are added up; the one value of a
+set-level distance (llmkd.losses.set_distances) counts N times for N tokens, so that both are divided by one global count of tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmkd.losses.chunked_head import rows_at_once
-from llmkd.losses.closed_forms import ClosedDistance, closed_distance
+from llmkd.losses.closed_forms import CLOSED_DISTANCES, ClosedDistance
 from llmkd.losses.distances import DISTANCES, Distance
 from llmkd.losses.set_distances import SET_DISTANCES, WIDTH_FREE
 
@@ -122,9 +122,8 @@ class _DistanceSum(torch.autograd.Function):
             of_sets, slope = _by_set(ours[at], theirs[at], by_set, wide, all_rows, stand)
             value = value + of_sets
             gradient = gradient.add_(slope) if by_token else gradient.copy_(slope)
-        if not (
-            by_token or by_set
-        ):  # all have come to weigh nothing: a gradient of zeros, for an engine would repeat its last
+        if not (by_token or by_set):
+            # All weights are 0. Without a gradient, an engine would use that of the step before again.
             gradient.zero_()
         # Not save_for_backward: activation checkpointing would drop these and ask for the teacher's state again.
         ctx.gradient, ctx.at, ctx.shape, ctx.factor = gradient, at, student.shape, factor
@@ -142,7 +141,7 @@ def _by_token(
     ours: Tensor, theirs: Tensor, at: Tensor, terms: Sequence[Term], gradient: Tensor, wide: torch.dtype
 ) -> Tensor:
     """The token-wise terms' weighted sum; `gradient` [N, H] is filled."""
-    forms = [(closed_distance(term.distance) or _by_autograd(term.distance), term.weight) for term in terms]
+    forms = [(CLOSED_DISTANCES.get(term.distance) or _by_autograd(term.distance), term.weight) for term in terms]
     few = rows_at_once(len(gradient), gradient.shape[1], at.device.type)
     sums = []
     for rows, part in zip(at.split(few), gradient.split(few), strict=True):
@@ -154,7 +153,7 @@ def _by_token(
             total = slope if total is None else total.add_(slope)
         assert total is not None
         part.copy_(total)
-    return torch.stack(sums).sum() if sums else gradient.new_zeros((), dtype=wide)
+    return torch.stack(sums).sum()
 
 
 def _by_set(
@@ -165,8 +164,10 @@ def _by_set(
     all_rows: AllRows | None,
     stand: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(the set-level terms' weighted sum, its gradient [n, H]) of rows [n, H_s], [n, H_t]; `stand` [] takes the place of the number of
-    all ranks' rows."""
+    """(the set-level terms' weighted sum, its gradient [n, H_s]) of rows [n, H_s], [n, H_t].
+
+    `stand` []: how many positions all ranks' rows stand for; None: as many as there are rows.
+    """
     count, start = len(ours), 0
     if all_rows is not None:
         (everyones, start), (theirs, _) = all_rows(ours), all_rows(theirs)
@@ -184,12 +185,12 @@ def _by_set(
             (slope,) = torch.autograd.grad(distance, leaf, retain_graph=term is not terms[-1])
             value = value + distance.detach() * (term.weight * count)
             gradient.add_(slope, alpha=term.weight * len(everyones))
-            del distance, slope  # the next term's pass begins with this one's memory
+            del distance, slope  # frees their memory for the next term
     return value, gradient if stand is None else gradient.mul_(stand / len(everyones))
 
 
 def _by_autograd(distance: Distance) -> ClosedDistance:
-    """(value, gradient) of a distance that is known by its value alone."""
+    """A form of a distance without a closed one."""
 
     def form(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         leaf = student.requires_grad_()
@@ -203,10 +204,10 @@ def _by_autograd(distance: Distance) -> ClosedDistance:
 
 @contextlib.contextmanager
 def small_pass() -> Iterator[None]:
-    """A backward pass of its own within a forward pass.
+    """Inside, a backward pass may be made in the middle of a forward pass, also within a checkpointed block.
 
-    Within a checkpointed block every tensor saved for a backward pass is dropped and made again by running the block a second time;
-    identity hooks keep this small pass, which is over before the block is, out of that.
+    Activation checkpointing drops the tensors that a block saves for its backward pass; identity hooks keep those of this small pass,
+    which ends before the block does.
     """
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         yield

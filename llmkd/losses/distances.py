@@ -26,7 +26,7 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
     BERT's runs of arXiv 2502.04499 sum over H instead (this times H); its T5 and BART runs take this mean. Raises
     InputError on unequal shapes.
     """
-    student, teacher = _same_shape(student, teacher)
+    student, teacher = same_shape(student, teacher)
     return (student - teacher).square().mean(-1)
 
 
@@ -35,7 +35,7 @@ def normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
 
     The Qwen3 loss of arXiv 2502.04499 (`llm/sft_trainer.py`). Raises InputError on unequal shapes.
     """
-    student, teacher = _same_shape(student, teacher)
+    student, teacher = same_shape(student, teacher)
     return (_unit(student) - _unit(teacher)).square().sum(-1)
 
 
@@ -55,13 +55,12 @@ DISTANCES: dict[str, Distance] = {
 }
 
 
-def _same_shape(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def same_shape(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both in one dtype of at least float32 and contiguous, so that equal states are summed in the same order."""
     if student.shape != teacher.shape:
         raise InputError(
             f"student states are {list(student.shape)} and teacher states {list(teacher.shape)}: "
-            "a distance compares states of one shape; "
-            "where the widths differ, use a projector from the student's to the teacher's"
+            "this distance compares states of one shape; where the widths differ, use a projector, or cka, procrustes or gram"
         )
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     return student.to(dtype).contiguous(), teacher.to(dtype).contiguous()

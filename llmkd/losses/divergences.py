@@ -101,7 +101,7 @@ def head_share(p: Tensor, q: Tensor, akl_mu: float) -> Tensor:
     """akl's weight of forward KL: the part of Σ_v |p - q| that lies in the teacher's head, `[N, V]` x 2 -> `[N]`.
 
     The head is the likeliest tokens whose probabilities, added from the likeliest down, come to at most μ, and always the
-    first; the token that crosses μ is in the tail. Equal distributions have nothing to share out: 0.
+    first; the token that crosses μ is in the tail. 0 for equal distributions.
     """
     _check_share("akl_mu", akl_mu)
     likeliest, order = p.sort(dim=-1, descending=True, stable=True)  # of equals, the lower id is the likelier
@@ -117,7 +117,7 @@ def top_k(student_logits: Tensor, teacher_logits: Tensor, temperature: float, *,
     """`temperature² · (Σ_k p_k log(p_k/q_k) + p_rest log(p_rest/q_rest))`, `[N, V]` x 2 -> `[N]`: k the teacher's likeliest tokens.
 
     Forward KL with all other tokens in one bucket, whose inner shape nobody has to copy; both sides' masses are exact at
-    the temperature. At k = V it is `forward_kl`. What a cache with `cache.top_k` knows of the teacher is compared by `top_k_kl`.
+    the temperature. At k = V it is `forward_kl`.
     """
     if top_k < 1:
         raise InputError(f"top_k {top_k!r}: write a whole number from 1 up")
@@ -131,31 +131,13 @@ def top_k(student_logits: Tensor, teacher_logits: Tensor, temperature: float, *,
     return _kl(theirs, ours) * temperature**2
 
 
-def top_k_kl(student_logits: Tensor, ids: Tensor, log_probabilities: Tensor, temperature: float) -> Tensor:
-    """Forward KL to a teacher known by its top k alone, student_logits `[N, V]`, ids and log-probabilities `[N, K]` -> `[N]`.
-
-    `temperature² · (Σ_k p_k log(p_k/q_k) + p_rest log(p_rest/q_rest))`: the columns that are not among the K make one
-    bucket. The student's K + 1 masses come from its whole softmax at the temperature. The teacher's log-probabilities are
-    those at temperature 1; at another, p_k^(1/temperature) and the bucket's mass to the same power are normalised: exact
-    for K = V, and for K < V an approximation, since the bucket is taken for one token. DistillKit's sparse KL with
-    SYMMETRIC_UNIFORM. At K = V it is `forward_kl`.
-    """
-    if not (ids.shape == log_probabilities.shape and ids.shape[:-1] == student_logits.shape[:-1]):
-        raise InputError(
-            f"student logits are {list(student_logits.shape)}, ids {list(ids.shape)} and their log-probabilities "
-            f"{list(log_probabilities.shape)}: give [N, V], [N, K] and [N, K]"
-        )
-    _check_temperature(temperature)
-    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, log_probabilities.dtype), torch.float32)
-    student = (student_logits.to(dtype) / temperature).log_softmax(-1)
-    rest = student.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)  # no 1 - Σ, which has no digits near 0
-    ours = torch.cat([student.gather(-1, ids), rest], -1)
-    theirs = top_k_masses(log_probabilities.to(dtype), student_logits.shape[-1], temperature)
-    return _kl(torch.cat([theirs[0], theirs[1][..., None]], -1), ours) * temperature**2
-
-
 def top_k_masses(log_probabilities: Tensor, vocabulary: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """`top_k_kl`'s teacher at the temperature, `[N, K]` -> log-masses of the K `[N, K]` and of the rest `[N]` (-inf: none is left)."""
+    """A teacher of which only the top k is stored, at the temperature: `[N, K]` -> log-masses of the K `[N, K]` and of the rest `[N]`.
+
+    The log-probabilities are those at temperature 1. At another, p_k^(1/temperature) and the rest's mass to the same power are normalised:
+    exact for K = V, and for K < V an approximation, since the rest is taken for one token. DistillKit's sparse KL with
+    SYMMETRIC_UNIFORM. -inf where no mass is left for the rest.
+    """
     whole = log_probabilities.shape[-1] == vocabulary
     rest = torch.full_like(log_probabilities[..., :1], -torch.inf) if whole else _log_rest(log_probabilities)
     masses = (torch.cat([log_probabilities, rest], -1) / temperature).log_softmax(-1)
@@ -197,16 +179,16 @@ def parameters(divergence: Divergence) -> dict[str, float]:
 
 
 PARAMETERS = tuple(dict.fromkeys(name for divergence in DIVERGENCES.values() for name in parameters(divergence)))
-"""All that any divergence reads so."""
+"""The keys that any divergence reads."""
 
 
-def with_parameters(names: str | Mapping[str, float], given: Mapping[str, float | None]) -> Divergence:
-    """The divergence of that name, or the sum of several by their weights, with the parameters that are given; None leaves the usual value.
+def with_parameters(names: str | Mapping[str, float], values: Mapping[str, float | None]) -> Divergence:
+    """The divergence of that name, or the sum of several by their weights, with these parameters; None stands for the usual value.
 
     Raises InputError for a parameter that none of them reads.
     """
     weights = {names: 1.0} if isinstance(names, str) else names
-    values = {key: value for key, value in given.items() if value is not None}
+    values = {key: value for key, value in values.items() if value is not None}
     for key in values:
         if not any(key in parameters(DIVERGENCES[name]) for name in weights):
             readers = [other for other in DIVERGENCES if key in parameters(DIVERGENCES[other])]

@@ -1,4 +1,4 @@
-"""What is minimised: one weighted sum with named parts.
+"""The loss: one weighted sum with named parts.
 
 Every part is a sum over positions; it is divided once, by the number of positions of the whole batch (all ranks, all
 accumulation steps), so that neither world size, accumulation, packing nor padding can change the loss.
@@ -33,7 +33,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Change:
-    """How a weight moves while the student learns: `llmkd.losses.schedules.scheduled`'s settings but where it starts."""
+    """How a weight moves while the student learns: the settings of `llmkd.losses.schedules.scheduled` other than the initial value."""
 
     shape: Shape
     final: float

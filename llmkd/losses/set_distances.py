@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from llmkd.errors import InputError
+from llmkd.losses.distances import same_shape
 
 SetDistance = Callable[[Tensor, Tensor], Tensor]
 SMALLEST_SPREAD = 1e-6
@@ -31,8 +32,8 @@ is the mean's rounding. It bounds the gradient too."""
 def cka(student: Tensor, teacher: Tensor) -> Tensor:
     """`1 - CKA`, CKA = `‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖)`, `[N, H_s]`, `[N, H_t]` -> `[]` from 0 to 1: one minus linear CKA.
 
-    Kornblith et al., arXiv 1905.00414. Ruled by the largest principal components: what it can't see, procrustes can
-    (tests/unit/test_geometry.py). Against a side without spread it is 1/2, as if both sides' normed Grams were compared.
+    Kornblith et al., arXiv 1905.00414. The largest principal components decide it; procrustes also sees the others. Against a side
+    without spread it is 1/2, as if both sides' normed Grams were compared.
     """
     x, y = _shape(student), _shape(teacher)
     own, cross, other = _gram_products(x, y)
@@ -72,7 +73,7 @@ def procrustes(student: Tensor, teacher: Tensor) -> Tensor:
         turned = turned @ factor
     if narrow.shape != wide.shape:
         return (turned - wide).square().sum()
-    # Not to turn is one way of turning: where it is the best, as for equal states, no SVD's rounding is left in the distance.
+    # The identity is a rotation too: where it is the best, as for equal states, no SVD's rounding is left in the distance.
     best, as_it_is = (turned - wide).square().sum(), (narrow - wide).square().sum()
     return torch.where(as_it_is <= best, as_it_is, best)
 
@@ -84,12 +85,7 @@ def standardized_mse(student: Tensor, teacher: Tensor) -> Tensor:
     `F.layer_norm` over (batch, seq, dim), its epsilon of 1e-5 included; padding, which that code lets into the mean and the
     spread, is left out here. Raises InputError on unequal shapes.
     """
-    if student.shape != teacher.shape:
-        raise InputError(
-            f"student states are {list(student.shape)} and teacher states {list(teacher.shape)}: standardized_mse compares "
-            "states of one shape; where the widths differ, use a projector, or cka, procrustes or gram"
-        )
-    x, y = (torch.nn.functional.layer_norm(side, side.shape) for side in _wide(student, teacher))
+    x, y = (torch.nn.functional.layer_norm(side, side.shape) for side in same_shape(student, teacher))
     return (x - y).square().mean()
 
 
@@ -131,7 +127,7 @@ def _rotation(narrow: Tensor, wide: Tensor) -> list[Tensor]:
     narrow, wide = (
         narrow.nan_to_num(),
         wide.nan_to_num(),
-    )  # an SVD would raise; NaN reaches the value by way of the states
+    )  # an SVD of NaN raises; the value gets its NaN from the states
     if narrow.shape[0] >= narrow.shape[1]:
         left, _, right = torch.linalg.svd(narrow.T @ wide, full_matrices=False)
         return [left @ right]
@@ -154,8 +150,3 @@ def _shape(states: Tensor) -> Tensor:
     # `<=` and not its opposite: NaN must stay NaN. The inner fill keeps the unused branch's gradient finite.
     flat = norm <= SMALLEST_SPREAD * torch.linalg.matrix_norm(states).clamp(min=states.shape[0] ** 0.5)
     return (centred / norm.masked_fill(flat, 1.0)).masked_fill(flat, 0.0)
-
-
-def _wide(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    return student.to(dtype).contiguous(), teacher.to(dtype).contiguous()

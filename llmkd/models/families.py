@@ -1,7 +1,7 @@
-"""The families of models: of what kind one is, and what its configuration says of its depths, classes and positions.
+"""The families of models: which kind a model is of, and its depths, classes and positions by its configuration.
 
-A decoder continues a text, an encoder puts a text into a class, an encoder-decoder answers a text with another. Where a model itself has
-its blocks and states is found by llmkd.models.parts.
+A decoder continues a text, an encoder puts a text into a class, an encoder-decoder answers a text with another. llmkd.models.parts finds
+the blocks and states of a model itself.
 """
 
 from __future__ import annotations
@@ -43,26 +43,27 @@ LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
 def kind(config: PreTrainedConfig) -> Kind:
-    """Of what kind a model is. Raises InputError for an encoder or encoder-decoder that has not been shown to work.
+    """Which kind a model is of. Raises InputError for an encoder or encoder-decoder that has not been shown to work.
 
-    An encoder is told by its class in transformers for words left out, which no decoder has (those that may be either say `is_decoder`).
+    Encoders are recognised by their class for masked language modelling in transformers, which decoders lack; of the types that can be
+    either, a decoder has `is_decoder` set.
     """
     if config.is_encoder_decoder:
-        shown: Kind = "encoder_decoder"
+        kind_: Kind = "encoder_decoder"
     elif getattr(config, "is_decoder", False) or config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "decoder"
     else:
-        shown = "encoder"
-    types = types_with(lambda row: row.kind == shown)
+        kind_ = "encoder"
+    types = types_with(lambda row: row.kind == kind_)
     if config.model_type not in types:
         raise InputError(
-            f"{KIND_NAMES[shown]} of type {config.model_type!r} is not supported; give one of type {', '.join(types[:-1])} or {types[-1]}"
+            f"{KIND_NAMES[kind_]} of type {config.model_type!r} is not supported; give one of type {', '.join(types[:-1])} or {types[-1]}"
         )
-    return shown
+    return kind_
 
 
 def model_type(config: PreTrainedConfig) -> ModelType:
-    """The row of a model's type, as the kind of model that it is (a BERT may be a decoder, of which nothing is known)."""
+    """The row of a model's type; the empty one where the model is of another kind than the row (a BERT used as a decoder)."""
     row = MODEL_TYPES.get(config.model_type, ModelType())
     return row if row.kind == kind(config) else ModelType()
 

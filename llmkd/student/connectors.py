@@ -1,8 +1,8 @@
 """The linear maps from a student's state to the teacher's width that open a stepping stone, and how they start.
 
-A pre-norm block adds to the state it gets, so a stone's state must have the size and the directions of the teacher's; connectors that
-start anywhere else would drown in what the teacher's blocks add, or drown it. They start at the least squares fit of the teacher's
-states to the student's on a few batches.
+A pre-norm block adds to the state it gets, so a stone's state must have the size and the directions of the teacher's: a smaller one would
+be lost in what the teacher's blocks add, a larger one would hide it. So connectors start at the least squares fit of the teacher's states
+to the student's on a few batches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llmkd.teachers.base import Teacher
 log = logging.getLogger("llmkd")
 
 RIDGE = 1e-8
-"""Of the mean square of the student's states: what holds a connector at its start in directions that no state has."""
+"""A share of the mean square of the student's states. It keeps a connector at its start in directions that no state has."""
 
 
 def make_connectors(pairs: int, student_width: int, teacher_width: int) -> nn.ModuleList:
@@ -63,15 +63,16 @@ def fit_connectors(
     training = engine.module.training
     engine.eval()
     with (
-        watched({block: student_blocks[block] for block in students}) as ours,
-        watched({block: teacher_blocks[block] for block in teachers}) as theirs,
+        watched({block: student_blocks[block] for block in students}) as student_states,
+        watched({block: teacher_blocks[block] for block in teachers}) as teacher_states,
     ):
         for batches in steps:
             for batch in (b.to(world.device) for b in batches):
                 engine(batch, teacher.signals(batch), NO_LOSS)
                 for (student, teacher_block), of_pair in zip(pairs, sums, strict=True):
                     at = batch.attended_at
-                    of_pair.add(ours[student].flatten(0, 1)[at], theirs[teacher_block].flatten(0, 1)[at])
+                    sides = student_states[student], teacher_states[teacher_block]
+                    of_pair.add(*(states.flatten(0, 1)[at] for states in sides))
     engine.train(training)
     for (student, teacher_block), connector, of_pair in zip(pairs, connectors, sums, strict=True):
         weight, unexplained = of_pair.solved(world)

@@ -1,4 +1,4 @@
-"""The module the engine wraps: the student, its projectors, the hooks that match states where they are born, and the head's loss.
+"""The module that the engine wraps: the student, its projectors, hooks that compare states as they arise, and the head's loss.
 
 Projectors stand beside the student, never in it, so an exported student holds none.
 """
@@ -6,7 +6,8 @@ Projectors stand beside the student, never in it, so an exported student holds n
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+import functools
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from llmkd.student.gradient_norms import Tail, TailPass
 from llmkd.student.loss_head import HeadResult, LossHead, reported_terms
 from llmkd.student.matching import Matching, Sampling
 from llmkd.student.passes import PassResult, StepSettings
-from llmkd.student.stepping_stones import SteppingStones, StonesResult
+from llmkd.student.stepping_stones import SteppingStones
 from llmkd.teachers.base import Signal
 
 
@@ -55,10 +56,10 @@ class Distiller(nn.Module):
         self._sampling = Sampling(encoder_blocks(model), tokens, all_rows)
         stack = blocks(model)
         self._stone_blocks = {} if stones is None else {block: stack[block] for block, _ in stones.pairs}
-        # A decoder's final state is at hand; any other state is taken where it is born.
-        self._at_hand = len(stack) - 1 if normed_last and kind(model.config) == "decoder" else None
-        for block in set(student_blocks) - {self._at_hand}:
-            on_state(model, block, self._matcher(block), normed=normed_last)
+        # A decoder's normed last state is its final state, which `forward` has anyway; hooks take the others.
+        self._final_block = len(stack) - 1 if normed_last and kind(model.config) == "decoder" else None
+        for block in set(student_blocks) - {self._final_block}:
+            on_state(model, block, functools.partial(self._match, block), normed=normed_last)
         self._tail = Tail(model, normed_last=normed_last)
         self._matching: Matching | None = None  # for the hooks, while `forward` runs
 
@@ -70,11 +71,15 @@ class Distiller(nn.Module):
             self._matched(batch, signal, settings, micro_batch, tail) as matching,
         ):
             final = final_state(self.model, batch)
-            if self._at_hand is not None:
-                self._match(self._at_hand, final)
+            if self._final_block is not None:
+                self._match(self._final_block, final)
         terms = Terms(*settings.scales[:2], settings.divergence, settings.temperature)
-        # Before the head's loss, which takes the teacher's final state.
-        stones = self._stones_result(stone_states, final, batch, signal, settings, tail)
+        stones = None
+        if self.stones is not None and settings.stones is not None:
+            # Before the head's loss, which takes the teacher's final state away.
+            assert signal is not None
+            head = self.loss_head
+            stones = self.stones(final, batch, signal, settings, states=stone_states, head=head, tail=tail)
         reported = reported_terms(terms) if settings.report_norms else []
         if settings.runs_head:
             result = self.loss_head(
@@ -86,7 +91,7 @@ class Distiller(nn.Module):
                 gradients_of=reported,
                 teacher_ce=settings.teacher_ce and (terms.kl_scale > 0 or settings.stones is not None),
             )
-        else:  # the head is not even gathered
+        else:  # the head is not gathered either
             result = HeadResult.of_nothing(final.device, len(reported))
         loss, distances = result.loss, matching.distances
         if distances:
@@ -117,9 +122,6 @@ class Distiller(nn.Module):
         finally:
             self._matching = None
 
-    def _matcher(self, block: int) -> Callable[[Tensor], None]:
-        return lambda state: self._match(block, state)
-
     def _match(self, block: int, state: Tensor) -> None:
         """Compare the state with the teacher's, for each pair of this block.
 
@@ -131,20 +133,6 @@ class Distiller(nn.Module):
                 projected = state if self.projectors is None else self.projectors[number](state)
                 if self._matching is not None:
                     self._matching.compare(number, state, projected)
-
-    def _stones_result(
-        self,
-        states: dict[int, Tensor],
-        final: Tensor,
-        batch: Batch,
-        signal: Signal | None,
-        settings: StepSettings,
-        tail: TailPass | None,
-    ) -> StonesResult | None:
-        if self.stones is None or settings.stones is None:
-            return None
-        assert signal is not None
-        return self.stones(final, batch, signal, settings, states=states, head=self.loss_head, tail=tail)
 
 
 def _squares(tail: TailPass, final: Tensor, gradients: Sequence[Tensor | None], matching: Matching) -> Tensor:

@@ -2,8 +2,8 @@
 
 Cross-entropy and divergence enter at the last block's output (an encoder-decoder's decoder's), from where the final state is made: before a
 final norm, before an encoder's pooler. A pair's distance enters at its student block's output (the embeddings' for their pair). These
-gradients are computed in the forward pass anyway, so no backward pass through a block is needed, and nothing is asked of the engine: it
-works under any ZeRO stage, and with activation checkpointing. What they become on their way down to the parameters is not in them.
+gradients are computed in the forward pass anyway, so no backward pass through a block is needed and the engine is not involved: this works
+under any ZeRO stage, and with activation checkpointing. How the blocks change a gradient on its way to the parameters is not measured.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Tail:
         self.normed_last = normed_last
         tail = model_type(model.config).tail
         self.steps = None if tail is None else tail(model)
-        found = stacks(model)
-        self.norms = {stack.first + len(stack.blocks) - 1: stack.norm for stack in found}
+        model_stacks = stacks(model)
+        self.norms = {stack.first + len(stack.blocks) - 1: stack.norm for stack in model_stacks}
         """By the number of each stack's last block."""
-        self._last_blocks = [stack.blocks[-1] for stack in found]
+        self._last_blocks = [stack.blocks[-1] for stack in model_stacks]
         self._between: list[nn.Module] = []
         if self.steps is None:
             inside = {id(module) for block in blocks(model) for module in block.modules()}
@@ -48,9 +48,9 @@ class Tail:
             self._between = [m for m in every if id(m) not in inside and not any(True for _ in m.children())]
 
     @contextlib.contextmanager
-    def recorded(self, wanted: bool) -> Iterator[TailPass | None]:
-        """Inside, if it is wanted, hooks record the model's pass; otherwise and outside there are none."""
-        if not wanted:
+    def recorded(self, is_on: bool) -> Iterator[TailPass | None]:
+        """Inside, hooks record the model's pass if `is_on`; otherwise and outside there are no hooks."""
+        if not is_on:
             yield None
             return
         record = TailPass(self)
@@ -88,8 +88,7 @@ class TailPass:
             self._calls.append((module, args[0].detach(), output.detach()))
 
     def square_before(self, final: Tensor, gradient: Tensor | None) -> Tensor:
-        """The squared norm [] of a gradient with respect to the last block's output, from that with respect to the final state; 0 for
-        None."""
+        """The squared norm [] of `before(final, gradient)`; 0 for None."""
         return torch.zeros((), device=final.device) if gradient is None else square(self.before(final, gradient))
 
     def before(self, final: Tensor, gradient: Tensor) -> Tensor:
@@ -109,14 +108,16 @@ class TailPass:
         return gradient if norm is None else _through([norm], self._outputs[block], gradient)
 
     def _between(self, final: Tensor) -> list[Step]:
-        """A decoder's modules between its last block and its final state, found by the memory of their inputs and outputs: an engine's own
-        hooks may have passed on another view of a tensor."""
+        """A decoder's modules between its last block and its final state, found by which output is whose input.
+
+        Compared by memory, because an engine's own hooks may pass on another view of a tensor.
+        """
         steps: list[Step] = []
         state = final
-        for module, given, output in reversed(self._calls):
+        for module, entering, output in reversed(self._calls):
             if _same_memory(output, state):
                 steps.insert(0, module)
-                state = given
+                state = entering
         if not _same_memory(state, self._outputs[self._last]):
             raise InputError(
                 f"loss.report_norms_every: llmkd does not know what {self._tail.model_name} does between its last block and its head; "
@@ -138,7 +139,7 @@ def before_projector(
 
 
 def _whole(weights: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
-    """Gathers the sharded weights alone: an engine keeps small parameters whole, and they must still be whole afterwards."""
+    """Gathers the sharded weights only: an engine keeps small parameters whole, and they must stay whole afterwards."""
     return gathered(weight for weight in weights if weight.numel() != full_shape(weight).numel())
 
 
@@ -168,7 +169,7 @@ def _generator_state(device: torch.device) -> Tensor:
 
 @contextlib.contextmanager
 def _generator_at(state: Tensor | None, device: torch.device) -> Iterator[None]:
-    """Inside, random numbers are drawn from this generator state on; afterwards the generator is as it was before."""
+    """Inside, random numbers come from this generator state on; afterwards the generator is as it was before."""
     assert state is not None, "no pass was recorded"
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng([device] if on_gpu else []):

@@ -24,7 +24,7 @@ class HeadResult(NamedTuple):
     ce: Tensor
     kl: Tensor
     gradients: tuple[Tensor | None, ...]
-    """For each of the terms asked for, its gradient with respect to the final state [B, T, H]; None where it weighs nothing."""
+    """Of each of `gradients_of`, the gradient with respect to the final state [B, T, H]; None where its weight is 0."""
     teacher_ce: Tensor | None
 
     @classmethod
@@ -66,19 +66,18 @@ class LossHead(nn.Module):
         `teacher_ce`: sum the teacher's cross-entropy, for one more product with its head (all ranks take part).
         """
         measured = self._teacher_ce(batch, signal, terms) if teacher_ce else None
-        asked = signal if terms.kl_scale > 0 else None
-        taught = asked is not None and (asked.head is not None or asked.top_k is not None)
-        assert taught or terms.kl_scale == 0, "a divergence is asked for, and the signal has neither a head nor a top k"
-        at = batch.attended_at if taught and kl_positions == "attended" else batch.trained_at
+        has_kl = terms.kl_scale > 0
+        assert not has_kl or (signal is not None and (signal.head is not None or signal.top_k is not None))
+        at = batch.attended_at if has_kl and kl_positions == "attended" else batch.trained_at
         targets = batch.targets.flatten()[at]
-        compared = torch.full_like(targets, taught, dtype=torch.bool)
+        compared = torch.full_like(targets, has_kl, dtype=torch.bool)
         states, weight, bias = final.flatten(0, 1)[at], self.weight, self.bias
-        with _teacher_at(at, asked) as teacher:
+        with _teacher_at(at, signal if has_kl else None) as teacher:
 
             def losses(
                 states: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms
             ) -> tuple[Tensor, Tensor, Tensor]:
-                return head_losses(states, weight, bias, teacher, targets, compared, chunk=self._chunk, **vars(terms))
+                return head_losses(states, weight, bias, teacher, targets, compared, terms, chunk=self._chunk)
 
             def gradient(part: Terms) -> Tensor | None:
                 if not part.ce_scale and (not part.kl_scale or teacher is None):
@@ -98,7 +97,7 @@ class LossHead(nn.Module):
         states, nowhere = signal.final.flatten(0, 1)[batch.trained_at], torch.zeros_like(targets, dtype=torch.bool)
         ce_alone = replace(terms, ce_scale=1.0, kl_scale=0.0)
         with signal.head() as (weight, bias):
-            return head_losses(states, weight, bias, None, targets, nowhere, chunk=self._chunk, **vars(ce_alone))[1]
+            return head_losses(states, weight, bias, None, targets, nowhere, ce_alone, chunk=self._chunk)[1]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The hidden part of a pass: a pair's states are compared where the student's state is born, and only a sum stays."""
+"""The hidden part of a pass: a pair's states are compared as soon as the student's arises, and only a sum is kept."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Matching:
         self._squares_of_kinds: dict[Distance, Tensor] = {}
 
     def compare(self, number: int, state: Tensor, projected: Tensor) -> None:
-        """Compare a pair's state [B, T, H_s], and what its projector makes of it, with the teacher's; the teacher's is let go."""
+        """Compare a pair's state [B, T, H_s], and its projection, with the teacher's state, which is then released."""
         if not self._settings.pairs:  # nothing is compared in this pass
             return
         if self._is_trained and not torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""What is handed down to a pass of the student, and what it hands back.
+"""What a pass of the student is given, and what it returns.
 
 A pass is one micro-batch through the student. `StepSettings` holds all that may differ from one optimizer step to the next; it is made
 once at the top of a step and never changed. Results are named tuples and not dataclasses, because DeepSpeed looks for the tensors of a
@@ -71,10 +71,10 @@ class StepSettings:
     """By micro-batch, the seed of its sample of tokens; empty where all tokens are compared."""
     stones: StoneSettings | None = None
     keeps_head: bool = False
-    """Run the head although neither of its parts weighs anything any more: DeepSpeed gives a parameter without a gradient that of the
+    """Run the head even where the weights of both its parts have become 0: DeepSpeed gives a parameter without a gradient that of the
     step before."""
     report_norms: bool = False
-    """Measure the gradient of each part of the loss (llmkd.student.gradient_norms)."""
+    """Measure the gradient of each part of the loss (`PassResult.squares`)."""
     teacher_ce: bool = False
     """Measure the teacher's own cross-entropy."""
     step: int = 0
@@ -97,7 +97,7 @@ NO_LOSS = StepSettings(
     divergence=forward_kl,
     temperature=1.0,
 )
-"""Of a pass that runs the student's blocks and compares nothing."""
+"""For a pass that runs the student's blocks and compares nothing."""
 
 
 class StoneSums(NamedTuple):
@@ -110,7 +110,7 @@ class StoneSums(NamedTuple):
 
 
 class PassResult(NamedTuple):
-    """What a pass hands back. Nothing but the loss carries a gradient."""
+    """What a pass returns. Only the loss carries a gradient."""
 
     loss: Tensor
     """[], scaled."""

@@ -7,11 +7,11 @@ arXiv 2411.01547, for decoders and for encoders with classes. Stone i of n, afte
     loss = Σ_i 2^{i-n} (ce · CE(N_i) + kl · D(teacher ‖ N_i) + cross · D(ens ‖ N_i)) + cross · D(ens ‖ student)
     ens  = (1/n) Σ_i logits of N_i, detached
 
-All of it beside the student's own loss. The student's blocks and the connectors C_i (linear, no bias) learn; the teacher's blocks and
-head are frozen and pass the gradient on. D is the recipe's divergence at the step's temperature and the recipe's positions, forward KL by
-default. What is `norm` here is, in an encoder, what its classes are read from (BERT's pooler), at one position per row. The head is linear
-and one for all stones, so the ensemble's logits are the head's of the mean of the stones' final states: every term goes through the chunked
-head, and [B, T, V] never exists.
+All of this is added to the student's own loss. The student's blocks and the connectors C_i (linear, no bias) learn; the teacher's blocks
+and head are frozen and pass the gradient on. D is the recipe's divergence at the step's temperature and the recipe's positions, forward KL
+by default. In an encoder, `norm` stands for what its classes are read from (BERT's pooler), at one position per row. The head is linear and
+the same for all stones, so the ensemble's logits are the head's of the mean of the stones' final states: every term goes through the
+chunked head, and [B, T, V] never exists.
 
 What the paper's public descriptions leave unknown, and what is done here: the weights of the three terms (the recipe's), the
 temperature (the loss's), the connectors' kind (linear), whether the ensemble is detached (it is), what D of the cross terms is (the
@@ -59,14 +59,14 @@ def drawn(count: int, seed: int, step: int) -> int:
     return count - 1
 
 
-def factors(count: int, *, one: bool, seed: int, step: int) -> dict[int, float]:
+def factors(count: int, *, sampled: bool, seed: int, step: int) -> dict[int, float]:
     """By number, what the objective of each stone of a step (from 0) is multiplied by.
 
-    `one`: the step trains one stone, drawn with probability p_i in proportion to its share w_i = 2^{i-n}, and its objective L_i counts Σw,
-    so that the expectation Σ p_i (Σw) L_i = Σ w_i L_i is that of all stones: the gradient is unbiased.
+    `sampled`: the step trains one stone, drawn with probability p_i in proportion to its share w_i = 2^{i-n}, and its objective L_i counts
+    Σw, so that the expectation Σ p_i (Σw) L_i = Σ w_i L_i is that of all stones: the gradient is unbiased.
     """
     weights = shares(count)
-    return {drawn(count, seed, step): sum(weights)} if one else dict(enumerate(weights))
+    return {drawn(count, seed, step): sum(weights)} if sampled else dict(enumerate(weights))
 
 
 class StonesResult(NamedTuple):
@@ -122,10 +122,14 @@ class SteppingStones(nn.Module):
         """
         stones = settings.stones
         assert stones is not None and signal.upper is not None and signal.head is not None
-        connected = {number: self._connected(number, states, stones.factors) for number in range(len(self.pairs))}
+        # [B, T, H_t]; of a stone that is not trained in this step [B, 0, H_t]
+        connected = {
+            number: self.connectors[number](states[block] if number in stones.factors else states[block][:, :0])
+            for number, (block, _) in enumerate(self.pairs)
+        }
         loss = final.new_zeros((), dtype=torch.float32)
         if stones.sampled or not stones.factors:
-            # ZeRO-3 repeats a parameter's last gradient where a step gives it none: what no drawn stone reaches gets one of zeros.
+            # A parameter without a gradient would get that of the step before under ZeRO-3: what no stone reaches gets zeros.
             idle = [connected.pop(n) for n in range(len(self.pairs)) if n not in stones.factors]
             loss = torch.stack([nothing.float().sum() for nothing in (*idle, final[:, :0])]).sum()
         if not stones.factors:
@@ -159,13 +163,8 @@ class SteppingStones(nn.Module):
                 squares[len(self.pairs)] = _cross_alone(tail.square_before(final, own.gradients[0]))
         rows = len(self.pairs) + 1
         return StonesResult(
-            loss, StoneSums(_by_stone(sums, rows).double(), _by_stone(squares, rows) if squares else None)
+            loss, StoneSums(_with_zeros(sums, rows).double(), _with_zeros(squares, rows) if squares else None)
         )
-
-    def _connected(self, number: int, states: Mapping[int, Tensor], factors: Mapping[int, float]) -> Tensor:
-        """A stone's state [B, T, H_t] at teacher width; of a stone that is not trained in this step, [B, 0, H_t]."""
-        state = states[self.pairs[number][0]]
-        return self.connectors[number](state if number in factors else state[:, :0])
 
     @torch.no_grad()
     def _ensemble(self, connected: Mapping[int, Tensor], batch: Batch, signal: Signal) -> Tensor:
@@ -188,24 +187,16 @@ class SteppingStones(nn.Module):
         everywhere = torch.ones_like(targets, dtype=torch.bool)
 
         def against(theirs: Tensor, targets: Tensor, ce_scale: float, kl_scale: float) -> tuple[Tensor, Tensor, Tensor]:
-            return head_losses(
-                ours,
-                *this.head,
-                TeacherHead(theirs.flatten(0, 1)[at], *this.head),
-                targets,
-                everywhere if kl_scale else ~everywhere,
-                ce_scale=factor * ce_scale,
-                kl_scale=factor * kl_scale,
-                divergence=settings.divergence,
-                temperature=settings.temperature,
-                chunk=self._chunk,
-            )
+            terms = Terms(factor * ce_scale, factor * kl_scale, settings.divergence, settings.temperature)
+            teacher = TeacherHead(theirs.flatten(0, 1)[at], *this.head)
+            compared = everywhere if kl_scale else ~everywhere
+            return head_losses(ours, *this.head, teacher, targets, compared, terms, chunk=self._chunk)
 
-        ce, compared = this.scales
-        loss, ce_sum, kl_sum = against(signal.final, targets, weights.ce * ce, weights.kl * compared)
+        ce_scale, kl_scale = this.scales
+        loss, ce_sum, kl_sum = against(signal.final, targets, weights.ce * ce_scale, weights.kl * kl_scale)
         cross = torch.zeros_like(kl_sum)
         if this.ensemble is not None and weights.cross:
-            more, _, cross = against(this.ensemble, torch.full_like(targets, IGNORED), 0.0, weights.cross * compared)
+            more, _, cross = against(this.ensemble, torch.full_like(targets, IGNORED), 0.0, weights.cross * kl_scale)
             loss = loss + more
         return loss, torch.stack([ce_sum, kl_sum, cross])
 
@@ -214,16 +205,12 @@ class SteppingStones(nn.Module):
     ) -> Tensor:
         """[3], each part's squared norm of its gradient at the student block's output, where a stone's losses enter its blocks."""
         connector: Any = self.connectors[number]
-        squares = []
-        for part in STONE_PARTS:
-            alone = weights.alone(part)
-            if alone == StoneWeights(0.0, 0.0, 0.0):
-                squares.append(None)
-                continue
-            loss = lambda _, connected, alone=alone: objective(connected, weights=alone)[0]  # noqa: E731
-            squares.append(square(before_projector(connector, state, loss)))
-        zero = torch.zeros_like(next(value for value in squares if value is not None))
-        return torch.stack([zero if value is None else value for value in squares])
+        squares: dict[int, Tensor] = {}
+        for column, part in enumerate(STONE_PARTS):
+            if getattr(weights, part):
+                loss = lambda _, connected, part=part: objective(connected, weights=weights.alone(part))[0]  # noqa: E731
+                squares[column] = square(before_projector(connector, state, loss))
+        return _with_zeros(squares, len(STONE_PARTS))
 
 
 def _cross_alone(value: Tensor) -> Tensor:
@@ -231,14 +218,14 @@ def _cross_alone(value: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(value), torch.zeros_like(value), value])
 
 
-def _by_stone(rows: Mapping[int, Tensor], count: int) -> Tensor:
-    """[count, 3] of the rows [3] that there are."""
+def _with_zeros(rows: Mapping[int, Tensor], count: int) -> Tensor:
+    """[count, ...] of rows [...] by their numbers, zeros where there is none."""
     zero = torch.zeros_like(next(iter(rows.values())))
     return torch.stack([rows.get(number, zero) for number in range(count)])
 
 
 class _AtOnce(torch.autograd.Function):
-    """A value whose gradient is computed at once, so that nothing of its making waits for the backward pass."""
+    """A value whose gradient is computed in the forward pass, so that no tensor in between is kept for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, state: Tensor, value: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What is asked of a teacher, and what it gives for a micro-batch."""
+"""The interface of a teacher, and the signal that it gives for a micro-batch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -25,16 +25,15 @@ class States(Protocol):
     """States that wait for the student, by block: a dict, or llmkd.teachers.resident.OffloadedStates."""
 
     def __getitem__(self, block: int, /) -> Tensor: ...
-    def __setitem__(self, block: int, state: Tensor, /) -> None: ...
     def __delitem__(self, block: int, /) -> None: ...
     def __len__(self) -> int: ...
 
 
 class Signal:
-    """The mapped blocks' states and the final state of one micro-batch. A state is let go when its last pair has taken it.
+    """The mapped blocks' states and the final state of one micro-batch. A state is released when its last pair has taken it.
 
-    `final` and `head` are None where no logits are asked for; `top_k` (tensors [B, T, K]) stands in for them where a cache holds no
-    more of the distribution. `upper` runs the teacher's upper blocks, where stones ask for them.
+    `final` [B, T, H] and `head` are None where no logits are needed; `top_k` (tensors [B, T, K]) takes their place where that is all a
+    cache holds of the distribution. `upper` runs the teacher's upper blocks, where there are stones.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Signal:
     ) -> None:
         self._states = states
         self._left = Counter(uses)
-        self._final = final
+        self.final = final
         self.head = head
         self.top_k = top_k
         self.upper = upper
@@ -63,13 +62,8 @@ class Signal:
 
     def take_final(self) -> Tensor | None:
         """The final state [B, T, H], once; it is held here no longer, so that none waits for the backward pass."""
-        final, self._final = self._final, None
+        final, self.final = self.final, None
         return final
-
-    @property
-    def final(self) -> Tensor | None:
-        """The final state [B, T, H], until it is taken."""
-        return self._final
 
     @property
     def held(self) -> int:
@@ -86,7 +80,7 @@ class Teacher(Protocol):
         ...
 
     def expect(self, batches: Sequence[Batch]) -> None:
-        """Announce the micro-batches that will be asked for next, in order. Every rank calls it equally often, ahead of `signals`."""
+        """Announce the micro-batches of the next calls of `signals`, in order. Every rank calls it equally often."""
         ...
 
     def signals(self, batch: Batch, uses: Sequence[int] | None = None) -> Signal:
@@ -99,31 +93,31 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class Demand:
-    """What a student asks of its teacher for a micro-batch."""
+    """What a student needs from its teacher for a micro-batch."""
 
     blocks: tuple[int, ...]
     """The block of every pair, in the order in which the student takes them (a block of three pairs three times); EMBEDDING too."""
     logits: bool
-    """Whether the final state and the head."""
+    """The final state and the head are needed."""
     normed_last: bool = False
     """The last block's state is taken after the final norm."""
     stones: tuple[int, ...] = ()
     """The blocks after which the teacher goes on with a student's state."""
 
     def first_blocks(self, depth: int) -> int:
-        """How many of the teacher's first blocks must be run; all where logits or the normed last state are asked for."""
+        """How many of the teacher's first blocks must be run; all where logits or the normed last state are needed."""
         last = max(self.blocks, default=EMBEDDING)
         return depth if self.logits or (self.normed_last and last == depth - 1) else last + 1
 
 
 class Capture:
-    """Forward hooks that keep the states of some modules, and of no others, until they are collected.
+    """Forward hooks that keep the states of some modules until they are collected.
 
-    `new` makes what they are kept in, once per pass. `wanted` says which blocks' states are kept in the pass under way.
+    `new` makes the container of a pass's states. `wanted` says which blocks' states are kept in the current pass.
     """
 
     def __init__(
-        self, modules: dict[int, nn.Module], new: Callable[[], States], wanted: Callable[[int], bool] = lambda _: True
+        self, modules: dict[int, nn.Module], new: Callable[[], Any], wanted: Callable[[int], bool] = lambda _: True
     ) -> None:
         self._new = new
         self._wanted = wanted
@@ -133,7 +127,7 @@ class Capture:
             module.register_forward_hook(lambda module, args, output, keep=keep: keep(output_state(output)))
 
     def keeper(self, block: int) -> Callable[[Tensor], None]:
-        """What keeps a state as this block's until they are collected."""
+        """The function that keeps a state as this block's."""
 
         def keep(state: Tensor) -> None:
             if self._wanted(block):
@@ -142,6 +136,6 @@ class Capture:
         return keep
 
     def collect(self) -> States:
-        """The states of the pass just made; they are held here no longer."""
+        """The states of the last pass; they are held here no longer."""
         states, self._states = self._states, self._new()
         return states

@@ -1,4 +1,4 @@
-"""The files of a teacher's cache: which tensors a shard holds, how shards are published, checked and mapped into memory.
+"""The files of a teacher's cache: which tensors a shard holds, how shards are written, checked and mapped into memory.
 
     cache/  manifest.json              what it holds, of what it was made, and of each shard its rows, size and SHA-256
             shard-00000.safetensors    the states of rows [first, last), token after token without padding, row after row
@@ -37,12 +37,12 @@ IDENTITY = {
     "tokenizer": "another tokenizer",
     "data": "other data",
 }
-"""What a cache is made of, each with a fingerprint -> what a message calls it where it differs."""
+"""The inputs of a cache that have a fingerprint -> what a message calls one that differs."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a cache holds of each token, and of what it was made."""
+    """What a cache holds of each token, and the inputs that it was made from."""
 
     identity: dict[str, str]
     """The fingerprints, by the keys of IDENTITY."""
@@ -65,7 +65,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class Shard:
-    """A published shard's record."""
+    """The record of a finished shard."""
 
     file: str
     first: int
@@ -77,12 +77,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A whole cache."""
+    """A whole cache. The file also has, under `made`, the versions, the commit and the recipe's name of its writing."""
 
     contents: Contents
     shards: tuple[Shard, ...]
-    made: Mapping[str, str | None]
-    """Of the writing: versions, commit and the recipe's name."""
 
 
 def state_name(state: State) -> str:
@@ -133,11 +131,11 @@ def shard_ranges(lengths: Sequence[int], bytes_per_token: int, shard_bytes: int)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Does it serve?
+# Whether a cache fits a run
 
 
 def unfit(have: Contents, want: Contents) -> str | None:
-    """Why a cache that has `have` can't serve a run that wants `want`, to follow the cache's name in a sentence; None if it can."""
+    """Why a cache that has `have` can't serve a run that needs `want`, as the predicate of a sentence about the cache; None if it can."""
     for key, name in IDENTITY.items():
         if have.identity[key] != want.identity[key]:
             return f"was made of {name}{_named(key, have.recipe, want.recipe)}"
@@ -166,12 +164,12 @@ def _named(key: str, have: Mapping[str, Any], want: Mapping[str, Any]) -> str:
 
 
 def shard_file(folder: Path, number: int, *, partial: bool = False) -> Path:
-    """Where a shard lies, or what was done of it when a signal came."""
+    """The file of a shard, or of its part that was done when a signal came."""
     return folder / f"shard-{number:05d}{'.partial' if partial else ''}.safetensors"
 
 
-def publish(file: Path, tensors: dict[str, Tensor], rows: tuple[int, int]) -> None:
-    """Write a shard and, after it, its record: without a record a file is not there."""
+def write_shard(file: Path, tensors: dict[str, Tensor], rows: tuple[int, int]) -> None:
+    """Write a shard and then its record; a file without a record does not count."""
     tmp = file.with_name(file.name + ".tmp")
     save_file(tensors, tmp)
     sync(tmp)
@@ -182,7 +180,7 @@ def publish(file: Path, tensors: dict[str, Tensor], rows: tuple[int, int]) -> No
 
 
 def record(file: Path) -> Shard | None:
-    """The record of a published shard whose file is there in its size; None where there is none."""
+    """The record of a finished shard whose file is there in its size; None where there is none."""
     try:
         shard = Shard(**json.loads(file.with_suffix(".json").read_text()))
         return shard if file.stat().st_size == shard.bytes else None
@@ -191,7 +189,7 @@ def record(file: Path) -> Shard | None:
 
 
 def read_partial(file: Path) -> dict[str, Tensor] | None:
-    """What an interrupted shard holds, if it is as it was written."""
+    """The tensors of an interrupted shard, if its file is as it was written."""
     shard = record(file)
     if shard is None or sha256(file) != shard.sha256:
         return None
@@ -200,7 +198,7 @@ def read_partial(file: Path) -> dict[str, Tensor] | None:
 
 
 def remove(file: Path) -> None:
-    """Take a shard's file and record away, whichever is there."""
+    """Remove a shard's file and record, if they are there."""
     file.with_suffix(".json").unlink(missing_ok=True)
     file.unlink(missing_ok=True)
 
@@ -248,7 +246,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     values = _json(file)
     if values.pop("checksum", None) != _checksum(values):
         raise InputError(f"{file}: was changed since it was written; remove {folder} and run llmkd cache again")
-    return Manifest(_contents(values["contents"]), tuple(Shard(**s) for s in values["shards"]), values["made"])
+    return Manifest(_contents(values["contents"]), tuple(Shard(**s) for s in values["shards"]))
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ log = logging.getLogger("llmkd")
 
 FINAL = state_name(OtherState.FINAL)
 AHEAD = 2
-"""Micro-batches read before they are asked for; each is held once, in the cache's own dtype."""
+"""Micro-batches read ahead; each is held once, in the cache's own dtype."""
 
 HeadWeights = tuple[Tensor, Tensor | None]
 
@@ -77,7 +77,7 @@ class CacheTeacher:
         return [*sorted(states), *scales, *([IDS, LOG_PROBABILITIES] if self._top_k else [])]
 
     def expect(self, batches: Sequence[Batch]) -> None:
-        """Read the first of the micro-batches that will be asked for next, and the others as those are taken."""
+        """Read the first of these micro-batches now, and the others as those are taken."""
         self._coming.extend(_Coming(batch.rows) for batch in batches)
         self._read_ahead()
 
@@ -110,12 +110,12 @@ class CacheTeacher:
 
     def _values(self, batch: Batch) -> dict[str, Tensor]:
         """The batch's values as they are stored, end to end; read ahead where they were announced."""
-        assert batch.rows, "a cached teacher is asked for rows by their numbers"
+        assert batch.rows, "a cached teacher needs the rows' numbers"
         coming = self._coming.popleft() if self._coming else None
         self._read_ahead()
         if coming is None:
             return self._read(batch.rows)
-        assert coming.rows == batch.rows, "batches are asked for in the order in which they were expected"
+        assert coming.rows == batch.rows, "signals are taken in the order in which batches were announced"
         return self._read(coming.rows) if coming.values is None else coming.values.result()
 
     def _read(self, rows: Sequence[int]) -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ class CacheTeacher:
 
 
 class _Waiting:
-    """A signal's states as they were read: each comes to its places, in its dtype, when it is first taken, and is let go at the last."""
+    """A signal's states as they were read. Each is put in place, in its dtype, when it is first taken, and released after the last time."""
 
     def __init__(self, names: dict[int, str], state: Callable[[str], Tensor]) -> None:
         self._names = dict(names)
@@ -141,9 +141,6 @@ class _Waiting:
         if block not in self._here:
             self._here[block] = self._state(self._names[block])
         return self._here[block]
-
-    def __setitem__(self, block: int, state: Tensor) -> None:
-        self._here[block] = state
 
     def __delitem__(self, block: int) -> None:
         del self._names[block]
@@ -184,7 +181,7 @@ class _Shards:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """The parts end to end in memory of their own; of a GPU machine in pinned memory, from which copies need not be waited for."""
+    """The parts end to end in new memory; where there is a GPU in pinned memory, from which it can copy in the background."""
     shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
     whole = torch.empty(shape, dtype=parts[0].dtype, pin_memory=torch.cuda.is_available())
     at = 0

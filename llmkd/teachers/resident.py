@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from llmkd.data.batches import Batch
 from llmkd.distributed.engines import frozen_engine, gathered
 from llmkd.models.parts import Body, blocks, head, head_bias, on_state
-from llmkd.teachers.base import Capture, Signal, States
+from llmkd.teachers.base import Capture, Signal
 from llmkd.teachers.upper_blocks import UpperBlocks
 
 
@@ -44,16 +44,16 @@ class ResidentTeacher:
         self._model = model
         self._uses = self._taken = tuple(uses)
         self.blocks = blocks(model)
-        self._upper = UpperBlocks(model, stones, again=checkpointed) if stones else None
+        self._upper = UpperBlocks(model, stones, recompute=checkpointed) if stones else None
         body = Body(model)
         self._body = body if ds_config is None else frozen_engine(body, ds_config)
-        new: Callable[[], States] = dict if offload_to is None else lambda: OffloadedStates(self._taken, offload_to)
+        new: Callable[[], Any] = dict if offload_to is None else lambda: OffloadedStates(self._taken, offload_to)
         self._capture = Capture({}, new, lambda block: block in self._taken)
         for block in set(uses):
             on_state(model, block, self._capture.keeper(block), normed=normed_last)
 
     def expect(self, batches: Sequence[Batch]) -> None:
-        """It runs on each micro-batch when it is asked for it."""
+        """Nothing: it runs on a micro-batch in `signals`."""
 
     @torch.no_grad()
     def signals(self, batch: Batch, uses: Sequence[int] | None = None) -> Signal:
@@ -98,7 +98,7 @@ class OffloadedStates:
         host = torch.empty(state.shape, dtype=state.dtype, pin_memory=self._stream is not None)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())  # the state is not computed yet
-            state.record_stream(self._stream)  # nor is its memory free before it is copied
+            state.record_stream(self._stream)  # its memory is not free before it is copied
         with self._beside():
             host.copy_(state, non_blocking=True)
         self._away[block] = host
@@ -108,7 +108,7 @@ class OffloadedStates:
         self._send_for(block)
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
-            # The memory is the copying stream's: what computes with it now must be done before it is given out again.
+            # The memory belongs to the copying stream, which must not reuse it before this stream is done with it.
             self._here[block].record_stream(torch.cuda.current_stream())
         state = self._here[block]
         self._coming.remove(block)

@@ -2,8 +2,8 @@
 
 What is run are shells: models of the teacher's own class without what makes the first block's input, so that masks, rotary positions,
 packed documents and each block's kind of attention are made by the same code as in the whole model. A shell holds no weights. Its blocks
-and what follows them borrow those of the teacher while they run, whole on every rank, and again while their gradient is computed; a
-sharded teacher so never has more than one block gathered, and neither its hooks nor DeepSpeed's see these passes.
+and what follows them borrow the teacher's weights while they run, whole on every rank, and again while their gradient is computed. So a
+sharded teacher never has more than one block gathered, and neither its hooks nor DeepSpeed's see these passes.
 """
 
 from __future__ import annotations
@@ -42,18 +42,17 @@ def check_upper(config: PreTrainedConfig) -> None:
 
 
 class UpperBlocks:
-    """The teacher from after one of its blocks to its final state; `starts` names the blocks that can be asked for.
+    """The teacher from after one of its blocks to its final state; `starts`: the blocks after which it may begin.
 
-    `again`: keep a block's input alone for the backward pass and run the block again there; else all that the blocks make is kept,
-    which a sharded teacher's weights do not outlive.
+    `recompute`: keep only a block's input for the backward pass and run the block again there. Without it all activations are kept, which
+    a sharded teacher cannot do: its weights are gone by then.
     """
 
-    def __init__(self, model: PreTrainedModel, starts: Iterable[int], *, again: bool) -> None:
-        self._shells = {start: _shell(model, start, again) for start in set(starts)}
+    def __init__(self, model: PreTrainedModel, starts: Iterable[int], *, recompute: bool) -> None:
+        self._shells = {start: _shell(model, start, recompute) for start in set(starts)}
 
     def __call__(self, block: int, state: Tensor, batch: Batch) -> Tensor:
-        """The final state (llmkd.models.parts.final_state) that the teacher makes of `state` [B, T, H], were it the output of this block
-        (all ranks take part)."""
+        """The teacher's final state (models.parts.final_state) with `state` [B, T, H] as this block's output (all ranks take part)."""
         shell = self._shells[block]
         rotary = getattr(backbone(shell), "rotary_emb", None)
         if rotary is not None:
@@ -61,7 +60,7 @@ class UpperBlocks:
         return final_state(shell, batch, state)
 
 
-def _shell(model: PreTrainedModel, start: int, again: bool) -> PreTrainedModel:
+def _shell(model: PreTrainedModel, start: int, recompute: bool) -> PreTrainedModel:
     """The model from after its block `start` on, in eval mode; it holds no weight."""
     stack = blocks(model)
     part = range(start + 1, len(stack))
@@ -74,7 +73,7 @@ def _shell(model: PreTrainedModel, start: int, again: bool) -> PreTrainedModel:
     row = model_type(model.config)
     own = blocks(shell)
     for place, block in enumerate(part):
-        own[place] = Borrowing(own[place], stack[block], again)
+        own[place] = Borrowing(own[place], stack[block], recompute)
     del own[len(part) :]
     for path, stand_in in row.starts.items():
         _put(shell, path, stand_in())
@@ -82,7 +81,7 @@ def _shell(model: PreTrainedModel, start: int, again: bool) -> PreTrainedModel:
         parent, _, name = path.rpartition(".")
         lender = getattr(model.get_submodule(parent), name)
         if lender is not None:
-            _put(shell, path, Borrowing(shell.get_submodule(path), lender, again))
+            _put(shell, path, Borrowing(shell.get_submodule(path), lender, recompute))
     body: Any = backbone(shell)
     if hasattr(body, "rotary_emb"):
         body.rotary_emb = type(body.rotary_emb)(config=small)  # computed: float32 whatever the model's dtype
@@ -98,21 +97,21 @@ def _put(model: PreTrainedModel, path: str, module: nn.Module | None) -> None:
 class Borrowing(nn.Module):
     """A module without weights that borrows another's, of the same class, for each pass; they get no gradient."""
 
-    def __init__(self, empty: nn.Module, lender: nn.Module, again: bool) -> None:
+    def __init__(self, empty: nn.Module, lender: nn.Module, recompute: bool) -> None:
         super().__init__()
         self.empty = empty
         self._lent = [*lender.named_parameters(), *lender.named_buffers()]  # in a list, so that they stay the lender's
-        self._again = again
+        self._recompute = recompute
 
     def forward(self, state: Tensor, *args: Any, **options: Any) -> Tensor:
-        """What the lender makes of the state [B, T, H]."""
+        """The lender's output for the state [B, T, H]."""
 
         def run(state: Tensor) -> Tensor:
             weights = {name: tensor.detach() for name, tensor in self._lent}
             return output_state(functional_call(self.empty, weights, (state, *args), options))
 
-        if self._again:
-            return _Again.apply(state, run, self._borrowed)  # type: ignore[no-any-return, no-untyped-call]
+        if self._recompute:
+            return _Recomputed.apply(state, run, self._borrowed)  # type: ignore[no-any-return, no-untyped-call]
         with self._borrowed():
             return run(state)
 
@@ -122,8 +121,8 @@ class Borrowing(nn.Module):
             yield
 
 
-class _Again(torch.autograd.Function):
-    """A pass that keeps its input alone and is made again for the gradient of that input."""
+class _Recomputed(torch.autograd.Function):
+    """A pass that keeps only its input, and is run again for the gradient of that input."""
 
     @staticmethod
     def forward(

@@ -96,13 +96,13 @@ class Steps:
         if settings is None or not count:
             return None
         weight = self._weight_of_stones(step)
-        one = settings.sample == "one"
+        sampled = settings.sample == "one"
         return StoneSettings(
             weights=StoneWeights(settings.ce, settings.kl, settings.cross),
-            factors=factors(count, one=one, seed=self._job.seed, step=step - 1) if weight else {},
+            factors=factors(count, sampled=sampled, seed=self._job.seed, step=step - 1) if weight else {},
             weight=weight,
             scales=(self._world.size * weight / trained, self._world.size * weight / compared),
-            sampled=one,
+            sampled=sampled,
         )
 
     def _weight_of_stones(self, step: int) -> float:

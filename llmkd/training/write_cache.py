@@ -161,12 +161,12 @@ class _Shard:
     def publish(self) -> None:
         """Put the whole shard in place; what a signal left of it goes."""
         assert self.whole
-        cache_files.publish(self._file, {k: v for k, v in self._tensors.items() if k != DONE}, self._rows)
+        cache_files.write_shard(self._file, {k: v for k, v in self._tensors.items() if k != DONE}, self._rows)
         cache_files.remove(self._partial)
 
     def publish_partial(self) -> None:
         """Keep what is done of the shard, which is some of its rows."""
-        cache_files.publish(self._partial, {**self._tensors, DONE: self._done}, self._rows)
+        cache_files.write_shard(self._partial, {**self._tensors, DONE: self._done}, self._rows)
 
 
 class _Disk:

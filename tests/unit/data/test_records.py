@@ -25,7 +25,7 @@ RECORD = {"name": "Heron Mill", "kind": "inn", "setting": "lake", "price": "low"
 
 def test_a_known_example_does_not_change() -> None:
     """Written down once: a change of the generator, of Python or of its `random` shows here."""
-    example = records.example("train", 0, 7)
+    example = records.examples("train", 0, 7, 1)[0]
     assert example["prompt"] == KNOWN_PROMPT
     assert example["completion"] == KNOWN_COMPLETION
 
@@ -40,7 +40,7 @@ def test_another_process_with_another_hash_seed_makes_the_same_examples() -> Non
 @given(st.sampled_from(records.SPLITS), st.integers(0, 50), st.integers(0, 10_000), st.integers(0, 6))
 @settings(max_examples=50, deadline=None)
 def test_any_range_can_be_read_alone(split: str, seed: int, start: int, count: int) -> None:
-    alone = [records.example(split, seed, start + i) for i in range(count)]
+    alone = [records.examples(split, seed, start + i, 1)[0] for i in range(count)]
     assert records.examples(split, seed, start, count) == alone
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmkd.losses import chunked_head
-from llmkd.losses.chunked_head import TeacherHead, head_losses
+from llmkd.losses.chunked_head import TeacherHead, Terms, head_losses
 from llmkd.losses.divergences import DIVERGENCES
 from tests import definitions
 from tests.tensor_bytes import TensorBytes
@@ -36,7 +36,7 @@ def _inputs(dtype: torch.dtype = torch.float64, teacher_columns: int = V, bias: 
 
 
 def _settings(chunk: int, divergence: str = "forward_kl", temperature: float = 2.0) -> dict[str, Any]:
-    return dict(ce_scale=0.3, kl_scale=0.7, divergence=DIVERGENCES[divergence], temperature=temperature, chunk=chunk)
+    return dict(terms=Terms(0.3, 0.7, DIVERGENCES[divergence], temperature), chunk=chunk)
 
 
 def _whole(i: dict[str, Any], divergence: str, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,7 +113,7 @@ def test_the_closed_forms_are_autograds(divergence: str, temperature: float, col
     i = _inputs(teacher_columns=columns)
     leaves = [i["states"], i["weight"]]
     settings = _settings(4, divergence, temperature)
-    unknown = {**settings, "divergence": lambda s, t, temperature: DIVERGENCES[divergence](s, t, temperature)}
+    unknown = {**settings, "terms": Terms(0.3, 0.7, lambda s, t, by: DIVERGENCES[divergence](s, t, by), temperature)}
     known, by_autograd = head_losses(**i, **settings), head_losses(**i, **unknown)
     torch.testing.assert_close(known, by_autograd, rtol=1e-11, atol=1e-11)
     theirs = torch.autograd.grad(by_autograd[0], leaves)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 
 from llmkd.errors import InputError
 from llmkd.losses import chunked_head
-from llmkd.losses.chunked_head import TeacherHead, head_losses
+from llmkd.losses.chunked_head import TeacherHead, Terms, head_losses
 from llmkd.losses.distance_sum import distance_sum, terms_of
 from llmkd.losses.divergences import DIVERGENCES
 from llmkd.models.architectures import new_config
@@ -252,10 +252,7 @@ def test_the_head_takes_what_is_planned(
             None if divergence is None else teacher,
             targets,
             everywhere,
-            ce_scale=1.0,
-            kl_scale=0.0 if divergence is None else 1.0,
-            divergence=DIVERGENCES[divergence or "forward_kl"],
-            temperature=temperature,
+            Terms(1.0, 0.0 if divergence is None else 1.0, DIVERGENCES[divergence or "forward_kl"], temperature),
             chunk=chunk,
         )
     shape = replace(shapes.shapes(Qwen3Config(**SMALL)), vocabulary=vocabulary, head=vocabulary * width)

@@ -91,7 +91,7 @@ def _settings(
     compared = attended if positions == "attended" else trained
     stones = StoneSettings(
         weights=StoneWeights(CE, KL, cross),
-        factors=factors(count, one=one, seed=0, step=step) if weight else {},
+        factors=factors(count, sampled=one, seed=0, step=step) if weight else {},
         weight=weight,
         scales=(weight / trained, weight / compared),
         sampled=one,

@@ -112,7 +112,7 @@ def settings_of(
 ) -> StepSettings:
     """Of a step (from 0) whose batch is all there is."""
     trained = batch.counts[0]
-    laid = factors(len(PAIRS), one=one, seed=0, step=step)
+    laid = factors(len(PAIRS), sampled=one, seed=0, step=step)
     stones = StoneSettings(weights, laid, scales=(1 / trained, 1 / trained), sampled=one)
     return replace(step_settings((), scales, stones=stones, **others), divisors=Divisors(trained, trained, 1))
 

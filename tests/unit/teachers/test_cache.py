@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from llmkd.data.batches import Batch, collate
 from llmkd.errors import InputError
-from llmkd.losses.chunked_head import TopK, head_losses
-from llmkd.losses.divergences import top_k_kl
+from llmkd.losses.chunked_head import Terms, TopK, head_losses
+from llmkd.losses.divergences import DIVERGENCES
 from llmkd.models import load as models
 from llmkd.models import parts
 from llmkd.planning import cache, memory
@@ -32,6 +32,7 @@ from llmkd.teachers.cached import AHEAD, CacheTeacher
 from llmkd.teachers.quantization import restored, stored
 from llmkd.train import train
 from llmkd.training import build, cache_contents, initial, jobs, write_cache
+from tests import definitions
 
 WRITTEN = {
     "cache.dtype": "float32",
@@ -541,9 +542,10 @@ def test_top_k_in_the_head_is_its_definition(k: int, columns: int, chunk: int) -
     hidden = torch.where(compared[:, None], teacher.values, float("nan"))  # what is not compared may hold anything
     known = TopK(torch.where(compared[:, None], teacher.indices, 10**6).int(), hidden, columns)
     targets = torch.full((11,), -100)
-    settings: Any = dict(ce_scale=0.0, kl_scale=0.7, divergence=None, temperature=1.7, chunk=chunk)
-    loss, _, kl = head_losses(states, weight, None, known, targets, compared, **settings)
-    expected = top_k_kl((states @ weight.T)[:, :columns], teacher.indices, teacher.values, 1.7)[compared].sum()
+    terms = Terms(0.0, 0.7, DIVERGENCES["forward_kl"], 1.7)
+    loss, _, kl = head_losses(states, weight, None, known, targets, compared, terms, chunk=chunk)
+    values = definitions.top_k_kl((states @ weight.T)[:, :columns], teacher.indices, teacher.values, 1.7)
+    expected = values[compared].sum()
     assert kl == pytest.approx(expected.item(), rel=1e-12)
     ours = torch.autograd.grad(loss, [states, weight])
     theirs = torch.autograd.grad(0.7 * expected, [states, weight])

@@ -59,7 +59,7 @@ def test_from_any_block_of_an_encoder_on_it_is_the_whole_model(kind: str, checkp
     _check(model, batch, checkpointed, torch.ones(3, 1, dtype=torch.bool))
     segments = {} if batch.segments is None else {"token_type_ids": batch.segments}
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **segments).logits
-    final = UpperBlocks(model, [1], again=checkpointed)(1, _state(model, batch, 1), batch)
+    final = UpperBlocks(model, [1], recompute=checkpointed)(1, _state(model, batch, 1), batch)
     torch.testing.assert_close(parts.head(model)(final)[:, 0], logits)
 
 
@@ -75,7 +75,7 @@ def _check(model: Any, batch: Batch, checkpointed: bool, where: Tensor) -> None:
     """Final state to the bit, and the gradient of a hook that lets the state be changed, at positions [B, T] that count."""
     model.eval().requires_grad_(False)
     stack = parts.blocks(model)
-    upper = UpperBlocks(model, range(len(stack)), again=checkpointed)
+    upper = UpperBlocks(model, range(len(stack)), recompute=checkpointed)
     for block, module in enumerate(stack):
         states: list[Tensor] = []
 

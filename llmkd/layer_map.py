@@ -172,7 +172,7 @@ class Strategy:
     options: tuple[str, ...] = ()
     """The keys of a recipe's `matching` section that this strategy alone reads."""
     is_measured: bool = False
-    """The rule needs the models' states instead: the similarity of every student block with every teacher block."""
+    """The rule takes, in place of depths, the similarity of every student block's states with every teacher block's."""
     is_written: bool = False
     """The user writes the pairs."""
     least_student_blocks: int = 1
@@ -204,7 +204,7 @@ OPTIONS = {option: name for name, strategy in STRATEGIES.items() for option in s
 def layer_map(
     strategy: str, student_blocks: int, teacher_blocks: int, *, seed: int = 0, draw: int = 0, **options: object
 ) -> Pairs:
-    """The pairs of a strategy by its name; `seed` and `draw` are for the strategies that draw. An option that is None is not given.
+    """The pairs of a strategy by its name; `seed` and `draw` are for the strategies that draw. An option of None counts as absent.
 
     Raises InputError on an unknown or measured strategy, on bad depths, seed or option, and on an option that the strategy does not read.
     """
@@ -223,7 +223,7 @@ def layer_map(
 
 
 def needs_states(strategy: str) -> str:
-    """Why depths alone do not give a measured strategy's map, and how it is seen."""
+    """Why depths alone do not give a measured strategy's map, and which command shows it."""
     return f"{strategy} needs the models' states: `llmkd train --strategy {strategy}` measures and prints the map"
 
 

@@ -1,7 +1,7 @@
 """Rows and batches of the families other than decoders: classified texts for encoders, source and target for encoder-decoders.
 
-`tokenize_for(family, ...)` and `collate_for(family)` are what a run uses, for decoders too (llmkd.data.batches). An encoder's row has
-one position that is trained, its class. An encoder-decoder's prompt is what its encoder reads, the completion what its decoder writes.
+A run calls `tokenize_for(family, ...)` and `collate_for(family)`, for decoders too (llmkd.data.batches). An encoder's row has one trained
+position, its class. An encoder-decoder's encoder reads the prompt, and its decoder writes the completion.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def tokenize_for(
 
 
 def collate_for(family: Family) -> Callable[..., Batch]:
-    """What makes a batch of rows of `tokenize_for`."""
+    """The function that makes a batch of rows from `tokenize_for`."""
     return {"decoder": collate, "encoder": collate_classified, "encoder_decoder": collate_sources}[family.kind]
 
 
@@ -72,7 +72,7 @@ def label_names(rows: Dataset) -> tuple[str, ...]:
 
 
 def label_number(label: object, names: Sequence[str], number: int) -> int:
-    """A row's class as its index among the classes, found by name, else by number. Raises InputError for a label that is none of them."""
+    """The index of a row's class, by its name, else by its number. Raises InputError for a label that is none of the classes."""
     if str(label) in names:  # names first: classes may be named by numbers that do not start at 0
         return list(names).index(str(label))
     if not isinstance(label, int) or not 0 <= label < len(names):

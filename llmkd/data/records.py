@@ -69,7 +69,7 @@ SLOTS = ("name", "kind", "setting", "price", "food", "rating", "dogs", "near")
 ORDERS = (("food", "rating", "dogs", "near"), ("near", "food", "dogs", "rating"), ("rating", "near", "food", "dogs"))
 PHRASINGS: tuple[Phrasing, ...] = tuple(product(range(4), range(len(ORDERS))))
 
-# What the checker looks for: the value's own word where every wording holds it, else the whole wording.
+# What `slots_right` looks for: the value's own word where every wording has it, else the whole wording.
 SIGNS: dict[str, dict[str, tuple[str, ...]]] = {
     **{slot: {value: tuple(set(words)) for value, words in CLOSED_SLOTS[slot].items()} for slot in CLOSED_SLOTS},
     "food": {food: (food,) for food in CLOSED_SLOTS["food"]},

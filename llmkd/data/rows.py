@@ -60,7 +60,7 @@ def _files(path: Path, split: str) -> list[Path]:
 def _local_rows(path: Path, split: str) -> Dataset:
     if not split.replace("_", "").isalnum():
         raise InputError(
-            f"data.split: {split!r} is more than a name, which is for the hub only; use data.rows to take fewer"
+            f"data.split: {split!r} is more than a name, which only the hub understands; use data.rows to take fewer"
         )
     files = _files(path, split)
     kinds = {_kind(f) for f in files}

@@ -25,7 +25,7 @@ Encoded = tuple[list[list[int]], list[list[bool]]]
 
 
 def tokenize(rows: Dataset, tokenizer: Any, *, format: str, max_length: int, too_long: str) -> Dataset:
-    """Rows -> {input_ids, trained (per token), length, row}. Prompts are not trained; of a chat, the assistant's messages are.
+    """Rows -> {input_ids, trained (per token), length, row}. Completions and the assistant's messages of a chat are trained, not prompts.
 
     `row` is the row's number. Prompt and completion are tokenized apart, as they are when the model later continues the
     prompt. Raises InputError for a row that lacks its columns, or when no row is left.
@@ -119,7 +119,7 @@ def _prompt_completion(columns: Columns, tokenizer: Any, numbers: list[int]) -> 
 
 
 def leading(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """The ids of texts that start a sequence: with the tokenizer's leading tokens, without an end token that it may add."""
+    """The ids of texts that start a sequence: with the tokenizer's leading tokens, without the end token that some add."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     added = tokenizer("a", add_special_tokens=True)["input_ids"]
     opens, closes = bos is not None and added[:1] == [bos], added[-1:] == [eos]

@@ -1,7 +1,7 @@
-"""Start the ranks of a training run on this machine, pass signals on to them, and say how they ended.
+"""Start the ranks of a training run on this machine, pass signals on to them, and report how they ended.
 
-Several nodes are the deepspeed launcher's work: `deepspeed --hostfile H llmkd/train.py ...`. On one machine this is used in its
-place, because that launcher answers SIGTERM with exit code 1 even when every rank has saved and left with 0.
+For several nodes use the deepspeed launcher: `deepspeed --hostfile H llmkd/train.py ...`. On one machine this takes its place, because
+that launcher exits with code 1 after SIGTERM even when every rank has saved and exited with 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GRACE_SECONDS = 30
 
 @dataclass(frozen=True)
 class Ending:
-    """How a launch ended: the first non-zero exit code (0 if there is none), and whether a signal had asked it to stop."""
+    """How a launch ended: the first non-zero exit code (0 if there is none), and whether a signal stopped it."""
 
     code: int
     stopped: bool
@@ -48,7 +48,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> Ending:
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
-    """Wait for all; when one fails, give the others a moment to say why, then end them. The first non-zero code."""
+    """Wait for all; when one fails, give the others a moment to report why, then end them. The first non-zero code."""
     while True:
         codes = [p.poll() for p in processes]
         failed = [c for c in codes if c]

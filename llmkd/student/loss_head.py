@@ -67,7 +67,8 @@ class LossHead(nn.Module):
         """
         measured = self._teacher_ce(batch, signal, terms) if teacher_ce else None
         has_kl = terms.kl_scale > 0
-        assert not has_kl or (signal is not None and (signal.head is not None or signal.top_k is not None))
+        can_compare = signal is not None and (signal.head is not None or signal.top_k is not None)
+        assert can_compare or not has_kl, "a divergence has a weight, and the signal has neither a head nor a top k"
         at = batch.attended_at if has_kl and kl_positions == "attended" else batch.trained_at
         targets = batch.targets.flatten()[at]
         compared = torch.full_like(targets, has_kl, dtype=torch.bool)

@@ -1,8 +1,8 @@
 """A teacher cut into stages over the ranks of a pipeline: no weight is ever sent, states stream to the rank that owns a micro-batch.
 
-Each member of a pipeline holds one stage and owns micro-batches of its own. `llmkd.teachers.pipeline_schedule` says what is worked on
-and sent at each tick; here it is done. The members are in step without ever waiting for all: a stage waits for the state from the stage
-before it, and an owner for the states of its own micro-batch.
+Each member of a pipeline holds one stage and owns micro-batches. `llmkd.teachers.pipeline_schedule` plans what is run and sent at each
+tick; here it is done. No member ever waits for all others: a stage waits for the state from the stage before it, and an owner for the
+states of its own micro-batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llmkd.teachers.base import Capture, Signal
 from llmkd.teachers.pipeline_schedule import PipelineCut, last_tick, routes, transfers
 
 TICKS_IN_FLIGHT = 1
-"""Ticks whose sends may still be under way while a stage works on; the tensors of older ones are waited for and let go."""
+"""Ticks whose sends may still be under way while a stage goes on; those of older ticks are waited for and their tensors released."""
 
 ANNOUNCED_BYTES = 9
 """Per token: its id and its position in 32 bits, and whether it is padding."""
@@ -31,7 +31,7 @@ ANNOUNCED_BYTES = 9
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a stage must know of a micro-batch, small enough to be sent to all members."""
+    """What a stage needs of a micro-batch, small enough to be sent to all members."""
 
     input_ids: Tensor  # [B, T] int32
     position_ids: Tensor  # [B, T] int32
@@ -47,16 +47,16 @@ class Turn:
     """The micro-batches of one call of `expect`. Members may have different numbers of them."""
 
     mine: deque[int]
-    """The rounds of this member's own ones that have not been asked for."""
+    """The rounds of this member's own ones whose signals have not been taken."""
     end: int
-    """The round after the last of anybody's."""
+    """The round after the last one of any member."""
 
 
 class PipelineTeacher:
     """One member of a pipelined teacher.
 
     `body`: this member's stage (`llmkd.teachers.pipeline_stage.load_stage`). `head`: the teacher's head [V, H], whole, because the loss
-    is where the student is; None where no divergence asks for it, and then no final state is sent.
+    is computed beside the student; None where no divergence needs it, and then no final state is sent.
     """
 
     blocks = None
@@ -86,13 +86,11 @@ class PipelineTeacher:
         if EMBEDDING in self._here:
             modules[EMBEDDING] = self._body.embed_tokens
         self._capture: Any = Capture(modules, dict)
-        self._inputs: dict[int, Inputs] = {}  # by item, until this member needs it no more
+        self._inputs: dict[int, Inputs] = {}  # by item, as long as this member needs them
         self._rounds = 0
-        self._turns: deque[Turn] = deque()  # what was expected and is not done with
+        self._turns: deque[Turn] = deque()  # announced and not yet finished
         self._tick = 0
-        self._arriving: dict[
-            int, dict[State, PendingTransfer | Tensor]
-        ] = {}  # item -> what has come of it, or is on its way
+        self._arriving: dict[int, dict[State, PendingTransfer | Tensor]] = {}  # by item, states here or on their way
         self._leaving: deque[list[PendingTransfer]] = deque()
         self.announced_bytes = 0
 
@@ -102,7 +100,7 @@ class PipelineTeacher:
         return self._group.sent_bytes + self.announced_bytes
 
     def expect(self, batches: Sequence[Batch]) -> None:
-        """Tell the members what this one's next micro-batches are (all take part; numbers and lengths may differ)."""
+        """Announce this member's next micro-batches to all (all members take part; numbers and lengths may differ)."""
         size = self._group.size
         mine = [_inputs(batch) for batch in batches]
         self.announced_bytes += sum(inputs.nbytes for inputs in mine) * (size - 1)
@@ -116,7 +114,7 @@ class PipelineTeacher:
 
     @torch.no_grad()
     def signals(self, batch: Batch, uses: Sequence[int] | None = None) -> Signal:
-        """The teacher's signal for this member's next micro-batch. The stages have then begun on the ones after it."""
+        """The teacher's signal for this member's next micro-batch; the stages have then begun to run the ones after it."""
         assert uses is None, "a pipeline's map is fixed"
         while not self._turns[0].mine:
             self._turns.popleft()
@@ -136,9 +134,9 @@ class PipelineTeacher:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Do this stage's work to the end of the turn, the micro-batches that were expected at once.
+        """Run this stage to the end of the turn, that is of the micro-batches announced at once.
 
-        The last of a member's own does it too; it is for a member that has none of its own in a turn.
+        `signals` does so at a member's last micro-batch of a turn; a member without any in a turn calls this.
         """
         self._run_until(last_tick(self._turns.popleft().end, self._group.size))
 
@@ -149,37 +147,36 @@ class PipelineTeacher:
         yield self._head, None
 
     def _run_until(self, tick: int) -> None:
-        """Do the ticks up to this one, or to the last one there is work for."""
+        """Run the ticks up to this one, or up to the last one that has an item."""
         while self._tick <= min(tick, last_tick(self._rounds, self._group.size)):
-            self._do(self._tick)
+            self._run_tick(self._tick)
             self._tick += 1
 
-    def _do(self, tick: int) -> None:
-        """One tick: work on this stage's item, then send what is for others and make ready to receive what is for this member."""
+    def _run_tick(self, tick: int) -> None:
+        """One tick: run this stage on its item, then start to send the states for others and to receive those for this member."""
         me, size = self._group.member, self._group.size
         item = tick - me
-        made = self._work(item) if item in self._inputs else {}
-        moved = [
-            t for t in transfers(tick, self._inputs.__contains__, self._routes, size) if me in (t.source, t.target)
-        ]
+        outputs = self._run_stage(item) if item in self._inputs else {}
+        planned = transfers(tick, self._inputs.__contains__, self._routes, size)
+        mine = [t for t in planned if me in (t.source, t.target)]
         sends = [
-            (made[t.state].contiguous(), t.target, True)
+            (outputs[t.state].contiguous(), t.target, True)
             if t.source == me
-            else (self._room(self._inputs[t.item]), t.source, False)
-            for t in moved
+            else (self._empty_state(self._inputs[t.item]), t.source, False)
+            for t in mine
         ]
         posted = self._group.post(sends)
-        self._leaving.append([transfer for t, transfer in zip(moved, posted, strict=True) if t.source == me])
-        for t, transfer in zip(moved, posted, strict=True):
+        self._leaving.append([transfer for t, transfer in zip(mine, posted, strict=True) if t.source == me])
+        for t, transfer in zip(mine, posted, strict=True):
             if t.target == me:
                 self._arriving.setdefault(t.item, {})[t.state] = transfer
-        if made and item % size == me:
-            self._arriving.setdefault(item, {}).update({state: made[state] for state in self._here})
-        self._let_go(TICKS_IN_FLIGHT)
-        self._inputs.pop(tick - size + 1, None)  # the last stage has now worked on it
+        if outputs and item % size == me:
+            self._arriving.setdefault(item, {}).update({state: outputs[state] for state in self._here})
+        self._release_sends(TICKS_IN_FLIGHT)
+        self._inputs.pop(tick - size + 1, None)  # the last stage has run it now
 
-    def _work(self, item: int) -> dict[State, Tensor]:
-        """Run this stage on an item: the states that are asked of it, and the one for the next stage."""
+    def _run_stage(self, item: int) -> dict[State, Tensor]:
+        """Run this stage on an item: the states that students need, and the one for the next stage."""
         inputs, me = self._inputs[item], self._group.member
         mask = inputs.attention_mask
         if me == 0:
@@ -198,12 +195,12 @@ class PipelineTeacher:
         states[OtherState.FINAL if me == self._group.size - 1 else OtherState.NEXT] = output
         return states
 
-    def _room(self, inputs: Inputs) -> Tensor:
+    def _empty_state(self, inputs: Inputs) -> Tensor:
         """An empty state [B, T, H] to receive into."""
         return torch.empty(*inputs.input_ids.shape, self._width, dtype=self._dtype, device=self._device)
 
-    def _let_go(self, ticks: int) -> None:
-        """Wait for the sends of all ticks but the last few, whose tensors may then go."""
+    def _release_sends(self, ticks: int) -> None:
+        """Wait for the sends of all but the last few ticks, and release their tensors."""
         while len(self._leaving) > ticks:
             for transfer in self._leaving.popleft():
                 transfer.wait()

@@ -41,12 +41,12 @@ class Transfer:
 # Who holds what
 
 
-def stage_count(asked: int | None, ranks: int, ranks_per_node: int, depth: int) -> int:
+def stage_count(setting: int | None, ranks: int, ranks_per_node: int, depth: int) -> int:
     """How many stages a teacher of `depth` blocks is cut into; by default as many as there are ranks on a node.
 
-    Raises InputError where the ranks can't be shared into pipelines of so many, or a stage would have no block.
+    Raises InputError where the ranks can't be divided into pipelines of that many, or a stage would have no block.
     """
-    stages = asked or min(ranks, ranks_per_node)
+    stages = setting or min(ranks, ranks_per_node)
     fitting = [str(n) for n in range(1, min(ranks, depth) + 1) if ranks % n == 0]
     if ranks % stages or stages > depth:
         why = (
@@ -63,8 +63,8 @@ def stage_count(asked: int | None, ranks: int, ranks_per_node: int, depth: int) 
 def cut_into_stages(costs: Sequence[int], stages: int, *, embedding: int = 0) -> PipelineCut:
     """Contiguous stages of at least one block each. `costs`: each block's weights, which are also its work per token.
 
-    The slowest stage sets the pace, so its work is made as small as it can be. Of the cuts that do, the one is taken that evens
-    out the weights held, the embeddings' (which cost memory and no time) counted with stage 0.
+    The slowest stage sets the pace, so its work is as small as possible. Of the cuts with that pace, the one with the most even weights
+    is taken; the embeddings', which cost memory and no time, count with stage 0.
     """
     assert 1 <= stages <= len(costs), (stages, len(costs))
     pace = max(sum(costs[i] for i in part) for part in _best_cut(costs, stages, lambda stage, work: work, max))
@@ -88,14 +88,14 @@ def _best_cut(
     best: list[float] = [0.0] + [math.inf] * len(costs)
     starts: list[list[int]] = []
     for stage in range(stages):
-        tried = [
+        candidates = [
             min(
                 ((join(best[start], value(stage, sums[end] - sums[start])), start) for start in range(stage, end)),
                 default=(math.inf, 0),
             )
             for end in range(len(costs) + 1)
         ]
-        best, chosen = [value for value, _ in tried], [start for _, start in tried]
+        best, chosen = [value for value, _ in candidates], [start for _, start in candidates]
         starts.append(chosen)
     parts: list[range] = []
     end = len(costs)
@@ -125,17 +125,17 @@ def routes(uses: Iterable[int], parts: PipelineCut, *, final: bool, normed_last:
 
 
 def transfers(tick: int, exists: Callable[[int], bool], sent: Sequence[Route], stages: int) -> list[Transfer]:
-    """What crosses the wire after a tick's work, in the order that every member keeps. An owner's own stage sends it nothing."""
-    moved = []
+    """What crosses the wire after a tick, in the order that every member keeps. An owner's own stage sends it nothing."""
+    planned: list[Transfer] = []
     for stage in range(stages):
         item = tick - stage
         if not exists(item):
             continue
         if stage + 1 < stages:
-            moved.append(Transfer(item, OtherState.NEXT, stage, stage + 1))
+            planned.append(Transfer(item, OtherState.NEXT, stage, stage + 1))
         owner = item % stages
-        moved += [Transfer(item, r.state, stage, owner) for r in sent if r.stage == stage and owner != stage]
-    return moved
+        planned += [Transfer(item, r.state, stage, owner) for r in sent if r.stage == stage and owner != stage]
+    return planned
 
 
 def last_tick(rounds: int, stages: int) -> int:
@@ -144,33 +144,35 @@ def last_tick(rounds: int, stages: int) -> int:
 
 
 def states_per_item(sent: Sequence[Route], stages: int) -> float:
-    """States on the wire for one micro-batch, which is what each member sends per round on average: P - 1 from stage to stage, and
-    each route for all owners but the one whose own stage it leaves."""
+    """States on the wire for one micro-batch, which each member sends per round on average.
+
+    P - 1 from stage to stage, and each route's for all owners but the one whose own stage it leaves.
+    """
     return (stages - 1) * (1 + len(sent) / stages)
 
 
 def states_held(sent: Sequence[Route], parts: PipelineCut) -> int:
-    """The most states [B, T, H] that a member holds at a time, sends of one tick under way beside those of the tick just done.
+    """The most states [B, T, H] that a member holds at a time, with the sends of one earlier tick still under way.
 
     All routes' states of its own micro-batch, those of its next one that have come early, the state that enters the stage, and
-    twice what the stage makes of an item.
+    twice the outputs of the stage.
     """
     stages = len(parts)
     most = 0
     for member, part in enumerate(parts):
         early = sum(r.stage + member <= stages - 2 for r in sent)
         # the last block's output is the next stage's input
-        made = {r.state for r in sent if r.stage == member} - {part.stop - 1} | {OtherState.NEXT}
-        most = max(most, len(sent) + early + (stages > 1) * (1 + 2 * len(made)))
+        outputs = {r.state for r in sent if r.stage == member} - {part.stop - 1} | {OtherState.NEXT}
+        most = max(most, len(sent) + early + (stages > 1) * (1 + 2 * len(outputs)))
     return most
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shown
+# The drawing
 
 
 LINE = 120
-"""Columns of a drawing, where its arrows leave room."""
+"""Columns of a drawing, unless its arrows need more."""
 
 
 def pipeline_drawing(pairs: Pairs, parts: PipelineCut, *, final: bool = True, normed_last: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""One stage of a teacher: its blocks alone, read from the safetensors files without a look at the others' tensors."""
+"""One stage of a teacher: its blocks only; the tensors of the others are not read from the safetensors files."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def load_stage(
     device: torch.device,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The backbone with these blocks alone, frozen. Stage 0 takes `input_ids`, a later one `inputs_embeds`, the state before it.
+    """The backbone with these blocks only, frozen. Stage 0 takes `input_ids`, a later one `inputs_embeds`: the state before it.
 
-    Its `last_hidden_state` is the last block's output; of the stage that holds the model's last block, the final state.
+    Its `last_hidden_state` is its last block's output, or the final state if that is the model's last block.
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
     check_pipelined(config)
@@ -72,15 +72,14 @@ def load_stage(
     names = {name: _name_in_file(name, part) for name, _ in body.named_parameters()}
     read = read_tensors(folder, names.values(), dtype=dtype, device=device)
     body.load_state_dict({name: read[source] for name, source in names.items()}, strict=True, assign=True)
-    body.rotary_emb = type(body.rotary_emb)(config=small).to(
-        device
-    )  # computed, not read: float32 whatever the model's dtype
+    # Computed, not read: float32 whatever the model's dtype.
+    body.rotary_emb = type(body.rotary_emb)(config=small).to(device)
     body.config.use_cache = False
     return body.eval().requires_grad_(False)
 
 
 def read_tensors(folder: Path, names: Iterable[str], *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """These tensors of a model folder, and no byte of any other. Raises InputError where one is missing."""
+    """These tensors of a model folder; no byte of another one is read. Raises InputError where one is missing."""
     files = tensor_files(folder)
     of_file: dict[Path, list[str]] = {}
     for name in names:

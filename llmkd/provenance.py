@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmkd import __version__
 
 
@@ -25,8 +27,6 @@ def versions(*packages: str) -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """This machine: processor, the cores this process may use, memory in GiB, and its GPUs."""
-    import torch
-
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory, 1), "gpus": gpus}

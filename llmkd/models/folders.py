@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from llmkd.errors import InputError, first_line
@@ -91,8 +92,6 @@ def _check_whole(folder: Path, what: str) -> None:
 
 
 def _download(name: str, what: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))

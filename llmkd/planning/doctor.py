@@ -27,6 +27,7 @@ from llmkd.models.folders import resolve
 from llmkd.models.load import load_config, load_tokenizer
 from llmkd.recipe.recipe import Recipe
 from llmkd.training.checks import teacher_shape
+from llmkd.training.initial import teacher_tokenizer
 from llmkd.training.jobs import read_rows
 
 LENGTH_MULTIPLE = 8  # to which llmkd.data.batches.collate pads
@@ -64,8 +65,6 @@ def examine(recipe: Recipe, rows: int = 2) -> tuple[list[Finding], list[str]]:
 
 def _start(recipe: Recipe) -> tuple[Path | None, Any]:
     """The folder that says how text becomes tokens, and its tokenizer; no folder where the recipe makes its teacher from nothing."""
-    from llmkd.training.initial import teacher_tokenizer
-
     if recipe.finetune is not None and recipe.finetune.path is None:
         folder = Path(recipe.teacher_path)
         return (folder, load_tokenizer(folder)) if folder.is_dir() else (None, teacher_tokenizer(recipe))

@@ -44,14 +44,14 @@ class Journal:
         folder = job.folder
         if not self._main:
             return
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, and rank 0 alone needs it
 
         self._file = folder / "metrics.jsonl"
         forget_after(self._file, start_step)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._wandb = None
         if job.train.wandb is not None:
-            import wandb  # type: ignore[import-not-found]
+            import wandb  # type: ignore[import-not-found]  # an extra, which need not be installed
 
             name = f"{job.recipe.name}-{job.title}"
             self._wandb = wandb.init(

@@ -29,10 +29,12 @@ def fetched_by(path: str) -> str:
     return f"; python scripts/{script.name} fetches it" if script is not None and script.is_file() else ""
 
 
-def publish(file: Path, text: str) -> None:
-    """Write a file completely or not at all, even if the process is killed."""
+def publish(file: Path, text: str, *, durable: bool = False) -> None:
+    """Write a file completely or not at all, even if the process is killed; if `durable`, even if the machine stops."""
     tmp = file.with_name(file.name + ".tmp")
     tmp.write_text(text)
+    if durable:
+        sync(tmp)
     os.replace(tmp, file)
 
 
@@ -48,11 +50,7 @@ def digest(parts: Sequence[str]) -> str:
 
 def contents(root: Path, files: Iterable[Path]) -> list[str]:
     """Each file's name under `root`, and the hash of its content."""
-    named = []
-    for file in files:
-        with file.open("rb") as stream:
-            named.append(f"{os.path.relpath(file, root)} {hashlib.file_digest(stream, 'sha256').hexdigest()}")
-    return named
+    return [f"{os.path.relpath(file, root)} {sha256(file)}" for file in files]
 
 
 def sources(*modules: ModuleType) -> list[str]:
@@ -96,18 +94,17 @@ def publish_folder(folder: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json_durably(file: Path, values: Any) -> None:
-    """Publish a small file."""
-    tmp = file.with_name(file.name + ".tmp")
-    tmp.write_text(json.dumps(values, indent=1))
-    sync(tmp)
-    os.replace(tmp, file)
+    """Publish a small file, written out to the disk before it gets its name."""
+    publish(file, json.dumps(values, indent=1), durable=True)
 
 
 def sync(file: Path) -> None:
+    """Wait until the file's bytes are on the disk."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
 
 
 def sha256(file: Path) -> str:
+    """The hash of a file's bytes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

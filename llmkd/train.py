@@ -18,7 +18,6 @@ import json
 import logging
 import math
 import os
-import signal
 import time
 from collections.abc import Sequence
 
@@ -52,12 +51,13 @@ from llmkd.training.metrics import Interval, Meter, peak_memory_gib
 from llmkd.training.pairs import pair_names
 from llmkd.training.prepare import PreparedRun, prepare
 from llmkd.training.steps import Steps
+from llmkd.training.stopping import Stopping
 
 log = logging.getLogger("llmkd")
 
 
 def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
-    """Run a job to its end, or until SIGTERM or SIGINT; True when the model is exported. The same call resumes. All ranks take part."""
+    """Run a job to its end, or until SIGTERM or SIGINT; True when the model is exported. The same call resumes (all ranks take part)."""
     stopping = stopping or Stopping()
     if on_main(world, lambda: jobs.finished(job)):
         log.info("%s: already done, %s", job.title, job.folder / "model")
@@ -80,25 +80,22 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
         # at the steps of a dynamic temperature (all ranks: one reduction)
         steps.follow(this, results)
         saves = step == run.steps or asked_to_stop or (settings.save_every and step % settings.save_every == 0)
-        # once in a while, and whenever norms are reported: log (all ranks: a few reductions; rank 0 writes)
+        # every log_every steps, at a save and where norms are reported: log (all ranks: a few reductions; rank 0 writes)
         if step % settings.log_every == 0 or saves or this.report_norms:
             grad_norm = float(run.engine.get_global_grad_norm() or 0.0)
             last = meter.flush(steps.moving(this), learning_rate=run.rate(step - 1), grad_norm=grad_norm)
             journal.write(step, last)
-            _check_finite(last.loss, step)
-        # once in a while, and when asked to stop: save (all ranks: each writes its shards)
+            if not math.isfinite(last.loss):
+                problem = f"the loss is not a finite number at step {step}"
+                raise InputError(f"{problem}; lower train.learning_rate and start again from the last checkpoint")
+        # every save_every steps, at the last and when asked to stop: save (all ranks: each writes its shards)
         if saves:
-            folder = checkpoint.save(
-                world,
-                run.engine,
-                job.folder / "checkpoints",
-                step=step,
-                inputs=job.inputs,
-                keep=settings.keep_checkpoints,
+            saved = checkpoint.save(
+                world, run.engine, job.folder / "checkpoints", step, job.inputs, keep=settings.keep_checkpoints
             )
             if asked_to_stop and step < run.steps:
-                message = "%s: stopped by %s after step %d; saved %s; the same command goes on from there"
-                log.info(message, job.title, stopping.name, step, folder)
+                message = "%s: stopped by %s after step %d and saved %s; the same command resumes from it"
+                log.info(message, job.title, stopping.name, step, saved)
                 journal.close()
                 return False
     seconds = time.perf_counter() - began
@@ -121,13 +118,6 @@ def _train_on(run: PreparedRun, batch: Batch, settings: StepSettings, micro_batc
     run.engine.backward(result.loss, scale_wrt_gas=False)  # the sums are already divided by the whole batch's counts
     run.engine.step()
     return result._replace(loss=result.loss.detach())
-
-
-def _check_finite(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise InputError(
-            f"the loss is not a finite number at step {step}; lower train.learning_rate and start again from the last checkpoint"
-        )
 
 
 def _finish(world: World, run: PreparedRun, *, seconds: float, tokens: int, last: Interval | None) -> None:
@@ -173,21 +163,6 @@ def _card(job: Job, steps: int) -> str:
     )
 
 
-class Stopping:
-    """Remembers SIGTERM and SIGINT until the step is over; the loop asks every rank, so one rank's signal stops all."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.name = "another rank's signal"
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: object) -> None:
-        if not self.asked:
-            self.asked, self.name = True, signal.Signals(number).name
-            log.info("%s: stopping after this step", self.name)
-
-
 def student_folder(recipe: Recipe) -> Path:
     """Where a student of this recipe goes, in a study or alone."""
     return recipe.folder / "students" / f"{recipe.matching.strategy}-s{recipe.seed}"
@@ -195,7 +170,7 @@ def student_folder(recipe: Recipe) -> Path:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @train_options
-@click.option("--teacher-only", is_flag=True, help="Make the recipe's teacher (its finetune section) and stop.")
+@click.option("--teacher-only", is_flag=True, help="Train the recipe's teacher (its finetune section) and stop.")
 @click.option("--cache-only", is_flag=True, help="Write the teacher's cache (teacher.placement: cache) and stop.")
 @click.option("--trust-cache", is_flag=True, help="With --cache-only: hash it only where training would.")
 @click.option("--local_rank", "--local-rank", type=int, default=0, hidden=True, help="Set by the deepspeed launcher.")
@@ -208,12 +183,13 @@ def command(
     trust_cache: bool,
     local_rank: int,
 ) -> None:
-    """Train one student (after its teacher, if the recipe makes one and it is not there yet). The same command resumes."""
+    """Train one student, after its teacher where the recipe makes one that is still missing. The same command resumes."""
     settings = load_recipe(recipe, overrides)
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    timeout = settings.train.timeout_seconds
-    _quiet()
-    world = start(timeout)
+    quiet()
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    world = start(settings.train.timeout_seconds)
     logging.basicConfig(
         level=logging.INFO if world.is_main else logging.ERROR,
         format="%(asctime)s %(message)s",
@@ -228,13 +204,6 @@ def command(
     elif not teacher_only and sum_counts(world, [int(stopping.asked)]) == [0]:
         train(world, jobs.distil_job(world, settings, output or student_folder(settings)), stopping)
     stop()
-
-
-def _quiet() -> None:
-    """One log, ours: no progress bars and no chatter from the libraries below."""
-    quiet()
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def main() -> None:
@@ -253,7 +222,7 @@ def main() -> None:
         silent = ", ".join(map(str, silent_ranks())) or "none, so one was too slow: see train.timeout_seconds"
         print(
             f"Error: rank {os.environ.get('RANK', '0')}: {str(error).splitlines()[0]}; silent ranks: {silent}. "
-            "The same command goes on from the last checkpoint.",
+            "The same command resumes from the last checkpoint.",
             file=sys.stderr,
             flush=True,
         )
@@ -261,7 +230,7 @@ def main() -> None:
 
 
 def _leave(code: int) -> None:
-    """Exit at once: threads of the process group may still run, and the interpreter's own way out would abort on them."""
+    """Exit at once: the process group's threads may still run, and the interpreter's own exit would abort on them."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,8 +1,8 @@
-"""Checkpoints that are either whole or not there, and the export of a trained student.
+"""Checkpoints, each whole or absent, and the export of a trained student.
 
     checkpoints/step-00000100/      DeepSpeed's shards, `state.json` (step, ranks, what was trained), `rng-<rank>.pt`
 
-A checkpoint is written beside, under a name ending in .tmp, and published by one rename; so is an exported model.
+A checkpoint is written under a name ending in .tmp and then renamed; so is an exported model.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from llmkd.distributed.engines import load_shards, merge_shards, whole_state
 from llmkd.distributed.ranks import World, barrier, on_main
 from llmkd.errors import InputError
+from llmkd.files import publish_folder, sync
 from llmkd.models.folders import copy_tokenizer
 from llmkd.recipe.inputs import input_text
 
@@ -33,7 +34,7 @@ log = logging.getLogger("llmkd")
 TAG = "shards"
 
 
-def save(world: World, engine: Any, folder: Path, *, step: int, inputs: Mapping[str, object], keep: int) -> Path:
+def save(world: World, engine: Any, folder: Path, step: int, inputs: Mapping[str, object], *, keep: int) -> Path:
     """Save a sharded checkpoint (all ranks take part), publish it, and remove all but the newest `keep`."""
     final = folder / f"step-{step:08d}"
     tmp = final.with_name(final.name + ".tmp")
@@ -66,7 +67,7 @@ def whole(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Saved:
-    """A published checkpoint: where it is, the step it was made after, and on how many ranks."""
+    """A published checkpoint: its folder, the step after which it was written, and the number of ranks that wrote it."""
 
     folder: Path
     step: int
@@ -98,8 +99,8 @@ def check_same(theirs: Mapping[str, object], ours: Mapping[str, object], where: 
 def load(world: World, engine: Any, saved: Saved) -> None:
     """Put engine, optimizer and random generators back as they were (all ranks take part).
 
-    On another number of ranks than wrote it, the engine must have been made for it (`llmkd.distributed.engines.on_other_ranks`); the random
-    generators then stay as they are.
+    On another number of ranks than wrote it, the engine's configuration must come from `llmkd.distributed.engines.on_other_ranks`, and the
+    random generators stay as they are.
     """
     if saved.world_size == world.size:
         load_shards(engine, saved.folder / TAG)
@@ -115,17 +116,11 @@ def load(world: World, engine: Any, saved: Saved) -> None:
 
 def _rng_state() -> dict[str, Any]:
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    name, keys, *counters = np.random.get_state()  # type: ignore[misc]
     state = {
         "torch": torch.get_rng_state(),
         "python": (version, list(words), gauss),
-        "numpy": (
-            str(name),
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ),
+        "numpy": (str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), *counters),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -136,17 +131,16 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    name, keys, *counters = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *counters))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
 
 def _sync(folder: Path) -> None:
-    """Have the file system write the folder out before its name is changed."""
-    for path in [p for p in folder.rglob("*") if p.is_file()]:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+    """Wait until a folder's files are on the disk, before it is renamed."""
+    for file in filter(Path.is_file, folder.rglob("*")):
+        sync(file)
 
 
 def export(
@@ -155,10 +149,7 @@ def export(
     """Write the student as a clean HF folder: safetensors, tokenizer, generation config, model card, `llmkd.json` (all ranks take part)."""
     state = whole_state(world, model)
 
-    def write() -> None:
-        tmp = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
+    def write(tmp: Path) -> None:
         copy_tokenizer(tokenizer_from, tmp)
         model.config.use_cache = True
         model.save_pretrained(tmp, state_dict=state)
@@ -168,7 +159,5 @@ def export(
         (tmp / "README.md").write_text(card)
         (tmp / "llmkd.json").write_text(json.dumps(meta, indent=1))
         _sync(tmp)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(tmp, folder)
 
-    on_main(world, write)
+    on_main(world, lambda: publish_folder(folder, write))

@@ -1,8 +1,8 @@
-"""Write a teacher's cache: run the teacher once over the recipe's rows and keep what its students will ask for.
+"""Write a teacher's cache: run the teacher once over the recipe's rows and keep what its students will need.
 
 The rows are divided into shards by their lengths alone; the ranks take shards in turn, so that any number of them writes the same files.
-What is done is not done again: a whole shard is kept, a shard that a signal cut short goes on at its next row, and a run that was killed
-outright loses the shards under way alone.
+Nothing is done twice: whole shards are kept, and a shard that a signal interrupted continues at its next row. A killed run loses only the
+shards under way.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -36,30 +35,22 @@ from llmkd.teachers.cache_files import DONE, IDS, LOG_PROBABILITIES, OFFSETS, Co
 from llmkd.teachers.quantization import stored
 from llmkd.training import build, cache_contents, initial, jobs
 from llmkd.training.cache_progress import Plan, prepare
+from llmkd.training.stopping import Stopping
 
 log = logging.getLogger("llmkd")
 
 
-class Stopping(Protocol):
-    """Knows whether a signal has asked the run to stop, and which."""
-
-    @property
-    def asked(self) -> bool: ...
-    @property
-    def name(self) -> str: ...
-
-
 def cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool = False) -> bool:
-    """Write the recipe's cache, or what is missing of it; True when it is whole. All ranks take part, and the same call goes on.
+    """Write the recipe's cache, or what is missing of it; True when it is whole. The same call resumes (all ranks take part).
 
-    Every byte of a cache that is there is compared with its checksum; of a `trusted` one only if `cache.verify` has training do so.
+    An existing cache's bytes are compared with their checksums; a `trusted` cache's only where `cache.verify` has training compare them.
     """
     recipe = writing_recipe(recipe)
     folder = recipe.cache_folder
     job = jobs.distil_job(world, recipe, folder)
     if job.family.kind != "decoder":
         raise InputError(
-            f"llmkd cache keeps a decoder's states, and the teacher is {KIND_NAMES[job.family.kind]}; train without a cache"
+            f"llmkd cache is for decoders, and this teacher is {KIND_NAMES[job.family.kind]}; train without a cache"
         )
     teacher = on_main(world, lambda: folders.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
     tokenizer = initial.job_tokenizer(world, job, resuming=False)
@@ -74,8 +65,8 @@ def cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool = F
     if not plan.left and (folder / "manifest.json").is_file():
         log.info("cache: already whole, %s", folder)
         return True
-    asked = plan.contents  # each block once, as the block itself gives it
-    demand = Demand(asked.blocks, logits=asked.final or asked.top_k is not None)
+    # Each block's raw output, once, whatever the number of pairs that will read it.
+    demand = Demand(plan.contents.blocks, logits=plan.contents.final or plan.contents.top_k is not None)
     model = build.load_teacher(world, replace(job, teacher=teacher), demand)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     rows = _Rows(data, np.array(data["length"]), pad_id, recipe.data.batching == "packed")
@@ -85,12 +76,12 @@ def cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool = F
         on_main(world, lambda: _finish(plan, recipe))
         log.info("cache: done, %s", folder)
     else:
-        log.info("cache: stopped by %s; saved %s; the same command goes on from there", stopping.name, folder)
+        log.info("cache: stopped by %s and saved %s; the same command resumes from it", stopping.name, folder)
     return whole
 
 
 def writing_recipe(recipe: Recipe) -> Recipe:
-    """The recipe under which the teacher runs once, wherever its students will find it afterwards."""
+    """The recipe by which the cache is written: its teacher has weights, and its micro-batch size is set."""
     placement = recipe.cache.teacher_placement or recipe.teacher.placement
     return recipe.changed(
         {
@@ -100,13 +91,9 @@ def writing_recipe(recipe: Recipe) -> Recipe:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-
-
 @dataclass(frozen=True)
 class _Rows:
-    """The recipe's rows, and how they are put together for the teacher."""
+    """The recipe's rows, and how they are collated for the teacher."""
 
     data: Dataset
     lengths: np.ndarray
@@ -120,7 +107,7 @@ class _Rows:
 
 
 class _Shard:
-    """A shard under way in memory: every tensor whole from the beginning, filled row by row in any order."""
+    """A shard under way in memory: tensors of their final size, filled row by row in any order."""
 
     def __init__(self, folder: Path, number: int, rows: tuple[int, int], contents: Contents, lengths: np.ndarray):
         self._partial = cache_files.shard_file(folder, number, partial=True)
@@ -138,7 +125,7 @@ class _Shard:
         }
 
     def micro_batches(self, size: int) -> Iterator[list[int]]:
-        """The rows that are not there yet, some of like length at a time, the longest first."""
+        """The missing rows, in groups of similar length, the longest first."""
         left = (~self._done).nonzero().flatten().numpy()
         left = left[np.argsort(-np.diff(self._offsets)[left], kind="stable")]
         for start in range(0, len(left), size):
@@ -159,18 +146,18 @@ class _Shard:
         return bool(self._done.all())
 
     def publish(self) -> None:
-        """Put the whole shard in place; what a signal left of it goes."""
+        """Put the whole shard in place, and remove what an interrupted run left of it."""
         assert self.whole
         cache_files.write_shard(self._file, {k: v for k, v in self._tensors.items() if k != DONE}, self._rows)
         cache_files.remove(self._partial)
 
     def publish_partial(self) -> None:
-        """Keep what is done of the shard, which is some of its rows."""
+        """Keep the rows that are done."""
         cache_files.write_shard(self._partial, {**self._tensors, DONE: self._done}, self._rows)
 
 
 class _Disk:
-    """Takes the rows as they come, and has a thread write each shard while the next one is filled; in the end, what there is of one."""
+    """Takes rows as they come; a thread writes each full shard while the next is filled, and at the end the last one, full or not."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
@@ -200,13 +187,12 @@ class _Disk:
 
 
 def _write(world: World, plan: Plan, teacher: Teacher, rows: _Rows, recipe: Recipe, stopping: Stopping) -> bool:
-    """Run the teacher over what is left; True unless a signal stopped it (all ranks take part).
+    """Run the teacher over the missing rows; True unless a signal stopped it (all ranks take part).
 
-    Where the teacher's weights lie on several ranks, these work in step, on as many micro-batches at a time as a pipeline has in
-    flight, and a rank without work of its own runs a row whose signal is dropped. One shard is written to disk, by a thread, while
-    the next is computed.
+    Ranks that share the teacher's weights work in step, on as many micro-batches at a time as a pipeline has in flight; a rank that has
+    run out of work runs a row whose signal is dropped.
     """
-    assert recipe.cache.micro_batch_size is not None  # writing_recipe sees to it
+    assert recipe.cache.micro_batch_size is not None  # set by writing_recipe
     work = _work(plan, rows, world, recipe.cache.micro_batch_size)
     alone, idle = recipe.teacher.placed.is_whole, rows.batch([0])
     together = 1 if alone else world.size
@@ -239,7 +225,7 @@ def _work(plan: Plan, rows: _Rows, world: World, micro_batch_size: int) -> Itera
 
 @torch.no_grad()
 def stored_values(signal: Signal, batch: Batch, wanted: Contents, chunk: int) -> dict[str, Tensor]:
-    """What is stored of a signal: each tensor's values at the batch's tokens, end to end, on the CPU."""
+    """The tensors to store of a signal: their values at the batch's tokens, end to end, on the CPU."""
     states = {cache_files.state_name(block): signal.take(block) for block in wanted.blocks}
     last = signal.take_final()
     if wanted.final:
@@ -270,6 +256,6 @@ def _likeliest(final: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tu
 def _finish(plan: Plan, recipe: Recipe) -> None:
     files = [cache_files.shard_file(plan.folder, number) for number in range(len(plan.ranges))]
     shards = [shard for file in files if (shard := cache_files.record(file)) is not None]
-    assert len(shards) == len(files), "every shard has been published"
-    made = {**versions("torch", "transformers"), "commit": commit(), "recipe": recipe.name}
-    cache_files.finish(plan.folder, plan.contents, shards, made)
+    assert len(shards) == len(files), "a shard is missing"
+    written_by = {**versions("torch", "transformers"), "commit": commit(), "recipe": recipe.name}
+    cache_files.finish(plan.folder, plan.contents, shards, written_by)

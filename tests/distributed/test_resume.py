@@ -88,7 +88,7 @@ def test_stopped_killed_and_resumed_is_uninterrupted(tiny: Path, uninterrupted: 
     process.send_signal(signal.SIGTERM)
     out = _finish(process)
     assert process.returncode == 0, out
-    assert "stopped by SIGTERM after step" in out and "goes on from there" in out
+    assert "stopped by SIGTERM after step" in out and "the same command resumes from it" in out
     assert not (folder / "model").exists()
     stopped_at = checkpoint.whole(folder / "checkpoints")[-1].name
     assert f"step-{lines(folder)[-1]['step']:08d}" == stopped_at

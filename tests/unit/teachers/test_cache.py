@@ -393,7 +393,7 @@ def test_sigterm_to_the_command_saves_and_exits_0(tiny: Path, tmp_path: Path) ->
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and "stopped by" in out and "the same command goes on from there" in out, out
+    assert process.returncode == 0 and "stopped by" in out and "the same command resumes from it" in out, out
     assert not (tmp_path / "cache" / "manifest.json").exists()
     process = start()
     out, _ = process.communicate(timeout=600)

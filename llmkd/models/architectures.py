@@ -1,4 +1,4 @@
-"""Models made from nothing: the recipe's `architecture` as a configuration of each family that can be made so."""
+"""New models: the recipe's `architecture` as a configuration of transformers."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def model_type(config: PreTrainedConfig) -> ModelType:
 
 
 def family(config: PreTrainedConfig) -> Family:
-    """The model's kind with what its batches need. Raises InputError where its configuration does not say it."""
+    """The model's kind with what its batches need. Raises InputError where its configuration lacks that."""
     if kind(config) == "decoder":
         return Family("decoder")
     if kind(config) == "encoder":
@@ -96,11 +96,6 @@ def set_depths(config: PreTrainedConfig, blocks: Sequence[int]) -> None:
         setattr(config, second, blocks[1])
 
 
-def width_settings(config: PreTrainedConfig, key: str) -> tuple[str, ...]:
-    """What a model type's configuration calls the width that a recipe calls `key`."""
-    return model_type(config).widths.get(key, (key,))
-
-
 def by_stack(chosen: Sequence[int], blocks: Sequence[int]) -> list[list[int]]:
     """Block numbers counted through all stacks (of so many blocks each) -> each stack's own, counted from 0 in it."""
     firsts = itertools.accumulate(blocks, initial=0)
@@ -110,7 +105,7 @@ def by_stack(chosen: Sequence[int], blocks: Sequence[int]) -> list[list[int]]:
 def positions(config: PreTrainedConfig) -> int | None:
     """The longest row of tokens that a model takes; None where there is no bound.
 
-    Encoders and encoder-decoders give padding positions too, and rows are padded to a multiple of 8.
+    In encoders and encoder-decoders padding takes positions too, and rows are padded to a multiple of 8.
     """
     most = getattr(config, "max_position_embeddings", None)
     if most is None or kind(config) == "decoder":
@@ -141,7 +136,7 @@ def check_blocks(config: PreTrainedConfig) -> None:
 
 
 def check_states(config: PreTrainedConfig, *, normed: bool, embedding: bool) -> None:
-    """Raise InputError where states that a recipe's matching asks for are not of the width of the blocks' (OPT-350m)."""
+    """Raise InputError where states that are to be compared are narrower than the blocks' (OPT-350m)."""
     narrow = getattr(config, "word_embed_proj_dim", config.hidden_size)
     if narrow == config.hidden_size:
         return

@@ -1,4 +1,4 @@
-"""HF model folders: found, fetched, and recognised by their contents."""
+"""HF model folders: finding them, fetching them, and noticing when one has changed."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def resolve(path: str, what: str, revision: str | None = None) -> Path:
 
 
 def folder_contents(folder: Path, *, weights_alone: bool = False) -> str:
-    """A hash by which a changed model folder is noticed: of each file its name, its size, and what `_sample` reads of it.
+    """A hash of a model folder: of each file's name, its size, and the parts that `_sample` reads, as a large model's bytes take minutes.
 
-    All of a large model's bytes would take minutes. `weights_alone`: of the weights and config.json, not of the tokenizer.
+    `weights_alone`: of the weights and config.json, without the tokenizer.
     """
     digest = hashlib.sha256()
     files = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".txt", ".model")]
@@ -55,7 +55,7 @@ def folder_contents(folder: Path, *, weights_alone: bool = False) -> str:
 def _sample(file: Path) -> Iterator[bytes]:
     """All of a file up to 2 MiB; of a larger safetensors file its header and the first 64 KiB of every tensor, of another its two ends.
 
-    Not seen is a change of other bytes alone: some rows edited within a tensor, say. Training changes them all.
+    A change elsewhere (some rows edited within a tensor) is not noticed; training changes every tensor's start.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -65,7 +65,7 @@ def _sample(file: Path) -> Iterator[bytes]:
             yield stream.read(2**20)
             stream.seek(-(2**20), os.SEEK_END)
             yield stream.read()
-        else:  # eight bytes say how long the header is, which has every tensor's place behind it
+        else:  # eight bytes hold the length of the header, and the header each tensor's place behind it
             start = 8 + int.from_bytes(stream.read(8), "little")
             if start > size:
                 raise InputError(f"{file} is not whole; download or copy the model again")

@@ -1,7 +1,6 @@
-"""Hugging Face models loaded: one path, `load_model`, from a plain folder straight into shards under ZeRO-3.
+"""Loading Hugging Face models: `load_model` reads a plain folder, under ZeRO-3 straight into shards.
 
-Every student starts as such a folder, whatever it is made from (llmkd.models.make). llmkd.models.parts finds its blocks and
-its head.
+Every student starts as such a folder (llmkd.models.make). llmkd.models.parts finds its blocks and its head.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from llmkd.models.families import (
     kind,
     model_type,
     set_depths,
-    width_settings,
 )
 from llmkd.models.folders import tensor_files
 from llmkd.models.model_types import types_with
@@ -42,13 +40,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def without_weights(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model of that shape to count and look at; it holds no weight."""
+    """A model of that shape on the meta device, to inspect and count."""
     with torch.device("meta"):
         return AUTO_CLASSES[kind(config)].from_config(config, trust_remote_code=trust_remote_code)
 
 
 def check_usable(config: PreTrainedConfig, *, section: str, attention: str, packed: bool) -> None:
-    """Raise InputError for a model that can't be used as a recipe's section asks; its weights need not be there.
+    """Raise InputError for a model that can't be used with a recipe section's settings; only its configuration is needed.
 
     Packed rows are for the model types that a test has shown to keep documents apart.
     """
@@ -115,7 +113,7 @@ def student_config(teacher: PreTrainedConfig, blocks: Sequence[int], width: dict
     if getattr(config, "max_window_layers", None) is not None:
         config.max_window_layers = min(config.max_window_layers, len(blocks))
     for key, value in width.items():
-        for name in width_settings(teacher, key):
+        for name in model_type(teacher).widths.get(key, (key,)):
             if not hasattr(config, name):
                 raise InputError(
                     f"student.{key}: the teacher's model type {teacher.model_type!r} has no such setting; leave it out"
@@ -135,10 +133,10 @@ def student_config(teacher: PreTrainedConfig, blocks: Sequence[int], width: dict
     return config
 
 
-def attention_implementation(asked: str, dtype: torch.dtype) -> tuple[str, str]:
+def attention_implementation(setting: str, dtype: torch.dtype) -> tuple[str, str]:
     """(name for transformers, why): flash_attention_2 when it is installed, there is a GPU and the model is in half precision."""
-    if asked != "auto":
-        return asked, "as the recipe says"
+    if setting != "auto":
+        return setting, "as the recipe says"
     if _flash_attention() and dtype == torch.float32:
         return "sdpa", "flash-attn does not compute in float32"
     if _flash_attention():
@@ -213,8 +211,7 @@ def load_model(
 def load_head(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> tuple[Tensor, Tensor | None]:
     """The head's weight [V, H] and bias [V] or None, alone: nothing else of the folder's weights is read.
 
-    Some model types are stored under other names than they have in memory, which transformers alone knows: these are read through a
-    model of one block, which is let go.
+    Where the stored names differ from those in memory, which transformers translates, a model of one block is loaded for its head.
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
     model: Any = without_weights(config, trust_remote_code=trust_remote_code)
@@ -226,12 +223,10 @@ def load_head(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fal
     files = tensor_files(folder)
     stored = next((name for name in names if f"{name}.weight" in files), None)
     if stored is None:
-        trusted = trust_remote_code
-        small = head(
-            load_causal_lm(
-                folder, dtype=dtype, ds_config=None, attention="eager", trust_remote_code=trusted, first_blocks=1
-            )
+        options: dict[str, Any] = dict(
+            ds_config=None, attention="eager", trust_remote_code=trust_remote_code, first_blocks=1
         )
+        small = head(load_causal_lm(folder, dtype=dtype, **options))
         return small.weight.detach(), None if small.bias is None else small.bias.detach()
 
     def tensor(name: str) -> Tensor:
@@ -243,7 +238,7 @@ def load_head(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fal
 
 @contextlib.contextmanager
 def quiet_about_unused(quiet: bool) -> Iterator[None]:
-    """Where a part of a model is loaded, keep transformers from listing the tensors that are left in the files."""
+    """Where only a part of a model is loaded, keep transformers from listing the unused tensors."""
     before = transformers.utils.logging.get_verbosity()
     if quiet:
         transformers.utils.logging.set_verbosity_error()
@@ -254,7 +249,7 @@ def quiet_about_unused(quiet: bool) -> Iterator[None]:
 
 
 def without_head(model: PreTrainedModel) -> PreTrainedModel:
-    """The model below its head, as a model of its own: what the head alone holds is let go with the whole."""
+    """The model below its head, as a model of its own; the head's weights are released."""
     base: Any = model.base_model
     return base
 
@@ -262,7 +257,7 @@ def without_head(model: PreTrainedModel) -> PreTrainedModel:
 def _restore_float32_buffers(model: PreTrainedModel) -> None:
     """Give rotary frequencies back their float32 values.
 
-    DeepSpeed's zero.Init makes every new floating tensor of its own dtype, so that a bf16 model computes its positions from
+    DeepSpeed's zero.Init creates every floating tensor in the engine's dtype, so that a bf16 model would compute positions from
     frequencies of 8 bits: wrong by several positions at a few thousand tokens, and not what the exported model does.
     """
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Making models: a student of chosen blocks, one of random weights, a model and a tokenizer from nothing."""
+"""Creating model folders: students of copied blocks or new weights, new models, and their tokenizers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHARD_BYTES = 4 * 2**30
 
 
 def block_choice(rule: str | Sequence[int], student_blocks: int, teacher_blocks: int) -> tuple[int, ...]:
-    """Which teacher blocks a student is made of.
+    """Which teacher blocks are copied into a student.
 
     `spread`: first to last evenly, min(floor(j * L_t / (L_s - 1)), L_t - 1); it reproduces the layer-selection paper's lists
     [0, 4, 9, 13, 18, 22, 27, 31, 35] for 36 -> 9, [0, 6, 11] for 12 -> 3 and [0, 2, 4, 7, 9, 11] for 12 -> 6.
@@ -77,7 +77,6 @@ def copied_student(
             f"{teacher}: its weights are quantized, so blocks can't be copied from it; give the model unquantized"
         )
     renamed = _renamed(teacher, chosen, depths(config))
-
     small = student_config(config, chosen, {})
     small.dtype = dtype
     publish_folder(
@@ -91,7 +90,7 @@ def copied_student(
 
 
 def _renamed(folder: Path, chosen: Sequence[int], blocks: Sequence[int]) -> Callable[[str], list[str]]:
-    """A tensor's name in the teacher's files -> its names in the student's, one for each block made of it."""
+    """A tensor's name in the teacher's files -> its names in the student's, one for each copy of its block."""
     homes: list[tuple[re.Pattern[str], str, dict[int, list[int]]]] = []
     for prefix, part in zip(_block_prefixes(folder, blocks), by_stack(chosen, blocks), strict=True):
         new_of: dict[int, list[int]] = {}
@@ -172,7 +171,7 @@ def new_tokenizer(texts: Iterable[str], vocab_size: int, of: Kind = "decoder") -
     elif of == "encoder_decoder":
         bpe.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
     side = "left" if of == "decoder" else "right"
-    # transformers leaves these out unless asked
+    # transformers leaves token_type_ids out by default
     inputs = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]} if of == "encoder" else {}
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", padding_side=side, **names, **inputs)
 
@@ -232,8 +231,8 @@ def _copy_tensors(source: Path, folder: Path, names: Callable[[str], list[str]],
 def copied_encoder(
     teacher: Path, chosen: Sequence[int], folder: Path, *, seed: int, dtype: torch.dtype, classifier: bool
 ) -> None:
-    """As `copied_student`, of an encoder with classes: embeddings, the chosen blocks and the pooler, and with `classifier` the map to the
-    classes too; what is not copied is drawn from the seed."""
+    """As `copied_student`, for an encoder with classes: embeddings, the chosen blocks and the pooler are copied, with `classifier` the map
+    to the classes too; new weights are drawn from the seed."""
     config = load_config(teacher)
     source = load_model(teacher, dtype=dtype, ds_config=None, attention="eager")
     small = student_config(config, chosen, {})

@@ -1,4 +1,4 @@
-"""What is known of each type of model, a row each; every row is tested. A decoder of a type without a row is a plain `ModelType()`."""
+"""The table of model types, every row of it tested. A decoder of a type without a row is a plain `ModelType()`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Step = Callable[[Tensor], Tensor]
 
 
 class Passing(nn.Module):
-    """In the place of an encoder's embeddings: the state that is given in place of theirs."""
+    """Stands in for an encoder's embeddings and passes on the state that it is called with."""
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
-        """The one tensor among the arguments."""
+        """The only tensor among the arguments."""
         [state] = [value for value in (*args, *options.values()) if isinstance(value, Tensor)]
         return state
 
 
 class Nothing(nn.Module):
-    """In the place of learned positions, which are in the state already."""
+    """Stands in for learned positions, which the state already contains."""
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
         """A zero."""
@@ -42,15 +42,14 @@ class ModelType:
     packs: bool = False
     """It keeps packed documents apart by their position ids."""
     has_stages: bool = False
-    """Its stages, one after the other, are the whole model. It does nothing to its embeddings (Gemma scales them), and its parts are called
-    model.embed_tokens, model.layers.N, model.norm and lm_head."""
+    """It may be cut into stages: it does nothing else to its embeddings (Gemma scales them), and its parts are called model.embed_tokens,
+    model.layers.N, model.norm and lm_head."""
     ends: tuple[str, ...] | None = None
-    """What the last block's state passes before the head reads it, by its place in the model; a model may lack one. None: it has not been
-    shown to work from one of its blocks on."""
+    """The modules between the last block and the head, by name; a model may lack some. None: stepping stones have not been tested on it."""
     starts: Mapping[str, Callable[[], nn.Module | None]] = field(default_factory=dict)
-    """What the first block's input passes, and what stands there in a model that begins at a later block."""
+    """The modules before the first block, by name -> their stand-ins in a model that begins at a later block."""
     classifier: str | None = None
-    """Encoders: the linear map to the classes, by its place in the model."""
+    """Encoders: the name of the linear map to the classes."""
     pooled: Callable[[Any, Any], Tensor] | None = None
     """Encoders: (model, output below the head) -> the state [B, H] that the classifier reads."""
     tail: Callable[[Any], list[Step]] | None = None
@@ -58,13 +57,13 @@ class ModelType:
     decoder_depth: str | None = None
     """Encoder-decoders: what the configuration calls the decoder's depth."""
     widths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """What the configuration calls a width that a recipe knows by another name."""
+    """A recipe's name of a width -> the configuration's names of it, where they differ."""
     positions_follow_padding: bool = False
     """Positions are counted from the padding's id on."""
 
 
 def scaled(model: PreTrainedModel, final: Tensor) -> Tensor:
-    """What the head reads of a final state: T5's tied embeddings are drawn larger than a head's weight, and the state makes up for it."""
+    """The final state as the head reads it: scaled down in a T5, whose tied embeddings are larger than a head's weights."""
     return final * model.config.hidden_size**-0.5 if getattr(model.config, "scale_decoder_outputs", False) else final
 
 

@@ -32,18 +32,18 @@ class Stack:
     first: int
     """The number of its first block."""
     embedding: int
-    """The number that stands for what its first block reads."""
+    """The number that stands for its first block's input."""
     norm: nn.Module | None
-    """What its last block's output passes before anything reads it, where `final_state` does not give that already."""
+    """The final norm, where `final_state` does not apply it."""
     opening: nn.Module | None = None
-    """What makes its embeddings' state; None: that is what the first block reads."""
+    """The module whose output is the embeddings' state; None: that state is the first block's input."""
     closing: nn.Module | None = None
-    """What gives its last block's state after the final norm; None: it has no such norm."""
+    """The module whose output is the last block's state after the final norm; None: there is no such norm."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What stands where a stack's states are, in one batch."""
+    """The tokens at a stack's states, in one batch."""
 
     ids: Tensor  # [B, T]
     positions: Tensor  # [B, T], counted from 0 in each row (packed: in each document)
@@ -95,7 +95,7 @@ def _side(model: Any, name: Literal["enc", "dec"]) -> nn.Module:
 
 
 def _list_of_blocks(model: PreTrainedModel, body: nn.Module, depth: int) -> nn.ModuleList:
-    """The one ModuleList as long as the configuration says the model is deep."""
+    """The only ModuleList whose length is the configured depth."""
     lists = [
         (name.count("."), m) for name, m in body.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth
     ]
@@ -119,13 +119,13 @@ def head(model: PreTrainedModel) -> nn.Linear:
 
 
 def head_bias(model: PreTrainedModel) -> Tensor | None:
-    """What is added to the head's product [V]: its own bias, or BART's, which stands beside it and is not trained."""
+    """The bias of the logits [V]: the head's own, or BART's, which is separate and not trained."""
     apart = getattr(model, "final_logits_bias", None)
     return head(model).bias if apart is None else apart[0]
 
 
 def whole_head(model: PreTrainedModel) -> nn.Linear:
-    """The head with all that is added to its product: BART's bias, which stands beside it, is its bias here."""
+    """The head as one linear map; BART's separate bias becomes its bias."""
     own, bias = head(model), head_bias(model)
     if bias is None or bias is own.bias:
         return own
@@ -184,7 +184,7 @@ def final_state(model: PreTrainedModel, batch: Batch, opened: Tensor | None = No
 
 
 class Body(nn.Module):
-    """A model as an engine runs it forward: a batch in, the final state out. A decoder's head is no part of it."""
+    """A model as an engine runs it forward: a batch in, the final state out. It does not hold a decoder's head."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -229,18 +229,18 @@ def _run_encoder_decoder(model: PreTrainedModel, batch: Batch, opened: Tensor | 
 
 
 def _read(batch: Batch, opened: Tensor | None) -> dict[str, Tensor]:
-    """What a stack of blocks is given to begin with."""
+    """A stack's input: token ids, or the state in place of their embeddings."""
     return {"input_ids": batch.input_ids} if opened is None else {"inputs_embeds": opened}
 
 
 @dataclass(frozen=True)
 class _Ways:
-    """What is done otherwise with a decoder, an encoder and an encoder-decoder."""
+    """What differs between decoders, encoders and encoder-decoders."""
 
     stacks: Callable[[PreTrainedModel], tuple[Stack, ...]]
     run: Callable[[PreTrainedModel, Batch, Tensor | None], Tensor]
     body: Callable[[PreTrainedModel], nn.Module]
-    """What an engine is given of a model that it runs forward."""
+    """The part of a model that an engine runs forward."""
 
 
 _KINDS: dict[Kind, _Ways] = {
@@ -251,7 +251,7 @@ _KINDS: dict[Kind, _Ways] = {
 
 
 def output_state(output: Any) -> Tensor:
-    """The state in what a block gives, a tensor or a tuple that opens with it, or in what a backbone gives."""
+    """The state in the output of a block (a tensor, or a tuple that begins with it) or of a backbone."""
     state = getattr(output, "last_hidden_state", output)
     state = state[0] if isinstance(state, tuple) else state
     assert isinstance(state, Tensor)

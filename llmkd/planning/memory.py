@@ -156,7 +156,7 @@ def projected_parameters(recipe: Recipe, student: Shapes, teacher: Shapes, pairs
 def distance_rows(
     recipe: Recipe, student: Shapes, teacher: Shapes, pairs: Sequence[tuple[int, int]], ranks: int
 ) -> list[Row]:
-    """What waits of the pairs' distances for the backward pass, and what one set-level distance takes while it is worked out."""
+    """The distances' gradients that wait for the backward pass, and the working memory of one set-level distance."""
     if not pairs:
         return []
     size, matching = DTYPES[recipe.train.dtype].itemsize, recipe.matching

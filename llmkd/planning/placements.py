@@ -27,7 +27,7 @@ USABLE = 0.9
 
 @dataclass(frozen=True)
 class Cost:
-    """What one placement asks of each rank. `impossible` says why a placement can't be had, where it can't."""
+    """What one placement costs each rank. `impossible`: why the recipe can't have it, where it can't."""
 
     placement: PlacementName
     weights: int = 0
@@ -78,8 +78,8 @@ def _placed(recipe: Recipe, name: PlacementName) -> Recipe:
 
 
 def recommended(costs: Sequence[Cost], device_bytes: float) -> Cost | None:
-    """Of the placements that fit, the one that sends least, the first of equals. A cache, which has to be written first and to be read
-    more than once, is for where no other fits."""
+    """Of the placements that fit, the one that sends least, the first of equals; a cache, which pays off only when it is read more than
+    once, only where no other fits."""
     fitting = [c for c in costs if c.impossible is None and c.device <= USABLE * device_bytes]
     return min(fitting, key=lambda cost: (not PLACEMENTS[cost.placement].has_weights, cost.wire), default=None)
 

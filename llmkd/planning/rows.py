@@ -16,7 +16,7 @@ Part = Literal["teacher weights", "teacher signals", "student"]
 PHASES: tuple[Phase, ...] = ("teacher forward", "head", "backward", "optimizer step")
 FORWARD: tuple[Phase, ...] = ("teacher forward",)
 WAITING: tuple[Phase, ...] = ("teacher forward", "head")
-"""From when the teacher gives a state until the student has compared it."""
+"""While a teacher's state waits for the student to compare it."""
 OFFLOADED: dict[str, Place] = {"none": "device", "cpu": "host", "nvme": "nvme"}
 """By the name of an offload device in a recipe or a DeepSpeed file."""
 

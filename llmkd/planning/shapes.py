@@ -1,4 +1,4 @@
-"""What a model's configuration says of its sizes, counted on the meta device."""
+"""A model's sizes, counted from its configuration on the meta device."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from llmkd.distributed.engines import parameter_count
 from llmkd.errors import InputError
 from llmkd.models.architectures import new_config
 from llmkd.models.families import kind
@@ -16,6 +17,7 @@ from llmkd.models.load import load_config, student_config
 from llmkd.models.make import block_choice
 from llmkd.models.parts import blocks, head
 from llmkd.recipe.recipe import Recipe
+from llmkd.training.checks import teacher_shape
 
 log = logging.getLogger("llmkd")
 
@@ -53,10 +55,10 @@ def shapes(config: PreTrainedConfig) -> Shapes:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return Shapes(
-        parameters=_count(model),
-        embedding=_count(model.get_input_embeddings()),
-        head=_count(head(model)),
-        largest_block=max(_count(block) for block in stack),
+        parameters=parameter_count(model),
+        embedding=parameter_count(model.get_input_embeddings()),
+        head=parameter_count(head(model)),
+        largest_block=max(parameter_count(block) for block in stack),
         depth=len(stack),
         hidden=config.hidden_size,
         intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
@@ -65,25 +67,18 @@ def shapes(config: PreTrainedConfig) -> Shapes:
         heads=config.num_attention_heads,
         vocabulary=config.vocab_size,
         normed_queries=any(name.endswith("q_norm.weight") for name, _ in stack[0].named_parameters()),
-        each_block=tuple(_count(block) for block in stack),
+        each_block=tuple(parameter_count(block) for block in stack),
         head_apart=head(model).weight is not model.get_input_embeddings().weight,
     )
 
 
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def teacher_config(recipe: Recipe) -> PreTrainedConfig:
     """The teacher's configuration: of its folder or hub name, of what `finetune` starts from, or of the recipe's `architecture`."""
-    settings, start = recipe.teacher, recipe.teacher.path
-    if recipe.finetune is not None:
-        if recipe.finetune.architecture is not None:
-            return decoder_config(new_config(recipe.finetune.architecture.model_dump()))
-        start = recipe.finetune.path
-    assert start is not None  # a recipe has a teacher's path or a finetune section
+    if recipe.teacher_start is None:
+        return decoder_config(teacher_shape(recipe))
+    start, _ = recipe.teacher_start
     if Path(start).is_dir():
-        return decoder_config(load_config(Path(start), trust_remote_code=settings.trust_remote_code))
+        return decoder_config(load_config(Path(start), trust_remote_code=recipe.teacher.trust_remote_code))
     return decoder_config(_hub_config(start, recipe))
 
 
@@ -116,11 +111,11 @@ def initial_student_config(recipe: Recipe, teacher: PreTrainedConfig) -> PreTrai
     """The student's configuration, as `llmkd.training.initial.initial_student` would write it."""
     settings = recipe.student
     if settings.init == "checkpoint":
-        assert settings.path is not None  # config.py sees to it
+        assert settings.path is not None  # checked by Student
         if not Path(settings.path).is_dir():
             return AutoConfig.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
         return load_config(Path(settings.path), trust_remote_code=settings.trust_remote_code)
-    assert settings.blocks is not None  # likewise
+    assert settings.blocks is not None
     rule = settings.copy_blocks if settings.init == "teacher" else "spread"
     chosen = block_choice(rule, settings.blocks, teacher.num_hidden_layers)
     return student_config(teacher, chosen, settings.width)

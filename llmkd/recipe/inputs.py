@@ -1,4 +1,4 @@
-"""The keys of a recipe that decide a result: by them a run's folder is recognised as one of the same recipe."""
+"""A run's inputs: the recipe keys that decide its result, by which a folder is recognised as one of the same recipe."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def fingerprint(values: Mapping[str, Any]) -> str:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections -> one level of dotted keys; an empty section keeps its key, for it may matter that it is there."""
+    """Nested sections -> one level of dotted keys; an empty section keeps its key, as its presence may matter."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:

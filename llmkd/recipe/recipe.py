@@ -196,6 +196,13 @@ class Recipe(Section):
         """Where the teacher is read: the given path, or what `finetune` makes."""
         return self.teacher.path or str(self.folder / "teacher" / "model")
 
+    @property
+    def teacher_start(self) -> tuple[str, str] | None:
+        """(the folder or hub name that the teacher is, or is fine-tuned from; its key); None for a new `finetune.architecture`."""
+        if self.finetune is None:
+            return self.teacher.path or "", "teacher.path"
+        return None if self.finetune.path is None else (self.finetune.path, "finetune.path")
+
     def changed(self, changes: Mapping[str, Any]) -> Recipe:
         """A copy with dotted keys replaced, and checked again: `recipe.changed({"matching.strategy": "reverse"})`."""
         values = self.model_dump(mode="json")

@@ -12,11 +12,11 @@ Dtype = Literal["float32", "bfloat16"]
 Positions = Literal["trained", "attended"]
 Backend = Literal["auto", "hf", "vllm"]
 NO_EFFECT = "no effect on the result"
-"""Marks a key of which a run's results do not depend, `Annotated[int, NO_EFFECT]`: it may change between a run and its resumption."""
+"""Marks a key on which a run's result does not depend, `Annotated[int, NO_EFFECT]`: it may differ when the run is resumed."""
 
 
 class Section(BaseModel):
-    """A part of the recipe: immutable; an unknown key or a value of another type is an error. The text below a field says what it means."""
+    """A part of the recipe: immutable; an unknown key or a value of another type is an error. Below each field stands its meaning."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True

@@ -36,15 +36,15 @@ class StudyEntry:
     """Strategy, variant or baseline; None for the teacher and for a checkpoint as it is."""
     seed: int | None
     model: str
-    """The model's folder, or the hub name of one that the study does not make."""
+    """The model's folder, or the hub name of a model that the study does not train."""
     train: str | None
     """The folder of its training run; None where it is not trained."""
     results: Mapping[str, str] = field(default_factory=dict)
-    """Scoring step -> its result file, for each step that the recipe asks for; in `study.json` a key of its own each."""
+    """Scoring step -> its result file, for each step in the recipe; in `study.json` each has its own key."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> StudyEntry:
-        own: dict[str, Any] = {one.name: value.get(one.name) for one in fields(cls) if one.name != "results"}
+        own: dict[str, Any] = {key.name: value.get(key.name) for key in fields(cls) if key.name != "results"}
         return cls(**own, results={step: value[key] for step, key in STEPS.items() if value.get(key)})
 
     def to_json(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class StudyEntry:
 
     @property
     def steps(self) -> list[str]:
-        """The scoring steps that the study asks of this model."""
+        """The scoring steps that this model takes."""
         return [step for step in STEPS if step in self.results]
 
     def run_folder(self, study: Path) -> Path:
@@ -102,16 +102,10 @@ def read_study(folder: Path) -> StudyFile:
 def study_entries(recipe: Recipe) -> list[StudyEntry]:
     """Every model of the study: teacher, baselines, then strategies x seeds."""
     seeds = recipe.study.seeds
-    made = recipe.finetune is not None
-    entries = [
-        _entry(
-            recipe,
-            "teacher",
-            "teacher",
-            model="teacher/model" if made else recipe.teacher_path,
-            train="teacher" if made else None,
-        )
-    ]
+    if recipe.finetune is None:
+        entries = [_entry(recipe, "teacher", "teacher", model=recipe.teacher_path)]
+    else:
+        entries = [_entry(recipe, "teacher", "teacher", model="teacher/model", train="teacher")]
     if "undistilled" in recipe.study.baselines:
         entries += _undistilled(recipe)
     if "ce_only" in recipe.study.baselines:

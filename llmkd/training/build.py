@@ -1,4 +1,4 @@
-"""The parts of a training run, made from its job: data, rates, engine settings, teacher, student, stones."""
+"""The parts of a training run, built from its job: data, rates, engine settings, teacher, student, stones."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def training_ds_config(world: World, train: recipe.Train, accumulation: int, fol
 
 
 def tokenized(world: World, data: recipe.Data, tokenizer: Any, family: Family = Family("decoder")) -> Dataset:  # noqa: B008 (frozen)
-    """The job's rows as tokens; rank 0 reads them first, so that downloads and caches are made once."""
+    """The job's rows as tokens; rank 0 reads them first, so that downloads happen and caches are written once."""
     first: list[Dataset] = []
     on_main(world, lambda: first.append(read_rows(data)))
     rows = first[0] if first else read_rows(data)
@@ -102,7 +102,7 @@ def tokenized(world: World, data: recipe.Data, tokenizer: Any, family: Family = 
 
 
 def demand_of(job: Job) -> Demand:
-    """What the job's student asks of the teacher."""
+    """What the job's student needs from the teacher."""
     blocks = [
         teacher for _, teacher in sorted(job.pairs, key=lambda pair: pair[0])
     ]  # as the student's blocks take them
@@ -117,9 +117,9 @@ def demand_of(job: Job) -> Demand:
 
 
 def load_teacher(world: World, job: Job, demand: Demand | None = None) -> Teacher:
-    """The job's teacher in its placement, which has weights: llmkd.training.cache_contents opens a cached one.
+    """The job's teacher in its placement, which must have weights: llmkd.training.cache_contents opens a cached teacher.
 
-    `demand`: what is asked of it, where that is not what the job's student asks.
+    `demand`: what the teacher must give; default: what the job's student needs.
     """
     demand = demand or demand_of(job)
     settings = job.recipe.teacher
@@ -132,7 +132,7 @@ def load_teacher(world: World, job: Job, demand: Demand | None = None) -> Teache
         group = PipelineGroup(world, stage_count(settings.stages, world.size, world.local_size, depth))
         needed = max(needed, group.size)  # a stage has at least one block
     if needed < depth:
-        log.info("%s: the teacher's first %d of %d blocks are loaded: no more is asked of it", job.title, needed, depth)
+        log.info("%s: the teacher's first %d of %d blocks are loaded: no others are needed", job.title, needed, depth)
     part = load.student_config(config, range(needed), {})
     demand = replace(demand, normed_last=demand.normed_last and needed == depth)
     if group is not None:

@@ -1,4 +1,4 @@
-"""What a recipe's cache must hold, of what it is made, and whether the cache on disk is that one."""
+"""What a recipe's cache must hold, its identity, and whether the cache on disk matches both."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from llmkd.training.pairs import pairs_of
 log = logging.getLogger("llmkd")
 
 Student = tuple[Recipe, Pairs]
-"""What a student is trained by, and its map."""
+"""A student's recipe and its map."""
 VERIFIED_AT_START = 8 * 2**30
 """Up to so many bytes `cache.verify: auto` compares all checksums before training; half a minute on a slow disk."""
 
@@ -116,18 +116,18 @@ def normed_last(recipe: Recipe, depth: int) -> int | None:
 
 
 def _columns(recipes: Iterable[Recipe], teacher_vocabulary: int, top_k: int | None) -> int:
-    """How many tokens the teacher's head and a student's know. Raises InputError where students differ in it and a top k is kept."""
+    """How many tokens both the teacher's head and a student's have. Raises InputError where students differ and a top k is kept."""
     columns = {min(teacher_vocabulary, _student_vocabulary(recipe) or teacher_vocabulary) for recipe in recipes}
     if top_k is not None and len(columns) > 1:
         raise InputError(
-            f"cache.top_k: the study's students know {' and '.join(map(str, sorted(columns)))} of the teacher's tokens, and one cache "
-            "holds the likeliest of one such number; leave out cache.top_k, or give them studies of their own"
+            f"cache.top_k: the study's students have {' and '.join(map(str, sorted(columns)))} of the teacher's tokens, and a cache holds "
+            "the likeliest of one vocabulary; leave out cache.top_k, or put them into separate studies"
         )
     return min(columns)
 
 
 def _student_vocabulary(recipe: Recipe) -> int | None:
-    """How many tokens the student's head knows; None for a copied or random student, who has the teacher's vocabulary."""
+    """The size of a student checkpoint's vocabulary; None for a copied or new student, which has the teacher's."""
     if recipe.student.init != "checkpoint":
         return None
     folder = folders.resolve(recipe.student.path or "", "student.path")
@@ -149,7 +149,7 @@ def _short(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Is it there?
+# The cache on disk
 
 
 def open_teacher(world: World, job: Job, tokenizer: Any, data: Dataset) -> CacheTeacher | None:
@@ -183,7 +183,7 @@ def open_teacher(world: World, job: Job, tokenizer: Any, data: Dataset) -> Cache
 
 
 def verifies_at_start(recipe: Recipe, manifest: Manifest) -> bool:
-    """Whether all checksums are compared before training, by the recipe's word or by the cache's size."""
+    """Whether all checksums are compared before training: by `cache.verify`, for auto by the cache's size."""
     verify = recipe.cache.verify
     return verify == "start" or (verify == "auto" and sum(s.bytes for s in manifest.shards) <= VERIFIED_AT_START)
 

@@ -21,7 +21,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be written where: the row ranges of all shards, and the numbers of those that are not there yet."""
+    """What to write where: the row ranges of all shards, and the numbers of the missing ones."""
 
     folder: Path
     contents: Contents
@@ -30,15 +30,21 @@ class Plan:
 
 
 def prepare(recipe: Recipe, wanted: Contents, lengths: Sequence[int], *, trusted: bool) -> Plan:
-    """What is left to do (rank 0 alone). Raises InputError for another cache in the folder, or too small a disk; says the size."""
+    """What is left to write (rank 0 alone); the size is logged. Raises InputError for another cache in the folder or a full disk."""
     folder = recipe.cache_folder
     if not cache_files.sizes(wanted):
-        raise InputError("loss: neither kl nor hidden asks the teacher for anything, so there is nothing to cache")
+        raise InputError(
+            "loss: neither kl nor hidden needs the teacher, so there is nothing to cache; give one of them a weight"
+        )
     whole = _whole(recipe, wanted, trusted=trusted)
     if whole is not None:
         return Plan(folder, whole, [], [])
-    under_way = _under_way(folder, wanted)
-    contents, ranges = under_way or (wanted, _ranges(recipe, wanted, lengths))
+    under_way = cache_files.read_plan(folder)
+    if under_way is not None:  # it may hold more than is wanted
+        _check_serves(folder, under_way[0], wanted)
+    bytes_per_token = -(-sum(cache_files.sizes(wanted).values()) // wanted.tokens)
+    new_ranges = cache_files.shard_ranges(lengths, bytes_per_token, int(recipe.cache.shard_mib * 2**20))
+    contents, ranges = under_way or (wanted, new_ranges)
     done = _done(folder, len(ranges))
     _log_size(folder, contents, len(done), sum(shard.tokens for shard in done.values()))
     if under_way is None:
@@ -48,7 +54,7 @@ def prepare(recipe: Recipe, wanted: Contents, lengths: Sequence[int], *, trusted
 
 
 def _whole(recipe: Recipe, wanted: Contents, *, trusted: bool) -> Contents | None:
-    """What the folder's whole cache holds; None where there is none. One with damaged shards becomes one under way, without these."""
+    """What the folder's whole cache holds; None where there is none. A cache with damaged shards is reopened without them."""
     folder = recipe.cache_folder
     manifest = cache_files.read_manifest(folder)
     if manifest is None:
@@ -62,29 +68,15 @@ def _whole(recipe: Recipe, wanted: Contents, *, trusted: bool) -> Contents | Non
 
 
 def _damaged(recipe: Recipe, manifest: Manifest, *, trusted: bool) -> list[Shard]:
-    """The shards that must be made anew; the log gives the reason of each."""
+    """The shards that must be written again; the reason for each is logged."""
     hashed = not trusted or cache_contents.verifies_at_start(recipe, manifest)
     if hashed:
         size = sum(shard.bytes for shard in manifest.shards)
         log.info("cache: comparing all %.3f GiB of %s with their checksums", size / GIB, recipe.cache_folder)
     bad = cache_contents.damaged(recipe.cache_folder, manifest, hashed=hashed)
     for shard, what in bad:
-        log.info("cache: %s %s, and is made anew", shard.file, what)
+        log.info("cache: %s %s, and is written again", shard.file, what)
     return [shard for shard, _ in bad]
-
-
-def _under_way(folder: Path, wanted: Contents) -> tuple[Contents, list[tuple[int, int]]] | None:
-    """What is being written here, which may be more than is wanted, and its row ranges; None where nothing is."""
-    under_way = cache_files.read_plan(folder)
-    if under_way is not None:
-        _check_serves(folder, under_way[0], wanted)
-    return under_way
-
-
-def _ranges(recipe: Recipe, wanted: Contents, lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """The row ranges of a new cache's shards."""
-    total = sum(cache_files.sizes(wanted).values())
-    return cache_files.shard_ranges(lengths, -(-total // wanted.tokens), int(recipe.cache.shard_mib * 2**20))
 
 
 def _done(folder: Path, shards: int) -> dict[int, Shard]:
@@ -94,7 +86,7 @@ def _done(folder: Path, shards: int) -> dict[int, Shard]:
 
 
 def _check_serves(folder: Path, have: Contents, wanted: Contents) -> None:
-    """Raise InputError where a folder's cache is not the one that is wanted: it is not written over."""
+    """Raise InputError where a folder holds another cache than the wanted one, which is never overwritten."""
     why = cache_files.unfit(have, wanted)
     if why is not None:
         raise InputError(

@@ -1,4 +1,4 @@
-"""What each family of models can be asked for; checked before anything is written."""
+"""Which settings each family of models supports; checked before anything is written."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from llmkd.recipe.recipe import Recipe
 
 
 def teacher_shape(recipe: Recipe) -> PreTrainedConfig:
-    """The configuration of the recipe's teacher, or of what it starts from, before it is there."""
-    if recipe.finetune is not None and recipe.finetune.architecture is not None:
+    """The configuration of the recipe's teacher, or of what it is fine-tuned from."""
+    if recipe.teacher_start is None:
+        assert recipe.finetune is not None and recipe.finetune.architecture is not None
         return new_config(recipe.finetune.architecture.model_dump())
-    start = recipe.finetune.path if recipe.finetune is not None else recipe.teacher.path
-    where = "teacher.path" if recipe.finetune is None else "finetune.path"
-    folder = resolve(start or "", where, recipe.teacher.revision)
+    folder = resolve(*recipe.teacher_start, recipe.teacher.revision)
     return load_config(folder, trust_remote_code=recipe.teacher.trust_remote_code)
 
 

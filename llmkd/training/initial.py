@@ -62,7 +62,7 @@ def initial_teacher(recipe: Recipe, tokenizer: Any, job: Job) -> None:
 
 
 def teacher_tokenizer(recipe: Recipe) -> Any:
-    """The tokenizer of a teacher that is made from nothing, trained on its data (rank 0 alone)."""
+    """The tokenizer of a new teacher, trained on its data (rank 0 alone)."""
     settings = recipe.finetune
     assert settings is not None and settings.architecture is not None
     rows = read_rows(settings.data or recipe.data)
@@ -83,7 +83,7 @@ def job_tokenizer(world: World, job: Job, *, resuming: bool) -> Any:
 
 
 def write_initial(world: World, job: Job, tokenizer: Any, *, resuming: bool) -> None:
-    """Write the folder the model starts from; one that is there may be another recipe's, unless a checkpoint goes with it."""
+    """Write the folder the model starts from, over an older one (it may be another recipe's) unless the run resumes."""
     if job.initial != job.folder / "initial" or (resuming and (job.initial / "config.json").is_file()):
         return
     recipe = job.recipe
@@ -95,7 +95,7 @@ def write_initial(world: World, job: Job, tokenizer: Any, *, resuming: bool) -> 
 
 
 def remove_initial(job: Job) -> None:
-    """The starting folder is not needed once the model is exported; a study keeps its own."""
+    """Remove the run's folder `initial`, which the exported model replaces, and the teacher's offloaded weights."""
     if job.initial == job.folder / "initial":
         shutil.rmtree(job.initial, ignore_errors=True)
     shutil.rmtree(job.folder / "nvme" / "teacher", ignore_errors=True)

@@ -1,6 +1,6 @@
 """From a recipe to one training run, checked before anything is written.
 
-A `Job` is all that the loop needs to know; distilling a student and fine-tuning a teacher are two ways to make one.
+A `Job` is all that the loop needs; there is one for distilling a student and one for fine-tuning a teacher.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Job:
     folder: Path
     recipe: Recipe
     inputs: dict[str, Any]
-    """The keys and file hashes that decide the result; a checkpoint or a model of other inputs is refused."""
+    """The keys and file hashes that decide the result; a folder with a checkpoint or a model of other inputs is refused."""
     initial: Path
     tokenizer: Path | None
     """The folder whose tokenizer is used; None where one is trained on the data."""
@@ -62,7 +62,7 @@ class Job:
 
     @property
     def title(self) -> str:
-        """What the run is called in logs: its folder."""
+        """The run's name in logs: its folder's."""
         return self.folder.name
 
     @property
@@ -110,15 +110,14 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         teacher_depths=families.depths(teacher_config),
         stones=stones,
     )
-    refuse_other_recipe(world, job)
+    on_main(world, lambda: finished(job))  # refuses a folder of another recipe
     return job
 
 
 def check_student(recipe: Recipe, family: Family, teacher: Any, student: Any) -> tuple[Pairs, Pairs, Weights]:
-    """(pairs, stones, weights) of a student; `teacher` and `student`: configurations, the latter its checkpoint's, or the teacher's where
-    the student is made of it.
+    """(pairs, stones, weights) of a student. `teacher`, `student`: configurations; `student` is its checkpoint's, else the teacher's.
 
-    All that a training run may refuse by configurations alone, so that a study can ask before its teacher is there. Raises InputError.
+    Raises InputError for all that configurations alone can show to be wrong, so that a study can check before its teacher is trained.
     """
     checks.check_training(recipe, family)
     checkpoint = recipe.student.init == "checkpoint"
@@ -134,7 +133,8 @@ def check_student(recipe: Recipe, family: Family, teacher: Any, student: Any) ->
     if not checkpoint:
         rule = recipe.student.copy_blocks if recipe.student.init == "teacher" else "spread"
         load.student_config(teacher, make.stack_choices(rule, student_depths, depths), recipe.student.width)
-    _check_shape(recipe, "teacher", teacher, _teacher_name(recipe), compared=bool(pairs))
+    teacher_name, _ = recipe.teacher_start or ("finetune.architecture", None)
+    _check_shape(recipe, "teacher", teacher, teacher_name, compared=bool(pairs))
     _check_shape(recipe, "student", student, recipe.student.path or "", compared=bool(pairs))
     return pairs, stones, weights
 
@@ -171,22 +171,15 @@ def _weights(recipe: Recipe, pairs: Pairs, stones: Pairs) -> Weights:
 
 
 def teacher_family(recipe: Recipe, shape: Any) -> Family:
-    """The family of a recipe's teacher with this configuration, made or not: an encoder that is still to be made has its data's classes."""
+    """The family of a recipe's teacher with this configuration; an encoder that the recipe fine-tunes has its data's classes."""
     family = families.family(shape)
     if recipe.finetune is None or family.kind != "encoder":
         return family
     return Family("encoder", labels=label_names(read_rows(recipe.finetune.data or recipe.data)))
 
 
-def _teacher_name(recipe: Recipe) -> str:
-    """The teacher, or what it is made from, for messages."""
-    if recipe.finetune is None:
-        return recipe.teacher_path
-    return recipe.finetune.path or "finetune.architecture"
-
-
 def _check_redraws(recipe: Recipe, teacher: Any, student: Any) -> None:
-    """Raise InputError where a map is drawn again whose pairs have a projector each; `teacher` and `student`: the configurations."""
+    """Raise InputError for a redrawn map whose pairs have projectors; `teacher` and `student`: the configurations."""
     width: int = recipe.student.hidden_size or student.hidden_size
     matching = recipe.matching
     if matching.redraw_every and matching.projects(width, teacher.hidden_size):
@@ -206,7 +199,7 @@ def check_vocabularies(recipe: Recipe, teacher: Path, student: Path) -> None:
 
 
 def _check_shape(recipe: Recipe, section: str, shape: Any, name: str, *, compared: bool) -> None:
-    """Raise InputError for a model that can't be run with its section's settings or rows so long, or whose states can't be compared."""
+    """Raise InputError for a model that can't be run with its section's settings, or on rows of data.max_length, or compared by states."""
     attention = recipe.teacher.attention if section == "teacher" else recipe.student.attention
     load.check_usable(shape, section=section, attention=attention, packed=recipe.data.batching == "packed")
     _check_lengths(recipe.data.max_length, families.positions(shape), name)
@@ -253,12 +246,12 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
         makes_teacher=True,
         family=family,
     )
-    refuse_other_recipe(world, job)
+    on_main(world, lambda: finished(job))  # refuses a folder of another recipe
     return job
 
 
 def student_inputs(recipe: Recipe) -> dict[str, Any]:
-    """What decides what a student becomes: keys of the recipe, and hashes of the local files that it names."""
+    """All that decides a student's weights: keys of the recipe, and hashes of the local files that it names."""
     inputs = {**training_inputs(recipe), **_contents(recipe.train, recipe.data)}
     for key, path in (("teacher.path", recipe.teacher.path), ("student.path", recipe.student.path)):
         if path is not None and Path(path).is_dir():
@@ -286,13 +279,8 @@ def _contents(train: Train, data: Data) -> dict[str, str]:
     return hashes
 
 
-def refuse_other_recipe(world: World, job: Job) -> None:
-    """Raise InputError if the folder holds the checkpoints or the model of another recipe."""
-    on_main(world, lambda: finished(job))
-
-
 def finished(job: Job) -> bool:
-    """Whether the job's model is already there, made of the same inputs. Raises InputError if it was made of others."""
+    """Whether the job's model is there. Raises InputError if it was trained with other inputs."""
     meta = job.folder / "model" / "llmkd.json"
     if not meta.is_file():
         return False

@@ -26,7 +26,7 @@ Values: TypeAlias = "dict[str, float | Values]"
 
 @dataclass(frozen=True)
 class Moving:
-    """Settings of a step that move during the run; None where they stand."""
+    """The settings of a step that change during the run; None for those that do not."""
 
     temperature: float | None = None
     weights: dict[str, float] | None = None
@@ -74,7 +74,7 @@ class Interval:
 
 
 def _present(values: Mapping[str, Any]) -> Values:
-    """The same without None and without the place of the stones' parts, which are written beside the other numbers."""
+    """The same without None and without the key of the stones' parts, which are written at the top level."""
     return {
         key: _present(value) if isinstance(value, dict) else value
         for key, value in values.items()
@@ -95,7 +95,7 @@ class Meter:
         divergences: Sequence[str] = (),
         stones: StoneMeter | None = None,
     ) -> None:
-        """`distances` and `divergences`: the names of all that the pairs and the divergence are made of."""
+        """`distances` and `divergences`: the names of all distances and divergences in the loss."""
         self._world = world
         self._weights = weights
         self._pairs = tuple(pairs)

@@ -39,13 +39,13 @@ FILE = "map.json"
 
 
 def settled(world: World, job: Job, rows: Callable[..., Iterator[list[Batch]]], *, resuming: bool) -> Job:
-    """The job with its map: measured now on the first step of `rows`, or the one it was begun with (all ranks take part)."""
+    """The job with its map: measured on the first step of `rows`, or read from the file of a resumed run (all ranks take part)."""
     file = job.folder / FILE
     if resuming:
         pairs = on_main(world, lambda: json.loads(file.read_text())["pairs"] if file.is_file() else None)
         if pairs is None:
             raise InputError(
-                f"{file}: the map that this run was begun with is gone; put it back, or remove {job.folder / 'checkpoints'} to begin again"
+                f"{file}: the map that this run began with is missing; put it back, or remove {job.folder / 'checkpoints'} to begin again"
             )
         return _with_map(job, _pairs(pairs))
     [micro_batches] = rows(start_step=0, steps=1)
@@ -78,7 +78,7 @@ def measured(world: World, job: Job, micro_batches: Sequence[Batch]) -> dict[str
     """By stack ("enc" and "dec", or "blocks" where there is one), linear CKA of every student block with every teacher block, [L_s, L_t],
     over the same tokens on any number of ranks.
 
-    Each model is loaded for it and let go: the teacher in its placement, the student whole on every rank.
+    Both models are loaded for this alone: the teacher in its placement, the student whole on every rank.
     """
     assert job.teacher is not None
     settings, normed = job.recipe.student, job.recipe.matching.final_state == "normed"
@@ -103,7 +103,7 @@ def measured(world: World, job: Job, micro_batches: Sequence[Batch]) -> dict[str
 
 
 def _every(world: World, micro_batches: Sequence[Batch], stack: Stack) -> int:
-    """Of how many of a stack's tokens one is compared."""
+    """The n of "one token in n is compared", for a stack."""
     [attended] = sum_counts(world, [sum(tokens_of(batch, stack).at.numel() for batch in micro_batches)])
     return -(-attended // TOKENS)
 

@@ -37,7 +37,7 @@ def maps_of(recipe: Recipe, student: Sequence[int], teacher: Sequence[int], draw
         for stack, *depths in zip(stacks, student, teacher, strict=True)
     ]
     pairs = through_stacks(recipe, maps, encoders_of(student, teacher))
-    return _asked_for(recipe, pairs, encoders_of(student, teacher))
+    return _checked_lists(recipe, pairs, encoders_of(student, teacher))
 
 
 def _stack_map(recipe: Recipe, student: int, teacher: int, *, stack: str = "", draw: int = 0) -> Pairs:
@@ -93,8 +93,8 @@ def through_stacks(recipe: Recipe, maps: Sequence[Pairs], encoders: tuple[int, i
     return tuple(counted)
 
 
-def _asked_for(recipe: Recipe, pairs: Pairs, encoders: tuple[int, int] | None = None) -> Pairs:
-    """The pairs, each with a weight and a distance if the recipe gives any; none where `loss.hidden` is 0."""
+def _checked_lists(recipe: Recipe, pairs: Pairs, encoders: tuple[int, int] | None = None) -> Pairs:
+    """The pairs, after a check that lists of weights and distances are as long; none where `loss.hidden` is 0."""
     matching = recipe.matching
     listed = {"pair_weights": ("weights", matching.pair_weights), "distance": ("distances", matching.distance)}
     for key, (what, values) in listed.items():

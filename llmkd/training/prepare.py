@@ -1,4 +1,4 @@
-"""One training run, its parts made and ready to begin, or taken up from its newest checkpoint."""
+"""One training run, ready to begin or to resume from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ class PreparedRun:
 
 
 def prepare(world: World, job: Job) -> PreparedRun:
-    """Make the parts of a run, or take them up from its newest checkpoint (all ranks take part).
+    """Build the parts of a run, restored from its newest checkpoint where there is one (all ranks take part).
 
-    The user's mistakes are found first; nothing is written before that.
+    The user's mistakes are reported before anything is written.
     """
     settings = job.train
     accumulation = build.accumulation_steps(settings, world.size)

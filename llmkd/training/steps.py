@@ -24,12 +24,12 @@ from llmkd.training.metrics import Moving
 from llmkd.training.pairs import maps_of, pair_names
 
 TEMPERATURES = "temperature.jsonl"
-"""In the run's folder: each change of a dynamic temperature with the two cross-entropies it was made from, from which a resumed run
-takes up the temperature's state."""
+"""In the run's folder: each change of a dynamic temperature with the two cross-entropies that led to it; a resumed run reads its
+temperature here."""
 
 
 class Steps:
-    """The settings of each step, a function of its number; a dynamic temperature alone has a state, which stands in a file."""
+    """The settings of each step, a function of its number; only a dynamic temperature has a state, kept in a file."""
 
     def __init__(self, world: World, job: Job, total: int, *, start_step: int) -> None:
         self._world, self._job, self._total = world, job, total
@@ -134,14 +134,14 @@ class Steps:
         total = None
         for result in results:
             assert result.teacher_ce is not None
-            both = torch.stack([result.sums[0], result.teacher_ce]).double()
-            total = both if total is None else total + both
+            pair = torch.stack([result.sums[0], result.teacher_ce]).double()
+            total = pair if total is None else total + pair
         assert total is not None
         student, teacher = (ce / settings.divisors.ce for ce in sum_tensor(self._world, total).tolist())
         self._dynamic.change(settings.step, self._total, student, teacher)
 
     def moving(self, settings: StepSettings) -> Moving:
-        """Those of a step's settings that move during the run, as they are logged; a distance's by pair where the pairs' differ."""
+        """The step's settings that change during the run, as they are logged; a distance's weight by pair where pairs differ."""
         step, job = settings.step, self._job
         weights = {part: getattr(settings.weights, part) for part in self._changes}
         if self._of_stones is not None:
@@ -158,7 +158,7 @@ class Steps:
 
 
 def _changing(schedules: Mapping[str, Schedule] | None) -> dict[str, Change]:
-    """Those of the schedules by which anything changes."""
+    """The schedules that are not constant."""
     changes = {name: schedule.change for name, schedule in (schedules or {}).items()}
     return {name: change for name, change in changes.items() if change is not None}
 

@@ -118,7 +118,7 @@ def test_plan_and_doctor_are_for_decoders(tiny: Path, tmp_path: Path) -> None:
 
 def test_no_cache_of_another_family_is_written(tmp_path: Path, world: Any) -> None:
     recipe = family_recipe(tmp_path, "encoder", new(ENCODERS["bert"](4), "encoder"), **{"teacher.placement": "cache"})
-    with pytest.raises(InputError, match="llmkd cache keeps a decoder's states, and the teacher is an encoder; train"):
+    with pytest.raises(InputError, match="llmkd cache is for decoders, and this teacher is an encoder; train"):
         write_cache.cache(world, recipe, Stopping())
     assert not recipe.cache_folder.exists()
 

@@ -29,7 +29,7 @@ def fetched_by(path: str) -> str:
     return f"; python scripts/{script.name} fetches it" if script is not None and script.is_file() else ""
 
 
-def publish(file: Path, text: str, *, durable: bool = False) -> None:
+def write_text(file: Path, text: str, *, durable: bool = False) -> None:
     """Write a file completely or not at all, even if the process is killed; if `durable`, even if the machine stops."""
     tmp = file.with_name(file.name + ".tmp")
     tmp.write_text(text)
@@ -38,9 +38,9 @@ def publish(file: Path, text: str, *, durable: bool = False) -> None:
     os.replace(tmp, file)
 
 
-def publish_json(file: Path, value: Any) -> None:
+def write_json(file: Path, value: Any) -> None:
     """Publish strict JSON: a NaN raises ValueError."""
-    publish(file, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False))
+    write_text(file, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False))
 
 
 def digest(parts: Sequence[str]) -> str:
@@ -48,7 +48,7 @@ def digest(parts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
-def contents(root: Path, files: Iterable[Path]) -> list[str]:
+def file_hashes(root: Path, files: Iterable[Path]) -> list[str]:
     """Each file's name under `root`, and the hash of its content."""
     return [f"{os.path.relpath(file, root)} {sha256(file)}" for file in files]
 
@@ -82,7 +82,7 @@ def read_lines(file: Path, limit: int | None = None) -> list[dict[str, Any]]:
     return values
 
 
-def publish_folder(folder: Path, write: Callable[[Path], object]) -> None:
+def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary folder, then put it in place by one rename."""
     tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
@@ -95,7 +95,7 @@ def publish_folder(folder: Path, write: Callable[[Path], object]) -> None:
 
 def write_json_durably(file: Path, values: Any) -> None:
     """Publish a small file, written out to the disk before it gets its name."""
-    publish(file, json.dumps(values, indent=1), durable=True)
+    write_text(file, json.dumps(values, indent=1), durable=True)
 
 
 def sync(file: Path) -> None:

@@ -21,7 +21,7 @@ from llmkd.evaluation.angles.measure import angles
 from llmkd.evaluation.checks import check_evaluation, held_out_data
 from llmkd.evaluation.generation import check as check_generation
 from llmkd.evaluation.lm_eval_step import check_tasks
-from llmkd.files import publish
+from llmkd.files import write_text
 from llmkd.models.families import depths, kind
 from llmkd.models.folders import resolve
 from llmkd.models.load import load_config
@@ -75,7 +75,7 @@ def study(recipe: Recipe, ranks: int | None = None) -> Report:
     entries = study_entries(recipe)
     check(recipe, entries, ranks)
     folder.mkdir(parents=True, exist_ok=True)
-    publish(folder / "recipe.yaml", dump_recipe(recipe))
+    write_text(folder / "recipe.yaml", dump_recipe(recipe))
     _study_file(recipe, entries).write(folder)
 
     trained = [entry for entry in entries if entry.train is not None]
@@ -144,7 +144,7 @@ def _launch(recipe: Recipe, entry: StudyEntry, ranks: int) -> None:
     file = recipe.folder / "recipes" / f"{entry.name}.yaml"
     file.parent.mkdir(exist_ok=True)
     teacher = entry.kind == "teacher"
-    publish(file, dump_recipe(recipe if teacher else entry_recipe(recipe, entry)))
+    write_text(file, dump_recipe(recipe if teacher else entry_recipe(recipe, entry)))
     where = ["--teacher-only"] if teacher else ["--output", str(entry.run_folder(recipe.folder))]
     _run(ranks, ["--recipe", str(file), *where], f"training {entry.name}", "its last checkpoint")
 
@@ -153,7 +153,7 @@ def _cache(recipe: Recipe, ranks: int) -> None:
     """Write the one cache that teaches all students; what is already written is kept."""
     file = recipe.folder / "recipes" / "cache.yaml"
     file.parent.mkdir(exist_ok=True)
-    publish(file, dump_recipe(recipe))
+    write_text(file, dump_recipe(recipe))
     log.info("study: one cache for all students, %s", recipe.cache_folder)
     _run(
         ranks,
@@ -185,7 +185,7 @@ def _write_undistilled(recipe: Recipe, entries: Sequence[StudyEntry]) -> None:
         made_of = json.dumps({k: v for k, v in student_inputs(seeded).items() if k.startswith(decides)})
         if not (target / "llmkd.json").is_file() or (target / "llmkd.json").read_text() != made_of:
             initial_student(seeded, resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision), target)
-            publish(target / "llmkd.json", made_of)
+            write_text(target / "llmkd.json", made_of)
 
 
 def _model(recipe: Recipe, entry: StudyEntry) -> Path:

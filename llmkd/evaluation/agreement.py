@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from llmkd.data.batches import IGNORE, Batch
 from llmkd.errors import InputError
-from llmkd.evaluation.agreement_metrics import compare, final_states, text_likelihoods, token_agreement
+from llmkd.evaluation.agreement_metrics import final_states, kl_and_same_top, text_likelihoods, token_agreement
 from llmkd.evaluation.held_out import batches_of, generation_rows, generation_source, pad_of
 from llmkd.evaluation.prompts import encoded, encoded_sources, held_out_prompts
 from llmkd.evaluation.results import AGREEMENT_METRICS, AgreementResult, ComparedItem, GeneratedText, Scores, read_items
-from llmkd.evaluation.step import Score, Step, explained, model_contents, pending, run, serve
-from llmkd.files import contents, digest
+from llmkd.evaluation.step import Score, Step, explained, model_hashes, pending, run, serve
+from llmkd.files import digest, file_hashes
 from llmkd.inference.child import Say
 from llmkd.models.families import family
 from llmkd.models.load import DTYPES, check_same_tokens, load_config, load_model, load_tokenizer
@@ -87,7 +87,7 @@ def agree(
             name=name,
             model=str(folder),
             teacher=str(teacher),
-            fingerprint=digest([shared, *_texts_contents(generations, name), *model_contents(folder)]),
+            fingerprint=digest([shared, *_text_hashes(generations, name), *model_hashes(folder)]),
             dtype=settings.dtype,
             versions=versions(*PACKAGES),
             rows=0,
@@ -110,11 +110,11 @@ def _shared_fingerprint(teacher: Path, settings: Evaluation, data: Data, generat
     parts += [json.dumps(columns), json.dumps(versions(*PACKAGES), sort_keys=True)]
     local = Path(source).expanduser()
     files = sorted(file for file in (local.rglob("*") if local.is_dir() else [local]) if file.is_file())
-    return digest(parts + contents(local, files) + model_contents(teacher) + _texts_contents(generations, TEACHER))
+    return digest(parts + file_hashes(local, files) + model_hashes(teacher) + _text_hashes(generations, TEACHER))
 
 
-def _texts_contents(generations: Path, name: str) -> list[str]:
-    return contents(generations, [file for file in (generations / f"{name}.jsonl",) if file.is_file()])
+def _text_hashes(generations: Path, name: str) -> list[str]:
+    return file_hashes(generations, [file for file in (generations / f"{name}.jsonl",) if file.is_file()])
 
 
 # --- The child process
@@ -209,7 +209,7 @@ def compare_rows(model: Any, teacher: TeacherOutputs) -> dict[int, ComparedItem]
     items: dict[int, ComparedItem] = {}
     numbers = iter(teacher.rows)
     for batch, states in zip(teacher.batches, teacher.states, strict=True):
-        kl, same = compare(final_states(model, batch), whole_head(model), states, teacher.head)
+        kl, same = kl_and_same_top(final_states(model, batch), whole_head(model), states, teacher.head)
         per_row = (batch.targets != IGNORE).sum(1).tolist()
         for row_kl, row_same in zip(kl.split(per_row), same.split(per_row), strict=True):
             number, means = next(numbers), {"kl": row_kl.mean().item(), "top1": row_same.mean().item()}

@@ -35,7 +35,7 @@ def final_states(model: Any, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def compare(
+def kl_and_same_top(
     ours: Tensor, our_head: nn.Linear, theirs: Tensor, their_head: nn.Linear, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
     """(KL(teacher ‖ student) [N], whether both find the same token likeliest [N]) of states [N, H_s] and [N, H_t], in fp32.

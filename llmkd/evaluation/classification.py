@@ -23,8 +23,8 @@ from llmkd.data.rows import load_rows
 from llmkd.errors import InputError
 from llmkd.evaluation import class_metrics
 from llmkd.evaluation.results import ClassificationResult, ClassifiedRow
-from llmkd.evaluation.step import Score, Step, model_contents, run, serve
-from llmkd.files import contents, digest, sources
+from llmkd.evaluation.step import Score, Step, model_hashes, run, serve
+from llmkd.files import digest, file_hashes, sources
 from llmkd.inference.child import Say
 from llmkd.models.families import family
 from llmkd.models.load import DTYPES, load_config, load_model, load_tokenizer
@@ -63,7 +63,7 @@ def classify(
         ClassificationResult(
             name=name,
             model=str(folder),
-            fingerprint=digest([shared, *model_contents(folder)]),
+            fingerprint=digest([shared, *model_hashes(folder)]),
             dtype=settings.dtype,
             versions=versions(*PACKAGES),
             rows=0,
@@ -79,7 +79,7 @@ def _rows_fingerprint(settings: Evaluation, data: Data) -> str:
     local = Path(data.source).expanduser()
     files = sorted(file for file in (local.rglob("*") if local.is_dir() else [local]) if file.is_file())
     parts = [data.model_dump_json(), settings.dtype, json.dumps(versions(*PACKAGES), sort_keys=True)]
-    return digest([*parts, *contents(local, files), *sources(class_metrics)])
+    return digest([*parts, *file_hashes(local, files), *sources(class_metrics)])
 
 
 # --- The child process

@@ -20,7 +20,7 @@ from llmkd.errors import InputError
 from llmkd.evaluation import text_metrics
 from llmkd.evaluation.prompts import KEY, Encoded, Prompt, encoded, encoded_sources, held_out_prompts, section
 from llmkd.evaluation.results import GeneratedText, GenerationResult
-from llmkd.evaluation.step import Process, Score, Step, explained, model_contents, run, serve
+from llmkd.evaluation.step import Process, Score, Step, explained, model_hashes, run, serve
 from llmkd.evaluation.text_metrics import corpus_metrics
 from llmkd.files import digest, sources
 from llmkd.inference.backends import BACKENDS, Sampling, stop_ids
@@ -91,7 +91,7 @@ def _unscored(name: str, folder: Path, settings: Evaluation, prompts: Sequence[P
     return GenerationResult(
         name=name,
         model=str(folder),
-        fingerprint=digest([json.dumps(used, sort_keys=True), *code, *model_contents(folder)]),
+        fingerprint=digest([json.dumps(used, sort_keys=True), *code, *model_hashes(folder)]),
         backend=backend,
         why=why,
         dtype=settings.dtype,

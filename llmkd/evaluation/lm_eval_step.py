@@ -18,8 +18,8 @@ from llmkd.evaluation import text_metrics
 from llmkd.evaluation.lm_eval_tasks import problem, task_files, task_manager
 from llmkd.evaluation.lm_eval_worker import PACKAGES, STEP, Task
 from llmkd.evaluation.results import LmEvalResult
-from llmkd.evaluation.step import Process, model_contents, run
-from llmkd.files import ROOT, contents, digest, sources
+from llmkd.evaluation.step import Process, model_hashes, run
+from llmkd.files import ROOT, digest, file_hashes, sources
 from llmkd.inference.choose import choose_backend
 from llmkd.inference.vllm_setup import check_installed, vllm_environment
 from llmkd.provenance import versions
@@ -96,7 +96,7 @@ def _unscored(name: str, folder: Path, settings: Evaluation, include: Path | Non
     return LmEvalResult(
         name=name,
         model=str(folder),
-        fingerprint=digest([_shared_fingerprint(settings, include, backend), *model_contents(folder)]),
+        fingerprint=digest([_shared_fingerprint(settings, include, backend), *model_hashes(folder)]),
         backend=backend,
         why=why,
         dtype=settings.dtype,
@@ -109,4 +109,4 @@ def _shared_fingerprint(settings: Evaluation, include: Path | None, backend: str
     made_with = versions(*PACKAGES["hf"], *PACKAGES[backend])
     parts = [settings.model_dump_json(exclude=NOT_OF_LM_EVAL), backend, json.dumps(made_with, sort_keys=True)]
     parts += sources(records, text_metrics)
-    return digest(parts + ([] if include is None else contents(include, task_files(include, settings.tasks))))
+    return digest(parts + ([] if include is None else file_hashes(include, task_files(include, settings.tasks))))

@@ -1,12 +1,12 @@
-"""The driver of the scoring steps. A step is a function from a model to its result; processes, devices, failures and files are here.
+"""The driver of the scoring steps. A step is a function from a model to its result; its processes, failures and files are handled here.
 
     STEP = Step(GENERATION, Task, GenerationResult, prepare)             # in the step's module, run by `python -m`
     files = run(STEP, unscored, Task(...), out)                          # in the parent
     sys.exit(serve(STEP))                                                # in the child
 
-`unscored` are the models' results before they are scored: name, model, and the fingerprint of all that decides the scores. A result
-file with that fingerprint and no error is not made again. Each device has a process of its own, and all take their models from one
-queue; a process that dies costs no model but the one in its hands.
+`unscored` are the models' results before they are scored: name, model, and the fingerprint of all that decides the scores. A model
+whose result file has that fingerprint and no error is not scored again. Each device has its own process, and all take their models
+from one queue; where a process dies, only the model that it was scoring fails.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pydantic import TypeAdapter
 
 from llmkd.errors import InputError
 from llmkd.evaluation.results import Item, StepResult, read_result
-from llmkd.files import contents, publish
+from llmkd.files import file_hashes, write_text
 from llmkd.inference import child
 from llmkd.inference.child import Child, Say
 from llmkd.recipe.scoring_steps import ScoringStep
@@ -50,7 +50,7 @@ class Step(Generic[S, R]):
     """A dataclass: all that the models of a call share, as it travels to the child."""
     result: type[R]
     prepare: Callable[[S, Say], Score[R]]
-    """In the child: what is done once for all models. Raises InputError for orders that can't be followed."""
+    """In the child: what is done once for all models. Raises InputError where no model can be scored."""
 
     @property
     def log_name(self) -> str:
@@ -59,7 +59,7 @@ class Step(Generic[S, R]):
 
 @dataclass(frozen=True)
 class Process:
-    """What the process must be like that scores a model. Models that want the same one share it, in the order of `rank`."""
+    """The process that a model needs. Models that need the same one share it; they are scored in the order of `rank`."""
 
     rank: int = 0
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -79,7 +79,7 @@ def run(
     """Score the models that have no up-to-date result in `out`; the result files by name.
 
     A model that can't be scored gets a file with `error` set, and is tried again at the next call. `devices`: by default all that this
-    process sees. Raises InputError where the child refuses the orders.
+    process sees. Raises InputError where `step.prepare` does.
     """
     files = {model.name: out / f"{model.name}.json" for model in unscored}
     todo = pending(unscored, out)
@@ -100,7 +100,7 @@ def run(
 
 
 class _Driver(Generic[S, R]):
-    """The queue of one call's models, and the processes that work on it."""
+    """The queue of one call's models, and the processes that score them."""
 
     def __init__(
         self, step: Step[S, R], todo: Sequence[R], shared: S, out: Path, process: Callable[[R], Process]
@@ -125,12 +125,14 @@ class _Driver(Generic[S, R]):
                 running.close()
                 running = None
             running = running or self._start(wanted, device)
+            if running is None:
+                return
             order = {"label": f"{number}/{self._count} {model.name}", "model": model.to_json()}
             code = running.do(order, lambda line: log.info("%s: %s", self._step.names.name, line))
             if code is not None and not self._stopped:
                 running = None
                 error = f"the process that scored it ended with code {code}; see {self._out / self._step.log_name}"
-                if pending([model], self._out):  # else it died after its result was written
+                if pending([model], self._out):  # not where it died after writing the result
                     _write(self._out, replace(model, error=error), [])
         if running is not None:
             running.close()
@@ -146,12 +148,13 @@ class _Driver(Generic[S, R]):
         with self._lock:
             return None if self._stopped else next(self._queue, None)
 
-    def _start(self, wanted: Process, device: str) -> Child:
+    def _start(self, wanted: Process, device: str) -> Child | None:
+        """A process on the device; None where all were stopped."""
         place = {} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": device}
         log_file = self._out / self._step.log_name
         with self._lock:
             if self._stopped:
-                raise RuntimeError("stopped")  # whoever stopped us has an exception of its own under way
+                return None
             started = child.Child(self._step.names.module, self._shared, log_file, {**wanted.variables, **place})
             self._children.append(started)
             return started
@@ -159,7 +162,7 @@ class _Driver(Generic[S, R]):
 
 def visible_devices() -> list[str]:
     """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them; `cpu` where there is none."""
-    import torch  # takes seconds, which a child that needs no torch is spared
+    import torch  # heavy, and needed by the parent alone: a child is given its device
 
     count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
     return (named.split(",") if named else [str(number) for number in range(count)])[:count] or ["cpu"]
@@ -169,7 +172,7 @@ def visible_devices() -> list[str]:
 
 
 def serve(step: Step[S, R]) -> int:
-    """Score the models on stdin one after another; 2 if the orders can't be followed."""
+    """Score the models on stdin one after another; returns the exit code, 2 where `step.prepare` raises InputError."""
     received, orders, say = child.listen()
     out = Path(received["out"])
     try:
@@ -185,7 +188,7 @@ def serve(step: Step[S, R]) -> int:
 
 
 def _scored(score: Score[R], model: R, out: Path) -> R:
-    """Score a model and write its files; what is wrong with it must not cost the others their scores."""
+    """Score a model and write its files. Whatever it raises is written as its error, so that the other models are scored."""
     started = time.perf_counter()
     try:
         result, items = score(model)
@@ -221,13 +224,13 @@ def pending(unscored: Sequence[R], out: Path) -> list[R]:
 def _write(out: Path, result: StepResult, items: Sequence[Item]) -> None:
     """Write a model's files, the items first: where a result is, its items are."""
     if result.ITEMS_SUFFIX:
-        publish(out / f"{result.name}{result.ITEMS_SUFFIX}", "".join(f"{item.to_line()}\n" for item in items))
-    publish(out / f"{result.name}.json", result.to_text())
+        write_text(out / f"{result.name}{result.ITEMS_SUFFIX}", "".join(f"{item.to_line()}\n" for item in items))
+    write_text(out / f"{result.name}.json", result.to_text())
 
 
-def model_contents(folder: Path) -> list[str]:
+def model_hashes(folder: Path) -> list[str]:
     """Name and hash of every file that decides what a model folder's model does; none where there is no such folder."""
     files = (file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
-    return contents(
+    return file_hashes(
         folder, sorted(file for file in files if not file.name.startswith(".") and file.name not in NOT_OF_THE_MODEL)
     )

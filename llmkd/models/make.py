@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from llmkd.data.batches import Kind
 from llmkd.errors import InputError
-from llmkd.files import publish_folder
+from llmkd.files import write_folder
 from llmkd.layer_map import forward
 from llmkd.models.families import AUTO_CLASSES, by_stack, depths, kind, model_type
 from llmkd.models.folders import copy_tokenizer, tensor_files
@@ -79,7 +79,7 @@ def copied_student(
     renamed = _renamed(teacher, chosen, depths(config))
     small = student_config(config, chosen, {})
     small.dtype = dtype
-    publish_folder(
+    write_folder(
         folder,
         lambda tmp: (
             _copy_tensors(teacher, tmp, renamed, dtype),
@@ -146,7 +146,7 @@ def new_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AUTO_CLASSES[kind(config)].from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    publish_folder(folder, lambda tmp: (model.save_pretrained(tmp), tokenizer(tmp)))
+    write_folder(folder, lambda tmp: (model.save_pretrained(tmp), tokenizer(tmp)))
 
 
 def new_tokenizer(texts: Iterable[str], vocab_size: int, of: Kind = "decoder") -> PreTrainedTokenizerFast:
@@ -246,7 +246,7 @@ def copied_encoder(
     old_blocks = blocks(source)
     for new, old in zip(blocks(student), chosen, strict=True):
         new.load_state_dict(old_blocks[old].state_dict())
-    publish_folder(folder, lambda tmp: (student.save_pretrained(tmp), copy_tokenizer(teacher, tmp)))
+    write_folder(folder, lambda tmp: (student.save_pretrained(tmp), copy_tokenizer(teacher, tmp)))
 
 
 def new_classifier(start: Path, labels: Sequence[str], folder: Path, *, seed: int, dtype: torch.dtype) -> None:
@@ -277,7 +277,7 @@ def new_classifier(start: Path, labels: Sequence[str], folder: Path, *, seed: in
         for name, parameter in model.named_parameters():
             if name in renewed:
                 parameter.copy_(drawn[name])
-    publish_folder(folder, lambda tmp: (model.save_pretrained(tmp), copy_tokenizer(start, tmp)))
+    write_folder(folder, lambda tmp: (model.save_pretrained(tmp), copy_tokenizer(start, tmp)))
 
 
 def _classifier(config: PreTrainedConfig) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmkd.errors import InputError
-from llmkd.files import publish_json, read
+from llmkd.files import read, write_json
 from llmkd.layer_map import STRATEGIES
 from llmkd.recipe.objective import Matching
 from llmkd.recipe.recipe import Recipe
@@ -80,7 +80,7 @@ class StudyFile:
     entries: Sequence[StudyEntry]
 
     def write(self, folder: Path) -> None:
-        publish_json(folder / "study.json", {**vars(self), "entries": [entry.to_json() for entry in self.entries]})
+        write_json(folder / "study.json", {**vars(self), "entries": [entry.to_json() for entry in self.entries]})
 
 
 def read_study(folder: Path) -> StudyFile:

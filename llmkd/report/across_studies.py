@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from llmkd.errors import InputError
-from llmkd.files import publish
+from llmkd.files import write_text
 from llmkd.recipe.inputs import flat
 from llmkd.report import tables
 from llmkd.report.files import generations
@@ -79,7 +79,7 @@ def compare_studies(folders: Sequence[Path], file: Path) -> str:
     flagged = [replace(metric, label=metric.label + FLAG) if reasons[metric.name] else metric for metric in metrics]
     answers = [f"{study.name}: {study.results.conclusion}" for study in studies]
     recipes = _recipe_table(studies)
-    publish(file, _markdown(studies, flagged, recipes, answers, notes))
+    write_text(file, _markdown(studies, flagged, recipes, answers, notes))
     return _terminal_text(studies, flagged, recipes, [*notes, *answers])
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from llmkd.files import publish
+from llmkd.files import write_text
 from llmkd.recipe.study_entries import read_study
 from llmkd.report import tables
 from llmkd.report.angles import angle_table, sentence, setting
@@ -37,10 +37,10 @@ def report(folder: Path) -> Report:
     results = gather(folder)
     file = folder / "recipe.yaml"
     recipe = file.read_text() if file.is_file() else ""
-    publish(folder / "results.json", json.dumps(results.to_json(), indent=1, allow_nan=False))
-    publish(folder / "results.csv", _scores_csv(folder))
-    publish(folder / "report.md", _markdown(results, recipe))
-    publish(folder / "report.html", whole_page(results, generations(folder), recipe))
+    write_text(folder / "results.json", json.dumps(results.to_json(), indent=1, allow_nan=False))
+    write_text(folder / "results.csv", _scores_csv(folder))
+    write_text(folder / "report.md", _markdown(results, recipe))
+    write_text(folder / "report.html", whole_page(results, generations(folder), recipe))
     return Report(folder / "report.html", results)
 
 

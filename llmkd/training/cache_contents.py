@@ -33,7 +33,7 @@ VERIFIED_AT_START = 8 * 2**30
 """Up to so many bytes `cache.verify: auto` compares all checksums before training; half a minute on a slow disk."""
 
 
-def contents(recipe: Recipe, students: Sequence[Student], teacher: Path, tokenizer: Any, data: Dataset) -> Contents:
+def contents_of(recipe: Recipe, students: Sequence[Student], teacher: Path, tokenizer: Any, data: Dataset) -> Contents:
     """What a cache of the recipe's teacher and data holds that serves these students (rank 0 alone: all tokens are hashed)."""
     settings = recipe.teacher
     shape = load.load_config(teacher, trust_remote_code=settings.trust_remote_code)
@@ -161,7 +161,7 @@ def open_teacher(world: World, job: Job, tokenizer: Any, data: Dataset) -> Cache
     recipe, teacher = job.recipe, job.teacher
     if teacher is None or recipe.teacher.placed.has_weights:
         return None
-    wanted = on_main(world, lambda: contents(recipe, [(recipe, job.pairs)], teacher, tokenizer, data))
+    wanted = on_main(world, lambda: contents_of(recipe, [(recipe, job.pairs)], teacher, tokenizer, data))
     manifest = on_main(world, lambda: _checked(recipe, wanted))
     dtype = load.DTYPES[recipe.teacher.dtype]
     trust = recipe.teacher.trust_remote_code

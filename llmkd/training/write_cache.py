@@ -57,7 +57,7 @@ def cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool = F
     data = build.tokenized(world, job.data, tokenizer)
     wanted = on_main(
         world,
-        lambda: cache_contents.contents(
+        lambda: cache_contents.contents_of(
             recipe, cache_contents.students(recipe, *cache_contents.depths(recipe)), teacher, tokenizer, data
         ),
     )

@@ -33,7 +33,7 @@ from llmkd.evaluation.angles.students import TrainedStudent, students_of
 from llmkd.evaluation.checks import held_out_data
 from llmkd.evaluation.held_out import batches_of, generation_rows, held_out_section
 from llmkd.evaluation.results import Item
-from llmkd.evaluation.step import Score, Step, model_contents, run, serve
+from llmkd.evaluation.step import Score, Step, model_hashes, run, serve
 from llmkd.files import digest
 from llmkd.inference.child import Say
 from llmkd.models.families import kind
@@ -85,7 +85,7 @@ def angles(
         )
     rows = rows or first.evaluation.angles_rows or ROWS
     packages = versions("torch", "transformers")
-    shared = [FORM, str(rows), str(BINS), json.dumps(packages), *model_contents(teacher)]
+    shared = [FORM, str(rows), str(BINS), json.dumps(packages), *model_hashes(teacher)]
     unscored = [
         AngleResult(
             name=student.name,
@@ -129,8 +129,8 @@ def _made_of(student: TrainedStudent, section: str) -> list[str]:
     start = recipe.student.path
     return [
         json.dumps([data, asked, settings, sections, held], sort_keys=True),
-        *(model_contents(Path(start)) if start is not None and Path(start).is_dir() else []),
-        *model_contents(student.train / "model"),
+        *(model_hashes(Path(start)) if start is not None and Path(start).is_dir() else []),
+        *model_hashes(student.train / "model"),
     ]
 
 

@@ -8,6 +8,9 @@ from itertools import groupby
 from statistics import fmean
 from typing import Any
 
+from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.path import Path
+
 from llmkd.evaluation.angles.results import WHEN, Matrix
 from llmkd.report import numbers
 from llmkd.report.angles import angle_table, sentence, setting
@@ -177,9 +180,6 @@ def _colour(value: float | None) -> tuple[str, int] | None:
 
 def _lines(ax: Any, ends: Sequence[Point], colour: str, width: float, cap: Any, alpha: float = 1.0) -> None:
     """Lines from each first point to the second, as one path."""
-    from matplotlib.patches import PathPatch
-    from matplotlib.path import Path
-
     if ends:
         path = Path(ends, [Path.MOVETO, Path.LINETO] * (len(ends) // 2))
         path.should_simplify = False  # a line of no length is a dot
@@ -188,8 +188,6 @@ def _lines(ax: Any, ends: Sequence[Point], colour: str, width: float, cap: Any, 
 
 def _frame(ax: Any, left: float, top: float, names: Sequence[str]) -> None:
     """A square's border; its first and last block are named at its sides."""
-    from matplotlib.patches import Rectangle
-
     ax.add_patch(Rectangle((left, top), SIDE, SIDE, fill=False, ec=COLOUR["rule"], lw=1.0, clip_on=False))
     for place in dict.fromkeys((0, len(names) - 1)):
         middle = (place + 0.5) * SIDE / len(names)
@@ -199,8 +197,6 @@ def _frame(ax: Any, left: float, top: float, names: Sequence[str]) -> None:
 
 def _legend(ax: Any, y: float) -> None:
     """Swatches from -1 to 1."""
-    from matplotlib.patches import Rectangle
-
     for place, value in enumerate((-1.0, -0.5, 0.0, 0.5, 1.0)):
         x = LEFT + place * 64
         _lines(ax, [(x, y), (x + 12, y)], "series-2" if value < 0 else "series-1", 12, "butt", abs(value))

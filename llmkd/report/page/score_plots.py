@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from matplotlib.patches import Rectangle
+
 from llmkd.report import numbers
 from llmkd.report.page import svg
 from llmkd.report.results import Comparison, LayerMap, Metric, Row
@@ -48,7 +50,11 @@ def scores(name: str, metric: Metric, rows: Sequence[Row], reference: str, margi
     svg.few_ticks(ax.xaxis, 4)
     ax.set_xlabel(f"{metric.label} ({_better(metric)})")
 
-    parts = [f"{row.name} {_in_words(row, metric)}" for row in (*students, *others)]
+    cells = {row.name: row.cells.get(metric.name) for row in (*students, *others)}
+    parts = [
+        f"{row} {numbers.mean(cell, metric, ' plus or minus ') if cell else 'without a score'}"
+        for row, cell in cells.items()
+    ]
     if band and margin is not None:
         low, high = (numbers.score(edge, metric) for edge in band)
         parts.append(f"margin of {numbers.margin(margin)} around {reference}: {low} to {high}")
@@ -108,15 +114,9 @@ def _score_numbers(rows: Sequence[Row], metric: Metric) -> svg.Numbers:
             lines.append((row.name, None, None, None, 0, *(None for _ in seeds)))
             continue
         ends = (None, None) if cell.half_width is None else (cell.mean - cell.half_width, cell.mean + cell.half_width)
-        by_seed = dict(zip(cell.seeds, cell.values, strict=False))  # a model without a seed has a value all the same
-        lines.append((row.name, cell.mean, *ends, cell.n, *(by_seed.get(seed) for seed in seeds)))
+        lines.append((row.name, cell.mean, *ends, cell.n, *map(cell.by_seed.get, seeds)))
     head = ("model", "mean", "interval low", "interval high", "n", *(f"seed {seed}" for seed in seeds))
     return svg.Numbers(head, tuple(lines))
-
-
-def _in_words(row: Row, metric: Metric) -> str:
-    cell = row.cells.get(metric.name)
-    return "without a score" if cell is None else numbers.mean(cell, metric, " plus or minus ")
 
 
 def _mean(row: Row, metric: Metric) -> float | None:
@@ -228,8 +228,6 @@ def _column(ax: Any, blocks: int, left: float, tall: float, paired: set[int], nu
 
     Where the boxes are too flat for every number, those in a pair have theirs, and every fourth that is far from one.
     """
-    from matplotlib.patches import Rectangle
-
     step = tall / blocks
     gap = min(2.5, step * 0.25)
     for block in range(blocks):

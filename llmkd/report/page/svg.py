@@ -11,14 +11,16 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 from xml.etree import ElementTree
 
+import matplotlib
 from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from llmkd.text import shortened
 
 # Roles; page.css gives each its colour as a variable of that name.
 ROLES = ("ink", "muted", "rule", "paper", "accent", "band", *(f"series-{number}" for number in range(1, 9)))
@@ -28,6 +30,7 @@ COLOUR = {role: f"#a1b0{number:02x}" for number, role in enumerate(ROLES)}
 DASHES: tuple[Any, ...] = ("solid", (0, (6, 2)), (0, (2, 1.6)), (0, (8, 2, 2, 2)), (0, (1, 1.4)), (0, (10, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
+LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")  # in path data, transforms and styles alike
 TEXT, SMALL = 11.5, 10.5  # font sizes in pixels
 LONGEST_NAME = 18  # characters of a name inside a picture
 
@@ -75,8 +78,6 @@ def drawn(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
 
     @functools.wraps(function)
     def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Value:
-        import matplotlib
-
         settings: Any = {
             "svg.fonttype": "none",
             "svg.hashsalt": "llmkd",
@@ -111,8 +112,6 @@ def drawn(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
 
 def axes(width: float, height: float, left: float, right: float, top: float, bottom: float) -> tuple[Figure, Axes]:
     """A figure of `width` x `height` pixels with one set of axes inside the given borders."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width / 72, height / 72), dpi=72)
     figure.patch.set_visible(False)
     box = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
@@ -133,22 +132,16 @@ def pixel_axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 def few_ticks(axis: Any, count: int) -> None:
     """At most about `count` round numbers along an axis."""
-    from matplotlib.ticker import MaxNLocator
-
     axis.set_major_locator(MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]))
 
 
 def whole_numbers(axis: Any) -> None:
     """Numbers in the thousands, without decimals and with separators."""
-    from matplotlib.ticker import StrMethodFormatter
-
     axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
 def log_axis(ax: Any) -> None:
     """A logarithmic y axis with plain numbers at 1, 2 and 5."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_minor_locator(NullLocator())
@@ -157,7 +150,7 @@ def log_axis(ax: Any) -> None:
 
 def short(name: str) -> str:
     """A name cut to what a picture has room for."""
-    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+    return shortened(name, LONGEST_NAME)
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -200,13 +193,13 @@ def inline(figure: Figure, name: str, title: str, description: str) -> Markup:
 
 
 def _tidy(element: ElementTree.Element, name: str) -> None:
-    """An element without namespaces, with ids of the picture's own, colours by role, and no white space around it."""
+    """Strip an element of namespaces and white space; make its ids the picture's own, its colours roles and its numbers short."""
     element.tag = element.tag.rpartition("}")[2]
     attributes = {key.rpartition("}")[2]: " ".join(value.split()) for key, value in element.attrib.items()}
     element.attrib.clear()
     for key, value in attributes.items():
         if key == "id":
-            if re.fullmatch(r"[a-z0-9.]+_\d+", value):  # matplotlib numbers its groups; nothing refers to them
+            if element.tag == "g":  # matplotlib numbers its groups; nothing refers to them
                 continue
             value = f"{name}-{value}"
         elif key == "href":
@@ -216,9 +209,9 @@ def _tidy(element: ElementTree.Element, name: str) -> None:
         elif key == "transform" and value.startswith(("rotate(-0 ", "rotate(0 ")):
             continue
         value = value.replace("url(#", f"url(#{name}-")
-        value = re.sub(r"#a1b0([0-9a-f]{2})", lambda match: f"var(--{ROLES[int(match[1], 16)]})", value)
-        value = re.sub(r"-?\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), value)
-        element.set(key, value)
+        for role, colour in COLOUR.items():
+            value = value.replace(colour, f"var(--{role})")
+        element.set(key, LONG_NUMBER.sub(lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), value))
     element.text = element.text if (element.text or "").strip() else None
     element.tail = None
 

@@ -37,11 +37,8 @@ def curves(name: str, part: str, groups: Groups, strategies: Sequence[str], long
     A strategy's look is its place in `strategies`; `longest` is how many log lines the longest run wrote.
     """
     figure, ax = svg.axes(380, 240, 42, 92, 20, 36)
-    lines: Lines = {
-        strategy: {run: _values(curve, part) for run, curve in runs.items()} for strategy, runs in groups.items()
-    }
-    means = {strategy: _mean_line(runs.values()) for strategy, runs in lines.items()}
-    looks = {strategy: _look(strategies.index(strategy)) for strategy in lines}
+    lines: Lines = {group: {run: _values(curve, part) for run, curve in runs.items()} for group, runs in groups.items()}
+    means, looks = _mean_lines(lines), _looks(lines, strategies)
     for strategy, runs in lines.items():
         for line in runs.values():
             ax.plot(*zip(*line, strict=True), color=looks[strategy]["color"], lw=0.7, alpha=0.45, zorder=2)
@@ -52,17 +49,14 @@ def curves(name: str, part: str, groups: Groups, strategies: Sequence[str], long
         svg.log_axis(ax)
     else:
         svg.few_ticks(ax.yaxis, 4)
-    _label_ends(ax, means, looks)
-    ax.grid(axis="y")
-    svg.few_ticks(ax.xaxis, 5)
-    ax.set_xlabel("step")
+    _finish(ax, means, looks, "step", 5)
     above = f"{part}{', log scale' if logarithmic else ''}"
     ax.text(0, 1.02, above, transform=ax.transAxes, size=svg.SMALL, color=svg.COLOUR["muted"])
 
     shown = max(len(line) for runs in lines.values() for line in runs.values())
-    words = _ends_in_words(means)
-    words += f" {shown} of {longest} logged steps are drawn." if shown < longest else ""
-    return svg.picture(figure, name, f"Training: {part} by step", words, _columns("step", means, lines), 1 + len(means))
+    words = _ends_in_words(means) + (f" {shown} of {longest} logged steps are drawn." if shown < longest else "")
+    numbers = _columns("step", means, lines)
+    return svg.picture(figure, name, f"Training: {part} by step", words, numbers, 1 + len(means))
 
 
 @svg.drawn
@@ -73,8 +67,7 @@ def distances_at_end(name: str, groups: Groups, strategies: Sequence[str]) -> sv
         strategy: {run: list(by_block(curve, curve.lines[-1]).items()) for run, curve in runs.items()}
         for strategy, runs in groups.items()
     }
-    means = {strategy: _mean_line(runs.values()) for strategy, runs in lines.items()}
-    looks = {strategy: _look(strategies.index(strategy)) for strategy in lines}
+    means, looks = _mean_lines(lines), _looks(lines, strategies)
     for strategy, runs in lines.items():
         look, marker = looks[strategy], svg.MARKERS[strategies.index(strategy) % len(svg.MARKERS)]
         ring = {"ms": 3.4, "mfc": svg.COLOUR["paper"], "mec": look["color"], "mew": 0.8}
@@ -83,18 +76,18 @@ def distances_at_end(name: str, groups: Groups, strategies: Sequence[str]) -> sv
         ax.plot(*zip(*means[strategy], strict=True), **look, marker=marker, ms=5, lw=1.6, zorder=3)
     blocks = sorted({int(block) for line in means.values() for block, _ in line})
     ax.set_ylim(bottom=0)
-    ax.set_xticks(blocks, [_block_name(block) for block in blocks])
-    ax.set_xlim(blocks[0] - 0.2, blocks[-1] + 0.2)
-    _label_ends(ax, means, looks)
-    ax.grid(axis="y")
     svg.few_ticks(ax.yaxis, 4)
-    ax.set_xlabel("student block")
+    _finish(ax, means, looks, "student block")
+    ax.set_xticks(blocks, list(map(_block_name, blocks)))
+    ax.set_xlim(blocks[0] - 0.2, blocks[-1] + 0.2)
 
-    last = [f"{strategy} {amount(line[-1][1])} at block {_block_name(line[-1][0])}" for strategy, line in means.items()]
-    words = f"Mean over seeds; last block: {'; '.join(last)}."
+    ends = [f"{group} {amount(line[-1][1])} at block {_block_name(line[-1][0])}" for group, line in means.items()]
     table = _columns("student block", means, lines)
     table = table._replace(rows=tuple((_block_name(block), *values) for block, *values in table.rows))
-    title = "Hidden distance of each student block at the end"
+    title, words = (
+        "Hidden distance of each student block at the end",
+        f"Mean over seeds; last block: {'; '.join(ends)}.",
+    )
     return svg.picture(figure, name, title, words, table, 1 + len(means))
 
 
@@ -102,21 +95,18 @@ def distances_at_end(name: str, groups: Groups, strategies: Sequence[str]) -> sv
 def distances_by_step(name: str, strategy: str, runs: Mapping[str, Curve], top: float) -> svg.Picture:
     """One strategy's hidden distance by step, a line per student block (mean over seeds); `top` is the common scale."""
     figure, ax = svg.axes(230, 170, 40, 34, 8, 34)
-    lines: dict[int, list[Line]] = {}
-    for curve in runs.values():
+    lines: dict[int, dict[str, Line]] = {}
+    for run, curve in runs.items():
         steps = [(line.step, by_block(curve, line)) for line in curve.lines]
         for block in steps[-1][1]:
-            lines.setdefault(block, []).append([(step, values[block]) for step, values in steps if block in values])
-    means = {_block_name(block): _mean_line(of_block) for block, of_block in sorted(lines.items())}
-    looks = {block: _look(place) for place, block in enumerate(means)}
+            lines.setdefault(block, {})[run] = [(step, values[block]) for step, values in steps if block in values]
+    means = _mean_lines({_block_name(block): of_runs for block, of_runs in sorted(lines.items())})
+    looks = _looks(means, list(means))
     for block, line in means.items():
         ax.plot(*zip(*line, strict=True), **looks[block], lw=1.5)
     ax.set_ylim(0, top * 1.04)
-    _label_ends(ax, means, looks)
-    ax.grid(axis="y")
-    svg.few_ticks(ax.xaxis, 3)
     svg.few_ticks(ax.yaxis, 3)
-    ax.set_xlabel("step")
+    _finish(ax, means, looks, "step", 3)
 
     named = {f"block {block}": line for block, line in means.items()}
     title = f"{strategy}: hidden distance of each student block by step"
@@ -155,19 +145,33 @@ def _block_name(block: float) -> str:
     return EMBEDDINGS.get(int(block), str(int(block)))
 
 
-def _look(place: int) -> Look:
-    return {"color": svg.COLOUR[f"series-{place % 8 + 1}"], "ls": svg.DASHES[place % len(svg.DASHES)]}
+def _looks(names: Iterable[str], order: Sequence[str]) -> dict[str, Look]:
+    """Each line's colour and dashes, by its name's place in `order`."""
+    places = {name: order.index(name) for name in names}
+    return {
+        name: {"color": svg.COLOUR[f"series-{place % 8 + 1}"], "ls": svg.DASHES[place % len(svg.DASHES)]}
+        for name, place in places.items()
+    }
 
 
-def _mean_line(lines: Iterable[Line]) -> Line:
-    """The mean of several lines at every x that all of them have, or that any has where they share none."""
-    lines = list(lines)
-    values: dict[float, list[float]] = {}
-    for line in lines:
-        for x, y in line:
+def _mean_lines(lines: Lines) -> dict[str, Line]:
+    """The mean of each group's lines at every x that all of them have, or that any has where they share none."""
+    means = {}
+    for name, runs in lines.items():
+        values: dict[float, list[float]] = {}
+        for x, y in (point for line in runs.values() for point in line):
             values.setdefault(x, []).append(y)
-    shared = [x for x, ys in values.items() if len(ys) == len(lines)]
-    return [(x, fmean(values[x])) for x in sorted(shared or values)]
+        shared = [x for x, ys in values.items() if len(ys) == len(runs)]
+        means[name] = [(x, fmean(values[x])) for x in sorted(shared or values)]
+    return means
+
+
+def _finish(ax: Any, lines: Mapping[str, Line], looks: Mapping[str, Look], x: str, ticks: int = 5) -> None:
+    """Label the lines, once the y axis is final, and the x axis."""
+    _label_ends(ax, lines, looks)
+    ax.grid(axis="y")
+    svg.few_ticks(ax.xaxis, ticks)
+    ax.set_xlabel(x)
 
 
 def _label_ends(ax: Any, lines: Mapping[str, Line], looks: Mapping[str, Look]) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from llmkd.data.tokens import leading
 from llmkd.errors import InputError
 from llmkd.evaluation import agreement
-from llmkd.files import publish
+from llmkd.files import write_text
 from llmkd.models import make
 from llmkd.models.load import load_config, load_tokenizer
 from llmkd.recipe.recipe import Data, Evaluation
@@ -44,7 +44,7 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         texts[3] = [5, 6, 7, 8][: 4 if name == "teacher" else 3]  # the shorter agrees as far as it goes
         texts[4] = []
         lines = [{"item": i, "prompt": rows[i]["prompt"], "token_ids": ids} for i, ids in enumerate(texts)]
-        publish(made / "generations" / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(made / "generations" / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     shutil.copy(made / "generations" / "teacher.jsonl", made / "generations" / "same.jsonl")
     return made
 
@@ -164,8 +164,8 @@ def test_chunks_and_batches_change_nothing() -> None:
     draw = torch.Generator().manual_seed(0)
     ours, theirs = torch.randn(13, 6, generator=draw), torch.randn(13, 8, generator=draw)
     our_head, their_head = torch.nn.Linear(6, 30), torch.nn.Linear(8, 24, bias=False)
-    whole = agreement.compare(ours, our_head, theirs, their_head, chunk=13)
-    cut = agreement.compare(ours, our_head, theirs, their_head, chunk=4)
+    whole = agreement.kl_and_same_top(ours, our_head, theirs, their_head, chunk=13)
+    cut = agreement.kl_and_same_top(ours, our_head, theirs, their_head, chunk=4)
     assert all(torch.allclose(a, b, atol=1e-6) and a.shape == (13,) for a, b in zip(whole, cut, strict=True))
 
 

@@ -20,7 +20,7 @@ import pytest
 from llmkd.data import records
 from llmkd.errors import InputError
 from llmkd.evaluation import lm_eval_step, lm_eval_tasks, lm_eval_worker
-from llmkd.evaluation.step import model_contents
+from llmkd.evaluation.step import model_hashes
 from llmkd.files import ROOT
 from llmkd.inference import child, choose, vllm_setup
 from llmkd.inference.vllm_setup import vllm_version
@@ -395,13 +395,13 @@ def test_vllm_gives_the_scores_of_hugging_face_and_so_does_its_command(
 def test_fingerprint_follows_contents_and_nothing_else(models: dict[str, Path], tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(models["first"], copy)
-    before = model_contents(copy)
-    assert before == model_contents(models["first"])
+    before = model_hashes(copy)
+    assert before == model_hashes(models["first"])
     (copy / "llmkd.json").write_text("{}")
     os.utime(copy / "config.json", (1, 1))
-    assert model_contents(copy) == before
+    assert model_hashes(copy) == before
     (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + " ")
-    assert model_contents(copy) != before
+    assert model_hashes(copy) != before
 
 
 def test_fingerprint_follows_tasks_their_data_and_the_settings(tmp_path: Path) -> None:

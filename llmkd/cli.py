@@ -1,4 +1,7 @@
-"""The command line: every command parses, calls one function and prints its result. Heavy imports are inside the commands."""
+"""The command line: every command parses, calls one function and prints its result.
+
+Heavy imports are inside the commands, so that `--help` and a mistyped option need no torch.
+"""
 
 from __future__ import annotations
 

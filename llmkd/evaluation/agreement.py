@@ -1,9 +1,11 @@
 """How far each student agrees with the teacher: on held-out rows token by token, and in the texts that both have written.
 
 `agree([("forward-s0", folder)], teacher, settings, data, generations, out)` writes `out/forward-s0.json` and, with a line per item,
-`out/forward-s0.jsonl`; what is there and made of the same is not done again. The work is done in a process of its own, this file. The
-teacher runs over the rows once for all students, on each device: its final states at the trained positions are kept, and its head; the
-logits of a few hundred tokens are made from them where they are compared.
+`out/forward-s0.jsonl`; an up-to-date result is not made again. The work is done in processes of this file, one per device.
+
+The teacher runs over the rows once for all students: its head and its final states at the trained positions are kept, and from them
+the logits of a few hundred tokens at a time. Several devices repeat that run, each for itself, side by side: it is one pass over
+`agreement_rows` rows, and to share its states would take a file of them and a process that the others wait for.
 """
 
 from __future__ import annotations
@@ -19,20 +21,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from llmkd.data.batches import IGNORE, Batch
 from llmkd.errors import InputError
 from llmkd.evaluation.agreement_metrics import final_states, kl_and_same_top, text_likelihoods, token_agreement
-from llmkd.evaluation.held_out import batches_of, generation_rows, generation_source, pad_of
+from llmkd.evaluation.held_out import (
+    batches_of,
+    check_model_folder,
+    generation_rows,
+    generation_source,
+    load_to_run,
+    local_hashes,
+    pad_of,
+)
 from llmkd.evaluation.prompts import encoded, encoded_sources, held_out_prompts
 from llmkd.evaluation.results import AGREEMENT_METRICS, AgreementResult, ComparedItem, GeneratedText, Scores, read_items
 from llmkd.evaluation.step import Score, Step, explained, model_hashes, pending, run, serve
 from llmkd.files import digest, file_hashes
 from llmkd.inference.child import Say
 from llmkd.models.families import family
-from llmkd.models.load import DTYPES, check_same_tokens, load_config, load_model, load_tokenizer
+from llmkd.models.load import check_same_tokens, load_config, load_tokenizer
 from llmkd.models.parts import whole_head
 from llmkd.provenance import versions
 from llmkd.recipe.recipe import Data, Evaluation
@@ -56,7 +65,7 @@ class Task:
     data: Data
     generations: Path
     students: list[str]
-    """All whose texts the teacher is to read, so that it can be let go before the first student is loaded."""
+    """Those whose texts the teacher reads; it does so before the first student is loaded, and its blocks are then freed."""
     trust_remote_code: bool
 
 
@@ -108,9 +117,7 @@ def _shared_fingerprint(teacher: Path, settings: Evaluation, data: Data, generat
     parts = [source, str(name), generation.split, str(rows), settings.dtype, str(settings.batch_size)]
     columns = data.model_dump(include={"records_seed", "format", "max_length", "too_long"})
     parts += [json.dumps(columns), json.dumps(versions(*PACKAGES), sort_keys=True)]
-    local = Path(source).expanduser()
-    files = sorted(file for file in (local.rglob("*") if local.is_dir() else [local]) if file.is_file())
-    return digest(parts + file_hashes(local, files) + model_hashes(teacher) + _text_hashes(generations, TEACHER))
+    return digest(parts + local_hashes(source) + model_hashes(teacher) + _text_hashes(generations, TEACHER))
 
 
 def _text_hashes(generations: Path, name: str) -> list[str]:
@@ -165,7 +172,7 @@ def run_teacher(task: Task, rows: list[int], batches: list[Batch]) -> TeacherOut
     assert generation is not None
     tokenizer = load_tokenizer(task.teacher, trust_remote_code=task.trust_remote_code)
     texts = {name: read_texts(task.generations, name) for name in task.students}
-    model = _load(task, task.teacher)
+    model = load_to_run(task.teacher, task.settings.dtype, trust_remote_code=task.trust_remote_code)
     asked: list[tuple[str, list[int]]] = []
     if any(texts.values()):
         encode = encoded_sources if family(model.config).kind == "encoder_decoder" else encoded
@@ -184,11 +191,10 @@ def compare_model(
 ) -> tuple[AgreementResult, list[ComparedItem]]:
     """One student against the teacher: its result, and a line per item."""
     folder, name = Path(student.model), student.name
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no model (no config.json)")
+    check_model_folder(folder)
     ours, theirs = (load_tokenizer(f, trust_remote_code=task.trust_remote_code) for f in (folder, task.teacher))
     check_same_tokens(theirs, ours)
-    items = compare_rows(_load(task, folder), teacher)
+    items = compare_rows(load_to_run(folder, task.settings.dtype, trust_remote_code=task.trust_remote_code), teacher)
     if not all(math.isfinite(item.kl) for item in items.values() if item.kl is not None):
         raise InputError(f"{name}'s distributions are not numbers: its training has diverged; lower its learning rate")
     tokens = sum(item.tokens for item in items.values())
@@ -235,14 +241,6 @@ def compare_texts(items: dict[int, ComparedItem], ours: Texts, theirs: Texts, li
         "token_agreement": sum(agreements) / len(agreements) if agreements else None,
         "likelihood": total / written_tokens if written_tokens else None,
     }
-
-
-def _load(task: Task, folder: Path) -> Any:
-    dtype = DTYPES[task.settings.dtype]
-    model: Any = load_model(
-        folder, dtype=dtype, ds_config=None, attention="auto", trust_remote_code=task.trust_remote_code
-    )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def read_texts(generations: Path, name: str) -> Texts:

@@ -12,20 +12,22 @@ from llmkd.recipe.recipe import Data, Recipe
 
 def check_evaluation(recipe: Recipe, kind: Kind) -> None:
     """Raise InputError for an evaluation that models of this kind can't have."""
-    settings, said = recipe.evaluation, KIND_NAMES[kind]
+    settings, kind_name = recipe.evaluation, KIND_NAMES[kind]
     if kind != "decoder" and settings.tasks:
         cure = "evaluation.classification" if kind == "encoder" else "evaluation.generation"
         raise InputError(
-            f"evaluation.tasks: lm-eval is run on decoders, and this is {said}; leave tasks out and write {cure}"
+            f"evaluation.tasks: lm-eval is run on decoders, and this is {kind_name}; leave tasks out and write {cure}"
         )
     if kind == "encoder" and settings.generation is not None:
         raise InputError(
             "evaluation.generation: an encoder writes no texts; leave it out and write evaluation.classification"
         )
     if kind == "encoder_decoder" and settings.generation is not None and settings.generation.backend == "vllm":
-        raise InputError(f"evaluation.generation.backend: vLLM does not run {said} here; write hf")
+        raise InputError(f"evaluation.generation.backend: vLLM does not run {kind_name} here; write hf")
     if kind != "encoder" and settings.classification is not None:
-        raise InputError(f"evaluation.classification: only an encoder has classes, and this is {said}; leave it out")
+        raise InputError(
+            f"evaluation.classification: only an encoder has classes, and this is {kind_name}; leave it out"
+        )
     if settings.classification is not None:
         check_held_out(recipe)
 

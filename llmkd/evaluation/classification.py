@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +21,13 @@ from llmkd.data.other_families import collate_classified, tokenize_classified
 from llmkd.data.rows import load_rows
 from llmkd.errors import InputError
 from llmkd.evaluation import class_metrics
+from llmkd.evaluation.held_out import check_model_folder, load_to_run, local_hashes
 from llmkd.evaluation.results import ClassificationResult, ClassifiedRow
 from llmkd.evaluation.step import Score, Step, model_hashes, run, serve
-from llmkd.files import digest, file_hashes, sources
+from llmkd.files import digest, sources
 from llmkd.inference.child import Say
 from llmkd.models.families import family
-from llmkd.models.load import DTYPES, load_config, load_model, load_tokenizer
+from llmkd.models.load import load_config, load_tokenizer
 from llmkd.models.parts import final_state, head
 from llmkd.provenance import versions
 from llmkd.recipe.recipe import Data, Evaluation
@@ -76,10 +76,8 @@ def classify(
 
 def _rows_fingerprint(settings: Evaluation, data: Data) -> str:
     """A hash of what all models share: the rows and how they become tokens, precision and versions."""
-    local = Path(data.source).expanduser()
-    files = sorted(file for file in (local.rglob("*") if local.is_dir() else [local]) if file.is_file())
     parts = [data.model_dump_json(), settings.dtype, json.dumps(versions(*PACKAGES), sort_keys=True)]
-    return digest([*parts, *file_hashes(local, files), *sources(class_metrics)])
+    return digest([*parts, *local_hashes(data.source), *sources(class_metrics)])
 
 
 # --- The child process
@@ -97,13 +95,11 @@ def prepare(task: Task, say: Say) -> Score[ClassificationResult]:
 def score(model: ClassificationResult, rows: Dataset, task: Task) -> tuple[ClassificationResult, list[ClassifiedRow]]:
     """One encoder's scores, and a line per row. Raises whatever loading or running it raises."""
     folder, data = Path(model.model), task.data
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no model (no config.json)")
+    check_model_folder(folder)
     labels = family(load_config(folder)).labels
     tokenizer = load_tokenizer(folder)
     tokens = tokenize_classified(rows, tokenizer, labels, max_length=data.max_length, too_long=data.too_long)
-    encoder: Any = load_model(folder, dtype=DTYPES[task.settings.dtype], ds_config=None, attention="auto")
-    encoder = encoder.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    encoder = load_to_run(folder, task.settings.dtype)
     size = task.settings.batch_size if isinstance(task.settings.batch_size, int) else ROWS
     order = sorted(range(len(tokens)), key=lambda number: tokens[number]["length"])
     layer = head(encoder)

@@ -18,6 +18,7 @@ from pathlib import Path
 from llmkd.data import records
 from llmkd.errors import InputError
 from llmkd.evaluation import text_metrics
+from llmkd.evaluation.held_out import check_model_folder
 from llmkd.evaluation.prompts import KEY, Encoded, Prompt, encoded, encoded_sources, held_out_prompts, section
 from llmkd.evaluation.results import GeneratedText, GenerationResult
 from llmkd.evaluation.step import Process, Score, Step, explained, model_hashes, run, serve
@@ -138,8 +139,7 @@ def _score(model: GenerationResult, task: Task, say: Say) -> tuple[GenerationRes
 def score(model: GenerationResult, task: Task) -> tuple[GenerationResult, list[GeneratedText]]:
     """One model's scores and texts. Raises whatever loading or generating raises."""
     folder, generation = Path(model.model), task.generation
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no model (no config.json)")
+    check_model_folder(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=task.trust_remote_code)
     asked = _encoded(folder, tokenizer, task)
     how = Sampling(

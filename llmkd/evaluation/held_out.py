@@ -1,25 +1,27 @@
-"""The held-out rows on which models are compared, as batches of tokens: those of generation, of encoders those of classification."""
+"""Held-out rows as batches of tokens, and models ready to run over them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from datasets import Dataset
 
 from llmkd.data.batches import Batch, Kind
 from llmkd.data.other_families import collate_for, tokenize_for
 from llmkd.data.rows import load_rows
+from llmkd.errors import InputError
+from llmkd.files import file_hashes
 from llmkd.models.families import family
-from llmkd.models.load import load_config, load_tokenizer
+from llmkd.models.load import DTYPES, load_config, load_model, load_tokenizer
 from llmkd.recipe.recipe import Data, Evaluation
 
-ROWS = 8
-"""At once, where the recipe's evaluation.batch_size is auto."""
+ROWS = 8  # at once, where the recipe's evaluation.batch_size is auto
 
 
 def held_out_section(kind: Kind) -> Literal["generation", "classification"]:
-    """The section of `evaluation` whose rows models of this kind read."""
+    """The section of `evaluation` that names the held-out rows of models of this kind."""
     return "classification" if kind == "encoder" else "generation"
 
 
@@ -58,6 +60,27 @@ def batches_of(
         for start in range(0, len(rows), size)
     ]
     return list(rows["row"]), batches
+
+
+def load_to_run(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> Any:
+    """A folder's model for inference, on this process's GPU if it has one. Raises InputError where the folder holds none."""
+    check_model_folder(folder)
+    model: Any = load_model(
+        folder, dtype=DTYPES[dtype], ds_config=None, attention="auto", trust_remote_code=trust_remote_code
+    )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise InputError where a folder holds no model."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no model (no config.json)")
+
+
+def local_hashes(source: str) -> list[str]:
+    """Names and hashes of the files of a local source of rows; none of a hub data set."""
+    local = Path(source).expanduser()
+    return file_hashes(local, sorted(file for file in (local, *local.rglob("*")) if file.is_file()))
 
 
 def pad_of(tokenizer: object) -> int:

@@ -56,10 +56,9 @@ def evaluate(
 
 
 def check_tasks(settings: Evaluation) -> None:
-    """Raise InputError for what would keep the tasks from being scored; for a study to call before it trains for hours.
+    """Raise InputError for what would stop the scoring of the tasks; a study calls it before it trains for hours.
 
-    That is a task or folder that is not there, one whose data can't be read or had from the hub, a metric that can't be had, and
-    vLLM asked for where there is none.
+    That is a missing task, folder or metric, data that can't be read or downloaded, and vLLM where it is not installed.
     """
     include = task_folder(settings)
     if settings.backend == "vllm":

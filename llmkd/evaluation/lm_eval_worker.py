@@ -25,6 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmkd.errors import InputError, first_line
+from llmkd.evaluation.held_out import check_model_folder
 from llmkd.evaluation.lm_eval_tasks import problem, task_manager
 from llmkd.evaluation.results import LmEvalResult, TaskItem
 from llmkd.evaluation.step import Score, Step, explained, serve
@@ -84,8 +85,7 @@ def batch_rows(settings: Evaluation, model: LmEvalResult) -> int | str:
 def _load(model: LmEvalResult, task: Task, rows: int | str) -> Any:
     """The model inside lm-eval's backend. Raises InputError, or whatever loading raises."""
     folder = Path(model.model)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no model (no config.json)")
+    check_model_folder(folder)
     type_of_model = kind(load_config(folder, trust_remote_code=task.trust_remote_code))
     if type_of_model != "decoder":
         key = "evaluation.classification" if type_of_model == "encoder" else "evaluation.generation"

@@ -103,7 +103,7 @@ def chrf_of(total: np.ndarray) -> float:
 
 
 @functools.cache
-def _bleu() -> Any:
+def _bleu() -> Any:  # sacrebleu and rouge_score are heavy, and a report without texts reads this module too
     from sacrebleu.metrics.bleu import BLEU
 
     return BLEU()

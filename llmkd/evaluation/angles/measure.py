@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -31,14 +30,14 @@ from llmkd.evaluation.angles.results import AngleResult, MeasuredAngles, StackAn
 from llmkd.evaluation.angles.states import STACKS, StudentObserver, TeacherStates, observe
 from llmkd.evaluation.angles.students import TrainedStudent, students_of
 from llmkd.evaluation.checks import held_out_data
-from llmkd.evaluation.held_out import batches_of, generation_rows, held_out_section
+from llmkd.evaluation.held_out import batches_of, generation_rows, held_out_section, load_to_run
 from llmkd.evaluation.results import Item
 from llmkd.evaluation.step import Score, Step, model_hashes, run, serve
 from llmkd.files import digest
 from llmkd.inference.child import Say
 from llmkd.models.families import kind
 from llmkd.models.folders import resolve
-from llmkd.models.load import DTYPES, load_config, load_model
+from llmkd.models.load import load_config
 from llmkd.models.parts import Stack, tokens_of
 from llmkd.provenance import versions
 from llmkd.recipe.recipe import Recipe
@@ -71,16 +70,16 @@ def angles(
 ) -> dict[str, Path]:
     """Angles of every trained student of a study's folder, or of the one in a training folder; the result files by name.
 
-    The rows are the first of `evaluation.generation`'s source, of encoders `evaluation.classification`'s. A student that can't be
-    measured gets a file with `error` set, and is tried again at the next call. Raises InputError for a folder that is neither, and where
-    the rows can't be had.
+    The rows are the first of the source of `evaluation.generation`, for encoders of `evaluation.classification`. A student that can't
+    be measured gets a file with `error` set, and is tried again at the next call. Raises InputError for a folder that is neither, and
+    for rows that can't be read.
     """
     teacher, students = students_of(folder, recipe, overrides)
     first = students[0].recipe
     section = held_out_section(kind(load_config(teacher, trust_remote_code=first.teacher.trust_remote_code)))
     if getattr(first.evaluation, section) is None:
         raise InputError(
-            f"evaluation.{section}: the held-out rows are those of this section, which the recipe lacks; add it, e.g. "
+            f"evaluation.{section}: the recipe has no such section, which names the held-out rows; add it, e.g. "
             f"--set evaluation.{section}.source=held_out.jsonl"
         )
     rows = rows or first.evaluation.angles_rows or ROWS
@@ -116,7 +115,7 @@ def _settings(recipe: Recipe) -> dict[str, object]:
 
 
 def _made_of(student: TrainedStudent, section: str) -> list[str]:
-    """All that decides one student's angles, apart from the teacher and the number of rows. `section`: of `evaluation`, with the rows."""
+    """All that decides one student's angles, but for the teacher and the number of rows, which come from `evaluation.<section>`."""
     recipe = student.recipe
     rows = getattr(recipe.evaluation, section)
     data = recipe.data.model_dump(
@@ -152,10 +151,9 @@ class Work:
 def prepare(task: Task, say: Say) -> Score[AngleResult]:
     """Load the rows and the teacher. Raises InputError where the rows can't be had."""
     recipe = next(iter(task.students.values())).recipe
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = _batches(recipe, task.teacher, task.rows)
-    model = _load(task.teacher, recipe, recipe.teacher.trust_remote_code, device)
-    return partial(score, work=Work(task, TeacherStates(model), batches, device))
+    model = load_to_run(task.teacher, recipe.evaluation.dtype, trust_remote_code=recipe.teacher.trust_remote_code)
+    return partial(score, work=Work(task, TeacherStates(model), batches, model.device))
 
 
 def score(result: AngleResult, work: Work) -> tuple[AngleResult, list[Item]]:
@@ -175,21 +173,17 @@ def _batches(recipe: Recipe, teacher: Path, rows: int) -> list[Batch]:
 
 
 def measure(student: TrainedStudent, work: Work) -> MeasuredAngles:
-    """The angles as the student's blocks see them, before and after its training."""
+    """One student's angles before and after its training."""
     recipe = student.recipe
     trust = (recipe.student if recipe.student.init == "checkpoint" else recipe.teacher).trust_remote_code
     normed = recipe.matching.final_state == "normed"
 
     def observer(folder: Path, projectors: dict[int, nn.Module] | None) -> StudentObserver:
-        model = _load(folder, recipe, trust, work.device)
+        model = load_to_run(folder, recipe.evaluation.dtype, trust_remote_code=trust)
         return StudentObserver(model, work.teacher, normed_last=normed, projectors=projectors)
 
-    width, teacher_width = (
-        int(load_config(student.train / "model", trust_remote_code=trust).hidden_size),
-        work.teacher.width,
-    )
-    widths = (width, teacher_width)
-    projected = width != teacher_width
+    width = int(load_config(student.train / "model", trust_remote_code=trust).hidden_size)
+    widths, projected = (width, work.teacher.width), width != work.teacher.width
     step, trained = trained_projectors(student, widths, work.device) if projected else (None, None)
     after = observer(student.train / "model", trained)
     start, observers = _start_key(student, projected), [after]
@@ -250,12 +244,6 @@ def _start(recipe: Recipe, teacher: Path, folder: Path) -> Path:
         return resolve(recipe.student.path or "", "student.path")
     initial_student(recipe, teacher, folder)
     return folder
-
-
-def _load(folder: Path, recipe: Recipe, trust: bool, device: torch.device) -> Any:
-    dtype = DTYPES[recipe.evaluation.dtype]
-    model: Any = load_model(folder, dtype=dtype, ds_config=None, attention="auto", trust_remote_code=trust)
-    return model.to(device)
 
 
 STEP = Step(ANGLES, Task, AngleResult, prepare)

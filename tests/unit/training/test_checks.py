@@ -1,8 +1,7 @@
-"""What a recipe can't ask of another family than a decoder is one sentence with the cure; maps, names and pictures of two stacks."""
+"""What a recipe can't ask of another family than a decoder is one sentence with the cure; maps and names of two stacks."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,12 @@ import pytest
 from llmkd.data.batches import Family, Kind
 from llmkd.errors import InputError
 from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING, forward
-from llmkd.models import families, load, make
+from llmkd.models import families, make
 from llmkd.models.architectures import new_config
 from llmkd.models.model_types import types_with
 from llmkd.planning import doctor, memory
 from llmkd.recipe.inputs import finetune_inputs, training_inputs
 from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
-from llmkd.recipe.study_entries import StudyEntry
-from llmkd.report.files import Summary, depth
-from llmkd.report.page import training_plots
-from llmkd.report.results import Curve, LogLine
-from llmkd.report.training_runs import layer_maps, pair_blocks
 from llmkd.train import Stopping
 from llmkd.training import checks, jobs, write_cache
 from llmkd.training import pairs as recipe_map
@@ -423,41 +417,3 @@ def test_each_redraw_of_the_two_stacks_is_drawn_apart(tiny: Path) -> None:
         assert all(0 <= t < 8 for _, t in first[1:]) and all(8 <= t < 17 for _, t in second[1:])
     alike = (recipe_map.maps_of(recipe, (3, 3), (9, 9), draw) for draw in range(20))
     assert sum([t for _, t in p[1:4]] == [t - 9 for _, t in p[5:]] for p in alike) < 5  # 1 in 84 by chance
-
-
-@pytest.mark.parametrize("strategy", ["forward", "pkd_skip", "pkd_last", "explicit"])
-def test_distances_of_two_stacks_are_counted_like_the_maps(tiny: Path, strategy: str) -> None:
-    """Whichever blocks are paired, and so wherever the encoder's last block is left out: all have their own distance."""
-    pairs = {"matching.pairs": {"encoder": [[0, 1]], "decoder": [[1, 2], [2, 7]]}} if strategy == "explicit" else {}
-    recipe = two_stacks(tiny, **{"matching.embedding": True, "matching.strategy": strategy, **pairs})
-    mapped = recipe_map.maps_of(recipe, (3, 3), (4, 12))
-    names = recipe_map.pair_names(mapped, (3, 4))
-    line = LogLine(1, {}, {name: float(number) for number, name in enumerate(names)})
-    curve = Curve([line], pair_blocks(names, [list(pair) for pair in mapped]))
-    assert training_plots.by_block(curve, line) == {s: float(n) for n, (s, _) in enumerate(mapped)}
-
-
-@pytest.mark.parametrize(
-    ("kind", "config", "blocks"),
-    [
-        ("t5", lambda: ENCODER_DECODERS["t5"](2, 3), 5),
-        ("bart", lambda: ENCODER_DECODERS["bart"](2, 3), 5),
-        ("bert", lambda: ENCODERS["bert"](2), 2),
-        ("distilbert", lambda: ENCODERS["distilbert"](2), 2),
-        ("opt", lambda: DECODERS["opt"](2), 2),
-    ],
-)
-def test_report_knows_the_depth_of_every_family(tmp_path: Path, kind: str, config: Any, blocks: int) -> None:
-    config().save_pretrained(tmp_path)
-    assert depth(tmp_path) == blocks == sum(families.depths(load.load_config(tmp_path)))
-
-
-def test_report_draws_no_embeddings(tmp_path: Path) -> None:
-    """Their pair has no place in a map of blocks."""
-    about: dict[str, Any] = {"kind": "student", "strategy": "forward", "seed": 0, "model": "model", "train": "."}
-    entry = StudyEntry(name="forward-s0", **about)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps({"num_hidden_layers": 2}))
-    summary = Summary([[EMBEDDING, EMBEDDING], [0, 1], [1, 3], [DECODER_EMBEDDING, DECODER_EMBEDDING]])
-    (found,) = layer_maps(tmp_path, [entry], {"forward-s0": summary})
-    assert found.pairs == [[0, 1], [1, 3]] and found.student_blocks == 2

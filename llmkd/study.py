@@ -43,19 +43,11 @@ from llmkd.recipe.study_entries import (
     study_entries,
 )
 from llmkd.report.write import Report, report
+from llmkd.training import jobs
 from llmkd.training.build import accumulation_steps, total_steps
 from llmkd.training.checkpoint import check_same
 from llmkd.training.checks import teacher_shape
 from llmkd.training.initial import initial_student
-from llmkd.training.jobs import (
-    check_place,
-    check_student,
-    check_vocabularies,
-    read_rows,
-    student_inputs,
-    teacher_family,
-    teacher_inputs,
-)
 from llmkd.training.pairs import depths_of, maps_of
 from llmkd.training.write_cache import writing_recipe
 
@@ -105,13 +97,13 @@ def _score(recipe: Recipe, entries: Sequence[StudyEntry]) -> list[str]:
     trust = recipe.teacher.trust_remote_code or recipe.student.trust_remote_code
     models = {entry.name: _model(recipe, entry) for entry in entries}
     teacher = next(models[entry.name] for entry in entries if entry.kind == "teacher")
-    jobs = list(models.items())
+    named = list(models.items())
     students = [(entry.name, models[entry.name]) for entry in entries if entry.kind != "teacher"]
     generations = folder / GENERATION.folder
     take: dict[ScoringStep, Callable[[Path], object]] = {
-        GENERATION: lambda out: generation.generate(jobs, settings, recipe.data, out, trust_remote_code=trust),
-        CLASSIFICATION: lambda out: classification.classify(jobs, settings, held_out_data(recipe), out),
-        LM_EVAL: lambda out: lm_eval_step.evaluate(jobs, settings, out, trust_remote_code=trust),
+        GENERATION: lambda out: generation.generate(named, settings, recipe.data, out, trust_remote_code=trust),
+        CLASSIFICATION: lambda out: classification.classify(named, settings, held_out_data(recipe), out),
+        LM_EVAL: lambda out: lm_eval_step.evaluate(named, settings, out, trust_remote_code=trust),
         AGREEMENT: lambda out: agreement.agree(
             students, teacher, settings, recipe.data, generations, out, trust_remote_code=trust
         ),
@@ -182,7 +174,7 @@ def _write_undistilled(recipe: Recipe, entries: Sequence[StudyEntry]) -> None:
             continue
         seeded = recipe if entry.seed is None else recipe.changed({"seed": entry.seed})
         decides = ("student.", "teacher.", "finetune.", "seed", "train.dtype")
-        made_of = json.dumps({k: v for k, v in student_inputs(seeded).items() if k.startswith(decides)})
+        made_of = json.dumps({k: v for k, v in jobs.student_inputs(seeded).items() if k.startswith(decides)})
         if not (target / "llmkd.json").is_file() or (target / "llmkd.json").read_text() != made_of:
             initial_student(seeded, resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision), target)
             write_text(target / "llmkd.json", made_of)
@@ -210,8 +202,8 @@ def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
         runs.append((recipe.finetune.train, recipe.finetune.data or recipe.data))
     for train, data in runs:
         accumulation_steps(train, ranks)
-        total_steps(train, len(read_rows(data)))
-    family = teacher_family(recipe, teacher)
+        total_steps(train, len(jobs.read_rows(data)))
+    family = jobs.teacher_family(recipe, teacher)
     _check_pair_weights(recipe, entries, teacher)
     if recipe.teacher.share_cache:
         _check_trained(writing_recipe(recipe), family, teacher, ranks)
@@ -219,11 +211,11 @@ def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
         if entry.train is None:
             continue
         if entry.kind == "teacher":
-            inputs = teacher_inputs(recipe)
+            inputs = jobs.teacher_inputs(recipe)
         else:
             own = entry_recipe(recipe, entry)
             _check_trained(own, family, teacher, ranks)
-            inputs = student_inputs(own)
+            inputs = jobs.student_inputs(own)
         meta = recipe.folder / entry.model / "llmkd.json"
         if meta.is_file():
             check_same(json.loads(meta.read_text())["inputs"], inputs, meta.parent.parent)
@@ -237,7 +229,7 @@ def _check_scores(recipe: Recipe) -> None:
             "evaluation: a study needs something to score by; name lm-eval tasks under evaluation.tasks, or write evaluation.generation: {}"
         )
     if settings.classification is not None:
-        read_rows(held_out_data(recipe))
+        jobs.read_rows(held_out_data(recipe))
     if settings.tasks:
         check_tasks(settings)
     if settings.generation is not None:
@@ -278,10 +270,10 @@ def _student_shape(recipe: Recipe, teacher: PreTrainedConfig) -> tuple[PreTraine
 def _check_trained(recipe: Recipe, family: Family, teacher: PreTrainedConfig, ranks: int) -> None:
     """Raise InputError for a student that its training would refuse. `teacher`: the configuration, whether the model is there or not."""
     student, checkpoint = _student_shape(recipe, teacher)
-    _, _, weights = check_student(recipe, family, teacher, student)
+    _, _, weights = jobs.check_student(recipe, family, teacher, student)
     if checkpoint is not None and (tokenizer := _tokenizer_folder(recipe)) is not None:
-        check_vocabularies(recipe, tokenizer, checkpoint)
-    check_place(recipe, teacher, weights, ranks=ranks, ranks_per_node=ranks, gpu=torch.cuda.is_available())
+        jobs.check_vocabularies(recipe, tokenizer, checkpoint)
+    jobs.check_place(recipe, teacher, weights, ranks=ranks, ranks_per_node=ranks, gpu=torch.cuda.is_available())
 
 
 def _tokenizer_folder(recipe: Recipe) -> Path | None:

@@ -25,16 +25,8 @@ from torch import Tensor, nn
 
 from llmkd.data.batches import IGNORE, Batch
 from llmkd.errors import InputError
+from llmkd.evaluation import held_out
 from llmkd.evaluation.agreement_metrics import final_states, kl_and_same_top, text_likelihoods, token_agreement
-from llmkd.evaluation.held_out import (
-    batches_of,
-    check_model_folder,
-    generation_rows,
-    generation_source,
-    load_to_run,
-    local_hashes,
-    pad_of,
-)
 from llmkd.evaluation.prompts import encoded, encoded_sources, held_out_prompts
 from llmkd.evaluation.results import AGREEMENT_METRICS, AgreementResult, ComparedItem, GeneratedText, Scores, read_items
 from llmkd.evaluation.step import Score, Step, explained, model_hashes, pending, run, serve
@@ -111,13 +103,13 @@ def agree(
 
 def _shared_fingerprint(teacher: Path, settings: Evaluation, data: Data, generations: Path) -> str:
     """A hash of what all students share: rows and how they become tokens, the teacher and its texts, precision and versions."""
-    source, name = generation_source(settings, data)
+    source, name = held_out.generation_source(settings, data)
     generation, rows = settings.generation, settings.agreement_rows
     assert generation is not None
     parts = [source, str(name), generation.split, str(rows), settings.dtype, str(settings.batch_size)]
     columns = data.model_dump(include={"records_seed", "format", "max_length", "too_long"})
     parts += [json.dumps(columns), json.dumps(versions(*PACKAGES), sort_keys=True)]
-    return digest(parts + local_hashes(source) + model_hashes(teacher) + _text_hashes(generations, TEACHER))
+    return digest(parts + held_out.local_hashes(source) + model_hashes(teacher) + _text_hashes(generations, TEACHER))
 
 
 def _text_hashes(generations: Path, name: str) -> list[str]:
@@ -148,8 +140,8 @@ def prepare(task: Task, say: Say) -> Score[AgreementResult]:
         raise InputError(
             "evaluation.agreement_rows: an encoder predicts no tokens; write 0, and evaluation.classification"
         )
-    table, format = generation_rows(task.settings, task.data, task.settings.agreement_rows)
-    rows, batches = batches_of(table, format, task.teacher, task.settings, task.data, task.trust_remote_code)
+    table, format = held_out.generation_rows(task.settings, task.data, task.settings.agreement_rows)
+    rows, batches = held_out.batches_of(table, format, task.teacher, task.settings, task.data, task.trust_remote_code)
     say(f"teacher: started on {len(rows)} rows")
     started = time.perf_counter()
     try:
@@ -172,7 +164,7 @@ def run_teacher(task: Task, rows: list[int], batches: list[Batch]) -> TeacherOut
     assert generation is not None
     tokenizer = load_tokenizer(task.teacher, trust_remote_code=task.trust_remote_code)
     texts = {name: read_texts(task.generations, name) for name in task.students}
-    model = load_to_run(task.teacher, task.settings.dtype, trust_remote_code=task.trust_remote_code)
+    model = held_out.load_to_run(task.teacher, task.settings.dtype, trust_remote_code=task.trust_remote_code)
     asked: list[tuple[str, list[int]]] = []
     if any(texts.values()):
         encode = encoded_sources if family(model.config).kind == "encoder_decoder" else encoded
@@ -181,7 +173,7 @@ def run_teacher(task: Task, rows: list[int], batches: list[Batch]) -> TeacherOut
     likelihoods = {}
     for name, written in texts.items():
         prompt_and_text = {item: (asked[item][1], text.token_ids) for item, text in written.items()}
-        likelihoods[name] = text_likelihoods(model, prompt_and_text, pad_id=pad_of(tokenizer))
+        likelihoods[name] = text_likelihoods(model, prompt_and_text, pad_id=held_out.pad_of(tokenizer))
     head, own_texts = whole_head(model), read_texts(task.generations, TEACHER)
     return TeacherOutputs(rows, batches, states, head, own_texts, likelihoods)
 
@@ -191,10 +183,12 @@ def compare_model(
 ) -> tuple[AgreementResult, list[ComparedItem]]:
     """One student against the teacher: its result, and a line per item."""
     folder, name = Path(student.model), student.name
-    check_model_folder(folder)
+    held_out.check_model_folder(folder)
     ours, theirs = (load_tokenizer(f, trust_remote_code=task.trust_remote_code) for f in (folder, task.teacher))
     check_same_tokens(theirs, ours)
-    items = compare_rows(load_to_run(folder, task.settings.dtype, trust_remote_code=task.trust_remote_code), teacher)
+    items = compare_rows(
+        held_out.load_to_run(folder, task.settings.dtype, trust_remote_code=task.trust_remote_code), teacher
+    )
     if not all(math.isfinite(item.kl) for item in items.values() if item.kl is not None):
         raise InputError(f"{name}'s distributions are not numbers: its training has diverged; lower its learning rate")
     tokens = sum(item.tokens for item in items.values())

@@ -123,7 +123,7 @@ def _load_vllm(folder: Path, settings: Evaluation, rows: int | str, trust: bool)
         raise InputError(f"vLLM did not start ({type(error).__name__}: {first_line(error)}); {fix}") from error
 
 
-def _vllm_options(settings: Evaluation) -> dict[str, Any]:
+def _vllm_options(settings: Evaluation) -> Mapping[str, Any]:
     options = engine_options(settings.dtype, max_length=settings.max_length or 0, seed=settings.seed)
     return {name: value for name, value in options.items() if value or name != "max_model_len"}  # none: the model's own
 

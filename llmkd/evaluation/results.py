@@ -51,7 +51,7 @@ class JsonFields:
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         return _adapter(cls).validate_python(value)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return _adapter(type(self)).dump_python(self, by_alias=True)
 
 
@@ -214,7 +214,7 @@ class ScoredModel(StepResult):
         shown = [f"{name} {figures(value, 4)}" for name, value in scores]
         return " ".join([*shown, *([f"failed: {self.error}"] if self.error else [])])
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {key: value for key, value in super().to_json().items() if (key, value) != ("backend", None)}
 
 
@@ -286,7 +286,7 @@ class LmEvalResult(ScoredModel):
     def directions(self) -> Mapping[str, Mapping[str, bool]]:
         return self.higher_is_better
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {key: value for key, value in super().to_json().items() if key not in ("metrics", "rows")}
 
 

@@ -24,7 +24,7 @@ def read_log(folder: Path, entry: StudyEntry) -> list[LogLine]:
     return [_log_line(line) for line in read_lines(entry.run_folder(folder) / "metrics.jsonl")]
 
 
-def _log_line(line: dict[str, Any]) -> LogLine:
+def _log_line(line: Mapping[str, Any]) -> LogLine:
     parts = {part: line.get(part) for part in PARTS}
     parts |= {key: line[key] for key in ("temperature", "stones") if key in line}
     parts |= {f"weight of {part}": value for part, value in line.get("weights", {}).items()}
@@ -37,7 +37,7 @@ def _log_line(line: dict[str, Any]) -> LogLine:
     return LogLine(line["step"], _finite(parts), _finite(line.get("pairs", {})))
 
 
-def _finite(values: dict[str, Any]) -> dict[str, float | None]:
+def _finite(values: Mapping[str, object]) -> dict[str, float | None]:
     """The values with None for what is no finite number."""
     return {
         name: value if isinstance(value, int | float) and isfinite(value) else None for name, value in values.items()

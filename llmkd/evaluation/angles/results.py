@@ -115,11 +115,11 @@ class AngleResult(StepResult):
         whole = value.get("error") is None and "stacks" in value
         return super().from_json({**value, "measured": value if whole else None})
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """What was measured stands among the other keys of the file."""
         whole = super().to_json()
         measured = whole.pop("measured")
-        return {**whole, **(measured or {})}
+        return {**whole, **measured} if isinstance(measured, dict) else whole
 
     def to_text(self) -> str:
         """In one line: histograms are long."""

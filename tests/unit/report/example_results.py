@@ -109,7 +109,7 @@ def _row(name: str, kind: str, seeds: Sequence[int] | None, random: Random) -> R
             unit = abs(best - middle) * (1 if better else -1)
             values = [middle + unit * (SHIFTS.get(name, 0.0) * 0.15 + random.gauss(0, 0.03)) for _ in range(count)]
         width = T_975[count] * stdev(values) / sqrt(count) if count > 1 else None
-        cells[metric] = Cell(fmean(values), width, count, values, list(seeds or []))
+        cells[metric] = Cell(fmean(values), width, count, values, list(seeds or [None] * count))
     return Row(name, kind, count, list(seeds or []), cells=cells)
 
 

@@ -157,7 +157,7 @@ def test_a_difference_that_was_not_tested_is_named() -> None:
 
 def test_a_reference_far_away_is_an_arrow_and_does_not_flatten_the_rest() -> None:
     def picture(undistilled: float) -> Picture:
-        cell = Cell(undistilled, None, 1, [undistilled], [])
+        cell = Cell(undistilled, None, 1, [undistilled], [None])
         rows = [r if r.name != "undistilled" else replace(r, cells={METRIC.name: cell}) for r in RESULTS.rows]
         return score_plots.scores("x", METRIC, rows, "forward", None)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import yaml
 
 from llmkd.errors import InputError, first_line
@@ -23,7 +24,7 @@ def task_manager(tasks: Sequence[str], include: str | None) -> Any:
 
     Raises InputError for a task that is neither among them nor in the folder `include`.
     """
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager  # heavy; a study without tasks needs none of it
 
     manager = TaskManager(include_path=include, include_defaults=False)
     if all(task in manager.all_tasks for task in tasks):
@@ -99,7 +100,7 @@ def _kind_fault(config: Config) -> str | None:
 
 def _metric_fault(config: Config) -> str | None:
     """A metric that the `evaluate` library would fetch, and can't: lm-eval itself would fall over it after the last answer."""
-    from lm_eval.api.registry import get_metric
+    from lm_eval.api.registry import get_metric  # heavy, as above
 
     if config.get("process_results") or _made_by_code(config):
         return None
@@ -144,12 +145,10 @@ def _local_fault(manager: Any, config: Config) -> str | None:
 
 
 def _hub_fault(config: Config) -> str | None:
-    from datasets import load_dataset_builder
-
     source, kwargs = str(config.get("dataset_path")), config.get("dataset_kwargs") or {}
     parts = {key: kwargs[key] for key in PARTS_OF_A_DATA_SET if key in kwargs}
     try:
-        load_dataset_builder(source, config.get("dataset_name"), **parts)
+        datasets.load_dataset_builder(source, config.get("dataset_name"), **parts)
     except Exception as error:  # the hub client has a score of errors
         return (
             f"reads the data set {source}, which is not in the cache and the hub did not give it ({first_line(error)}); connect to "

@@ -95,7 +95,7 @@ def _load(model: LmEvalResult, task: Task, rows: int | str) -> Any:
 
 def _load_hf(folder: Path, settings: Evaluation, rows: int | str, trust: bool) -> Any:
     """lm-eval's HF backend around a model loaded here: on one device, without accelerate."""
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.huggingface import HFLM  # heavy; the parent imports this module too
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     dtype = getattr(torch, settings.dtype)
@@ -111,7 +111,7 @@ def _load_vllm(folder: Path, settings: Evaluation, rows: int | str, trust: bool)
     """lm-eval's vLLM backend. Raises InputError, with what to write instead, where vLLM does not start."""
     check_metadata("evaluation.backend")
     try:
-        from lm_eval.models.vllm_causallms import VLLM
+        from lm_eval.models.vllm_causallms import VLLM  # imports vllm, which may not be installed
 
         backend: Any = VLLM
         return backend(pretrained=str(folder), batch_size=rows, trust_remote_code=trust, **_vllm_options(settings))
@@ -179,7 +179,7 @@ def score(
 
 
 def _evaluate(model: Any, task: str, settings: Evaluation, manager: Any) -> dict[str, Any]:
-    import lm_eval
+    import lm_eval  # heavy; the parent imports this module too
 
     simple_evaluate: Any = lm_eval.simple_evaluate  # its decorator hides its signature
     return simple_evaluate(

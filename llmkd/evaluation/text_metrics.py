@@ -103,15 +103,15 @@ def chrf_of(total: np.ndarray) -> float:
 
 
 @functools.cache
-def _bleu() -> Any:  # sacrebleu and rouge_score are heavy, and a report without texts reads this module too
-    from sacrebleu.metrics.bleu import BLEU
+def _bleu() -> Any:
+    from sacrebleu.metrics.bleu import BLEU  # heavy; a report without texts reads this module too
 
     return BLEU()
 
 
 @functools.cache
 def _chrf() -> Any:
-    from sacrebleu.metrics.chrf import CHRF
+    from sacrebleu.metrics.chrf import CHRF  # heavy, as above
 
     return CHRF()
 
@@ -147,7 +147,7 @@ class _Words:
 
 @functools.cache
 def _rouge() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.rouge_scorer import RougeScorer  # heavy, as above
 
     return RougeScorer(["rougeL"], tokenizer=_Words())
 

@@ -25,7 +25,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from llmkd.distributed.engines import load_shards, merge_shards, whole_state
 from llmkd.distributed.ranks import World, barrier, on_main
 from llmkd.errors import InputError
-from llmkd.files import write_folder, sync
+from llmkd.files import sync, write_folder
 from llmkd.models.folders import copy_tokenizer
 from llmkd.recipe.inputs import input_text
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,15 @@ from llmkd.errors import InputError
 
 # isort: split
 import deepspeed  # after llmkd.distributed.ranks, which sets the accelerator
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+# DeepSpeed reads checkpoints by torch.load(weights_only=False), which runs whatever code a file from elsewhere holds. torch's own switch
+# overrides that everywhere in this process and its children: tensors, numbers, texts and these three classes are all that is made.
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
 
 log = logging.getLogger("llmkd")
 
@@ -247,9 +256,9 @@ def merge_shards(shards: Path, whole: Path) -> None:
         return
     folders = ["--input_folder", str(shards), "--output_folder", str(whole)]
     workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]  # more would hold more of it in memory
-    module = "deepspeed.checkpoint.ds_to_universal"
+    program = f"import runpy, {__name__}; runpy.run_module('deepspeed.checkpoint.ds_to_universal', run_name='__main__')"
     process = subprocess.run(
-        [sys.executable, "-m", module, *folders, *workers, "--inject_missing_state"], capture_output=True, text=True
+        [sys.executable, "-c", program, *folders, *workers, "--inject_missing_state"], capture_output=True, text=True
     )
     if process.returncode:
         shutil.rmtree(whole.parent, ignore_errors=True)
@@ -264,12 +273,25 @@ def saved_weights(shards: Path, prefix: str) -> dict[str, Tensor]:
 
     The checkpoint's shards are read whole into memory, optimizer states included.
     """
-    if list(shards.glob("*_optim_states.pt")):
-        state: Any = get_fp32_state_dict_from_zero_checkpoint(str(shards.parent), tag=shards.name, lazy_mode=True)
-    else:  # without ZeRO each rank's file holds whole tensors
-        state = torch.load(shards / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+    with _plain_values(shards):
+        if list(shards.glob("*_optim_states.pt")):
+            state: Any = get_fp32_state_dict_from_zero_checkpoint(str(shards.parent), tag=shards.name, lazy_mode=True)
+        else:  # without ZeRO each rank's file holds whole tensors
+            state = torch.load(shards / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)["module"]
     kept = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
     return {name.removeprefix(prefix): tensor.contiguous().float().clone() for name, tensor in kept.items()}
+
+
+@contextlib.contextmanager
+def _plain_values(folder: Path) -> Iterator[None]:
+    """Inside, a file of the folder that holds more than tensors, numbers and texts is an InputError."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{folder}: its files hold Python objects that could run code, so llmkd did not write them and does not open them; use a "
+            "checkpoint of your own run"
+        ) from error
 
 
 def _last_line(text: str) -> str:
@@ -279,7 +301,8 @@ def _last_line(text: str) -> str:
 def load_shards(engine: Any, folder: Path) -> None:
     """Load what `save_checkpoint` or `merge_shards` wrote (all ranks take part)."""
     decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
-    loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    with _plain_values(folder):
+        loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
         raise InputError(f"{folder}: DeepSpeed could not load it; remove {folder.parent} to resume from the one before")
     # From whole tensors DeepSpeed gives every group the first one's settings, so that norms would decay, and one tensor as the

@@ -131,6 +131,13 @@ def sum_counts(world: World, counts: list[int]) -> list[int]:
     return tensor.tolist()
 
 
+def gather(world: World, value: Result) -> list[Result]:
+    """Every rank's small value of numbers and texts, by rank (all ranks take part)."""
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value, group=world.control)
+    return values
+
+
 def sum_tensor(world: World, tensor: Tensor) -> Tensor:
     """Add a device tensor over the ranks."""
     if world.size > 1:

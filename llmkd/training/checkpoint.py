@@ -1,8 +1,9 @@
 """Checkpoints, each whole or absent, and the export of a trained student.
 
-    checkpoints/step-00000100/      DeepSpeed's shards, `state.json` (step, ranks, what was trained), `rng-<rank>.pt`
+    checkpoints/step-00000100/      DeepSpeed's shards, `state.json` (step, ranks, what was trained), `rng-<rank>.pt`, `checksums.json`
 
-A checkpoint is written under a name ending in .tmp and then renamed; so is an exported model.
+A checkpoint is written under a name ending in .tmp and then renamed; so is an exported model. Whatever else ends in .tmp was left by a
+killed run, and the next one removes it. A damaged checkpoint is renamed to end in .damaged, and never used.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from llmkd.errors import InputError
 from llmkd.files import sync, write_folder
 from llmkd.models.folders import copy_tokenizer
 from llmkd.recipe.inputs import input_text
+from llmkd.training.checksums import damage, damage_by_shares, write_checksums
 
 log = logging.getLogger("llmkd")
 
@@ -39,30 +41,31 @@ def save(world: World, engine: Any, folder: Path, step: int, inputs: Mapping[str
     final = folder / f"step-{step:08d}"
     tmp = final.with_name(final.name + ".tmp")
     if world.is_main:
-        shutil.rmtree(tmp, ignore_errors=True)
+        _remove_leftovers(folder)
         tmp.mkdir(parents=True)
     barrier(world)
     engine.save_checkpoint(str(tmp), tag=TAG, save_latest=False)
     torch.save(_rng_state(), tmp / f"rng-{world.rank}.pt")
     barrier(world)
     if world.is_main:
-        (tmp / "state.json").write_text(
-            json.dumps({"step": step, "world_size": world.size, "inputs": inputs}, indent=1)
-        )
+        state = {"step": step, "world_size": world.size, "inputs": inputs}
+        (tmp / "state.json").write_text(json.dumps(state, indent=1))
+    barrier(world)
+    write_checksums(world, tmp)
+    if world.is_main:
         _sync(tmp)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(tmp, final)
-        for old in whole(folder)[:-keep]:
-            shutil.rmtree(old)
+        for old in whole(folder)[:-keep]:  # a half-removed one must not look whole
+            os.replace(old, old.with_name(f"{old.name}.old.tmp"))
+        _remove_leftovers(folder)
     barrier(world)
     return final
 
 
 def whole(folder: Path) -> list[Path]:
     """The published checkpoints, oldest first."""
-    return sorted(
-        p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name) and (p / "state.json").is_file()
-    )
+    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))
 
 
 @dataclass(frozen=True)
@@ -74,15 +77,50 @@ class Saved:
     world_size: int
 
 
-def newest(folder: Path, inputs: Mapping[str, object]) -> Saved | None:
-    """The newest whole checkpoint. Raises InputError if another recipe wrote it."""
-    checkpoints = whole(folder)
-    if not checkpoints:
-        return None
-    last = checkpoints[-1]
-    state = json.loads((last / "state.json").read_text())
-    check_same(state["inputs"], inputs, last)
-    return Saved(last, int(state["step"]), int(state["world_size"]))
+def newest(world: World, folder: Path, inputs: Mapping[str, object]) -> Saved | None:
+    """The newest checkpoint whose files are as they were written; damaged newer ones are set aside (all ranks take part).
+
+    Raises InputError if another recipe wrote it, or if every checkpoint is damaged.
+    """
+    saved = on_main(world, lambda: _newest(folder, inputs))
+    fault = None if saved is None else damage_by_shares(world, saved.folder)
+    if saved is None or fault is None:
+        return saved
+    on_main(world, lambda: _set_aside(saved.folder, fault))
+    return newest(world, folder, inputs)
+
+
+def _newest(folder: Path, inputs: Mapping[str, object]) -> Saved | None:
+    """The newest checkpoint with an undamaged state.json. Raises InputError if another recipe wrote it."""
+    _remove_leftovers(folder)
+    while checkpoints := whole(folder):
+        last = checkpoints[-1]
+        fault = damage(last, only=["state.json"])
+        if fault is None:
+            state = json.loads((last / "state.json").read_text())
+            check_same(state["inputs"], inputs, last)
+            return Saved(last, int(state["step"]), int(state["world_size"]))
+        _set_aside(last, fault)
+    return None
+
+
+def _set_aside(checkpoint: Path, fault: str) -> None:
+    """Rename a damaged checkpoint, so that the one before it is the newest. Raises InputError where there is none before it."""
+    if len(whole(checkpoint.parent)) == 1:
+        raise InputError(
+            f"{checkpoint}: {fault}; there is no checkpoint before it: put the file back, or remove {checkpoint.parent} to start from "
+            "the beginning"
+        )
+    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(checkpoint, aside)
+    log.warning("%s: %s; renamed to %s; going on from the checkpoint before it", checkpoint, fault, aside.name)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs left half-written or half-removed."""
+    for path in folder.glob("step-*.tmp"):
+        shutil.rmtree(path)
 
 
 def check_same(theirs: Mapping[str, object], ours: Mapping[str, object], where: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from llmkd.data.batches import Batch, announced, batches
 from llmkd.data.other_families import collate_for
 from llmkd.distributed.engines import engine, on_other_ranks
-from llmkd.distributed.ranks import World, on_main
+from llmkd.distributed.ranks import World
 from llmkd.errors import InputError
 from llmkd.recipe.recipe import dump_recipe
 from llmkd.student.distiller import Distiller
@@ -66,7 +66,7 @@ def prepare(world: World, job: Job) -> PreparedRun:
     """
     settings = job.train
     accumulation = build.accumulation_steps(settings, world.size)
-    resume = on_main(world, lambda: checkpoint.newest(job.folder / "checkpoints", job.inputs))
+    resume = checkpoint.newest(world, job.folder / "checkpoints", job.inputs)
     if settings.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise InputError("train.wandb: the package wandb is not installed; run pip install wandb, or leave the key out")
     ds_config = build.training_ds_config(world, settings, accumulation, job.folder)

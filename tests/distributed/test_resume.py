@@ -124,12 +124,12 @@ def test_a_finished_run_is_not_run_again(
     assert (uninterrupted / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_checkpoint_of_another_recipe_is_refused(uninterrupted: Path) -> None:
+def test_checkpoint_of_another_recipe_is_refused(world: Any, uninterrupted: Path) -> None:
     folder = uninterrupted / "checkpoints"
     inputs = json.loads((checkpoint.whole(folder)[-1] / "state.json").read_text())["inputs"]
-    assert checkpoint.newest(folder, inputs) == checkpoint.Saved(folder / "step-00000024", 24, 2)
+    assert checkpoint.newest(world, folder, inputs) == checkpoint.Saved(folder / "step-00000024", 24, 2)
     with pytest.raises(InputError, match="train.learning_rate was 0.003, now 0.1"):
-        checkpoint.newest(folder, {**inputs, "train.learning_rate": 0.1})
+        checkpoint.newest(world, folder, {**inputs, "train.learning_rate": 0.1})
 
 
 def _close(folder: Path, uninterrupted: Path, tolerance: float) -> None:

@@ -11,6 +11,7 @@ from llmkd.evaluation.angles.students import TrainedStudent, fix_for_pairs
 from llmkd.models.load import DTYPES
 from llmkd.student.distiller import make_projectors
 from llmkd.training import checkpoint
+from llmkd.training.checksums import damage
 
 Widths = tuple[int, int]
 """Of the student's and of the teacher's states."""
@@ -34,6 +35,8 @@ def trained_projectors(
             f"{problem}, and {why}, so no trained projector stands between them; train it again {fix_for_pairs(student)}and keep its "
             "checkpoints, or give a student of the teacher's width"
         )
+    if (fault := damage(saved[-1])) is not None:
+        raise InputError(f"{saved[-1]}: {fault}; put the file back, or train the student again")
     weights = saved_weights(saved[-1] / checkpoint.TAG, "projectors.")
     if not weights:
         raise InputError(

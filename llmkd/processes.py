@@ -1,0 +1,105 @@
+"""Processes among others: one that ends with the process that started it, and a folder that only one works in."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+from llmkd.errors import InputError
+
+log = logging.getLogger("llmkd")
+
+PARENT = "LLMKD_PARENT"
+"""The environment variable in which a process of ours leaves its number to those it starts."""
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
+"""What torchrun and the deepspeed launcher set for the ranks that they start."""
+LOCK = ".lock"
+_PR_SET_PDEATHSIG = 1
+
+
+def parent_variable() -> dict[str, str]:
+    """What `end_with_parent` needs in the environment of a process that this one starts."""
+    return {PARENT: str(os.getpid())}
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends, however that ends (Linux; man 2 prctl, PR_SET_PDEATHSIG).
+
+    Only where one of ours or a launcher started it: a shell may end before what it left running.
+    """
+    parent = os.environ.pop(PARENT, None)  # what this process starts must not take it for its own
+    if sys.platform != "linux" or (parent is None and not any(name in os.environ for name in LAUNCHERS)):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != int(parent):  # it ended before we asked
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def only_one_in(folder: Path, patience_seconds: float = 2) -> Iterator[None]:
+    """Inside, no other process is in this folder. Raises InputError that names who is.
+
+    The kernel gives the lock back when its holder ends, however it ends, so that a stale one holds nobody up. The wait is for a holder
+    that was killed a moment ago. A folder that was made for this and stayed empty is removed again.
+    """
+    file = folder / LOCK
+    deadline = time.monotonic() + patience_seconds
+    while (descriptor := _lock(file)) is None:
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"{folder}: {_holder(file)} works in this folder; wait for it, stop it, or give --output another folder"
+            )
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # before it is unlocked: whoever waits for it looks whether it is still there
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _lock(file: Path) -> int | None:
+    """The descriptor of the locked file; None while another process has it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                return None
+            raise
+        log.warning("%s: this file system has no locks, so nothing keeps a second run out of the folder", file.parent)
+    if not file.exists() or os.fstat(descriptor).st_ino != file.stat().st_ino:
+        os.close(descriptor)  # its holder has removed it since we opened it
+        return None
+    about = {
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, json.dumps(about).encode())
+    return descriptor
+
+
+def _holder(file: Path) -> str:
+    try:
+        about = json.loads(file.read_text())
+        return f"process {about['process']} on {about['host']} (since {about['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

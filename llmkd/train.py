@@ -14,9 +14,8 @@ if __name__ == "__main__":
     # run as a file: let `import llmkd` find the package, and keep its modules from shadowing others
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import json
+import contextlib
 import logging
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -40,11 +39,13 @@ from llmkd.distributed.ranks import (
     sum_counts,
 )
 from llmkd.errors import InputError
+from llmkd.files import publish_json
+from llmkd.processes import end_with_parent, only_one_in
 from llmkd.provenance import commit, hardware, versions
 from llmkd.recipe.options import train_options
 from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
 from llmkd.student.passes import PassResult, StepSettings
-from llmkd.training import checkpoint, initial, jobs, write_cache
+from llmkd.training import checkpoint, finite, initial, jobs, write_cache
 from llmkd.training.jobs import Job
 from llmkd.training.journal import Journal
 from llmkd.training.metrics import Interval, Meter, peak_memory_gib
@@ -62,6 +63,12 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     if on_main(world, lambda: jobs.finished(job)):
         log.info("%s: already done, %s", job.title, job.folder / "model")
         return True
+    with contextlib.ExitStack() as held:
+        on_main(world, lambda: held.enter_context(only_one_in(job.folder)))
+        return _train(world, job, stopping)
+
+
+def _train(world: World, job: Job, stopping: Stopping) -> bool:
     run = prepare(world, job)
     job, settings = run.job, run.job.train
     steps = Steps(world, job, run.steps, start_step=run.first)
@@ -85,11 +92,10 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
             grad_norm = float(run.engine.get_global_grad_norm() or 0.0)
             last = meter.flush(steps.moving(this), learning_rate=run.rate(step - 1), grad_norm=grad_norm)
             journal.write(step, last)
-            if not math.isfinite(last.loss):
-                problem = f"the loss is not a finite number at step {step}"
-                raise InputError(f"{problem}; lower train.learning_rate and start again from the last checkpoint")
+            finite.check_loss(world, job, run.module, step, last)
         # every save_every steps, at the last and when asked to stop: save (all ranks: each writes its shards)
         if saves:
+            finite.check_weights(world, job, run.module, step)
             saved = checkpoint.save(
                 world, run.engine, job.folder / "checkpoints", step, job.inputs, keep=settings.keep_checkpoints
             )
@@ -146,7 +152,7 @@ def _finish(world: World, run: PreparedRun, *, seconds: float, tokens: int, last
     model, card = run.module.model, _card(job, run.steps)
     checkpoint.export(world, model, job.folder / "model", tokenizer_from=job.initial, card=card, meta=meta)
     if world.is_main:
-        (job.folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        publish_json(job.folder / "summary.json", summary)
         initial.remove_initial(job)
     barrier(world)
     log.info("%s: done, %s", job.title, job.folder / "model")
@@ -208,6 +214,7 @@ def command(
 
 def main() -> None:
     """Run the command; a user's mistake is one sentence from one rank and exit code 2 from all."""
+    end_with_parent()
     try:
         command(standalone_mode=False)
     except (InputError, click.ClickException) as error:
@@ -219,14 +226,21 @@ def main() -> None:
     except RuntimeError as error:
         if not lost_rank(error):
             raise
-        silent = ", ".join(map(str, silent_ranks())) or "none, so one was too slow: see train.timeout_seconds"
         print(
-            f"Error: rank {os.environ.get('RANK', '0')}: {str(error).splitlines()[0]}; silent ranks: {silent}. "
+            f"Error: rank {os.environ.get('RANK', '0')}: {str(error).splitlines()[0]}{_silent()}. "
             "The same command resumes from the last checkpoint.",
             file=sys.stderr,
             flush=True,
         )
         _leave(1)
+
+
+def _silent() -> str:
+    """Which ranks no longer answer, as the end of a sentence; nothing where the ranks never met."""
+    ranks = silent_ranks()
+    if ranks is None:
+        return ""
+    return "; silent ranks: " + (", ".join(map(str, ranks)) or "none, so one was too slow: see train.timeout_seconds")
 
 
 def _leave(code: int) -> None:

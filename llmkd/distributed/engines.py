@@ -19,7 +19,7 @@ import torch._dynamo  # noqa: F401  (zero.Init patches tensor constructors; dyna
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from llmkd.distributed.ranks import World
+from llmkd.distributed.ranks import World, sum_counts
 from llmkd.errors import InputError
 
 # isort: split
@@ -328,6 +328,22 @@ def gathered(parameters: Iterable[Tensor | None]) -> contextlib.AbstractContextM
     """Inside, these parameters are whole on every rank (all ranks take part)."""
     sharded = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
     return deepspeed.zero.GatheredParameters(sharded) if sharded else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def unusable_weights(world: World, module: nn.Module) -> list[str]:
+    """The parameters that hold a NaN or an infinity; each rank reads its shards (all ranks take part).
+
+    What rests on NVMe is gathered for it.
+    """
+    names, flags = [], []
+    for name, parameter in module.named_parameters():
+        shard = getattr(parameter, "ds_tensor", parameter)
+        with contextlib.nullcontext() if shard.numel() else gathered([parameter]):
+            values = shard if shard.numel() else parameter
+            flags.append(int(not values.isfinite().all()))
+        names.append(name)
+    return [name for name, count in zip(names, sum_counts(world, flags), strict=True) if count]
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmkd.processes import parent_variable
+
 GRACE_SECONDS = 30
 
 
@@ -33,6 +35,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> Ending:
     script = str(Path(__file__).resolve().parent.parent / "train.py")
     shared = {
         **os.environ,
+        **parent_variable(),
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -63,7 +64,7 @@ def start(timeout_seconds: int = 1800) -> World:
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            _join(backend, timeout)
         else:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -74,6 +75,25 @@ def start(timeout_seconds: int = 1800) -> World:
     control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, control, _local_size(), timeout)
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Meet the other ranks. Raises LostRank that names the address and the cure."""
+    rank, size = os.environ["RANK"], os.environ.get("WORLD_SIZE", "?")
+    port = os.environ.get("MASTER_PORT", "?")
+    where = f"{os.environ.get('MASTER_ADDR', '?')}:{port}"
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise LostRank(
+                f"another process of this machine uses port {port}: give the launcher another (--master_port N)"
+            ) from error
+        raise LostRank(
+            f"the {size} ranks did not meet at {where} within {int(timeout.total_seconds())} s (rank {rank}: {reason}): start a rank "
+            "for each, and see that every node reaches that address"
+        ) from error
 
 
 def stop() -> None:
@@ -260,27 +280,44 @@ def lost_rank(error: BaseException) -> bool:
     return isinstance(error, LostRank | dist.DistError) or "gloo" in message or "pair closure" in message
 
 
-def silent_ranks(patience_seconds: float = 3) -> list[int]:
+def silent_ranks(patience_seconds: float = 3) -> list[int] | None:
     """The ranks that do not answer a roll call after a failed wait: most likely the ones that caused the failure.
 
-    This rank's connections are closed first: ranks that wait for this one then fail at once, and answer too.
+    This rank's connections are closed first: ranks that wait for this one then fail at once, and answer too. None where the ranks never
+    met.
     """
+    if not dist.is_initialized():
+        return None
     rank, size = dist.get_rank(), dist.get_world_size()
     store = dist.distributed_c10d._get_default_store()
-    deadline = time.monotonic() + patience_seconds
-    silent = []
-    try:
-        store.set(f"llmkd/answers/{rank}", "yes")
-        dist.destroy_process_group()
-        for other in set(range(size)) - {rank}:
-            left = max(deadline - time.monotonic(), 0.05)
-            try:
-                store.wait([f"llmkd/answers/{other}"], timedelta(seconds=left))
-            except dist.DistStoreError:  # not in time
-                silent.append(other)
-    except dist.DistNetworkError:  # rank 0 is gone, and with it the store through which the others would answer
-        return [0]
-    return silent
+
+    def call() -> list[int]:
+        deadline = time.monotonic() + patience_seconds
+        silent = []
+        try:
+            store.set(f"llmkd/answers/{rank}", "yes")
+            dist.destroy_process_group()
+            for other in set(range(size)) - {rank}:
+                left = max(deadline - time.monotonic(), 0.05)
+                try:
+                    store.wait([f"llmkd/answers/{other}"], timedelta(seconds=left))
+                except dist.DistStoreError:  # not in time
+                    silent.append(other)
+        except dist.DistNetworkError:  # rank 0, which holds the store, is gone, and nobody else can be asked
+            return [0]
+        return silent
+
+    # a rank 0 that hangs takes questions and never answers, whatever timeout the store was given
+    return _within(2 * patience_seconds, call, otherwise=[0])
+
+
+def _within(seconds: float, work: Callable[[], Result], otherwise: Result) -> Result:
+    """The result of `work`, or `otherwise` where it takes longer; it then goes on in a thread that ends with the process."""
+    results: list[Result] = []
+    thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else otherwise
 
 
 def quiet() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from llmkd.errors import InputError
 from llmkd.files import PACKAGE, ROOT
+from llmkd.processes import end_with_parent, parent_variable
 
 # How the variables begin that a launcher sets for its ranks: with them a child would wait for the other ranks.
 LAUNCHER_VARIABLES = tuple("RANK WORLD_SIZE MASTER_ LOCAL_ GROUP_ ROLE_ CROSS_ TORCHELASTIC_ ACCELERATE_".split())
@@ -31,7 +32,10 @@ class Child:
     """`python -m module`, started with what all its orders share; whatever it prints besides its lines is appended to `log_file`."""
 
     def __init__(self, module: str, shared: object, log_file: Path, variables: Mapping[str, str] | None = None) -> None:
-        command, environment = [sys.executable, "-m", module], {**clean_environment(), **(variables or {})}
+        command, environment = (
+            [sys.executable, "-m", module],
+            {**clean_environment(), **parent_variable(), **(variables or {})},
+        )
         pipe = subprocess.PIPE
         with log_file.open("a") as errors:
             self._process = subprocess.Popen(
@@ -90,6 +94,7 @@ def listen() -> tuple[Any, Iterator[Any], Say]:
 
     From now on stdin is empty for everybody else, and what is written to stdout, by libraries in C too, goes where stderr goes.
     """
+    end_with_parent()
     received, sent = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)

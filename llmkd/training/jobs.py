@@ -282,7 +282,7 @@ def _contents(train: Train, data: Data) -> dict[str, str]:
 def finished(job: Job) -> bool:
     """Whether the job's model is there. Raises InputError if it was trained with other inputs."""
     meta = job.folder / "model" / "llmkd.json"
-    if not meta.is_file():
+    if not meta.is_file() or not (job.folder / "summary.json").is_file():  # a kill came between the two
         return False
     check_same(json.loads(meta.read_text())["inputs"], job.inputs, job.folder)
     return True

@@ -20,7 +20,7 @@ from llmkd.recipe.recipe import dump_recipe
 from llmkd.student.distiller import Distiller
 from llmkd.student.passes import StepSettings
 from llmkd.teachers.base import Signal, Teacher
-from llmkd.training import build, cache_contents, checkpoint, initial, nearest
+from llmkd.training import build, cache_contents, checkpoint, finite, initial, nearest
 from llmkd.training.jobs import Job
 
 log = logging.getLogger("llmkd")
@@ -64,9 +64,19 @@ def prepare(world: World, job: Job) -> PreparedRun:
 
     The user's mistakes are reported before anything is written.
     """
+    build.accumulation_steps(job.train, world.size)
+    resume = checkpoint.newest(world, job.folder / "checkpoints", job.inputs)
+    try:
+        return _prepare(world, job, resume)
+    except InputError:
+        if resume is None and world.is_main:
+            initial.remove_initial(job)
+        raise
+
+
+def _prepare(world: World, job: Job, resume: checkpoint.Saved | None) -> PreparedRun:
     settings = job.train
     accumulation = build.accumulation_steps(settings, world.size)
-    resume = checkpoint.newest(world, job.folder / "checkpoints", job.inputs)
     if settings.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise InputError("train.wandb: the package wandb is not installed; run pip install wandb, or leave the key out")
     ds_config = build.training_ds_config(world, settings, accumulation, job.folder)
@@ -105,6 +115,8 @@ def prepare(world: World, job: Job) -> PreparedRun:
     if resume is not None:
         checkpoint.load(world, student, resume)
         log.info("%s: resumed from %s", job.title, resume.folder)
+    else:
+        finite.check_start(world, job, module)
     if world.is_main:
         job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / "recipe.yaml").write_text(dump_recipe(job.recipe))

@@ -57,7 +57,7 @@ def _struck(tiny: Path, folder: Path, *, step: int, victim: int, by: signal.Sign
 
 def _named(out: str, survivor: int, victim: int) -> None:
     said = re.search(
-        rf"^Error: rank {survivor}: .*silent ranks: ([\d, ]+)\. The same command goes on", out, re.MULTILINE
+        rf"^Error: rank {survivor}: .*silent ranks: ([\d, ]+)\. The same command resumes", out, re.MULTILINE
     )
     assert said and said[1] == str(victim), out
 

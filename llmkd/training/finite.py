@@ -1,0 +1,54 @@
+"""What is done about a NaN or an infinity: nothing that holds one is saved or exported, and its cause is named with a cure that works."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from llmkd.distributed.engines import unusable_weights
+from llmkd.distributed.ranks import World
+from llmkd.errors import InputError
+from llmkd.training.jobs import Job
+from llmkd.training.metrics import Interval
+
+
+def check_start(world: World, job: Job, model: nn.Module) -> None:
+    """Raise InputError where the weights that a run starts from are not all finite (all ranks take part)."""
+    if names := unusable_weights(world, model):
+        raise InputError(
+            f"{job.initial}: {_listed(names)} before the first step; a student's weights are its teacher's: look into "
+            f"{job.recipe.teacher_path if job.teacher else 'the folder it was made from'}"
+        )
+
+
+def check_weights(world: World, job: Job, model: nn.Module, step: int) -> None:
+    """Raise InputError where the weights after a step are not all finite; before they are saved or exported (all ranks take part)."""
+    if names := unusable_weights(world, model):
+        raise InputError(f"after step {step} {_listed(names)}: the training has diverged; {_cure(job)}")
+
+
+def check_loss(world: World, job: Job, model: nn.Module, step: int, interval: Interval) -> None:
+    """Raise InputError that names the cause where the loss is not a finite number (all ranks take part)."""
+    if math.isfinite(interval.loss):
+        return
+    check_weights(world, job, model, step)
+    problem = f"the loss is {interval.loss} at step {step}, though the student's weights are finite"
+    if math.isfinite(interval.ce) and job.teacher is not None:
+        raise InputError(
+            f"{problem} and so is its own cross-entropy: the teacher's states or logits are not; look for a NaN in the weights of "
+            f"{job.recipe.teacher_path}, or write teacher.dtype: float32"
+        )
+    raise InputError(f"{problem}: its states overflow {job.train.dtype}; write train.dtype: float32, or {_cure(job)}")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 1} other parameters hold" if len(names) > 1 else " holds"
+    return f"{names[0]}{more} a NaN or an infinity"
+
+
+def _cure(job: Job) -> str:
+    return (
+        "lower train.learning_rate or train.clip and give --output another folder (a checkpoint goes on with its own recipe only, and "
+        f"those in {job.folder / 'checkpoints'} are kept)"
+    )

@@ -1,0 +1,90 @@
+"""A process that ends with the one that started it, and a folder in which only one works."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llmkd.errors import InputError
+from llmkd.processes import LOCK, only_one_in
+
+PARENT = """
+import os, subprocess, sys
+from llmkd.processes import parent_variable
+child = "import sys, time; from llmkd.processes import end_with_parent; end_with_parent(); print('ready', flush=True); time.sleep(600)"
+started = subprocess.Popen([sys.executable, "-c", child], env={**os.environ, **parent_variable()}, stdout=subprocess.PIPE, text=True)
+started.stdout.readline()
+print(started.pid, flush=True)
+sys.stdin.read()
+"""
+HOLDER = """
+import sys
+from pathlib import Path
+from llmkd.processes import only_one_in
+with only_one_in(Path(sys.argv[1])):
+    print("inside", flush=True)
+    sys.stdin.read()
+"""
+
+
+def _start(code: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_child_ends_with_its_parent_however_that_ends() -> None:
+    parent = _start(PARENT)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert _is_alive(child)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 60
+    while _is_alive(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_second_process_is_refused_and_a_killed_one_holds_nobody_up(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    holder = _start(HOLDER, str(folder))
+    assert holder.stdout is not None and holder.stdout.readline() == "inside\n"
+    sentence = rf"{folder}: process {holder.pid} on .* \(since 2.*\) works in this folder; wait for it, stop it, or give --output"
+    with pytest.raises(InputError, match=sentence), only_one_in(folder, patience_seconds=0.2):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (folder / LOCK).is_file()  # what the killed one left
+    with only_one_in(folder):
+        assert str(os.getpid()) in (folder / LOCK).read_text()
+        (folder / "result").touch()
+    assert [path.name for path in folder.iterdir()] == ["result"]
+
+
+def test_a_folder_in_which_nothing_was_written_is_not_left(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="refused"), only_one_in(tmp_path / "run"):
+        raise InputError("refused")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_waiting_ends_when_the_holder_leaves(tmp_path: Path) -> None:
+    holder = _start(HOLDER, str(tmp_path / "run"))
+    assert holder.stdout is not None and holder.stdin is not None and holder.stdout.readline() == "inside\n"
+    holder.stdin.close()
+    with only_one_in(tmp_path / "run", patience_seconds=60):
+        assert holder.wait() == 0

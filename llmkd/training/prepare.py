@@ -64,7 +64,6 @@ def prepare(world: World, job: Job) -> PreparedRun:
 
     The user's mistakes are reported before anything is written.
     """
-    build.accumulation_steps(job.train, world.size)
     resume = checkpoint.newest(world, job.folder / "checkpoints", job.inputs)
     try:
         return _prepare(world, job, resume)

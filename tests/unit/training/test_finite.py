@@ -1,0 +1,76 @@
+"""A NaN is named with its cause, and nothing that holds one is saved or exported."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmkd.errors import InputError
+from llmkd.recipe.recipe import load_recipe
+from llmkd.train import train
+from llmkd.training import jobs
+
+
+def _spoilt_teacher(tiny: Path, folder: Path, tensor: str) -> Path:
+    shutil.copytree(tiny / "teacher", folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[tensor][0, 0] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _refusal(world: Any, recipe: Any, folder: Path) -> str:
+    with pytest.raises(InputError) as refused:
+        train(world, jobs.distil_job(world, recipe, folder))
+    return str(refused.value)
+
+
+def test_a_diverged_student_is_neither_saved_nor_exported(tiny: Path, world: Any, tmp_path: Path) -> None:
+    """The update of the last step spoils it: the loss, which is taken before, is still finite."""
+    options = {"train.steps": 1, "train.warmup_steps": 0, "train.learning_rate": 1e38, "train.weight_decay": 1e3}
+    recipe = load_recipe(tiny / "recipe.yaml").changed(options)
+    sentence = _refusal(world, recipe, tmp_path / "run")
+    assert re.match(
+        r"after step 1 \S+ and \d+ other parameters hold a NaN or an infinity: the training has diverged", sentence
+    )
+    assert "lower train.learning_rate or train.clip and give --output another folder" in sentence
+    assert not (tmp_path / "run" / "model").exists() and not list((tmp_path / "run").glob("checkpoints/*"))
+    cured = recipe.changed({"train.learning_rate": 1e-3, "train.weight_decay": 0.1})
+    assert train(world, jobs.distil_job(world, cured, tmp_path / "other"))
+
+
+def test_a_nan_of_the_teacher_s_is_not_laid_to_the_learning_rate(tiny: Path, world: Any, tmp_path: Path) -> None:
+    teacher = _spoilt_teacher(tiny, tmp_path / "teacher", "model.layers.1.mlp.up_proj.weight")
+    recipe = load_recipe(tiny / "recipe.yaml").changed({"teacher.path": str(teacher), "student.copy_blocks": [0, 2, 4]})
+    sentence = _refusal(world, recipe, tmp_path / "run")
+    assert re.match(
+        r"the loss is nan at step 1, though the student's weights are finite and so is its own cross-entropy", sentence
+    )
+    assert f"look for a NaN in the weights of {teacher}" in sentence and "learning_rate" not in sentence
+
+
+def test_a_student_that_starts_with_a_nan_is_refused_and_nothing_is_left(
+    tiny: Path, world: Any, tmp_path: Path
+) -> None:
+    teacher = _spoilt_teacher(tiny, tmp_path / "teacher", "model.layers.2.mlp.up_proj.weight")
+    recipe = load_recipe(tiny / "recipe.yaml").changed({"teacher.path": str(teacher), "student.copy_blocks": [0, 2, 4]})
+    sentence = _refusal(world, recipe, tmp_path / "run")
+    assert (
+        f"layers.1.mlp.up_proj.weight holds a NaN or an infinity before the first step; a student's weights are its teacher's: look into {teacher}"
+        in sentence
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_infinite_loss_is_named(tiny: Path, world: Any, tmp_path: Path) -> None:
+    """Weights so large that finite ones give no finite state."""
+    options = {"train.steps": 3, "train.warmup_steps": 0, "train.learning_rate": 1e30, "train.weight_decay": 0.0}
+    sentence = _refusal(world, load_recipe(tiny / "recipe.yaml").changed(options), tmp_path / "run")
+    assert re.match(r"(the loss is (nan|inf) at step \d, though|after step \d)", sentence)
+    assert "give --output another folder" in sentence

@@ -84,6 +84,37 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_after_it(tiny: Path, world: 
     _finished(tiny, world, tmp_path / "run", ranks=1)
 
 
+def _alive(processes: list[int]) -> list[int]:
+    return [process for process in processes if Path(f"/proc/{process}/stat").exists()]
+
+
+def test_a_killed_launcher_takes_its_ranks_along_and_a_rerun_at_once_goes_on(
+    tiny: Path, world: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    process = start_training(tiny, folder, OPTIONS)
+    when_at_step(process, folder, 5)
+    ranks = _ranks(process.pid)
+    assert len(ranks) == 2
+    process.kill()
+    process = start_training(tiny, folder, OPTIONS)  # at once, while they may still be ending
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "resumed from" in out, out
+    assert _alive(ranks) == []
+    _finished(tiny, world, folder, ranks=1)
+    assert (
+        not list(folder.glob("*.tmp"))
+        and not list(folder.glob("checkpoints/*.tmp"))
+        and not (folder / ".lock").exists()
+    )
+
+
+@pytest.mark.slow
+def test_a_first_rank_that_hangs_is_named_in_time(tiny: Path, tmp_path: Path) -> None:
+    """It holds the store in which the others look for each other, and takes their questions without an answer."""
+    _named(_struck(tiny, tmp_path / "run", step=3, victim=0, by=signal.SIGSTOP), survivor=1, victim=0)
+
+
 @pytest.mark.slow
 def test_a_hanging_rank_and_a_killed_first_rank_are_named(tiny: Path, world: Any, tmp_path: Path) -> None:
     _named(_struck(tiny, tmp_path / "run", step=4, victim=1, by=signal.SIGSTOP), survivor=0, victim=1)

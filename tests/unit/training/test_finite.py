@@ -61,10 +61,8 @@ def test_a_student_that_starts_with_a_nan_is_refused_and_nothing_is_left(
     teacher = _spoilt_teacher(tiny, tmp_path / "teacher", "model.layers.2.mlp.up_proj.weight")
     recipe = load_recipe(tiny / "recipe.yaml").changed({"teacher.path": str(teacher), "student.copy_blocks": [0, 2, 4]})
     sentence = _refusal(world, recipe, tmp_path / "run")
-    assert (
-        f"layers.1.mlp.up_proj.weight holds a NaN or an infinity before the first step; a student's weights are its teacher's: look into {teacher}"
-        in sentence
-    )
+    assert "layers.1.mlp.up_proj.weight holds a NaN or an infinity before the first step" in sentence
+    assert sentence.endswith(f"look into {teacher}")
     assert not (tmp_path / "run").exists()
 
 

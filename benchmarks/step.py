@@ -27,7 +27,7 @@ from benchmarks.measure import Memory, bytes_up_to_backward, mean_loss, memory, 
 from benchmarks.passes import CHUNK, Llmkd
 from benchmarks.phases import operations_of, phases_of
 from benchmarks.shapes import SIZES, Size, Work, make_model, make_work
-from llmkd.distributed.engines import complete_ds_config, load_ds_config, zero_stage
+from llmkd.distributed.ds_configs import complete_ds_config, load_ds_config, zero_stage
 from llmkd.distributed.ranks import World, quiet, start, stop
 from llmkd.errors import InputError
 from llmkd.files import ROOT

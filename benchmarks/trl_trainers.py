@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.contestants import Terms
 from benchmarks.shapes import PAD, Work, labels
-from llmkd.distributed.engines import zero_stage
+from llmkd.distributed.ds_configs import zero_stage
 from llmkd.distributed.ranks import World
 from llmkd.models.make import new_tokenizer
 

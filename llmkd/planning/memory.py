@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from llmkd.distributed.engines import load_ds_config, zero_stage
+from llmkd.distributed.ds_configs import load_ds_config, zero_stage
 from llmkd.files import ROOT
 from llmkd.losses.chunked_head import BUFFERS, rows_at_once
 from llmkd.losses.distance_sum import terms_of

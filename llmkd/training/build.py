@@ -17,13 +17,8 @@ from transformers import PreTrainedConfig
 
 from llmkd.data.batches import Batch, Family, steps_per_epoch
 from llmkd.data.other_families import tokenize_for
-from llmkd.distributed.engines import (
-    check_asynchronous_io,
-    complete_ds_config,
-    load_ds_config,
-    parameter_count,
-    teacher_ds_config,
-)
+from llmkd.distributed.ds_configs import complete_ds_config, load_ds_config, teacher_ds_config
+from llmkd.distributed.engines import check_asynchronous_io, parameter_count
 from llmkd.distributed.ranks import PipelineGroup, World, all_rows, on_main
 from llmkd.errors import InputError
 from llmkd.files import ROOT

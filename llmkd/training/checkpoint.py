@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from llmkd.distributed.engines import load_shards, merge_shards, whole_state
+from llmkd.distributed.engines import whole_state
 from llmkd.distributed.ranks import World, barrier, on_main
+from llmkd.distributed.shards import load_shards, merge_shards
 from llmkd.errors import InputError
 from llmkd.files import sync, write_folder
 from llmkd.models.folders import copy_tokenizer
@@ -137,7 +138,7 @@ def check_same(theirs: Mapping[str, object], ours: Mapping[str, object], where: 
 def load(world: World, engine: Any, saved: Saved) -> None:
     """Put engine, optimizer and random generators back as they were (all ranks take part).
 
-    On another number of ranks than wrote it, the engine's configuration must come from `llmkd.distributed.engines.on_other_ranks`, and the
+    On another number of ranks than wrote it, the engine's configuration must come from `distributed.ds_configs.on_other_ranks`, and the
     random generators stay as they are.
     """
     if saved.world_size == world.size:

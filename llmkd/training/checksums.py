@@ -3,7 +3,7 @@
     checkpoints/step-00000100/checksums.json      {"shards/….pt": SHA-256, "rng-0.pt": …, "state.json": …}
 
 Every rank reads its share of the files, as it wrote its share of them. They guard against damage; that a file from elsewhere runs no
-code when it is read is seen to in `llmkd.distributed.engines`.
+code when it is read is seen to in `llmkd.distributed.shards`.
 """
 
 from __future__ import annotations

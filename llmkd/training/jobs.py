@@ -15,7 +15,7 @@ from datasets import Dataset
 from llmkd.data.batches import Family
 from llmkd.data.other_families import check_format, label_names
 from llmkd.data.rows import load_rows, source_contents
-from llmkd.distributed.engines import load_ds_config
+from llmkd.distributed.ds_configs import load_ds_config
 from llmkd.distributed.ranks import World, on_main
 from llmkd.errors import InputError
 from llmkd.files import ROOT

@@ -13,7 +13,8 @@ import torch
 
 from llmkd.data.batches import Batch, announced, batches
 from llmkd.data.other_families import collate_for
-from llmkd.distributed.engines import engine, on_other_ranks
+from llmkd.distributed.ds_configs import on_other_ranks
+from llmkd.distributed.engines import engine
 from llmkd.distributed.ranks import World
 from llmkd.errors import InputError
 from llmkd.recipe.recipe import dump_recipe

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmkd.distributed.engines import merge_shards, saved_weights
+from llmkd.distributed.shards import merge_shards, saved_weights
 from llmkd.errors import InputError
 from llmkd.recipe.recipe import load_recipe
 from llmkd.train import train

@@ -17,7 +17,7 @@ from torch import nn
 from llmkd.data.batches import collate, epoch_batches
 from llmkd.data.rows import load_rows
 from llmkd.data.tokens import tokenize
-from llmkd.distributed import engines
+from llmkd.distributed import ds_configs, engines
 from llmkd.files import ROOT
 from llmkd.losses.schedules import learning_rate
 from llmkd.models import load as models
@@ -285,7 +285,7 @@ def test_resumed_is_uninterrupted_to_the_bit(tiny: Path, world: Any, tmp_path: P
 )
 def test_an_overwritten_weight_is_what_the_optimizer_goes_on_from(world: Any, stage: int, dtype: str) -> None:
     cpu = json.loads((ROOT / "ds_configs" / "cpu.json").read_text())
-    config = engines.complete_ds_config(
+    config = ds_configs.complete_ds_config(
         {**cpu, "zero_optimization": {**cpu["zero_optimization"], "stage": stage}},
         world_size=1,
         micro_batch=1,
@@ -318,7 +318,7 @@ def test_a_sharded_teacher_lends_one_block_at_a_time(tiny: Path, world: Any, mon
         sum(p.numel() for p in counted[0].parameters()),
         max(p.numel() for p in counted.parameters()),
     )
-    ds = engines.teacher_ds_config(2, "float32", "none", block=block, parameter=largest)
+    ds = ds_configs.teacher_ds_config(2, "float32", "none", block=block, parameter=largest)
     model: Any = models.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=ds, attention="sdpa")
     held: list[int] = []
     call = upper.functional_call

@@ -16,7 +16,7 @@ from benchmarks.contestants import make_passes
 from benchmarks.measure import Memory
 from benchmarks.passes import HIDDEN_WEIGHT, Llmkd, Paper, Pass
 from benchmarks.shapes import PAD, Row, Size, Work, as_batch, labels, make_model, make_rows, make_work
-from llmkd.distributed.engines import complete_ds_config
+from llmkd.distributed.ds_configs import complete_ds_config
 from llmkd.distributed.ranks import World
 from llmkd.layer_map import forward
 from llmkd.losses.chunked_head import IGNORED

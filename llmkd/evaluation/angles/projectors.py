@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llmkd.distributed.engines import saved_weights
+from llmkd.distributed.shards import saved_weights
 from llmkd.errors import InputError
 from llmkd.evaluation.angles.students import TrainedStudent, fix_for_pairs
 from llmkd.models.load import DTYPES

@@ -14,7 +14,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 
-from llmkd.distributed.engines import complete_ds_config, zero_stage  # noqa: E402
+from llmkd.distributed.ds_configs import complete_ds_config, zero_stage  # noqa: E402
 from llmkd.errors import InputError  # noqa: E402
 
 FOLDER = Path(__file__).parents[3] / "ds_configs"

@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from llmkd.data.batches import collate
-from llmkd.distributed.engines import gathered, teacher_ds_config
+from llmkd.distributed.ds_configs import teacher_ds_config
+from llmkd.distributed.engines import gathered
 from llmkd.errors import InputError
 from llmkd.models import folders as model_folders
 from llmkd.models import load, parts

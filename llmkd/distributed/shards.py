@@ -1,0 +1,96 @@
+"""The shards of a checkpoint, as DeepSpeed writes them: loaded, merged for another number of ranks, read without an engine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkd.distributed.engines import last_line
+from llmkd.errors import InputError
+
+# isort: split
+from deepspeed.runtime.fp16.loss_scaler import LossScaler  # after llmkd.distributed.engines, which sets the accelerator
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+# DeepSpeed reads checkpoints by torch.load(weights_only=False), which runs whatever code a file from elsewhere holds. torch's own switch
+# overrides that everywhere in this process and its children: tensors, numbers, texts and these three classes are all that is made.
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
+
+
+def load_shards(engine: Any, folder: Path) -> None:
+    """Load what `save_checkpoint` or `merge_shards` wrote (all ranks take part)."""
+    decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+    with _plain_values(folder):
+        loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    if loaded is None:
+        raise InputError(f"{folder}: DeepSpeed could not load it; remove {folder.parent} to resume from the one before")
+    # From whole tensors DeepSpeed gives every group the first one's settings, so that norms would decay, and one tensor as the
+    # count of steps, which each group would then count up.
+    for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
+    for state in engine.optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
+
+
+def merge_shards(shards: Path, whole: Path) -> None:
+    """Write a checkpoint's shards as whole tensors, which any number of ranks can load, into a folder of a new folder (rank 0 alone).
+
+    DeepSpeed's own converter, in a process of its own. Without ZeRO there are no shards to merge.
+    """
+    shutil.rmtree(whole.parent, ignore_errors=True)
+    whole.parent.mkdir()
+    if not list(shards.glob("*_optim_states.pt")):
+        shutil.copytree(shards, whole)
+        return
+    folders = ["--input_folder", str(shards), "--output_folder", str(whole)]
+    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]  # more would hold more of it in memory
+    program = f"import runpy, {__name__}; runpy.run_module('deepspeed.checkpoint.ds_to_universal', run_name='__main__')"
+    process = subprocess.run(
+        [sys.executable, "-c", program, *folders, *workers, "--inject_missing_state"], capture_output=True, text=True
+    )
+    if process.returncode:
+        shutil.rmtree(whole.parent, ignore_errors=True)
+        raise InputError(
+            f"{shards}: DeepSpeed could not merge its shards for another number of ranks ({last_line(process.stderr)}); "
+            "resume with the number of ranks that wrote it"
+        )
+
+
+def saved_weights(shards: Path, prefix: str) -> dict[str, Tensor]:
+    """The parameters of a checkpoint whose names start with the prefix, which is cut off; float32, on the CPU (any one process).
+
+    The checkpoint's shards are read whole into memory, optimizer states included.
+    """
+    with _plain_values(shards):
+        if list(shards.glob("*_optim_states.pt")):
+            state: Any = get_fp32_state_dict_from_zero_checkpoint(str(shards.parent), tag=shards.name, lazy_mode=True)
+        else:  # without ZeRO each rank's file holds whole tensors
+            state = torch.load(shards / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)["module"]
+    kept = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor.contiguous().float().clone() for name, tensor in kept.items()}
+
+
+@contextlib.contextmanager
+def _plain_values(folder: Path) -> Iterator[None]:
+    """Inside, a file of the folder that holds more than tensors, numbers and texts is an InputError."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{folder}: its files hold Python objects that could run code, so llmkd did not write them and does not open them; use a "
+            "checkpoint of your own run"
+        ) from error

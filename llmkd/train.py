@@ -39,7 +39,7 @@ from llmkd.distributed.ranks import (
     sum_counts,
 )
 from llmkd.errors import InputError
-from llmkd.files import publish_json
+from llmkd.files import write_json
 from llmkd.processes import end_with_parent, only_one_in
 from llmkd.provenance import commit, hardware, versions
 from llmkd.recipe.options import train_options
@@ -152,7 +152,7 @@ def _finish(world: World, run: PreparedRun, *, seconds: float, tokens: int, last
     model, card = run.module.model, _card(job, run.steps)
     checkpoint.export(world, model, job.folder / "model", tokenizer_from=job.initial, card=card, meta=meta)
     if world.is_main:
-        publish_json(job.folder / "summary.json", summary)
+        write_json(job.folder / "summary.json", summary)
         initial.remove_initial(job)
     barrier(world)
     log.info("%s: done, %s", job.title, job.folder / "model")

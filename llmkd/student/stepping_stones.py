@@ -135,8 +135,7 @@ class SteppingStones(nn.Module):
         if not stones.factors:
             return StonesResult(loss, None)
         ensemble = self._ensemble(connected, batch, signal) if stones.weights.cross else None
-        sums: dict[int, Tensor] = {}
-        squares: dict[int, Tensor] = {}
+        sums, squares = dict[int, Tensor](), dict[int, Tensor]()
         with signal.head() as lent:
             this = _Pass(batch, signal, settings, stones.weights, stones.scales, ensemble, lent)
             for number, factor in stones.factors.items():
@@ -162,9 +161,8 @@ class SteppingStones(nn.Module):
             if tail is not None:
                 squares[len(self.pairs)] = _cross_alone(tail.square_before(final, own.gradients[0]))
         rows = len(self.pairs) + 1
-        return StonesResult(
-            loss, StoneSums(_with_zeros(sums, rows).double(), _with_zeros(squares, rows) if squares else None)
-        )
+        norms = _with_zeros(squares, rows) if squares else None
+        return StonesResult(loss, StoneSums(_with_zeros(sums, rows).double(), norms))
 
     @torch.no_grad()
     def _ensemble(self, connected: Mapping[int, Tensor], batch: Batch, signal: Signal) -> Tensor:

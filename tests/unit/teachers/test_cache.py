@@ -32,6 +32,7 @@ from llmkd.teachers.cached import AHEAD, CacheTeacher
 from llmkd.teachers.quantization import restored, stored
 from llmkd.train import train
 from llmkd.training import build, cache_contents, initial, jobs, write_cache
+from llmkd.training.stopping import Stopping
 from tests import definitions
 
 WRITTEN = {
@@ -43,23 +44,21 @@ WRITTEN = {
 }
 
 
-class Never:
+class Never(Stopping):
     """No signal comes."""
 
-    asked = False
-    name = "nothing"
+    def __init__(self) -> None:
+        self.asked, self.name = False, "nothing"
 
 
-class After:
+class After(Stopping):
     """A signal comes once it has been asked so many times."""
 
-    name = "SIGTERM"
-
     def __init__(self, times: int) -> None:
-        self._left = times
+        self._left, self.name = times, "SIGTERM"
 
     @property
-    def asked(self) -> bool:
+    def asked(self) -> bool:  # type: ignore[override]
         self._left -= 1
         return self._left < 0
 

@@ -139,7 +139,8 @@ def tokenize_sources(rows: Dataset, tokenizer: Any, start: int, *, max_length: i
         written = tokenizer(text_target=columns["completion"])["input_ids"]
         targets = [[start, *ids] if ids[-1:] == [eos] else [start, *ids, eos] for ids in written]
         whole = [max(len(s), len(t) - 1) for s, t in zip(sources, targets, strict=True)]
-        useful = [bool(s) for s in sources]  # an encoder needs at least one token
+        # an encoder needs at least one token, and an empty answer would teach to stop at once
+        useful = [bool(s) and bool(t.strip()) for s, t in zip(sources, columns["completion"], strict=True)]
         if too_long == "truncate":
             # the tokenizer's own truncation keeps the token that closes a text
             sources = tokenizer(columns["prompt"], truncation=True, max_length=max_length)["input_ids"]

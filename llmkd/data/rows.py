@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, Json, Value, load_dataset
 
 from llmkd.data import records
 from llmkd.errors import InputError, first_line
 from llmkd.files import fetched_by
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+MOST_RECORDS = 10_000_000
+"""Rows of the built-in task; they are made in memory."""
+TEXT_COLUMNS = ("prompt", "completion", "text", "text_a", "text_b", "references")
+"""Columns of a CSV that stay text where all of their cells look like numbers or dates."""
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 
 
 def load_rows(source: str, *, name: str | None, split: str, rows: int | None, records_seed: int = 0) -> Dataset:
     """The rows of the built-in task, of local files or of a hub data set. Raises InputError when there are none."""
     if source == "records":
-        if rows is None:
-            raise InputError("data.rows: the built-in task is endless; write how many rows to use, e.g. rows: 20000")
+        if rows is None or rows > MOST_RECORDS:
+            raise InputError(
+                f"data.rows: the built-in task is endless; write how many rows to use, e.g. rows: 20000 (at most {MOST_RECORDS})"
+            )
         examples = records.rows(split, records_seed, 0, rows)
         return Dataset.from_list([{key: e[key] for key in ("prompt", "completion")} for e in examples])
     path = Path(source).expanduser()
@@ -54,6 +63,8 @@ def source_contents(source: str, split: str) -> str | None:
 
 
 def _files(path: Path, split: str) -> list[Path]:
+    if not path.is_dir() and not path.is_file():
+        raise InputError(f"data.source: {str(path)!r} is a device or a pipe; give a file, or a folder of files")
     return _of_split(sorted(f for f in path.iterdir() if _kind(f)), path, split) if path.is_dir() else [path]
 
 
@@ -69,15 +80,90 @@ def _local_rows(path: Path, split: str) -> Dataset:
             f"data.source: {str(path)!r} must be (or hold) files of one kind: {', '.join(LOADERS)}, each may end in .gz"
         )
     kind = str(kinds.pop())
-    # In a CSV an empty cell is an empty text, and the words None and NA are words.
-    options: dict[str, Any] = {"keep_default_na": False} if kind == "csv" else {}
     try:
+        if kind == "json":
+            return _json_rows(files)
+        # In a CSV an empty cell is an empty text, the words None and NA are words, and 007 is no number.
+        converters = {"keep_default_na": False, "converters": dict.fromkeys(TEXT_COLUMNS, str)}
+        options: dict[str, Any] = converters if kind == "csv" else {}
         return load_dataset(kind, data_files={"rows": [str(f) for f in files]}, split="rows", **options)
+    except InputError:
+        raise
     except Exception as error:  # datasets wraps every parser's own error
         if not any(f.stat().st_size for f in files) or "corresponds to no data" in str(error):
             raise InputError(f"data.source: {str(path)!r} has no rows; give data with some") from error
         reason = first_line(error.__cause__ or error)
         raise InputError(f"data.source: {str(path)!r} can't be read as {kind} ({reason}); correct the file") from error
+
+
+def _json_rows(files: list[Path]) -> Dataset:
+    """The objects of JSON files, each value as its file has it.
+
+    The loader of datasets makes dates of texts, and gives a turn of a chat the keys that other turns have. Raises InputError that names the
+    file and the line where a line is no UTF-8, no JSON or no object.
+    """
+    kinds: dict[str, set[type]] = {}
+    contents = hashlib.sha256()
+    for row in _objects([str(file) for file in files]):
+        contents.update(json.dumps(row).encode())
+        for key, value in row.items():
+            kinds.setdefault(key, set()).add(type(value))
+    if not kinds:
+        return Dataset.from_dict({})
+    features = Features({key: _feature(types - {type(None)}) for key, types in kinds.items()})
+    # datasets keeps what a generator gave, by its arguments: the contents are one of them
+    return Dataset.from_generator(
+        _encoded,
+        features=features,
+        gen_kwargs={"files": [str(file) for file in files], "features": features, "contents": contents.hexdigest()},
+    )
+
+
+def _feature(types: set[type]) -> Value | Json:
+    """What holds a column of these types: of one alone itself, of lists, objects or a mixture JSON."""
+    (only,) = types if len(types) == 1 else (None,)
+    names: dict[type | None, str] = {str: "string", bool: "bool", int: "int64", float: "float64"}
+    return Value(names[only]) if only in names else Json()
+
+
+def _encoded(files: list[str], features: Features, contents: str) -> Iterator[dict[str, Any]]:
+    """The rows as datasets takes them: a value of a Json column as JSON text."""
+    as_json = [key for key, feature in features.items() if isinstance(feature, Json)]
+    for row in _objects(files):
+        whole = {**dict.fromkeys(features), **row}
+        yield whole | {key: json.dumps(whole[key]) for key in as_json}
+
+
+def _objects(files: list[str]) -> Iterator[dict[str, Any]]:
+    """The objects of files with one in a line, or with one list of them."""
+    for name in files:
+        with (gzip.open if name.endswith(".gz") else open)(name, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                where = f"data.source: {name!r}, line {number}"
+                if number == 1 and line.lstrip().startswith(b"["):
+                    values = _read(line + lines.read(), where)
+                    yield from (_checked(value, f"data.source: {name!r}, row {n}") for n, value in enumerate(values))
+                elif line.strip():
+                    yield _checked(_read(line, where), where)
+
+
+def _read(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        byte = text[error.start]
+        raise InputError(f"{where}: not UTF-8 text (the byte 0x{byte:02x}); save the file in that encoding") from error
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+        raise InputError(f"{where}: not valid JSON ({reason}); correct the line") from error
+
+
+def _checked(value: object, where: str) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    raise InputError(
+        f'{where}: a row is an object, this is {type(value).__name__}; write {{"prompt": ..., "completion": ...}}'
+    )
 
 
 def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from llmkd.errors import InputError, first_line
+from llmkd.data.turns import Turn, has_answer, read_tools, read_turns, rendered
+from llmkd.errors import InputError
 
 log = logging.getLogger("llmkd")
 FORMATS = {"prompt_completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
@@ -20,6 +21,7 @@ PLACEHOLDER = "llmkd0message0here"
 
 Columns = Mapping[str, list[Any]]
 """Some rows, column by column."""
+Row = Mapping[str, Any]
 Encoded = tuple[list[list[int]], list[list[bool]]]
 """Each row's token ids, and which of them are trained."""
 
@@ -30,13 +32,12 @@ def tokenize(rows: Dataset, tokenizer: Any, *, format: str, max_length: int, too
     `row` is the row's number. Prompt and completion are tokenized apart, as they are when the model later continues the
     prompt. Raises InputError for a row that lacks its columns, or when no row is left.
     """
-    format = _format_of(rows.column_names) if format == "auto" else format
+    format = format_of(rows.column_names) if format == "auto" else format
     check_columns(rows, FORMATS[format], format)
     check_end_token(tokenizer)
     encode = {"prompt_completion": _prompt_completion, "messages": _messages, "text": _text}[format]
 
     def encoded(columns: Columns, numbers: list[int]) -> Columns:
-        _check_text(columns, format, numbers)
         ids, trained = encode(columns, tokenizer, numbers)
         whole = [len(i) for i in ids]
         if too_long == "truncate":
@@ -93,7 +94,7 @@ def mapped_rows(
     return encoded.select(kept).remove_columns(["whole", "useful"])
 
 
-def _format_of(columns: Sequence[str]) -> str:
+def format_of(columns: Sequence[str]) -> str:
     for format, needed in FORMATS.items():
         if all(column in columns for column in needed):
             return format
@@ -103,19 +104,24 @@ def _format_of(columns: Sequence[str]) -> str:
     )
 
 
-def _check_text(columns: Columns, format: str, numbers: list[int]) -> None:
-    for column in FORMATS[format]:
-        for number, value in zip(numbers, columns[column], strict=True):
-            if column != "messages" and not isinstance(value, str):
-                cure = "for chats name the column messages" if isinstance(value, list) else "make it text"
-                raise InputError(f"data row {number}: {column} must be text, it is {type(value).__name__}; {cure}")
-
-
 def _prompt_completion(columns: Columns, tokenizer: Any, numbers: list[int]) -> Encoded:
+    if any(isinstance(value, list) for value in [*columns["prompt"], *columns["completion"]]):
+        return _chats(
+            columns, tokenizer, numbers, lambda row: (read_turns(row["prompt"]), read_turns(row["completion"]))
+        )
+    _check_text(columns, ("prompt", "completion"), numbers)
     prompts = leading(tokenizer, columns["prompt"])
     completions = _closed(tokenizer(columns["completion"], add_special_tokens=False)["input_ids"], tokenizer)
-    both = list(zip(prompts, completions, strict=True))
-    return [p + c for p, c in both], [[False] * len(p) + [True] * len(c) for p, c in both]
+    written = [bool(text.strip()) for text in columns["completion"]]  # an empty one would teach to stop at once
+    rows = list(zip(prompts, completions, written, strict=True))
+    return [p + c for p, c, _ in rows], [[False] * len(p) + [some] * len(c) for p, c, some in rows]
+
+
+def _check_text(columns: Columns, names: Sequence[str], numbers: list[int]) -> None:
+    for name in names:
+        for number, value in zip(numbers, columns[name], strict=True):
+            if not isinstance(value, str):
+                raise InputError(f"data row {number}: {name} must be text, it is {type(value).__name__}; make it text")
 
 
 def leading(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -134,60 +140,72 @@ def _closed(encoded: list[list[int]], tokenizer: Any) -> list[list[int]]:
 
 
 def _text(columns: Columns, tokenizer: Any, numbers: list[int]) -> Encoded:
+    _check_text(columns, ("text",), numbers)
     texts = _closed(leading(tokenizer, columns["text"]), tokenizer)
     # An empty line is not a document: training on it would teach to stop at once.
     return texts, [[bool(text.strip())] * len(ids) for text, ids in zip(columns["text"], texts, strict=True)]
 
 
 def _messages(columns: Columns, tokenizer: Any, numbers: list[int]) -> Encoded:
+    return _chats(columns, tokenizer, numbers, lambda row: ([], read_turns(row["messages"])))
+
+
+def _chats(
+    columns: Columns, tokenizer: Any, numbers: list[int], parts: Callable[[Row], tuple[list[Turn], list[Turn]]]
+) -> Encoded:
+    """Each row's chat, of which `parts` gives the turns that are only read and those of which the assistant's are trained."""
     encoded = []
-    for number, messages in zip(numbers, columns["messages"], strict=True):
+    for place, number in enumerate(numbers):
+        row = {name: values[place] for name, values in columns.items()}
         try:
-            encoded.append(conversation(messages, tokenizer))
+            before, trained = parts(row)
+            encoded.append(conversation(trained, tokenizer, read_tools(row.get("tools")), before=before))
         except InputError as error:
             raise InputError(f"data row {number}: {error}") from error
     return [ids for ids, _ in encoded], [trained for _, trained in encoded]
 
 
-def conversation(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[bool]]:
+def conversation(
+    messages: list[Turn], tokenizer: Any, tools: list[dict[str, Any]] | None = None, *, before: Sequence[Turn] = ()
+) -> tuple[list[int], list[bool]]:
     """A chat through the tokenizer's template: (ids, trained). The assistant's messages are trained, with their end of turn.
 
-    Raises InputError where they can't be found in the rendered text.
+    An empty message and the turns `before` are not. Raises InputError where the messages can't be found in the rendered text.
     """
-    if not (
-        isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
-    ):
-        raise InputError('messages must be a list of turns; write [{"role": "user", "content": "..."}, ...]')
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template; give prompt and completion, or give the tokenizer one")
     turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise InputError("the conversation has no turn of the role assistant; add one, there is nothing to train on")
-    whole = rendered(messages, tokenizer)
-    spans = [_trained_span(messages, turn, whole, tokenizer) for turn in turns]
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    whole = [*before, *messages]
+    text = rendered(whole, tokenizer, tools)
+    answers = [len(before) + turn for turn in turns if has_answer(messages[turn])]
+    spans = [_trained_span(whole, turn, text, tokenizer, tools) for turn in answers]
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     # Some tokenizers leave white space out of a token's offsets, so that (a, b) may be (b, b).
     trained = [any(start <= a and start < b <= end for start, end in spans) for a, b in encoded["offset_mapping"]]
     return encoded["input_ids"], trained
 
 
-def _trained_span(messages: list[dict[str, str]], turn: int, whole: str, tokenizer: Any) -> tuple[int, int]:
+def _trained_span(
+    messages: list[Turn], turn: int, whole: str, tokenizer: Any, tools: list[dict[str, Any]] | None
+) -> tuple[int, int]:
     """An assistant's turn in the rendered chat, (start, end): from the end of the generation prompt to its end of turn.
 
     A template may write a turn differently once others follow (Qwen3 leaves out the thoughts), so the place is found from the text
     around a placeholder, in the whole chat and in the chat that ends with this turn.
     """
     upto = [*messages[:turn], {**messages[turn], "content": PLACEHOLDER}]
-    opening, _, closing = rendered(upto, tokenizer).partition(PLACEHOLDER)
+    opening, _, closing = rendered(upto, tokenizer, tools).partition(PLACEHOLDER)
     after = (
-        rendered([*upto, *messages[turn + 1 :]], tokenizer).partition(PLACEHOLDER)[2]
+        rendered([*upto, *messages[turn + 1 :]], tokenizer, tools).partition(PLACEHOLDER)[2]
         if messages[turn + 1 :]
         else closing
     )
     if not after.startswith(closing):  # Phi-3 ends a whole chat with one more token
         closing = re.sub(r"\s\S*$", "", os.path.commonprefix([closing, after]))
     end = len(whole) - len(after) + len(closing.rstrip() or closing)
-    before = rendered(messages[:turn], tokenizer, add_generation_prompt=True) if turn else opening
+    before = rendered(messages[:turn], tokenizer, tools, add_generation_prompt=True) if turn else opening
     start = len(os.path.commonprefix([whole, before]))
     prefix = len(os.path.commonprefix([before, rendered(messages[:turn], tokenizer)])) if turn else 0
     if PLACEHOLDER in whole or not whole.endswith(after) or not prefix <= start <= end:
@@ -196,13 +214,3 @@ def _trained_span(messages: list[dict[str, str]], turn: int, whole: str, tokeniz
             "located; give prompt and completion instead"
         )
     return start, end
-
-
-def rendered(messages: list[dict[str, str]], tokenizer: Any, add_generation_prompt: bool = False) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except Exception as error:  # a template is a program of its own, and may raise anything
-        reason = first_line(error)
-        raise InputError(
-            f"the tokenizer's chat template refuses the messages ({reason}); fix one of the two"
-        ) from error

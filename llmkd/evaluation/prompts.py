@@ -9,7 +9,8 @@ from typing import Any
 
 from llmkd.data import records
 from llmkd.data.rows import load_rows
-from llmkd.data.tokens import FORMATS, leading, rendered
+from llmkd.data.tokens import FORMATS, leading
+from llmkd.data.turns import read_tools, read_turns, rendered
 from llmkd.errors import InputError
 from llmkd.recipe.evaluation import Generation
 from llmkd.recipe.recipe import Data, Evaluation
@@ -28,6 +29,8 @@ class Prompt:
     text: str = ""
     turns: list[dict[str, Any]] | None = None
     """Of a chat, in place of `text`: the turns before the answer."""
+    tools: list[dict[str, Any]] | None = None
+    """Of a chat: what the assistant may call."""
     record: dict[str, str] | None = None
     """What the built-in task's sentence must tell: slot -> value."""
 
@@ -91,6 +94,8 @@ def read_prompts(
 
 def _of_prompt(row: Mapping[str, Any], where: str) -> Prompt:
     """The prompt, and the row's `references` where it has such a column, else its completion."""
+    if isinstance(row["prompt"], list):
+        return _of_chat({**row, "messages": [*row["prompt"], *_listed(row["completion"])]}, where)
     references = row.get("references") or [row["completion"]]
     texts = [row["prompt"], *(references if isinstance(references, list) else [references])]
     if not all(isinstance(text, str) for text in texts):
@@ -98,17 +103,26 @@ def _of_prompt(row: Mapping[str, Any], where: str) -> Prompt:
     return Prompt(text=texts[0], references=[text.strip() for text in texts[1:]])
 
 
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def _of_chat(row: Mapping[str, Any], where: str) -> Prompt:
     """The turns before the assistant's last one, which is the reference."""
-    turns = row["messages"]
-    if not (
-        isinstance(turns, list) and all(isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in turns)
-    ):
-        raise InputError(f'{where}: messages must be turns; write [{{"role": "user", "content": "..."}}, ...]')
+    try:
+        turns, tools = read_turns(row["messages"]), read_tools(row.get("tools"))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
     last = max((number for number, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
     if last == 0:
         raise InputError(f"{where}: no turn of the assistant follows another; add one, or leave the row out")
-    return Prompt(turns=turns[:last], references=[turns[last]["content"].strip()])
+    answer = turns[last]["content"].strip()
+    if not answer:
+        what = "calls a tool" if turns[last].get("tool_calls") else "is empty"
+        raise InputError(
+            f"{where}: the assistant's last turn {what}, so there is no text to compare with; end with a turn of text, or leave the row out"
+        )
+    return Prompt(turns=turns[:last], tools=tools, references=[answer])
 
 
 def encoded(prompts: Sequence[Prompt], tokenizer: Any) -> Encoded:
@@ -120,7 +134,7 @@ def encoded(prompts: Sequence[Prompt], tokenizer: Any) -> Encoded:
                 raise InputError(
                     "the tokenizer has no chat template; give prompt and completion, or give the tokenizer one"
                 )
-            text = rendered(prompt.turns, tokenizer, add_generation_prompt=True)
+            text = rendered(prompt.turns, tokenizer, prompt.tools, add_generation_prompt=True)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             text, ids = prompt.text, leading(tokenizer, [prompt.text])[0]

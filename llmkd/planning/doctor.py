@@ -19,7 +19,7 @@ from datasets import Dataset
 
 from llmkd import provenance
 from llmkd.data.batches import MULTIPLE, epoch_batches
-from llmkd.data.tokens import tokenize
+from llmkd.data.tokens import FORMATS, format_of, tokenize
 from llmkd.errors import InputError
 from llmkd.models import load
 from llmkd.models.families import KIND_NAMES, kind
@@ -49,14 +49,15 @@ def examine(recipe: Recipe, rows: int = 2) -> tuple[list[Finding], list[str]]:
             f"llmkd doctor looks at a decoder's rows, and this recipe's teacher is {KIND_NAMES[teacher]}; start the run itself"
         )
     folder, tokenizer = _start(recipe)
+    rows_of_text = read_rows(recipe.data)
     data = tokenize(
-        read_rows(recipe.data),
+        rows_of_text,
         tokenizer,
         format=recipe.data.format,
         max_length=recipe.data.max_length,
         too_long=recipe.data.too_long,
     )
-    findings = _data(recipe, data, tokenizer)
+    findings = [*_unread(rows_of_text, recipe.data.format), *_data(recipe, data, tokenizer)]
     if folder is not None:
         findings = [*_ends(folder, tokenizer, "teacher"), *_student(recipe, folder, tokenizer), *findings]
     return [*findings, *_machine(recipe)], [marked(data[number], tokenizer) for number in range(min(rows, len(data)))]
@@ -110,6 +111,14 @@ def _student(recipe: Recipe, teacher: Path, tokenizer: Any) -> list[Finding]:
     return [*findings, *_ends(folder, their_tokenizer, "student")]
 
 
+def _unread(rows: Dataset, format: str) -> list[Finding]:
+    """The columns that training does not look at: a file may hold in one of them what its user counts on."""
+    format = format_of(rows.column_names) if format == "auto" else format
+    read = {*FORMATS[format], *(("tools",) if format != "text" else ())}
+    unread = [column for column in rows.column_names if column not in read]
+    return [Finding("note", f"data: the columns {', '.join(unread)} are not read")] if unread else []
+
+
 def _data(recipe: Recipe, data: Dataset, tokenizer: Any) -> list[Finding]:
     """The numbers of tokens and of trained tokens, and the share of padding."""
     lengths = np.array(data["length"])
@@ -121,10 +130,12 @@ def _data(recipe: Recipe, data: Dataset, tokenizer: Any) -> list[Finding]:
         Finding("ok", f"data: {len(data):,} rows, {tokens:,} tokens; {spread}"),
         Finding("ok" if trained else "warning", f"data: {trained:,} tokens are trained, {trained / tokens:.1%} of all"),
     ]
-    rows = data["input_ids"] if "input_ids" in data.column_names else []
-    unended = sum(row[-1] != tokenizer.eos_token_id for row in rows)
-    if unended and recipe.data.format != "messages":
-        text = f"data: {unended:,} rows do not close with the end token (cut short, or a template's own end)"
+    last = (
+        [token for token, trained in zip(row["input_ids"], row["trained"], strict=True) if trained][-1] for row in data
+    )
+    unended = sum(token != tokenizer.eos_token_id for token in last)
+    if unended:
+        text = f"data: of {unended:,} rows the last trained token is not the end token (cut short, or a template's own end)"
         findings.append(Finding("note", text))
     if recipe.data.batching == "grouped":
         text = f"data: {_padding(recipe, lengths):.1%} of the places of a batch are padding (never counted)"

@@ -161,7 +161,7 @@ NO_THOUGHT = "<think>\n\n</think>\n\n"
         (CHATML, [USER, ANSWER], ["Fine.<|im_end|>"]),
         (CHATML, [SYSTEM, USER, ANSWER, USER, ANSWER], ["Fine.<|im_end|>"] * 2),
         (CHATML, [USER, {"role": "assistant", "content": "  Fine.\n"}], ["Fine.<|im_end|>"]),  # the template trims
-        (CHATML, [USER, {"role": "assistant", "content": ""}], ["<|im_end|>"]),
+        (CHATML, [USER, {"role": "assistant", "content": ""}, USER, ANSWER], ["Fine.<|im_end|>"]),  # nothing is written
         (LLAMA2_LIKE, [USER, ANSWER, USER, ANSWER], [" Fine.<eos>"] * 2),
         (PHI3_LIKE, [USER, ANSWER, USER, ANSWER], ["Fine.<|im_end|>", "Fine.<|im_end|>\n<eos>"]),
     ],
@@ -262,7 +262,7 @@ def test_only_overlong_rows_are_an_error(too_long: str) -> None:
         ([{"prompt": "a"}], "text", "needs the column 'text', the data has prompt; rename"),
         ([{"text": "a"}, {"text": None}], "auto", "data row 1: text must be text, it is NoneType; make it text"),
         ([{"prompt": "a", "completion": 3}], "auto", "data row 0: completion must be text, it is int; make it text"),
-        ([{"prompt": [USER], "completion": [ANSWER]}], "auto", "it is list; for chats name the column messages"),
+        ([{"prompt": [USER], "completion": "Fine."}], "auto", "data row 0: messages must be a list of turns"),
     ],
 )
 def test_rows_that_are_not_what_they_should_be(rows: list[dict[str, Any]], format: str, expected: str) -> None:
@@ -348,9 +348,9 @@ def _bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "blank.jsonl": (b"\n\n", "has no rows"),
         "list.json": (b"[]", "has no rows"),
         "header.csv": (b"prompt,completion\n", "has no rows"),
-        "empty.jsonl.gz": (gzip.compress(b""), "can't be read as json"),
+        "empty.jsonl.gz": (gzip.compress(b""), "has no rows"),
         "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:-20], "can't be read as json"),
-        "broken.jsonl": (b'{"text": "a"}\n{oops\n', "can't be read as json (JSON parse error"),
+        "broken.jsonl": (b'{"text": "a"}\n{oops\n', ", line 2: not valid JSON (Expecting property name"),
         "fake.parquet": (b"PAR0", "can't be read as parquet"),
         "text.txt": (b"hello", "must be (or hold) files of one kind"),
     }

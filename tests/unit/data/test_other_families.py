@@ -95,12 +95,16 @@ def test_label_that_is_no_class(encoder_tokenizer: Any, label: Any) -> None:
 def test_source_and_target(seq2seq_tokenizer: Any) -> None:
     eos, start = seq2seq_tokenizer.eos_token_id, 0
     one, six = (seq2seq_tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("one two", "six"))
-    data = rows({"prompt": "one two", "completion": "six"}, {"prompt": "six", "completion": ""})
+    data = rows(
+        {"prompt": "one two", "completion": "six"},
+        {"prompt": "six", "completion": "one"},
+        {"prompt": "six", "completion": " "},
+    )
     found = tokenize_sources(data, seq2seq_tokenizer, start, max_length=32, too_long="drop")
     assert found[0]["source_ids"] == [*one, eos] and found[0]["target_ids"] == [start, *six, eos]
-    assert found[1]["target_ids"] == [start, eos]
+    assert found["row"] == [0, 1]  # an empty answer would teach to stop at once
     assert found[0]["length"] == len(one) + len(six) + 2
-    batch = collate_sources([found[0], found[1]], pad_id=0)
+    batch = collate_sources([found[0], {**found[1], "target_ids": [start, eos]}], pad_id=0)
     assert batch.input_ids[0, : len(six) + 1].tolist() == [start, *six]
     assert batch.targets[0, : len(six) + 1].tolist() == [*six, eos]
     assert batch.targets[1, 0] == eos and (batch.targets[1, 1:] == IGNORE).all()

@@ -130,10 +130,11 @@ def _data(recipe: Recipe, data: Dataset, tokenizer: Any) -> list[Finding]:
         Finding("ok", f"data: {len(data):,} rows, {tokens:,} tokens; {spread}"),
         Finding("ok" if trained else "warning", f"data: {trained:,} tokens are trained, {trained / tokens:.1%} of all"),
     ]
-    last = (
-        [token for token, trained in zip(row["input_ids"], row["trained"], strict=True) if trained][-1] for row in data
-    )
-    unended = sum(token != tokenizer.eos_token_id for token in last)
+    ends = [
+        [token for token, is_trained in zip(ids, marks, strict=True) if is_trained][-1]
+        for ids, marks in zip(data["input_ids"], data["trained"], strict=True)
+    ]
+    unended = sum(token != tokenizer.eos_token_id for token in ends)
     if unended:
         text = f"data: of {unended:,} rows the last trained token is not the end token (cut short, or a template's own end)"
         findings.append(Finding("note", text))

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import datasets
+import datasets.config
 import pytest
 from datasets import Dataset
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 import sys
 from pathlib import Path
@@ -93,8 +94,8 @@ def maps(
 
 
 def _pair(text: str) -> tuple[int, int]:
-    student, sign, teacher = text.partition(":")
-    if not (sign and student.isdigit() and teacher.isdigit()):
+    student, _, teacher = text.partition(":")
+    if not re.fullmatch(r"[0-9]{1,6}:[0-9]{1,6}", text):
         raise InputError(f"--pair {text!r}: write STUDENT:TEACHER, e.g. --pair 0:3")
     return int(student), int(teacher)
 
@@ -290,7 +291,13 @@ def angles(run: Path, recipe: str | None, rows: int | None, overrides: tuple[str
 @cli.command()
 @click.argument("recipe")
 @click.option("--ranks", type=click.IntRange(min=1), required=True, help="GPUs the run would have.")
-@click.option("--device-gib", type=float, default=80, show_default=True, help="Memory of one GPU, to recommend by.")
+@click.option(
+    "--device-gib",
+    type=click.FloatRange(min=0, max=10**6, min_open=True),
+    default=80,
+    show_default=True,
+    help="Memory of one GPU, to recommend by.",
+)
 @SET
 def plan(recipe: str, ranks: int, device_gib: float, overrides: tuple[str, ...]) -> None:
     """Show the memory a run needs on each rank, and other placements."""

@@ -35,7 +35,7 @@ class Architecture(Section):
     """Width of one head; required by qwen3, possible for t5 (default: hidden_size / num_attention_heads)."""
     max_position_embeddings: int = Field(gt=0)
     """Longest sequence; t5 has no positions, and for it this is only a bound on data.max_length."""
-    rope_theta: float = 1_000_000.0
+    rope_theta: float = Field(default=1_000_000.0, gt=0)
     """Base of the rotary position embedding (qwen3)."""
     tie_word_embeddings: bool = False
     """Use one matrix for the input embeddings and the output head."""

@@ -85,6 +85,13 @@ class Matching(Section):
         values = {key: getattr(self, key) for key in OPTIONS}
         return {key: value for key, value in values.items() if value != type(self).model_fields[key].default}
 
+    def without_others(self, strategy: str) -> dict[str, object]:
+        """The recipe keys of options that are given and that this strategy does not read, each with its default."""
+        if strategy not in STRATEGIES:  # refused by its name, once the recipe is changed
+            return {}
+        unread = self.options.keys() - set(STRATEGIES[strategy].options)
+        return {f"matching.{option}": type(self).model_fields[option].default for option in unread}
+
     def check_options(self, strategies: Sequence[str]) -> None:
         """Raise InputError for an option that none of these strategies reads."""
         for option in self.options:
@@ -244,7 +251,7 @@ class Loss(Section):
     """akl: the share of the teacher's probability that counts as its head; default: 0.5."""
     top_k: int | None = Field(default=None, gt=0)
     """top_k: how many of the teacher's likeliest tokens are compared one by one; default: 64."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=0.01, le=1000)
     """Temperature of both distributions in the divergence."""
     kl_positions: Positions = "trained"
     """`trained`: the divergence is taken where the next token is trained. `attended`: at every token that is not padding (the paper's

@@ -15,6 +15,14 @@ import click
 
 Command = Callable[..., Any]
 
+
+def _named(context: click.Context, option: click.Parameter, folder: Path | None) -> Path | None:
+    """The folder; an empty text would be the one that we are in."""
+    if folder == Path("."):
+        raise click.BadParameter("is empty or the folder that you are in; name one for this run", context, option)
+    return folder
+
+
 SET = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, e.g. train.steps=100."
 )
@@ -27,6 +35,7 @@ _TRAIN_OPTIONS = (
     click.option(
         "--output",
         type=click.Path(path_type=Path),
+        callback=_named,
         help="Folder of this run [default: OUTPUT/NAME/students/STRATEGY-sSEED].",
     ),
 )

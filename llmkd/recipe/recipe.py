@@ -28,7 +28,7 @@ from llmkd.recipe.yaml_files import RecipeDumper, parse_yaml, read_text
 
 
 class Recipe(Section):
-    name: Annotated[str, NO_EFFECT] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: Annotated[str, NO_EFFECT] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)
     """Name of the run's folder."""
     output: Annotated[str, NO_EFFECT] = "runs"
     """The run's folder is `output`/`name`."""
@@ -222,7 +222,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not sign or not key:
             raise InputError(f"--set {override!r}: no value is given; write key.sub=value, e.g. --set train.steps=100")
         _put(values, key.strip(), parse_yaml(text, f"--set {override!r}"))
-    return _validated(values, str(file))
+    recipe = _validated(values, str(file))
+    _check_variants(recipe, str(file))
+    return recipe
+
+
+def _check_variants(recipe: Recipe, where: str) -> None:
+    """Raise InputError for a variant of the study that is no recipe, also where the study itself is not run."""
+    for name in recipe.study.variants:
+        changes = recipe.study.changes(name)
+        strategy = str(changes.get("matching.strategy", recipe.matching.strategy))
+        try:
+            recipe.changed({**recipe.matching.without_others(strategy), **changes})
+        except InputError as error:
+            sentence = str(error).removeprefix("the changed recipe: ")
+            raise InputError(f"{where}: study.variants.{name}: {sentence}") from error
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -300,6 +314,8 @@ def _examples(location: Sequence[Any]) -> list[str]:
 
 def _keys_at(location: Sequence[Any]) -> list[str]:
     section = section_at(location)
+    if section is None:  # a list of sections
+        section = section_at(location[:-1])
     assert section is not None, location
     return list(section.model_fields)
 

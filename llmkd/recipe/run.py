@@ -10,6 +10,8 @@ from llmkd.recipe.models import Architecture
 from llmkd.recipe.placements import WithWeights
 from llmkd.recipe.section import NO_EFFECT, Dtype, Section
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Data(Section):
     """The rows that models are trained on."""
@@ -57,7 +59,7 @@ class Train(Section):
     """How the learning rate falls after the warm-up."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's weight decay, of matrices only: norms and biases have none."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""
     epsilon: float = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
@@ -77,7 +79,7 @@ class Train(Section):
     """How many of the newest checkpoints are kept."""
     log_every: Annotated[int, NO_EFFECT] = Field(default=10, gt=0)
     """Steps between lines of the log and of metrics.jsonl."""
-    timeout_seconds: Annotated[int, NO_EFFECT] = Field(default=1800, gt=0)
+    timeout_seconds: Annotated[int, NO_EFFECT] = Field(default=1800, gt=0, le=10**7)
     """How long a rank waits for another before the run ends."""
     wandb: Annotated[str | None, NO_EFFECT] = None
     """Weights & Biases project that the run is logged to; unset: none."""
@@ -86,6 +88,10 @@ class Train(Section):
     def _consistent(self) -> Train:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("steps: give exactly one of steps and epochs, which both set how long the training is")
+        if self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate: {self.final_learning_rate:g} is above learning_rate {self.learning_rate:g}; it falls, so write less"
+            )
         if self.steps and self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps: {self.warmup_steps} warm-up steps in {self.steps} steps; write a number from 0 to {self.steps - 1}"

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 Dtype = Literal["float32", "bfloat16"]
 Positions = Literal["trained", "attended"]
 Backend = Literal["auto", "hf", "vllm"]
+LARGEST_WHOLE = 2**47
+"""Seeds are multiplied by 65536 and stay 63 bits; no count of anything comes near it."""
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Of the numbers that training computes with; float32 holds a little more."""
 NO_EFFECT = "no effect on the result"
 """Marks a key on which a run's result does not depend, `Annotated[int, NO_EFFECT]`: it may differ when the run is resumed."""
 
@@ -21,6 +25,28 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="after")
+    def _numbers_can_be_computed_with(self) -> Self:
+        for name in type(self).model_fields:
+            for number in _numbers(getattr(self, name)):
+                if isinstance(number, int) and abs(number) >= LARGEST_WHOLE:
+                    raise ValueError(f"{name}: {number} is too large; write a number below {LARGEST_WHOLE}")
+                if isinstance(number, float) and number and not SMALLEST <= abs(number) <= LARGEST:
+                    raise ValueError(
+                        f"{name}: {number:g} can't be computed with; write 0 or a number of {SMALLEST:g} to {LARGEST:g}"
+                    )
+        return self
+
+
+def _numbers(value: object) -> Iterator[int | float]:
+    """The numbers of a field's value; a section looks after its own."""
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (number for part in value.values() for number in _numbers(part))
+    elif isinstance(value, tuple | list):
+        yield from (number for part in value for number in _numbers(part))
 
 
 def check_weights(key: str, weights: Mapping[str, float], known: Mapping[str, Any]) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from llmkd.errors import InputError
+from llmkd.errors import InputError, first_line
 from llmkd.files import read, write_json
-from llmkd.layer_map import STRATEGIES
-from llmkd.recipe.objective import Matching
 from llmkd.recipe.recipe import Recipe
 from llmkd.recipe.scoring_steps import SCORING_STEPS
 
@@ -22,6 +21,9 @@ CE_ONLY: Mapping[str, object] = {
     "loss.schedules": None,
     "stones": None,
 }
+Kind = Literal["teacher", "baseline", "student"]
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+"""A model's name is a part of file names."""
 STEPS = {step.name: step.entry for step in SCORING_STEPS if step.entry is not None}
 """Scoring step -> the key of an entry in `study.json` that names its result file, in the order of the report's columns."""
 
@@ -31,7 +33,7 @@ class StudyEntry:
     """One model of a study, as `study.json` lists it. Paths are relative to the study's folder."""
 
     name: str
-    kind: Literal["teacher", "baseline", "student"]
+    kind: Kind
     strategy: str | None
     """Strategy, variant or baseline; None for the teacher and for a checkpoint as it is."""
     seed: int | None
@@ -44,8 +46,17 @@ class StudyEntry:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> StudyEntry:
+        """An entry as the file has it. Raises ValueError for one that names a place outside of the study's folder."""
         own: dict[str, Any] = {key.name: value.get(key.name) for key in fields(cls) if key.name != "results"}
-        return cls(**own, results={step: value[key] for step, key in STEPS.items() if value.get(key)})
+        entry = cls(**own, results={step: value[key] for step, key in STEPS.items() if value.get(key)})
+        if not isinstance(entry.name, str) or not re.fullmatch(NAME, entry.name):
+            raise ValueError(f"{entry.name!r} is no model's name")
+        for path in (entry.train, *entry.results.values()):
+            if path is not None and (not isinstance(path, str) or Path(path).is_absolute() or ".." in Path(path).parts):
+                raise ValueError(f"{path!r} lies outside of the study's folder")
+        if not isinstance(entry.model, str) or entry.kind not in get_args(Kind):
+            raise ValueError(f"{entry.name} has no model, or is of no kind")
+        return entry
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
@@ -90,13 +101,18 @@ def read_study(folder: Path) -> StudyFile:
         raise InputError(
             f"{folder}: no study here (no readable study.json); give a study's folder, e.g. runs/quickstart"
         )
-    return StudyFile(
-        name=values["name"],
-        reference=values.get("reference") or "forward",
-        margins=values.get("margins") or {},
-        margins_history=values.get("margins_history") or [],
-        entries=[StudyEntry.from_json(entry) for entry in values["entries"]],
-    )
+    try:
+        return StudyFile(
+            name=str(values["name"]),
+            reference=str(values.get("reference") or "forward"),
+            margins={str(metric): float(within) for metric, within in (values.get("margins") or {}).items()},
+            margins_history=list(values.get("margins_history") or []),
+            entries=[StudyEntry.from_json(entry) for entry in values["entries"]],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{folder / 'study.json'}: not as llmkd writes it ({first_line(error)}); run the study again, which writes it and nothing else"
+        ) from error
 
 
 def study_entries(recipe: Recipe) -> list[StudyEntry]:
@@ -136,7 +152,7 @@ def _student(recipe: Recipe, kind: Literal["baseline", "student"], strategy: str
 def _entry(
     recipe: Recipe,
     name: str,
-    kind: Literal["teacher", "baseline", "student"],
+    kind: Kind,
     *,
     model: str,
     strategy: str | None = None,
@@ -159,12 +175,4 @@ def entry_recipe(recipe: Recipe, entry: StudyEntry) -> Recipe:
         changes["teacher.placement"] = "cache"
     recipe.matching.check_options(recipe.study_strategies)
     strategy = str(changes.get("matching.strategy", recipe.matching.strategy))
-    return recipe.changed({**_without_others(recipe.matching, strategy), **changes, "seed": entry.seed})
-
-
-def _without_others(matching: Matching, strategy: str) -> dict[str, object]:
-    """The options that only the study's other strategies read, each set back to its default."""
-    if strategy not in STRATEGIES:  # refused by its name, once the recipe is changed
-        return {}
-    unread = matching.options.keys() - set(STRATEGIES[strategy].options)
-    return {f"matching.{option}": Matching.model_fields[option].default for option in unread}
+    return recipe.changed({**recipe.matching.without_others(strategy), **changes, "seed": entry.seed})

@@ -20,6 +20,7 @@ from llmkd.errors import InputError
 from llmkd.recipe.options import SET, train_options
 
 if TYPE_CHECKING:
+    from llmkd.recipe.recipe import Recipe
     from llmkd.report.results import Results
 
 RANKS = click.option(
@@ -138,7 +139,26 @@ def _launch(recipe: str, overrides: tuple[str, ...], options: list[str], ranks: 
 
     settings = load_recipe(recipe, overrides)
     sets = [part for override in overrides for part in ("--set", override)]
-    sys.exit(launch(_ranks(ranks) or settings.study.ranks, ["--recipe", recipe, *options, *sets]).code)
+    processes = _ranks(ranks) or settings.study.ranks
+    _check_deepspeed(settings, processes)
+    sys.exit(launch(processes, ["--recipe", recipe, *options, *sets]).code)
+
+
+def _check_deepspeed(settings: Recipe, ranks: int) -> None:
+    """Refuse a DeepSpeed file with all its faults before a process is started, each of which takes its time to begin."""
+    from llmkd.distributed.ds_configs import complete_ds_config, load_ds_config
+    from llmkd.files import ROOT
+
+    train = settings.train
+    complete_ds_config(
+        load_ds_config(train.deepspeed, ROOT / "ds_configs"),
+        world_size=ranks,
+        micro_batch=train.micro_batch_size,
+        accumulation=max(train.batch_size // (ranks * train.micro_batch_size), 1),
+        clip=train.clip,
+        dtype=train.dtype,
+        nvme_path="",
+    )
 
 
 def _ranks(asked: int | None) -> int:

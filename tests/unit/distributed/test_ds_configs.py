@@ -14,7 +14,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 
-from llmkd.distributed.ds_configs import complete_ds_config, zero_stage  # noqa: E402
+from llmkd.distributed.ds_configs import NOT_HERE, complete_ds_config, zero_stage  # noqa: E402
 from llmkd.errors import InputError  # noqa: E402
 
 FOLDER = Path(__file__).parents[3] / "ds_configs"
@@ -250,5 +250,53 @@ def test_all_that_is_wrong_with_a_file_is_one_sentence() -> None:
         complete_ds_config(wrong, **NUMBERS, dtype="float32")
     assert str(caught.value) == (
         'DeepSpeed configuration: gradient_clipping is 1.0, the recipe gives 0.25; write "auto" there, or leave it out; '
-        "'optimizer' is set by the recipe (train.*); remove it; 'fp16' is set by the recipe (train.*); remove it"
+        "fp16 can't be used here (train.dtype is float32 or bfloat16); remove it; "
+        "optimizer can't be used here (train.* sets it); remove it"
     )
+
+
+# Each is a section of files that people have, with a switch where DeepSpeed's has one.
+REFUSED: dict[str, Any] = {
+    "tensor_parallel": {"autotp_size": 2},
+    "compile": {"deepcompile": True},
+    "scheduler": {"type": "WarmupLR", "params": {}},
+    "amp": {"enabled": True, "opt_level": "O1"},
+    "autotuning": {"enabled": True},
+    "hybrid_engine": {"enabled": True},
+    "sparse_attention": {"mode": "fixed"},
+    "curriculum_learning": {"enabled": True},
+    "gradient_allreduce_op": "sum",
+    "zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}},
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_can_not_work_here_is_refused_with_its_reason(key: str) -> None:
+    name = "zero_optimization.zenflow" if key == "zero_optimization" else key
+    with pytest.raises(
+        InputError, match=rf"DeepSpeed configuration: {name} (can't be used here \(.+\); remove it|must be mean)"
+    ):
+        complete_ds_config({**AUTO, key: REFUSED[key]}, **NUMBERS, dtype="float32")
+
+
+@pytest.mark.parametrize("key", sorted(NOT_HERE.keys() - {"optimizer", "scheduler"}))
+def test_a_section_that_is_switched_off_is_let_be(key: str) -> None:
+    complete_ds_config({**AUTO, key: {"enabled": False, "other": 1}}, **NUMBERS, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"zero_optimization": 3}, "zero_optimization must be a section, it is 3"),
+        ({"bf16": True}, "bf16 must be a section, it is True"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4; write 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": "3"}}, "zero_optimization.stage is '3'; write"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": "cpu"}},
+            "zero_optimization.offload_param must be a section, it is 'cpu'",
+        ),
+    ],
+)
+def test_a_section_that_is_none_is_one_sentence(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        complete_ds_config({**AUTO, **change}, **NUMBERS, dtype="float32")

@@ -17,6 +17,8 @@ from llmkd.losses.closed_forms import buckets, closed_form
 from llmkd.losses.divergences import Divergence, top_k_masses
 
 IGNORED = -100
+UNREACHED = 1e12
+"""No divergence of finite logits comes near it; a probability times the least finite number does."""
 ELEMENTS_AT_ONCE = {"cpu": 2**20, "cuda": 2**23}
 """Logits worked on in one go: few enough for the buffers to stay in a CPU's cache, enough for a GPU not to wait for its next kernel."""
 BUFFERS = {"ce": 2, "kl": 5}
@@ -224,7 +226,7 @@ def _compared(
     p, log_total_p = _softmax(log_p, out=work.buffer(3, *theirs.shape))
     value, gradient = form(q, _less(logits, log_total_q), p, _less(log_p, log_total_p))
     # The divergence is times temperature²; of that, the logits' own division takes one.
-    return value * temperature**2, gradient if temperature == 1 else gradient.mul_(temperature)
+    return _infinite_where_blocked(value) * temperature**2, gradient if temperature == 1 else gradient.mul_(temperature)
 
 
 def _compared_top_k(logits: Tensor, theirs: TopK, temperature: float, work: _Workspace) -> tuple[Tensor, Tensor]:
@@ -232,8 +234,9 @@ def _compared_top_k(logits: Tensor, theirs: TopK, temperature: float, work: _Wor
     q, log_total = _softmax(logits.div_(temperature), out=work.buffer(4, *logits.shape))
     log_q = _less(work.buffer(2, *logits.shape).copy_(logits), log_total)
     log_p, log_rest = top_k_masses(theirs.log_probabilities.to(q.dtype), logits.shape[1], temperature)
-    value, gradient = buckets(q, log_q, theirs.ids.long(), log_p.exp(), log_p, log_rest.exp())
-    return value * temperature**2, gradient.mul_(temperature)
+    p, log_p = log_p.exp(), log_p.clamp(min=torch.finfo(log_p.dtype).min)  # 0 times it is 0, as in `_less`
+    value, gradient = buckets(q, log_q, theirs.ids.long(), p, log_p, log_rest.exp())
+    return _infinite_where_blocked(value) * temperature**2, gradient.mul_(temperature)
 
 
 def _by_autograd(logits: Tensor, theirs: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
@@ -255,6 +258,11 @@ def _softmax(logits: Tensor, *, out: Tensor) -> tuple[Tensor, Tensor]:
 def _less(logits: Tensor, log_total: Tensor) -> Tensor:
     """Log-probabilities in place; -inf becomes the least finite number, so that 0 times it is 0."""
     return logits.sub_(log_total[:, None]).clamp_(min=torch.finfo(logits.dtype).min)
+
+
+def _infinite_where_blocked(value: Tensor) -> Tensor:
+    """Infinity where one side alone shuts a token out (-inf), in place: there the value has a term of the least finite number's size."""
+    return value.masked_fill_(value > UNREACHED, torch.inf)
 
 
 def _product(states: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmkd.losses import chunked_head
-from llmkd.losses.chunked_head import TeacherHead, Terms, head_losses
+from llmkd.losses.chunked_head import TeacherHead, Terms, TopK, head_losses
 from llmkd.losses.divergences import DIVERGENCES
 from tests import definitions
 from tests.tensor_bytes import TensorBytes
@@ -135,6 +135,34 @@ def test_a_column_at_minus_infinity_on_both_sides_changes_nothing() -> None:
             torch.testing.assert_close(found, expected)
             grads = [torch.autograd.grad(x[0], i["states"]) for x in (found, expected)]
             torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_a_column_that_one_side_alone_shuts_out_is_infinite(divergence: str) -> None:
+    """As the definition says; a large finite number would pass the check of the loss."""
+    i = _inputs(bias=True)
+    i["targets"].clamp_(max=V - 4)
+    shut = torch.zeros(V, dtype=torch.float64).index_fill(0, torch.arange(V - 3, V), -torch.inf)
+    if divergence == "forward_kl":
+        i["bias"] = (i["bias"].detach() + shut).requires_grad_()
+    else:
+        i["teacher"] = TeacherHead(i["teacher"].states, i["teacher"].weight, shut)
+    loss, ce, kl = head_losses(**i, **_settings(4, divergence, 2.0))
+    assert kl.isposinf() and loss.isposinf() and ce.isfinite()
+
+
+def test_a_token_without_mass_among_the_top_k_adds_nothing() -> None:
+    """K = V: the divergence is forward KL itself, of a teacher that shuts two tokens out."""
+    i = _inputs()
+    shut = torch.zeros(V, dtype=torch.float64).index_fill(0, torch.arange(2), -torch.inf)
+    whole = TeacherHead(i["teacher"].states, i["teacher"].weight, shut)
+    log_p = (whole.states @ whole.weight.T + shut).log_softmax(-1)
+    top_k = TopK(torch.arange(V).expand(len(log_p), V), log_p, V)
+    results = [
+        head_losses(**{**i, "teacher": teacher}, **_settings(4, "forward_kl", 1.0)) for teacher in (top_k, whole)
+    ]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, i["states"]) for loss, *_ in results))
 
 
 def test_gradient_is_that_of_finite_differences() -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llmkd import __version__
-from llmkd.errors import InputError
+from llmkd.errors import InputError, storage_problem
 from llmkd.recipe.options import SET, train_options
 
 if TYPE_CHECKING:
@@ -363,3 +363,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except click.exceptions.Abort:
         sys.exit(130)
+    except Exception as error:
+        problem = storage_problem(error)
+        if problem is None:
+            raise
+        click.echo(f"Error: {problem}", err=True)
+        sys.exit(2)

@@ -1,5 +1,24 @@
 """The error that is written for the user, and how other errors are quoted in it."""
 
+import errno
+
+FULL = "the disk is full; free some space and give the same command again, which goes on from the last checkpoint"
+STORAGE = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL.replace("the disk is full", "your share of the disk is used up"),
+    errno.EFBIG: "the file system or a limit (ulimit -f) does not allow a file of that size; raise it, or give another folder",
+    errno.EROFS: "it can only be read; give another folder",
+    errno.EACCES: "this user may not use it; change its permissions, or give another folder",
+    errno.EPERM: "this user may not use it; change its permissions, or give another folder",
+    errno.ENOTDIR: "a file lies where a folder must be; move it away, or give another folder",
+    errno.EEXIST: "a file lies where a folder must be; move it away, or give another folder",
+    errno.EISDIR: "a folder lies where a file must be; move it away, or give another folder",
+    errno.ENAMETOOLONG: "the name is too long for the file system; give a shorter one",
+}
+"""What the file system refuses, and what to do about it."""
+FULL_IN_OTHER_WORDS = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
+"""How torch, safetensors and Arrow report a full disk, which raise no OSError."""
+
 
 class InputError(ValueError):
     """A user's mistake in one sentence: what is wrong, where, and what to write instead. Commands exit with 2 on it."""
@@ -8,3 +27,10 @@ class InputError(ValueError):
 def first_line(error: BaseException) -> str:
     """An error's first line, without its full stop, or its type if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]
+
+
+def storage_problem(error: BaseException) -> str | None:
+    """What the file system refused, in one sentence with the cure; None for any other error."""
+    if isinstance(error, OSError) and error.errno in STORAGE:
+        return f"{error.filename or 'a file'}: {STORAGE[error.errno]}"
+    return f"a file: {FULL}" if any(words in str(error) for words in FULL_IN_OTHER_WORDS) else None

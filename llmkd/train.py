@@ -38,7 +38,7 @@ from llmkd.distributed.ranks import (
     stop,
     sum_counts,
 )
-from llmkd.errors import InputError
+from llmkd.errors import InputError, storage_problem
 from llmkd.files import write_json
 from llmkd.processes import end_with_parent, only_one_in
 from llmkd.provenance import commit, hardware, versions
@@ -223,8 +223,11 @@ def main() -> None:
         _leave(2)
     except click.exceptions.Abort:
         _leave(130)
-    except RuntimeError as error:
-        if not lost_rank(error):
+    except Exception as error:
+        if (problem := storage_problem(error)) is not None:
+            print_mistake(f"Error: {problem}")
+            _leave(2)
+        if not isinstance(error, RuntimeError) or not lost_rank(error):
             raise
         print(
             f"Error: rank {os.environ.get('RANK', '0')}: {str(error).splitlines()[0]}{_silent()}. "

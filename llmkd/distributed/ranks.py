@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from llmkd.errors import InputError
+from llmkd.errors import InputError, storage_problem
 
 os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
 if not torch.cuda.is_available():
@@ -195,7 +195,9 @@ def on_main(world: World, work: Callable[[], Result]) -> Result:
         except InputError as error:
             answer[1] = str(error)
         except BaseException as error:  # the other ranks must not wait for ever; raised again below
-            failure, answer[1] = error, f"rank 0 failed: {type(error).__name__}: {error}"
+            answer[1] = storage_problem(error)
+            if answer[1] is None:
+                failure, answer[1] = error, f"rank 0 failed: {type(error).__name__}: {error}"
     dist.broadcast_object_list(answer, src=0, group=world.control)
     if failure is not None:
         raise failure

@@ -1,0 +1,65 @@
+"""What the file system refuses is one sentence with the cure, from whichever library it comes."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmkd.errors import InputError, storage_problem
+from llmkd.recipe.recipe import load_recipe
+from llmkd.train import train
+from llmkd.training import checkpoint, jobs
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_on_a_full_disk(zipped: bool) -> None:
+    with pytest.raises((OSError, RuntimeError)) as caught:
+        torch.save({"a": torch.zeros(10**6)}, "/dev/full", _use_new_zipfile_serialization=zipped)
+    assert "the disk is full; free some space and give the same command again" in str(storage_problem(caught.value))
+
+
+def test_other_errors_are_no_problem_of_storage() -> None:
+    for error in (ValueError("x"), RuntimeError("shapes differ"), FileNotFoundError(errno.ENOENT, "no such file", "a")):
+        assert storage_problem(error) is None
+    assert storage_problem(PermissionError(errno.EACCES, "denied", "/a/b")) == (
+        "/a/b: this user may not use it; change its permissions, or give another folder"
+    )
+
+
+def test_an_output_that_can_not_be_a_folder_is_one_sentence(tiny: Path, world: Any, tmp_path: Path) -> None:
+    recipe = load_recipe(tiny / "recipe.yaml")
+    (tmp_path / "file").touch()
+    for folder, sentence in (
+        (tmp_path / "file", f"{tmp_path / 'file'}: a file lies where a folder must be; move it away"),
+        (tmp_path / "file" / "run", "a file lies where a folder must be; move it away"),
+        (tmp_path / ("x" * 300), "the name is too long for the file system; give a shorter one"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            train(world, jobs.distil_job(world, recipe, folder))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_is_full_at_a_checkpoint_loses_nothing(
+    tiny: Path, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(tiny / "recipe.yaml").changed({"train.save_every": 2})
+    job = jobs.distil_job(world, recipe, tmp_path / "run")
+    saved = torch.save
+
+    def full(value: Any, file: Any, **options: Any) -> None:
+        saved(value, "/dev/full" if "step-00000004" in str(file) else file, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises((OSError, RuntimeError)) as caught:
+            train(world, job)
+    assert "the disk is full" in str(storage_problem(caught.value))
+    assert [path.name for path in checkpoint.whole(tmp_path / "run" / "checkpoints")] == ["step-00000002"]
+    assert train(world, job)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"checkpoints", "metrics.jsonl", "model", "recipe.yaml", "summary.json", "tensorboard"}
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))

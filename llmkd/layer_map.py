@@ -37,7 +37,8 @@ Pairs = tuple[tuple[int, int], ...]
 def forward(student_blocks: int, teacher_blocks: int) -> Pairs:
     """Student block j learns from the last teacher block of the j-th of `student_blocks` even groups.
 
-    `M[j] = ceil((j+1) * L_t / L_s) - 1`: it gives every table in the code of arXiv 2502.04499.
+    `M[j] = ceil((j+1) * L_t / L_s) - 1`: the tables in the code of arXiv 2502.04499 for teachers of 12, 28, 36 and 40 blocks. Those for 6
+    and 16 follow no such rule (docs/papers.md).
     Raises InputError on depths below 1 or a student deeper than its teacher.
     """
     _check_depths(student_blocks, teacher_blocks)

@@ -36,7 +36,7 @@ def block_choice(rule: str | Sequence[int], student_blocks: int, teacher_blocks:
     """Which teacher blocks are copied into a student.
 
     `spread`: first to last evenly, min(floor(j * L_t / (L_s - 1)), L_t - 1); it reproduces the layer-selection paper's lists
-    [0, 4, 9, 13, 18, 22, 27, 31, 35] for 36 -> 9, [0, 6, 11] for 12 -> 3 and [0, 2, 4, 7, 9, 11] for 12 -> 6.
+    [0, 4, 9, 13, 18, 22, 27, 31, 35] for 36 -> 9, [0, 6, 11] for 12 -> 3 and [0, 2, 4, 7, 9, 11] for 12 -> 6 (not those for 28 and 40).
     `matched`: the forward map's own. Or their numbers.
     """
     if student_blocks > teacher_blocks:

@@ -22,7 +22,7 @@ def teachers(pairs):
     return [teacher for _, teacher in pairs]
 
 
-# Every table in the public code of arXiv 2502.04499: LAYER_MAP, LAYERS_TO_SUPERVISE, LAYER_SELECTION.
+# Tables in the public code of arXiv 2502.04499 (LAYER_MAP, LAYERS_TO_SUPERVISE, LAYER_SELECTION): teachers of 12, 28, 36 and 40 blocks.
 PAPER = {
     (1, 12): [11],
     (2, 12): [5, 11],
@@ -42,6 +42,21 @@ def test_the_papers_tables(blocks, expected):
     assert layer_map("forward", *blocks) == tuple(enumerate(expected))
     assert layer_map("reverse", *blocks) == tuple(enumerate(expected[::-1]))
     assert sorted(teachers(layer_map("random", *blocks))) == expected
+
+
+# (the table in the code, what forward gives): docs/papers.md says so, with strategy explicit as the way to the former.
+WITHOUT_RULE = {
+    (2, 6): ([3, 5], [2, 5]),
+    (3, 6): ([1, 4, 5], [1, 3, 5]),
+    (4, 16): ([4, 9, 12, 15], [3, 7, 11, 15]),
+}
+
+
+@pytest.mark.parametrize("blocks", WITHOUT_RULE)
+def test_the_papers_tables_that_follow_no_rule(blocks):
+    table, ours = WITHOUT_RULE[blocks]
+    assert teachers(layer_map("forward", *blocks)) == ours != table
+    assert teachers(layer_map("explicit", *blocks, pairs=list(enumerate(table)))) == table
 
 
 @pytest.mark.parametrize(

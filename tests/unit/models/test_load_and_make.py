@@ -25,6 +25,7 @@ from llmkd.models import load, parts
 from llmkd.models import make as making
 from llmkd.models.model_types import types_with
 from llmkd.models.parts import output_state
+from llmkd.recipe.recipe import load_recipe
 
 SMALL: dict[str, Any] = dict(
     vocab_size=64,
@@ -293,6 +294,14 @@ def test_tokenizers_must_agree_on_every_id() -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Making students
+
+
+def test_the_papers_lists_that_are_not_spread_are_written_out() -> None:
+    """docs/papers.md and recipes/qwen3_14b_to_10_blocks.yaml say so."""
+    lists = {(7, 28): (0, 4, 9, 13, 18, 22, 27), (10, 40): (0, 4, 9, 13, 18, 22, 27, 31, 35, 39)}
+    for depths, blocks in lists.items():
+        assert making.block_choice("spread", *depths) != blocks == making.block_choice(blocks, *depths)
+    assert load_recipe("qwen3_14b_to_10_blocks").student.copy_blocks == lists[10, 40]
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,10 @@ class Data(Section):
     records_seed: int = 0
     """Seed of the built-in task's rows."""
     format: Literal["auto", "prompt_completion", "messages", "text", "classification"] = "auto"
-    """What a row holds; `auto` goes by the column names. `prompt_completion`: columns prompt and completion, of which the completion is
-    trained. `messages`: a chat, of which the assistant's messages are trained. `text`: every token is trained. `classification`
-    (encoders): columns text, or text_a and text_b, and label. Encoder-decoders read the prompt and write the completion."""
+    """What a row holds; `auto` goes by the column names. `prompt_completion`: columns prompt and completion (texts, or lists of turns), of
+    which the completion is trained. `messages`: a chat, of which the assistant's messages and calls of tools are trained; a column tools is
+    given to the chat template. `text`: every token is trained. `classification` (encoders): columns text, or text_a and text_b, and label.
+    Encoder-decoders read the prompt and write the completion. Rows without anything to write are dropped and counted."""
     max_length: int = Field(default=512, gt=1)
     """Longest row in tokens; for an encoder-decoder, of prompt and completion each."""
     too_long: Literal["drop", "truncate"] = "drop"

@@ -52,9 +52,10 @@ def only_one_in(folder: Path, patience_seconds: float = 2) -> Iterator[None]:
     """Inside, no other process is in this folder. Raises InputError that names who is.
 
     The kernel gives the lock back when its holder ends, however it ends, so that a stale one holds nobody up. The wait is for a holder
-    that was killed a moment ago. A folder that was made for this and stayed empty is removed again.
+    that was killed a moment ago. Folders that were made for this and stayed empty are removed again.
     """
     file = folder / LOCK
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     deadline = time.monotonic() + patience_seconds
     while (descriptor := _lock(file)) is None:
         if time.monotonic() > deadline:
@@ -67,8 +68,9 @@ def only_one_in(folder: Path, patience_seconds: float = 2) -> Iterator[None]:
     finally:
         file.unlink(missing_ok=True)  # before it is unlocked: whoever waits for it looks whether it is still there
         os.close(descriptor)
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        with contextlib.suppress(OSError):  # one of them is not empty
+            for path in missing:
+                path.rmdir()
 
 
 def _lock(file: Path) -> int | None:

@@ -109,7 +109,7 @@ def _json_rows(files: list[Path]) -> Dataset:
         for key, value in row.items():
             kinds.setdefault(key, set()).add(type(value))
     if not kinds:
-        return Dataset.from_dict({})
+        raise InputError(f"data.source: {str(files[0])!r} has no rows; give data with some")
     features = Features({key: _feature(types - {type(None)}) for key, types in kinds.items()})
     # datasets keeps what a generator gave, by its arguments: the contents are one of them
     return Dataset.from_generator(

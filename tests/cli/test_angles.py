@@ -226,7 +226,9 @@ def test_a_wrong_folder_is_named_with_the_cure(
 def test_a_wrong_recipe_is_named_with_the_cure(run: Path, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="student.blocks was 3, here it is 2; give its own recipe by --recipe"):
         measure.angles(run, overrides=["student.blocks=2"])
-    with pytest.raises(InputError, match="evaluation.generation: the held-out rows are those of this section"):
+    with pytest.raises(
+        InputError, match="evaluation.generation: the recipe has no such section, which names the held-out rows; add it"
+    ):
         measure.angles(run, recipe=str(tiny / "recipe.yaml"))
     with pytest.raises(
         InputError, match="angles_rows: the held-out rows are those of evaluation.generation, of encoders .*; add"

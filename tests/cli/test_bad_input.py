@@ -26,6 +26,7 @@ from llmkd.models import load, make
 from llmkd.recipe.recipe import load_recipe
 from llmkd.train import train
 from llmkd.training import build, jobs
+from llmkd.training.checksums import write_checksums
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ def place(tiny: Path, tmp_path: Path) -> Path:
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
     """Every file and folder, with size and time of last change."""
-    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) if p.is_file() else None for p in folder.rglob("*")}
 
 
 def refusal(place: Path, world: Any, changes: dict[str, Any]) -> str:
@@ -242,6 +243,7 @@ def test_checkpoint_and_model_of_another_recipe(place: Path, world: Any) -> None
     saved = place / "run" / "checkpoints" / "step-00000002"
     saved.mkdir(parents=True)
     (saved / "state.json").write_text(json.dumps({"step": 2, "world_size": 1, "inputs": inputs}))
+    write_checksums(world, saved)
     sentence = refusal(place, world, {"train.learning_rate": 0.1})
     assert f"{saved} was made by another recipe: train.learning_rate was 0.003, now 0.1; give --output" in sentence
     model = place / "run" / "model"
@@ -274,6 +276,7 @@ def test_a_run_is_not_gone_on_with_when_a_file_has_changed(
     saved.mkdir(parents=True)
     inputs = jobs.student_inputs(load_recipe(place / "recipe.yaml"))
     (saved / "state.json").write_text(json.dumps({"step": 2, "world_size": 1, "inputs": inputs}))
+    write_checksums(world, saved)
     change(place)
     assert f"{saved} was made by another recipe: {key}:contents was" in refusal(place, world, {})
 

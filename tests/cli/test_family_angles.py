@@ -86,5 +86,8 @@ def test_a_narrow_random_student_sees_through_its_projectors(
 
 def test_an_encoders_rows_are_those_it_classifies(world: Any, tmp_path: Path, inside: list[Any]) -> None:
     folder = trained(world, tmp_path, "bert")
-    with pytest.raises(InputError, match=r"evaluation\.classification: the held-out rows are those of this section"):
+    with pytest.raises(
+        InputError,
+        match=r"evaluation\.classification: the recipe has no such section, which names the held-out rows; add it",
+    ):
         measure.angles(folder, recipe=str(tmp_path / "recipe.yaml"))

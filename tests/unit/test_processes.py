@@ -77,7 +77,7 @@ def test_a_second_process_is_refused_and_a_killed_one_holds_nobody_up(tmp_path: 
 
 
 def test_a_folder_in_which_nothing_was_written_is_not_left(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="refused"), only_one_in(tmp_path / "run"):
+    with pytest.raises(InputError, match="refused"), only_one_in(tmp_path / "runs" / "a" / "run"):
         raise InputError("refused")
     assert list(tmp_path.iterdir()) == []
 

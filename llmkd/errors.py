@@ -1,6 +1,7 @@
 """The error that is written for the user, and how other errors are quoted in it."""
 
 import errno
+import re
 
 FULL = "the disk is full; free some space and give the same command again, which goes on from the last checkpoint"
 STORAGE = {
@@ -34,3 +35,10 @@ def storage_problem(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in STORAGE:
         return f"{error.filename or 'a file'}: {STORAGE[error.errno]}"
     return f"a file: {FULL}" if any(words in str(error) for words in FULL_IN_OTHER_WORDS) else None
+
+
+def reason(error: BaseException) -> str:
+    """As `first_line`; of an error in which transformers wraps another, that one's text, which names the cause."""
+    lines = str(error).strip().splitlines()
+    wrapped = lines[1:] and lines[0].endswith(":")
+    return re.sub(r"^\s*\w*Error: ", "", lines[1]).strip().rstrip(".")[:300] if wrapped else first_line(error)

@@ -24,7 +24,7 @@ from llmkd.evaluation.lm_eval_step import check_tasks
 from llmkd.files import write_text
 from llmkd.models.families import depths, kind
 from llmkd.models.folders import resolve
-from llmkd.models.load import load_config
+from llmkd.models.stored import read_config
 from llmkd.recipe.recipe import Recipe, dump_recipe
 from llmkd.recipe.scoring_steps import (
     AGREEMENT,
@@ -263,8 +263,9 @@ def _student_shape(recipe: Recipe, teacher: PreTrainedConfig) -> tuple[PreTraine
     """(the configuration that a student starts from, its checkpoint's or the teacher's; the checkpoint)."""
     if recipe.student.init != "checkpoint":
         return teacher, None
-    checkpoint = resolve(recipe.student.path or "", "student.path")
-    return load_config(checkpoint, trust_remote_code=recipe.student.trust_remote_code), checkpoint
+    trust = recipe.student.trust_remote_code
+    checkpoint, config = read_config(recipe.student.path or "", "student.path", trust_remote_code=trust)
+    return config, checkpoint
 
 
 def _check_trained(recipe: Recipe, family: Family, teacher: PreTrainedConfig, ranks: int) -> None:

@@ -33,8 +33,9 @@ from llmkd.evaluation.step import Score, Step, explained, model_hashes, pending,
 from llmkd.files import digest, file_hashes
 from llmkd.inference.child import Say
 from llmkd.models.families import family
-from llmkd.models.load import check_same_tokens, load_config, load_tokenizer
+from llmkd.models.load import load_config, load_tokenizer
 from llmkd.models.parts import whole_head
+from llmkd.models.vocabularies import check_ids, check_same_tokens
 from llmkd.provenance import versions
 from llmkd.recipe.recipe import Data, Evaluation
 from llmkd.recipe.scoring_steps import AGREEMENT
@@ -172,7 +173,12 @@ def run_teacher(task: Task, rows: list[int], batches: list[Batch]) -> TeacherOut
     states = [final_states(model, batch) for batch in batches]
     likelihoods = {}
     for name, written in texts.items():
-        prompt_and_text = {item: (asked[item][1], text.token_ids) for item, text in written.items()}
+        columns = model.config.vocab_size  # a text with tokens that the teacher lacks is refused by compare_model
+        prompt_and_text = {
+            item: (asked[item][1], text.token_ids)
+            for item, text in written.items()
+            if max(text.token_ids, default=0) < columns
+        }
         likelihoods[name] = text_likelihoods(model, prompt_and_text, pad_id=held_out.pad_of(tokenizer))
     head, own_texts = whole_head(model), read_texts(task.generations, TEACHER)
     return TeacherOutputs(rows, batches, states, head, own_texts, likelihoods)
@@ -185,7 +191,12 @@ def compare_model(
     folder, name = Path(student.model), student.name
     held_out.check_model_folder(folder)
     ours, theirs = (load_tokenizer(f, trust_remote_code=task.trust_remote_code) for f in (folder, task.teacher))
-    check_same_tokens(theirs, ours)
+    further = check_same_tokens(theirs, ours)
+    for batch in teacher.batches:
+        for ids in (batch.input_ids, batch.source_ids):
+            check_ids([] if ids is None else ids.flatten().tolist(), further, "a row of evaluation.generation")
+    for item, text in read_texts(task.generations, name).items():
+        check_ids(text.token_ids, further, f"{name}'s text of item {item}")
     items = compare_rows(
         held_out.load_to_run(folder, task.settings.dtype, trust_remote_code=task.trust_remote_code), teacher
     )

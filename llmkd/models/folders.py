@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -9,8 +10,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 
 from llmkd.errors import InputError, first_line
 from llmkd.files import fetched_by
@@ -85,7 +88,7 @@ def _check_whole(folder: Path, what: str) -> None:
         for file in sorted(files):
             with safe_open(file, framework="pt"):
                 pass
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{what}: {file} is not whole ({first_line(error)}); download or copy the model again"
         ) from error
@@ -124,3 +127,32 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         with safe_open(file, framework="pt") as tensors:
             names.update(dict.fromkeys(tensors.keys(), file))
     return names
+
+
+def has_own_head(folder: Path, model: type[PreTrainedModel] | None) -> bool:
+    """Whether the folder of a model with tied embeddings holds another head than its embeddings: transformers then unties the two."""
+    ties = getattr(model, "_tied_weights_keys", None) or {}
+    if not isinstance(ties, dict) or not list(folder.glob("*.safetensors")):
+        return False
+    files = tensor_files(folder)
+    heads = [(head, source) for head, source in ties.items() if "embed_tokens" not in head]
+    return any(
+        head in files and source in files and not _same_tensor(_stamp(files[head]), head, _stamp(files[source]), source)
+        for head, source in heads
+    )
+
+
+def _stamp(file: Path) -> tuple[Path, int, int]:
+    """A file and what tells that it has changed."""
+    return file, file.stat().st_size, file.stat().st_mtime_ns
+
+
+@functools.cache
+def _same_tensor(file: tuple[Path, int, int], name: str, other: tuple[Path, int, int], other_name: str) -> bool:
+    """Whether two stored matrices are equal, read 4,096 rows at a time."""
+    with safe_open(file[0], framework="pt") as ours, safe_open(other[0], framework="pt") as theirs:
+        one, two = ours.get_slice(name), theirs.get_slice(other_name)
+        if one.get_shape() != two.get_shape():
+            return False
+        starts = range(0, one.get_shape()[0], 4096)
+        return all(torch.equal(one[start : start + 4096], two[start : start + 4096]) for start in starts)

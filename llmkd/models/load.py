@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from llmkd.distributed.engines import sharded_construction
-from llmkd.errors import InputError, first_line
+from llmkd.errors import InputError, first_line, reason
 from llmkd.models.families import (
     AUTO_CLASSES,
     by_stack,
@@ -31,9 +31,11 @@ from llmkd.models.families import (
     model_type,
     set_depths,
 )
-from llmkd.models.folders import tensor_files
+from llmkd.models.folders import has_own_head, tensor_files
 from llmkd.models.model_types import types_with
+from llmkd.models.parts import blocks as blocks_of
 from llmkd.models.parts import head
+from llmkd.models.per_block import check_copies, check_lists, fields_of
 
 log = logging.getLogger("llmkd")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -65,15 +67,18 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     """The configuration of a model folder."""
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # a configuration's own checks raise errors of any kind
         raise InputError(
-            f"{folder}: transformers can't read this model ({first_line(error)}); give another, or fix its config.json"
+            f"{folder}: transformers can't read this model ({reason(error)}); give another, or fix its config.json"
         ) from error
     if not hasattr(config, "num_hidden_layers"):
         raise InputError(
             f"{folder}: a model of type {config.model_type!r} is more than a causal language model; give one of text alone"
         )
     kind(config)
+    check_lists(config, folder)
+    if getattr(config, "tie_word_embeddings", False) and has_own_head(folder, model_class(config)):
+        config.tie_word_embeddings = False
     return config
 
 
@@ -90,28 +95,13 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def check_same_tokens(teacher: Any, student: Any) -> None:
-    """Raise InputError unless both tokenizers give every token the same id; the first that differs is named."""
-    ours, theirs = teacher.get_vocab(), student.get_vocab()
-    if ours == theirs:
-        return
-    different = [(i, t) for t, i in [*ours.items(), *theirs.items()] if ours.get(t) != theirs.get(t)]
-    token_id, token = min(different)
-    raise InputError(
-        f"teacher and student tokenizers differ, first at token {token!r} (id {token_id}): teacher id {ours.get(token)}, student id "
-        f"{theirs.get(token)}; their logits can't be compared, use a student with the teacher's tokenizer"
-    )
-
-
 def student_config(teacher: PreTrainedConfig, blocks: Sequence[int], width: dict[str, int]) -> PreTrainedConfig:
     """The teacher's configuration at the student's depth (and width, where given); per-block settings follow their blocks."""
     config = copy.deepcopy(teacher)
     set_depths(config, [len(chosen) for chosen in by_stack(blocks, depths(teacher))])
-    for key, value in teacher.to_dict().items():  # layer_types, and SmolLM3's no_rope_layers
-        if "layer" in key and isinstance(value, list | tuple) and len(value) == teacher.num_hidden_layers:
-            setattr(config, key, [value[block] for block in blocks])
-    if getattr(config, "max_window_layers", None) is not None:
-        config.max_window_layers = min(config.max_window_layers, len(blocks))
+    if len(depths(teacher)) == 1:
+        for key, value in fields_of(teacher, blocks).items():
+            setattr(config, key, value)
     for key, value in width.items():
         for name in model_type(teacher).widths.get(key, (key,)):
             if not hasattr(config, name):
@@ -133,15 +123,54 @@ def student_config(teacher: PreTrainedConfig, blocks: Sequence[int], width: dict
     return config
 
 
-def attention_implementation(setting: str, dtype: torch.dtype) -> tuple[str, str]:
-    """(name for transformers, why): flash_attention_2 when it is installed, there is a GPU and the model is in half precision."""
+def check_copied_config(
+    teacher: PreTrainedConfig, student: PreTrainedConfig, chosen: Sequence[int], *, trust_remote_code: bool = False
+) -> None:
+    """Raise InputError unless a decoder of the student's configuration has, at each place, the block that is copied there.
+
+    Both are built on the meta device, the student's from its configuration as it will be read from its file.
+    """
+    stacks = []
+    for config in (teacher, type(student).from_dict(student.to_dict())):
+        try:
+            stacks.append(blocks_of(without_weights(config, trust_remote_code=trust_remote_code)))
+        except InputError:
+            raise
+        except Exception as error:  # a model's own checks raise errors of any kind
+            whose = (
+                "student.copy_blocks: a student of these blocks"
+                if stacks
+                else "teacher.path: a model of its config.json"
+            )
+            raise InputError(
+                f"{whose} can't be built ({reason(error)}); write other blocks, or give another teacher"
+            ) from error
+    check_copies(stacks[0], stacks[1], chosen)
+
+
+def attention_implementation(setting: str, dtype: torch.dtype, config: PreTrainedConfig) -> tuple[str, str]:
+    """(name for transformers, why): flash_attention_2 when it is installed, there is a GPU and the model is in half precision; else sdpa,
+    or eager for a model that lacks it (GPT-OSS)."""
     if setting != "auto":
         return setting, "as the recipe says"
-    if _flash_attention() and dtype == torch.float32:
-        return "sdpa", "flash-attn does not compute in float32"
-    if _flash_attention():
+    of = model_class(config)
+    if _flash_attention() and dtype != torch.float32 and getattr(of, "_supports_flash_attn", True):
         return "flash_attention_2", "flash-attn is installed and there is a GPU"
-    return "sdpa", "no GPU" if not torch.cuda.is_available() else "flash-attn is not installed"
+    if not getattr(of, "_supports_sdpa", True):
+        return "eager", f"transformers has no sdpa for a {config.model_type!r} model"
+    if not _flash_attention():
+        return "sdpa", "no GPU" if not torch.cuda.is_available() else "flash-attn is not installed"
+    return "sdpa", (
+        "flash-attn does not compute in float32"
+        if dtype == torch.float32
+        else f"transformers has no flash-attn for a {config.model_type!r} model"
+    )
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that transformers makes a model of; None where it is the folder's own code."""
+    classes: Any = AUTO_CLASSES[kind(config)]._model_mapping
+    return classes[type(config)] if type(config) in classes else None
 
 
 def _flash_attention() -> bool:
@@ -173,11 +202,11 @@ def load_model(
     the model (transformers itself would only warn and make them up).
     """
     shape = load_config(folder, trust_remote_code=trust_remote_code)
-    name, why = attention_implementation(attention, dtype)
+    name, why = attention_implementation(attention, dtype, shape)
     log.info("%s: attention %s (%s)", folder, name, why)
-    part = {} if first_blocks is None else {"config": student_config(shape, range(first_blocks), {})}
+    part = shape if first_blocks is None else student_config(shape, range(first_blocks), {})
     try:
-        with sharded_construction(ds_config), quiet_about_unused(bool(part)):
+        with sharded_construction(ds_config), quiet_about_unused(first_blocks is not None):
             loaded: Any = AUTO_CLASSES[kind(shape)].from_pretrained(
                 folder,
                 dtype=dtype,
@@ -185,7 +214,7 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
-                **part,
+                config=part,
             )
     except (ImportError, OSError, ValueError) as error:
         raise InputError(

@@ -21,10 +21,11 @@ from llmkd import provenance
 from llmkd.data.batches import MULTIPLE, epoch_batches
 from llmkd.data.tokens import FORMATS, format_of, tokenize
 from llmkd.errors import InputError
-from llmkd.models import load
 from llmkd.models.families import KIND_NAMES, kind
 from llmkd.models.folders import resolve
 from llmkd.models.load import load_config, load_tokenizer
+from llmkd.models.stored import read_config
+from llmkd.models.vocabularies import check_rows, check_same_tokens
 from llmkd.recipe.recipe import Recipe
 from llmkd.training.checks import teacher_shape
 from llmkd.training.initial import teacher_tokenizer
@@ -49,6 +50,12 @@ def examine(recipe: Recipe, rows: int = 2) -> tuple[list[Finding], list[str]]:
             f"llmkd doctor looks at a decoder's rows, and this recipe's teacher is {KIND_NAMES[teacher]}; start the run itself"
         )
     folder, tokenizer = _start(recipe)
+    findings = []
+    further: dict[int, str] = {}
+    if folder is not None:
+        findings = _ends(folder, tokenizer, "teacher")
+        student_findings, tokenizer, further = _student(recipe, folder, tokenizer)
+        findings += student_findings
     rows_of_text = read_rows(recipe.data)
     data = tokenize(
         rows_of_text,
@@ -57,10 +64,10 @@ def examine(recipe: Recipe, rows: int = 2) -> tuple[list[Finding], list[str]]:
         max_length=recipe.data.max_length,
         too_long=recipe.data.too_long,
     )
-    findings = [*_unread(rows_of_text, recipe.data.format), *_data(recipe, data, tokenizer)]
-    if folder is not None:
-        findings = [*_ends(folder, tokenizer, "teacher"), *_student(recipe, folder, tokenizer), *findings]
-    return [*findings, *_machine(recipe)], [marked(data[number], tokenizer) for number in range(min(rows, len(data)))]
+    if recipe.logits or (recipe.loss.hidden and recipe.matching.strategy != "none"):
+        check_rows(data, further, f"data.source ({recipe.data.source})")
+    findings += [*_unread(rows_of_text, recipe.data.format), *_data(recipe, data, tokenizer), *_machine(recipe)]
+    return findings, [marked(data[number], tokenizer) for number in range(min(rows, len(data)))]
 
 
 def _start(recipe: Recipe) -> tuple[Path | None, Any]:
@@ -90,16 +97,22 @@ def _ends(folder: Path, tokenizer: Any, who: str) -> list[Finding]:
     return findings
 
 
-def _student(recipe: Recipe, teacher: Path, tokenizer: Any) -> list[Finding]:
-    """Whether student and teacher mean the same by a token id, a chat and an end."""
+def _student(recipe: Recipe, teacher: Path, tokenizer: Any) -> tuple[list[Finding], Any, dict[int, str]]:
+    """Whether student and teacher mean the same by a token id, a chat and an end; the student's tokenizer; the tokens that only one has."""
     ours = load_config(teacher, trust_remote_code=recipe.teacher.trust_remote_code)
     if recipe.student.init != "checkpoint":
-        return [Finding("ok", f"student: the teacher's tokenizer and head, {ours.vocab_size:,} columns")]
-    folder = resolve(recipe.student.path or "", "student.path")
-    theirs = load_config(folder, trust_remote_code=recipe.student.trust_remote_code)
+        text = f"student: the teacher's tokenizer and head, {ours.vocab_size:,} columns"
+        return [Finding("ok", text)], tokenizer, {}
+    trust = recipe.student.trust_remote_code
+    folder, theirs = read_config(recipe.student.path or "", "student.path", trust_remote_code=trust)
     their_tokenizer = load_tokenizer(folder, trust_remote_code=recipe.student.trust_remote_code)
-    load.check_same_tokens(tokenizer, their_tokenizer)
-    findings = [Finding("ok", f"student: every token has the teacher's id ({len(tokenizer):,} tokens)")]
+    further = check_same_tokens(tokenizer, their_tokenizer)
+    shared = min(len(tokenizer), len(their_tokenizer))
+    findings = [Finding("ok", f"student: every token has the teacher's id ({shared:,} tokens)")]
+    if further:
+        who = "student" if len(their_tokenizer) > len(tokenizer) else "teacher"
+        text = f"student: only the {who} has {len(further):,} more tokens, first {further[min(further)]!r}; no row may hold one"
+        findings.append(Finding("note", text))
     if ours.vocab_size != theirs.vocab_size:
         shared = min(ours.vocab_size, theirs.vocab_size)
         heads = f"{theirs.vocab_size:,} columns (student) and {ours.vocab_size:,} (teacher)"
@@ -108,7 +121,7 @@ def _student(recipe: Recipe, teacher: Path, tokenizer: Any) -> list[Finding]:
         grade = "warning" if recipe.data.format in ("auto", "messages") else "note"
         text = "student: its chat template is not the teacher's; chats are written with the student's"
         findings.append(Finding(grade, text))
-    return [*findings, *_ends(folder, their_tokenizer, "student")]
+    return [*findings, *_ends(folder, their_tokenizer, "student")], their_tokenizer, further
 
 
 def _unread(rows: Dataset, format: str) -> list[Finding]:

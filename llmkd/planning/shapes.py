@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, Queue
 
 import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llmkd.distributed.engines import parameter_count
-from llmkd.errors import InputError
+from llmkd.errors import InputError, first_line, reason
 from llmkd.models.architectures import new_config
 from llmkd.models.families import kind
 from llmkd.models.load import load_config, student_config
 from llmkd.models.make import block_choice
 from llmkd.models.parts import blocks, head
+from llmkd.models.stored import read_config
 from llmkd.recipe.recipe import Recipe
 from llmkd.training.checks import teacher_shape
 
 log = logging.getLogger("llmkd")
+HUB_SECONDS = 4
+"""How long the hub may take to give a configuration."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +84,67 @@ def teacher_config(recipe: Recipe) -> PreTrainedConfig:
     if recipe.teacher_start is None:
         return decoder_config(teacher_shape(recipe))
     start, _ = recipe.teacher_start
-    if Path(start).is_dir():
-        return decoder_config(load_config(Path(start), trust_remote_code=recipe.teacher.trust_remote_code))
-    return decoder_config(_hub_config(start, recipe))
+    settings = recipe.teacher
+    try:
+        return decoder_config(
+            _model_config(start, settings.revision, "teacher.path", trust_remote_code=settings.trust_remote_code)
+        )
+    except _NotThere as error:
+        if settings.architecture is None:
+            raise InputError(f"{error}; write the shape under teacher.architecture to plan without it") from error
+    log.warning("the hub did not give %s's config.json; planning with the recipe's teacher.architecture", start)
+    return decoder_config(new_config(settings.architecture.model_dump()))
+
+
+class _NotThere(InputError):
+    """A model that is neither a folder nor given by the hub."""
+
+
+def _model_config(name: str, revision: str | None, what: str, *, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration of a model: of a folder, compared with the weights where it holds some, or by its hub name."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if list(folder.glob("*.safetensors*")):
+            return read_config(name, what, trust_remote_code=trust_remote_code)[1]
+        return load_config(folder, trust_remote_code=trust_remote_code)
+    file = _hub_file(name, revision, what)
+    try:  # a model's own code is fetched by name
+        source = name if trust_remote_code else file.parent
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a configuration's own checks raise errors of any kind
+        raise InputError(f"{what}: transformers can't read the config.json of {name!r} ({reason(error)})") from error
+
+
+def _hub_file(name: str, revision: str | None, what: str) -> Path:
+    """A hub model's config.json: as it is here, else from the hub if that answers within HUB_SECONDS.
+
+    The hub's client tries again for minutes; its attempts go on in a thread that ends with the process.
+    """
+    here = try_to_load_from_cache(name, "config.json", revision=revision)  # asks nobody, unlike local_files_only
+    if isinstance(here, str):
+        return Path(here)
+    fetched: Queue[str | Exception] = Queue()
+
+    def fetch() -> None:
+        try:
+            fetched.put(hf_hub_download(name, "config.json", revision=revision))
+        except Exception as error:  # the hub client has a score of network errors; all mean the same to the user
+            fetched.put(error)
+
+    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # one line says it all
+    try:
+        threading.Thread(target=fetch, daemon=True).start()
+        answer = fetched.get(timeout=HUB_SECONDS)
+    except Empty:
+        answer = TimeoutError(f"no answer in {HUB_SECONDS} s")
+    finally:
+        hub_logging.set_verbosity(before)
+    if isinstance(answer, Exception):
+        raise _NotThere(
+            f"{what}: no folder {name!r} here, and the hub did not give its config.json ({first_line(answer)})"
+        ) from answer
+    return Path(answer)
 
 
 def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -91,30 +156,12 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def _hub_config(name: str, recipe: Recipe) -> PreTrainedConfig:
-    settings = recipe.teacher
-    try:
-        return AutoConfig.from_pretrained(
-            name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        if settings.architecture is None:
-            raise InputError(
-                f"teacher.path: no folder {name!r} here and the hub did not give its config.json; write the shape under "
-                "teacher.architecture to plan without it"
-            ) from error
-    log.warning("the hub did not give %s's config.json; planning with the recipe's teacher.architecture", name)
-    return decoder_config(new_config(settings.architecture.model_dump()))
-
-
 def initial_student_config(recipe: Recipe, teacher: PreTrainedConfig) -> PreTrainedConfig:
     """The student's configuration, as `llmkd.training.initial.initial_student` would write it."""
     settings = recipe.student
     if settings.init == "checkpoint":
         assert settings.path is not None  # checked by Student
-        if not Path(settings.path).is_dir():
-            return AutoConfig.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
-        return load_config(Path(settings.path), trust_remote_code=settings.trust_remote_code)
+        return _model_config(settings.path, None, "student.path", trust_remote_code=settings.trust_remote_code)
     assert settings.blocks is not None
     rule = settings.copy_blocks if settings.init == "teacher" else "spread"
     chosen = block_choice(rule, settings.blocks, teacher.num_hidden_layers)

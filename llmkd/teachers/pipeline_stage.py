@@ -57,7 +57,7 @@ def load_stage(
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
     check_pipelined(config)
-    name, why = attention_implementation(attention, dtype)
+    name, why = attention_implementation(attention, dtype, config)
     log.info("%s: stage of blocks %d to %d, attention %s (%s)", folder, part.start, part.stop - 1, name, why)
     small = student_config(config, part, {})
     with torch.device("meta"):  # no memory and no random number for what is read below

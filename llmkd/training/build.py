@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedConfig
 
-from llmkd.data.batches import Batch, Family, steps_per_epoch
+from llmkd.data.batches import Batch, steps_per_epoch
 from llmkd.data.other_families import tokenize_for
 from llmkd.distributed.ds_configs import complete_ds_config, load_ds_config, teacher_ds_config
 from llmkd.distributed.engines import check_asynchronous_io, parameter_count
@@ -26,6 +26,7 @@ from llmkd.losses.distance_sum import AllRows
 from llmkd.losses.schedules import learning_rate
 from llmkd.models import families, load
 from llmkd.models.parts import blocks
+from llmkd.models.vocabularies import check_rows
 from llmkd.recipe import recipe
 from llmkd.student.connectors import fit_connectors, make_connectors
 from llmkd.student.distiller import Distiller, make_projectors
@@ -88,12 +89,20 @@ def training_ds_config(world: World, train: recipe.Train, accumulation: int, fol
     )
 
 
-def tokenized(world: World, data: recipe.Data, tokenizer: Any, family: Family = Family("decoder")) -> Dataset:  # noqa: B008 (frozen)
-    """The job's rows as tokens; rank 0 reads them first, so that downloads happen and caches are written once."""
+def tokenized(world: World, job: Job, tokenizer: Any) -> Dataset:
+    """The job's rows as tokens; rank 0 reads them first, so that downloads happen and caches are written once.
+
+    Raises InputError where one holds a token that only one of the student and its teacher has.
+    """
     first: list[Dataset] = []
+    data = job.data
     on_main(world, lambda: first.append(read_rows(data)))
     rows = first[0] if first else read_rows(data)
-    return tokenize_for(family, rows, tokenizer, format=data.format, max_length=data.max_length, too_long=data.too_long)
+    tokens = tokenize_for(
+        job.family, rows, tokenizer, format=data.format, max_length=data.max_length, too_long=data.too_long
+    )
+    check_rows(tokens, job.further_tokens, f"data.source ({data.source})")
+    return tokens
 
 
 def demand_of(job: Job) -> Demand:

@@ -9,8 +9,7 @@ from llmkd.data.other_families import check_format
 from llmkd.errors import InputError
 from llmkd.models.architectures import new_config
 from llmkd.models.families import KIND_NAMES
-from llmkd.models.folders import resolve
-from llmkd.models.load import load_config
+from llmkd.models.stored import read_config
 from llmkd.recipe.recipe import Recipe
 
 
@@ -19,8 +18,8 @@ def teacher_shape(recipe: Recipe) -> PreTrainedConfig:
     if recipe.teacher_start is None:
         assert recipe.finetune is not None and recipe.finetune.architecture is not None
         return new_config(recipe.finetune.architecture.model_dump())
-    folder = resolve(*recipe.teacher_start, recipe.teacher.revision)
-    return load_config(folder, trust_remote_code=recipe.teacher.trust_remote_code)
+    trust = recipe.teacher.trust_remote_code
+    return read_config(*recipe.teacher_start, recipe.teacher.revision, trust_remote_code=trust)[1]
 
 
 def check_training(recipe: Recipe, family: Family) -> None:

@@ -6,7 +6,8 @@ A `Job` is all that the loop needs; there is one for distilling a student and on
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from llmkd.losses.objective import Weights
 from llmkd.losses.set_distances import WIDTH_FREE
 from llmkd.models import families, folders, load, make
 from llmkd.models.architectures import new_config
+from llmkd.models.stored import read_config
+from llmkd.models.vocabularies import check_same_tokens
 from llmkd.recipe.inputs import finetune_inputs, fingerprint, training_inputs
+from llmkd.recipe.models import Student, Teacher
 from llmkd.recipe.recipe import Recipe
 from llmkd.recipe.run import Data, Train
 from llmkd.teachers import pipeline_stage as stage
@@ -59,6 +63,8 @@ class Job:
     teacher_depths: tuple[int, ...] = ()
     stones: Pairs = ()
     """(student block, teacher block) of each stepping stone, by student block."""
+    further_tokens: Mapping[int, str] = field(default_factory=dict)
+    """The tokens that only one of the student and its teacher has, by id: no row may hold one."""
 
     @property
     def title(self) -> str:
@@ -78,18 +84,17 @@ class Job:
 
 def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
     """A student under the recipe's strategy. Raises InputError before anything is written."""
-    teacher = on_main(world, lambda: folders.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
+    teacher = checked_folder(world, recipe.teacher_path, "teacher.path", recipe.teacher)
     teacher_config = load.load_config(teacher, trust_remote_code=recipe.teacher.trust_remote_code)
     family = families.family(teacher_config)
     checkpoint = None
     student_config = teacher_config
     if recipe.student.init == "checkpoint":
         path = recipe.student.path or ""
-        checkpoint = on_main(world, lambda: folders.resolve(path, "student.path"))
+        checkpoint = checked_folder(world, path, "student.path", recipe.student)
         student_config = load.load_config(checkpoint, trust_remote_code=recipe.student.trust_remote_code)
     pairs, stones, weights = check_student(recipe, family, teacher_config, student_config)
-    if checkpoint is not None:
-        check_vocabularies(recipe, teacher, checkpoint)
+    further = {} if checkpoint is None else check_vocabularies(recipe, teacher, checkpoint)
     ranks = {"ranks": world.size, "ranks_per_node": world.local_size}
     check_place(recipe, teacher_config, weights, **ranks, gpu=world.device.type == "cuda")
     job = Job(
@@ -109,9 +114,16 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         student_depths=depths_of(recipe, student_config),
         teacher_depths=families.depths(teacher_config),
         stones=stones,
+        further_tokens=further if weights.kl or weights.hidden or stones else {},
     )
     on_main(world, lambda: finished(job))  # refuses a folder of another recipe
     return job
+
+
+def checked_folder(world: World, path: str, what: str, section: Teacher | Student) -> Path:
+    """The local folder of a model whose configuration is that of its weights. Raises InputError elsewhere; rank 0 alone looks."""
+    revision = section.revision if isinstance(section, Teacher) and what == "teacher.path" else None
+    return on_main(world, lambda: read_config(path, what, revision, trust_remote_code=section.trust_remote_code)[0])
 
 
 def check_student(recipe: Recipe, family: Family, teacher: Any, student: Any) -> tuple[Pairs, Pairs, Weights]:
@@ -132,7 +144,10 @@ def check_student(recipe: Recipe, family: Family, teacher: Any, student: Any) ->
     _check_redraws(recipe, teacher, student)
     if not checkpoint:
         rule = recipe.student.copy_blocks if recipe.student.init == "teacher" else "spread"
-        load.student_config(teacher, make.stack_choices(rule, student_depths, depths), recipe.student.width)
+        chosen = make.stack_choices(rule, student_depths, depths)
+        shape = load.student_config(teacher, chosen, recipe.student.width)
+        if recipe.student.init == "teacher" and family.kind == "decoder":
+            load.check_copied_config(teacher, shape, chosen, trust_remote_code=recipe.teacher.trust_remote_code)
     teacher_name, _ = recipe.teacher_start or ("finetune.architecture", None)
     _check_shape(recipe, "teacher", teacher, teacher_name, compared=bool(pairs))
     _check_shape(recipe, "student", student, recipe.student.path or "", compared=bool(pairs))
@@ -190,9 +205,9 @@ def _check_redraws(recipe: Recipe, teacher: Any, student: Any) -> None:
         )
 
 
-def check_vocabularies(recipe: Recipe, teacher: Path, student: Path) -> None:
-    """Raise InputError where the tokenizers of a student's checkpoint and its teacher differ."""
-    load.check_same_tokens(
+def check_vocabularies(recipe: Recipe, teacher: Path, student: Path) -> dict[int, str]:
+    """The tokens that only one of a student's checkpoint and its teacher has, by id. Raises InputError where the others differ."""
+    return check_same_tokens(
         load.load_tokenizer(teacher, trust_remote_code=recipe.teacher.trust_remote_code),
         load.load_tokenizer(student, trust_remote_code=recipe.student.trust_remote_code),
     )
@@ -215,7 +230,7 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
         raise InputError("the recipe has no finetune section; there is no teacher to make")
     start = settings.path
     data = settings.data or recipe.data
-    checkpoint = None if start is None else on_main(world, lambda: folders.resolve(start, "finetune.path"))
+    checkpoint = None if start is None else checked_folder(world, start, "finetune.path", recipe.teacher)
     if checkpoint is None:
         assert settings.architecture is not None
         family = families.family(new_config(settings.architecture.model_dump()))

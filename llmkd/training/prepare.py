@@ -83,7 +83,7 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None) -> Prepare
     if resume is not None and resume.world_size != world.size:
         ds_config = on_other_ranks(ds_config)
     tokenizer = initial.job_tokenizer(world, job, resuming=resume is not None)
-    data = build.tokenized(world, job.data, tokenizer, job.family)
+    data = build.tokenized(world, job, tokenizer)
     steps = build.total_steps(settings, len(data))
     rate = build.rate_of_step(settings, steps)
     cached = cache_contents.open_teacher(world, job, tokenizer, data)

@@ -54,7 +54,7 @@ def cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool = F
         )
     teacher = on_main(world, lambda: folders.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
     tokenizer = initial.job_tokenizer(world, job, resuming=False)
-    data = build.tokenized(world, job.data, tokenizer)
+    data = build.tokenized(world, job, tokenizer)
     wanted = on_main(
         world,
         lambda: cache_contents.contents_of(

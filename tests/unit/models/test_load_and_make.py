@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -25,6 +26,7 @@ from llmkd.models import load, parts
 from llmkd.models import make as making
 from llmkd.models.model_types import types_with
 from llmkd.models.parts import output_state
+from llmkd.models.vocabularies import check_rows, check_same_tokens
 from llmkd.recipe.recipe import load_recipe
 
 SMALL: dict[str, Any] = dict(
@@ -286,15 +288,26 @@ def test_folder_without_a_tokenizer_is_refused(folders: Callable[[str], Path], t
 def test_tokenizers_must_agree_on_every_id() -> None:
     texts = ["one two three four"]
     tokenizer, same, longer = (making.new_tokenizer(texts, size) for size in (266, 266, 267))
-    load.check_same_tokens(tokenizer, same)
-    first = min(longer.get_vocab().keys() - tokenizer.get_vocab().keys())
+    assert check_same_tokens(tokenizer, same) == {}
+    [first] = longer.get_vocab().keys() - tokenizer.get_vocab().keys()
+    assert check_same_tokens(tokenizer, longer) == check_same_tokens(longer, tokenizer) == {266: first}
+    same.add_tokens(["<extra>"])  # as Qwen3 adds four to Qwen2.5
+    assert check_same_tokens(tokenizer, same) == {266: "<extra>"}
     with pytest.raises(InputError) as caught:
-        load.check_same_tokens(tokenizer, longer)
-    assert f"first at token {first!r} (id 266): teacher id None, student id 266" in str(caught.value)
+        check_same_tokens(longer, same)
+    assert f"first at token {first!r} (id 266): teacher id 266, student id None" in str(caught.value)
     assert "use a student with the teacher's tokenizer" in str(caught.value)
-    same.add_tokens(["<extra>"])
-    with pytest.raises(InputError, match="first at token '<extra>'"):
-        load.check_same_tokens(same, tokenizer)
+
+
+def test_rows_hold_only_tokens_that_both_have() -> None:
+    rows = Dataset.from_dict({"input_ids": [[1, 2], [3], [2, 266, 1]], "trained": [[False], [True], [True]]})
+    check_rows(rows, {}, "rows.jsonl")
+    check_rows(rows, {267: "<other>"}, "rows.jsonl")
+    check_rows(rows.filter(lambda row: 266 not in row["input_ids"]), {266: "<extra>"}, "rows.jsonl")
+    with pytest.raises(
+        InputError, match=r"^row 2 of rows.jsonl: token '<extra>' \(id 266\) is in only one of the teach"
+    ):
+        check_rows(rows, {266: "<extra>"}, "rows.jsonl")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -504,15 +517,25 @@ def test_weights_that_do_not_fill_the_model_are_refused(
     assert expected in str(caught.value)
 
 
-def test_attention_says_why(folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load.attention_implementation("eager", torch.bfloat16) == ("eager", "as the recipe says")
+def test_attention_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIGS["qwen3"]()
+    assert load.attention_implementation("eager", torch.bfloat16, config) == ("eager", "as the recipe says")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert load.attention_implementation("auto", torch.bfloat16) == ("sdpa", "no GPU")
+    assert load.attention_implementation("auto", torch.bfloat16, config) == ("sdpa", "no GPU")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert load.attention_implementation("auto", torch.bfloat16) == ("sdpa", "flash-attn is not installed")
+    assert load.attention_implementation("auto", torch.bfloat16, config) == ("sdpa", "flash-attn is not installed")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert load.attention_implementation("auto", torch.bfloat16)[0] == "flash_attention_2"
+    assert load.attention_implementation("auto", torch.bfloat16, config)[0] == "flash_attention_2"
+    bloom = hf.BloomConfig()
+    assert load.attention_implementation("auto", torch.bfloat16, bloom) == (
+        "eager",
+        "transformers has no sdpa for a 'bloom' model",
+    )
+    gpt_oss = hf.GptOssConfig()
+    assert load.attention_implementation("auto", torch.bfloat16, gpt_oss)[0] == "flash_attention_2"
+    assert load.attention_implementation("auto", torch.float32, gpt_oss)[0] == "eager"
+    assert load.attention_implementation("sdpa", torch.float32, gpt_oss) == ("sdpa", "as the recipe says")
 
 
 def test_attention_that_the_model_or_the_machine_lacks(folders: Callable[[str], Path], tmp_path: Path) -> None:
@@ -520,7 +543,7 @@ def test_attention_that_the_model_or_the_machine_lacks(folders: Callable[[str], 
         hf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
     ).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"can't be loaded with attention 'sdpa' \(BloomForCausalLM does not support"):
-        load.load_causal_lm(tmp_path, dtype=torch.float32, ds_config=None, attention="auto")
+        load.load_causal_lm(tmp_path, dtype=torch.float32, ds_config=None, attention="sdpa")
     if not torch.cuda.is_available():
         with pytest.raises(
             InputError, match=r"student\.attention: flash_attention_2 needs a GPU and the package flash-attn; w"

@@ -94,6 +94,11 @@ def test_a_student_of_another_template_or_other_tokens(place: Path) -> None:
     assert any("chat template is not the teacher's" in what for what in _said(recipe, "warning"))
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(student)
+    assert any("only the student has 1 more tokens, first '<new>'" in what for what in _said(recipe, "note"))
+    (place / "new.jsonl").write_text(json.dumps({"prompt": "a", "completion": "<new>"}) + "\n")
+    with pytest.raises(InputError, match=r"token '<new>' \(id 320\) is in only one of the teacher's and the student's"):
+        examine(recipe.changed({"data.source": str(place / "new.jsonl")}))
+    make.new_tokenizer(["some other words"], 300).save_pretrained(student)
     with pytest.raises(InputError, match="tokenizers differ"):
         examine(recipe)
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from llmkd.errors import InputError
@@ -43,7 +49,8 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
     def unreachable(*args: object, **kwargs: object) -> None:
         raise OSError("offline")
 
-    monkeypatch.setattr(shapes.AutoConfig, "from_pretrained", unreachable)
+    monkeypatch.setattr(shapes, "hf_hub_download", unreachable)
+    monkeypatch.setattr(shapes, "try_to_load_from_cache", lambda *args, **options: None)
     return load_recipe("recipes/qwen3_8b_to_9_blocks.yaml").changed({"teacher.placement": "zero3"})
 
 
@@ -82,6 +89,42 @@ def test_the_recipe_of_the_paper_is_planned_without_a_hub(recipe: Recipe, caplog
 def test_without_a_hub_and_a_shape_the_error_names_the_key(recipe: Recipe) -> None:
     with pytest.raises(InputError, match=r"teacher\.architecture"):
         memory.plan(recipe.changed({"teacher.architecture": None}), 8)
+
+
+def test_a_hub_out_of_reach_costs_seconds_and_a_line(tmp_path: Path) -> None:
+    """Its packets are dropped: a proxy that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path),
+            "HTTPS_PROXY": proxy,
+            "https_proxy": proxy,
+        }
+        code = (
+            "import time; from llmkd.planning import shapes; from llmkd.recipe.recipe import load_recipe\n"
+            "recipe = load_recipe('recipes/qwen3_8b_to_9_blocks.yaml'); start = time.perf_counter()\n"
+            "config = shapes.teacher_config(recipe); print(config.hidden_size, time.perf_counter() - start)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True
+        )
+    size, seconds = done.stdout.split()
+    assert int(size) == 4096 and float(seconds) < 5
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and "planning with the recipe's teacher.architecture" in lines[0], lines
+
+
+def test_a_configuration_that_is_here_is_not_fetched(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "models--Qwen--Qwen3-8B"
+    Qwen3Config(**{**QWEN3_8B, "hidden_size": 2048}).save_pretrained(cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(shapes, "try_to_load_from_cache", partial(try_to_load_from_cache, cache_dir=tmp_path))
+    assert shapes.teacher_config(recipe).hidden_size == 2048  # hf_hub_download would fail
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused(recipe: Recipe) -> None:

@@ -153,3 +153,14 @@ def test_the_engine_opens_no_foreign_objects(tiny: Path, world: Any, tmp_path: P
         with pytest.raises(InputError, match="hold Python objects that could run code"):
             train(world, jobs.distil_job(world, recipe, tmp_path / kind))
         assert not (tmp_path / "victim").exists()
+
+
+def test_a_kill_between_the_model_and_its_summary_is_made_good(tiny: Path, world: Any, tmp_path: Path) -> None:
+    recipe = load_recipe(tiny / "recipe.yaml").changed({**SHORT, "train.warmup_steps": 0, "train.steps": 2})
+    job, run = jobs.distil_job(world, recipe, tmp_path / "run"), tmp_path / "run"
+    assert train(world, job)
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    (run / "summary.json").unlink()
+    assert train(world, job)
+    assert json.loads((run / "summary.json").read_text())["steps"] == 2
+    assert (run / "model" / "model.safetensors").read_bytes() == weights

@@ -17,6 +17,7 @@ from llmkd.errors import InputError, first_line
 from llmkd.files import fetched_by
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+JsonRow = dict[str, Any]
 MOST_RECORDS = 10_000_000
 """Rows of the built-in task; they are made in memory."""
 TEXT_COLUMNS = ("prompt", "completion", "text", "text_a", "text_b", "references")
@@ -126,7 +127,7 @@ def _feature(types: set[type]) -> Value | Json:
     return Value(names[only]) if only in names else Json()
 
 
-def _encoded(files: list[str], features: Features, contents: str) -> Iterator[dict[str, Any]]:
+def _encoded(files: list[str], features: Features, contents: str) -> Iterator[JsonRow]:
     """The rows as datasets takes them: a value of a Json column as JSON text."""
     as_json = [key for key, feature in features.items() if isinstance(feature, Json)]
     for row in _objects(files):
@@ -134,7 +135,7 @@ def _encoded(files: list[str], features: Features, contents: str) -> Iterator[di
         yield whole | {key: json.dumps(whole[key]) for key in as_json}
 
 
-def _objects(files: list[str]) -> Iterator[dict[str, Any]]:
+def _objects(files: list[str]) -> Iterator[JsonRow]:
     """The objects of files with one in a line, or with one list of them."""
     for name in files:
         with (gzip.open if name.endswith(".gz") else open)(name, "rb") as lines:
@@ -158,7 +159,7 @@ def _read(text: bytes, where: str) -> Any:
         raise InputError(f"{where}: not valid JSON ({reason}); correct the line") from error
 
 
-def _checked(value: object, where: str) -> dict[str, Any]:
+def _checked(value: object, where: str) -> JsonRow:
     if isinstance(value, dict):
         return value
     raise InputError(

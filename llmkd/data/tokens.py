@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from llmkd.data.turns import Turn, has_answer, read_tools, read_turns, rendered
+from llmkd.data.turns import Tools, Turn, has_answer, read_tools, read_turns, rendered
 from llmkd.errors import InputError
 
 log = logging.getLogger("llmkd")
@@ -166,7 +166,7 @@ def _chats(
 
 
 def conversation(
-    messages: list[Turn], tokenizer: Any, tools: list[dict[str, Any]] | None = None, *, before: Sequence[Turn] = ()
+    messages: list[Turn], tokenizer: Any, tools: Tools | None = None, *, before: Sequence[Turn] = ()
 ) -> tuple[list[int], list[bool]]:
     """A chat through the tokenizer's template: (ids, trained). The assistant's messages are trained, with their end of turn.
 
@@ -187,9 +187,7 @@ def conversation(
     return encoded["input_ids"], trained
 
 
-def _trained_span(
-    messages: list[Turn], turn: int, whole: str, tokenizer: Any, tools: list[dict[str, Any]] | None
-) -> tuple[int, int]:
+def _trained_span(messages: list[Turn], turn: int, whole: str, tokenizer: Any, tools: Tools | None) -> tuple[int, int]:
     """An assistant's turn in the rendered chat, (start, end): from the end of the generation prompt to its end of turn.
 
     A template may write a turn differently once others follow (Qwen3 leaves out the thoughts), so the place is found from the text

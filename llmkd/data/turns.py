@@ -13,6 +13,8 @@ from llmkd.errors import InputError, first_line
 
 Turn = dict[str, Any]
 """`role`, `content` (a text) and whatever else the template reads, e.g. `tool_calls`."""
+Tools = list[Turn]
+"""What the assistant may call, each as a JSON object."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 TEMPLATE_SECONDS = 20
 """A chat template is a program that came with the model; one that runs longer is taken for endless."""
@@ -35,7 +37,7 @@ def read_turns(value: object) -> list[Turn]:
     return turns
 
 
-def read_tools(value: object) -> list[dict[str, Any]] | None:
+def read_tools(value: object) -> Tools | None:
     """The tools that a row offers to the assistant, as JSON or as JSON text; None where there are none."""
     try:
         tools = json.loads(value) if isinstance(value, str) and value.strip() else value
@@ -56,7 +58,7 @@ def has_answer(turn: Turn) -> bool:
 def rendered(
     turns: Sequence[Turn],
     tokenizer: Any,
-    tools: list[dict[str, Any]] | None = None,
+    tools: Tools | None = None,
     *,
     add_generation_prompt: bool = False,
 ) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from llmkd.data import records
 from llmkd.data.rows import load_rows
 from llmkd.data.tokens import FORMATS, leading
-from llmkd.data.turns import read_tools, read_turns, rendered
+from llmkd.data.turns import Tools, Turn, read_tools, read_turns, rendered
 from llmkd.errors import InputError
 from llmkd.recipe.evaluation import Generation
 from llmkd.recipe.recipe import Data, Evaluation
@@ -27,9 +27,9 @@ class Prompt:
 
     references: list[str]
     text: str = ""
-    turns: list[dict[str, Any]] | None = None
+    turns: list[Turn] | None = None
     """Of a chat, in place of `text`: the turns before the answer."""
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools | None = None
     """Of a chat: what the assistant may call."""
     record: dict[str, str] | None = None
     """What the built-in task's sentence must tell: slot -> value."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 ABSENT = "–"  # where there is no number
 Table = list[list[str]]
@@ -47,3 +48,24 @@ def aligned(table: Table) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [" | ".join(map(str.ljust, line, widths)).rstrip() for line in table]
     return "\n".join([lines[0], "-+-".join("-" * width for width in widths), *lines[1:]])
+
+
+def escaped(text: str) -> str:
+    """A text on one line of Markdown that a viewer shows as it is: no HTML, no link or image, no emphasis, no heading or list."""
+    line = " ".join(text.split())
+    line = re.sub(r"&(?=#?\w+;)", "&amp;", line)
+    line = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", line)
+    line = re.sub(r"([\\`*~\[\]]|(?<!\S)#|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", line)
+    return re.sub(r"^(\d*)(>|[-=](?=[-=])|[-+=.)](?!\S))", r"\1\\\2", line)  # what would begin a heading, a quotation or a list
+
+
+def bullets(texts: Iterable[str]) -> str:
+    """Texts as a list in Markdown."""
+    return "\n".join(f"- {escaped(text)}" for text in texts)
+
+
+def fenced(text: str, language: str) -> str:
+    """A text as a block of code in Markdown, whatever backticks it holds."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

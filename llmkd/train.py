@@ -45,6 +45,7 @@ from llmkd.provenance import commit, hardware, versions
 from llmkd.recipe.options import train_options
 from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
 from llmkd.student.passes import PassResult, StepSettings
+from llmkd.text import escaped, fenced
 from llmkd.training import checkpoint, finite, initial, jobs, write_cache
 from llmkd.training.jobs import Job
 from llmkd.training.journal import Journal
@@ -162,10 +163,10 @@ def _card(job: Job, steps: int) -> str:
     """The exported model's README: what it is, and the recipe that made it."""
     pairs = ", ".join(pair_names(job.pairs, job.encoders, redraws=job.redraws)) or "none"
     return (
-        f"# {job.recipe.name}: {job.title}\n\nTrained by llmkd {__version__}, {steps} steps.\n\n"
+        f"# {escaped(f'{job.recipe.name}: {job.title}')}\n\nTrained by llmkd {__version__}, {steps} steps.\n\n"
         f"- started from: {job.initial.name if job.initial.parent == job.folder else job.initial}\n"
         f"- teacher: {job.recipe.teacher_path if job.teacher else 'none'}\n"
-        f"- layer map (student<teacher, 0-based blocks): {pairs}\n\n## Recipe\n\n```yaml\n{dump_recipe(job.recipe)}```\n"
+        f"- layer map (student<teacher, 0-based blocks): {pairs}\n\n## Recipe\n\n{fenced(dump_recipe(job.recipe), 'yaml')}\n"
     )
 
 

@@ -27,8 +27,11 @@ from llmkd.recipe.recipe import Evaluation
 
 WORTH_VLLM = 1e8
 """Parameters from which vLLM is started for a model; how much its tasks ask is not known before they are read."""
-NOT_OF_LM_EVAL = {"include", "backend", "generation", "agreement_rows", "angles_rows"}
+NOT_OF_LM_EVAL = {"include", "trust_include", "backend", "generation", "agreement_rows", "angles_rows"}
 """Settings without influence on these scores."""
+
+DECODING = "decoded as the task says"
+"""Scores of before, when the settings in a model's folder were mixed in, are made anew."""
 
 
 def evaluate(
@@ -63,7 +66,7 @@ def check_tasks(settings: Evaluation) -> None:
     include = task_folder(settings)
     if settings.backend == "vllm":
         check_installed("evaluation.backend")
-    manager = task_manager(settings.tasks, str(include) if include else None)
+    manager = task_manager(settings.tasks, str(include) if include else None, trusted=settings.trust_include)
     for task in settings.tasks:
         fault = problem(manager, task)
         if fault is not None:
@@ -107,5 +110,6 @@ def _shared_fingerprint(settings: Evaluation, include: Path | None, backend: str
     """A hash of what every model on this backend shares: settings, versions, and what the tasks are made of."""
     made_with = versions(*PACKAGES["hf"], *PACKAGES[backend])
     parts = [settings.model_dump_json(exclude=NOT_OF_LM_EVAL), backend, json.dumps(made_with, sort_keys=True)]
+    parts += [DECODING]
     parts += sources(records, text_metrics)
     return digest(parts + ([] if include is None else file_hashes(include, task_files(include, settings.tasks))))

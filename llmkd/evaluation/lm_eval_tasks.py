@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import yaml
 
 from llmkd.errors import InputError, first_line
+from llmkd.evaluation.task_trust import check_trust, plain_yaml, sandbox_templates, strings
 
 Config = dict[str, Any]
 
@@ -19,22 +19,24 @@ LOCAL_BUILDERS = ("json", "csv", "parquet", "arrow", "text")
 PARTS_OF_A_DATA_SET = ("data_dir", "data_files", "revision")
 
 
-def task_manager(tasks: Sequence[str], include: str | None) -> Any:
+def task_manager(tasks: Sequence[str], include: str | None, *, trusted: bool = False) -> Any:
     """lm-eval's index of tasks; its own thousands are read only when one of them is asked for.
 
-    Raises InputError for a task that is neither among them nor in the folder `include`.
+    Raises InputError for a task that is neither among them nor in the folder `include`, and for one that runs Python of that folder
+    where it is not `trusted`.
     """
     from lm_eval.tasks import TaskManager  # heavy; a study without tasks needs none of it
 
+    sandbox_templates()
     manager = TaskManager(include_path=include, include_defaults=False)
-    if all(task in manager.all_tasks for task in tasks):
-        return manager
-    manager = TaskManager(include_path=include, include_defaults=True)
+    if not all(task in manager.all_tasks for task in tasks):
+        manager = TaskManager(include_path=include, include_defaults=True)
     for task in tasks:
         if task not in manager.all_tasks:
             near = difflib.get_close_matches(task, manager.all_tasks, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise InputError(f"evaluation.tasks: lm-eval knows no task {task!r}, nor has {include} one{hint}")
+    check_trust(manager, tasks, trusted=trusted)
     return manager
 
 
@@ -158,7 +160,7 @@ def _hub_fault(config: Config) -> str | None:
 
 
 def _data_files(config: Config) -> list[str]:
-    return _strings((config.get("dataset_kwargs") or {}).get("data_files"))
+    return strings((config.get("dataset_kwargs") or {}).get("data_files"))
 
 
 # --- What a task is made of
@@ -166,28 +168,14 @@ def _data_files(config: Config) -> list[str]:
 
 def task_files(include: Path, tasks: Sequence[str]) -> list[Path]:
     """What these tasks are made of: their YAML with all it includes or groups, its local data, the folder's Python."""
-    configs = {file: yaml.load(file.read_text(), Loader=_AnyTag) or {} for file in sorted(include.rglob("*.yaml"))}
+    configs = {file: plain_yaml(file) for file in sorted(include.rglob("*.yaml"))}
     files, wanted = sorted(include.rglob("*.py")), list(tasks)
     while wanted:
         name = wanted.pop()
         for file, config in configs.items():
             task = config.get("task")  # its name, or a group's list
-            told = _strings([config.get("group"), config.get("tag"), task if isinstance(task, str) else None])
+            told = strings([config.get("group"), config.get("tag"), task if isinstance(task, str) else None])
             if name in (str(file), *told) and file not in files:
-                wanted += _strings(task) + [str(file.parent / base) for base in _strings(config.get("include"))]
+                wanted += strings(task) + [str(file.parent / base) for base in strings(config.get("include"))]
                 files += [file, *(path for path in map(Path, _data_files(config)) if path.is_file())]
     return files
-
-
-def _strings(value: Any) -> list[str]:
-    """All strings in a YAML value, at any depth."""
-    if isinstance(value, dict | list):
-        return [text for item in (value.values() if isinstance(value, dict) else value) for text in _strings(item)]
-    return [value] if isinstance(value, str) else []
-
-
-class _AnyTag(yaml.SafeLoader):
-    """YAML whose `!function` and the like are read as None: only plain values are asked of it."""
-
-
-_AnyTag.add_multi_constructor("!", lambda loader, suffix, node: None)

@@ -1,6 +1,7 @@
 """lm-eval around one model after another, in a process of its own.
 
-With arguments this is lm-eval's own command line, as a result file gives it to repeat a model's scores by hand:
+With arguments this is lm-eval's own command line, as a result file gives it to repeat a model's scores by hand; as everywhere here, a
+folder's `generation_config.json` has no say in the decoding:
 
     python -m llmkd.evaluation.lm_eval_worker --model vllm --model_args pretrained=FOLDER --tasks hellaswag
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llmkd.errors import InputError, first_line
 from llmkd.evaluation.held_out import check_model_folder
@@ -57,7 +58,7 @@ class Task:
 
 def prepare(task: Task, say: Say) -> Score[LmEvalResult]:
     """Read the tasks. Raises InputError where one is not there; a task with another fault fails for itself, at each model."""
-    manager = task_manager(task.settings.tasks, task.include)
+    manager = task_manager(task.settings.tasks, task.include, trusted=task.settings.trust_include)
     faults = {name: fault for name in task.settings.tasks if (fault := problem(manager, name)) is not None}
     return partial(score, task=task, manager=manager, faults=faults, say=say)
 
@@ -101,10 +102,37 @@ def _load_hf(folder: Path, settings: Evaluation, rows: int | str, trust: bool) -
     dtype = getattr(torch, settings.dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    if model.generation_config.eos_token_id is None:  # a finished row of a batch would run on to the batch's end
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config = plain_decoding(model, tokenizer)
     backend: Any = HFLM
     return backend(pretrained=model, tokenizer=tokenizer, batch_size=rows, max_length=settings.max_length)
+
+
+def plain_decoding(model: Any, tokenizer: Any) -> GenerationConfig:
+    """Decoding settings in place of the folder's: the task alone says how tokens are chosen, as under vLLM.
+
+    A text ends at the tokens that vLLM ends it at: the tokenizer's own, and those that the folder's settings name.
+    """
+    eos = model.generation_config.eos_token_id
+    named = eos if isinstance(eos, list) else [eos]
+    stops = list(dict.fromkeys(token for token in (tokenizer.eos_token_id, *named) if token is not None))
+    return GenerationConfig(eos_token_id=stops or None, top_k=0)
+
+
+def _by_hand() -> None:
+    """lm-eval's own command line, with `plain_decoding` on Hugging Face, in the environment that vLLM needs."""
+    os.environ.update(vllm_environment(Path(tempfile.gettempdir()) / "llmkd-vllm"))
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    backend: Any = HFLM
+    create = backend._create_model
+
+    def create_plain(self: Any, *arguments: Any, **options: Any) -> None:
+        create(self, *arguments, **options)
+        self._model.generation_config = plain_decoding(self._model, self.tokenizer)
+
+    backend._create_model = create_plain
+    cli_evaluate()
 
 
 def _load_vllm(folder: Path, settings: Evaluation, rows: int | str, trust: bool) -> Any:
@@ -131,12 +159,14 @@ def _vllm_options(settings: Evaluation) -> Mapping[str, Any]:
 def command(model: LmEvalResult, task: Task, rows: int | str) -> str:
     """lm-eval's command line that gives the same scores by hand, from the same folder."""
     settings = task.settings
+    start = (
+        ["lm_eval"] if model.backend == "vllm" and not on_cpu() else ["python", "-m", "llmkd.evaluation.lm_eval_worker"]
+    )
     if model.backend == "vllm":
-        start = ["python", "-m", "llmkd.evaluation.lm_eval_worker"] if on_cpu() else ["lm_eval"]
         model_args = {"pretrained": model.model, **_vllm_options(settings)}
         device = []
     else:
-        start, model_args = ["lm_eval"], {"pretrained": model.model, "dtype": settings.dtype}
+        model_args = {"pretrained": model.model, "dtype": settings.dtype}
         model_args |= {} if settings.max_length is None else {"max_length": settings.max_length}
         device = ["--device", "cuda" if torch.cuda.is_available() else "cpu"]
     parts = [*start, "--model", model.backend, "--model_args", ",".join(f"{k}={v}" for k, v in model_args.items())]
@@ -268,9 +298,6 @@ STEP = Step(LM_EVAL, Task, LmEvalResult, prepare)
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        os.environ.update(vllm_environment(Path(tempfile.gettempdir()) / "llmkd-vllm"))
-        from lm_eval.__main__ import cli_evaluate
-
-        cli_evaluate()
+        _by_hand()
     else:
         sys.exit(serve(STEP))

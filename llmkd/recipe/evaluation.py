@@ -59,6 +59,8 @@ class Evaluation(Section):
     """Names of lm-eval tasks."""
     include: str | None = "eval"
     """A folder of more lm-eval tasks (YAML), relative to the repository or the current folder."""
+    trust_include: bool = False
+    """Run the Python that tasks of that folder name (`!function`), if it is not llmkd's own. Leave it off unless you trust its authors."""
     backend: Backend = "auto"
     """What runs the models under lm-eval, as in generation.backend."""
     limit: int | None = Field(default=None, gt=0)

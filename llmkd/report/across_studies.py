@@ -23,7 +23,7 @@ from llmkd.report.files import generations
 from llmkd.report.gather import gather
 from llmkd.report.results import Metric, Results
 from llmkd.report.tables import plain
-from llmkd.text import Table, aligned, shortened
+from llmkd.text import Table, aligned, bullets, escaped, shortened
 
 UNIMPORTANT = ("name", "output")
 DECIDES = {
@@ -179,12 +179,12 @@ def _markdown(
     notes: Sequence[str],
 ) -> str:
     parts = [
-        f"# {' and '.join(study.name for study in studies)}",
-        "\n".join(f"- {answer}" for answer in answers),
+        f"# {escaped(' and '.join(study.name for study in studies))}",
+        bullets(answers),
         "## Scores",
         tables.markdown(_score_table(studies, metrics, tables.LONGEST_REASON)),
         "Mean over seeds ± half the 95 % t-interval of that mean. The studies are set side by side and not tested against each other.",
-        "\n".join(f"- {note}" for note in notes),
+        bullets(notes),
         "## What the recipes differ in",
         tables.markdown(recipes) if len(recipes) > 1 else "Nothing but their names.",
     ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from llmkd.report import numbers
 from llmkd.report.results import Comparison, Metric, Results, Row, TrainingRun
-from llmkd.text import ABSENT, Table, aligned, amount, shortened
+from llmkd.text import ABSENT, Table, aligned, amount, escaped, shortened
 
 LONGEST_REASON = 60  # characters of a failure inside a table; the whole sentence stands below it
 LONGEST_IN_TERMINAL = 20
@@ -24,8 +24,8 @@ def fitting(table: Table, columns: int, where: str) -> list[str]:
 
 
 def markdown(table: Table) -> str:
-    """A table in Markdown."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table]
+    """A table in Markdown; its cells are text."""
+    lines = ["| " + " | ".join(escaped(cell).replace("|", "\\|") for cell in line) + " |" for line in table]
     return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
 
 

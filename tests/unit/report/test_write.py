@@ -2,10 +2,13 @@
 
 import csv
 import json
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
 from llmkd.errors import InputError
 from llmkd.report import write
@@ -48,6 +51,25 @@ def test_all_forms_are_written_from_the_same_results(study: Folder, page: list[t
     assert all(f"\n- {note}" in text for note in results.notes)
 
 
+def test_what_models_wrote_and_named_is_text_in_markdown(study: Folder) -> None:
+    """A model's text comes into the report by the sentence of a failure, names by the study's files, all else by the recipe."""
+    evil = "</details></td><script>alert(1)</script> ![a](http://b) | ```\n# not a heading\n```\n<img src=x>"
+    study.score("none-s1", None, None, error=f"ValueError: {evil}")
+    study.score("none-s0", 40.0, 0.5, versions={"torch": evil})
+    study.study["name"] = f"made-up {evil}"
+    study.write("study.json", study.study)
+    study.write("recipe.yaml", f"name: |\n{textwrap.indent(evil, '  ')}\n")
+    viewer = MarkdownIt("gfm-like", {"html": True, "linkify": False})
+    text = markdown(study)
+    html = viewer.render(text)
+    assert not re.search(r"<(script|img|a )", html)
+    assert re.findall(r"<h1>.*", html) and "<h1>not a heading" not in html
+    assert html.count("</details>") == html.count("<details>") == text.count("<details><summary>")
+    assert html.count("alert(1)") >= 4  # in the title, a table, the problems and the recipe
+    lines = html[html.index("<h2>Scores") :].split("</table>")[0]
+    assert len(set(row.count("<td") for row in lines.split("<tr>")[2:])) == 1
+
+
 def test_every_score_is_a_line_of_the_csv(study: Folder) -> None:
     study.score("none-s1", 0.1 + 0.2)  # not a round number
     report(study.folder)
@@ -72,7 +94,7 @@ def test_scores_and_reasons_in_the_table(study: Folder) -> None:
     assert "| teacher | teacher | 1 of 1 | 90.0 | 0.990 |" in text
     assert "| forward | student | 1 of 2 | 70.0 (n=1) | 0.500 (n=1) |" in text
     assert "| none | student | 0 of 2 | not run | not run |" in text
-    assert f"- forward-s1: lm-eval failed: ValueError: {'long ' * 30}" in text
+    assert f"- forward-s1: lm-eval failed: ValueError: {('long ' * 30).strip()}" in text
     assert "- none-s0: lm-eval not run" in text
 
 

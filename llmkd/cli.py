@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +16,15 @@ import click
 
 from llmkd import __version__
 from llmkd.errors import InputError, storage_problem
-from llmkd.recipe.options import SET, train_options
+from llmkd.processes import stopping
+from llmkd.recipe.options import SET, FiniteRange, train_options
 
 if TYPE_CHECKING:
     from llmkd.recipe.recipe import Recipe
     from llmkd.report.results import Results
 
+STOPPED = "Stopped: all that is trained and scored so far is kept, and the same command goes on with the rest."
+BLOCKS = click.IntRange(1, 4096)
 RANKS = click.option(
     "--ranks",
     type=click.IntRange(min=1),
@@ -38,8 +40,8 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--student-blocks", type=click.IntRange(min=1), required=True)
-@click.option("--teacher-blocks", type=click.IntRange(min=1), required=True)
+@click.option("--student-blocks", type=BLOCKS, required=True)
+@click.option("--teacher-blocks", type=BLOCKS, required=True)
 @click.option("--strategy", multiple=True, help="Only these strategies [default: all].")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random strategies.")
 @click.option("--target-block", type=int, help="The one teacher block of all_to_one.")
@@ -61,7 +63,7 @@ def maps(
     stages: int | None,
 ) -> None:
     """Show which teacher block teaches which student block."""
-    from llmkd.layer_map import OPTIONS, RULES, STRATEGIES, layer_map, needs_states
+    from llmkd.layer_map import RULES, STRATEGIES, check_read, layer_map, needs_states
     from llmkd.report.map_drawing import CONVENTION, drawing, table
     from llmkd.teachers.pipeline_schedule import cut_into_stages, pipeline_drawing
 
@@ -72,17 +74,13 @@ def maps(
     options = {"target_block": target_block, "pairs": [_pair(p) for p in pairs] or None}
     rules = [name for name in RULES if STRATEGIES[name].least_student_blocks <= student_blocks]
     names = strategy or (["explicit"] if pairs else [*rules, "nearest"])
-    # An option goes to the strategies that read it. Where none was asked for, the strategies refuse it.
-    unread = {key for key in options if strategy and OPTIONS[key] not in strategy}
+    check_read(names, [key for key, value in options.items() if value is not None])
     for name in names:
-        known = STRATEGIES.get(name)
-        if known is not None and known.is_measured:
+        if STRATEGIES[name].is_measured:
             click.echo(f"{needs_states(name)}\n")
             continue
-        read = unread if known is None else unread.union(known.options)
-        chosen = layer_map(
-            name, student_blocks, teacher_blocks, seed=seed, **{key: options[key] for key in read & options.keys()}
-        )
+        own = {key: value for key, value in options.items() if key in STRATEGIES[name].options}
+        chosen = layer_map(name, student_blocks, teacher_blocks, seed=seed, **own)
         click.echo(f"{name}: {student_blocks} student blocks, {teacher_blocks} teacher blocks\n")
         if stages is not None:
             click.echo(pipeline_drawing(chosen, cut_into_stages([1] * teacher_blocks, stages)))
@@ -181,16 +179,13 @@ def study(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None:
     from llmkd.study import Stopped
     from llmkd.study import study as run
 
-    def stop(*_: object) -> None:
-        raise Stopped
-
     settings = load_recipe(recipe, overrides)
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        available = _ranks(ranks)
-        _show(*run(settings, ranks or min(available or settings.study.ranks, settings.study.ranks)))
-    except Stopped:
-        click.echo("Stopped; everything is saved, and the same command resumes.")
+    with stopping(STOPPED, terminated=0):
+        try:
+            available = _ranks(ranks)
+            _show(*run(settings, ranks or min(available or settings.study.ranks, settings.study.ranks)))
+        except Stopped:
+            click.echo(STOPPED, err=True)
 
 
 @cli.command()
@@ -242,7 +237,9 @@ def evaluate(model: Path, recipe: str, output: Path | None, overrides: tuple[str
     folder = resolve(str(model), "MODEL")
     trusted = settings.teacher.trust_remote_code or settings.student.trust_remote_code
     place = output or folder.parent / "evaluations"
-    for path in run([(folder.name, folder)], settings.evaluation, place, trust_remote_code=trusted).values():
+    with stopping(STOPPED):
+        results = run([(folder.name, folder)], settings.evaluation, place, trust_remote_code=trusted)
+    for path in results.values():
         click.echo(path.read_text())
 
 
@@ -284,7 +281,8 @@ def generate(
         settings = settings.changed({"evaluation.generation": {}})
     place = output or (studies[0] if studies else models[0].resolve().parent) / "generations"
     trusted = settings.teacher.trust_remote_code or settings.student.trust_remote_code
-    results = run(models_of(models), settings.evaluation, settings.data, place, trust_remote_code=trusted)
+    with stopping(STOPPED):
+        results = run(models_of(models), settings.evaluation, settings.data, place, trust_remote_code=trusted)
     click.echo(summary(results))
 
 
@@ -305,7 +303,9 @@ def angles(run: Path, recipe: str | None, rows: int | None, overrides: tuple[str
     from llmkd.evaluation.angles.measure import angles as measure
     from llmkd.evaluation.angles.table import angles_text
 
-    click.echo(angles_text(measure(run, recipe=recipe, overrides=overrides, rows=rows)))
+    with stopping(STOPPED):
+        measured = measure(run, recipe=recipe, overrides=overrides, rows=rows)
+    click.echo(angles_text(measured))
 
 
 @cli.command()
@@ -313,7 +313,7 @@ def angles(run: Path, recipe: str | None, rows: int | None, overrides: tuple[str
 @click.option("--ranks", type=click.IntRange(min=1), required=True, help="GPUs the run would have.")
 @click.option(
     "--device-gib",
-    type=click.FloatRange(min=0, max=10**6, min_open=True),
+    type=FiniteRange(min=0, max=10**6, min_open=True),
     default=80,
     show_default=True,
     help="Memory of one GPU, to recommend by.",

@@ -209,10 +209,7 @@ def layer_map(
 
     Raises InputError on an unknown or measured strategy, on bad depths, seed or option, and on an option that the strategy does not read.
     """
-    if strategy not in STRATEGIES:
-        near = difflib.get_close_matches(str(strategy), STRATEGIES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise InputError(f"strategy {strategy!r} is not known: {hint}choose from {', '.join(STRATEGIES)}")
+    _check_name(strategy)
     if STRATEGIES[strategy].is_measured:
         raise InputError(f"strategy {needs_states(strategy)}")
     check_options(strategy, [name for name, value in options.items() if value is not None])
@@ -221,6 +218,13 @@ def layer_map(
     return STRATEGIES[strategy].rule(
         student_blocks, teacher_blocks, **{name: value for name, value in values.items() if name in arguments}
     )
+
+
+def _check_name(strategy: str) -> None:
+    if strategy not in STRATEGIES:
+        near = difflib.get_close_matches(str(strategy), STRATEGIES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(f"strategy {strategy!r} is not known: {hint}choose from {', '.join(STRATEGIES)}")
 
 
 def needs_states(strategy: str) -> str:
@@ -235,6 +239,15 @@ def check_options(strategy: str, given: Iterable[str]) -> None:
             raise InputError(
                 f"{option}: strategy {strategy!r} does not read this option; leave it out, or use strategy {OPTIONS[option]!r}"
             )
+
+
+def check_read(strategies: Sequence[str], given: Iterable[str]) -> None:
+    """Raise InputError on an unknown strategy, and on an option that none of these strategies reads."""
+    for strategy in strategies:
+        _check_name(strategy)
+    for option in given:
+        if OPTIONS[option] not in strategies:
+            check_options(strategies[0], [option])
 
 
 def _targets(student_blocks: int, teacher_blocks: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Processes among others: one that ends with the process that started it, and a folder that only one works in."""
+"""Processes among others: one that ends with the process that started it, one that people stop, and a folder that only one works in."""
 
 from __future__ import annotations
 
@@ -27,6 +27,26 @@ LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
 """What torchrun and the deepspeed launcher set for the ranks that they start."""
 LOCK = ".lock"
 _PR_SET_PDEATHSIG = 1
+
+
+@contextlib.contextmanager
+def stopping(sentence: str, terminated: int = 128 + signal.SIGTERM) -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM end this process with a sentence for people, by the exit codes 130 and `terminated`."""
+    codes = {signal.SIGINT: 128 + signal.SIGINT, signal.SIGTERM: terminated}
+
+    def stop(number: int, frame: object) -> None:
+        os.write(2, f"{sentence}\n".encode())  # a handler may not print: it may have come into another print
+        raise SystemExit(codes[signal.Signals(number)])
+
+    before = {number: signal.getsignal(number) for number in codes}
+    heeded = [number for number, handler in before.items() if handler is not signal.SIG_IGN]  # nohup ignores one
+    for number in heeded:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in heeded:
+            signal.signal(number, before[number])
 
 
 def parent_variable() -> dict[str, str]:

@@ -25,6 +25,7 @@ from llmkd.files import write_text
 from llmkd.models.families import depths, kind
 from llmkd.models.folders import resolve
 from llmkd.models.stored import read_config
+from llmkd.processes import only_one_in
 from llmkd.recipe.recipe import Recipe, dump_recipe
 from llmkd.recipe.scoring_steps import (
     AGREEMENT,
@@ -55,21 +56,26 @@ log = logging.getLogger("llmkd")
 
 
 class Stopped(Exception):
-    """A signal ended the study between two steps; everything so far is saved."""
+    """A signal ended the training of a student after its step; everything so far is saved."""
 
 
 def study(recipe: Recipe, ranks: int | None = None) -> Report:
-    """Run what is missing of a study, and write its report. Raises InputError on bad input, Stopped on a signal."""
+    """Run what is missing of a study, and write its report. Raises InputError on bad input and where another process
+    works in its folder, Stopped on a signal while a student is trained."""
     if not recipe.study.students:
         raise InputError("study.strategies: name at least one, e.g. [none, forward, reverse]")
     folder = recipe.folder
     ranks = ranks or recipe.study.ranks
     entries = study_entries(recipe)
     check(recipe, entries, ranks)
-    folder.mkdir(parents=True, exist_ok=True)
+    with only_one_in(folder):
+        return _study(recipe, entries, ranks)
+
+
+def _study(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> Report:
+    folder = recipe.folder
     write_text(folder / "recipe.yaml", dump_recipe(recipe))
     _study_file(recipe, entries).write(folder)
-
     trained = [entry for entry in entries if entry.train is not None]
     cached = not recipe.teacher.share_cache
     for number, entry in enumerate(trained, start=1):

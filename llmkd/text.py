@@ -56,7 +56,9 @@ def escaped(text: str) -> str:
     line = re.sub(r"&(?=#?\w+;)", "&amp;", line)
     line = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", line)
     line = re.sub(r"([\\`*~\[\]]|(?<!\S)#|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", line)
-    return re.sub(r"^(\d*)(>|[-=](?=[-=])|[-+=.)](?!\S))", r"\1\\\2", line)  # what would begin a heading, a quotation or a list
+    return re.sub(
+        r"^(\d*)(>|[-=](?=[-=])|[-+=.)](?!\S))", r"\1\\\2", line
+    )  # what would begin a heading, a quotation or a list
 
 
 def bullets(texts: Iterable[str]) -> str:

@@ -54,7 +54,7 @@ def merge_shards(shards: Path, whole: Path) -> None:
     shutil.rmtree(whole.parent, ignore_errors=True)
     whole.parent.mkdir()
     if not list(shards.glob("*_optim_states.pt")):
-        shutil.copytree(shards, whole)
+        shutil.copytree(shards, whole, copy_function=shutil.copyfile)
         return
     folders = ["--input_folder", str(shards), "--output_folder", str(whole)]
     workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]  # more would hold more of it in memory

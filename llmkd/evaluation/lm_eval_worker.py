@@ -121,8 +121,8 @@ def plain_decoding(model: Any, tokenizer: Any) -> GenerationConfig:
 def _by_hand() -> None:
     """lm-eval's own command line, with `plain_decoding` on Hugging Face, in the environment that vLLM needs."""
     os.environ.update(vllm_environment(Path(tempfile.gettempdir()) / "llmkd-vllm"))
-    from lm_eval.__main__ import cli_evaluate
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.__main__ import cli_evaluate  # both read the environment
+    from lm_eval.models.huggingface import HFLM  # as above
 
     backend: Any = HFLM
     create = backend._create_model

@@ -38,8 +38,8 @@ def check_trust(manager: Any, tasks: Sequence[str], *, trusted: bool) -> None:
 
 def sandbox_templates() -> None:
     """Have lm-eval fill in its tasks' templates in a sandbox: the same text, but no way to Python's inside."""
-    from jinja2.sandbox import SandboxedEnvironment
-    from lm_eval import utils
+    from jinja2.sandbox import SandboxedEnvironment  # with lm-eval alone
+    from lm_eval import utils  # heavy, as above
 
     if not isinstance(utils.env, SandboxedEnvironment):
         sandbox = SandboxedEnvironment(undefined=utils.env.undefined, keep_trailing_newline=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -37,9 +38,9 @@ class Child:
             {**clean_environment(), **parent_variable(), **(variables or {})},
         )
         pipe = subprocess.PIPE
-        with log_file.open("a") as errors:
+        with log_file.open("a") as errors:  # a group of its own: Ctrl-C is for the parent, which ends all of the group
             self._process = subprocess.Popen(
-                command, env=environment, text=True, stdin=pipe, stdout=pipe, stderr=errors
+                command, env=environment, text=True, stdin=pipe, stdout=pipe, stderr=errors, process_group=0
             )
         # Sent with the first order: a child reads only after its imports, which may take long.
         self._unsent = [shared]
@@ -70,8 +71,9 @@ class Child:
         self._process.stdout.close()
 
     def kill(self) -> None:
-        """End it at once."""
-        self._process.kill()
+        """End it at once, and whatever it has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def _send(self, value: object) -> None:

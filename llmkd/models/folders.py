@@ -114,7 +114,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             and file.name not in ("config.json", "llmkd.json", "adapter_config.json")
             and ".index." not in file.name
         ):
-            shutil.copy2(file, folder / file.name)
+            shutil.copyfile(file, folder / file.name)  # the bytes alone: who may read them is for the umask to say
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

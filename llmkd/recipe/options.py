@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,16 @@ from typing import Any
 import click
 
 Command = Callable[..., Any]
+
+
+class FiniteRange(click.FloatRange):
+    """A number within bounds; click itself takes nan for one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return number
 
 
 def _named(context: click.Context, option: click.Parameter, folder: Path | None) -> Path | None:

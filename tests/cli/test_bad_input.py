@@ -328,6 +328,12 @@ def test_commands_refuse_a_recipe_before_anything_starts(
         (["--pair", "0-3"], "--pair '0-3': write STUDENT:TEACHER, e.g. --pair 0:3"),
         (["--pair", "0:36"], "36 is not a block of the teacher"),
         (["--seed", "-1"], "seed"),
+        (["--pair", "0:1", "--strategy", "forward"], "pairs: strategy 'forward' does not read this option"),
+        (["--pair", "0:1", "--strategy", "nearest"], "pairs: strategy 'nearest' does not read this option"),
+        (["--pair", "0:1", "--strategy", "none", "--strategy", "nearest"], "pairs: strategy 'none' does not read"),
+        (["--pair", "0:1", "--target-block", "2"], "target_block: strategy 'explicit' does not read this option"),
+        (["--target-block", "1", "--strategy", "nearest"], "target_block: strategy 'nearest' does not read"),
+        (["--strategy", "forward", "--strategy", "revers"], "strategy 'revers' is not known"),
     ],
 )
 def test_maps_refuses(options: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -335,6 +341,27 @@ def test_maps_refuses(options: list[str], expected: str, capsys: pytest.CaptureF
         cli.main(["maps", "--student-blocks", "9", "--teacher-blocks", "36", *options])
     err = capsys.readouterr().err
     assert caught.value.code == 2 and expected in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["maps", "--student-blocks", "100000000", "--teacher-blocks", "4"], "100000000 is not in the range 1<=x<=4096"),
+        (["maps", "--student-blocks", "4", "--teacher-blocks", "4097"], "4097 is not in the range 1<=x<=4096"),
+        (["plan", "quickstart", "--ranks", "2", "--device-gib", "nan"], "--device-gib': 'nan' is not a number"),
+        (["plan", "quickstart", "--ranks", "2", "--device-gib", "inf"], "--device-gib': inf is not in the range"),
+        (["plan", "quickstart", "--ranks", "2", "--device-gib", "-1"], "--device-gib': -1.0 is not in the range"),
+    ],
+)
+def test_numbers_out_of_bounds(options: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(options)
+    assert caught.value.code == 2 and expected in capsys.readouterr().err
+
+
+def test_the_largest_maps_are_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["maps", "--student-blocks", "4096", "--teacher-blocks", "4096"])
+    assert "4096 student blocks" in capsys.readouterr().out
 
 
 def test_student_deeper_than_its_teacher_in_maps(capsys: pytest.CaptureFixture[str]) -> None:

@@ -346,7 +346,10 @@ def test_maps_refuses(options: list[str], expected: str, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["maps", "--student-blocks", "100000000", "--teacher-blocks", "4"], "100000000 is not in the range 1<=x<=4096"),
+        (
+            ["maps", "--student-blocks", "100000000", "--teacher-blocks", "4"],
+            "100000000 is not in the range 1<=x<=4096",
+        ),
         (["maps", "--student-blocks", "4", "--teacher-blocks", "4097"], "4097 is not in the range 1<=x<=4096"),
         (["plan", "quickstart", "--ranks", "2", "--device-gib", "nan"], "--device-gib': 'nan' is not a number"),
         (["plan", "quickstart", "--ranks", "2", "--device-gib", "inf"], "--device-gib': inf is not in the range"),

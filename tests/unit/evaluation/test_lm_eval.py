@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -284,10 +283,18 @@ def test_bits_per_byte_of_a_text_file_and_a_fault_in_one_task(models: dict[str, 
 
 
 KILLED = """
-import sys
+import logging, os, signal, sys
 from pathlib import Path
 from llmkd.evaluation.lm_eval_step import evaluate
 from llmkd.recipe.recipe import Evaluation
+
+class KillAfterTheFirst(logging.Handler):
+    def emit(self, record):
+        if "1/4 m0: " in record.getMessage() and record.getMessage().endswith(" s)"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+logging.getLogger("llmkd").addHandler(KillAfterTheFirst())
+logging.getLogger("llmkd").setLevel(logging.INFO)
 jobs = [(f"m{number}", Path(sys.argv[1])) for number in range(4)]
 evaluate(jobs, Evaluation.model_validate_json(sys.argv[2]), Path(sys.argv[3]))
 """
@@ -296,14 +303,10 @@ evaluate(jobs, Evaluation.model_validate_json(sys.argv[2]), Path(sys.argv[3]))
 def test_killed_after_the_first_result_it_goes_on_with_the_rest(models: dict[str, Path], tmp_path: Path) -> None:
     asked = settings(tasks=("records_choice",), limit=20)
     command = [sys.executable, "-c", KILLED, str(models["first"]), asked.model_dump_json(), str(tmp_path)]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
-    while not (tmp_path / "m0.json").is_file():
-        assert process.poll() is None
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)  # the process that evaluates and the one that scores
-    process.wait()
+    killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert killed.returncode == -signal.SIGKILL
     done = {file: file.stat().st_mtime_ns for file in tmp_path.glob("m?.json")}
-    assert 1 <= len(done) < 4
+    assert [file.name for file in done] == ["m0.json"]
     files = lm_eval_step.evaluate([(f"m{number}", models["first"]) for number in range(4)], asked, tmp_path)
     assert {file: file.stat().st_mtime_ns for file in done} == done
     scores = [json.loads(file.read_text()) for file in files.values()]

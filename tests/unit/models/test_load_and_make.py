@@ -422,6 +422,24 @@ def test_copied_student_takes_the_tokenizer_and_no_other_papers(folders: Callabl
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_copied_files_are_for_whom_the_umask_says(tmp_path: Path) -> None:
+    """Whatever the permissions of the teacher's files: readable for all, or for reading alone."""
+    source, copies = tmp_path / "source", tmp_path / "copies"
+    source.mkdir()
+    copies.mkdir()
+    for name, mode in (("tokenizer.json", 0o644), ("chat_template.jinja", 0o444), ("generation_config.json", 0o666)):
+        (source / name).write_text("{}")
+        (source / name).chmod(mode)
+    before = os.umask(0o077)
+    try:
+        model_folders.copy_tokenizer(source, copies)
+    finally:
+        os.umask(before)
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in copies.iterdir()} == dict.fromkeys(
+        ("tokenizer.json", "chat_template.jinja", "generation_config.json"), "0o600"
+    )
+
+
 def test_quantized_teacher_is_not_cut(folders: Callable[[str], Path], tmp_path: Path) -> None:
     teacher = variant(folders("qwen3"), tmp_path / "teacher")
     config = json.loads((teacher / "config.json").read_text())

@@ -98,6 +98,7 @@ def recipe(tiny: Path, tmp_path: Path) -> Path:
     return tmp_path / "recipe.yaml"
 
 
+@pytest.mark.slow
 def test_a_killed_study_leaves_no_process_and_a_stopped_one_is_explained(recipe: Path, studies: Studies) -> None:
     folder = recipe.parent / "runs" / "tiny"
     while_training = studies.start("study", str(recipe))

@@ -42,7 +42,10 @@ def settings(**changes: Any) -> Evaluation:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A 2-block Qwen3 with heads that vLLM knows, trained on the records task for a few seconds, so that its margins are real."""
+    """A 2-block Qwen3 with heads that vLLM knows, trained on the records task for a few seconds, so that its margins are real.
+
+    Its folder has decoding settings of its own, which have no say.
+    """
     folder = tmp_path_factory.mktemp("models") / "trained"
     rows = records.rows("train", 0, 0, 1600)
     tokenizer = make.new_tokenizer([row["prompt"] + row["completion"] for row in rows], 512)
@@ -83,6 +86,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
         optimizer.step()
     model.save_pretrained(folder)
+    decoding = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "do_sample": True, "temperature": 0.7}
+    (folder / "generation_config.json").write_text(json.dumps({**decoding, "min_new_tokens": 20, "top_k": 3}))
     return folder
 
 

@@ -97,7 +97,7 @@ class Stepper:
         accumulation = build.accumulation_steps(job.train, world.size)
         ds_config = build.training_ds_config(world, job.train, accumulation, folder)
         tokenizer = initial.job_tokenizer(world, job, resuming=False)
-        data = build.tokenized(world, job.data, tokenizer)
+        data = build.tokenized(world, job, tokenizer)
         cached = cache_contents.open_teacher(world, job, tokenizer, data)
         initial.write_initial(world, job, tokenizer, resuming=False)
         module = build.load_student(job, ds_config, build.teacher_width(job))

@@ -121,7 +121,7 @@ def _present(world: Any, recipe: Recipe, job: Any, rounds: int) -> tuple[Any, li
 def _cached(world: Any, recipe: Recipe, job: Any, rounds: int) -> tuple[Any, list[list[Batch]]]:
     """The teacher as a cache that is there, and four steps of the rows that it holds."""
     tokenizer = initial.job_tokenizer(world, job, resuming=False)
-    rows = build.tokenized(world, job.data, tokenizer)
+    rows = build.tokenized(world, job, tokenizer)
     size = recipe.train.batch_size
     found = data.batches(
         rows, seed=0, start_step=0, steps=4, batch_size=size, accumulation=rounds, rank=world.rank, world_size=world.size,

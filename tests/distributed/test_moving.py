@@ -226,7 +226,8 @@ def test_nearest_is_the_highest_cka_of_the_plain_models(
     """By `output_hidden_states` and the definition of CKA, over every token of the first step's rows."""
     recipe = load_recipe(tiny / "recipe.yaml").changed({**COMMON, **SCENARIOS[name]})
     initial.initial_student(recipe, tiny / "teacher", tmp_path / "student")
-    data = build.tokenized(world, recipe.data, load.load_tokenizer(tiny / "teacher"))
+    job = jobs.distil_job(world, recipe, tmp_path / "run")
+    data = build.tokenized(world, job, load.load_tokenizer(tiny / "teacher"))
 
     order = epoch_batches(
         np.array(data["length"]), batch_size=8, seed=recipe.seed, epoch=0, grouped=recipe.data.batching == "grouped"

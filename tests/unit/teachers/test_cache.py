@@ -408,7 +408,7 @@ def _open(world: Any, recipe: Recipe, folder: Path, **changes: Any) -> tuple[Cac
     changed = recipe.changed({"cache.path": str(folder), **changes})
     job = jobs.distil_job(world, changed, folder / "run")
     tokenizer = initial.job_tokenizer(world, job, resuming=False)
-    data = build.tokenized(world, job.data, tokenizer)
+    data = build.tokenized(world, job, tokenizer)
     teacher = cache_contents.open_teacher(world, job, tokenizer, data)
     assert teacher is not None
     online = build.load_teacher(
@@ -475,7 +475,7 @@ def test_no_weight_of_the_teacher_is_loaded_but_its_head(
     changed = recipe.changed({"cache.path": str(whole)})
     job = jobs.distil_job(world, changed, tmp_path / "run")
     tokenizer = initial.job_tokenizer(world, job, resuming=False)
-    data = build.tokenized(world, job.data, tokenizer)
+    data = build.tokenized(world, job, tokenizer)
     monkeypatch.setattr(models, "safe_open", Watched)
     cache_contents.open_teacher(world, job, tokenizer, data)
     monkeypatch.setattr(models, "safe_open", opened)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,25 +11,14 @@ import torch._dynamo  # noqa: F401  (zero.Init patches tensor constructors; dyna
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+from llmkd.distributed.compiled import check_asynchronous_io, check_cpu_adam
 from llmkd.distributed.ds_configs import DsConfig, zero_stage
 from llmkd.distributed.ranks import World, sum_counts
-from llmkd.errors import InputError
 
 # isort: split
 import deepspeed  # after llmkd.distributed.ranks, which sets the accelerator
 
 OFFLOADED = ("param", "optimizer")
-
-
-def check_asynchronous_io(key: str) -> None:
-    """Build (once per machine) or load DeepSpeed's NVMe reader. Raises InputError where that is not possible."""
-    try:
-        deepspeed.ops.op_builder.AsyncIOBuilder().load(verbose=False)
-    except Exception as error:  # a missing compiler, header or library, each with an error of its own
-        raise InputError(
-            f"{key}: nvme needs DeepSpeed's asynchronous I/O, which is compiled on first use and could not be ({last_line(str(error))}); "
-            "install libaio and a C++ compiler (Debian: apt-get install libaio-dev g++ ninja-build), or write cpu"
-        ) from error
 
 
 @contextlib.contextmanager
@@ -68,11 +55,7 @@ def engine(
     groups = [group for group in groups if group["params"]]
     options = {"lr": learning_rate, "betas": betas, "eps": epsilon}
     if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
-        if shutil.which(os.environ.get("CXX", "c++")) is None:
-            raise InputError(
-                "DeepSpeed configuration: an offloaded optimizer is compiled on first use, and there is no C++ compiler; install one "
-                "(Debian: apt-get install g++), or use a configuration without offload_optimizer"
-            )
+        check_cpu_adam()
         optimizer: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **options)
     else:
         optimizer = torch.optim.AdamW(groups, fused=True, **options)

@@ -17,8 +17,9 @@ from transformers import PreTrainedConfig
 
 from llmkd.data.batches import Batch, steps_per_epoch
 from llmkd.data.other_families import tokenize_for
+from llmkd.distributed.compiled import check_asynchronous_io
 from llmkd.distributed.ds_configs import complete_ds_config, load_ds_config, teacher_ds_config
-from llmkd.distributed.engines import check_asynchronous_io, parameter_count
+from llmkd.distributed.engines import parameter_count
 from llmkd.distributed.ranks import PipelineGroup, World, all_rows, on_main
 from llmkd.errors import InputError
 from llmkd.files import ROOT

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmkd.distributed.compiled import check_asynchronous_io
 from llmkd.distributed.ds_configs import teacher_ds_config
-from llmkd.distributed.engines import check_asynchronous_io, frozen_engine, gathered
+from llmkd.distributed.engines import frozen_engine, gathered
 from llmkd.errors import InputError
 from llmkd.models import load, parts
 from llmkd.recipe.recipe import load_recipe

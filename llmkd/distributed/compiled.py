@@ -1,0 +1,59 @@
+"""What DeepSpeed compiles with the machine's C++ compiler at its first use: announced, and refused with the cure where it can't be."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch.utils.cpp_extension import get_default_build_root
+
+from llmkd.distributed.ranks import World  # noqa: F401  (sets the accelerator before DeepSpeed is imported)
+from llmkd.errors import InputError
+
+# isort: split
+from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+
+log = logging.getLogger("llmkd")
+STALE_SECONDS = 900
+"""No compilation takes as long; torch waits for the lock of one that was killed for ever."""
+
+
+def check_cpu_adam() -> None:
+    """Compile (once per machine) or load the optimizer of an offloaded student. Raises InputError where that is not possible."""
+    key, other = "DeepSpeed configuration: an offloaded optimizer", "use a configuration without offload_optimizer"
+    _check(CPUAdamBuilder(), key, f"install a C++ compiler (Debian: apt-get install g++ ninja-build), or {other}")
+
+
+def check_asynchronous_io(key: str) -> None:
+    """Compile (once per machine) or load what reads and writes NVMe. Raises InputError where that is not possible."""
+    packages = "libaio and a C++ compiler (Debian: apt-get install libaio-dev g++ ninja-build)"
+    _check(
+        AsyncIOBuilder(), f"{key}: nvme needs DeepSpeed's asynchronous I/O, which", f"install {packages}, or write cpu"
+    )
+
+
+def _check(builder: Any, what: str, cure: str) -> None:
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in _locks(root, builder.name):
+        if time.time() - lock.stat().st_mtime > STALE_SECONDS:
+            raise InputError(
+                f"{lock}: left by a compilation that was killed, for which every later one waits; remove that file and start again"
+            )
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        raise InputError(f"{what} is compiled on first use, and there is no C++ compiler; {cure}")
+    if not list(root.glob(f"**/{builder.name}/*.so")):
+        log.info("DeepSpeed compiles its %s, at the first use on a machine; that takes a minute or two", builder.name)
+    try:
+        builder.load(verbose=False)
+    except Exception as error:  # a missing compiler, header or library, each with an error of its own
+        reason = (str(error).strip().splitlines() or ["no reason given"])[-1]
+        raise InputError(f"{what} is compiled on first use and could not be ({reason}); {cure}") from error
+
+
+def _locks(root: Path, name: str) -> Iterable[Path]:
+    return root.glob(f"**/{name}/lock")

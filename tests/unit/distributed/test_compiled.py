@@ -1,0 +1,62 @@
+"""What DeepSpeed compiles is announced, and refused with the cure where it can't be."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmkd.distributed import compiled
+from llmkd.errors import InputError
+
+CHECKS: list[Callable[[], None]] = [compiled.check_cpu_adam, lambda: compiled.check_asynchronous_io("teacher.offload")]
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine on which nothing has been compiled yet."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    return tmp_path / "extensions"
+
+
+@pytest.mark.parametrize(("check", "name"), [(CHECKS[0], "cpu_adam"), (CHECKS[1], "async_io")], ids=("adam", "io"))
+def test_a_lock_that_a_killed_compilation_left_is_named(root: Path, check: Callable[[], None], name: str) -> None:
+    lock = root / name / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (time.time() - 3600,) * 2)
+    with pytest.raises(
+        InputError, match=f"{lock}: left by a compilation that was killed, .*; remove that file and start again"
+    ):
+        check()
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=("adam", "io"))
+def test_no_compiler_or_one_that_fails_is_one_sentence(
+    check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    with pytest.raises(InputError, match="is compiled on first use, and there is no C.. compiler; install"):
+        check()
+
+
+def test_a_compilation_is_announced_and_its_failure_has_a_cure(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: object, verbose: bool = True) -> None:
+        raise RuntimeError("Error building extension 'cpu_adam'\nninja: build stopped")
+
+    monkeypatch.setenv("CXX", "true")
+    monkeypatch.setattr(compiled.CPUAdamBuilder, "load", fail)
+    with (
+        caplog.at_level("INFO"),
+        pytest.raises(
+            InputError,
+            match=r"could not be \(ninja: build stopped\); install a C.. compiler .*, or use a configuration",
+        ),
+    ):
+        compiled.check_cpu_adam()
+    assert "DeepSpeed compiles its cpu_adam, at the first use on a machine" in caplog.text

@@ -63,33 +63,11 @@ def maps(
     stages: int | None,
 ) -> None:
     """Show which teacher block teaches which student block."""
-    from llmkd.layer_map import RULES, STRATEGIES, check_read, layer_map, needs_states
-    from llmkd.report.map_drawing import CONVENTION, drawing, table
-    from llmkd.teachers.pipeline_schedule import cut_into_stages, pipeline_drawing
+    from llmkd.report.map_drawing import maps_text
 
-    if stages is not None and stages > teacher_blocks:
-        raise InputError(
-            f"--stages {stages}: each needs a block, of which there are {teacher_blocks}; write at most that"
-        )
-    options = {"target_block": target_block, "pairs": [_pair(p) for p in pairs] or None}
-    rules = [name for name in RULES if STRATEGIES[name].least_student_blocks <= student_blocks]
-    names = strategy or (["explicit"] if pairs else [*rules, "nearest"])
-    check_read(names, [key for key, value in options.items() if value is not None])
-    for name in names:
-        if STRATEGIES[name].is_measured:
-            click.echo(f"{needs_states(name)}\n")
-            continue
-        own = {key: value for key, value in options.items() if key in STRATEGIES[name].options}
-        chosen = layer_map(name, student_blocks, teacher_blocks, seed=seed, **own)
-        click.echo(f"{name}: {student_blocks} student blocks, {teacher_blocks} teacher blocks\n")
-        if stages is not None:
-            click.echo(pipeline_drawing(chosen, cut_into_stages([1] * teacher_blocks, stages)))
-            click.echo("blocks of equal cost; embeddings not counted; llmkd plan draws a recipe's own cut\n")
-            continue
-        click.echo(table(chosen, student_blocks, teacher_blocks))
-        click.echo()
-        click.echo(drawing(chosen, student_blocks, teacher_blocks).removeprefix(f"{CONVENTION}\n"))
-        click.echo()
+    options = {"target_block": target_block, "pairs": [_pair(pair) for pair in pairs] or None}
+    given = {key: value for key, value in options.items() if value is not None}
+    click.echo(maps_text(strategy, student_blocks, teacher_blocks, seed=seed, options=given, stages=stages))
 
 
 def _pair(text: str) -> tuple[int, int]:

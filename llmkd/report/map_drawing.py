@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from llmkd.layer_map import Pairs
+from llmkd.errors import InputError
+from llmkd.layer_map import RULES, STRATEGIES, Pairs, check_read, layer_map, needs_states
+from llmkd.teachers.pipeline_schedule import cut_into_stages, pipeline_drawing
 
 CONVENTION = "block i = output of block i, hidden_states[i+1] in HF's count"
 MAX_WIDTH = 100
@@ -66,3 +69,39 @@ def _caption(pairs: Pairs, student_blocks: int, teacher_blocks: int) -> str:
     students, teachers = len({s for s, _ in pairs}), len({t for _, t in pairs})
     learn = f"{students} of {student_blocks} student blocks learn from {teachers} of {teacher_blocks} teacher blocks"
     return f"{learn}; # is a pair"
+
+
+def maps_text(
+    strategies: Sequence[str],
+    student_blocks: int,
+    teacher_blocks: int,
+    *,
+    seed: int,
+    options: Mapping[str, Any],
+    stages: int | None,
+) -> str:
+    """The maps of some strategies (none: of all, or of `explicit` where pairs are given) with their pictures; with `stages`, what the
+    stages of a pipelined teacher send. Raises InputError for an option that none of them reads, and for more stages than blocks."""
+    if stages is not None and stages > teacher_blocks:
+        raise InputError(
+            f"--stages {stages}: each needs a block, of which there are {teacher_blocks}; write at most that"
+        )
+    rules = [name for name in RULES if STRATEGIES[name].least_student_blocks <= student_blocks]
+    names = strategies or (["explicit"] if "pairs" in options else [*rules, "nearest"])
+    check_read(names, options)
+    parts = []
+    for name in names:
+        if STRATEGIES[name].is_measured:
+            parts += [needs_states(name), ""]
+            continue
+        own = {key: value for key, value in options.items() if key in STRATEGIES[name].options}
+        pairs = layer_map(name, student_blocks, teacher_blocks, seed=seed, **own)
+        parts += [f"{name}: {student_blocks} student blocks, {teacher_blocks} teacher blocks", ""]
+        if stages is None:
+            picture = drawing(pairs, student_blocks, teacher_blocks).removeprefix(f"{CONVENTION}\n")
+            parts += [table(pairs, student_blocks, teacher_blocks), "", picture, ""]
+        else:
+            cut = cut_into_stages([1] * teacher_blocks, stages)
+            note = "blocks of equal cost; embeddings not counted; llmkd plan draws a recipe's own cut"
+            parts += [pipeline_drawing(pairs, cut), note, ""]
+    return "\n".join(parts)

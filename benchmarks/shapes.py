@@ -66,7 +66,7 @@ def make_model(size: Size, blocks: int, dtype: torch.dtype, device: torch.device
         initializer_range=0.02,
     )
     config = Qwen3Config(**shape, bos_token_id=None, eos_token_id=None, pad_token_id=PAD)
-    attention, _ = load.attention_implementation("auto", dtype)
+    attention, _ = load.attention_implementation("auto", dtype, config)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)

@@ -10,13 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch.utils.cpp_extension import get_default_build_root
-
 from llmkd.distributed.ranks import World  # noqa: F401  (sets the accelerator before DeepSpeed is imported)
 from llmkd.errors import InputError
 
 # isort: split
-from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+import deepspeed
 
 log = logging.getLogger("llmkd")
 STALE_SECONDS = 900
@@ -26,18 +24,27 @@ STALE_SECONDS = 900
 def check_cpu_adam() -> None:
     """Compile (once per machine) or load the optimizer of an offloaded student. Raises InputError where that is not possible."""
     key, other = "DeepSpeed configuration: an offloaded optimizer", "use a configuration without offload_optimizer"
-    _check(CPUAdamBuilder(), key, f"install a C++ compiler (Debian: apt-get install g++ ninja-build), or {other}")
+    _check(
+        deepspeed.ops.op_builder.CPUAdamBuilder(),
+        key,
+        f"install a C++ compiler (Debian: apt-get install g++ ninja-build), or {other}",
+    )
 
 
 def check_asynchronous_io(key: str) -> None:
     """Compile (once per machine) or load what reads and writes NVMe. Raises InputError where that is not possible."""
     packages = "libaio and a C++ compiler (Debian: apt-get install libaio-dev g++ ninja-build)"
     _check(
-        AsyncIOBuilder(), f"{key}: nvme needs DeepSpeed's asynchronous I/O, which", f"install {packages}, or write cpu"
+        deepspeed.ops.op_builder.AsyncIOBuilder(),
+        f"{key}: nvme needs DeepSpeed's asynchronous I/O, which",
+        f"install {packages}, or write cpu",
     )
 
 
 def _check(builder: Any, what: str, cure: str) -> None:
+    # here: it brings setuptools, which changes sys.path, and only offloaded runs need it
+    from torch.utils.cpp_extension import get_default_build_root
+
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in _locks(root, builder.name):
         if time.time() - lock.stat().st_mtime > STALE_SECONDS:

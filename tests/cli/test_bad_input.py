@@ -45,8 +45,8 @@ def place(tiny: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def tree(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file and folder, with size and time of last change."""
+def tree(folder: Path) -> dict[str, tuple[int, int] | None]:
+    """Every file, with size and time of last change, and every folder."""
     return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) if p.is_file() else None for p in folder.rglob("*")}
 
 

@@ -1,7 +1,7 @@
 """Through how many files a training step goes: `python -m benchmarks.step_path`.
 
-From one line of the log to the next, on one process, with the tests' tiny model: every call of a function of llmkd counts its file. A reader
-who follows a batch has these files open.
+From one line of the log to the next, on one process, with the tests' tiny model: every call of a function of llmkd counts its file. Who
+follows a batch by reading has these files open.
 """
 
 from __future__ import annotations

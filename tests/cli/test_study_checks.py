@@ -162,10 +162,11 @@ def test_a_students_own_checkpoint_is_asked_too(
     shutil.copytree(tiny / "teacher", student)
     shape = json.loads((student / "config.json").read_text())
     own = {"student.init": "checkpoint", "student.path": str(student), "student.blocks": None}
-    deeper = {**shape, "num_hidden_layers": 7, "layer_types": ["full_attention"] * 7}
-    (student / "config.json").write_text(json.dumps(deeper))
+    deeper = hf.Qwen3Config(**{**shape, "num_hidden_layers": 7, "layer_types": ["full_attention"] * 7})
+    hf.Qwen3ForCausalLM(deeper).save_pretrained(student)
     assert "the student has 7 blocks and the teacher 6" in refused(file, capsys, variant(**own))
-    (student / "config.json").write_text(json.dumps(shape))
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny / "teacher" / name, student / name)
     tokens = json.loads((student / "tokenizer.json").read_text())
     vocabulary = tokens["model"]["vocab"]
     (one, two), *_ = [pair for pair in zip(list(vocabulary)[100:], list(vocabulary)[101:], strict=False)]

@@ -130,7 +130,9 @@ def test_a_killed_study_leaves_no_process_and_a_stopped_one_is_explained(recipe:
     assert "Traceback" not in studies.output()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_stopped_texts_are_explained_and_go_on(
     tiny: Path, recipe: Path, studies: Studies, number: signal.Signals, code: int
 ) -> None:

@@ -17,6 +17,8 @@ STORAGE = {
     errno.ENAMETOOLONG: "the name is too long for the file system; give a shorter one",
 }
 """What the file system refuses, and what to do about it."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of writing, which carry no name."""
 FULL_IN_OTHER_WORDS = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
 """How torch, safetensors and Arrow report a full disk, which raise no OSError."""
 
@@ -32,7 +34,8 @@ def first_line(error: BaseException) -> str:
 
 def storage_problem(error: BaseException) -> str | None:
     """What the file system refused, in one sentence with the cure; None for any other error."""
-    if isinstance(error, OSError) and error.errno in STORAGE:
+    # without a file's name it may be about anything, a process or a socket
+    if isinstance(error, OSError) and (error.errno in NO_ROOM or (error.errno in STORAGE and error.filename)):
         return f"{error.filename or 'a file'}: {STORAGE[error.errno]}"
     return f"a file: {FULL}" if any(words in str(error) for words in FULL_IN_OTHER_WORDS) else None
 

@@ -100,12 +100,24 @@ def unusable_weights(world: World, module: nn.Module) -> list[str]:
     """
     names, flags = [], []
     for name, parameter in module.named_parameters():
-        shard = getattr(parameter, "ds_tensor", parameter)
-        with contextlib.nullcontext() if shard.numel() else gathered([parameter]):
-            values = shard if shard.numel() else parameter
-            flags.append(int(not values.isfinite().all()))
+        own = own_values(parameter, world.rank)
+        with contextlib.nullcontext() if own is not None else gathered([parameter]):
+            flags.append(int(not (parameter if own is None else own).isfinite().all()))
         names.append(name)
     return [name for name, count in zip(names, sum_counts(world, flags), strict=True) if count]
+
+
+def own_values(parameter: nn.Parameter, rank: int) -> Tensor | None:
+    """A parameter's values on this rank, all of one that is not partitioned; None where its shard is not in memory.
+
+    Shards are of one size: what lies behind the parameter's last value is memory that nobody has written.
+    """
+    shard = getattr(parameter, "ds_tensor", None)
+    if shard is None:
+        return parameter
+    if not shard.numel():
+        return None
+    return shard[: max(full_shape(parameter).numel() - rank * shard.numel(), 0)]
 
 
 @torch.no_grad()

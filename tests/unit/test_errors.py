@@ -23,7 +23,8 @@ def test_torch_on_a_full_disk(zipped: bool) -> None:
 
 
 def test_other_errors_are_no_problem_of_storage() -> None:
-    for error in (ValueError("x"), RuntimeError("shapes differ"), FileNotFoundError(errno.ENOENT, "no such file", "a")):
+    no_file = PermissionError(errno.EPERM, "denied")  # e.g. of os.kill
+    for error in (ValueError("x"), RuntimeError("differ"), FileNotFoundError(errno.ENOENT, "none", "a"), no_file):
         assert storage_problem(error) is None
     assert storage_problem(PermissionError(errno.EACCES, "denied", "/a/b")) == (
         "/a/b: this user may not use it; change its permissions, or give another folder"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmkd.distributed.engines import own_values
 from llmkd.errors import InputError
 from llmkd.recipe.recipe import load_recipe
 from llmkd.train import train
@@ -72,3 +73,18 @@ def test_an_infinite_loss_is_named(tiny: Path, world: Any, tmp_path: Path) -> No
     sentence = _refusal(world, load_recipe(tiny / "recipe.yaml").changed(options), tmp_path / "run")
     assert re.match(r"(the loss is (nan|inf) at step \d, though|after step \d)", sentence)
     assert "give --output another folder" in sentence
+
+
+def test_the_unwritten_end_of_a_shard_is_not_looked_at() -> None:
+    """Five values on four ranks: shards of two, behind whose fifth value lies memory that nobody has written."""
+    parameter: Any = torch.nn.Parameter(torch.empty(0))
+    parameter.ds_shape = torch.Size([5])
+    shards = [([1.0, 2.0], 2), ([3.0, torch.nan], 2), ([5.0, torch.nan], 1), ([torch.nan, torch.nan], 0)]
+    for rank, (shard, count) in enumerate(shards):
+        parameter.ds_tensor = torch.tensor(shard)
+        own = own_values(parameter, rank)
+        assert own is not None and len(own) == count and bool(own.isfinite().all()) == (rank != 1)
+    parameter.ds_tensor = torch.empty(0)
+    assert own_values(parameter, 0) is None
+    whole = torch.nn.Parameter(torch.ones(3))
+    assert own_values(whole, 1) is whole

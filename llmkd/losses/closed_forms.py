@@ -101,12 +101,16 @@ def top_k(q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor, *, top_k: int) -> 
 def buckets(q: Tensor, log_q: Tensor, ids: Tensor, p: Tensor, log_p: Tensor, p_rest: Tensor) -> tuple[Tensor, Tensor]:
     """Forward KL with all but K tokens in one bucket, from the teacher's masses p, log p `[n, K]` and p_rest `[n]`; log q's buffer is lost.
 
-    With m the student's mass of the rest, the gradient is q - p at the K and q (1 - p_rest/m) elsewhere.
+    With m the student's mass of the rest, the gradient is q - p at the K and q (1 - p_rest/m) elsewhere. Where the student shuts all of the
+    rest out, the value is as large as for one such token of `forward_kl`, and the gradient there 0.
     """
+    least = torch.finfo(q.dtype).min
     ours = log_q.gather(-1, ids)
+    shut_out = log_q.scatter_(-1, ids, least).amax(-1) == least  # a mass of 0 alone may be a small one, rounded
     rest = log_q.copy_(q).scatter_(-1, ids, 0.0)
     ratio = p_rest / rest.sum(-1).clamp_(min=torch.finfo(q.dtype).tiny)
-    value = ((log_p - ours) * p).sum(-1) + _log_ratio(ratio.clone()) * p_rest
+    log_ratio = _log_ratio(ratio.clone()).masked_fill_(shut_out, -least)
+    value = ((log_p - ours) * p).sum(-1) + log_ratio * p_rest
     return value, rest.mul_((1 - ratio)[:, None]).scatter_(-1, ids, q.gather(-1, ids) - p)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmkd.losses import chunked_head
 from llmkd.losses.chunked_head import TeacherHead, Terms, TopK, head_losses
-from llmkd.losses.divergences import DIVERGENCES
+from llmkd.losses.divergences import DIVERGENCES, with_parameters
 from tests import definitions
 from tests.tensor_bytes import TensorBytes
 
@@ -149,6 +149,29 @@ def test_a_column_that_one_side_alone_shuts_out_is_infinite(divergence: str) -> 
         i["teacher"] = TeacherHead(i["teacher"].states, i["teacher"].weight, shut)
     loss, ce, kl = head_losses(**i, **_settings(4, divergence, 2.0))
     assert kl.isposinf() and loss.isposinf() and ce.isfinite()
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["a stored top k", "of the teacher's head"])
+def test_a_student_without_all_of_the_rest_is_infinite(stored: bool) -> None:
+    """The bucket beside the top k has mass on the teacher's side and none on the student's; what is only tiny stays finite."""
+    i = _inputs(torch.float32, bias=True)
+    i["states"] = i["states"].detach()[:1].requires_grad_()
+    i["targets"], i["compared"] = torch.tensor([-100]), torch.tensor([True])
+    log_p = (i["teacher"].states[:1] @ i["teacher"].weight.T).log_softmax(-1)
+    ids = log_p.topk(4).indices
+    i["teacher"] = TeacherHead(i["teacher"].states[:1], i["teacher"].weight, None)
+    if stored:
+        i["teacher"] = TopK(ids, log_p.gather(-1, ids), V)
+    terms = Terms(0.0, 1.0, with_parameters("top_k", {"top_k": 4}), 1.0)
+    kept = torch.zeros(V, dtype=torch.bool).index_fill(0, ids[0], True)
+    for shift, infinite in ((-torch.inf, True), (-300.0, False), (0.0, False)):
+        shifted = {**i, "bias": torch.where(kept, i["bias"].detach(), i["bias"].detach() + shift).requires_grad_()}
+        loss, _, kl = head_losses(**shifted, terms=terms, chunk=4)
+        assert kl.isposinf() == infinite and kl.isfinite() != infinite, shift
+        assert all(g.isfinite().all() for g in torch.autograd.grad(loss, [i["states"], i["weight"], shifted["bias"]]))
+    whole = {**i, "teacher": TopK(torch.arange(V)[None], log_p, V)} if stored else i  # nothing is left for a bucket
+    terms = Terms(0.0, 1.0, with_parameters("top_k", {"top_k": V}), 1.0)
+    assert head_losses(**whole, terms=terms, chunk=4)[2].isfinite()
 
 
 def test_a_token_without_mass_among_the_top_k_adds_nothing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,14 @@ def make(folder: Path) -> None:
     config = Qwen3Config(**shape, **special, tie_word_embeddings=True)
     making.new_model(config, folder / "tied", seed=3, dtype=torch.float32, tokenizer=tokenizer.save_pretrained)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_values(folder)))
+
+
+def tied_in_word(model: Path, folder: Path) -> Path:
+    """A copy of a model with a head of its own whose config.json ties it to the embeddings."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    return folder
 
 
 def recipe_values(folder: Path) -> dict[str, Any]:

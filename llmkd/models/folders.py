@@ -7,13 +7,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from llmkd.errors import InputError, first_line
 from llmkd.files import fetched_by
@@ -135,11 +138,25 @@ def has_own_head(folder: Path, model: type[PreTrainedModel] | None) -> bool:
     if not isinstance(ties, dict) or not list(folder.glob("*.safetensors")):
         return False
     files = tensor_files(folder)
-    heads = [(head, source) for head, source in ties.items() if "embed_tokens" not in head]
+    names = [_stored_names(pair, files, model) for pair in ties.items() if "embed_tokens" not in pair[0]]
     return any(
-        head in files and source in files and not _same_tensor(_stamp(files[head]), head, _stamp(files[source]), source)
-        for head, source in heads
+        head and source and not _same_tensor(_stamp(files[head]), head, _stamp(files[source]), source)
+        for head, source in names
     )
+
+
+def _stored_names(names: Sequence[str], files: Iterable[str], model: Any) -> list[str | None]:
+    """What the files call tensors of a model, None for one that they lack: GPT-NeoX's lm_head is their embed_out."""
+    mapping = get_checkpoint_conversion_mapping(model.__name__) or []
+    renamings = [renaming for renaming in mapping if isinstance(renaming, WeightRenaming)]
+    prefix = f"{model.base_model_prefix}."  # which files of the bare model lack
+    stored: dict[str, str] = {}
+    for file_name in files:
+        name = file_name
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        stored[name] = stored[prefix + name] = file_name
+    return [stored.get(name) for name in names]
 
 
 def _stamp(file: Path) -> tuple[Path, int, int]:

@@ -24,6 +24,7 @@ from llmkd.inference import backends, child, choose, vllm_setup
 from llmkd.models import load, make
 from llmkd.recipe.evaluation import Generation
 from llmkd.recipe.recipe import Data, Evaluation
+from tests import tiny
 from tests.in_process import in_process, stopped_at_once
 
 ITEMS, NEW = 24, 24
@@ -154,7 +155,9 @@ def by_hf(killed_and_resumed: dict[str, Any]) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def by_vllm(jobs: list[tuple[str, Path]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return generation.generate(jobs, settings(backend="vllm"), Data(rows=10), tmp_path_factory.mktemp("vllm"))
+    out = tmp_path_factory.mktemp("vllm")
+    tied = tiny.tied_in_word(dict(jobs)["trained"], out.parent / "tied-in-word")
+    return generation.generate([*jobs, ("tied in word", tied)], settings(backend="vllm"), Data(rows=10), out)
 
 
 def result(file: Path) -> dict[str, Any]:
@@ -203,6 +206,7 @@ def test_both_backends_write_the_same_in_float32(by_hf: dict[str, Path], by_vllm
         assert len(ours) == ITEMS and ours == theirs
         assert result(by_hf[name])["metrics"] == result(by_vllm[name])["metrics"]
     assert by_hf["trained"].with_suffix(".jsonl").read_text() != by_hf["other"].with_suffix(".jsonl").read_text()
+    assert lines_of(by_vllm["tied in word"]) == lines_of(by_hf["trained"])  # the head that is stored, as transformers
     found = result(by_vllm["trained"])
     assert found["backend"] == "vllm" and found["versions"]["vllm"] == vllm_setup.vllm_version()
 

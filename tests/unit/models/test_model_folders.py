@@ -21,6 +21,7 @@ from llmkd.planning import doctor, memory
 from llmkd.recipe.recipe import load_recipe
 from llmkd.train import train
 from llmkd.training import jobs
+from tests.tiny import tied_in_word
 
 SMALL: dict[str, Any] = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=8, num_attention_heads=4,
@@ -239,6 +240,31 @@ def test_a_head_of_its_own_is_not_tied(untied: Path, tmp_path: Path, caplog: pyt
     for folder in (tmp_path / "exported", tmp_path / "student"):
         assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
         assert torch.equal(load_file(folder / "model.safetensors")["lm_head.weight"], stored)
+
+
+def test_a_head_that_the_files_call_otherwise_is_not_tied(tmp_path: Path) -> None:
+    """GPT-NeoX's files have embed_out for what transformers calls lm_head; files of the bare model lack its prefix."""
+    shape: dict[str, Any] = dict(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=32
+    )
+    for config, rename in (
+        (hf.GPTNeoXConfig(**shape, intermediate_size=24, tie_word_embeddings=False), ""),
+        (hf.GPT2Config(**shape, tie_word_embeddings=False), "transformer."),
+    ):
+        own = tmp_path / config.model_type
+        hf.AutoModelForCausalLM.from_config(config).save_pretrained(own)
+        tensors = {key.removeprefix(rename): tensor for key, tensor in load_file(own / "model.safetensors").items()}
+        save_file(tensors, own / "model.safetensors", metadata={"format": "pt"})
+        folder = tied_in_word(own, tmp_path / f"tied-{config.model_type}")
+        assert load.load_config(folder).tie_word_embeddings is False
+        head, expected = (load.load_head(f, dtype=torch.float32)[0] for f in (folder, own))
+        assert torch.equal(head, expected)
+        model = load.load_model(folder, dtype=torch.float32, ds_config=None, attention="eager")
+        assert torch.equal(parts.head(model).weight, expected)
+        (name,) = {key for key, tensor in tensors.items() if torch.equal(tensor, expected)}
+        tensors[name] = next(t for key, t in tensors.items() if key.endswith(("embed_in.weight", "wte.weight"))).clone()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        assert load.load_config(folder).tie_word_embeddings is True
 
 
 def test_a_stored_head_that_is_the_embeddings_stays_tied(untied: Path) -> None:

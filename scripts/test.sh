@@ -4,12 +4,14 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 source scripts/environment.sh
 
-# The tests use no network and no GPU unless asked (-m gpu), and share the cores between ranks.
-export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+# The tests use no network, and no GPU unless asked (-m gpu; see tests/conftest.py).
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYRIGHT_PYTHON_IGNORE_WARNINGS=1 # else pyright asks PyPI for a newer pyright
 
-[[ "$*" == *gpu* ]] || export CUDA_VISIBLE_DEVICES= # the CPU tests stay on the CPU of a GPU machine
+# A worker per core, at most four: each takes up to 3 GiB. A file stays in one worker, which makes what its tests share once.
+workers=$(nproc)
+((workers <= 4)) || workers=4
+[[ "$*" != *gpu* ]] || workers=0 # the GPU is not shared
 
 first_failure=0
 failed=()
@@ -27,7 +29,7 @@ step "lint" ruff check .
 step "format" ruff format --check .
 step "types" pyright --pythonpath "$(command -v python)"
 step "imports" lint-imports --no-cache --no-logo
-step "tests" python -m pytest "$@"
+step "tests" python -m pytest -n "$workers" --dist loadfile "$@" # a later -n counts
 
 if [[ $first_failure != 0 ]]; then
   llmkd_say "failed: ${failed[*]}"

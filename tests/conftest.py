@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-if "gpu" not in " ".join(sys.argv):  # the CPU tests stay on the CPU of a GPU machine
+asked = " ".join(sys.argv)
+# The CPU tests stay on the CPU of a GPU machine. A worker of pytest-xdist has no such arguments: it inherits what was set here.
+if "PYTEST_XDIST_WORKER" not in os.environ and ("gpu" not in asked or "not gpu" in asked):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("OMP_NUM_THREADS", "1")

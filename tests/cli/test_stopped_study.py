@@ -90,7 +90,7 @@ def recipe(tiny: Path, tmp_path: Path) -> Path:
     values = recipe_values(tiny)
     values["output"] = str(tmp_path / "runs")
     values["train"].update(steps=30, save_every=1)
-    texts = {"source": str(tmp_path / "held_out.jsonl"), "items": 40, "max_new_tokens": 40, "backend": "hf"}
+    texts = {"source": str(tmp_path / "held_out.jsonl"), "items": 20, "max_new_tokens": 40, "backend": "hf"}
     texts["batch_size"] = 1  # so that it takes seconds
     values["evaluation"] = {"generation": texts}
     values["study"] = {"strategies": ["none"], "baselines": [], "ranks": 1}

@@ -1,16 +1,15 @@
-"""Real training runs in one process group, one after another: `python -m tests.distributed.runner TASKS.json` on every rank."""
+"""Real training runs in one process group, one after another."""
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from tests.distributed.warm import WarmProcess, warm_process
 
 
 def run_on_ranks(
@@ -28,8 +27,8 @@ def run_on_ranks(
     return json.loads((output / "refused.json").read_text())
 
 
-def start_ranks(ranks: int, module: str, tasks: Path, output: Path) -> list[subprocess.Popen[bytes]]:
-    """`python -m MODULE TASKS` on every rank; what rank N says goes to output/rankN.log."""
+def start_ranks(ranks: int, module: str, tasks: Path, output: Path) -> list[WarmProcess]:
+    """`main(TASKS)` of the module on every rank; what rank N says goes to output/rankN.log."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -39,12 +38,10 @@ def start_ranks(ranks: int, module: str, tasks: Path, output: Path) -> list[subp
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    processes = []
-    for rank in range(ranks):
+    processes = [warm_process(rank) for rank in range(ranks)]
+    for rank, process in enumerate(processes):
         env = {**os.environ, **size, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with open(output / f"rank{rank}.log", "w") as log:
-            command = [sys.executable, "-m", module, str(tasks)]
-            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+        process.start(module, tasks, env, output / f"rank{rank}.log")
     return processes
 
 
@@ -61,7 +58,6 @@ def main(tasks: Path) -> None:
     world = distributed.start(120)
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     refused = {}
-    gc.freeze()  # DeepSpeed collects garbage whenever it makes an engine; what is imported by now is none, and takes most of that time
     for name, changes in work["scenarios"].items():
         print(f"=== {name}", flush=True)
         try:
@@ -76,7 +72,3 @@ def main(tasks: Path) -> None:
     if world.is_main:
         (Path(work["output"]) / "refused.json").write_text(json.dumps(refused))
     distributed.stop()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,10 +1,9 @@
-"""What a teacher says, sends and holds, without a student: `python -m tests.distributed.teachers TASKS.json` on every rank."""
+"""What a teacher says, sends and holds, without a student: `main` on every rank, by tests/distributed/runner.py."""
 
 from __future__ import annotations
 
 import json
 import random
-import sys
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
@@ -174,7 +173,3 @@ def main(tasks: Path) -> None:
         results[name] = EXAMS[exam](world, recipe, job, **arguments)
     (Path(work["output"]) / f"rank{world.rank}.json").write_text(json.dumps(results))
     ranks.stop()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

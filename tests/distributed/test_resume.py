@@ -65,11 +65,9 @@ def _finish(process: subprocess.Popen[str]) -> str:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    process = start_training(tiny, folder)
-    out = _finish(process)
-    assert process.returncode == 0, out
-    return folder
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert run_on_ranks(2, tiny / "recipe.yaml", {"run": OPTIONS}, folder) == {}
+    return folder / "run"
 
 
 def _assert_same(folder: Path, uninterrupted: Path) -> None:
@@ -106,9 +104,8 @@ def test_stopped_killed_and_resumed_is_uninterrupted(tiny: Path, uninterrupted: 
     (folder / "checkpoints" / "step-00000998").mkdir()  # and a folder without its last file is not whole either
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9')
-    process = start_training(tiny, folder)
-    out = _finish(process)
-    assert process.returncode == 0 and "resumed from" in out, out
+    assert run_on_ranks(2, tiny / "recipe.yaml", {folder.name: OPTIONS}, tmp_path) == {}
+    assert "resumed from" in (tmp_path / "rank0.log").read_text()
     _assert_same(folder, uninterrupted)
     assert [p.name for p in checkpoint.whole(folder / "checkpoints")] == ["step-00000020", "step-00000024"]
 

@@ -199,8 +199,10 @@ def test_greedy_texts_are_those_of_one_prompt_at_a_time_without_cache_or_padding
         assert line["text"] == tokenizer.decode(written, skip_special_tokens=True).strip()
 
 
+@pytest.mark.slow
 @needs_vllm
 def test_both_backends_write_the_same_in_float32(by_hf: dict[str, Path], by_vllm: dict[str, Path]) -> None:
+    """Slow as all that starts vLLM's engine; Hugging Face's texts are compared with plain greedy decoding above."""
     for name in ("trained", "other"):
         ours, theirs = lines_of(by_hf[name]), lines_of(by_vllm[name])
         assert len(ours) == ITEMS and ours == theirs
@@ -211,7 +213,7 @@ def test_both_backends_write_the_same_in_float32(by_hf: dict[str, Path], by_vllm
     assert found["backend"] == "vllm" and found["versions"]["vllm"] == vllm_setup.vllm_version()
 
 
-@pytest.mark.parametrize("backend", ["hf", pytest.param("vllm", marks=needs_vllm)])
+@pytest.mark.parametrize("backend", ["hf", pytest.param("vllm", marks=[needs_vllm, pytest.mark.slow])])
 def test_a_model_that_fails_says_why_and_costs_the_others_nothing(backend: str, request: pytest.FixtureRequest) -> None:
     files = request.getfixturevalue(f"by_{backend}")
     broken, gone = result(files["broken"]), result(files["gone"])

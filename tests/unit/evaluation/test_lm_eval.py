@@ -25,7 +25,7 @@ from llmkd.inference import child, choose, vllm_setup
 from llmkd.inference.vllm_setup import vllm_version
 from llmkd.recipe.recipe import Evaluation
 from tests import tiny
-from tests.in_process import stopped_at_once
+from tests.in_process import in_process, stopped_at_once
 
 TASKS = ("records_generation", "records_choice", "records_bits")
 LIMIT = 4
@@ -165,9 +165,10 @@ def test_what_is_done_is_not_done_again(
 
 
 def test_batches_padded_on_the_left_change_nothing(
-    scored: dict[str, Path], models: dict[str, Path], tmp_path: Path
+    scored: dict[str, Path], models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts of unlike length, one by one and three at a time: the same sentences, the same log-likelihoods."""
+    in_process(monkeypatch)
     alone = lm_eval_step.evaluate([("first", models["first"])], settings(batch_size=1), tmp_path)["first"]
     one_by_one, together = (samples(file, "records_generation") for file in (alone, scored["first"]))
     assert [line["output"] for line in one_by_one] == [line["output"] for line in together]
@@ -177,8 +178,9 @@ def test_batches_padded_on_the_left_change_nothing(
 
 
 def test_the_folders_decoding_settings_have_no_say(
-    scored: dict[str, Path], models: dict[str, Path], tmp_path: Path
+    scored: dict[str, Path], models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    in_process(monkeypatch)
     folder = with_decoding(models["first"], tmp_path / "settings")
     file = lm_eval_step.evaluate([("m", folder)], settings(tasks=TASKS[:1]), tmp_path / "out")["m"]
     texts, wanted = (
@@ -220,11 +222,14 @@ def compare(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
             assert theirs[task][f"{metric},none"] == pytest.approx(value)
 
 
-def test_the_lm_eval_command_gives_the_same_scores(models: dict[str, Path], tmp_path: Path) -> None:
+def test_the_lm_eval_command_gives_the_same_scores(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With every setting away from its default, and decoding settings in the model's folder.
 
     Examples before each question are drawn from a seed: the same ones.
     """
+    in_process(monkeypatch)
     asked = settings(num_fewshot=2, limit=5, seed=3, max_length=400, batch_size="auto")
     folder = with_decoding(models["first"], tmp_path / "settings")
     file = lm_eval_step.evaluate([("first", folder)], asked, tmp_path / "out")["first"]
@@ -265,8 +270,11 @@ def test_bits_per_byte_are_those_of_the_models_logits(scored: dict[str, Path], m
     assert said == pytest.approx([b / s for b, s in zip(bits, sizes, strict=True)], rel=1e-5)
 
 
-def test_bits_per_byte_of_a_text_file_and_a_fault_in_one_task(models: dict[str, Path], tmp_path: Path) -> None:
+def test_bits_per_byte_of_a_text_file_and_a_fault_in_one_task(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A YAML of the user's own on a file of theirs, two paragraphs; the task that has no file says so and costs it nothing."""
+    in_process(monkeypatch)
     paragraphs = ["A first paragraph,\nof two lines: gr\u00fc\u00dfe.", "A second."]
     (tmp_path / "text.txt").write_text("\n\n".join(paragraphs))
     base = f"include: {ROOT / 'eval' / 'text_bits.yaml'}\n"
@@ -301,13 +309,16 @@ evaluate(jobs, Evaluation.model_validate_json(sys.argv[2]), Path(sys.argv[3]))
 """
 
 
-def test_killed_after_the_first_result_it_goes_on_with_the_rest(models: dict[str, Path], tmp_path: Path) -> None:
+def test_killed_after_the_first_result_it_goes_on_with_the_rest(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = settings(tasks=("records_choice",), limit=20)
     command = [sys.executable, "-c", KILLED, str(models["first"]), asked.model_dump_json(), str(tmp_path)]
     killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert killed.returncode == -signal.SIGKILL
     done = {file: file.stat().st_mtime_ns for file in tmp_path.glob("m?.json")}
     assert [file.name for file in done] == ["m0.json"]
+    in_process(monkeypatch)
     files = lm_eval_step.evaluate([(f"m{number}", models["first"]) for number in range(4)], asked, tmp_path)
     assert {file: file.stat().st_mtime_ns for file in done} == done
     scores = [json.loads(file.read_text()) for file in files.values()]

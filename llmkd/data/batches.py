@@ -71,6 +71,11 @@ class Batch:
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in parts.items() if isinstance(v, Tensor)})
 
+    def pinned(self) -> Batch:
+        """The same batch in memory from which a copy to a GPU goes on beside the host's work."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: v.pin_memory() for k, v in parts.items() if isinstance(v, Tensor)})
+
     @property
     def counts(self) -> Counts:
         """Its tokens; from shapes only, so nothing is read from the device."""
@@ -191,9 +196,10 @@ def batches(
     def of_step(step: int) -> list[Batch]:
         epoch, place = divmod(step, per_epoch)
         mine = micro_batch_rows(of_epoch(epoch)[place], rank=rank, world_size=world_size, accumulation=accumulation)
-        return [
+        made = (
             make([data[int(r)] for r in micro], pad_id=pad_id, packed=packed, numbers=micro.tolist()) for micro in mine
-        ]
+        )
+        return [batch.pinned() if torch.cuda.is_available() else batch for batch in made]
 
     # A thread, not a worker process: a process would be ended by the signal that asks this one to save and stop.
     with ThreadPoolExecutor(1) as ahead:

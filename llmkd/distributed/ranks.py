@@ -57,14 +57,14 @@ def start(timeout_seconds: int = 1800) -> World:
     timeout = timedelta(seconds=timeout_seconds)
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(local_rank)
-    else:
-        _share_cores()
+        torch.cuda.set_device(device)
+    _share_cores()
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         if "RANK" in os.environ:
-            _join(backend, timeout)
+            _join(backend, timeout, device if cuda else None)
         else:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -73,17 +73,16 @@ def start(timeout_seconds: int = 1800) -> World:
             dist_backend=dist.get_backend(), auto_mpi_discovery=False, timeout=timeout, verbose=False
         )
     control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, control, _local_size(), timeout)
 
 
-def _join(backend: str, timeout: timedelta) -> None:
+def _join(backend: str, timeout: timedelta, device: torch.device | None) -> None:
     """Meet the other ranks. Raises LostRank that names the address and the cure."""
     rank, size = os.environ["RANK"], os.environ.get("WORLD_SIZE", "?")
     port = os.environ.get("MASTER_PORT", "?")
     where = f"{os.environ.get('MASTER_ADDR', '?')}:{port}"
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout, device_id=device)
     except dist.DistError as error:
         reason = str(error).splitlines()[0]
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
@@ -129,7 +128,8 @@ def print_mistake(sentence: str, patience_seconds: float = 3) -> None:
 
 
 def _share_cores() -> None:
-    """Give each rank of a CPU machine its share of the cores; without this every rank starts a thread per core and all crawl."""
+    """Give each rank its share of the machine's cores; without this every rank starts a thread per core (beside a GPU for DeepSpeed's
+    optimizer in host memory) and all crawl."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _local_size()))
 
@@ -244,6 +244,8 @@ class PipelineGroup:
             control = dist.new_group(ranks, timeout=world.timeout, backend="gloo")
             if world.rank in ranks:
                 self._ranks, self._group, self._control = ranks, group, control
+        if dist.get_backend(self._group) == "nccl":  # its first operation must be one that all members take part in
+            dist.all_reduce(torch.zeros(1, device=world.device), group=self._group)
         self.member = world.rank - self._ranks[0]
         self.size = size
         self.sent_bytes = 0

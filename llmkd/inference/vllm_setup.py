@@ -69,7 +69,8 @@ def vllm_environment(cache: Path | None = None) -> dict[str, str]:
     reads the result from there later.
 
     On a CPU the engine stays in that process and compiles nothing: it starts in 4 seconds instead of 50. One thread
-    by default: on shared cores two are slower than one.
+    by default: on shared cores two are slower than one. On a GPU the engine's process is started anew and not forked: the process that
+    asks for it has looked for CUDA devices, after which a fork could not use them.
     """
     wanted = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     wanted |= {"VLLM_CACHE_ROOT": str(cache)} if cache is not None else {}
@@ -80,6 +81,8 @@ def vllm_environment(cache: Path | None = None) -> dict[str, str]:
             "OMP_NUM_THREADS": "1",
             "VLLM_CPU_KVCACHE_SPACE": str(CPU_CACHE_GIB),
         }
+    else:
+        wanted |= {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     return {name: os.environ.get(name) or value for name, value in wanted.items()}
 
 

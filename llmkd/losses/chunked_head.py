@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkd.losses.closed_forms import buckets, closed_form
+from llmkd.losses.closed_forms import buckets, closed_form, infinite_where_blocked
+from llmkd.losses.compiled_rows import IGNORED, compiled_rows, reads_row_by_row, with_any_number_of_rows
 from llmkd.losses.divergences import Divergence, top_k_masses
 
-IGNORED = -100
-UNREACHED = 1e12
-"""No divergence of finite logits comes near it; a probability times the least finite number does."""
 ELEMENTS_AT_ONCE = {"cpu": 2**20, "cuda": 2**23}
 """Logits worked on in one go: few enough for the buffers to stay in a CPU's cache, enough for a GPU not to wait for its next kernel."""
 BUFFERS = {"ce": 2, "kl": 5}
@@ -67,6 +65,7 @@ def head_losses(
     terms: Terms,
     *,
     chunk: int,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, cross-entropy sum, divergence sum) of N positions; the loss = ce_scale * CE + kl_scale * KL carries the gradient.
 
@@ -75,9 +74,11 @@ def head_losses(
     with -inf. Products run in the states' dtype, everything after them in fp32 (float64 stays). The divergences of
     `llmkd.losses.divergences` take their gradients from `llmkd.losses.closed_forms`, any other from autograd. Where the teacher is a
     `TopK`, the divergence is forward KL with all other tokens in one bucket, whatever `terms` names (`top_k_masses`).
+    `compiled`: run what follows the products as one kernel (`llmkd.losses.compiled_rows`), where the divergence and the dtype allow it.
     """
     teacher = None if terms.kl_scale == 0 else teacher
-    return _HeadLosses.apply(states, weight, bias, teacher, targets, compared, terms, chunk)  # type: ignore[no-any-return, no-untyped-call]
+    compiled &= not isinstance(teacher, TopK) and (teacher is None or reads_row_by_row(terms.divergence))
+    return _HeadLosses.apply(states, weight, bias, teacher, targets, compared, terms, chunk, compiled)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _HeadLosses(torch.autograd.Function):
@@ -92,9 +93,10 @@ class _HeadLosses(torch.autograd.Function):
         compared: Tensor,
         terms: Terms,
         chunk: int,
+        compiled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         needs_states, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        work = _Workspace(states, weight, teacher, chunk)
+        work = _Workspace(states, weight, teacher, chunk, buffered=not compiled)
         ce_sum, kl_sum = (torch.zeros((), dtype=work.wide, device=states.device) for _ in range(2))
         grad_states = torch.empty_like(states) if needs_states else None
         grad_weight: Tensor | None = None
@@ -110,9 +112,15 @@ class _HeadLosses(torch.autograd.Function):
                 theirs, shared = _kept(teacher.states[part], compared[part]), work.shared
                 bias_t = None if teacher.bias is None else teacher.bias[:shared]
                 teacher_logits = _product(theirs, teacher.weight[:shared], bias_t, work.teacher)
-            ce, kl = _losses(student_logits, teacher_logits, targets[part], compared[part], terms, work, grad_bias)
+            if compiled:
+                assert not isinstance(teacher_logits, TopK)
+                ce, kl = _losses_compiled(student_logits, teacher_logits, targets[part], compared[part], terms)
+                if grad_bias is not None:
+                    grad_bias += student_logits.sum(0, dtype=work.wide)
+            else:
+                ce, kl = _losses(student_logits, teacher_logits, targets[part], compared[part], terms, work, grad_bias)
             ce_sum, kl_sum = ce_sum + ce, kl_sum + kl
-            gradient = student_logits  # overwritten by `_losses`
+            gradient = student_logits  # overwritten by either
             if grad_states is not None:
                 torch.mm(gradient, weight, out=grad_states[part])
             if needs_weight:
@@ -131,13 +139,15 @@ class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if g is None else g.mul_(grads[0]) for g in gradients), *(None,) * 5)
+        return (*(None if g is None else g.mul_(grads[0]) for g in gradients), *(None,) * 6)
 
 
 class _Workspace:
     """The tensors of width V that all chunks share: both sides' logits [n, V], and the buffers of a few rows."""
 
-    def __init__(self, states: Tensor, weight: Tensor, teacher: TeacherHead | TopK | None, chunk: int) -> None:
+    def __init__(
+        self, states: Tensor, weight: Tensor, teacher: TeacherHead | TopK | None, chunk: int, *, buffered: bool
+    ) -> None:
         count, vocabulary = states.shape[0], weight.shape[0]
         # Chunks of one size: a last one of a few rows would read both heads for next to nothing.
         size = -(-count // max(1, -(-count // chunk)))
@@ -148,7 +158,7 @@ class _Workspace:
         self.student = states.new_empty(size, vocabulary)
         self.teacher = (teacher.states if isinstance(teacher, TeacherHead) else states).new_empty(size, self.shared)
         self.rows = rows_at_once(size, vocabulary, states.device.type)
-        buffers = BUFFERS["ce" if teacher is None else "kl"]
+        buffers = BUFFERS["ce" if teacher is None else "kl"] if buffered else 0
         self._buffers = [states.new_empty(self.rows, vocabulary, dtype=self.wide) for _ in range(buffers)]
 
     def buffer(self, number: int, rows: int, columns: int) -> Tensor:
@@ -159,6 +169,20 @@ class _Workspace:
 def rows_at_once(chunk: int, vocabulary: int, device: str) -> int:
     """How many of a chunk's rows are worked on in one go."""
     return max(1, min(chunk, ELEMENTS_AT_ONCE[device] // vocabulary))
+
+
+def _losses_compiled(
+    ours: Tensor, theirs: Tensor | None, targets: Tensor, compared: Tensor, terms: Terms
+) -> tuple[Tensor, Tensor]:
+    """As `_losses`, as one kernel over the whole chunk."""
+
+    def number(value: float) -> Tensor:  # on the device, where another value is no reason to compile again
+        return torch.full((), value, dtype=torch.float64, device=ours.device)
+
+    temperature = None if terms.temperature == 1 else number(terms.temperature)
+    with_any_number_of_rows(ours, theirs, targets, compared)
+    rows = compiled_rows(terms.divergence)
+    return rows(ours, theirs, targets, compared, number(terms.ce_scale), number(terms.kl_scale), temperature)
 
 
 def _losses(
@@ -226,7 +250,7 @@ def _compared(
     p, log_total_p = _softmax(log_p, out=work.buffer(3, *theirs.shape))
     value, gradient = form(q, _less(logits, log_total_q), p, _less(log_p, log_total_p))
     # The divergence is times temperature²; of that, the logits' own division takes one.
-    return _infinite_where_blocked(value) * temperature**2, gradient if temperature == 1 else gradient.mul_(temperature)
+    return infinite_where_blocked(value) * temperature**2, gradient if temperature == 1 else gradient.mul_(temperature)
 
 
 def _compared_top_k(logits: Tensor, theirs: TopK, temperature: float, work: _Workspace) -> tuple[Tensor, Tensor]:
@@ -236,7 +260,7 @@ def _compared_top_k(logits: Tensor, theirs: TopK, temperature: float, work: _Wor
     log_p, log_rest = top_k_masses(theirs.log_probabilities.to(q.dtype), logits.shape[1], temperature)
     p, log_p = log_p.exp(), log_p.clamp(min=torch.finfo(log_p.dtype).min)  # 0 times it is 0, as in `_less`
     value, gradient = buckets(q, log_q, theirs.ids.long(), p, log_p, log_rest.exp())
-    return _infinite_where_blocked(value) * temperature**2, gradient.mul_(temperature)
+    return infinite_where_blocked(value) * temperature**2, gradient.mul_(temperature)
 
 
 def _by_autograd(logits: Tensor, theirs: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
@@ -260,11 +284,6 @@ def _less(logits: Tensor, log_total: Tensor) -> Tensor:
     return logits.sub_(log_total[:, None]).clamp_(min=torch.finfo(logits.dtype).min)
 
 
-def _infinite_where_blocked(value: Tensor) -> Tensor:
-    """Infinity where one side alone shuts a token out (-inf), in place: there the value has a term of the least finite number's size."""
-    return value.masked_fill_(value > UNREACHED, torch.inf)
-
-
 def _product(states: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """states @ weight.T + bias in the first rows of `out`."""
     out = out[: states.shape[0]]
@@ -273,6 +292,9 @@ def _product(states: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
 
 def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """total + a @ b in that dtype, in place where there is a total."""
+    if dtype != a.dtype and a.is_cuda:  # one product into the wide sum, without a second pass over it
+        total = torch.zeros(a.shape[0], b.shape[1], dtype=dtype, device=a.device) if total is None else total
+        return torch.addmm(total, a, b, out_dtype=dtype, out=total)
     if total is None:
         return (a @ b).to(dtype)
     return total.addmm_(a, b) if dtype == a.dtype else total.add_(a @ b)

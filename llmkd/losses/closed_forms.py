@@ -154,6 +154,15 @@ def closed_form(divergence: Divergence) -> Form | None:
     return CLOSED_FORMS.get(divergence)
 
 
+UNREACHED = 1e12
+"""No divergence of finite logits comes near it; a probability times the least finite number does."""
+
+
+def infinite_where_blocked(value: Tensor) -> Tensor:
+    """Infinity where one side alone shuts a token out (-inf): there the value has a term of the least finite number's size."""
+    return value.masked_fill(value > UNREACHED, torch.inf)
+
+
 def _less_its_mean(slope: Tensor, q: Tensor, mean: Tensor) -> Tensor:
     """q·d - q Σ q·d in the buffer of q·d: the gradient with respect to logits."""
     return slope.addcmul_(q, mean[:, None], value=-1)

@@ -17,7 +17,9 @@ from transformers import PreTrainedConfig
 from llmkd.distributed.ds_configs import load_ds_config, zero_stage
 from llmkd.files import ROOT
 from llmkd.losses.chunked_head import BUFFERS, rows_at_once
+from llmkd.losses.compiled_rows import reads_row_by_row
 from llmkd.losses.distance_sum import terms_of
+from llmkd.losses.divergences import with_parameters
 from llmkd.models.load import DTYPES
 from llmkd.planning.cache import cache_rows, cache_traffic
 from llmkd.planning.rows import GIB, OFFLOADED, PHASES, WIDE, Phase, Place, Row, block_activations, millions
@@ -185,25 +187,37 @@ def head_rows(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Row]:
     if not (recipe.loss.ce or recipe.loss.kl):
         return []
     size = DTYPES[recipe.train.dtype].itemsize
-    chunk = min(recipe.train.head_chunk, recipe.train.micro_batch_size * recipe.data.max_length)
+    tokens = recipe.train.micro_batch_size * recipe.data.max_length
+    chunk = min(recipe.train.tokens_at_once(gpu=True), tokens)
     logits, how = chunk * student.vocabulary * size, f"{chunk} tokens x {student.vocabulary:,} x {size} B"
     if recipe.loss.kl:
         theirs = DTYPES[recipe.teacher.dtype].itemsize
         shared = min(student.vocabulary, teacher.vocabulary)
         logits, how = logits + chunk * shared * theirs, f"{how}, the teacher's x {shared:,} x {theirs} B"
     rows = [Row("logits of a chunk", logits, how, ("head",))]
-    at_once = rows_at_once(chunk, student.vocabulary, "cuda")
-    buffers = BUFFERS["kl" if recipe.loss.kl else "ce"]
-    if recipe.loss.kl and not isinstance(recipe.loss.divergence, str):
-        buffers += 4  # of a sum of divergences each but the last spoils copies, and their gradients are added up
-    how = f"{buffers} x {at_once} tokens x {student.vocabulary:,} x {WIDE} B"
-    held = buffers * at_once * student.vocabulary * WIDE
-    rows.append(Row("logits at work", held, how, ("head",)))
-    how = f"{millions(student.head)} x (4 + {size}) B"
-    rows.append(Row("gradient of the head", student.head * (WIDE + size), how, ("head",)))
+    if not _in_one_kernel(recipe):
+        at_once = rows_at_once(chunk, student.vocabulary, "cuda")
+        buffers = BUFFERS["kl" if recipe.loss.kl else "ce"]
+        if recipe.loss.kl and not isinstance(recipe.loss.divergence, str):
+            buffers += 4  # of a sum of divergences each but the last spoils copies, and their gradients are added up
+        how = f"{buffers} x {at_once} tokens x {student.vocabulary:,} x {WIDE} B"
+        held = buffers * at_once * student.vocabulary * WIDE
+        rows.append(Row("logits at work", held, how, ("head",)))
+    wide, how = (WIDE, f"(4 + {size})") if chunk < tokens else (0, str(size))  # several chunks are summed in fp32
+    rows.append(
+        Row("gradient of the head", student.head * (wide + size), f"{millions(student.head)} x {how} B", ("head",))
+    )
     how = f"{millions(student.head)} x {size} B"
     rows.append(Row("gradient of the head, waiting", student.head * size, how, ("backward",)))
     return rows
+
+
+def _in_one_kernel(recipe: Recipe) -> bool:
+    """Whether a GPU works on the logits in one kernel, which holds fp32 to itself."""
+    if not recipe.compiles_head or not recipe.loss.kl:
+        return recipe.compiles_head
+    is_top_k = recipe.teacher.placement == "cache" and recipe.cache.top_k is not None
+    return not is_top_k and reads_row_by_row(with_parameters(recipe.loss.divergence, recipe.loss.parameters))
 
 
 def peak(rows: Sequence[Row], place: Place = "device") -> tuple[int, str]:

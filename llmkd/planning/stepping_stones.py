@@ -34,7 +34,7 @@ def stone_rows(recipe: Recipe, teacher: Shapes, stones: Pairs) -> list[Row]:
     if not (
         recipe.loss.ce or recipe.loss.kl
     ):  # else the student's own, of like size and not at the same time, are counted
-        chunk = min(recipe.train.head_chunk, tokens)
+        chunk = min(recipe.train.tokens_at_once(gpu=True), tokens)
         at_once = rows_at_once(chunk, teacher.vocabulary, "cuda")
         held = 2 * chunk * size + BUFFERS["kl"] * at_once * WIDE
         how = f"2 x {chunk} tokens x {teacher.vocabulary:,} x {size} B, and {BUFFERS['kl']} buffers of {at_once} tokens x {WIDE} B"

@@ -178,6 +178,12 @@ class Recipe(Section):
         return STRATEGIES[self.matching.strategy].is_measured and (self.loss.hidden > 0 or of_stones)
 
     @property
+    def compiles_head(self) -> bool:
+        """Whether a GPU makes one kernel of the head's losses. A sum of divergences whose weights change would be compiled at each step."""
+        schedules = self.loss.schedules
+        return self.train.compile == "head" and not (schedules is not None and schedules.divergences)
+
+    @property
     def logits(self) -> bool:
         """Whether the teacher's logits are needed."""
         return self.loss.kl > 0 or self.stones is not None

@@ -70,8 +70,10 @@ class Train(Section):
     """The student's dtype; bfloat16 is trained with fp32 master weights."""
     activation_checkpointing: bool = False
     """Compute each block's activations again in the backward pass instead of keeping them: less memory, more time."""
-    head_chunk: int = Field(default=1024, gt=0)
-    """Tokens whose logits exist at one time."""
+    head_chunk: int | None = Field(default=None, gt=0)
+    """Tokens whose logits exist at one time; unset: 1024 on a CPU, 4096 on a GPU."""
+    compile: Literal["head", "none"] = "head"
+    """On a GPU: `head` makes one kernel of the head's losses, for which PyTorch needs Triton and a C compiler; `none` makes none."""
     deepspeed: str = "zero3"
     """A name in ds_configs/, or the path of a DeepSpeed JSON of your own; `"auto"` in it stands for the recipe's value."""
     save_every: Annotated[int, NO_EFFECT] = Field(default=0, ge=0)
@@ -84,6 +86,10 @@ class Train(Section):
     """How long a rank waits for another before the run ends."""
     wandb: Annotated[str | None, NO_EFFECT] = None
     """Weights & Biases project that the run is logged to; unset: none."""
+
+    def tokens_at_once(self, *, gpu: bool) -> int:
+        """Tokens whose logits exist at one time."""
+        return self.head_chunk or (4096 if gpu else 1024)
 
     @model_validator(mode="after")
     def _consistent(self) -> Train:

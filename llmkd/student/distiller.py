@@ -32,7 +32,8 @@ class Distiller(nn.Module):
 
     student_blocks: the student block of each pair, EMBEDDING for the embeddings. `projectors`: for each pair a Linear(H_s -> H_t), or
     nn.Identity where all its distances compare states of any widths. `tokens`: how many positions of a micro-batch each pair compares
-    (None: all). `all_rows`: gathers the rows of all ranks, where a set-level distance is over all of them.
+    (None: all). `all_rows`: gathers the rows of all ranks, where a set-level distance is over all of them. `chunk`, `compiled`: see
+    `llmkd.losses.chunked_head.head_losses`.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Distiller(nn.Module):
         *,
         normed_last: bool,
         chunk: int,
+        compiled: bool = False,
         projectors: nn.ModuleList | None = None,
         tokens: int | None = None,
         all_rows: AllRows | None = None,
@@ -51,7 +53,7 @@ class Distiller(nn.Module):
         self.model = model
         self.projectors = projectors
         self.stones = stones
-        self.loss_head = LossHead(head(model), head_bias(model), chunk=chunk)
+        self.loss_head = LossHead(head(model), head_bias(model), chunk=chunk, compiled=compiled)
         self._student_blocks = list(student_blocks)
         self._sampling = Sampling(encoder_blocks(model), tokens, all_rows)
         stack = blocks(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +40,14 @@ class LossHead(nn.Module):
     It owns the head's parameters (shared with the model), so that ZeRO-3 gathers them for it. BART's bias is no parameter.
     """
 
-    def __init__(self, head: nn.Linear, bias: Tensor | None, *, chunk: int) -> None:
+    def __init__(self, head: nn.Linear, bias: Tensor | None, *, chunk: int, compiled: bool = False) -> None:
         super().__init__()
         self.weight = head.weight
         if bias is head.bias:
             self.bias = bias
         else:
             self.register_buffer("bias", bias, persistent=False)
-        self._chunk = chunk
+        self._chunk, self._compiled = chunk, compiled
 
     def forward(
         self,
@@ -78,7 +78,7 @@ class LossHead(nn.Module):
             def losses(
                 states: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms
             ) -> tuple[Tensor, Tensor, Tensor]:
-                return head_losses(states, weight, bias, teacher, targets, compared, terms, chunk=self._chunk)
+                return self._losses(states, weight, bias, teacher, targets, compared, terms)
 
             def gradient(part: Terms) -> Tensor | None:
                 if not part.ce_scale and (not part.kl_scale or teacher is None):
@@ -92,13 +92,16 @@ class LossHead(nn.Module):
             gradients = tuple(gradient(part) for part in gradients_of)
             return HeadResult(*losses(states, weight, bias, terms), gradients, measured)
 
+    def _losses(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return head_losses(*inputs, chunk=self._chunk, compiled=self._compiled)
+
     def _teacher_ce(self, batch: Batch, signal: Signal | None, terms: Terms) -> Tensor:
         assert signal is not None and signal.final is not None and signal.head is not None
         targets = batch.targets.flatten()[batch.trained_at]
         states, nowhere = signal.final.flatten(0, 1)[batch.trained_at], torch.zeros_like(targets, dtype=torch.bool)
         ce_alone = replace(terms, ce_scale=1.0, kl_scale=0.0)
         with signal.head() as (weight, bias):
-            return head_losses(states, weight, bias, None, targets, nowhere, ce_alone, chunk=self._chunk)[1]
+            return self._losses(states, weight, bias, None, targets, nowhere, ce_alone)[1]
 
 
 @contextlib.contextmanager

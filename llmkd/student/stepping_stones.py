@@ -97,12 +97,14 @@ class SteppingStones(nn.Module):
     pairs: (student block, teacher block), by student block. `chunk`: tokens whose logits exist at a time.
     """
 
-    def __init__(self, pairs: Sequence[tuple[int, int]], connectors: nn.ModuleList, *, chunk: int) -> None:
+    def __init__(
+        self, pairs: Sequence[tuple[int, int]], connectors: nn.ModuleList, *, chunk: int, compiled: bool = False
+    ) -> None:
         super().__init__()
         assert len(pairs) == len(connectors) > 0
         self.connectors = connectors
         self.pairs = tuple(pairs)
-        self._chunk = chunk
+        self._chunk, self._compiled = chunk, compiled
 
     def forward(
         self,
@@ -188,7 +190,9 @@ class SteppingStones(nn.Module):
             terms = Terms(factor * ce_scale, factor * kl_scale, settings.divergence, settings.temperature)
             teacher = TeacherHead(theirs.flatten(0, 1)[at], *this.head)
             compared = everywhere if kl_scale else ~everywhere
-            return head_losses(ours, *this.head, teacher, targets, compared, terms, chunk=self._chunk)
+            return head_losses(
+                ours, *this.head, teacher, targets, compared, terms, chunk=self._chunk, compiled=self._compiled
+            )
 
         ce_scale, kl_scale = this.scales
         loss, ce_sum, kl_sum = against(signal.final, targets, weights.ce * ce_scale, weights.kl * kl_scale)

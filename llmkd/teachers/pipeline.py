@@ -25,8 +25,8 @@ from llmkd.teachers.pipeline_schedule import PipelineCut, last_tick, routes, tra
 TICKS_IN_FLIGHT = 1
 """Ticks whose sends may still be under way while a stage goes on; those of older ticks are waited for and their tensors released."""
 
-ANNOUNCED_BYTES = 9
-"""Per token: its id and its position in 32 bits, and whether it is padding."""
+ANNOUNCED_BYTES = 4
+"""Per token: its id in 32 bits; in packed rows as many for its position."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,18 @@ class Inputs:
     """What a stage needs of a micro-batch, small enough to be sent to all members."""
 
     input_ids: Tensor  # [B, T] int32
-    position_ids: Tensor  # [B, T] int32
-    attention_mask: Tensor | None  # [B, T] bool
+    position_ids: (
+        Tensor | None
+    )  # [B, T] int32, of packed rows; others count from 0 and need no mask (`parts.final_state`)
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.input_ids, self.position_ids, self.attention_mask) if t is not None)
+        return sum(t.nbytes for t in (self.input_ids, self.position_ids) if t is not None)
+
+    def on(self, device: torch.device) -> Inputs:
+        """The same on the device; the copy to a GPU goes on while the host does."""
+        positions = self.position_ids
+        return Inputs(_on(self.input_ids, device), None if positions is None else _on(positions, device))
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,8 @@ class PipelineTeacher:
         # A member that had nothing more to do may be past the ticks at which stage 0 would work on the next items.
         first = max(self._rounds, -(-max(tick for _, tick in members) // size))
         for owner, (theirs, _) in enumerate(members):
-            self._inputs.update({(first + number) * size + owner: inputs for number, inputs in enumerate(theirs)})
+            here = [inputs.on(self._device) for inputs in theirs]
+            self._inputs.update({(first + number) * size + owner: inputs for number, inputs in enumerate(here)})
         self._rounds = first + max(len(theirs) for theirs, _ in members)
         self._turns.append(Turn(deque(range(first, first + len(mine))), self._rounds))
 
@@ -178,19 +185,14 @@ class PipelineTeacher:
     def _run_stage(self, item: int) -> dict[State, Tensor]:
         """Run this stage on an item: the states that students need, and the one for the next stage."""
         inputs, me = self._inputs[item], self._group.member
-        mask = inputs.attention_mask
         if me == 0:
-            entering = {"input_ids": inputs.input_ids.to(self._device).long()}
+            entering = {"input_ids": inputs.input_ids.long()}
         else:
             entering = {"inputs_embeds": _arrived(self._arriving[item].pop(OtherState.NEXT))}
             if not self._arriving[item]:
                 del self._arriving[item]
-        output = self._body(
-            **entering,
-            attention_mask=None if mask is None else mask.to(self._device).long(),
-            position_ids=inputs.position_ids.to(self._device).long(),
-            use_cache=False,
-        ).last_hidden_state
+        where = {} if inputs.position_ids is None else {"position_ids": inputs.position_ids.long()}
+        output = self._body(**entering, **where, use_cache=False).last_hidden_state
         states = self._capture.collect()
         states[OtherState.FINAL if me == self._group.size - 1 else OtherState.NEXT] = output
         return states
@@ -207,12 +209,13 @@ class PipelineTeacher:
 
 
 def _inputs(batch: Batch) -> Inputs:
-    mask = batch.attention_mask
-    return Inputs(
-        input_ids=batch.input_ids.to("cpu", torch.int32),
-        position_ids=batch.position_ids.to("cpu", torch.int32),
-        attention_mask=None if mask is None else mask.to("cpu", torch.bool),
-    )
+    packed = batch.attention_mask is None
+    positions = batch.position_ids.to("cpu", torch.int32) if packed else None
+    return Inputs(batch.input_ids.to("cpu", torch.int32), positions)
+
+
+def _on(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _arrived(state: PendingTransfer | Tensor) -> Tensor:

@@ -259,7 +259,7 @@ def load_student(
         model,
         [block for block, _ in job.pairs],
         normed_last=matching.final_state == "normed",
-        chunk=job.train.head_chunk,
+        **head_options(job),
         projectors=None if projectors is None else projectors.to(dtype),
         tokens=matching.tokens,
         all_rows=gather,
@@ -270,10 +270,16 @@ def load_student(
     return module
 
 
+def head_options(job: Job) -> dict[str, Any]:
+    """How the head's losses are computed on this machine: how many tokens at a time, and whether as one kernel."""
+    gpu = torch.cuda.is_available()
+    return {"chunk": job.train.tokens_at_once(gpu=gpu), "compiled": gpu and job.recipe.compiles_head}
+
+
 def make_stones(job: Job, student_width: int, teacher_width: int) -> SteppingStones:
     """The job's stepping stones, their connectors not yet fitted."""
     connectors = make_connectors(len(job.stones), student_width, teacher_width).to(load.DTYPES[job.train.dtype])
-    return SteppingStones(job.stones, connectors, chunk=job.train.head_chunk)
+    return SteppingStones(job.stones, connectors, **head_options(job))
 
 
 def fit_stones(

@@ -194,6 +194,7 @@ def _write(world: World, plan: Plan, teacher: Teacher, rows: _Rows, recipe: Reci
     """
     assert recipe.cache.micro_batch_size is not None  # set by writing_recipe
     work = _work(plan, rows, world, recipe.cache.micro_batch_size)
+    chunk = recipe.train.tokens_at_once(gpu=world.device.type == "cuda")
     alone, idle = recipe.teacher.placed.is_whole, rows.batch([0])
     together = 1 if alone else world.size
     with _Disk() as disk:
@@ -206,7 +207,7 @@ def _write(world: World, plan: Plan, teacher: Teacher, rows: _Rows, recipe: Reci
             asked_for += [] if alone else [idle.to(world.device)] * (together - len(items))
             teacher.expect(asked_for)
             for number, batch in enumerate(asked_for):
-                values = stored_values(teacher.signals(batch), batch, plan.contents, recipe.train.head_chunk)
+                values = stored_values(teacher.signals(batch), batch, plan.contents, chunk)
                 if number < len(items):
                     disk.put(*items[number], values)
     return not asked

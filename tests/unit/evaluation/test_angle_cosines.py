@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmkd.data.batches import IGNORE, Batch, collate
+from llmkd.data.batches import Batch, collate
 from llmkd.data.rows import load_rows
 from llmkd.data.tokens import tokenize
 from llmkd.errors import InputError
@@ -252,30 +253,15 @@ def test_batches_do_not_change_the_numbers(folders: tuple[Path, Path], rows: lis
     assert code_of(one).tokens.mean == pytest.approx(code_of(many).tokens.mean, abs=1e-5)
 
 
-def test_rows_padded_on_the_left_see_the_same(folders: tuple[Path, Path], rows: list[dict[str, Any]]) -> None:
-    """Through the models: masked positions enter neither the attention nor the angles."""
-    right = seen_from(folders, batches_of(rows, 8), False)
-    left = seen_from(folders, [_left(rows)], False)
-    for ours, theirs in zip(right.blocks, left.blocks, strict=True):
+def test_what_stands_at_padding_changes_nothing(folders: tuple[Path, Path], rows: list[dict[str, Any]]) -> None:
+    """Through the models: padding stands behind a row, so it enters neither the attention of its tokens nor the angles."""
+    [batch] = batches_of(rows, 8)
+    assert not batch.attended.all()
+    other = replace(batch, input_ids=torch.where(batch.attended, batch.input_ids, batch.input_ids.flip(0).flip(1)))
+    first, second = seen_from(folders, [batch], False), seen_from(folders, [other], False)
+    for ours, theirs in zip(first.blocks, second.blocks, strict=True):
         assert ours.counted == theirs.counted
         torch.testing.assert_close(torch.tensor(ours.mean), torch.tensor(theirs.mean), atol=1e-5, rtol=0)
-
-
-def _left(rows: list[dict[str, Any]]) -> Batch:
-    width = max(len(row["input_ids"]) for row in rows)
-    ids, attended = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.bool)
-    for number, row in enumerate(rows):
-        ids[number, width - len(row["input_ids"]) :] = torch.tensor(row["input_ids"])
-        attended[number, width - len(row["input_ids"]) :] = True
-    return Batch(
-        input_ids=ids,
-        position_ids=(attended.cumsum(1) - 1).clamp(min=0),
-        attention_mask=attended.long(),
-        targets=torch.full_like(ids, IGNORE),
-        attended=attended,
-        trained_at=torch.zeros(0, dtype=torch.long),
-        attended_at=attended.flatten().nonzero().flatten(),
-    )
 
 
 def test_the_teacher_seen_from_itself_lacks_its_own_direction(

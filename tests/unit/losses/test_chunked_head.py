@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmkd.losses import chunked_head
+from llmkd.losses import chunked_head, compiled_rows
 from llmkd.losses.chunked_head import TeacherHead, Terms, TopK, head_losses
 from llmkd.losses.divergences import DIVERGENCES, with_parameters
 from tests import definitions
@@ -58,11 +59,19 @@ def _close(found: Tensor, expected: Tensor, tolerance: float) -> None:
     assert (found.double() - expected.double()).abs().max() <= tolerance * max(expected.abs().max().item(), 1e-30)
 
 
-@pytest.fixture(params=["few rows at once", "one chunk at once"])
+@pytest.fixture(params=["few rows at once", "one chunk at once", "for one kernel"])
 def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The work within a chunk in slices of two rows and a remainder, or in one."""
+    """The work within a chunk in slices of two rows and a remainder, in one, or by the function that GPUs compile (here not compiled)."""
     if request.param == "few rows at once":
         monkeypatch.setitem(chunked_head.ELEMENTS_AT_ONCE, "cpu", 2 * V + 1)
+    if request.param == "for one kernel":
+        monkeypatch.setattr(compiled_rows, "_compile", _not_compiled)
+        monkeypatch.setattr(compiled_rows, "_COMPILED", {})
+        monkeypatch.setattr(chunked_head, "head_losses", functools.partial(head_losses, compiled=True))
+
+
+def _not_compiled(form: Any) -> Any:
+    return torch.no_grad()(functools.partial(compiled_rows.rows_in_place, form=form))
 
 
 @pytest.mark.usefixtures("at_once")
@@ -78,7 +87,7 @@ def test_chunked_is_whole(
     leaves = [inputs["states"], inputs["weight"], inputs["bias"]]
     expected = _whole(inputs, divergence, temperature)
     grads = torch.autograd.grad(expected[0], leaves)
-    found = head_losses(**inputs, **_settings(chunk, divergence, temperature))
+    found = chunked_head.head_losses(**inputs, **_settings(chunk, divergence, temperature))
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == dtype
         _close(a, b, tolerance)

@@ -83,11 +83,34 @@ def memory(world: World, contestant: Contestant, work: Work) -> Memory:
     with contestant.turn() as step:
         gc.collect()
         engine.step = noting
-        with TensorBytes() as counted:
+        with Allocated() if torch.cuda.is_available() else TensorBytes() as counted:
             grown = _growth(lambda: step(work))
         del engine.step  # the method of its class shows again
     values = (passes[0], counted.peak, resting_bytes([contestant.teacher, engine]), grown)
     return Memory(*(highest(world, value / MIB) for value in values))
+
+
+class Allocated:
+    """`TensorBytes` of a GPU's allocator: counting each operation would keep torch.compile from compiling."""
+
+    def __enter__(self) -> Allocated:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        self._before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing was changed."""
+
+    @property
+    def peak(self) -> int:
+        """The most bytes beyond those at the start."""
+        return torch.cuda.max_memory_allocated() - self._before
+
+    @property
+    def live(self) -> int:
+        """Bytes beyond those at the start."""
+        return torch.cuda.memory_allocated() - self._before
 
 
 def bytes_up_to_backward(world: World, contestant: SharedEngine, work: Work) -> tuple[float, float]:

@@ -41,6 +41,8 @@ class ModelType:
     kind: Kind = "decoder"
     packs: bool = False
     """It keeps packed documents apart by their position ids."""
+    takes_masks: bool = False
+    """It takes ready masks, one for each kind of its blocks."""
     has_stages: bool = False
     """It may be cut into stages: it does nothing else to its embeddings (Gemma scales them), and its parts are called model.embed_tokens,
     model.layers.N, model.norm and lm_head."""
@@ -158,11 +160,11 @@ MODEL_TYPES: dict[str, ModelType] = {
     ),
     "phi": ModelType(packs=True, ends=("model.final_layernorm",)),
     "phi3": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
+    "qwen2": replace(_LLAMA, takes_masks=True),
+    "qwen3": replace(_LLAMA, takes_masks=True),
     "qwen3_moe": replace(_LLAMA, has_stages=False),
     "roberta": _ROBERTA,
-    "smollm3": _LLAMA,
+    "smollm3": replace(_LLAMA, takes_masks=True),
     "stablelm": _LLAMA,
     "t5": _T5,
     "xlm-roberta": _ROBERTA,

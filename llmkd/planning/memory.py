@@ -111,7 +111,8 @@ def student_rows(recipe: Recipe, shape: Shapes, projectors: int, zero: Mapping[s
     ]
     if size < WIDE:
         rows.append(Row("master weights", states * WIDE, f"{counted} 4 B", place=optimizer_place))
-    if bucket := int(options.get("reduce_bucket_size", 0)):
+    bucket = int(options.get("reduce_bucket_size", 0))
+    if bucket:
         when: Phase = "always" if stage == 3 else "backward"  # stage 3 makes it once, at the start
         how = f"reduce_bucket_size {millions(bucket)} x 4 B"
         rows.append(Row("gradients under reduction", bucket * WIDE, how, (when,)))
@@ -122,6 +123,10 @@ def student_rows(recipe: Recipe, shape: Shapes, projectors: int, zero: Mapping[s
         rows.append(Row("student, gathered", live * size, how, ("head", "backward")))
     how = f"largest module, {millions(largest)} x {size} B"
     rows.append(Row("gradient before reduction", largest * size, how, ("backward",)))
+    single = max(shape.embedding, shape.head)  # the largest parameter
+    if stage == 3 and size < WIDE and zero.get("communication_data_type") == "fp32" and bucket < single:
+        how = f"{millions(single)} x 4 B, more than a bucket holds (stage3.py, __avg_scatter_grads)"
+        rows.append(Row("that gradient in fp32", single * WIDE, how, ("backward",)))
     if optimizer_place == "device":
         part = min(states, int(options.get("sub_group_size", states)))
         how = f"{millions(part)} x 4 B: the gradient it reads"

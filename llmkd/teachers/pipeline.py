@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from llmkd.data.batches import Batch
 from llmkd.distributed.ranks import PendingTransfer, PipelineGroup
 from llmkd.layer_map import EMBEDDING, OtherState, State
+from llmkd.models.parts import decoder_options
 from llmkd.teachers.base import Capture, Signal
 from llmkd.teachers.pipeline_schedule import PipelineCut, last_tick, routes, transfers
 
@@ -191,8 +192,8 @@ class PipelineTeacher:
             entering = {"inputs_embeds": _arrived(self._arriving[item].pop(OtherState.NEXT))}
             if not self._arriving[item]:
                 del self._arriving[item]
-        where = {} if inputs.position_ids is None else {"position_ids": inputs.position_ids.long()}
-        output = self._body(**entering, **where, use_cache=False).last_hidden_state
+        positions = None if inputs.position_ids is None else inputs.position_ids.long()
+        output = self._body(**entering, **decoder_options(self._body.config, positions)).last_hidden_state
         states = self._capture.collect()
         states[OtherState.FINAL if me == self._group.size - 1 else OtherState.NEXT] = output
         return states

@@ -18,6 +18,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from llmkd.errors import InputError
+from llmkd.files import ROOT
 from llmkd.losses import chunked_head
 from llmkd.losses.chunked_head import TeacherHead, Terms, head_losses
 from llmkd.losses.distance_sum import distance_sum, terms_of
@@ -168,6 +169,17 @@ def test_each_stage_shards_what_zero_says(
     assert row(rows, "student weights").bytes == student // weights * 2
     assert row(rows, "student gradients").bytes == student // gradients * 4
     assert row(rows, "Adam's two moments").bytes == student // states * 8
+
+
+def test_a_gradient_that_no_bucket_holds_is_copied_to_fp32(recipe: Recipe, tmp_path: Path) -> None:
+    """The embeddings' and the head's 622 M numbers beside a bucket of 200 M; a bucket of 700 M takes them in."""
+    assert row(memory.plan(recipe, 8), "that gradient in fp32").bytes == 151936 * 4096 * 4
+    whole = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    whole["zero_optimization"]["reduce_bucket_size"] = 700_000_000
+    file = tmp_path / "wide.json"
+    file.write_text(json.dumps(whole))
+    rows = memory.plan(recipe.changed({"train.deepspeed": str(file)}), 8)
+    assert not [r for r in rows if r.what == "that gradient in fp32"]
 
 
 def test_one_target_block_is_held_once(recipe: Recipe) -> None:

@@ -8,7 +8,8 @@ source scripts/environment.sh
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYRIGHT_PYTHON_IGNORE_WARNINGS=1 # else pyright asks PyPI for a newer pyright
 
-# A worker per core, at most four: each takes up to 3 GiB. A file stays in one worker, which makes what its tests share once.
+# A worker per core, at most four: each takes up to 3 GiB. A file stays in one worker, which makes what its tests share once; the files go
+# in their own order, which has the long ones first.
 workers=$(nproc)
 ((workers <= 4)) || workers=4
 [[ "$*" != *gpu* ]] || workers=0 # the GPU is not shared
@@ -29,7 +30,7 @@ step "lint" ruff check .
 step "format" ruff format --check .
 step "types" pyright --pythonpath "$(command -v python)"
 step "imports" lint-imports --no-cache --no-logo
-step "tests" python -m pytest -n "$workers" --dist loadfile "$@" # a later -n counts
+step "tests" python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@" # a later -n counts
 
 if [[ $first_failure != 0 ]]; then
   llmkd_say "failed: ${failed[*]}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from llmkd.recipe.recipe import load_recipe
 from llmkd.train import train
 from llmkd.training import build, jobs
 from llmkd.training.checksums import write_checksums
+from tests.distributed.runner import start_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -397,25 +397,13 @@ def test_on_two_ranks_one_rank_speaks(place: Path) -> None:
 
 def test_a_mistake_that_only_another_rank_meets_is_told(place: Path) -> None:
     """A file that one node lacks, say: here rank 1 is given a batch that does not fit. Rank 0 has no mistake to tell."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank, batch in ((0, 8), (1, 4)):
-        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, str(ROOT / "llmkd" / "train.py"), "--recipe", str(place / "recipe.yaml")]
-        processes.append(
-            subprocess.Popen(
-                [*command, "--set", f"train.batch_size={batch}"],
-                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    said = [process.communicate(timeout=240)[1] for process in processes]
-    assert processes[1].returncode == 2 and "Error: train.batch_size: 4 rows can't be shared by 2 ranks" in said[1]
-    assert processes[0].returncode != 0 and "Error: train" not in said[0]
+    arguments = [["--recipe", str(place / "recipe.yaml"), "--set", f"train.batch_size={batch}"] for batch in (8, 4)]
+    (place / "arguments.json").write_text(json.dumps(arguments))
+    processes = start_ranks(2, "tests.distributed.train_command", place / "arguments.json", place)
+    codes = [process.wait(240) for process in processes]
+    said = [(place / f"rank{rank}.log").read_text() for rank in (0, 1)]
+    assert codes[1] == 2 and "Error: train.batch_size: 4 rows can't be shared by 2 ranks" in said[1]
+    assert codes[0] != 0 and "Error: train" not in said[0]
 
 
 def test_a_start_that_another_recipe_left_is_not_used(place: Path, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("ranks", "strategies", "steps"),
     [
-        (2, ("forward", "reverse", "in_order_random"), 4),
+        (2, ("reverse", "all_to_one"), 4),
         pytest.param(2, STRATEGIES, 20, marks=pytest.mark.slow),
         pytest.param(4, STRATEGIES, 20, marks=pytest.mark.slow),
     ],

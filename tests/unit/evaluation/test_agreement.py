@@ -17,7 +17,7 @@ from llmkd.files import write_text
 from llmkd.models import make
 from llmkd.models.load import load_config, load_tokenizer
 from llmkd.recipe.recipe import Data, Evaluation
-from tests.in_process import stopped_at_once
+from tests.in_process import in_process, stopped_at_once
 
 ITEMS, ROWS = 7, 5  # more generated texts than compared rows
 
@@ -169,7 +169,10 @@ def test_chunks_and_batches_change_nothing() -> None:
     assert all(torch.allclose(a, b, atol=1e-6) and a.shape == (13,) for a, b in zip(whole, cut, strict=True))
 
 
-def test_rows_that_are_not_asked_for_or_not_there_are_refused(folder: Path, tiny: Path, tmp_path: Path) -> None:
+def test_rows_that_are_not_asked_for_or_not_there_are_refused(
+    folder: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch)
     with pytest.raises(InputError, match="agreement_rows: how many"):
         run(folder, tiny, ["same"], tmp_path, agreement_rows=0)
     with pytest.raises(InputError, match="no file or folder './none.jsonl'"):

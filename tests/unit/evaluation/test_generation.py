@@ -20,7 +20,7 @@ from llmkd.evaluation import generation, prompts
 from llmkd.evaluation.generate_command import models_of, summary
 from llmkd.evaluation.results import GenerationResult
 from llmkd.files import ROOT
-from llmkd.inference import backends, child, choose, vllm_setup
+from llmkd.inference import backends, choose, vllm_setup
 from llmkd.models import load, make
 from llmkd.recipe.evaluation import Generation
 from llmkd.recipe.recipe import Data, Evaluation
@@ -134,16 +134,11 @@ def killed_and_resumed(jobs: list[tuple[str, Path]], tmp_path_factory: pytest.Te
     with stopping(), pytest.raises(KeyboardInterrupt):
         generation.generate(jobs, settings(batch_size=7), Data(rows=10), out)
     there = sorted(file.name for file in out.glob("*.json*"))
-    before, asked = (out / "trained.json").stat().st_mtime_ns, []
-
-    class Recorded(child.Child):
-        def do(self, order: Any, say: child.Say) -> int | None:
-            asked.append(order["model"]["name"])
-            return super().do(order, say)
-
+    before = (out / "trained.json").stat().st_mtime_ns
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(child, "Child", Recorded)
+        orders = in_process(patch)
         files = generation.generate(jobs, settings(batch_size=7), Data(rows=10), out)
+    asked = [order["model"]["name"] for order in orders]
     kept = before == (out / "trained.json").stat().st_mtime_ns
     return {"files": files, "there": there, "asked": asked, "kept": kept}
 

@@ -325,7 +325,9 @@ def test_killed_after_the_first_result_it_goes_on_with_the_rest(
     assert all(found["error"] is None and found["tasks"] == scores[0]["tasks"] for found in scores)
 
 
+@pytest.mark.slow
 def test_unknown_task_is_refused_with_the_nearest(models: dict[str, Path], tmp_path: Path) -> None:
+    """Slow as lm-eval reads its thousands of tasks; a study's check of it, before the training, is in tests/cli/test_study.py."""
     with pytest.raises(InputError, match="no task 'records_generatoin'.*did you mean records_generation"):
         lm_eval_step.evaluate([("first", models["first"])], settings(tasks=("records_generatoin",)), tmp_path)
     assert not list(tmp_path.glob("*.json"))
@@ -373,8 +375,12 @@ RUNS = "runs Python of its folder .*evil.f.*evaluation.trust_include: true"
 
 
 @pytest.mark.parametrize("place", ["here", "in what it includes", "in the group", "behind a handle", "as a metric"])
-def test_a_folders_python_runs_only_where_the_recipe_trusts_it(place: str, tmp_path: Path) -> None:
+def test_a_folders_python_runs_only_where_the_recipe_trusts_it(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Wherever the task has it from; neither the study's check nor the scoring imports it."""
+    if place != "here":  # once by a real child
+        in_process(monkeypatch)
     folder, mark = tmp_path / "tasks", tmp_path / "ran"
     function, elsewhere = "process_docs: !function evil.f", tmp_path / "elsewhere"
     elsewhere.mkdir()

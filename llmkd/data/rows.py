@@ -12,6 +12,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, Value, load_dataset
 
+from llmkd import hub
 from llmkd.data import records
 from llmkd.errors import InputError, first_line
 from llmkd.files import fetched_by
@@ -191,7 +192,9 @@ def _kind(file: Path) -> str | None:
 
 def _hub_rows(source: str, name: str | None, split: str) -> Dataset:
     try:
-        return load_dataset(source, name, split=split)
+        return hub.fetch(lambda: load_dataset(source, name, split=split))
+    except hub.OutOfReach as error:
+        raise InputError(f"data.source: {source!r} is not a file here, and {error}") from error
     except Exception as error:  # the hub client has many network errors; all mean the same to the user
         raise InputError(
             f"data.source: {source!r} is not a file here and could not be loaded from the hub ({first_line(error)}); check the "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 
+from llmkd import hub
 from llmkd.errors import InputError, first_line
 from llmkd.evaluation.task_trust import check_trust, plain_yaml, sandbox_templates, strings
 
@@ -102,19 +104,28 @@ def _kind_fault(config: Config) -> str | None:
 
 def _metric_fault(config: Config) -> str | None:
     """A metric that the `evaluate` library would fetch, and can't: lm-eval itself would fall over it after the last answer."""
-    from lm_eval.api.registry import get_metric  # heavy, as above
-
     if config.get("process_results") or _made_by_code(config):
         return None
     for metric in config.get("metric_list") or []:
         name = metric.get("metric")
         if isinstance(name, str) and "/" not in name:  # a local !function reads as its file's path
-            if get_metric(name, metric.get("hf_evaluate") is True) is None:
+            if not _is_there(name, fetched=metric.get("hf_evaluate") is True):
                 return (
                     f"is scored by the metric {name!r}, which is not lm-eval's own but fetched from the hub, and that failed; connect "
                     "to the hub (and install what the metric needs), or choose a task scored by acc, exact_match, bleu, chrf or ter"
                 )
     return None
+
+
+def _is_there(metric: str, *, fetched: bool) -> bool:
+    """Whether lm-eval has a metric of its own (which `fetched` rules out), or the `evaluate` library gets one."""
+    importlib.import_module("lm_eval.api.metrics")  # heavy, as above; registers lm-eval's own
+    from lm_eval.api.registry import get_metric, metric_registry
+
+    if metric in metric_registry and not fetched:
+        return True
+    importlib.import_module("evaluate.config")  # which hub.fetch switches
+    return hub.fetch(lambda: get_metric(metric, fetched)) is not None
 
 
 def _made_by_code(config: Config) -> bool:
@@ -150,7 +161,9 @@ def _hub_fault(config: Config) -> str | None:
     source, kwargs = str(config.get("dataset_path")), config.get("dataset_kwargs") or {}
     parts = {key: kwargs[key] for key in PARTS_OF_A_DATA_SET if key in kwargs}
     try:
-        datasets.load_dataset_builder(source, config.get("dataset_name"), **parts)
+        hub.fetch(lambda: datasets.load_dataset_builder(source, config.get("dataset_name"), **parts))
+    except hub.OutOfReach as error:
+        return f"reads the data set {source}, and {error}; or choose a task on local files such as those in eval/"
     except Exception as error:  # the hub client has a score of errors
         return (
             f"reads the data set {source}, which is not in the cache and the hub did not give it ({first_line(error)}); connect to "

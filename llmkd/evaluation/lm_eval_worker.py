@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from llmkd import hub
 from llmkd.errors import InputError, first_line
 from llmkd.evaluation.held_out import check_model_folder
 from llmkd.evaluation.lm_eval_tasks import problem, task_manager
@@ -60,6 +61,7 @@ def prepare(task: Task, say: Say) -> Score[LmEvalResult]:
     """Read the tasks. Raises InputError where one is not there; a task with another fault fails for itself, at each model."""
     manager = task_manager(task.settings.tasks, task.include, trusted=task.settings.trust_include)
     faults = {name: fault for name in task.settings.tasks if (fault := problem(manager, name)) is not None}
+    hub.stay_offline_if_out_of_reach()  # lm-eval asks it for each task's rows again
     return partial(score, task=task, manager=manager, faults=faults, say=say)
 
 

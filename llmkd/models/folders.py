@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
+from llmkd import hub
 from llmkd.errors import InputError, first_line
 from llmkd.files import fetched_by
+
+log = logging.getLogger("llmkd")
 
 
 def resolve(path: str, what: str, revision: str | None = None) -> Path:
@@ -99,13 +103,25 @@ def _check_whole(folder: Path, what: str) -> None:
 
 def _download(name: str, what: str, revision: str | None) -> Path:
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+
+    def take() -> Path:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        if constants.HF_HUB_OFFLINE and not list(folder.glob("*.safetensors")):
+            raise FileNotFoundError("the cache holds a part of the model, without its weights")
+        return folder
+
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        folder = hub.fetch(take)
+    except hub.OutOfReach as error:
+        raise InputError(f"{what}: no folder {name!r} here, and {error}") from error
     except Exception as error:  # the hub client has a score of network errors; all mean the same to the user
         raise InputError(
             f"{what}: no folder {name!r} here, and the hub did not give it ({first_line(error)}); give the path of a "
             "local HF folder"
         ) from error
+    if hub.last_problem() is not None:
+        log.warning("%s: the hub can't be reached (%s); taking %s from its cache", what, hub.last_problem(), name)
+    return folder
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

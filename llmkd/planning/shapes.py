@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-import threading
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, Queue
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from llmkd import hub
 from llmkd.distributed.engines import parameter_count
 from llmkd.errors import InputError, first_line, reason
 from llmkd.models.architectures import new_config
@@ -25,8 +23,6 @@ from llmkd.recipe.recipe import Recipe
 from llmkd.training.checks import teacher_shape
 
 log = logging.getLogger("llmkd")
-HUB_SECONDS = 4
-"""How long the hub may take to give a configuration."""
 
 
 @dataclass(frozen=True)
@@ -116,35 +112,18 @@ def _model_config(name: str, revision: str | None, what: str, *, trust_remote_co
 
 
 def _hub_file(name: str, revision: str | None, what: str) -> Path:
-    """A hub model's config.json: as it is here, else from the hub if that answers within HUB_SECONDS.
-
-    The hub's client tries again for minutes; its attempts go on in a thread that ends with the process.
-    """
+    """A hub model's config.json: as it is here, else from the hub."""
     here = try_to_load_from_cache(name, "config.json", revision=revision)  # asks nobody, unlike local_files_only
     if isinstance(here, str):
         return Path(here)
-    fetched: Queue[str | Exception] = Queue()
-
-    def fetch() -> None:
-        try:
-            fetched.put(hf_hub_download(name, "config.json", revision=revision))
-        except Exception as error:  # the hub client has a score of network errors; all mean the same to the user
-            fetched.put(error)
-
-    before = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()  # one line says it all
     try:
-        threading.Thread(target=fetch, daemon=True).start()
-        answer = fetched.get(timeout=HUB_SECONDS)
-    except Empty:
-        answer = TimeoutError(f"no answer in {HUB_SECONDS} s")
-    finally:
-        hub_logging.set_verbosity(before)
-    if isinstance(answer, Exception):
+        return Path(hub.fetch(lambda: hf_hub_download(name, "config.json", revision=revision)))
+    except hub.OutOfReach as error:
+        raise _NotThere(f"{what}: no folder {name!r} here, and {error}") from error
+    except Exception as error:  # the hub client has a score of network errors; all mean the same to the user
         raise _NotThere(
-            f"{what}: no folder {name!r} here, and the hub did not give its config.json ({first_line(answer)})"
-        ) from answer
-    return Path(answer)
+            f"{what}: no folder {name!r} here, and the hub did not give its config.json ({first_line(error)})"
+        ) from error
 
 
 def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:

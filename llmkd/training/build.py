@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedConfig
 
+from llmkd import hub
 from llmkd.data.batches import Batch, steps_per_epoch
 from llmkd.data.other_families import tokenize_for
 from llmkd.distributed.compiled import check_asynchronous_io
@@ -97,7 +98,12 @@ def tokenized(world: World, job: Job, tokenizer: Any) -> Dataset:
     """
     first: list[Dataset] = []
     data = job.data
-    on_main(world, lambda: first.append(read_rows(data)))
+
+    def read() -> str | None:
+        first.append(read_rows(data))
+        return hub.last_problem()
+
+    hub.believe(on_main(world, read))
     rows = first[0] if first else read_rows(data)
     tokens = tokenize_for(
         job.family, rows, tokenizer, format=data.format, max_length=data.max_length, too_long=data.too_long

@@ -1,4 +1,4 @@
-"""Ranks and collectives. Beside llmkd.distributed.engines the only file that imports deepspeed or torch.distributed."""
+"""Ranks and collectives. Beside this room nobody imports deepspeed or torch.distributed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from llmkd.distributed.joining import LostRank, join
 from llmkd.errors import InputError, storage_problem
 
 os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
@@ -64,7 +65,7 @@ def start(timeout_seconds: int = 1800) -> World:
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
         if "RANK" in os.environ:
-            _join(backend, timeout, device if cuda else None)
+            join(backend, timeout, device if cuda else None)
         else:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -74,25 +75,6 @@ def start(timeout_seconds: int = 1800) -> World:
         )
     control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, control, _local_size(), timeout)
-
-
-def _join(backend: str, timeout: timedelta, device: torch.device | None) -> None:
-    """Meet the other ranks. Raises LostRank that names the address and the cure."""
-    rank, size = os.environ["RANK"], os.environ.get("WORLD_SIZE", "?")
-    port = os.environ.get("MASTER_PORT", "?")
-    where = f"{os.environ.get('MASTER_ADDR', '?')}:{port}"
-    try:
-        dist.init_process_group(backend, timeout=timeout, device_id=device)
-    except dist.DistError as error:
-        reason = str(error).splitlines()[0]
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-            raise LostRank(
-                f"another process of this machine uses port {port}: give the launcher another (--master_port N)"
-            ) from error
-        raise LostRank(
-            f"the {size} ranks did not meet at {where} within {int(timeout.total_seconds())} s (rank {rank}: {reason}): start a rank "
-            "for each, and see that every node reaches that address"
-        ) from error
 
 
 def stop() -> None:
@@ -204,10 +186,6 @@ def on_main(world: World, work: Callable[[], Result]) -> Result:
     if answer[1] is not None:
         raise InputError(answer[1])
     return answer[0]
-
-
-class LostRank(RuntimeError):
-    """A rank waited for another that is gone, or that did not answer in time."""
 
 
 @dataclass(frozen=True)

@@ -119,8 +119,8 @@ def _metric_fault(config: Config) -> str | None:
 
 def _is_there(metric: str, *, fetched: bool) -> bool:
     """Whether lm-eval has a metric of its own (which `fetched` rules out), or the `evaluate` library gets one."""
-    importlib.import_module("lm_eval.api.metrics")  # heavy, as above; registers lm-eval's own
-    from lm_eval.api.registry import get_metric, metric_registry
+    importlib.import_module("lm_eval.api.metrics")  # registers lm-eval's own
+    from lm_eval.api.registry import get_metric, metric_registry  # heavy, as above
 
     if metric in metric_registry and not fetched:
         return True

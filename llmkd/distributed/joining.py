@@ -23,7 +23,7 @@ class LostRank(RuntimeError):
 
 
 def join(backend: str, timeout: timedelta, device: torch.device | None) -> None:
-    """Meet the other ranks; `device`: the GPU of this one. Raises LostRank that names the ranks that are missing, the address and the cure."""
+    """Meet the other ranks. Raises LostRank that names the missing ones, the address and the cure. `device`: this rank's GPU."""
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise InputError(

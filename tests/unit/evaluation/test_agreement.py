@@ -49,6 +49,15 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+def with_added(model: Path, folder: Path) -> int:
+    """A copy of a model whose tokenizer has one more token, <tool>; its id."""
+    shutil.copytree(model, folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(folder)
+    return tokenizer.convert_tokens_to_ids("<tool>")
+
+
 def settings(source: Path, **changes: Any) -> Evaluation:
     values = {
         "agreement_rows": ROWS,
@@ -147,6 +156,49 @@ def test_a_failure_marks_its_model_and_no_other(found: dict[str, dict[str, Any]]
     silent = found["silent"]
     assert silent["error"].startswith("no texts of silent in ")
     assert silent["metrics"] == {**found["wider"]["metrics"], "token_agreement": None, "likelihood": None}
+
+
+def test_a_student_with_added_tokens_is_compared_where_no_text_holds_one(
+    found: dict[str, dict[str, Any]], folder: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are those of another student, and so are its numbers, until it writes the token that its teacher lacks."""
+    in_process(monkeypatch)
+    token = with_added(folder / "wider", tmp_path / "added")
+    texts = [json.loads(line) for line in (folder / "generations" / "wider.jsonl").read_text().splitlines()]
+    assert not any(token in text["token_ids"] for text in texts)
+    generations = Path(shutil.copytree(folder / "generations", tmp_path / "generations"))
+    shutil.copy(generations / "wider.jsonl", generations / "added.jsonl")
+    texts[2]["token_ids"] = [5, token]
+    write_text(generations / "spoken.jsonl", "".join(json.dumps(text) + "\n" for text in texts))
+    jobs = [(name, tmp_path / "added") for name in ("added", "spoken")]
+    data, asked = Data(source="records", rows=1, max_length=64), settings(tiny / "rows.jsonl")
+    files = agreement.agree(jobs, tiny / "teacher", asked, data, generations, tmp_path / "out")
+    added, spoken = (json.loads(files[name].read_text()) for name, _ in jobs)
+    assert added["error"] is None and added["metrics"] == found["wider"]["metrics"]
+    assert spoken["error"].startswith(f"spoken's text of item 2: token '<tool>' (id {token}) is in only one of the")
+    assert set(spoken["metrics"].values()) == {None}
+
+
+def test_a_teacher_with_added_tokens_is_compared_where_no_row_holds_one(
+    folder: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch)
+    token = with_added(folder / "wider", tmp_path / "teacher")
+    first, *rows = (tiny / "rows.jsonl").read_text().splitlines()[:ITEMS]
+    values, results = json.loads(first), {}
+    for name, completion in (("plain", values["completion"]), ("tools", values["completion"] + " <tool>")):
+        source = tmp_path / f"{name}.jsonl"
+        source.write_text("\n".join([json.dumps({**values, "completion": completion}), *rows]))
+        jobs, data = [("wider", folder / "wider")], Data(source="records", rows=1, max_length=64)
+        out = tmp_path / name
+        files = agreement.agree(jobs, tmp_path / "teacher", settings(source), data, folder / "generations", out)
+        results[name] = json.loads(files["wider"].read_text())
+    assert results["plain"]["error"] is None
+    assert (results["plain"]["metrics"]["kl"], results["plain"]["metrics"]["top1"]) == (0.0, 1.0)  # the same weights
+    assert results["tools"]["error"].startswith(
+        f"a row of evaluation.generation: token '<tool>' (id {token}) is in only one of the teacher's and the student's"
+    )
+    assert set(results["tools"]["metrics"].values()) == {None}
 
 
 def test_what_is_done_is_not_done_again_and_what_failed_is(

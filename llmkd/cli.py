@@ -247,8 +247,8 @@ def generate(
     overrides: tuple[str, ...],
 ) -> None:
     """Let models continue held-out prompts, score the texts and show some. A study's folder stands for all its models."""
-    from llmkd.evaluation.generate_command import models_of, summary
     from llmkd.evaluation.generation import generate as run
+    from llmkd.evaluation.generation import models_of, summary
     from llmkd.recipe.recipe import load_recipe
 
     studies = [path for path in models if (path / "study.json").is_file()]
@@ -279,7 +279,7 @@ def angles(run: Path, recipe: str | None, rows: int | None, overrides: tuple[str
     RUN is a study's folder or one student's training folder; the results are in RUN/angles.
     """
     from llmkd.evaluation.angles.measure import angles as measure
-    from llmkd.evaluation.angles.table import angles_text
+    from llmkd.evaluation.angles.results import angles_text
 
     with stopping(STOPPED):
         measured = measure(run, recipe=recipe, overrides=overrides, rows=rows)

@@ -18,8 +18,8 @@ from llmkd.distributed.launch import launch
 from llmkd.errors import InputError
 from llmkd.evaluation import agreement, classification, generation, lm_eval_step
 from llmkd.evaluation.angles.measure import angles
-from llmkd.evaluation.checks import check_evaluation, held_out_data
 from llmkd.evaluation.generation import check as check_generation
+from llmkd.evaluation.held_out import check_evaluation, classification_data
 from llmkd.evaluation.lm_eval_step import check_tasks
 from llmkd.files import write_text
 from llmkd.models.families import depths, kind
@@ -108,7 +108,7 @@ def _score(recipe: Recipe, entries: Sequence[StudyEntry]) -> list[str]:
     generations = folder / GENERATION.folder
     take: dict[ScoringStep, Callable[[Path], object]] = {
         GENERATION: lambda out: generation.generate(named, settings, recipe.data, out, trust_remote_code=trust),
-        CLASSIFICATION: lambda out: classification.classify(named, settings, held_out_data(recipe), out),
+        CLASSIFICATION: lambda out: classification.classify(named, settings, classification_data(recipe), out),
         LM_EVAL: lambda out: lm_eval_step.evaluate(named, settings, out, trust_remote_code=trust),
         AGREEMENT: lambda out: agreement.agree(
             students, teacher, settings, recipe.data, generations, out, trust_remote_code=trust
@@ -235,7 +235,7 @@ def _check_scores(recipe: Recipe) -> None:
             "evaluation: a study needs something to score by; name lm-eval tasks under evaluation.tasks, or write evaluation.generation: {}"
         )
     if settings.classification is not None:
-        jobs.read_rows(held_out_data(recipe))
+        jobs.read_rows(classification_data(recipe))
     if settings.tasks:
         check_tasks(settings)
     if settings.generation is not None:

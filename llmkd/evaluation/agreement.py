@@ -21,20 +21,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkd.data.batches import IGNORE, Batch
+from llmkd.data.batches import IGNORE, Batch, Family
+from llmkd.data.other_families import collate_for
 from llmkd.errors import InputError
 from llmkd.evaluation import held_out
-from llmkd.evaluation.agreement_metrics import final_states, kl_and_same_top, text_likelihoods, token_agreement
-from llmkd.evaluation.prompts import encoded, encoded_sources, held_out_prompts
 from llmkd.evaluation.results import AGREEMENT_METRICS, AgreementResult, ComparedItem, GeneratedText, Scores, read_items
-from llmkd.evaluation.step import Score, Step, explained, model_hashes, pending, run, serve
+from llmkd.evaluation.step import Score, Step, before_scoring, explained, model_hashes, pending, run, serve
 from llmkd.files import digest, file_hashes
 from llmkd.inference.child import Say
+from llmkd.losses.divergences import DIVERGENCES
 from llmkd.models.families import family
 from llmkd.models.load import load_config, load_tokenizer
-from llmkd.models.parts import whole_head
+from llmkd.models.parts import final_state, whole_head
 from llmkd.models.vocabularies import check_ids, check_same_tokens
 from llmkd.provenance import versions
 from llmkd.recipe.recipe import Data, Evaluation
@@ -44,7 +46,10 @@ log = logging.getLogger("llmkd")
 
 TEACHER = "teacher"  # the entry whose generated texts the others are compared with
 PACKAGES = ("transformers", "torch", "datasets")
+CHUNK = 256  # tokens whose logits exist at one time
+ROWS = 8  # texts at once
 
+Ids = list[int]
 Texts = dict[int, GeneratedText]
 """A model's generated texts by item."""
 
@@ -83,34 +88,23 @@ def agree(
         raise InputError(
             "evaluation.agreement_rows: how many held-out rows to compare on; write a number above 0, e.g. 100"
         )
-    shared = _shared_fingerprint(teacher, settings, data, generations)
+    rows = held_out.held_out_data(settings.generation, data, settings.agreement_rows)
+    packages = versions(*PACKAGES)
+    decides = [rows.source, str(rows.name), rows.split, str(rows.rows), settings.dtype, str(settings.batch_size)]
+    columns = data.model_dump(include={"records_seed", "format", "max_length", "too_long"})
+    decides += [json.dumps(columns), json.dumps(packages, sort_keys=True)]
+    shared = digest(
+        decides + held_out.local_hashes(rows.source) + model_hashes(teacher) + _text_hashes(generations, TEACHER)
+    )
+    about = {"teacher": str(teacher), "dtype": settings.dtype, "versions": packages, "rows": 0}
+    about["metrics"] = dict.fromkeys(AGREEMENT_METRICS)
     unscored = [
-        AgreementResult(
-            name=name,
-            model=str(folder),
-            teacher=str(teacher),
-            fingerprint=digest([shared, *_text_hashes(generations, name), *model_hashes(folder)]),
-            dtype=settings.dtype,
-            versions=versions(*PACKAGES),
-            rows=0,
-            metrics=dict.fromkeys(AGREEMENT_METRICS),
-        )
+        before_scoring(AgreementResult, name, folder, [shared, *_text_hashes(generations, name)], **about)
         for name, folder in jobs
     ]
     students = [student.name for student in pending(unscored, out)]
     task = Task(teacher, settings, data, generations, students, trust_remote_code)
     return run(STEP, unscored, task, out, devices=devices)
-
-
-def _shared_fingerprint(teacher: Path, settings: Evaluation, data: Data, generations: Path) -> str:
-    """A hash of what all students share: rows and how they become tokens, the teacher and its texts, precision and versions."""
-    source, name = held_out.generation_source(settings, data)
-    generation, rows = settings.generation, settings.agreement_rows
-    assert generation is not None
-    parts = [source, str(name), generation.split, str(rows), settings.dtype, str(settings.batch_size)]
-    columns = data.model_dump(include={"records_seed", "format", "max_length", "too_long"})
-    parts += [json.dumps(columns), json.dumps(versions(*PACKAGES), sort_keys=True)]
-    return digest(parts + held_out.local_hashes(source) + model_hashes(teacher) + _text_hashes(generations, TEACHER))
 
 
 def _text_hashes(generations: Path, name: str) -> list[str]:
@@ -141,8 +135,10 @@ def prepare(task: Task, say: Say) -> Score[AgreementResult]:
         raise InputError(
             "evaluation.agreement_rows: an encoder predicts no tokens; write 0, and evaluation.classification"
         )
-    table, format = held_out.generation_rows(task.settings, task.data, task.settings.agreement_rows)
-    rows, batches = held_out.batches_of(table, format, task.teacher, task.settings, task.data, task.trust_remote_code)
+    generation = task.settings.generation
+    assert generation is not None
+    data = held_out.held_out_data(generation, task.data, task.settings.agreement_rows)
+    rows, batches = held_out.batches_of(data, task.teacher, task.settings, task.trust_remote_code)
     say(f"teacher: started on {len(rows)} rows")
     started = time.perf_counter()
     try:
@@ -168,8 +164,8 @@ def run_teacher(task: Task, rows: list[int], batches: list[Batch]) -> TeacherOut
     model = held_out.load_to_run(task.teacher, task.settings.dtype, trust_remote_code=task.trust_remote_code)
     asked: list[tuple[str, list[int]]] = []
     if any(texts.values()):
-        encode = encoded_sources if family(model.config).kind == "encoder_decoder" else encoded
-        asked = encode(held_out_prompts(generation, task.data), tokenizer)
+        prompts = held_out.held_out_prompts(generation, task.data)
+        asked = held_out.encoded(prompts, tokenizer, family(model.config).kind)
     states = [final_states(model, batch) for batch in batches]
     likelihoods = {}
     for name, written in texts.items():
@@ -197,9 +193,8 @@ def compare_model(
             check_ids([] if ids is None else ids.flatten().tolist(), further, "a row of evaluation.generation")
     for item, text in read_texts(task.generations, name).items():
         check_ids(text.token_ids, further, f"{name}'s text of item {item}")
-    items = compare_rows(
-        held_out.load_to_run(folder, task.settings.dtype, trust_remote_code=task.trust_remote_code), teacher
-    )
+    model = held_out.load_to_run(folder, task.settings.dtype, trust_remote_code=task.trust_remote_code)
+    items = compare_rows(model, teacher)
     if not all(math.isfinite(item.kl) for item in items.values() if item.kl is not None):
         raise InputError(f"{name}'s distributions are not numbers: its training has diverged; lower its learning rate")
     tokens = sum(item.tokens for item in items.values())
@@ -230,27 +225,93 @@ def compare_rows(model: Any, teacher: TeacherOutputs) -> dict[int, ComparedItem]
 
 def compare_texts(items: dict[int, ComparedItem], ours: Texts, theirs: Texts, likelihoods: dict[int, float]) -> Scores:
     """Token agreement (mean over items) and likelihood (mean over the student's tokens), added to the items too."""
-    shared = sorted(ours.keys() & theirs.keys())
-    agreements, written_tokens = [], 0
-    for number in shared:
+    agreements, total, tokens = [], 0.0, 0
+    for number in sorted(ours.keys() & theirs.keys()):
         text = ours[number].token_ids
         agreements.append(token_agreement(text, theirs[number].token_ids))
-        written_tokens += len(text)
+        total += likelihoods[number]
+        tokens += len(text)
         items[number] = replace(
             items.get(number, ComparedItem(item=number)),
             token_agreement=agreements[-1],
             likelihood=likelihoods[number] / len(text) if text else None,
         )
-    total = sum(likelihoods[number] for number in ours.keys() & theirs.keys())
     return {
         "token_agreement": sum(agreements) / len(agreements) if agreements else None,
-        "likelihood": total / written_tokens if written_tokens else None,
+        "likelihood": total / tokens if tokens else None,
     }
 
 
 def read_texts(generations: Path, name: str) -> Texts:
     """A model's generated texts by item; none where it has not written any."""
     return {text.item: text for text in read_items(generations / f"{name}.jsonl", GeneratedText)}
+
+
+# --- Two models at the same tokens
+
+
+def token_agreement(ours: Sequence[int], theirs: Sequence[int]) -> float:
+    """The share of positions with the same token, over the longer of two texts; 1 for two empty ones."""
+    longer = max(len(ours), len(theirs))
+    return sum(a == b for a, b in zip(ours, theirs, strict=False)) / longer if longer else 1.0
+
+
+@torch.no_grad()
+def final_states(model: Any, batch: Batch) -> Tensor:
+    """The final states [N, H] from which a batch's N trained tokens are predicted."""
+    batch = batch.to(model.device)
+    return final_state(model, batch).flatten(0, 1)[batch.trained_at]
+
+
+@torch.no_grad()
+def kl_and_same_top(
+    ours: Tensor, our_head: nn.Linear, theirs: Tensor, their_head: nn.Linear, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """(KL(teacher ‖ student) [N], whether both find the same token likeliest [N]) of states [N, H_s] and [N, H_t], in fp32.
+
+    Over the columns that both heads have. The logits of `chunk` tokens exist at one time.
+    """
+    shared = min(our_head.weight.shape[0], their_head.weight.shape[0])
+    kl, same = [], []
+    for our_part, their_part in zip(ours.split(chunk), theirs.split(chunk), strict=True):
+        student, teacher = (
+            _logits(part, layer)[:, :shared] for part, layer in ((our_part, our_head), (their_part, their_head))
+        )
+        kl.append(DIVERGENCES["forward_kl"](student, teacher, 1.0))
+        same.append((student.argmax(-1) == teacher.argmax(-1)).float())
+    return torch.cat(kl), torch.cat(same)
+
+
+def _logits(states: Tensor, layer: nn.Linear) -> Tensor:
+    return F.linear(states, layer.weight, layer.bias).float()
+
+
+@torch.no_grad()
+def text_likelihoods(
+    model: Any, texts: dict[int, tuple[Ids, Ids]], *, pad_id: int, chunk: int = CHUNK
+) -> dict[int, float]:
+    """By item, the log-probability that a model gives to a text's tokens after its prompt's; texts are (prompt, text) by item."""
+    likelihoods, layer, of = {}, whole_head(model), family(model.config)
+    collate, numbers = collate_for(of), sorted(texts)
+    for start in range(0, len(numbers), ROWS):
+        part = numbers[start : start + ROWS]
+        batch = collate([_row(*texts[item], of) for item in part], pad_id=pad_id, packed=False)
+        states = final_states(model, batch)
+        targets = batch.targets.flatten()[batch.trained_at].to(states.device)
+        scores = [
+            _logits(some, layer).log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+            for some, wanted in zip(states.split(chunk), targets.split(chunk), strict=True)
+        ]
+        per_row = (batch.targets != IGNORE).sum(1).tolist()
+        for item, values in zip(part, torch.cat(scores).split(per_row), strict=True):
+            likelihoods[item] = values.double().sum().item()
+    return likelihoods
+
+
+def _row(prompt: Ids, text: Ids, of: Family) -> dict[str, Any]:
+    if of.kind == "encoder_decoder":
+        return {"source_ids": prompt, "target_ids": [of.start, *text]}
+    return {"input_ids": [*prompt, *text], "trained": [False] * len(prompt) + [True] * len(text)}
 
 
 STEP = Step(AGREEMENT, Task, AgreementResult, prepare)

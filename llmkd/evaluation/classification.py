@@ -18,16 +18,15 @@ import torch.nn.functional as F
 from datasets import Dataset
 
 from llmkd.data.other_families import collate_classified, tokenize_classified
-from llmkd.data.rows import load_rows
 from llmkd.errors import InputError
 from llmkd.evaluation import class_metrics
-from llmkd.evaluation.held_out import check_model_folder, load_to_run, local_hashes
+from llmkd.evaluation.held_out import load_to_run, local_hashes, read_rows
 from llmkd.evaluation.results import ClassificationResult, ClassifiedRow
-from llmkd.evaluation.step import Score, Step, model_hashes, run, serve
+from llmkd.evaluation.step import Score, Step, before_scoring, run, serve
 from llmkd.files import digest, sources
 from llmkd.inference.child import Say
 from llmkd.models.families import family
-from llmkd.models.load import load_config, load_tokenizer
+from llmkd.models.load import load_tokenizer
 from llmkd.models.parts import final_state, head
 from llmkd.provenance import versions
 from llmkd.recipe.recipe import Data, Evaluation
@@ -58,26 +57,12 @@ def classify(
     A model that can't be run gets a file with `error` set, and is tried again at the next call. Raises InputError where the rows can't
     be read.
     """
-    shared = _rows_fingerprint(settings, data)
-    unscored = [
-        ClassificationResult(
-            name=name,
-            model=str(folder),
-            fingerprint=digest([shared, *model_hashes(folder)]),
-            dtype=settings.dtype,
-            versions=versions(*PACKAGES),
-            rows=0,
-            metrics=dict.fromkeys(class_metrics.METRICS),
-        )
-        for name, folder in jobs
-    ]
+    packages = versions(*PACKAGES)
+    rows = [data.model_dump_json(), settings.dtype, json.dumps(packages, sort_keys=True)]
+    decides = [digest([*rows, *local_hashes(data.source), *sources(class_metrics)])]
+    about = {"dtype": settings.dtype, "versions": packages, "rows": 0, "metrics": dict.fromkeys(class_metrics.METRICS)}
+    unscored = [before_scoring(ClassificationResult, name, folder, decides, **about) for name, folder in jobs]
     return run(STEP, unscored, Task(settings, data), out, devices=devices)
-
-
-def _rows_fingerprint(settings: Evaluation, data: Data) -> str:
-    """A hash of what all models share: the rows and how they become tokens, precision and versions."""
-    parts = [data.model_dump_json(), settings.dtype, json.dumps(versions(*PACKAGES), sort_keys=True)]
-    return digest([*parts, *local_hashes(data.source), *sources(class_metrics)])
 
 
 # --- The child process
@@ -85,8 +70,7 @@ def _rows_fingerprint(settings: Evaluation, data: Data) -> str:
 
 def prepare(task: Task, say: Say) -> Score[ClassificationResult]:
     """Read the rows. Raises InputError where they can't be read."""
-    data = task.data
-    rows = load_rows(data.source, name=data.name, split=data.split, rows=data.rows)
+    rows = read_rows(task.data)
     say(f"{len(rows)} rows")
     return partial(score, rows=rows, task=task)
 
@@ -95,16 +79,13 @@ def prepare(task: Task, say: Say) -> Score[ClassificationResult]:
 def score(model: ClassificationResult, rows: Dataset, task: Task) -> tuple[ClassificationResult, list[ClassifiedRow]]:
     """One encoder's scores, and a line per row. Raises whatever loading or running it raises."""
     folder, data = Path(model.model), task.data
-    check_model_folder(folder)
-    labels = family(load_config(folder)).labels
-    tokenizer = load_tokenizer(folder)
-    tokens = tokenize_classified(rows, tokenizer, labels, max_length=data.max_length, too_long=data.too_long)
     encoder = load_to_run(folder, task.settings.dtype)
+    labels, tokenizer = family(encoder.config).labels, load_tokenizer(folder)
+    tokens = tokenize_classified(rows, tokenizer, labels, max_length=data.max_length, too_long=data.too_long)
     size = task.settings.batch_size if isinstance(task.settings.batch_size, int) else ROWS
     order = sorted(range(len(tokens)), key=lambda number: tokens[number]["length"])
     layer = head(encoder)
-    by_number: dict[int, ClassifiedRow] = {}
-    losses: dict[int, float] = {}
+    items = []
     for start in range(0, len(order), size):
         part = [tokens[number] for number in order[start : start + size]]
         batch = collate_classified(part, pad_id=tokenizer.pad_token_id).to(encoder.device)
@@ -113,19 +94,14 @@ def score(model: ClassificationResult, rows: Dataset, task: Task) -> tuple[Class
             raise InputError("its logits are not numbers: its training has diverged; lower its learning rate")
         nats = F.cross_entropy(logits, batch.targets[:, 0], reduction="none").tolist()
         for row, predicted, loss in zip(part, logits.argmax(-1).tolist(), nats, strict=True):
-            losses[row["row"]] = loss
-            by_number[row["row"]] = ClassifiedRow(
-                item=row["row"],
-                label=row["class"],
-                predicted=predicted,
-                classes=len(labels),
-                scores={"accuracy": float(predicted == row["class"]), "cross_entropy": loss},
-            )
-    items = [by_number[number] for number in sorted(by_number)]
+            scores = {"accuracy": float(predicted == row["class"]), "cross_entropy": loss}
+            about = {"label": row["class"], "predicted": predicted, "classes": len(labels)}
+            items.append(ClassifiedRow(item=row["row"], **about, scores=scores))
+    items.sort(key=lambda item: item.item)
     metrics = class_metrics.class_metrics(
         [item.label for item in items],
         [item.predicted for item in items],
-        [losses[item.item] for item in items],
+        [item.scores["cross_entropy"] for item in items],
         len(labels),
     )
     return replace(model, rows=len(items), classes=list(labels), metrics={**metrics}), items

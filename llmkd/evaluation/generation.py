@@ -9,31 +9,35 @@ starts vLLM's engine once for all prompts, and leaves the libraries' own output 
 from __future__ import annotations
 
 import json
+import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from llmkd.data import records
+from llmkd.data.batches import Kind
 from llmkd.errors import InputError
 from llmkd.evaluation import text_metrics
-from llmkd.evaluation.held_out import check_model_folder
-from llmkd.evaluation.prompts import KEY, Encoded, Prompt, encoded, encoded_sources, held_out_prompts, section
-from llmkd.evaluation.results import GeneratedText, GenerationResult
-from llmkd.evaluation.step import Process, Score, Step, explained, model_hashes, run, serve
-from llmkd.evaluation.text_metrics import corpus_metrics
-from llmkd.files import digest, sources
+from llmkd.evaluation.held_out import KEY, Encoded, Prompt, check_model_folder, encoded, held_out_prompts
+from llmkd.evaluation.results import GeneratedText, GenerationResult, read_items
+from llmkd.evaluation.step import Process, Score, Step, before_scoring, explained, run, serve
+from llmkd.files import sources
 from llmkd.inference.backends import BACKENDS, Sampling, stop_ids
 from llmkd.inference.child import Say
 from llmkd.inference.choose import choose_backend, is_encoder_decoder
 from llmkd.inference.vllm_setup import check_installed, vllm_environment, vllm_version
 from llmkd.models.families import kind
+from llmkd.models.folders import resolve
 from llmkd.models.load import load_config, load_tokenizer
 from llmkd.provenance import versions
 from llmkd.recipe.evaluation import Generation
 from llmkd.recipe.recipe import Data, Evaluation
 from llmkd.recipe.scoring_steps import GENERATION
+from llmkd.recipe.study_entries import read_study
+
+log = logging.getLogger("llmkd")
 
 WORTH_VLLM = 3e11
 """Parameters x new tokens from which vLLM repays its start. On one CPU thread 26M parameters x 12,800 tokens (3.3e11) took 21 s by
@@ -67,38 +71,35 @@ def generate(
     """
     prompts = check(settings, data)
     unscored = [_unscored(name, folder, settings, prompts) for name, folder in jobs]
-    log_file = str(out / STEP.log_name)
-    task = Task(section(settings), settings.dtype, prompts, log_file, trust_remote_code)
+    task = Task(_section(settings), settings.dtype, prompts, str(out / STEP.log_name), trust_remote_code)
     return run(STEP, unscored, task, out, process=_process, devices=devices)
 
 
 def check(settings: Evaluation, data: Data) -> list[Prompt]:
     """The prompts. Raises InputError for prompts or a backend that are not there; for a study to call before it trains."""
-    generation = section(settings)
+    generation = _section(settings)
     if generation.backend == "vllm":
         check_installed(f"{KEY}.backend")
     return held_out_prompts(generation, data)
 
 
+def _section(settings: Evaluation) -> Generation:
+    if settings.generation is None:
+        raise InputError(f"{KEY}: the recipe asks for no texts; add that section, e.g. {KEY}.items: 200")
+    return settings.generation
+
+
 def _unscored(name: str, folder: Path, settings: Evaluation, prompts: Sequence[Prompt]) -> GenerationResult:
     """A model before it is run: its backend and why, and the fingerprint of all that decides its texts."""
-    generation = section(settings)
+    generation = _section(settings)
     backend, why = choose(generation, folder, len(prompts))
     packages = versions("torch", "transformers", "tokenizers", "sacrebleu", "rouge-score")
     packages |= {"vllm": vllm_version() or "none"} if backend == "vllm" else {}
     used = generation.model_dump(mode="json", exclude={"backend", "source", "name", "split", "items"})
     used |= {"backend": backend, "dtype": settings.dtype, "versions": packages, "prompts": [asdict(p) for p in prompts]}
-    code = sources(text_metrics, records)
-    return GenerationResult(
-        name=name,
-        model=str(folder),
-        fingerprint=digest([json.dumps(used, sort_keys=True), *code, *model_hashes(folder)]),
-        backend=backend,
-        why=why,
-        dtype=settings.dtype,
-        versions=packages,
-        rows=0,
-    )
+    decides = [json.dumps(used, sort_keys=True), *sources(text_metrics, records)]
+    about = {"backend": backend, "why": why, "dtype": settings.dtype, "versions": packages, "rows": 0}
+    return before_scoring(GenerationResult, name, folder, decides, **about)
 
 
 def choose(generation: Generation, folder: Path, prompts: int) -> tuple[str, str]:
@@ -120,13 +121,25 @@ def _process(model: GenerationResult) -> Process:
 
 def prepare(task: Task, say: Say) -> Score[GenerationResult]:
     """All is done model by model."""
-    return partial(_score, task=task, say=say)
+    return partial(score, task=task, say=say)
 
 
-def _score(model: GenerationResult, task: Task, say: Say) -> tuple[GenerationResult, list[GeneratedText]]:
+def score(model: GenerationResult, task: Task, say: Say) -> tuple[GenerationResult, list[GeneratedText]]:
+    """One model's scores and texts. Raises whatever loading it raises, and InputError where it can't be run."""
     say(f"{model.name}: by {model.backend} ({model.why})")
+    folder, generation = Path(model.model), task.generation
+    check_model_folder(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code=task.trust_remote_code)
+    config = load_config(folder, trust_remote_code=task.trust_remote_code)
+    asked = encoded(task.prompts, tokenizer, kind(config))
+    check_room(asked, generation.max_new_tokens, getattr(config, "max_position_embeddings", None), kind(config))
+    how = Sampling(
+        stops=stop_ids(folder, tokenizer),
+        trust_remote_code=task.trust_remote_code,
+        **generation.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed", "batch_size"}),
+    )
     try:
-        return score(model, task)
+        written = BACKENDS[model.backend or "hf"](folder, [ids for _, ids in asked], task.dtype, how)
     except InputError:
         raise
     except Exception as error:
@@ -134,24 +147,6 @@ def _score(model: GenerationResult, task: Task, say: Say) -> tuple[GenerationRes
         raise InputError(
             f"{model.backend} could not run this model ({explained(error)}); see {task.log_file}, or {fix}"
         ) from error
-
-
-def score(model: GenerationResult, task: Task) -> tuple[GenerationResult, list[GeneratedText]]:
-    """One model's scores and texts. Raises whatever loading or generating raises."""
-    folder, generation = Path(model.model), task.generation
-    check_model_folder(folder)
-    tokenizer = load_tokenizer(folder, trust_remote_code=task.trust_remote_code)
-    asked = _encoded(folder, tokenizer, task)
-    how = Sampling(
-        max_new_tokens=generation.max_new_tokens,
-        stops=stop_ids(folder, tokenizer),
-        temperature=generation.temperature,
-        top_p=generation.top_p,
-        seed=generation.seed,
-        batch_size=generation.batch_size,
-        trust_remote_code=task.trust_remote_code,
-    )
-    written = BACKENDS[model.backend or "hf"](folder, [ids for _, ids in asked], task.dtype, how)
     decode: Callable[..., str] = tokenizer.decode
     texts = [
         decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip() for ids in written.token_ids
@@ -159,7 +154,7 @@ def score(model: GenerationResult, task: Task) -> tuple[GenerationResult, list[G
     finished = [bool(ids) and ids[-1] in how.stops for ids in written.token_ids]
     answers = [(text, prompt.references) for text, prompt in zip(texts, task.prompts, strict=True)]
     slots = [prompt.record for prompt in task.prompts if prompt.record is not None]
-    metrics, scores = corpus_metrics(answers, finished, slots)
+    metrics, scores = text_metrics.corpus_metrics(answers, finished, slots)
     items = [
         GeneratedText(
             item=number,
@@ -172,52 +167,83 @@ def score(model: GenerationResult, task: Task) -> tuple[GenerationResult, list[G
         )
         for number, prompt in enumerate(task.prompts)
     ]
-    result = replace(
-        model,
-        seconds=written.seconds,
-        load_seconds=written.load_seconds,
-        new_tokens=sum(map(len, written.token_ids)),
-        rows=len(items),
-        metrics={**metrics},
-    )
-    return result, items
+    took = {"seconds": written.seconds, "load_seconds": written.load_seconds}
+    new_tokens = sum(map(len, written.token_ids))
+    return replace(model, **took, new_tokens=new_tokens, rows=len(items), metrics={**metrics}), items
 
 
-def _encoded(folder: Path, tokenizer: object, task: Task) -> Encoded:
-    """The prompts as the model reads them. Raises InputError for one that it has no room for."""
-    config = load_config(folder, trust_remote_code=task.trust_remote_code)
-    positions: int | None = getattr(config, "max_position_embeddings", None)
-    if kind(config) == "encoder_decoder":
-        asked = encoded_sources(task.prompts, tokenizer)
-        _check_sides(asked, task.generation.max_new_tokens, positions)
-    else:
-        asked = encoded(task.prompts, tokenizer)
-        _check_room(asked, task.generation.max_new_tokens, positions)
-    return asked
-
-
-def _check_room(asked: Encoded, new: int, positions: int | None) -> None:
-    """Raise InputError for a prompt that leaves no room for its continuation, or that is empty."""
+def check_room(asked: Encoded, new: int, positions: int | None, kind: Kind = "decoder") -> None:
+    """Raise InputError for an empty prompt, and for one that leaves no room for its continuation."""
     for number, (_, ids) in enumerate(asked):
         if not ids:
             raise InputError(
                 f"{KEY}: the prompt of item {number} is empty; give it at least one token, or leave the row out"
             )
-        if positions is not None and len(ids) + new > positions:
+        if positions is None:
+            continue
+        room = positions if kind == "encoder_decoder" else positions - len(ids)  # there an answer has its own positions
+        if new > room or len(ids) > positions:
             raise InputError(
                 f"{KEY}.max_new_tokens: item {number} has {len(ids)} tokens and may get {new} more, the model has {positions} "
-                f"positions; write at most {max(positions - len(ids), 1)}, or leave such rows out"
+                f"positions; write at most {max(room, 1)}, or leave such rows out"
             )
 
 
-def _check_sides(asked: Encoded, new: int, positions: int | None) -> None:
-    """As `_check_room`, where prompt and answer have positions of their own."""
-    longest = max(len(ids) for _, ids in asked)
-    if positions is not None and max(longest, new) > positions:
-        key = f"{KEY}.max_new_tokens: {new}" if new > positions else f"{KEY}: a prompt of {longest}"
-        raise InputError(
-            f"{key} tokens are more than the model's {positions} positions; write fewer, or leave such rows out"
-        )
+# --- The command
+
+
+def models_of(paths: Sequence[Path]) -> list[tuple[str, Path]]:
+    """(name, folder) of models given as folders or hub names, and of all models of studies. Raises InputError for neither.
+
+    What a study has not trained yet is left out, and logged.
+    """
+    models: list[tuple[str, Path]] = []
+    for path in paths:
+        if (path / "study.json").is_file():
+            models += _models_of_study(path)
+        else:
+            folder, place = resolve(str(path), "MODEL_OR_STUDY"), path.resolve()
+            models.append((place.parent.name if place.name == "model" else place.name, folder))
+    if not models:
+        raise InputError(f"MODEL_OR_STUDY: {paths[0]} has no model yet; run the study first")
+    names = [name for name, _ in models]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(
+                f"MODEL_OR_STUDY: two models are called {name!r}; give each a call of its own, with another --output"
+            )
+    return models
+
+
+def _models_of_study(study: Path) -> Iterator[tuple[str, Path]]:
+    for entry in read_study(study).entries:
+        inside = study / entry.model
+        if inside.is_dir():
+            yield entry.name, inside
+        elif entry.train is None and entry.strategy != "undistilled":  # the study reads it from elsewhere
+            yield entry.name, resolve(entry.model, entry.name)
+        else:
+            log.info("generation: %s has no model yet and is left out", entry.name)
+
+
+def summary(files: dict[str, Path], samples: int = 3) -> str:
+    """A table of the models' scores, the texts of the first items side by side, and where it all is."""
+    results = {name: GenerationResult.read(file) for name, file in files.items()}
+    labels = {
+        metric: about.label
+        for metric, about in text_metrics.METRICS.items()
+        if any(metric in result.metrics for result in results.values())
+    }
+    width = max(len(name) for name in [*results, "model"])
+    lines = [f"{'model':{width}}  backend  " + "  ".join(labels.values())]
+    for name, result in results.items():
+        cells = [f"{result.metrics[m]:>{len(label)}.4g}" for m, label in labels.items() if m in result.metrics]
+        lines.append(f"{name:{width}}  {result.backend:7}  " + (result.error or "  ".join(cells)))
+    texts = {name: read_items(file.with_suffix(".jsonl"), GeneratedText) for name, file in files.items()}
+    for prompt in next((some[:samples] for some in texts.values() if some), []):
+        lines += ["", f"prompt {prompt.item}: {prompt.prompt}", f"  {'reference':{width}}  {prompt.references[0]}"]
+        lines += [f"  {name:{width}}  {some[prompt.item].text}" for name, some in texts.items() if some]
+    return "\n".join([*lines, "", *(f"{file} and {file.stem}.jsonl" for file in files.values())])
 
 
 STEP = Step(GENERATION, Task, GenerationResult, prepare)

@@ -18,7 +18,7 @@ from llmkd.evaluation import text_metrics
 from llmkd.evaluation.lm_eval_tasks import problem, task_files, task_manager
 from llmkd.evaluation.lm_eval_worker import PACKAGES, STEP, Task
 from llmkd.evaluation.results import LmEvalResult
-from llmkd.evaluation.step import Process, model_hashes, run
+from llmkd.evaluation.step import Process, before_scoring, run
 from llmkd.files import ROOT, digest, file_hashes, sources
 from llmkd.inference.choose import choose_backend
 from llmkd.inference.vllm_setup import check_installed, vllm_environment
@@ -48,6 +48,8 @@ def evaluate(
     InputError for a task or task folder that is not there.
     """
     include = task_folder(settings)
+    if settings.backend == "vllm":
+        check_installed("evaluation.backend")
     unscored = [_unscored(name, folder, settings, include) for name, folder in jobs]
     task = Task(settings, None if include is None else str(include), trust_remote_code)
 
@@ -92,24 +94,10 @@ def task_folder(settings: Evaluation) -> Path | None:
 
 def _unscored(name: str, folder: Path, settings: Evaluation, include: Path | None) -> LmEvalResult:
     """A model before it is scored: which backend takes it and why, and the fingerprint of all that decides its scores."""
-    if settings.backend == "vllm":
-        check_installed("evaluation.backend")
     backend, why = choose_backend(settings.backend, folder, 1, WORTH_VLLM)
-    return LmEvalResult(
-        name=name,
-        model=str(folder),
-        fingerprint=digest([_shared_fingerprint(settings, include, backend), *model_hashes(folder)]),
-        backend=backend,
-        why=why,
-        dtype=settings.dtype,
-        versions=versions(*PACKAGES["hf"], *PACKAGES[backend]),
-    )
-
-
-def _shared_fingerprint(settings: Evaluation, include: Path | None, backend: str) -> str:
-    """A hash of what every model on this backend shares: settings, versions, and what the tasks are made of."""
-    made_with = versions(*PACKAGES["hf"], *PACKAGES[backend])
-    parts = [settings.model_dump_json(exclude=NOT_OF_LM_EVAL), backend, json.dumps(made_with, sort_keys=True)]
-    parts += [DECODING]
-    parts += sources(records, text_metrics)
-    return digest(parts + ([] if include is None else file_hashes(include, task_files(include, settings.tasks))))
+    packages = versions(*PACKAGES["hf"], *PACKAGES[backend])
+    shared = [settings.model_dump_json(exclude=NOT_OF_LM_EVAL), backend, json.dumps(packages, sort_keys=True)]
+    shared += [DECODING, *sources(records, text_metrics)]
+    shared += [] if include is None else file_hashes(include, task_files(include, settings.tasks))
+    about = {"backend": backend, "why": why, "dtype": settings.dtype, "versions": packages}
+    return before_scoring(LmEvalResult, name, folder, [digest(shared)], **about)

@@ -20,13 +20,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter
 
 from llmkd.errors import InputError
-from llmkd.evaluation.results import Item, StepResult, read_result
-from llmkd.files import file_hashes, write_text
+from llmkd.evaluation.results import Item, ScoredModel, StepResult, read_result
+from llmkd.files import digest, file_hashes, write_text
 from llmkd.inference import child
 from llmkd.inference.child import Child, Say
 from llmkd.recipe.scoring_steps import ScoringStep
@@ -37,6 +37,7 @@ NOT_OF_THE_MODEL = ("llmkd.json", "README.md")  # in an exported folder, but wit
 
 S = TypeVar("S")
 R = TypeVar("R", bound=StepResult)
+M = TypeVar("M", bound=ScoredModel)
 Score = Callable[[R], tuple[R, Sequence[Item]]]
 """An unscored model -> its result, and a line per item. Whatever it raises is noted in the model's file."""
 
@@ -65,6 +66,11 @@ class Process:
     variables: Mapping[str, str] = field(default_factory=dict)
     alone: bool = False
     """Whether the process ends after one model."""
+
+
+def before_scoring(kind: type[M], name: str, folder: Path, decides: Sequence[str], **values: Any) -> M:
+    """A model's result before it is scored. Its fingerprint is that of the model's files and of all else that `decides` the scores."""
+    return kind(name=name, model=str(folder), fingerprint=digest([*decides, *model_hashes(folder)]), **values)
 
 
 def run(

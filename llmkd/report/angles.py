@@ -12,10 +12,9 @@ from llmkd.evaluation.results import read_result
 from llmkd.recipe.scoring_steps import ANGLES
 from llmkd.recipe.study_entries import StudyEntry
 from llmkd.report import numbers
-from llmkd.report.files import row_name
+from llmkd.report.files import row_name, thinned
 from llmkd.report.results import Angles, AnglesThen, Average, BlockMap, StrategyAngles
 from llmkd.report.significance import half_width
-from llmkd.report.training_runs import thinned
 from llmkd.text import Table, fixed
 
 MOST_STUDENT_BLOCKS = 4  # shown of a strategy, evenly from first to last

@@ -18,11 +18,10 @@ from llmkd.recipe.study_entries import STEPS, StudyEntry, StudyFile, read_study
 from llmkd.report.angles import study_angles
 from llmkd.report.comparisons import comparisons
 from llmkd.report.conclusion import conclusion, notes
-from llmkd.report.files import read_summary, row_name, step_result
+from llmkd.report.files import curve, layer_maps, read_log, read_summary, row_name, step_result, training_run
 from llmkd.report.item_scores import ItemScores
 from llmkd.report.results import Agreed, Cell, Metric, Results, Row, StatedMargins
 from llmkd.report.significance import half_width
-from llmkd.report.training_runs import curve, layer_maps, read_log, training_run
 
 LOWER_IS_BETTER = re.compile(r"perplexity|bits_per_byte|brier|^ter$")  # lm-eval's, where the file does not say
 OF_100 = ("bleu", "chrf", "ter")  # lm-eval's metrics that go from 0 to 100

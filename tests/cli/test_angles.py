@@ -14,7 +14,7 @@ import yaml
 from llmkd.cli import main
 from llmkd.errors import InputError
 from llmkd.evaluation.angles import measure
-from llmkd.evaluation.angles.table import angles_text
+from llmkd.evaluation.angles.results import angles_text
 from llmkd.inference import child
 from llmkd.recipe.recipe import dump_recipe, load_recipe
 from llmkd.recipe.study_entries import StudyFile, study_entries

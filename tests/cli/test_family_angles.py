@@ -10,7 +10,7 @@ import pytest
 
 from llmkd.errors import InputError
 from llmkd.evaluation.angles import measure
-from llmkd.evaluation.angles.table import angles_text
+from llmkd.evaluation.angles.results import angles_text
 from llmkd.train import train
 from llmkd.training import jobs
 from tests.family_models import ENCODER_DECODERS, ENCODERS, family_recipe, new

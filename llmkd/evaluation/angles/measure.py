@@ -25,12 +25,10 @@ from llmkd.data.batches import Batch
 from llmkd.data.rows import source_contents
 from llmkd.errors import InputError
 from llmkd.evaluation.angles.cosines import BINS, pairs_of
-from llmkd.evaluation.angles.projectors import drawn_projectors, trained_projectors
 from llmkd.evaluation.angles.results import AngleResult, MeasuredAngles, StackAngles, StudentView
 from llmkd.evaluation.angles.states import STACKS, StudentObserver, TeacherStates, observe
-from llmkd.evaluation.angles.students import TrainedStudent, students_of
-from llmkd.evaluation.checks import held_out_data
-from llmkd.evaluation.held_out import batches_of, generation_rows, held_out_section, load_to_run
+from llmkd.evaluation.angles.students import TrainedStudent, drawn_projectors, students_of, trained_projectors
+from llmkd.evaluation.held_out import batches_of, classification_data, held_out_data, held_out_section, load_to_run
 from llmkd.evaluation.results import Item
 from llmkd.evaluation.step import Score, Step, model_hashes, run, serve
 from llmkd.files import digest
@@ -43,7 +41,6 @@ from llmkd.provenance import versions
 from llmkd.recipe.recipe import Recipe
 from llmkd.recipe.scoring_steps import ANGLES
 from llmkd.training.initial import initial_student
-from llmkd.training.jobs import read_rows
 
 ROWS = 100  # where neither the call nor the recipe names a number
 FORM = "by stack"  # of the result files; those of another are made again
@@ -163,13 +160,13 @@ def score(result: AngleResult, work: Work) -> tuple[AngleResult, list[Item]]:
 
 def _batches(recipe: Recipe, teacher: Path, rows: int) -> list[Batch]:
     """The held-out rows in batches: an encoder's as it classifies them, others' as the comparison with the teacher reads them."""
-    settings, data, trust = recipe.evaluation, recipe.data, recipe.teacher.trust_remote_code
+    trust, generation = recipe.teacher.trust_remote_code, recipe.evaluation.generation
     if kind(load_config(teacher, trust_remote_code=trust)) == "encoder":
-        data = held_out_data(recipe).model_copy(update={"rows": rows})
-        table, format = read_rows(data), data.format
+        data = classification_data(recipe).model_copy(update={"rows": rows})
     else:
-        table, format = generation_rows(settings, data, rows)
-    return batches_of(table, format, teacher, settings, data, trust)[1]
+        assert generation is not None
+        data = held_out_data(generation, recipe.data, rows)
+    return batches_of(data, teacher, recipe.evaluation, trust)[1]
 
 
 def measure(student: TrainedStudent, work: Work) -> MeasuredAngles:

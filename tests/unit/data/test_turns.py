@@ -17,7 +17,8 @@ from llmkd.data.rows import load_rows
 from llmkd.data.tokens import conversation, tokenize
 from llmkd.data.turns import read_tools, read_turns
 from llmkd.errors import InputError
-from llmkd.evaluation.prompts import encoded, read_prompts
+from llmkd.evaluation.held_out import encoded, read_prompts
+from llmkd.recipe.recipe import Data
 from tests.unit.data.test_data import CHATML, make_tokenizer, texts
 
 TOOLS_TEMPLATE = """
@@ -105,7 +106,7 @@ def test_prompt_and_completion_may_be_turns(tmp_path: Path) -> None:
     )
     row = _tokens(rows, tokenizer)[0]
     assert _trained(row, tokenizer) == ["two<|im_end|>"] and "three" in texts(row, tokenizer)[0]
-    (prompt,) = read_prompts(str(tmp_path / "a.jsonl"), name=None, split="train", rows=1)
+    (prompt,) = read_prompts(Data(source=str(tmp_path / "a.jsonl"), rows=1))
     assert prompt.references == ["two"] and prompt.turns is not None and len(prompt.turns) == 3
 
 
@@ -177,9 +178,9 @@ def test_a_prompt_that_ends_in_a_call_cannot_be_compared(tmp_path: Path) -> None
     with pytest.raises(
         InputError, match="row 0 of .*: the assistant's last turn calls a tool, so there is no text to compare with"
     ):
-        read_prompts(str(file), name=None, split="train", rows=1)
+        read_prompts(Data(source=str(file), rows=1))
     _loaded(file, [{"tools": TOOLS, "messages": [USER, CALLS, RESULT, ANSWER]}])
-    prompts = read_prompts(str(file), name=None, split="train", rows=1)
+    prompts = read_prompts(Data(source=str(file), rows=1))
     tokenizer = make_tokenizer(template=TOOLS_TEMPLATE)
     ((text, ids),) = encoded(prompts, tokenizer)
     whole, trained = conversation(read_turns([USER, CALLS, RESULT, ANSWER]), tokenizer, read_tools(TOOLS))

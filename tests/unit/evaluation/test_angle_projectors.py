@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llmkd.evaluation.angles.projectors import drawn_projectors
+from llmkd.evaluation.angles.students import drawn_projectors
 from llmkd.recipe.recipe import load_recipe
 from llmkd.student.distiller import make_projectors
 

@@ -16,8 +16,8 @@ from llmkd import cli
 from llmkd.data import batches, records, tokens
 from llmkd.data import rows as row_files
 from llmkd.errors import InputError
-from llmkd.evaluation import generation, prompts
-from llmkd.evaluation.generate_command import models_of, summary
+from llmkd.evaluation import generation, held_out
+from llmkd.evaluation.generation import models_of, summary
 from llmkd.evaluation.results import GenerationResult
 from llmkd.files import ROOT
 from llmkd.inference import backends, choose, vllm_setup
@@ -284,7 +284,9 @@ def test_another_setting_model_or_prompt_is_another_result(trained: Path, jobs: 
 
 def test_sampling_follows_its_seed_and_not_the_batch_beside_it(trained: Path) -> None:
     tokenizer = load.load_tokenizer(trained)
-    asked = [ids for _, ids in prompts.encoded(prompts.held_out_prompts(Generation(items=6), Data(rows=10)), tokenizer)]
+    asked = [
+        ids for _, ids in held_out.encoded(held_out.held_out_prompts(Generation(items=6), Data(rows=10)), tokenizer)
+    ]
 
     def texts(seed: int, temperature: float = 1.0) -> list[list[int]]:
         how = backends.Sampling(12, backends.stop_ids(trained, tokenizer), temperature, 0.9, seed, batch_size=6)
@@ -309,20 +311,21 @@ def test_chat_prompts_are_continued(trained: Path, tmp_path: Path) -> None:
     some = settings(source=str(source), max_new_tokens=5)
     items = generation.check(some, Data(rows=10))
     model = GenerationResult(model=str(trained), backend="hf")
-    task = generation.Task(generation.section(some), some.dtype, items, "generation.log", False)
-    result, [text] = generation.score(model, task)
+    assert some.generation is not None
+    task = generation.Task(some.generation, some.dtype, items, "generation.log", False)
+    result, [text] = generation.score(model, task, print)
     assert text.prompt.startswith("<user> a cheap inn") and text.references == ["There is one."]
     assert "slots" not in result.metrics and 1 <= len(text.token_ids) <= 5
 
 
 def test_a_prompt_without_room_for_its_continuation_is_refused() -> None:
-    generation._check_room([("p", [1] * 10)], 6, 16)
+    generation.check_room([("p", [1] * 10)], 6, 16)
     with pytest.raises(
         InputError, match="item 1 has 11 tokens and may get 6 more, the model has 16 positions; write at most 5"
     ):
-        generation._check_room([("p", [1] * 10), ("q", [1] * 11)], 6, 16)
+        generation.check_room([("p", [1] * 10), ("q", [1] * 11)], 6, 16)
     with pytest.raises(InputError, match="item 0 is empty"):
-        generation._check_room([("", [])], 6, None)
+        generation.check_room([("", [])], 6, None)
 
 
 def test_no_section_is_an_input_error(tmp_path: Path) -> None:

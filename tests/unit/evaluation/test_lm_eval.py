@@ -531,17 +531,22 @@ def test_fingerprint_follows_tasks_their_data_and_the_settings(tmp_path: Path) -
     data, task = tmp_path / "rows.json", tmp_path / "tasks" / "t.yaml"
     task.parent.mkdir()
     data.write_text("[]")
+
+    def fingerprint(**changes: Any) -> str:
+        asked = settings(tasks=("t",), **changes)
+        return lm_eval_step._unscored("m", tmp_path / "none", asked, task.parent).fingerprint
+
     text = f"task: t\nprocess_docs: !function utils.f\ndataset_kwargs: {{data_files: {{test: [{data}]}}}}\n"
     seen = []
     for yaml, rows, limit in ((text, "[]", 4), (text, "[1]", 4), (text + "# more", "[1]", 4), (text, "[]", 5)):
         task.write_text(yaml)
         data.write_text(rows)
-        seen.append(lm_eval_step._shared_fingerprint(settings(tasks=("t",), limit=limit), task.parent, "hf"))
+        seen.append(fingerprint(limit=limit))
     task.write_text(text)
     assert len(set(seen)) == 4
     data.write_text("[]")
-    assert lm_eval_step._shared_fingerprint(settings(tasks=("t",)), task.parent, "hf") == seen[0]
-    assert lm_eval_step._shared_fingerprint(settings(tasks=("t",)), task.parent, "vllm") != seen[0]
+    assert fingerprint() == fingerprint(backend="hf") == seen[0]
+    assert fingerprint(backend="vllm") != seen[0]
 
 
 def test_fingerprint_follows_the_asked_tasks_and_no_others(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from llmkd.data import records, tokens
 from llmkd.data import rows as row_files
 from llmkd.errors import InputError
-from llmkd.evaluation.prompts import Prompt, encoded, held_out_prompts, read_prompts
+from llmkd.evaluation.held_out import Prompt, encoded, held_out_prompts, read_prompts
 from llmkd.models import make
 from llmkd.recipe.evaluation import Generation
 from llmkd.recipe.recipe import Data
@@ -72,7 +72,7 @@ def test_a_prompt_is_asked_as_training_begins_its_row(tokenizer: Any, tmp_path: 
 
 def test_references_of_their_own_take_the_completions_place(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "completion": " c", "references": ["one", "two "][: n + 1]} for n in range(2)]
-    items = read_prompts(write(tmp_path / "rows.jsonl", *rows), name=None, split="test", rows=9)
+    items = read_prompts(Data(source=write(tmp_path / "rows.jsonl", *rows), split="test", rows=9))
     assert [item.references for item in items] == [["one"], ["one", "two"]]
 
 
@@ -88,7 +88,7 @@ def test_references_of_their_own_take_the_completions_place(tmp_path: Path) -> N
 )
 def test_rows_without_prompts_are_refused(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
-        read_prompts(write(tmp_path / "rows.jsonl", *rows), name=None, split="test", rows=9)
+        read_prompts(Data(source=write(tmp_path / "rows.jsonl", *rows), split="test", rows=9))
 
 
 def test_rows_that_the_students_are_trained_on_are_refused(tmp_path: Path) -> None:

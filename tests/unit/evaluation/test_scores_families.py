@@ -13,9 +13,9 @@ import torch
 from datasets import Dataset
 
 from llmkd.errors import InputError
-from llmkd.evaluation import agreement, checks, class_metrics, classification, generation, prompts
+from llmkd.evaluation import agreement, class_metrics, classification, generation
 from llmkd.evaluation.classification import classify
-from llmkd.evaluation.held_out import batches_of, generation_rows
+from llmkd.evaluation.held_out import Prompt, batches_of, check_evaluation, encoded, held_out_data
 from llmkd.evaluation.results import AgreementResult, ClassificationResult, LmEvalResult
 from llmkd.inference import backends
 from llmkd.models import load
@@ -132,8 +132,8 @@ def test_answers_are_the_likeliest_tokens_one_after_another(tmp_path: Path, name
     family_recipe(tmp_path, "encoder_decoder", new(ENCODER_DECODERS[name](2, 2), "encoder_decoder"))
     folder = tmp_path / "teacher"
     model, tokenizer = CLASSES["encoder_decoder"].from_pretrained(folder).eval(), load.load_tokenizer(folder)
-    items = [prompts.Prompt(text=text, references=["x"]) for text in ("red", "blue green house tree", "old new")]
-    asked = prompts.encoded_sources(items, tokenizer)
+    items = [Prompt(text=text, references=["x"]) for text in ("red", "blue green house tree", "old new")]
+    asked = encoded(items, tokenizer, "encoder_decoder")
     assert [ids[-1] for _, ids in asked] == [tokenizer.eos_token_id] * 3
     how = backends.Sampling(max_new_tokens=8, stops=backends.stop_ids(folder, tokenizer))
     made = backends.by_hugging_face(folder, [ids for _, ids in asked], "float32", how)
@@ -161,7 +161,7 @@ def test_generation_runs_an_encoder_decoder(tmp_path: Path, monkeypatch: pytest.
 def test_what_encoders_are_not_asked(tmp_path: Path) -> None:
     base = family_recipe(tmp_path, "encoder", new(ENCODERS["bert"](2), "encoder"))
     held_out = {"evaluation.classification.source": str(tmp_path / "other.jsonl")}
-    checks.check_evaluation(base.changed(held_out), "encoder")
+    check_evaluation(base.changed(held_out), "encoder")
     for changes, kind, sentence in (
         ({"evaluation.tasks": ["piqa"]}, "encoder", r"evaluation\.tasks: lm-eval .* an encoder; leave tasks out and"),
         ({"evaluation.generation": {}}, "encoder", r"evaluation\.generation: an encoder writes no texts; leave it out"),
@@ -175,7 +175,7 @@ def test_what_encoders_are_not_asked(tmp_path: Path) -> None:
         ),
     ):
         with pytest.raises(InputError, match=sentence):
-            checks.check_evaluation(base.changed(changes), kind)  # type: ignore[arg-type]
+            check_evaluation(base.changed(changes), kind)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="an encoder where a causal language model is needed; give a decoder"):
         load.load_causal_lm(tmp_path / "teacher", dtype=torch.float32, ds_config=None, attention="auto")
 
@@ -205,8 +205,9 @@ def test_agreement_of_encoder_decoders_is_that_of_their_logits(tmp_path: Path, n
     tokenizer = load.load_tokenizer(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "student")
     task = agreement.Task(tmp_path / "teacher", settings, recipe.data, tmp_path, ["one"], False)
-    table, format = generation_rows(settings, recipe.data, 5)
-    outputs = agreement.run_teacher(task, *batches_of(table, format, task.teacher, settings, recipe.data, False))
+    assert settings.generation is not None
+    data = held_out_data(settings.generation, recipe.data, 5)
+    outputs = agreement.run_teacher(task, *batches_of(data, task.teacher, settings, False))
     student_result = AgreementResult(name="one", model=str(tmp_path / "student"))
     result, compared = agreement.compare_model(student_result, task, outputs)
     teacher, student = (CLASSES["encoder_decoder"].from_pretrained(tmp_path / n).eval() for n in ("teacher", "student"))

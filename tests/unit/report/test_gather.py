@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from llmkd.errors import InputError
-from llmkd.report.files import GeneratedItem, generations
+from llmkd.report.files import CURVE_POINTS, GeneratedItem, generations
 from llmkd.report.gather import gather
 from llmkd.report.results import Cell, LayerMap
-from llmkd.report.training_runs import CURVE_POINTS
 from tests.unit.report.study_folder import VERSIONS, Folder, small_study
 
 T_1 = 12.706204736  # the 97.5 % point of Student's t with 1 degree of freedom, from tables

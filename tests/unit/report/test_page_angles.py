@@ -12,9 +12,9 @@ import pytest
 
 from llmkd.evaluation.angles.cosines import pairs_of
 from llmkd.report.angles import coarse, grouped, sentence
+from llmkd.report.files import thinned
 from llmkd.report.page.angles import angle_section, cosine_maps
 from llmkd.report.results import Angles, AnglesThen, Average, BlockMap, StrategyAngles
-from llmkd.report.training_runs import thinned
 from llmkd.report.write import report
 from tests.unit.report.page_reader import Page
 from tests.unit.report.study_folder import Folder

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmkd.report.page import score_plots, svg, training_plots
+from llmkd.report.files import Summary, curve
+from llmkd.report.page import score_plots, svg, training
 from llmkd.report.page.svg import Picture
 from llmkd.report.results import Cell, Curve, LayerMap, LogLine, Row
-from llmkd.report.training_runs import pair_blocks
 from tests.unit.report.example_results import study, without_scores
 from tests.unit.report.page_reader import Page
 
@@ -26,8 +26,8 @@ COMPARED = [c for c in RESULTS.comparisons if (c.metric, c.reference) == (METRIC
 CSS = (Path(svg.__file__).with_name("page.css")).read_text()
 
 
-def groups() -> training_plots.Groups:
-    made: training_plots.Groups = {}
+def groups() -> training.Groups:
+    made: training.Groups = {}
     for run in RESULTS.runs:
         curve = RESULTS.curves[run.name]
         if run.strategy and curve.lines[0].pairs:
@@ -35,16 +35,22 @@ def groups() -> training_plots.Groups:
     return made
 
 
+def part(groups: training.Groups, name: str) -> training.Lines:
+    """Every run's logged steps with that part of the loss."""
+    return training.logged(groups, lambda _, line: line.parts[name])
+
+
 GROUPS = groups()
+DISTANCES = training.logged(GROUPS, training.by_block)
 STUDENTS = [(run, run.seconds) for run in RESULTS.runs if run.strategy and run.seconds is not None]
 PICTURES: dict[str, Callable[[], Picture]] = {
     "scores": lambda: score_plots.scores("scores", METRIC, RESULTS.rows, "forward", 0.5),
     "differences": lambda: score_plots.differences("differences", METRIC, COMPARED),
     "map": lambda: score_plots.layer_map("map", RESULTS.maps[0]),
-    "kl": lambda: training_plots.curves("kl", "kl", GROUPS, list(GROUPS), 20),
-    "end": lambda: training_plots.distances_at_end("end", GROUPS, list(GROUPS)),
-    "steps": lambda: training_plots.distances_by_step("steps", "forward", GROUPS["forward"], 2.0),
-    "cost": lambda: training_plots.cost("cost", "seconds", STUDENTS),
+    "kl": lambda: training.curves("kl", "kl", part(GROUPS, "kl"), list(GROUPS), 20),
+    "end": lambda: training.distances_at_end("end", DISTANCES, list(GROUPS)),
+    "steps": lambda: training.distances_by_step("steps", "forward", DISTANCES["forward"], 2.0),
+    "cost": lambda: training.cost("cost", "seconds", STUDENTS),
 }
 
 
@@ -223,7 +229,7 @@ def test_a_run_that_stopped_early_ends_the_mean_and_not_the_others() -> None:
         run: replace(curve, lines=curve.lines[: 5 if run == "forward-s1" else None])
         for run, curve in GROUPS["forward"].items()
     }
-    picture = training_plots.curves("x", "kl", {"forward": found}, ["forward"], 20)
+    picture = training.curves("x", "kl", part({"forward": found}, "kl"), ["forward"], 20)
     columns = dict(zip(picture.numbers.head, zip(*picture.numbers.rows, strict=True), strict=True))
     assert sum(value is not None for value in columns["forward"]) == 5
     assert None not in columns["forward-s0"]
@@ -237,12 +243,12 @@ def curve_of(pairs: dict[str, float | None], blocks: dict[str, int]) -> Curve:
 def test_distances_by_block_average_over_a_blocks_pairs() -> None:
     logged: dict[str, float | None] = {"0<3": 1.0, "0<7": 3.0, "e<e": 0.5, "10<11": 2.0, "1<1": None}
     curve = curve_of(logged, {"0<3": 0, "0<7": 0, "e<e": -1, "10<11": 10, "1<1": 1})
-    assert training_plots.by_block(curve, curve.lines[0]) == {-1: 0.5, 0: 2.0, 10: 2.0}
+    assert training.by_block(curve, curve.lines[0]) == {-1: 0.5, 0: 2.0, 10: 2.0}
     runs = {
         "a": curve_of({"0<0": 1.0, "1<5": 2.0}, {"0<0": 0, "1<5": 1}),
         "b": curve_of({"0<3": 3.0, "1<1": 6.0}, {"0<3": 0, "1<1": 1}),
     }
-    picture = training_plots.distances_at_end("x", {"random": runs}, ["random"])
+    picture = training.distances_at_end("x", training.logged({"random": runs}, training.by_block), ["random"])
     assert picture.numbers.head == ("student block", "random", "a", "b")
     assert picture.numbers.rows == (("0", 2.0, 1.0, 3.0), ("1", 4.0, 2.0, 6.0))
 
@@ -250,9 +256,10 @@ def test_distances_by_block_average_over_a_blocks_pairs() -> None:
 def test_a_pairs_block_is_the_summarys_number() -> None:
     """pkd_skip leaves an encoder's last block out: the decoder's blocks are counted after it all the same."""
     names = ["enc e<e", "enc 0<1", "dec e<e", "dec 0<1"]
-    assert pair_blocks(names, [[-1, -1], [0, 1], [-2, -2], [2, 5]]) == dict(zip(names, [-1, 0, -2, 2], strict=True))
-    assert pair_blocks(names, []) == {}  # not known before the run has ended
-    assert pair_blocks(["e<e", "0<3", "11<*"], []) == {"e<e": -1, "0<3": 0, "11<*": 11}
+    log = [LogLine(1, {}, dict.fromkeys(names, 1.0))]
+    ended = Summary([[-1, -1], [0, 1], [-2, -2], [2, 5]], done=True)
+    assert curve(log, ended).blocks == dict(zip(names, [-1, 0, -2, 2], strict=True))
+    assert curve(log, Summary()).blocks == {}  # not known before the run has ended
 
 
 def test_bars_of_cost_are_the_means() -> None:

@@ -12,10 +12,9 @@ from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING
 from llmkd.models import families, load
 from llmkd.recipe.recipe import load_recipe
 from llmkd.recipe.study_entries import StudyEntry
-from llmkd.report.files import Summary, depth
-from llmkd.report.page import training_plots
-from llmkd.report.results import Curve, LogLine
-from llmkd.report.training_runs import layer_maps, pair_blocks
+from llmkd.report.files import Summary, curve, depth, layer_maps
+from llmkd.report.page import training
+from llmkd.report.results import LogLine
 from llmkd.training import pairs as recipe_map
 from tests.family_models import DECODERS, ENCODER_DECODERS, ENCODERS
 
@@ -30,8 +29,8 @@ def test_distances_of_two_stacks_are_counted_like_the_maps(tiny: Path, strategy:
     mapped = recipe_map.maps_of(recipe, (3, 3), (4, 12))
     names = recipe_map.pair_names(mapped, (3, 4))
     line = LogLine(1, {}, {name: float(number) for number, name in enumerate(names)})
-    curve = Curve([line], pair_blocks(names, [list(pair) for pair in mapped]))
-    assert training_plots.by_block(curve, line) == {s: float(n) for n, (s, _) in enumerate(mapped)}
+    logged = curve([line], Summary([list(pair) for pair in mapped], done=True))
+    assert training.by_block(logged, line) == {s: float(n) for n, (s, _) in enumerate(mapped)}
 
 
 @pytest.mark.parametrize(

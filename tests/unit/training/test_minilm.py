@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from llmkd.evaluation import classification
-from llmkd.evaluation.checks import held_out_data
+from llmkd.evaluation.held_out import classification_data
 from llmkd.evaluation.results import ClassificationResult
 from llmkd.files import ROOT
 from llmkd.recipe.recipe import load_recipe
@@ -40,7 +40,7 @@ def test_minilm_is_fine_tuned_and_distilled(world: Any, tmp_path: Path) -> None:
     )
     assert train(world, jobs.finetune_job(world, recipe, recipe.folder / "teacher"))
     assert train(world, jobs.distil_job(world, recipe, student_folder(recipe)))
-    data = held_out_data(recipe)
+    data = classification_data(recipe)
     rows, task = jobs.read_rows(data), classification.Task(recipe.evaluation, data)
     accuracy = {}
     for name, folder in (("teacher", Path(recipe.teacher_path)), ("student", student_folder(recipe) / "model")):

@@ -79,8 +79,21 @@ def compare_studies(folders: Sequence[Path], file: Path) -> str:
     flagged = [replace(metric, label=metric.label + FLAG) if reasons[metric.name] else metric for metric in metrics]
     answers = [f"{study.name}: {study.results.conclusion}" for study in studies]
     recipes = _recipe_table(studies)
-    write_text(file, _markdown(studies, flagged, recipes, answers, notes))
-    return _terminal_text(studies, flagged, recipes, [*notes, *answers])
+    parts = [
+        f"# {escaped(' and '.join(study.name for study in studies))}",
+        bullets(answers),
+        "## Scores",
+        tables.markdown(_score_table(studies, flagged, tables.LONGEST_REASON)),
+        "Mean over seeds ± half the 95 % t-interval of that mean. The studies are set side by side and not tested against each other.",
+        bullets(notes),
+        "## What the recipes differ in",
+        tables.markdown(recipes) if len(recipes) > 1 else "Nothing but their names.",
+    ]
+    write_text(file, "\n\n".join(part for part in parts if part) + "\n")
+    shown = tables.fitting(_score_table(studies, flagged, tables.LONGEST_IN_TERMINAL), tables.COLUMNS, "file")
+    if len(recipes) > 1:
+        shown.append(aligned([[shortened(cell, 30) for cell in line] for line in recipes]))
+    return "\n\n".join([*shown, *(textwrap.fill(sentence, tables.COLUMNS) for sentence in [*notes, *answers])])
 
 
 def _read(folder: Path) -> ComparedStudy:
@@ -98,10 +111,6 @@ def _common_metrics(studies: Sequence[ComparedStudy]) -> list[Metric]:
     shared = [metric for metric in first.metrics if all(other.metric(metric.name) for other in others)]
     margins = {name for study in studies for name in study.results.margins}
     return sorted(shared, key=lambda metric: metric.name not in margins)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What can't be compared
 
 
 def _reasons(studies: Sequence[ComparedStudy], metric: Metric) -> list[str]:
@@ -146,10 +155,6 @@ def _value(value: object) -> str:
     return "none" if value is None else plain(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
 def _score_table(studies: Sequence[ComparedStudy], metrics: Sequence[Metric], longest: int) -> Table:
     """A line per strategy and study, the studies of a strategy together."""
     names = dict.fromkeys(row.name for study in studies for row in study.results.rows)
@@ -169,32 +174,3 @@ def _recipe_table(studies: Sequence[ComparedStudy]) -> Table:
     values = {key: [study.recipe.get(key) for study in studies] for key in keys}
     differing = [[key, *map(_value, row)] for key, row in values.items() if any(value != row[0] for value in row)]
     return [["recipe key", *(study.name for study in studies)], *differing]
-
-
-def _markdown(
-    studies: Sequence[ComparedStudy],
-    metrics: Sequence[Metric],
-    recipes: Table,
-    answers: Sequence[str],
-    notes: Sequence[str],
-) -> str:
-    parts = [
-        f"# {escaped(' and '.join(study.name for study in studies))}",
-        bullets(answers),
-        "## Scores",
-        tables.markdown(_score_table(studies, metrics, tables.LONGEST_REASON)),
-        "Mean over seeds ± half the 95 % t-interval of that mean. The studies are set side by side and not tested against each other.",
-        bullets(notes),
-        "## What the recipes differ in",
-        tables.markdown(recipes) if len(recipes) > 1 else "Nothing but their names.",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _terminal_text(
-    studies: Sequence[ComparedStudy], metrics: Sequence[Metric], recipes: Table, sentences: Sequence[str]
-) -> str:
-    parts = tables.fitting(_score_table(studies, metrics, tables.LONGEST_IN_TERMINAL), tables.COLUMNS, "file")
-    if len(recipes) > 1:
-        parts.append(aligned([[shortened(cell, 30) for cell in line] for line in recipes]))
-    return "\n\n".join([*parts, *(textwrap.fill(sentence, tables.COLUMNS) for sentence in sentences)])

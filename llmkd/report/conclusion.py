@@ -12,6 +12,7 @@ from llmkd.report import numbers
 from llmkd.report.comparisons import BASELINES, questions
 from llmkd.report.results import Comparison, Metric, Results
 from llmkd.report.significance import ALPHA
+from llmkd.text import listed
 
 OUTCOMES = ("within the margin", "better", "worse", "higher", "lower", "undecided", "not tested", "without a score")
 Groups = dict[str, list[str]]  # outcome -> the strategies that have it, in the order of OUTCOMES
@@ -85,18 +86,18 @@ def _against_reference(results: Results, main: Metric) -> Iterator[str]:
         of_these = [comparison for comparison in members if comparison.strategy in names]
         match outcome:
             case "within the margin":
-                who = "no strategy differs" if all_alike else f"{_listed(names)} {_do_not(names)} differ"
+                who = "no strategy differs" if all_alike else f"{listed(names)} {_do_not(names)} differ"
                 small = [c.strategy for c in of_these if c.verdict == "different within the margin"]
-                shown = f" (a smaller difference is shown for {_listed(small)})" if small else ""
+                shown = f" (a smaller difference is shown for {listed(small)})" if small else ""
                 yield f"{who} from {base} by more than {limit}{shown}"
             case "better" | "worse" | "higher" | "lower":
                 yield from (_apart(comparison, outcome, main) for comparison in of_these)
             case "undecided":
                 yield _undecided(names, all_alike, base, main.label, limit)
             case "not tested":
-                yield f"{_listed(names)} can't be tested against {base} ({_why_not(of_these)})"
+                yield f"{listed(names)} can't be tested against {base} ({_why_not(of_these)})"
             case _:
-                yield f"{_listed(names)} {'has' if len(names) == 1 else 'have'} no score to compare with {base}'s"
+                yield f"{listed(names)} {'has' if len(names) == 1 else 'have'} no score to compare with {base}'s"
 
 
 def _apart(comparison: Comparison, outcome: str, main: Metric) -> str:
@@ -109,7 +110,7 @@ def _apart(comparison: Comparison, outcome: str, main: Metric) -> str:
 
 def _undecided(names: Sequence[str], all_alike: bool, base: str, label: str, limit: str) -> str:
     """What is neither shown to differ nor to be within the margin."""
-    who = "any strategy" if all_alike else _listed(names)
+    who = "any strategy" if all_alike else listed(names)
     if not limit:
         return f"no difference in {label} from {base} is shown for {who} (no margin was stated, so equality was not tested)"
     differ = "differs" if all_alike or len(names) == 1 else "differ"
@@ -130,7 +131,7 @@ def _against_baselines(results: Results, main: Metric) -> Iterator[str]:
     for base in bases:
         alike = [other for other in bases if _read_alike(groups[other], groups[base])]
         if alike[0] == base:
-            yield _beside(_listed(alike), groups[base])
+            yield _beside(listed(alike), groups[base])
     if results.row("none") is None:
         yield "what matching blocks adds is not known, since none (logits alone) was not trained"
 
@@ -143,7 +144,7 @@ def _read_alike(first: Groups, second: Groups) -> bool:
 def _beside(base: str, groups: Groups) -> str:
     """One clause on one or several baselines."""
     if len(groups) > 1:
-        return f"against {base}, " + ", ".join(f"{_listed(n)} {_are(n)} {outcome}" for outcome, n in groups.items())
+        return f"against {base}, " + ", ".join(f"{listed(n)} {_are(n)} {outcome}" for outcome, n in groups.items())
     [(outcome, names)] = groups.items()
     who = names[0] if len(names) == 1 else "all"
     match outcome:
@@ -174,7 +175,7 @@ def notes(results: Results) -> list[str]:
         )
     for step, backends in results.backends.items():
         if len(backends) > 1:
-            parts = [f"{backend} for {_listed(names)}" for backend, names in backends.items()]
+            parts = [f"{backend} for {listed(names)}" for backend, names in backends.items()]
             sentences.append(f"Not alike: {step} ran on {', '.join(parts)}.")
     for package, versions in results.versions.items():
         if isinstance(versions, list):
@@ -219,10 +220,6 @@ def _item_notes(results: Results) -> Iterator[str]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Words
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _are(names: Sequence[str]) -> str:

@@ -25,21 +25,14 @@ def row_name(entry: StudyEntry) -> str:
     return entry.strategy or entry.name
 
 
-def result_file(folder: Path, entry: StudyEntry, step: str) -> Path:
-    """A model's result file of a step that is asked of it."""
-    file = entry.result_file(step)
-    assert file is not None, (entry.name, step)
-    return folder / file
-
-
 def items_file(folder: Path, entry: StudyEntry, step: str) -> Path:
     """The file of a step's lines, one per item."""
-    return result_file(folder, entry, step).with_suffix(RESULT_CLASSES[step].ITEMS_SUFFIX)
+    return (folder / entry.results[step]).with_suffix(RESULT_CLASSES[step].ITEMS_SUFFIX)
 
 
 def step_result(folder: Path, entry: StudyEntry, step: str) -> tuple[ScoredModel | None, str | None]:
     """A model's result of a step, and the problem if there is one: a step that failed for one task has the other tasks' scores."""
-    file = result_file(folder, entry, step)
+    file = folder / entry.results[step]
     result = read_result(file, RESULT_CLASSES[step])
     if result is None:
         return None, "unreadable result file" if file.is_file() else "not run"

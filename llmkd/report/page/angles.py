@@ -14,7 +14,7 @@ from matplotlib.path import Path
 from llmkd.evaluation.angles.results import WHEN, Matrix
 from llmkd.report import numbers
 from llmkd.report.angles import angle_table, sentence, setting
-from llmkd.report.page.html import Content, bold, figure, missing, paragraph, pictures, table
+from llmkd.report.page.html import Content, figure, missing, paragraph, pictures, table
 from llmkd.report.page.svg import COLOUR, SMALL, TEXT, Numbers, Picture, drawn, picture, pixel_axes
 from llmkd.report.results import Angles, StrategyAngles
 from llmkd.text import fixed
@@ -35,7 +35,7 @@ def angle_section(angles: Angles | None) -> list[Content]:
     figures = []
     for place, student in enumerate(angles.students):
         about = f", init {student.init}, mean of {len(student.seeds)}"
-        figures.append(figure(cosine_maps(f"angles-{place}", student), bold(_title(student), about)))
+        figures.append(figure(cosine_maps(f"angles-{place}", student), _title(student), about))
     words = (
         "Each square is one student block; its rows and columns are the teacher's blocks, block 0 on top and at the left. A cell is "
         "the mean cosine between the directions to its two blocks: blue is above zero, and the stronger the nearer to one; orange, "

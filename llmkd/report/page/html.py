@@ -110,8 +110,8 @@ def csv_link(name: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> M
     return tag("a", "CSV", hidden(f" of {name}"), class_="csv", download=f"{name}.csv", href=address)
 
 
-def figure(picture: Picture, caption: Content) -> Markup:
-    """A picture with its caption and, to be opened, its numbers as a table and as CSV."""
+def figure(picture: Picture, name: str, about: str = "") -> Markup:
+    """A picture with its caption, `name` in bold, and, to be opened, its numbers as a table and as CSV."""
     shown = picture.table
     rows = shown.rows[:TABLE_ROWS]
     note = [f"the first {len(rows)} of {len(shown.rows)} rows"] if len(rows) < len(shown.rows) else []
@@ -130,12 +130,7 @@ def figure(picture: Picture, caption: Content) -> Markup:
         ),
         "figure-numbers",
     )
-    return tag("figure", picture.svg, "\n", tag("figcaption", caption), "\n", below)
-
-
-def bold(text: str, *more: Content) -> Markup:
-    """A caption: its first words bold."""
-    return join([tag("b", text), *more])
+    return tag("figure", picture.svg, "\n", tag("figcaption", tag("b", name), about), "\n", below)
 
 
 def definitions(items: Iterable[tuple[str, Content]], kind: str) -> Markup:

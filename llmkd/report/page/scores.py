@@ -141,7 +141,7 @@ def interval_section(results: Results) -> list[html.Content]:
     for place, metric in enumerate([*first, *others]):
         margin = results.margins.get(metric.name)
         picture = score_plots.scores(f"scores-{place}", metric, results.rows, results.reference, margin)
-        figures.append(html.figure(picture, html.bold(metric.label, f" ({metric.name})")))
+        figures.append(html.figure(picture, metric.label, f" ({metric.name})"))
     parts: list[html.Content] = [html.pictures([html.paragraph(text), *figures[: len(first)]])]
     if others:
         parts.append(html.details(f"The other {len(others)} metrics", html.pictures(figures[len(first) :])))
@@ -167,7 +167,7 @@ def comparison_section(results: Results) -> list[html.Content]:
     for place, family in enumerate(main):
         metric = metrics[family[0].metric]
         picture = score_plots.differences(f"differences-{place}", metric, family)
-        figures.append(html.figure(picture, html.bold(metric.label, f", difference to {family[0].reference}")))
+        figures.append(html.figure(picture, metric.label, f", difference to {family[0].reference}"))
     text = (
         "Differences are paired by seed and stand with their 95 % intervals. Different: shown not to be zero. Equivalent: shown to "
         "lie within the margin that was stated before the run, by two one-sided tests. Undecided: neither. Corrected "
@@ -229,7 +229,7 @@ def map_section(results: Results) -> list[html.Content]:
     for layer_map in maps:
         if layer_map.student_blocks and layer_map.teacher_blocks:
             picture = score_plots.layer_map(f"map-{len(figures)}", layer_map)
-            figures.append(html.figure(picture, html.bold(layer_map.strategy, f" {_whose(layer_map, seeds)}")))
+            figures.append(html.figure(picture, layer_map.strategy, f" {_whose(layer_map, seeds)}"))
         else:
             pairs = ", ".join(f"{student} from {teacher}" for student, teacher in layer_map.pairs)
             unknown = (

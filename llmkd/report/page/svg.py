@@ -6,12 +6,11 @@ same drawing serves light, dark and print. The same numbers give the same bytes.
 
 from __future__ import annotations
 
-import functools
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import matplotlib
@@ -33,9 +32,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")  # in path data, transforms and styles alike
 TEXT, SMALL = 11.5, 10.5  # font sizes in pixels
 LONGEST_NAME = 18  # characters of a name inside a picture
-
-Arguments = ParamSpec("Arguments")
-Value = TypeVar("Value")
 
 
 class Numbers(NamedTuple):
@@ -73,41 +69,34 @@ def picture(
     return Picture(name, title, description, inline(figure, name, title, description), numbers, shown, note)
 
 
-def drawn(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
-    """Draws under this module's settings and leaves matplotlib's own as they were."""
-
-    @functools.wraps(function)
-    def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Value:
-        settings: Any = {
-            "svg.fonttype": "none",
-            "svg.hashsalt": "llmkd",
-            "text.parse_math": False,  # a $ in a name is a $
-            "axes.formatter.useoffset": False,
-            "axes.unicode_minus": True,
-            "axes.labelcolor": COLOUR["muted"],
-            "axes.labelsize": SMALL,
-            "axes.edgecolor": COLOUR["rule"],
-            "axes.linewidth": 1.0,
-            "axes.spines.left": False,
-            "axes.spines.right": False,
-            "axes.spines.top": False,
-            "xtick.color": COLOUR["rule"],
-            "ytick.color": COLOUR["rule"],
-            "xtick.labelcolor": COLOUR["muted"],
-            "ytick.labelcolor": COLOUR["muted"],
-            "xtick.labelsize": SMALL,
-            "ytick.labelsize": SMALL,
-            "xtick.major.size": 3.0,
-            "ytick.major.size": 0.0,
-            "grid.color": COLOUR["rule"],
-            "grid.linewidth": 0.7,
-            "text.color": COLOUR["ink"],
-            "font.size": TEXT,
-        }
-        with matplotlib.rc_context(settings):
-            return function(*args, **kwargs)
-
-    return wrapper
+SETTINGS: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "llmkd",
+    "text.parse_math": False,  # a $ in a name is a $
+    "axes.formatter.useoffset": False,
+    "axes.unicode_minus": True,
+    "axes.labelcolor": COLOUR["muted"],
+    "axes.labelsize": SMALL,
+    "axes.edgecolor": COLOUR["rule"],
+    "axes.linewidth": 1.0,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "xtick.color": COLOUR["rule"],
+    "ytick.color": COLOUR["rule"],
+    "xtick.labelcolor": COLOUR["muted"],
+    "ytick.labelcolor": COLOUR["muted"],
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
+    "xtick.major.size": 3.0,
+    "ytick.major.size": 0.0,
+    "grid.color": COLOUR["rule"],
+    "grid.linewidth": 0.7,
+    "text.color": COLOUR["ink"],
+    "font.size": TEXT,
+}
+drawn = matplotlib.rc_context(SETTINGS)
+"""Decorates what draws: under these settings, and matplotlib's own are left as they were."""
 
 
 def axes(width: float, height: float, left: float, right: float, top: float, bottom: float) -> tuple[Figure, Axes]:

@@ -64,11 +64,11 @@ def training_section(results: Results) -> list[html.Content]:
         lines = logged(groups, lambda _, line, part=part: _part(line, part))
         if lines:
             name = f"curve-{re.sub('[^a-z0-9]+', '-', part)}"
-            figures.append(html.figure(curves(name, part, lines, list(groups), longest), html.bold(part, f", {words}")))
+            figures.append(html.figure(curves(name, part, lines, list(groups), longest), part, f", {words}"))
     distances = logged(groups, lambda curve, line: by_block(curve, line) or None)
     if distances:
         end = distances_at_end("distance-end", distances, list(groups))
-        figures.append(html.figure(end, html.bold("hidden distance", " of each student block, last logged step")))
+        figures.append(html.figure(end, "hidden distance", " of each student block, last logged step"))
     text = "Thick lines are means over seeds, thin ones the single seeds."
     if longest > LOG_LINES:
         text += f" Of the {longest} logged steps {LOG_LINES} are drawn, evenly spaced, the last among them."
@@ -96,7 +96,7 @@ def _by_step(distances: Mapping[str, Mapping[str, Distances]]) -> list[html.Cont
         return [html.paragraph(text)]
     top = max(value for blocks in drawn for value in blocks.values())
     figures = [
-        html.figure(distances_by_step(f"distance-{place}", strategy, runs, top), html.bold(strategy))
+        html.figure(distances_by_step(f"distance-{place}", strategy, runs, top), strategy)
         for place, (strategy, runs) in enumerate(distances.items())
     ]
     words = "Hidden distance by step, a line per student block (its number at the right), mean over seeds; one scale for all."
@@ -160,7 +160,7 @@ def cost_section(runs: Sequence[TrainingRun]) -> list[html.Content]:
         values = [(run, getattr(run, key)) for run in runs if run.strategy is not None]
         known = [(run, value) for run, value in values if value is not None]
         if known:
-            figures.append(html.figure(cost(f"cost-{key}", label, known), html.bold(label)))
+            figures.append(html.figure(cost(f"cost-{key}", label, known), label))
     text = "Bars are means over runs, rings the runs."
     if any(run.strategy is None for run in runs):
         text += " The teacher's own training is in the table only."

@@ -15,8 +15,7 @@ import pytest
 from llmkd.report import numbers
 from llmkd.report.files import GeneratedItem
 from llmkd.report.page import document
-from llmkd.report.page.document import whole_page
-from llmkd.report.page.texts import packed
+from llmkd.report.page.document import packed, whole_page
 from llmkd.report.results import Cell, Results
 from tests.unit.report import example_results as example
 from tests.unit.report.page_reader import Page

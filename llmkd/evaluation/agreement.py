@@ -85,17 +85,14 @@ def agree(
     tried again at the next call. Raises InputError where no rows are asked for or the rows can't be read.
     """
     if settings.generation is None or not settings.agreement_rows:
-        raise InputError(
-            "evaluation.agreement_rows: how many held-out rows to compare on; write a number above 0, e.g. 100"
-        )
+        raise InputError("evaluation.agreement_rows: no rows to compare on; write a number above 0, e.g. 100")
     rows = held_out.held_out_data(settings.generation, data, settings.agreement_rows)
     packages = versions(*PACKAGES)
     decides = [rows.source, str(rows.name), rows.split, str(rows.rows), settings.dtype, str(settings.batch_size)]
     columns = data.model_dump(include={"records_seed", "format", "max_length", "too_long"})
     decides += [json.dumps(columns), json.dumps(packages, sort_keys=True)]
-    shared = digest(
-        decides + held_out.local_hashes(rows.source) + model_hashes(teacher) + _text_hashes(generations, TEACHER)
-    )
+    decides += [*held_out.local_hashes(rows.source), *model_hashes(teacher), *_text_hashes(generations, TEACHER)]
+    shared = digest(decides)
     about = {"teacher": str(teacher), "dtype": settings.dtype, "versions": packages, "rows": 0}
     about["metrics"] = dict.fromkeys(AGREEMENT_METRICS)
     unscored = [
@@ -132,9 +129,7 @@ class TeacherOutputs:
 def prepare(task: Task, say: Say) -> Score[AgreementResult]:
     """Run the teacher. Raises InputError where the rows can't be read; a teacher that can't be run fails each student."""
     if family(load_config(task.teacher, trust_remote_code=task.trust_remote_code)).kind == "encoder":
-        raise InputError(
-            "evaluation.agreement_rows: an encoder predicts no tokens; write 0, and evaluation.classification"
-        )
+        raise InputError("evaluation.agreement_rows: an encoder predicts no tokens; write 0")
     generation = task.settings.generation
     assert generation is not None
     data = held_out.held_out_data(generation, task.data, task.settings.agreement_rows)
@@ -274,9 +269,7 @@ def kl_and_same_top(
     shared = min(our_head.weight.shape[0], their_head.weight.shape[0])
     kl, same = [], []
     for our_part, their_part in zip(ours.split(chunk), theirs.split(chunk), strict=True):
-        student, teacher = (
-            _logits(part, layer)[:, :shared] for part, layer in ((our_part, our_head), (their_part, their_head))
-        )
+        student, teacher = _logits(our_part, our_head)[:, :shared], _logits(their_part, their_head)[:, :shared]
         kl.append(DIVERGENCES["forward_kl"](student, teacher, 1.0))
         same.append((student.argmax(-1) == teacher.argmax(-1)).float())
     return torch.cat(kl), torch.cat(same)

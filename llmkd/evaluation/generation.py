@@ -144,13 +144,11 @@ def score(model: GenerationResult, task: Task, say: Say) -> tuple[GenerationResu
         raise
     except Exception as error:
         fix = f"write {KEY}.backend: hf" if model.backend == "vllm" else f"a smaller {KEY}.batch_size needs less memory"
-        raise InputError(
-            f"{model.backend} could not run this model ({explained(error)}); see {task.log_file}, or {fix}"
-        ) from error
+        problem = f"{model.backend} could not run this model ({explained(error)})"
+        raise InputError(f"{problem}; see {task.log_file}, or {fix}") from error
     decode: Callable[..., str] = tokenizer.decode
-    texts = [
-        decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip() for ids in written.token_ids
-    ]
+    plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    texts = [decode(ids, **plain).strip() for ids in written.token_ids]
     finished = [bool(ids) and ids[-1] in how.stops for ids in written.token_ids]
     answers = [(text, prompt.references) for text, prompt in zip(texts, task.prompts, strict=True)]
     slots = [prompt.record for prompt in task.prompts if prompt.record is not None]
@@ -176,9 +174,7 @@ def check_room(asked: Encoded, new: int, positions: int | None, kind: Kind = "de
     """Raise InputError for an empty prompt, and for one that leaves no room for its continuation."""
     for number, (_, ids) in enumerate(asked):
         if not ids:
-            raise InputError(
-                f"{KEY}: the prompt of item {number} is empty; give it at least one token, or leave the row out"
-            )
+            raise InputError(f"{KEY}: the prompt of item {number} is empty; fill it, or leave the row out")
         if positions is None:
             continue
         room = positions if kind == "encoder_decoder" else positions - len(ids)  # there an answer has its own positions
@@ -209,9 +205,7 @@ def models_of(paths: Sequence[Path]) -> list[tuple[str, Path]]:
     names = [name for name, _ in models]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(
-                f"MODEL_OR_STUDY: two models are called {name!r}; give each a call of its own, with another --output"
-            )
+            raise InputError(f"MODEL_OR_STUDY: two models are called {name!r}; run each alone, with its own --output")
     return models
 
 
@@ -229,11 +223,8 @@ def _models_of_study(study: Path) -> Iterator[tuple[str, Path]]:
 def summary(files: dict[str, Path], samples: int = 3) -> str:
     """A table of the models' scores, the texts of the first items side by side, and where it all is."""
     results = {name: GenerationResult.read(file) for name, file in files.items()}
-    labels = {
-        metric: about.label
-        for metric, about in text_metrics.METRICS.items()
-        if any(metric in result.metrics for result in results.values())
-    }
+    scored = {metric for result in results.values() for metric in result.metrics}
+    labels = {metric: about.label for metric, about in text_metrics.METRICS.items() if metric in scored}
     width = max(len(name) for name in [*results, "model"])
     lines = [f"{'model':{width}}  backend  " + "  ".join(labels.values())]
     for name, result in results.items():

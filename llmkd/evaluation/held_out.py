@@ -73,9 +73,7 @@ def check_evaluation(recipe: Recipe, kind: Kind) -> None:
         raise InputError(f"{KEY}.backend: vLLM does not run {kind_name} here; write hf")
     if classification is not None:
         if kind != "encoder":
-            raise InputError(
-                f"evaluation.classification: only an encoder has classes, and this is {kind_name}; leave it out"
-            )
+            raise InputError(f"evaluation.classification: only an encoder has classes, not {kind_name}; leave it out")
         check_held_out("evaluation.classification", classification, recipe.data)
 
 
@@ -228,13 +226,9 @@ def encoded(prompts: Sequence[Prompt], tokenizer: Any, kind: Kind = "decoder") -
             text = prompt.text
             ids = tokenizer(text)["input_ids"] if kind == "encoder_decoder" else leading(tokenizer, [text])[0]
         elif kind == "encoder_decoder":
-            raise InputError(
-                f"{KEY}: an encoder-decoder answers prompts, not chats; give rows of prompt and completion"
-            )
+            raise InputError(f"{KEY}: an encoder-decoder answers no chats; give rows of prompt and completion")
         elif not tokenizer.chat_template:
-            raise InputError(
-                "the tokenizer has no chat template; give prompt and completion, or give the tokenizer one"
-            )
+            raise InputError("the tokenizer has no chat template; give it one, or rows of prompt and completion")
         else:
             text = rendered(prompt.turns, tokenizer, prompt.tools, add_generation_prompt=True)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -147,9 +147,8 @@ def _load_vllm(folder: Path, settings: Evaluation, rows: int | str, trust: bool)
         return backend(pretrained=str(folder), batch_size=rows, trust_remote_code=trust, **_vllm_options(settings))
     except Exception as error:  # a missing library, a model it does not know, too little memory
         log.exception("vLLM")
-        fix = (
-            "write a smaller evaluation.max_length" if "max_model_len" in str(error) else "write evaluation.backend: hf"
-        )
+        too_long = "max_model_len" in str(error)
+        fix = "write a smaller evaluation.max_length" if too_long else "write evaluation.backend: hf"
         raise InputError(f"vLLM did not start ({type(error).__name__}: {first_line(error)}); {fix}") from error
 
 
@@ -161,9 +160,8 @@ def _vllm_options(settings: Evaluation) -> Mapping[str, Any]:
 def command(model: LmEvalResult, task: Task, rows: int | str) -> str:
     """lm-eval's command line that gives the same scores by hand, from the same folder."""
     settings = task.settings
-    start = (
-        ["lm_eval"] if model.backend == "vllm" and not on_cpu() else ["python", "-m", "llmkd.evaluation.lm_eval_worker"]
-    )
+    plain = model.backend == "vllm" and not on_cpu()
+    start = ["lm_eval"] if plain else ["python", "-m", "llmkd.evaluation.lm_eval_worker"]
     if model.backend == "vllm":
         model_args = {"pretrained": model.model, **_vllm_options(settings)}
         device = []
@@ -202,7 +200,7 @@ def score(
             scored = _evaluate(loaded, name, task.settings, manager)
             model = with_scores(model, scored)
             items += [
-                item for task_name in scored["samples"] for item in task_items(task_name, scored["samples"][task_name])
+                item for task_name, samples in scored["samples"].items() for item in task_items(task_name, samples)
             ]
         except Exception as error:
             log.exception("%s, %s", model.name, name)
@@ -235,9 +233,8 @@ def with_scores(model: LmEvalResult, scored: Mapping[str, Any]) -> LmEvalResult:
         numbers = {key: _number(value) for key, value in values.items() if "," in key}  # the rest: name, alias, ...
         own = {key: value for key, value in numbers.items() if "_stderr," not in key}
         if own:  # a group may have none of its own
-            directions = {
-                _metric(key): scored["higher_is_better"].get(task, {}).get(key.partition(",")[0]) for key in own
-            }
+            higher = scored["higher_is_better"].get(task, {})
+            directions = {_metric(key): higher.get(key.partition(",")[0]) for key in own}
             scores[task] = {_metric(key): value for key, value in own.items()}
             errors[task] = {_metric(key): value for key, value in numbers.items() if "_stderr," in key}
             better[task] = {key: value for key, value in directions.items() if value is not None}

@@ -58,8 +58,7 @@ class JsonFields:
 _adapter: Any = cache(TypeAdapter)  # made once for each class
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A line per item
+# --- A line per item
 
 
 @dataclass(frozen=True)
@@ -139,8 +138,7 @@ class TaskItem(Item):
 ScoredItem = GeneratedText | ComparedItem | ClassifiedRow | TaskItem
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A file per model
+# --- A file per model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,8 +294,7 @@ RESULT_CLASSES: dict[str, type[ScoredModel]] = {
 """Scoring step -> the class of its result files."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
+# --- Reading
 
 R = TypeVar("R", bound=StepResult)
 L = TypeVar("L", bound=Item)

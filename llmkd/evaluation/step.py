@@ -112,10 +112,8 @@ class _Driver(Generic[S, R]):
         self, step: Step[S, R], todo: Sequence[R], shared: S, out: Path, process: Callable[[R], Process]
     ) -> None:
         self._step, self._out, self._process = step, out, process
-        self._shared = {
-            "out": str(out.resolve()),
-            "shared": TypeAdapter(step.shared).dump_python(shared, mode="json"),
-        }
+        values = TypeAdapter(step.shared).dump_python(shared, mode="json")
+        self._shared = {"out": str(out.resolve()), "shared": values}
         self._queue = iter(enumerate(todo, start=1))
         self._count, self._lock, self._stopped = len(todo), Lock(), False
         self._children: list[Child] = []
@@ -209,9 +207,8 @@ def _scored(score: Score[R], model: R, out: Path) -> R:
 
 def explained(error: Exception) -> str:
     """An exception as a result file notes it, in one sentence."""
-    return (
-        str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    )
+    text = " ".join(str(error).split())[:300]
+    return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
 
 
 # --- Files
@@ -237,6 +234,5 @@ def _write(out: Path, result: StepResult, items: Sequence[Item]) -> None:
 def model_hashes(folder: Path) -> list[str]:
     """Name and hash of every file that decides what a model folder's model does; none where there is no such folder."""
     files = (file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
-    return file_hashes(
-        folder, sorted(file for file in files if not file.name.startswith(".") and file.name not in NOT_OF_THE_MODEL)
-    )
+    decides = [file for file in files if not file.name.startswith(".") and file.name not in NOT_OF_THE_MODEL]
+    return file_hashes(folder, sorted(decides))

@@ -2,15 +2,15 @@
 
 A corpus BLEU or chrF is a function of sums over items, so that any resample of items costs one sum:
 
-    rows = np.stack([bleu_statistics(text, references) for text, references in items])   # [items, statistics]
-    bleu_of(rows[drawn].sum(0))
+    rows = np.stack([bleu.statistics(text, references) for text, references in items])   # [items, statistics]
+    bleu.of(rows[drawn].sum(0))
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,69 +68,43 @@ def corpus_metrics(
     return {name: found[name] for name in METRICS if name in found}, scores
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# BLEU and chrF, by sacrebleu
+# --- BLEU and chrF, by sacrebleu
 
 
-def bleu(items: Items) -> float:
-    """Corpus BLEU, 0 to 100, against all references of each item."""
-    return bleu_of(_total(bleu_statistics, items))
+class CorpusScore:
+    """A corpus score of sacrebleu, 0 to 100, that is a function of sums over items; an item may have several references."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, items: Items) -> float:
+        """The score of whole items."""
+        return self.of(np.sum([self.statistics(text, references) for text, references in items], axis=0))
+
+    def statistics(self, text: str, references: Sequence[str]) -> np.ndarray:
+        """What one item adds. BLEU [10]: lengths of text and reference, n-grams matched, n-grams in all; against all references.
+
+        chrF [18]: per n-gram order the text's, the nearest reference's and the matched.
+        """
+        # An inner method of sacrebleu, because it has no public one that gives chrF's counts; the version is bounded.
+        counts = self._metric._extract_corpus_statistics([text], [[reference] for reference in references])[0]
+        return np.array(counts, dtype=int)
+
+    def of(self, total: np.ndarray) -> float:
+        """The score of items whose statistics have this sum."""
+        return float(self._metric._compute_score_from_stats(total.tolist()).score)
+
+    @functools.cached_property
+    def _metric(self) -> Any:
+        from sacrebleu import metrics  # heavy; a report without texts reads this module too
+
+        return getattr(metrics, self._name)()
 
 
-def chrf(items: Items) -> float:
-    """Corpus chrF, 0 to 100, each item against its nearest reference."""
-    return chrf_of(_total(chrf_statistics, items))
+bleu, chrf = CorpusScore("BLEU"), CorpusScore("CHRF")
 
 
-def bleu_statistics(text: str, references: Sequence[str]) -> np.ndarray:
-    """What one item adds to a corpus BLEU: lengths of text and reference, n-grams matched, n-grams in all; [10]."""
-    return _statistics(_bleu(), text, references)
-
-
-def chrf_statistics(text: str, references: Sequence[str]) -> np.ndarray:
-    """What one item adds to a corpus chrF: per n-gram order the text's, the nearest reference's and the matched; [18]."""
-    return _statistics(_chrf(), text, references)
-
-
-def bleu_of(total: np.ndarray) -> float:
-    """The corpus BLEU of items whose statistics have this sum; [10] -> 0 to 100."""
-    return _score(_bleu(), total)
-
-
-def chrf_of(total: np.ndarray) -> float:
-    """The corpus chrF of items whose statistics have this sum; [18] -> 0 to 100."""
-    return _score(_chrf(), total)
-
-
-@functools.cache
-def _bleu() -> Any:
-    from sacrebleu.metrics.bleu import BLEU  # heavy; a report without texts reads this module too
-
-    return BLEU()
-
-
-@functools.cache
-def _chrf() -> Any:
-    from sacrebleu.metrics.chrf import CHRF  # heavy, as above
-
-    return CHRF()
-
-
-def _statistics(metric: Any, text: str, references: Sequence[str]) -> np.ndarray:
-    # An inner method of sacrebleu, because it has no public one that gives chrF's counts; the version is bounded.
-    return np.array(metric._extract_corpus_statistics([text], [[reference] for reference in references])[0], dtype=int)
-
-
-def _score(metric: Any, total: np.ndarray) -> float:
-    return float(metric._compute_score_from_stats(total.tolist()).score)
-
-
-def _total(statistics: Callable[[str, Sequence[str]], np.ndarray], items: Items) -> np.ndarray:
-    return np.sum([statistics(text, references) for text, references in items], axis=0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Words
+# --- Words
 
 
 def words(text: str) -> list[str]:

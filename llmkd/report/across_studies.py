@@ -69,14 +69,11 @@ def compare_studies(folders: Sequence[Path], file: Path) -> str:
         studies = [replace(study, name=str(folder)) for study, folder in zip(studies, folders, strict=True)]
     metrics = _common_metrics(studies)
     reasons = {metric.name: _reasons(studies, metric) for metric in metrics}
-    notes = [
-        f"{metric.label}{FLAG} can't be compared: {'; '.join(reasons[metric.name])}."
-        for metric in metrics
-        if reasons[metric.name]
-    ]
+    unlike = [metric for metric in metrics if reasons[metric.name]]
+    notes = [f"{metric.label}{FLAG} can't be compared: {'; '.join(reasons[metric.name])}." for metric in unlike]
     if not metrics:
         notes.append("The studies have no metric in common.")
-    flagged = [replace(metric, label=metric.label + FLAG) if reasons[metric.name] else metric for metric in metrics]
+    flagged = [replace(metric, label=metric.label + FLAG) if metric in unlike else metric for metric in metrics]
     answers = [f"{study.name}: {study.results.conclusion}" for study in studies]
     recipes = _recipe_table(studies)
     parts = [

@@ -45,9 +45,8 @@ def study_angles(folder: Path, entries: Iterable[StudyEntry]) -> Angles | None:
 
 def _of_strategy(strategy: str, members: Sequence[Member]) -> StrategyAngles:
     result, measured, stack = members[0]
-    before, after = (
-        _over_students([stack.view(when) for _, _, stack in members], stack.teacher_blocks) for when in WHEN
-    )
+    blocks = stack.teacher_blocks
+    before, after = (_over_students([stack.view(when) for _, _, stack in members], blocks) for when in WHEN)
     return StrategyAngles(
         strategy=strategy,
         stack=stack.stack,
@@ -58,7 +57,7 @@ def _of_strategy(strategy: str, members: Sequence[Member]) -> StrategyAngles:
         final_state=measured.final_state,
         projector=measured.projector,
         projector_left_out=measured.projector_left_out,
-        teacher_blocks=grouped(stack.teacher_blocks),
+        teacher_blocks=grouped(blocks),
         before=before,
         after=after,
     )
@@ -110,17 +109,15 @@ def coarse(matrix: Matrix, sides: Sequence[Sequence[int]]) -> Matrix:
 
 
 def _mean_matrix(matrices: Sequence[Matrix]) -> Matrix:
-    return [
-        [_rounded(mean_of_known(cells)) for cells in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)
-    ]
+    rows = zip(*matrices, strict=True)
+    return [[_rounded(mean_of_known(cells)) for cells in zip(*row, strict=True)] for row in rows]
 
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# In words and as a table
+# --- In words and as a table
 
 
 def sentence(angles: Angles) -> str:

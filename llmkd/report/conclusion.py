@@ -65,8 +65,7 @@ def _outcome(comparison: Comparison, main: Metric) -> str:
     return "better" if up == main.higher_is_better else "worse"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The clauses
+# --- The clauses
 
 
 def _against_reference(results: Results, main: Metric) -> Iterator[str]:
@@ -157,8 +156,7 @@ def _beside(base: str, groups: Groups) -> str:
     return f"against {base}, {who} {_are(names)} {outcome}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Notes
+# --- Notes
 
 
 def notes(results: Results) -> list[str]:
@@ -182,9 +180,8 @@ def notes(results: Results) -> list[str]:
             sentences.append(f"Not alike: {package} was {' for some and '.join(map(str, versions))} for others.")
     for task, counts in results.items.items():
         if isinstance(counts, list):
-            sentences.append(
-                f"Not alike: {task} had {' items for some models and '.join(map(str, counts))} for others."
-            )
+            had = " items for some models and ".join(map(str, counts))
+            sentences.append(f"Not alike: {task} had {had} for others.")
     return sentences
 
 
@@ -218,8 +215,7 @@ def _item_notes(results: Results) -> Iterator[str]:
         yield "The differences that the seeds show hold for another draw of test items too (paired bootstrap, Holm)."
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Words
+# --- Words
 
 
 def _are(names: Sequence[str]) -> str:

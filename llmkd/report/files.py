@@ -118,9 +118,8 @@ def _log_line(line: Mapping[str, Any]) -> LogLine:
 
 def _finite(values: Mapping[str, object]) -> dict[str, float | None]:
     """The values with None for what is no finite number."""
-    return {
-        name: value if isinstance(value, int | float) and isfinite(value) else None for name, value in values.items()
-    }
+    known = {name: v for name, v in values.items() if isinstance(v, int | float) and isfinite(v)}
+    return {name: known.get(name) for name in values}
 
 
 def training_run(entry: StudyEntry, log: Sequence[LogLine], summary: Summary) -> TrainingRun:

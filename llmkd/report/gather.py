@@ -16,10 +16,9 @@ from typing import Any
 from llmkd.evaluation.results import RESULT_CLASSES, ScoredModel
 from llmkd.recipe.study_entries import STEPS, StudyEntry, StudyFile, read_study
 from llmkd.report.angles import study_angles
-from llmkd.report.comparisons import comparisons
+from llmkd.report.comparisons import ItemScores, comparisons
 from llmkd.report.conclusion import conclusion, notes
 from llmkd.report.files import curve, layer_maps, read_log, read_summary, row_name, step_result, training_run
-from llmkd.report.item_scores import ItemScores
 from llmkd.report.results import Agreed, Cell, Metric, Results, Row, StatedMargins
 from llmkd.report.significance import half_width
 
@@ -166,8 +165,7 @@ def _cell(members: Sequence[Outcome], metric: str) -> Cell:
     return Cell(fmean(values), half_width(values), len(values), values, [member.entry.seed for member in members])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How it was measured
+# --- How it was measured
 
 
 def _conditions(outcomes: Sequence[Outcome], step: str) -> Agreed:

@@ -83,9 +83,7 @@ def maps_text(
     """The maps of some strategies (none: of all, or of `explicit` where pairs are given) with their pictures; with `stages`, what the
     stages of a pipelined teacher send. Raises InputError for an option that none of them reads, and for more stages than blocks."""
     if stages is not None and stages > teacher_blocks:
-        raise InputError(
-            f"--stages {stages}: each needs a block, of which there are {teacher_blocks}; write at most that"
-        )
+        raise InputError(f"--stages {stages}: each needs a block; write at most {teacher_blocks}, the teacher's blocks")
     rules = [name for name in RULES if STRATEGIES[name].least_student_blocks <= student_blocks]
     names = strategies or (["explicit"] if "pairs" in options else [*rules, "nearest"])
     check_read(names, options)

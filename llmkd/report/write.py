@@ -67,8 +67,7 @@ def terminal_text(results: Results, columns: int = tables.COLUMNS) -> str:
     return "\n\n".join([*parts, textwrap.fill(results.conclusion, columns)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Markdown
+# --- Markdown
 
 
 def _markdown(results: Results, recipe: str) -> str:
@@ -109,9 +108,8 @@ def _comparisons(results: Results) -> list[str]:
     if not results.comparisons:
         return ["None yet: it takes two strategies with a score for the same seed."]
     metrics = {metric.name: metric for metric in results.metrics}
-    main, others = (
-        [c for c in results.comparisons if (c.metric in results.main_metrics) == shown] for shown in (True, False)
-    )
+    main = [c for c in results.comparisons if c.metric in results.main_metrics]
+    others = [c for c in results.comparisons if c.metric not in results.main_metrics]
     parts = [tables.markdown(tables.comparison_table(main, metrics))] if main else []
     parts.append(
         "Differences are paired by seed; the interval and p are those of a paired t-test, the second p is that of two one-sided tests "
@@ -133,9 +131,8 @@ def _maps(maps: Sequence[LayerMap]) -> list[str]:
             picture = drawing(pairs, layer_map.student_blocks, layer_map.teacher_blocks)
         else:  # a model's config.json is not at hand, so its depth is not known
             picture = "\n".join(f"{student} <- {teacher}" for student, teacher in pairs)
-        parts.append(
-            f"**{escaped(layer_map.strategy)}** ({escaped(', '.join(layer_map.runs))})\n\n{fenced(picture, 'text')}"
-        )
+        runs = escaped(", ".join(layer_map.runs))
+        parts.append(f"**{escaped(layer_map.strategy)}** ({runs})\n\n{fenced(picture, 'text')}")
     return parts or ["No trained student with a layer map yet."]
 
 

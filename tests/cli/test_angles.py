@@ -237,11 +237,11 @@ def test_a_wrong_recipe_is_named_with_the_cure(run: Path, tiny: Path, tmp_path: 
     folder = tmp_path / "forward-s0"
     shutil.copytree(run, folder)
     (folder / "recipe.yaml").unlink()
-    with pytest.raises(InputError, match="its recipe.yaml is not at hand; give the recipe that trained"):
+    with pytest.raises(InputError, match="has no recipe.yaml; give the recipe that trained"):
         measure.angles(folder)
     meta = json.loads((folder / "model" / "llmkd.json").read_text())
     (folder / "model" / "llmkd.json").write_text(json.dumps({**meta, "inputs": {"finetune.seed": 0}}))
-    with pytest.raises(InputError, match="this run made a teacher, and angles are seen from a student"):
+    with pytest.raises(InputError, match="a teacher's run, and angles are seen from a student"):
         measure.angles(folder)
 
 

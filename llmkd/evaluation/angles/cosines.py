@@ -81,9 +81,7 @@ class PairCosines:
     def result(self, block: int = 0) -> BlockAngles:
         """The angles as student block `block` sees them. Raises InputError if a state held NaN or infinity at a position that counts."""
         if self._not_finite.item():
-            raise InputError(
-                "the states are not finite numbers: the training has diverged; train again with a lower learning rate"
-            )
+            raise InputError("the states are not finite: the training has diverged; lower its learning rate")
         counted = self._counted.tolist()
         mean = [total / n if n else None for total, n in zip(self._sum.tolist(), counted, strict=True)]
         above = [tokens / n if n else None for tokens, n in zip(self._above.tolist(), counted, strict=True)]

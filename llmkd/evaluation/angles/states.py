@@ -42,9 +42,8 @@ class TeacherStates:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model.eval()
         self.stacks, self.width = stacks(model), int(model.config.hidden_size)
-        self.last_width = int(
-            getattr(model.config, "word_embed_proj_dim", self.width)
-        )  # OPT-350m's final states are narrower
+        # OPT-350m's final states are narrower.
+        self.last_width = int(getattr(model.config, "word_embed_proj_dim", self.width))
         self._raw, self._last = Capture({}, dict), Capture({}, dict)
         for stack in self.stacks:
             for block in _numbers(stack):

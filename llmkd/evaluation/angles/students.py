@@ -90,9 +90,7 @@ def _of_training(folder: Path, recipe: str | None, overrides: Sequence[str]) -> 
     name = folder.resolve().name
     meta = json.loads((folder / "model" / "llmkd.json").read_text())
     if not any(key.startswith("student.") for key in meta["inputs"]):
-        raise InputError(
-            f"{folder}: this run made a teacher, and angles are seen from a student; give a student's folder"
-        )
+        raise InputError(f"{folder}: a teacher's run, and angles are seen from a student; give a student's folder")
     strategy, seed = meta["strategy"], meta["inputs"].get("seed", 0)
     own = load_recipe(_own_recipe(folder) if recipe is None else recipe, overrides)
     if recipe is not None:  # a run may have been given its strategy and seed on the command line
@@ -124,9 +122,7 @@ def _own_recipe(folder: Path) -> Path:
     """The recipe that a run left beside its model."""
     file = folder / "recipe.yaml"
     if not file.is_file():
-        raise InputError(
-            f"{folder}: its recipe.yaml is not at hand; give the recipe that trained this student by --recipe"
-        )
+        raise InputError(f"{folder}: has no recipe.yaml; give the recipe that trained this student by --recipe")
     return file
 
 

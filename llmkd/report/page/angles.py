@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import combinations_with_replacement, groupby
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
@@ -22,6 +22,16 @@ from llmkd.text import fixed
 SIDE, LEFT, TOP, GAP = 144, 46, 24, 26  # of a map and around it, in pixels
 LEVELS = 10  # of a colour's strength
 Point = tuple[float, float]
+
+
+class Stroke(NamedTuple):
+    """How a line is drawn; strokes sort in the order of their layers."""
+
+    layer: int
+    colour: str
+    alpha: float
+    width: float
+    cap: str
 
 
 def angle_section(angles: Angles | None) -> list[Content]:
@@ -67,10 +77,9 @@ def _note(student: StrategyAngles) -> str:
 def _summary(student: StrategyAngles) -> Numbers:
     """Of each student block shown: mean, share and lowest mean over the cells of two different places, before and after."""
     rows = []
-    for place, block in enumerate(student.after.blocks):
-        row: list[float | None] = [block.block]
-        for when in WHEN:
-            seen = student.at(when).blocks[place]
+    for before, after in zip(student.before.blocks, student.after.blocks, strict=True):
+        row: list[float | None] = [after.block]
+        for seen in (before, after):
             means, shares = _off_diagonal(seen.mean), _off_diagonal(seen.above_zero)
             values = (fmean(means), fmean(shares), min(means)) if means and shares else (None,) * 3
             row += [None if value is None else round(value, 3) for value in values]
@@ -82,13 +91,11 @@ def _summary(student: StrategyAngles) -> Numbers:
 def _cells(student: StrategyAngles) -> Numbers:
     """Every cell of the pictures: student block, the two places, and the numbers before and after."""
     names = _names(student)
-    rows = []
-    for place, block in enumerate(student.after.blocks):
-        for i in range(len(names)):
-            for j in range(i, len(names)):
-                maps = [student.at(when).blocks[place] for when in WHEN]
-                values = [matrix[i][j] for seen in maps for matrix in (seen.mean, seen.above_zero)]
-                rows.append((block.block, names[i], names[j], *values))
+    rows = (
+        (a.block, names[i], names[j], b.mean[i][j], b.above_zero[i][j], a.mean[i][j], a.above_zero[i][j])
+        for b, a in zip(student.before.blocks, student.after.blocks, strict=True)
+        for i, j in combinations_with_replacement(range(len(names)), 2)
+    )
     head = (f"{what} {when}" for when in WHEN for what in ("mean", "share above zero"))
     return Numbers(("student block", "i", "j", *head), tuple(rows))
 
@@ -102,8 +109,7 @@ def _off_diagonal(matrix: Matrix) -> list[float]:
     return [value for i, row in enumerate(matrix) for j, value in enumerate(row) if i < j and value is not None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The drawing
+# --- The drawing
 
 
 @drawn
@@ -112,18 +118,20 @@ def cosine_maps(name: str, student: StrategyAngles) -> Picture:
     blocks = student.after.blocks
     width, height = LEFT + 2 * SIDE + GAP + 8, TOP + len(blocks) * (SIDE + GAP) + 30
     figure, ax = pixel_axes(width, height)
-    cells = _Cells(SIDE / len(student.teacher_blocks))
+    size = SIDE / len(student.teacher_blocks)
+    lines: dict[Stroke, list[Point]] = defaultdict(list)  # those of one look are one path: pages stay small
     for column, when in enumerate(WHEN):
         left = LEFT + column * (SIDE + GAP)
         _write(ax, left + SIDE / 2, 12, when, TEXT, ha="center")
         for row, seen in enumerate(student.at(when).blocks):
             top = TOP + row * (SIDE + GAP)
-            cells.add(seen.mean, left, top)
+            _add_cells(lines, seen.mean, left, top, size)
             _frame(ax, left, top, _names(student))
     for row, block in enumerate(blocks):
         middle = TOP + row * (SIDE + GAP) + SIDE / 2
         _write(ax, 12, middle, f"student block {block.block}", TEXT, ha="center", rotation=90)
-    cells.draw(ax)
+    for stroke in sorted(lines):
+        _draw(ax, lines[stroke], stroke)
     _legend(ax, height - 10)
 
     summary = _summary(student)
@@ -140,50 +148,35 @@ def _cosine(value: float | None) -> str:
     return "not known" if value is None else fixed(value, 2)
 
 
-class _Cells:
-    """The cells of all squares of a picture by colour, so that those of one colour are one path: pages stay small."""
-
-    def __init__(self, size: float) -> None:
-        self._size = size
-        self._runs: dict[tuple[str, int], list[Point]] = defaultdict(list)  # (colour, level) -> ends of lines of cells
-        self._dots: list[Point] = []  # a cell below zero
-        self._strokes: list[Point] = []  # a cell without a direction
-
-    def add(self, matrix: Matrix, left: float, top: float) -> None:
-        """A square whose upper left corner is there."""
-        for i, row in enumerate(matrix):
-            y, column = top + (i + 0.5) * self._size, 0
-            for colour, run in groupby(row, _colour):
-                x, column = left + column * self._size, column + len(list(run))
-                if colour is not None:
-                    self._runs[colour] += [(x, y), (left + column * self._size, y)]
-            for j, value in enumerate(row):
-                x = left + (j + 0.5) * self._size
-                if value is None:
-                    half = self._size / 2
-                    self._strokes += [(x - half, y - half), (x + half, y + half)]
-                elif value < 0:
-                    self._dots += [(x, y), (x, y)]
-
-    def draw(self, ax: Any) -> None:
-        for (colour, level), ends in sorted(self._runs.items()):
-            _lines(ax, ends, colour, self._size, "butt", level / LEVELS)
-        _lines(ax, self._dots, "ink", 0.3 * self._size, "round")
-        _lines(ax, self._strokes, "muted", 0.06 * self._size, "butt")
+def _add_cells(lines: dict[Stroke, list[Point]], matrix: Matrix, left: float, top: float, size: float) -> None:
+    """The strokes of a square whose upper left corner is there; neighbours of one colour are one line."""
+    for i, row in enumerate(matrix):
+        y, column = top + (i + 0.5) * size, 0
+        for level, run in groupby(row, _level):
+            x, column = left + column * size, column + len(list(run))
+            if level:
+                cell = Stroke(0, "series-2" if level < 0 else "series-1", abs(level) / LEVELS, size, "butt")
+                lines[cell] += [(x, y), (left + column * size, y)]
+        for j, value in enumerate(row):
+            x, half = left + (j + 0.5) * size, size / 2
+            if value is None:  # no direction
+                lines[Stroke(2, "muted", 1.0, 0.06 * size, "butt")] += [(x - half, y - half), (x + half, y + half)]
+            elif value < 0:
+                lines[Stroke(1, "ink", 1.0, 0.3 * size, "round")] += [(x, y), (x, y)]
 
 
-def _colour(value: float | None) -> tuple[str, int] | None:
-    """(the sign's colour, level from 1 up); None for what is not coloured."""
+def _level(value: float | None) -> int:
+    """The strength of a cell's colour, with the value's sign; 0 for what is not coloured."""
     level = 0 if value is None else min(round(abs(value) * LEVELS), LEVELS)
-    return ("series-2" if value is not None and value < 0 else "series-1", level) if level else None
+    return -level if value is not None and value < 0 else level
 
 
-def _lines(ax: Any, ends: Sequence[Point], colour: str, width: float, cap: Any, alpha: float = 1.0) -> None:
+def _draw(ax: Any, ends: Sequence[Point], stroke: Stroke) -> None:
     """Lines from each first point to the second, as one path."""
-    if ends:
-        path = Path(ends, [Path.MOVETO, Path.LINETO] * (len(ends) // 2))
-        path.should_simplify = False  # a line of no length is a dot
-        ax.add_patch(PathPatch(path, fill=False, ec=COLOUR[colour], lw=width, capstyle=cap, alpha=alpha, clip_on=False))
+    path = Path(ends, [Path.MOVETO, Path.LINETO] * (len(ends) // 2))
+    path.should_simplify = False  # a line of no length is a dot
+    look: Any = {"ec": COLOUR[stroke.colour], "lw": stroke.width, "capstyle": stroke.cap, "alpha": stroke.alpha}
+    ax.add_patch(PathPatch(path, fill=False, **look, clip_on=False))
 
 
 def _frame(ax: Any, left: float, top: float, names: Sequence[str]) -> None:
@@ -199,9 +192,10 @@ def _legend(ax: Any, y: float) -> None:
     """Swatches from -1 to 1."""
     for place, value in enumerate((-1.0, -0.5, 0.0, 0.5, 1.0)):
         x = LEFT + place * 64
-        _lines(ax, [(x, y), (x + 12, y)], "series-2" if value < 0 else "series-1", 12, "butt", abs(value))
+        colour = "series-2" if value < 0 else "series-1"
+        _draw(ax, [(x, y), (x + 12, y)], Stroke(0, colour, abs(value), 12, "butt"))
         if value < 0:
-            _lines(ax, [(x + 6, y), (x + 6, y)], "ink", 3.6, "round")
+            _draw(ax, [(x + 6, y), (x + 6, y)], Stroke(1, "ink", 1.0, 3.6, "round"))
         ax.add_patch(Rectangle((x, y - 6), 12, 12, fill=False, ec=COLOUR["rule"], lw=1.0, clip_on=False))
         _write(ax, x + 17, y, numbers.margin(value), SMALL - 0.5, ha="left")
 

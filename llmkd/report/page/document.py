@@ -106,9 +106,8 @@ def _opening(results: Results) -> Markup:
         sentence = f" {scored} models have scores; what is missing is named below."
         parts.append(html.tag("p", html.tag("strong", "Partial."), sentence, class_="partial"))
     if results.notes:
-        parts.append(
-            html.tag("ul", *(html.tag("li", note) for note in results.notes), class_="notes", aria_label="Notes")
-        )
+        notes = [html.tag("li", note) for note in results.notes]
+        parts.append(html.tag("ul", *notes, class_="notes", aria_label="Notes"))
     labels = {metric.name: metric.label for metric in results.metrics}
     margins = [f"{numbers.margin(margin)} {labels.get(name, name)}" for name, margin in results.margins.items()]
     facts = [
@@ -124,8 +123,7 @@ def _seeds(results: Results) -> str:
     return ", ".join(map(str, results.seeds)) or "none"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Texts, and what was run
+# --- Texts, and what was run
 
 
 def _generation_section(results: Results, generations: Sequence[GeneratedItem]) -> list[html.Content]:
@@ -164,11 +162,8 @@ def _run_section(results: Results, recipe: str) -> list[html.Content]:
     else:
         parts.append(html.missing("No evaluation has run yet."))
     if recipe:
-        parts.append(
-            html.details(
-                html.join(["The recipe, ", html.tag("code", "recipe.yaml")]), html.tag("pre", html.tag("code", recipe))
-            )
-        )
+        summary = html.join(["The recipe, ", html.tag("code", "recipe.yaml")])
+        parts.append(html.details(summary, html.tag("pre", html.tag("code", recipe))))
     else:
         parts.append(html.missing("The study's recipe.yaml is not at hand."))
     return parts

@@ -23,11 +23,8 @@ Content = str | Markup
 
 def tag(name: str, *content: Content, **attributes: str | int | None) -> Markup:
     """An element; text inside it is escaped. Attributes that are None or empty are left out, `class_` is class, `_` is `-`."""
-    written = [
-        Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), value)
-        for key, value in attributes.items()
-        if value not in (None, "")
-    ]
+    given = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value not in (None, "")}
+    written = [Markup(' {}="{}"').format(key, value) for key, value in given.items()]
     return Markup("<{0}{1}>{2}</{0}>").format(name, join(written), join(content))
 
 

@@ -14,8 +14,7 @@ from llmkd.report.results import Comparison, LayerMap, Metric, Row
 Span = tuple[float, float]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores
+# --- Scores
 
 
 @svg.drawn
@@ -51,10 +50,8 @@ def scores(name: str, metric: Metric, rows: Sequence[Row], reference: str, margi
     ax.set_xlabel(f"{metric.label} ({_better(metric)})")
 
     cells = {row.name: row.cells.get(metric.name) for row in (*students, *others)}
-    parts = [
-        f"{row} {numbers.mean(cell, metric, ' plus or minus ') if cell else 'without a score'}"
-        for row, cell in cells.items()
-    ]
+    means = {row: numbers.mean(cell, metric, " plus or minus ") if cell else None for row, cell in cells.items()}
+    parts = [f"{row} {mean or 'without a score'}" for row, mean in means.items()]
     if band and margin is not None:
         low, high = (numbers.score(edge, metric) for edge in band)
         parts.append(f"margin of {numbers.margin(margin)} around {reference}: {low} to {high}")
@@ -129,8 +126,7 @@ def _better(metric: Metric) -> str:
     return words[metric.higher_is_better]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Differences
+# --- Differences
 
 
 @svg.drawn
@@ -188,8 +184,7 @@ def _difference_in_words(comparison: Comparison, metric: Metric) -> str:
     return f"{comparison.strategy} {difference}{interval}, {comparison.verdict}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Layer maps
+# --- Layer maps
 
 
 @svg.drawn

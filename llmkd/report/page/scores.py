@@ -19,8 +19,7 @@ LONGEST_REASON = 40  # characters of a failure inside a table; the whole sentenc
 SIGNS = {"equivalent": "≈", "different": "≠", "different within the margin": "≠", "undecided": "?", "not tested": "–"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores
+# --- Scores
 
 
 def _ordered(results: Results) -> list[Metric]:
@@ -39,15 +38,12 @@ def score_section(results: Results) -> list[html.Content]:
     averaged = f"Mean over {seeds} seeds ± half the 95 % interval of that mean. "
     items = ", ".join(f"{task} {count}" for task, count in results.items.items())
     head, rows = _score_numbers(results.rows, metrics)
+    best = "★ marks the best mean below the teacher in each column; whether a difference is shown stands under Comparisons."
+    below = [html.csv_link("scores", head, rows), f" Test items: {items}." if items else ""]
     return [
-        html.paragraph(
-            (averaged if seeds > 1 else "One seed, so no interval. ")
-            + "★ marks the best mean below the teacher in each column; whether a difference is shown stands under Comparisons."
-        ),
+        html.paragraph((averaged if seeds > 1 else "One seed, so no interval. ") + best),
         _score_table(results.rows, metrics, results.primary),
-        html.paragraph(
-            html.join([html.csv_link("scores", head, rows), f" Test items: {items}." if items else ""]), "small"
-        ),
+        html.paragraph(html.join(below), "small"),
         *_problems(results.problems),
     ]
 
@@ -81,9 +77,8 @@ def _score_table(rows: Sequence[Row], metrics: Sequence[Metric], primary: str | 
     lines = []
     for row in rows:
         cells = [_score_cell(row, metric, best[metric.name], primary) for metric in metrics]
-        lines.append(
-            html.tag("tr", html.tag("th", row.name, scope="row"), html.tag("td", row.kind), *cells, class_=row.kind)
-        )
+        about = [html.tag("th", row.name, scope="row"), html.tag("td", row.kind)]
+        lines.append(html.tag("tr", *about, *cells, class_=row.kind))
     caption = "Every strategy, baseline and the teacher by every metric"
     head = [html.tag("tr", html.tag("th", colspan=2), *groups), html.tag("tr", *heads)]
     return html.whole_table(caption, head, lines, "scores sortable")
@@ -148,16 +143,14 @@ def interval_section(results: Results) -> list[html.Content]:
     return parts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparisons and maps
+# --- Comparisons and maps
 
 
 def comparison_section(results: Results) -> list[html.Content]:
     """Differences to the reference: pictures, then all numbers with their verdicts."""
     if not results.comparisons:
-        return [
-            html.missing("Nothing can be compared yet: it takes two strategies with scores, one of them the reference.")
-        ]
+        text = "Nothing can be compared yet: it takes two strategies with scores, one of them the reference."
+        return [html.missing(text)]
     metrics = {metric.name: metric for metric in _ordered(results)}
     main_names = [name for name in metrics if name in results.main_metrics] or list(metrics)[:1]
     families = _families(results.comparisons, list(metrics))
@@ -222,20 +215,16 @@ def map_section(results: Results) -> list[html.Content]:
     if not mapped and not unpaired:
         return [html.missing("No trained student with a layer map yet.")]
     seeds = {run.name: run.seed for run in results.runs}
-    figures, parts = (
-        [],
-        [html.paragraph(f"Without a map, since no block is paired: {', '.join(unpaired)}." if unpaired else "")],
-    )
+    without = f"Without a map, since no block is paired: {', '.join(unpaired)}." if unpaired else ""
+    figures, parts = [], [html.paragraph(without)]
     for layer_map in maps:
         if layer_map.student_blocks and layer_map.teacher_blocks:
             picture = score_plots.layer_map(f"map-{len(figures)}", layer_map)
             figures.append(html.figure(picture, layer_map.strategy, f" {_whose(layer_map, seeds)}"))
         else:
             pairs = ", ".join(f"{student} from {teacher}" for student, teacher in layer_map.pairs)
-            unknown = (
-                f"{layer_map.strategy}: the depth of its models is not at hand; student from teacher block {pairs}."
-            )
-            parts.append(html.paragraph(unknown))
+            unknown = "the depth of its models is not at hand; student from teacher block"
+            parts.append(html.paragraph(f"{layer_map.strategy}: {unknown} {pairs}."))
     text = (
         "Left the student's blocks, right the teacher's, block 0 (next to the embeddings) on top; a line is a pair whose "
         "states are compared."

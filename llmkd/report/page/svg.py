@@ -161,8 +161,7 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     return places
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From matplotlib's file to an element of the page
+# --- From matplotlib's file to an element of the page
 
 
 def inline(figure: Figure, name: str, title: str, description: str) -> Markup:

@@ -40,9 +40,7 @@ EMBEDDINGS = {EMBEDDING: "embeddings", DECODER_EMBEDDING: "decoder's embeddings"
 Groups = dict[str, dict[str, Curve]]  # strategy -> run -> its log
 Line = Sequence[tuple[float, float]]
 Lines = Mapping[str, Mapping[str, Line]]  # strategy -> run -> what is drawn
-Distances = list[
-    tuple[int, dict[int, float]]
-]  # a run's steps, each with the mean distance of every student block's pairs
+Distances = list[tuple[int, dict[int, float]]]  # a run's steps, and by student block the mean distance of its pairs
 Value = TypeVar("Value")
 
 
@@ -81,9 +79,8 @@ def _without_distances(groups: Groups, drawn: bool) -> html.Content:
     curves = {name: curve for runs in groups.values() for name, curve in runs.items()}
     unknown = [name for name, curve in curves.items() if not curve.blocks and any(line.pairs for line in curve.lines)]
     if unknown:
-        return html.missing(
-            f"Not drawn by block before the run has ended: the hidden distances of {', '.join(unknown)}."
-        )
+        waiting = ", ".join(unknown)
+        return html.missing(f"Not drawn by block before the run has ended: the hidden distances of {waiting}.")
     return Markup() if drawn else html.missing("No run has a pair of blocks, so there is no hidden distance.")
 
 
@@ -166,10 +163,9 @@ def cost_section(runs: Sequence[TrainingRun]) -> list[html.Content]:
         text += " The teacher's own training is in the table only."
     head, *rows = cost_table(runs)
     numbers = [[run.name, run_state(run), *costs(run)] for run in runs]
+    none = "No student has finished its training yet, so no cost is drawn."
     return [
-        html.paragraph(text)
-        if figures
-        else html.missing("No student has finished its training yet, so no cost is drawn."),
+        html.paragraph(text) if figures else html.missing(none),
         html.pictures(figures, "three"),
         html.details(f"All {len(runs)} runs", html.table("Cost of every training run", head, rows, "sortable")),
         html.paragraph(html.csv_link("cost", COST_HEAD, numbers), "small"),
@@ -277,11 +273,9 @@ def _block_name(block: float) -> str:
 
 def _looks(names: Iterable[str], order: Sequence[str]) -> dict[str, Look]:
     """Each line's colour and dashes, by its name's place in `order`."""
-    places = {name: order.index(name) for name in names}
-    return {
-        name: {"color": svg.COLOUR[f"series-{place % 8 + 1}"], "ls": svg.DASHES[place % len(svg.DASHES)]}
-        for name, place in places.items()
-    }
+    colours = [svg.COLOUR[f"series-{place % 8 + 1}"] for place in range(len(order))]
+    dashes = [svg.DASHES[place % len(svg.DASHES)] for place in range(len(order))]
+    return {name: {"color": colours[order.index(name)], "ls": dashes[order.index(name)]} for name in names}
 
 
 def _mean_lines(lines: Lines) -> dict[str, Line]:

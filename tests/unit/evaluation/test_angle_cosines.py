@@ -157,7 +157,7 @@ def test_states_that_are_no_numbers_are_refused() -> None:
     student = torch.randn(1, 2, 4)
     seen = PairCosines(2)
     seen.add(student, [torch.full((1, 2, 4), math.nan), student + 1], everywhere(student))
-    with pytest.raises(InputError, match="not finite numbers: the training has diverged; train again with a lower"):
+    with pytest.raises(InputError, match="not finite: the training has diverged; lower its learning rate"):
         seen.result()
 
 

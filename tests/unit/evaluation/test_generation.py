@@ -351,7 +351,7 @@ def test_the_command_runs_a_study_and_shows_what_was_written(
     ]
     (study / "study.json").write_text(json.dumps({"name": "made-up", "entries": entries}))
     assert models_of([study]) == [("teacher", study / "teacher" / "model"), ("given", trained)]
-    with pytest.raises(InputError, match="two models are called 'teacher'; give each a call of its own"):
+    with pytest.raises(InputError, match="two models are called 'teacher'; run each alone"):
         models_of([study, study / "teacher" / "model"])
 
     in_process(monkeypatch)

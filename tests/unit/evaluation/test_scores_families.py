@@ -23,7 +23,7 @@ from llmkd.models.families import family
 from llmkd.recipe.evaluation import Generation
 from llmkd.recipe.recipe import Data, Evaluation
 from llmkd.recipe.study_entries import StudyEntry
-from llmkd.report.item_scores import ItemScores
+from llmkd.report.comparisons import ItemScores
 from tests.family_models import CLASSES, ENCODER_DECODERS, ENCODERS, family_recipe, new
 from tests.in_process import in_process
 
@@ -167,7 +167,7 @@ def test_what_encoders_are_not_asked(tmp_path: Path) -> None:
         ({"evaluation.generation": {}}, "encoder", r"evaluation\.generation: an encoder writes no texts; leave it out"),
         ({"evaluation.classification": {}}, "encoder", r"classification\.source: the students are trained on all of"),
         ({"evaluation.classification.split": "train"}, "encoder", r"classification\.split: .*'train'.* held out"),
-        (held_out, "decoder", r"evaluation\.classification: only an encoder has classes.* a decoder; leave it out"),
+        (held_out, "decoder", r"evaluation\.classification: only an encoder has classes, not a decoder; leave it out"),
         (
             {"evaluation.generation.backend": "vllm"},
             "encoder_decoder",

@@ -167,10 +167,10 @@ def test_corpus_bleu_is_scored_anew_for_each_draw(tmp_path: Path) -> None:
     ]
     some = items_bootstrap(
         *(
-            np.stack([[text_metrics.bleu_statistics(x["text"], x["references"]) for x in m] for m in half])
+            np.stack([[text_metrics.bleu.statistics(x["text"], x["references"]) for x in m] for m in half])
             for half in (models[:2], models[2:])
         ),
-        score=lambda sums: np.apply_along_axis(text_metrics.bleu_of, -1, np.rint(sums).astype(int)),
+        score=lambda sums: np.apply_along_axis(text_metrics.bleu.of, -1, np.rint(sums).astype(int)),
         resamples=200,
     )
     assert some is not None and some.interval == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))

@@ -1,7 +1,7 @@
 """How far each student agrees with the teacher: on held-out rows token by token, and in the texts that both have written.
 
 `agree([("forward-s0", folder)], teacher, settings, data, generations, out)` writes `out/forward-s0.json` and, with a line per item,
-`out/forward-s0.jsonl`; an up-to-date result is not made again. The work is done in processes of this file, one per device.
+`out/forward-s0.jsonl`.
 
 The teacher runs over the rows once for all students: its head and its final states at the trained positions are kept, and from them
 the logits of a few hundred tokens at a time. Several devices repeat that run, each for itself, side by side: it is one pass over
@@ -30,7 +30,7 @@ from llmkd.data.other_families import collate_for
 from llmkd.errors import InputError
 from llmkd.evaluation import held_out
 from llmkd.evaluation.results import AGREEMENT_METRICS, AgreementResult, ComparedItem, GeneratedText, Scores, read_items
-from llmkd.evaluation.step import Score, Step, before_scoring, explained, model_hashes, pending, run, serve
+from llmkd.evaluation.step import Jobs, Score, Step, before_scoring, explained, model_hashes, pending, run, serve
 from llmkd.files import digest, file_hashes
 from llmkd.inference.child import Say
 from llmkd.losses.divergences import DIVERGENCES
@@ -68,7 +68,7 @@ class Task:
 
 
 def agree(
-    jobs: Sequence[tuple[str, Path]],
+    jobs: Jobs,
     teacher: Path,
     settings: Evaluation,
     data: Data,
@@ -76,13 +76,11 @@ def agree(
     out: Path,
     *,
     trust_remote_code: bool = False,
-    devices: Sequence[str] | None = None,
 ) -> dict[str, Path]:
-    """Compare every (name, model folder) that has no up-to-date result in `out` with the teacher; the result files by name.
+    """Compare models with the teacher, as `step.run` says; the result files by name.
 
     The rows are the first `settings.agreement_rows` of `settings.generation`'s source, the texts those of
-    `generations/<name>.jsonl` and `generations/teacher.jsonl`. A model that can't be compared gets a file with `error` set, and is
-    tried again at the next call. Raises InputError where no rows are asked for or the rows can't be read.
+    `generations/<name>.jsonl` and `generations/teacher.jsonl`. Raises InputError where no rows are asked for or can't be read.
     """
     if settings.generation is None or not settings.agreement_rows:
         raise InputError("evaluation.agreement_rows: no rows to compare on; write a number above 0, e.g. 100")
@@ -101,7 +99,7 @@ def agree(
     ]
     students = [student.name for student in pending(unscored, out)]
     task = Task(teacher, settings, data, generations, students, trust_remote_code)
-    return run(STEP, unscored, task, out, devices=devices)
+    return run(STEP, unscored, task, out)
 
 
 def _text_hashes(generations: Path, name: str) -> list[str]:

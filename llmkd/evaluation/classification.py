@@ -1,14 +1,12 @@
 """Encoders put held-out rows into classes, and are scored: accuracy, F1 and cross-entropy.
 
-`classify([("forward-s0", folder)], settings, data, out)` writes `out/forward-s0.json` and, with a line per row, `out/forward-s0.jsonl`;
-what is there and made of the same model, rows and versions is not done again. The work is done in a process of its own, this file.
+`classify([("forward-s0", folder)], settings, data, out)` writes `out/forward-s0.json` and, with a line per row, `out/forward-s0.jsonl`.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,7 @@ from llmkd.errors import InputError
 from llmkd.evaluation import class_metrics
 from llmkd.evaluation.held_out import load_to_run, local_hashes, read_rows
 from llmkd.evaluation.results import ClassificationResult, ClassifiedRow
-from llmkd.evaluation.step import Score, Step, before_scoring, run, serve
+from llmkd.evaluation.step import Jobs, Score, Step, before_scoring, run, serve
 from llmkd.files import digest, sources
 from llmkd.inference.child import Say
 from llmkd.models.families import family
@@ -44,25 +42,17 @@ class Task:
     data: Data
 
 
-def classify(
-    jobs: Sequence[tuple[str, Path]],
-    settings: Evaluation,
-    data: Data,
-    out: Path,
-    *,
-    devices: Sequence[str] | None = None,
-) -> dict[str, Path]:
-    """Have every (name, model folder) that has no up-to-date result in `out` classify the rows of `data`; the result files by name.
+def classify(jobs: Jobs, settings: Evaluation, data: Data, out: Path) -> dict[str, Path]:
+    """Have models classify the rows of `data`, as `step.run` says; the result files by name.
 
-    A model that can't be run gets a file with `error` set, and is tried again at the next call. Raises InputError where the rows can't
-    be read.
+    Raises InputError where the rows can't be read.
     """
     packages = versions(*PACKAGES)
     rows = [data.model_dump_json(), settings.dtype, json.dumps(packages, sort_keys=True)]
     decides = [digest([*rows, *local_hashes(data.source), *sources(class_metrics)])]
     about = {"dtype": settings.dtype, "versions": packages, "rows": 0, "metrics": dict.fromkeys(class_metrics.METRICS)}
     unscored = [before_scoring(ClassificationResult, name, folder, decides, **about) for name, folder in jobs]
-    return run(STEP, unscored, Task(settings, data), out, devices=devices)
+    return run(STEP, unscored, Task(settings, data), out)
 
 
 # --- The child process

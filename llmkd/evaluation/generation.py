@@ -1,9 +1,7 @@
 """Lets models continue held-out prompts, by Hugging Face or vLLM, and scores what they write.
 
 `generate([("forward-s0", folder)], settings, data, out)` writes `out/forward-s0.json` (scores, and what they were made with)
-and `out/forward-s0.jsonl` (a line per item: prompt, references, text, token ids, scores). What is there and made of the same
-model, prompts, settings and versions is not made again. Each backend has a process of its own, this file; it loads a model or
-starts vLLM's engine once for all prompts, and leaves the libraries' own output in `out/generation.log`.
+and `out/forward-s0.jsonl` (a line per item: prompt, references, text, token ids, scores). Each backend has a process of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from llmkd.errors import InputError
 from llmkd.evaluation import text_metrics
 from llmkd.evaluation.held_out import KEY, Encoded, Prompt, check_model_folder, encoded, held_out_prompts
 from llmkd.evaluation.results import GeneratedText, GenerationResult, read_items
-from llmkd.evaluation.step import Process, Score, Step, before_scoring, explained, run, serve
+from llmkd.evaluation.step import Jobs, Process, Score, Step, before_scoring, explained, run, serve
 from llmkd.files import sources
 from llmkd.inference.backends import BACKENDS, Sampling, stop_ids
 from llmkd.inference.child import Say
@@ -56,23 +54,16 @@ class Task:
 
 
 def generate(
-    jobs: Sequence[tuple[str, Path]],
-    settings: Evaluation,
-    data: Data,
-    out: Path,
-    *,
-    trust_remote_code: bool = False,
-    devices: Sequence[str] | None = None,
+    jobs: Jobs, settings: Evaluation, data: Data, out: Path, *, trust_remote_code: bool = False
 ) -> dict[str, Path]:
-    """Continue the prompts by every (name, model folder) that has no up-to-date result in `out`; the result files by name.
+    """Let models continue the prompts, as `step.run` says; the result files by name.
 
-    A model that can't be run gets a file with `error` set, and is tried again at the next call. Raises InputError, before anything is
-    written, for prompts or a backend that are not there.
+    Raises InputError, before anything is written, for prompts or a backend that are not there.
     """
     prompts = check(settings, data)
     unscored = [_unscored(name, folder, settings, prompts) for name, folder in jobs]
     task = Task(_section(settings), settings.dtype, prompts, str(out / STEP.log_name), trust_remote_code)
-    return run(STEP, unscored, task, out, process=_process, devices=devices)
+    return run(STEP, unscored, task, out, process=_process)
 
 
 def check(settings: Evaluation, data: Data) -> list[Prompt]:

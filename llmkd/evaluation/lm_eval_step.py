@@ -1,15 +1,12 @@
-"""Scores models through lm-eval, on Hugging Face or vLLM, in processes of their own, one JSON file per model.
+"""Scores models through lm-eval, on Hugging Face or vLLM.
 
-`evaluate([("forward-s0", folder)], settings, out)` writes `out/forward-s0.json` and `out/forward-s0.samples.jsonl`; what is there
-and made of the same model, tasks, settings and versions is not done again. The process is llmkd.evaluation.lm_eval_worker, which leaves
-lm-eval's own output in `out/lm-eval.log`. One process serves all models on Hugging Face; vLLM gets one for each model, because it gives
-back a model's memory only by ending.
+`evaluate([("forward-s0", folder)], settings, out)` writes `out/forward-s0.json` and `out/forward-s0.samples.jsonl`, in processes of
+llmkd.evaluation.lm_eval_worker. One serves all models on Hugging Face; vLLM gives back a model's memory only by ending.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from llmkd.data import records
@@ -18,7 +15,7 @@ from llmkd.evaluation import text_metrics
 from llmkd.evaluation.lm_eval_tasks import problem, task_files, task_manager
 from llmkd.evaluation.lm_eval_worker import PACKAGES, STEP, Task
 from llmkd.evaluation.results import LmEvalResult
-from llmkd.evaluation.step import Process, before_scoring, run
+from llmkd.evaluation.step import Jobs, Process, before_scoring, run
 from llmkd.files import ROOT, digest, file_hashes, sources
 from llmkd.inference.choose import choose_backend
 from llmkd.inference.vllm_setup import check_installed, vllm_environment
@@ -34,18 +31,10 @@ DECODING = "decoded as the task says"
 """Scores of before, when the settings in a model's folder were mixed in, are made anew."""
 
 
-def evaluate(
-    jobs: Sequence[tuple[str, Path]],
-    settings: Evaluation,
-    out: Path,
-    *,
-    trust_remote_code: bool = False,
-    devices: Sequence[str] | None = None,
-) -> dict[str, Path]:
-    """Evaluate every (name, model folder) that has no up-to-date result in `out`; the result files by name.
+def evaluate(jobs: Jobs, settings: Evaluation, out: Path, *, trust_remote_code: bool = False) -> dict[str, Path]:
+    """Score models on lm-eval's tasks, as `step.run` says; the result files by name.
 
-    A model that can't be scored, or not on every task, gets a file with `error` set, and is tried again at the next call. Raises
-    InputError for a task or task folder that is not there.
+    Raises InputError for a task or task folder that is not there.
     """
     include = task_folder(settings)
     if settings.backend == "vllm":
@@ -57,7 +46,7 @@ def evaluate(
         vllm = model.backend == "vllm"
         return Process(1, vllm_environment(out.resolve() / "vllm"), alone=True) if vllm else Process()
 
-    return run(STEP, unscored, task, out, process=process, devices=devices)
+    return run(STEP, unscored, task, out, process=process)
 
 
 def check_tasks(settings: Evaluation) -> None:

@@ -38,6 +38,8 @@ NOT_OF_THE_MODEL = ("llmkd.json", "README.md")  # in an exported folder, but wit
 S = TypeVar("S")
 R = TypeVar("R", bound=StepResult)
 M = TypeVar("M", bound=ScoredModel)
+Jobs = Sequence[tuple[str, Path]]
+"""(name, model folder) of the models to score."""
 Score = Callable[[R], tuple[R, Sequence[Item]]]
 """An unscored model -> its result, and a line per item. Whatever it raises is noted in the model's file."""
 
@@ -82,7 +84,7 @@ def run(
     process: Callable[[R], Process] = lambda _: Process(),
     devices: Sequence[str] | None = None,
 ) -> dict[str, Path]:
-    """Score the models that have no up-to-date result in `out`; the result files by name.
+    """Score the models that have no up-to-date result in `out`, a folder; the result files by name.
 
     A model that can't be scored gets a file with `error` set, and is tried again at the next call. `devices`: by default all that this
     process sees. Raises InputError where `step.prepare` does.

@@ -1,7 +1,6 @@
 """How a student's blocks see the teacher's: angles before and after training, for every student of a study or for one run.
 
-`angles(folder)` writes `folder/angles/<entry>.json`; what is there and made of the same models, rows and settings is not done
-again. "Before" is the student as training began it, made anew from its recipe. The work is done in a process of its own, this file.
+`angles(folder)` writes `folder/angles/<entry>.json`. "Before" is the student as training began it, made anew from its recipe.
 
 Cost: per student one pass of the teacher over the rows and one of each of its two models (one "before" serves all students that
 begin alike), and the cosines (llmkd.evaluation.angles.cosines). Memory: teacher, two students, and one batch's states of all teacher
@@ -63,13 +62,11 @@ def angles(
     recipe: str | None = None,
     overrides: Sequence[str] = (),
     rows: int | None = None,
-    devices: Sequence[str] | None = None,
 ) -> dict[str, Path]:
     """Angles of every trained student of a study's folder, or of the one in a training folder; the result files by name.
 
-    The rows are the first of the source of `evaluation.generation`, for encoders of `evaluation.classification`. A student that can't
-    be measured gets a file with `error` set, and is tried again at the next call. Raises InputError for a folder that is neither, and
-    for rows that can't be read.
+    The rows are the first of the source of `evaluation.generation`, for encoders of `evaluation.classification`; all else is as
+    `step.run` says. Raises InputError for a folder that is neither, and for rows that can't be read.
     """
     teacher, students = students_of(folder, recipe, overrides)
     first = students[0].recipe
@@ -97,7 +94,7 @@ def angles(
     ]
     out = folder / ANGLES.folder
     task = Task(teacher, rows, {student.name: student for student in students}, out)
-    return run(STEP, unscored, task, out, devices=devices)
+    return run(STEP, unscored, task, out)
 
 
 def _settings(recipe: Recipe) -> dict[str, object]:

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 
 from llmkd.errors import InputError
-from llmkd.evaluation import agreement, class_metrics, classification, generation
+from llmkd.evaluation import agreement, class_metrics, classification, generation, step
 from llmkd.evaluation.classification import classify
 from llmkd.evaluation.held_out import Prompt, batches_of, check_evaluation, encoded, held_out_data
 from llmkd.evaluation.results import AgreementResult, ClassificationResult, LmEvalResult
@@ -69,7 +69,7 @@ def test_a_class_that_nobody_named_is_not_among_the_classes() -> None:
     assert from_one["f1"] == class_metrics.class_metrics([0, 1, 1, 0], [0, 1, 0, 0], [1.0] * 4, 2)["f1"]
 
 
-def test_classify_gives_the_scores_of_the_plain_model(tmp_path: Path) -> None:
+def test_classify_gives_the_scores_of_the_plain_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row by row, without padding, for every type of encoder; what was done is not done again."""
     recipes = {}
     for name in ENCODERS:

@@ -198,11 +198,6 @@ class ScoredModel(StepResult):
         return {} if self.rows is None else {self.STEP: self.rows}
 
     @property
-    def directions(self) -> Mapping[str, Mapping[str, bool]]:
-        """Task -> metric -> whether higher is better, where the file says so."""
-        return {}
-
-    @property
     def has_scores(self) -> bool:
         """Whether the file holds numbers, be it of a step that failed."""
         return any(self.tasks.values())
@@ -267,6 +262,7 @@ class LmEvalResult(ScoredModel):
     stderr: dict[str, Scores] = field(default_factory=dict)
     task_items: Annotated[dict[str, int], Field(alias="items")] = field(default_factory=dict)
     higher_is_better: dict[str, dict[str, bool]] = field(default_factory=dict)
+    """Of tasks and their metrics, where lm-eval says so."""
     num_fewshot: dict[str, int | None] = field(default_factory=dict)
     command: str | None = None
     """lm-eval's command line that gives the same scores by hand."""
@@ -279,10 +275,6 @@ class LmEvalResult(ScoredModel):
     @property
     def items(self) -> Mapping[str, int]:
         return self.task_items
-
-    @property
-    def directions(self) -> Mapping[str, Mapping[str, bool]]:
-        return self.higher_is_better
 
     def to_json(self) -> dict[str, object]:
         return {key: value for key, value in super().to_json().items() if key not in ("metrics", "rows")}

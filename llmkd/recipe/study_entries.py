@@ -73,10 +73,6 @@ class StudyEntry:
         assert self.train is not None, self.name
         return study / self.train
 
-    def result_file(self, step: str) -> str | None:
-        """The file of a scoring step's result."""
-        return self.results.get(step)
-
 
 @dataclass(frozen=True)
 class StudyFile:

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from llmkd.evaluation.results import RESULT_CLASSES, ScoredModel
+from llmkd.evaluation.results import RESULT_CLASSES, LmEvalResult, ScoredModel
 from llmkd.recipe.study_entries import STEPS, StudyEntry, StudyFile, read_study
 from llmkd.report.angles import study_angles
 from llmkd.report.comparisons import ItemScores, comparisons
@@ -39,17 +39,6 @@ class Outcome:
     def problem(self) -> str:
         """One sentence of all its problems."""
         return "; ".join(f"{step} {problem}" for step, problem in self.problems.items())
-
-    @property
-    def lower_is_better(self) -> set[str]:
-        """The metrics of which less is better: those of which the files say so, or else those named so."""
-        return {
-            f"{task}/{metric}"
-            for result in self.results.values()
-            for task, scores in result.tasks.items()
-            for metric in scores
-            if not result.directions.get(task, {metric: not LOWER_IS_BETTER.search(metric)}).get(metric, True)
-        }
 
 
 def outcome(folder: Path, entry: StudyEntry) -> Outcome:
@@ -114,16 +103,21 @@ def _without_comparisons(folder: Path, study: StudyFile, outcomes: Sequence[Outc
 
 def _metrics(outcomes: Sequence[Outcome]) -> list[Metric]:
     """Every metric that a model has, step by step, with what it takes to show it."""
-    lower = {name for outcome in outcomes for name in outcome.lower_is_better}
+    higher: dict[str, bool] = {}  # lm-eval's metrics, where the files say so
+    for result in (outcome.results.get("lm-eval") for outcome in outcomes):
+        if isinstance(result, LmEvalResult):
+            for task, directions in result.higher_is_better.items():
+                higher |= {f"{task}/{metric}": better for metric, better in directions.items()}
     names = dict.fromkeys(name for outcome in outcomes for name in outcome.scores)
-    metrics = [_metric(name, name in lower) for name in names]
+    metrics = [_metric(name, higher.get(name)) for name in names]
     return sorted(metrics, key=lambda metric: list(STEPS).index(metric.step))  # sorted is stable
 
 
-def _metric(name: str, lower: bool) -> Metric:
+def _metric(name: str, higher: bool | None) -> Metric:
     step, _, short = name.partition("/")
     if step not in STEPS:
-        return Metric(name, name, not lower, short in OF_100, "lm-eval")
+        better = not LOWER_IS_BETTER.search(short) if higher is None else higher
+        return Metric(name, name, better, short in OF_100, "lm-eval")
     label, higher, percent = RESULT_CLASSES[step].LABELS.get(short, (short, True, False))
     return Metric(name, label, higher, percent, step)
 

@@ -48,7 +48,7 @@ def test_study_of_another_family(tmp_path: Path, model_type: str) -> None:
     page = study(recipe).page
     folder = recipe.folder
     for entry in read_study(folder).entries:
-        found = json.loads((folder / (entry.result_file(step) or "")).read_text())
+        found = json.loads((folder / entry.results[step]).read_text())
         assert found["error"] is None and found["metrics"], (entry.name, found)
     if model_type != "bert":
         found = json.loads((folder / "agreement" / "forward-s0.json").read_text())

@@ -225,7 +225,7 @@ def test_rows_that_are_not_asked_for_or_not_there_are_refused(
     folder: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_process(monkeypatch)
-    with pytest.raises(InputError, match="agreement_rows: how many"):
+    with pytest.raises(InputError, match="agreement_rows: no rows to compare on"):
         run(folder, tiny, ["same"], tmp_path, agreement_rows=0)
     with pytest.raises(InputError, match="no file or folder './none.jsonl'"):
         run(folder, tiny, ["same"], tmp_path, generation={"source": "./none.jsonl", "split": "train"})

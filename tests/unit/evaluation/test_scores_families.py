@@ -78,8 +78,8 @@ def test_classify_gives_the_scores_of_the_plain_model(tmp_path: Path, monkeypatc
     settings, data = Evaluation(batch_size=7), recipes["bert"].data
     out = tmp_path / "classifications"
     jobs = [(name, tmp_path / name / "teacher") for name in ENCODERS]
-    # on two devices, as it were: there is no GPU here
-    files = classify([*jobs, ("gone", tmp_path / "nowhere")], settings, data, out, devices=["0", "1"])
+    monkeypatch.setattr(step, "visible_devices", lambda: ["0", "1"])  # pretended: there is no GPU here
+    files = classify([*jobs, ("gone", tmp_path / "nowhere")], settings, data, out)
     for name in ENCODERS:
         _check_scores(tmp_path / name, files[name])
     failed = json.loads(files["gone"].read_text())

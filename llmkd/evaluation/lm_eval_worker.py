@@ -211,6 +211,9 @@ def score(
 def _evaluate(model: Any, task: str, settings: Evaluation, manager: Any) -> dict[str, Any]:
     import lm_eval  # heavy; the parent imports this module too
 
+    seeds = dict.fromkeys(
+        ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), settings.seed
+    )
     simple_evaluate: Any = lm_eval.simple_evaluate  # its decorator hides its signature
     return simple_evaluate(
         model=model,
@@ -219,10 +222,7 @@ def _evaluate(model: Any, task: str, settings: Evaluation, manager: Any) -> dict
         num_fewshot=settings.num_fewshot,
         limit=settings.limit,
         bootstrap_iters=BOOTSTRAP,
-        random_seed=settings.seed,
-        numpy_random_seed=settings.seed,
-        torch_random_seed=settings.seed,
-        fewshot_random_seed=settings.seed,
+        **seeds,
     )
 
 

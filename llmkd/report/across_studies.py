@@ -29,13 +29,7 @@ UNIMPORTANT = ("name", "output")
 DECIDES = {
     "generation": ("evaluation.generation.", "data."),
     "classification": ("evaluation.classification.", "data."),
-    "lm-eval": (
-        "evaluation.limit",
-        "evaluation.num_fewshot",
-        "evaluation.seed",
-        "evaluation.max_length",
-        "evaluation.include",
-    ),
+    "lm-eval": tuple(f"evaluation.{key}" for key in ("limit", "num_fewshot", "seed", "max_length", "include")),
     "agreement": (
         "evaluation.agreement_rows",
         "evaluation.generation.",

@@ -188,13 +188,12 @@ def measure(student: TrainedStudent, work: Work) -> MeasuredAngles:
     observe(work.teacher, observers, work.batches, work.device)
     if len(observers) > 1:
         work.starts[start] = observers[1].views()
+    projector = {"before": "as drawn from the recipe's seed", "after": f"trained, from {step}"} if projected else None
     before_and_after = zip(work.teacher.stacks, work.starts[start], after.views(), after.depths, strict=True)
     return MeasuredAngles(
         rows=sum(len(batch.input_ids) for batch in work.batches),
         final_state=recipe.matching.final_state,
-        projector={"before": "as drawn from the recipe's seed", "after": f"trained, from {step}"}
-        if projected
-        else None,
+        projector=projector,
         projector_left_out=bool(student.pairs) and not projected and recipe.matching.projects(width, width),
         bins=BINS,
         stacks=[

@@ -165,13 +165,10 @@ def trained_projectors(
 
 def _drawn(student: TrainedStudent, widths: Widths) -> nn.ModuleList:
     """The projectors of the run's pairs as its recipe draws them, nn.Identity where a pair has none."""
-    recipe, count = student.recipe, len(student.pairs)
+    matching, count = student.recipe.matching, len(student.pairs)
+    without = matching.unprojected(count)
     projectors = make_projectors(
-        count,
-        *widths,
-        bias=recipe.matching.projector_bias,
-        seed=recipe.seed,
-        without=recipe.matching.unprojected(count),
+        count, *widths, bias=matching.projector_bias, seed=student.recipe.seed, without=without
     )
     assert projectors is not None, "the widths differ and there are pairs"
     return projectors

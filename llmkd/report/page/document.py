@@ -78,14 +78,13 @@ def whole_page(results: Results, generations: Sequence[GeneratedItem], recipe: s
     script = _asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    links = [html.tag("li", html.tag("a", heading, href=f"#{name}")) for name, (heading, _) in sections.items()]
     page = PAGE.format(
         policy=Markup(policy),
         name=results.name,
         style=_asset("page.css"),
         opening=_opening(results),
-        links=html.join(
-            html.tag("li", html.tag("a", heading, href=f"#{name}")) for name, (heading, _) in sections.items()
-        ),
+        links=html.join(links),
         body=html.join((html.section(name, heading, parts) for name, (heading, parts) in sections.items()), "\n"),
         script=script,
     )
@@ -133,19 +132,13 @@ def _generation_section(results: Results, generations: Sequence[GeneratedItem]) 
     shown, note = len(texts["items"]), ""
     if shown < len(generations):
         note = f"The first {shown} of {len(generations)} items are on this page; all are in the study's folder generations/."
-    return [
-        html.paragraph(
-            "Each prompt with its reference and what the models wrote; models with the same text share a line. Words that are not "
-            "in the nearest reference are underlined, words of it that are missing are struck through."
-        ),
-        html.paragraph(note, "small"),
-        html.tag(
-            "div",
-            html.missing("It takes the script of this page to show the texts; they lie in generations/ too."),
-            id="texts",
-        ),
-        html.data_script("texts-data", texts),
-    ]
+    words = (
+        "Each prompt with its reference and what the models wrote; models with the same text share a line. Words that are not "
+        "in the nearest reference are underlined, words of it that are missing are struck through."
+    )
+    without = html.missing("It takes the script of this page to show the texts; they lie in generations/ too.")
+    parts = [html.paragraph(words), html.paragraph(note, "small"), html.tag("div", without, id="texts")]
+    return [*parts, html.data_script("texts-data", texts)]
 
 
 def _run_section(results: Results, recipe: str) -> list[html.Content]:

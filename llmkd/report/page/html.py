@@ -114,19 +114,13 @@ def figure(picture: Picture, name: str, about: str = "") -> Markup:
     note = [f"the first {len(rows)} of {len(shown.rows)} rows"] if len(rows) < len(shown.rows) else []
     if len(shown.head) < len(picture.numbers.head):
         note.append(f"{len(shown.head)} of {len(picture.numbers.head)} columns")
-    link = csv_link(picture.name, picture.numbers.head, picture.numbers.rows)
-    below = details(
-        join(["Numbers", hidden(f": {picture.title}")]),
-        join(
-            [
-                tag("p", link),
-                table(picture.title, shown.head, rows, "numbers"),
-                paragraph(f"Shown: {', '.join(note)}; the CSV holds all." if note else "", "small"),
-                paragraph(picture.note, "small"),
-            ]
-        ),
-        "figure-numbers",
-    )
+    parts = [
+        tag("p", csv_link(picture.name, picture.numbers.head, picture.numbers.rows)),
+        table(picture.title, shown.head, rows, "numbers"),
+        paragraph(f"Shown: {', '.join(note)}; the CSV holds all." if note else "", "small"),
+        paragraph(picture.note, "small"),
+    ]
+    below = details(join(["Numbers", hidden(f": {picture.title}")]), join(parts), "figure-numbers")
     return tag("figure", picture.svg, "\n", tag("figcaption", tag("b", name), about), "\n", below)
 
 

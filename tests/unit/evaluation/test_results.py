@@ -57,7 +57,11 @@ def test_items_and_tasks_are_those_of_the_file() -> None:
     scored = LmEvalResult.from_json(
         {"tasks": {"t": {"acc": 1.0}}, "items": {"t": 9}, "higher_is_better": {"t": {"acc": True}}}
     )
-    assert (scored.tasks, scored.items, scored.higher_is_better) == ({"t": {"acc": 1.0}}, {"t": 9}, {"t": {"acc": True}})
+    assert (scored.tasks, scored.items, scored.higher_is_better) == (
+        {"t": {"acc": 1.0}},
+        {"t": 9},
+        {"t": {"acc": True}},
+    )
     assert scored.to_json()["tasks"] == scored.tasks and scored.to_json()["items"] == {"t": 9}
     assert AgreementResult.from_json({"metrics": {"kl": 0.25}}).items == {}  # written by hand, without rows
 

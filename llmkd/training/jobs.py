@@ -21,6 +21,7 @@ from llmkd.distributed.ranks import World, on_main
 from llmkd.errors import InputError
 from llmkd.files import ROOT
 from llmkd.layer_map import Pairs
+from llmkd.losses.compiled_rows import lacking_to_compile
 from llmkd.losses.objective import Weights
 from llmkd.losses.set_distances import WIDTH_FREE
 from llmkd.models import families, folders, load, make
@@ -161,6 +162,10 @@ def check_place(recipe: Recipe, teacher: Any, weights: Weights, *, ranks: int, r
         stage_count(recipe.teacher.stages, ranks, ranks_per_node, sum(families.depths(teacher)))
     if recipe.teacher.offload_states and not gpu:
         raise InputError("teacher.offload_states: there is no GPU here whose memory it would spare; write false")
+    if gpu and recipe.compiles_head and (lacking := lacking_to_compile()):
+        raise InputError(
+            f"train.compile: a kernel of the head's losses takes {lacking}, which is missing here; install it, or write none"
+        )
 
 
 def _weights(recipe: Recipe, pairs: Pairs, stones: Pairs) -> Weights:

@@ -40,16 +40,16 @@ def row(width: int, teacher_width: int) -> list[str]:
         some(*shape)
         for shape in ((POSITIONS, width), (VOCABULARY, width), (POSITIONS, teacher_width), (VOCABULARY, teacher_width))
     )
-    weight.div_(width**0.5), head.div_(teacher_width**0.5)
+    weight.div_(width**0.5)
+    head.div_(teacher_width**0.5)
     targets = torch.randint(0, VOCABULARY, (POSITIONS,), device=states.device)
     everywhere = torch.ones_like(targets, dtype=torch.bool)
     terms = Terms(1 / POSITIONS, 1 / POSITIONS, forward_kl, 1.0)
 
     def products() -> None:
         logits = states @ weight.T
-        theirs @ head.T
-        logits @ weight
-        logits.T @ states
+        for a, b in ((theirs, head.T), (logits, weight), (logits.T, states)):
+            torch.mm(a, b)
 
     def losses(compiled: bool, chunk: int) -> None:
         leaves = [states.detach().requires_grad_(), weight.detach().requires_grad_()]

@@ -35,9 +35,8 @@ class Inputs:
     """What a stage needs of a micro-batch, small enough to be sent to all members."""
 
     input_ids: Tensor  # [B, T] int32
-    position_ids: (
-        Tensor | None
-    )  # [B, T] int32, of packed rows; others count from 0 and need no mask (`parts.final_state`)
+    # [B, T] int32, of packed rows; others count from 0 and need no mask (`parts.final_state`)
+    position_ids: Tensor | None
 
     @property
     def nbytes(self) -> int:

@@ -77,7 +77,7 @@ def head_losses(
     `compiled`: run what follows the products as one kernel (`llmkd.losses.compiled_rows`), where the divergence and the dtype allow it.
     """
     teacher = None if terms.kl_scale == 0 else teacher
-    compiled &= not isinstance(teacher, TopK) and (teacher is None or reads_row_by_row(terms.divergence))
+    compiled = compiled and not isinstance(teacher, TopK) and (teacher is None or reads_row_by_row(terms.divergence))
     return _HeadLosses.apply(states, weight, bias, teacher, targets, compared, terms, chunk, compiled)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from llmkd.distributed.ds_configs import DsConfig
 from llmkd.distributed.engines import sharded_construction
 from llmkd.errors import InputError, first_line, reason
 from llmkd.models.families import (
@@ -191,7 +192,7 @@ def load_model(
     folder: Path,
     *,
     dtype: torch.dtype,
-    ds_config: dict[str, Any] | None,
+    ds_config: DsConfig | None,
     attention: str,
     trust_remote_code: bool = False,
     first_blocks: int | None = None,

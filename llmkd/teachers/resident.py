@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmkd.data.batches import Batch
+from llmkd.distributed.ds_configs import DsConfig
 from llmkd.distributed.engines import frozen_engine, gathered
 from llmkd.models.parts import Body, blocks, head, head_bias, on_state
 from llmkd.teachers.base import Capture, Signal
@@ -33,7 +34,7 @@ class ResidentTeacher:
         uses: Sequence[int],
         *,
         normed_last: bool,
-        ds_config: dict[str, Any] | None,
+        ds_config: DsConfig | None,
         logits: bool = True,
         offload_to: torch.cuda.Stream | None = None,
         stones: Sequence[int] = (),

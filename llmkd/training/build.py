@@ -19,7 +19,7 @@ from llmkd import hub
 from llmkd.data.batches import Batch, steps_per_epoch
 from llmkd.data.other_families import tokenize_for
 from llmkd.distributed.compiled import check_asynchronous_io
-from llmkd.distributed.ds_configs import complete_ds_config, load_ds_config, teacher_ds_config
+from llmkd.distributed.ds_configs import DsConfig, complete_ds_config, load_ds_config, teacher_ds_config
 from llmkd.distributed.engines import parameter_count
 from llmkd.distributed.ranks import PipelineGroup, World, all_rows, on_main
 from llmkd.errors import InputError
@@ -78,7 +78,7 @@ def rate_of_step(train: recipe.Train, steps: int) -> Callable[[int], float]:
     return rate
 
 
-def training_ds_config(world: World, train: recipe.Train, accumulation: int, folder: Path) -> dict[str, Any]:
+def training_ds_config(world: World, train: recipe.Train, accumulation: int, folder: Path) -> DsConfig:
     """The DeepSpeed configuration of a run, completed from the recipe."""
     return complete_ds_config(
         load_ds_config(train.deepspeed, ROOT / "ds_configs"),
@@ -181,7 +181,7 @@ def _resident(
     )
 
 
-def _sharded_config(job: Job, part: PreTrainedConfig) -> dict[str, Any]:
+def _sharded_config(job: Job, part: PreTrainedConfig) -> DsConfig:
     """The DeepSpeed configuration of a zero3 teacher of this shape; its blocks are counted before any weight is loaded."""
     settings = job.recipe.teacher
     if settings.offload == "nvme":
@@ -239,9 +239,7 @@ def rows_of_all_ranks(world: World, job: Job) -> AllRows | None:
     return functools.partial(all_rows, world) if job.pairs and job.recipe.matching.scope == "batch" else None
 
 
-def load_student(
-    job: Job, ds_config: dict[str, Any], target_width: int | None, gather: AllRows | None = None
-) -> Distiller:
+def load_student(job: Job, ds_config: DsConfig, target_width: int | None, gather: AllRows | None = None) -> Distiller:
     """The job's student, with its projectors and losses, ready for an engine. `gather`: see `rows_of_all_ranks`."""
     dtype = load.DTYPES[job.train.dtype]
     settings, matching = job.recipe.student, job.recipe.matching

@@ -159,6 +159,8 @@ def run_teacher(task: Task, rows: list[int], batches: list[Batch]) -> TeacherOut
     if any(texts.values()):
         prompts = held_out.held_out_prompts(generation, task.data)
         asked = held_out.encoded(prompts, tokenizer, family(model.config).kind)
+        for name, written in texts.items():
+            check_items(written, len(asked), task.generations / f"{name}.jsonl")
     states = [final_states(model, batch) for batch in batches]
     likelihoods = {}
     for name, written in texts.items():
@@ -171,6 +173,15 @@ def run_teacher(task: Task, rows: list[int], batches: list[Batch]) -> TeacherOut
         likelihoods[name] = text_likelihoods(model, prompt_and_text, pad_id=held_out.pad_of(tokenizer))
     head, own_texts = whole_head(model), read_texts(task.generations, TEACHER)
     return TeacherOutputs(rows, batches, states, head, own_texts, likelihoods)
+
+
+def check_items(written: Texts, rows: int, file: Path) -> None:
+    """Raise InputError where texts answer rows that `evaluation.generation` no longer asks for."""
+    if written and max(written) >= rows:
+        raise InputError(
+            f"{file}: a text of row {max(written)}, but evaluation.generation asks for {rows} rows now; run llmkd generate "
+            "again, or write the number of items it was made with"
+        )
 
 
 def compare_model(

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from llmkd.data.tokens import leading
 from llmkd.errors import InputError
 from llmkd.evaluation import agreement
+from llmkd.evaluation.results import GeneratedText
 from llmkd.files import write_text
 from llmkd.models import make
 from llmkd.models.load import load_config, load_tokenizer
@@ -199,6 +200,17 @@ def test_a_teacher_with_added_tokens_is_compared_where_no_row_holds_one(
         f"a row of evaluation.generation: token '<tool>' (id {token}) is in only one of the teacher's and the student's"
     )
     assert set(results["tools"]["metrics"].values()) == {None}
+
+
+def test_texts_of_rows_that_are_no_longer_asked_for_are_refused() -> None:
+    texts = {item: GeneratedText(item=item, token_ids=[1]) for item in (0, 4)}
+    agreement.check_items(texts, 5, Path("generations/s.jsonl"))
+    agreement.check_items({}, 0, Path("generations/s.jsonl"))
+    with pytest.raises(
+        InputError,
+        match=r"^generations/s\.jsonl: a text of row 4, but evaluation\.generation asks for 3 rows now; run ",
+    ):
+        agreement.check_items(texts, 3, Path("generations/s.jsonl"))
 
 
 def test_what_is_done_is_not_done_again_and_what_failed_is(

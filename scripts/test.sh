@@ -10,7 +10,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS=1 # else pyright asks PyPI for a newer pyr
 
 # A worker per core, at most four: each takes up to 3 GiB. A file stays in one worker, which makes what its tests share once; the files go
 # in their own order, which has the long ones first.
-workers=$(nproc)
+workers=$(env -u OMP_NUM_THREADS nproc) # nproc would take that variable for the number
 ((workers <= 4)) || workers=4
 [[ "$*" != *gpu* ]] || workers=0 # the GPU is not shared
 

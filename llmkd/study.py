@@ -79,7 +79,7 @@ def _study(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> Report:
     trained = [entry for entry in entries if entry.train is not None]
     cached = not recipe.teacher.share_cache
     for number, entry in enumerate(trained, start=1):
-        if (folder / entry.model / "llmkd.json").is_file():
+        if jobs.is_finished(entry.run_folder(folder)):
             log.info("study %d/%d: %s is done", number, len(trained), entry.name)
             continue
         if entry.kind == "student" and not cached:

@@ -153,8 +153,8 @@ def _finish(world: World, run: PreparedRun, *, seconds: float, tokens: int, last
     model, card = run.module.model, _card(job, run.steps)
     checkpoint.export(world, model, job.folder / "model", tokenizer_from=job.initial, card=card, meta=meta)
     if world.is_main:
-        write_json(job.folder / "summary.json", summary)
         initial.remove_initial(job)
+        write_json(job.folder / "summary.json", summary)  # last: a run that has one is finished
     barrier(world)
     log.info("%s: done, %s", job.title, job.folder / "model")
 

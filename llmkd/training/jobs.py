@@ -305,7 +305,12 @@ def finished(job: Job) -> bool:
     if not meta.is_file():
         return False
     check_same(json.loads(meta.read_text())["inputs"], job.inputs, job.folder)
-    return (job.folder / "summary.json").is_file()  # else a kill came between the two
+    return is_finished(job.folder)
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a training folder holds all that a run leaves: a kill may come between the model and the summary."""
+    return (run / "model" / "llmkd.json").is_file() and (run / "summary.json").is_file()
 
 
 def _check_lengths(max_length: int, positions: int | None, where: str) -> None:

@@ -11,11 +11,14 @@ import pytest
 import yaml
 
 from llmkd.cli import main
+from llmkd.distributed.launch import Ending
 from llmkd.errors import InputError
 from llmkd.evaluation import generation
 from llmkd.recipe.recipe import load_recipe
 from llmkd.recipe.study_entries import entry_recipe, study_entries
 from llmkd.study import study
+from llmkd.train import train
+from llmkd.training import jobs
 from tests.tiny import recipe_values
 
 
@@ -198,3 +201,34 @@ def test_a_study_makes_one_cache_and_teaches_all_students_from_it(
     assert ["--cache-only" in given for given in launched[3:]] == [True, False]
     assert {file: file.stat().st_mtime_ns for file in files} == made  # it is whole, and is kept
     assert (recipe.folder / "students" / "random-s0" / "model").is_dir()
+
+
+def test_a_student_that_was_killed_before_its_summary_is_finished_by_the_study(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: Any
+) -> None:
+    from llmkd import study as module
+
+    study_sets = ["study.strategies=[none]", "study.baselines=[]", "matching.target_block=null"]
+    recipe = load_recipe(
+        recipe_file, [*study_sets, f"output={tmp_path}", "evaluation.tasks=[]", "matching.strategy=none"]
+    )
+    [entry] = [entry for entry in study_entries(recipe) if entry.train]
+    run = entry.run_folder(recipe.folder)
+    launched: list[list[str]] = []
+
+    def launch_here(_: int, arguments: list[str]) -> Ending:
+        launched.append(arguments)
+        train(world, jobs.distil_job(world, entry_recipe(recipe, entry), run))
+        return Ending(0, False)
+
+    monkeypatch.setattr(module, "launch", launch_here)
+    monkeypatch.setattr(module, "_score", lambda *_: [])
+    study(recipe)
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    (run / "summary.json").unlink()
+    (run / "initial").mkdir()
+    assert [training.state for training in study(recipe).results.runs] == ["done"]
+    assert len(launched) == 2 and (run / "summary.json").is_file() and not (run / "initial").exists()
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+    study(recipe)
+    assert len(launched) == 2

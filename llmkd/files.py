@@ -63,7 +63,7 @@ def read(file: Path) -> Any:
     """A JSON file's value, or None if it is not there or not whole."""
     try:
         return json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -37,6 +37,7 @@ from llmkd.recipe.scoring_steps import (
     ScoringStep,
 )
 from llmkd.recipe.study_entries import (
+    StatedMargins,
     StudyEntry,
     StudyFile,
     entry_recipe,
@@ -130,10 +131,10 @@ def _study_file(recipe: Recipe, entries: Sequence[StudyEntry]) -> StudyFile:
     folder = recipe.folder
     margins = {margin.metric: margin.within for margin in recipe.study.margins}
     history = read_study(folder).margins_history if (folder / "study.json").is_file() else []
-    if not history or history[-1]["margins"] != margins:
+    if not history or history[-1].margins != margins:
         scored = [step for step in SCORING_STEPS if step.entry is not None]
         results = [file for step in scored for file in (folder / step.folder).glob("*.json")]
-        history = [*history, {"margins": margins, "results": len(results)}]
+        history = [*history, StatedMargins(margins, len(results))]
     return StudyFile(recipe.name, recipe.study.compared_with, margins, history, entries)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from llmkd.errors import InputError, first_line
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
+
+from llmkd.errors import InputError
 from llmkd.files import read, write_json
 from llmkd.recipe.recipe import Recipe
 from llmkd.recipe.scoring_steps import SCORING_STEPS
@@ -22,41 +24,46 @@ CE_ONLY: Mapping[str, object] = {
     "stones": None,
 }
 Kind = Literal["teacher", "baseline", "student"]
-NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
-"""A model's name is a part of file names."""
 STEPS = {step.name: step.entry for step in SCORING_STEPS if step.entry is not None}
 """Scoring step -> the key of an entry in `study.json` that names its result file, in the order of the report's columns."""
+
+
+def _inside(path: str) -> str:
+    """The path. Raises ValueError for one that does not name a place in the study's folder."""
+    if not Path(path).name or "\0" in path or Path(path).is_absolute() or ".." in Path(path).parts:
+        raise ValueError(f"{path!r} names no place in the study's folder")
+    return path
+
+
+def _with_results(entry: Any) -> Any:
+    """An entry as the file has it, with the result files' keys in one mapping; what is no entry, as it is."""
+    if not isinstance(entry, dict):
+        return entry
+    return {**entry, "results": {step: entry[key] for step, key in STEPS.items() if entry.get(key) is not None}}
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+"""A model's name is a part of file names."""
+Inside = Annotated[str, AfterValidator(_inside)]
+Margins = Mapping[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+"""Metric -> the largest difference that counts as none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyEntry:
     """One model of a study, as `study.json` lists it. Paths are relative to the study's folder."""
 
-    name: str
+    name: Name
     kind: Kind
-    strategy: str | None
+    strategy: Annotated[str, Field(min_length=1)] | None
     """Strategy, variant or baseline; None for the teacher and for a checkpoint as it is."""
-    seed: int | None
-    model: str
+    seed: Annotated[int, Field(ge=0)] | None
+    model: Annotated[str, Field(min_length=1)]
     """The model's folder, or the hub name of a model that the study does not train."""
-    train: str | None
+    train: Inside | None
     """The folder of its training run; None where it is not trained."""
-    results: Mapping[str, str] = field(default_factory=dict)
+    results: Mapping[str, Inside] = field(default_factory=dict)
     """Scoring step -> its result file, for each step in the recipe; in `study.json` each has its own key."""
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> StudyEntry:
-        """An entry as the file has it. Raises ValueError for one that names a place outside of the study's folder."""
-        own: dict[str, Any] = {key.name: value.get(key.name) for key in fields(cls) if key.name != "results"}
-        entry = cls(**own, results={step: value[key] for step, key in STEPS.items() if value.get(key)})
-        if not isinstance(entry.name, str) or not re.fullmatch(NAME, entry.name):
-            raise ValueError(f"{entry.name!r} is no model's name")
-        for path in (entry.train, *entry.results.values()):
-            if path is not None and (not isinstance(path, str) or Path(path).is_absolute() or ".." in Path(path).parts):
-                raise ValueError(f"{path!r} lies outside of the study's folder")
-        if not isinstance(entry.model, str) or entry.kind not in get_args(Kind):
-            raise ValueError(f"{entry.name} has no model, or is of no kind")
-        return entry
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
@@ -75,40 +82,70 @@ class StudyEntry:
 
 
 @dataclass(frozen=True)
+class StatedMargins:
+    """The study's margins as they stood at one time, and how many results there were by then."""
+
+    margins: Margins
+    results: Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
 class StudyFile:
     """`study.json`: a study's models, and what was decided before there were results."""
 
     name: str
     reference: str
-    margins: Mapping[str, float]
-    """Metric -> the largest difference that counts as none."""
-    margins_history: Sequence[Mapping[str, Any]]
+    margins: Margins
+    margins_history: Sequence[StatedMargins]
     """Every set of margins, with the number of result files there were when it was first written."""
-    entries: Sequence[StudyEntry]
+    entries: Sequence[Annotated[StudyEntry, BeforeValidator(_with_results)]]
 
     def write(self, folder: Path) -> None:
-        write_json(folder / "study.json", {**vars(self), "entries": [entry.to_json() for entry in self.entries]})
+        history = [asdict(stated) for stated in self.margins_history]
+        entries = [entry.to_json() for entry in self.entries]
+        write_json(folder / "study.json", {**vars(self), "margins_history": history, "entries": entries})
 
 
 def read_study(folder: Path) -> StudyFile:
-    """`study.json`. Raises InputError if the folder holds none."""
-    values = read(folder / "study.json")
+    """`study.json`, every field of it checked. Raises InputError if the folder holds none, or one of another form."""
+    file = folder / "study.json"
+    values = read(file)
     if values is None:
         raise InputError(
             f"{folder}: no study here (no readable study.json); give a study's folder, e.g. runs/quickstart"
         )
+    if isinstance(values, dict):
+        values = {"reference": "forward", "margins": {}, "margins_history": []} | {
+            key: value for key, value in values.items() if value is not None
+        }
     try:
-        return StudyFile(
-            name=str(values["name"]),
-            reference=str(values.get("reference") or "forward"),
-            margins={str(metric): float(within) for metric, within in (values.get("margins") or {}).items()},
-            margins_history=list(values.get("margins_history") or []),
-            entries=[StudyEntry.from_json(entry) for entry in values["entries"]],
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        study = TypeAdapter(StudyFile).validate_json(json.dumps(values), strict=True)
+        _check_entries(study.entries)
+    except ValueError as error:
         raise InputError(
-            f"{folder / 'study.json'}: not as llmkd writes it ({first_line(error)}); run the study again, which writes it and nothing else"
+            f"{file}: not as llmkd writes it ({_problem(error)}); remove it, and run the study again, which writes it anew"
         ) from error
+    return study
+
+
+def _check_entries(entries: Sequence[StudyEntry]) -> None:
+    """Raise ValueError where entries contradict themselves or each other."""
+    names = [entry.name for entry in entries]
+    for entry in entries:
+        if names.count(entry.name) > 1:
+            raise ValueError(f"two entries are called {entry.name}")
+        if entry.train is not None or entry.strategy == "undistilled":
+            _inside(entry.model)
+        if entry.train is not None and entry.kind != "teacher" and (entry.strategy is None or entry.seed is None):
+            raise ValueError(f"{entry.name} is trained, and has no strategy or no seed")
+
+
+def _problem(error: ValueError) -> str:
+    """The first fault and where it is."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def study_entries(recipe: Recipe) -> list[StudyEntry]:

@@ -19,7 +19,7 @@ from llmkd.report.angles import study_angles
 from llmkd.report.comparisons import ItemScores, comparisons
 from llmkd.report.conclusion import conclusion, notes
 from llmkd.report.files import curve, layer_maps, read_log, read_summary, row_name, step_result, training_run
-from llmkd.report.results import Agreed, Cell, Metric, Results, Row, StatedMargins
+from llmkd.report.results import Agreed, Cell, Metric, Results, Row
 from llmkd.report.significance import half_width
 
 LOWER_IS_BETTER = re.compile(r"perplexity|bits_per_byte|brier|^ter$")  # lm-eval's, where the file does not say
@@ -83,7 +83,7 @@ def _without_comparisons(folder: Path, study: StudyFile, outcomes: Sequence[Outc
         seeds=list(dict.fromkeys(entry.seed for entry in study.entries if entry.seed is not None)),
         reference=study.reference,
         margins=dict(study.margins),
-        margins_history=[StatedMargins(**stated) for stated in study.margins_history],
+        margins_history=list(study.margins_history),
         primary=_primary(study.margins, metrics),
         metrics=metrics,
         rows=_rows(outcomes),

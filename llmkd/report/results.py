@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from llmkd.evaluation.angles.results import Matrix, When
+from llmkd.recipe.study_entries import StatedMargins
 
 Agreed = Mapping[str, Any]
 """Conditions shared by models, as their files give them (any JSON value); where models differ, a list of all values."""
@@ -198,14 +199,6 @@ class Angles:
 
     students: list[StrategyAngles]
     problems: dict[str, str]
-
-
-@dataclass(frozen=True)
-class StatedMargins:
-    """The study's margins as they stood at one time, and how many results there were by then."""
-
-    margins: dict[str, float]
-    results: int
 
 
 @dataclass(frozen=True)

@@ -76,9 +76,13 @@ def _of_study(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tup
             continue
         assert entry.strategy is not None and entry.seed is not None, "a student that is trained has both"
         students.append(_student(train, entry_recipe(whole, entry), entry.name, entry.kind, entry.strategy, entry.seed))
+    teacher = next((entry for entry in entries if entry.kind == "teacher"), None)
+    if teacher is None:
+        raise InputError(
+            f"{folder / 'study.json'}: names no teacher; remove it, and run the study again, which writes it anew"
+        )
     if not students:
         raise InputError(f"{folder}: no student of this study has been trained yet; run llmkd study first")
-    teacher = next(entry for entry in entries if entry.kind == "teacher")
     inside = folder / teacher.model
     if teacher.train is not None and inside.is_dir():  # so that a study may be moved
         return inside, students

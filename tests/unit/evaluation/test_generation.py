@@ -342,11 +342,11 @@ def test_the_command_runs_a_study_and_shows_what_was_written(
     study = tmp_path / "study"
     shutil.copytree(trained, study / "teacher" / "model")
     entries = [
-        {"name": name, "kind": "baseline", "model": model, "train": train, "strategy": None, "seed": None}
-        for name, model, train in (
-            ("teacher", "teacher/model", "teacher"),
-            ("forward-s0", "students/forward-s0/model", "students/forward-s0"),
-            ("given", str(trained), None),
+        {"name": name, "kind": kind, "model": model, "train": train, "strategy": strategy, "seed": seed}
+        for name, kind, strategy, seed, model, train in (
+            ("teacher", "teacher", None, None, "teacher/model", "teacher"),
+            ("forward-s0", "student", "forward", 0, "students/forward-s0/model", "students/forward-s0"),
+            ("given", "baseline", None, None, str(trained), None),
         )
     ]
     (study / "study.json").write_text(json.dumps({"name": "made-up", "entries": entries}))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llmkd.cli import main
 from llmkd.errors import InputError
-from llmkd.recipe.recipe import load_recipe
-from llmkd.recipe.study_entries import read_study
+from llmkd.evaluation.angles.measure import angles
+from llmkd.recipe.recipe import dump_recipe, load_recipe
+from llmkd.recipe.study_entries import StudyFile, read_study, study_entries
 
 OUT_OF_BOUNDS = [
     ("seed=281474976710656", "seed: 281474976710656 is too large; write a number below 140737488355328"),
@@ -88,6 +91,13 @@ ENTRY: dict[str, Any] = {
         {"generation": "/tmp/a.json"},
         {"kind": "thing"},
         {"model": None},
+        {"strategy": ["a"]},
+        {"seed": "x"},
+        {"seed": -1},
+        {"train": ""},
+        {"train": "students/a-s0", "seed": None},
+        {"train": "students/a-s0", "strategy": None},
+        {"train": "students/a-s0", "model": "../model"},
     ],
 )
 def test_a_study_file_of_another_form_is_one_sentence(tmp_path: Path, change: dict[str, Any]) -> None:
@@ -95,8 +105,57 @@ def test_a_study_file_of_another_form_is_one_sentence(tmp_path: Path, change: di
     file.write_text(json.dumps({"name": "s", "entries": [ENTRY]}))
     assert [entry.name for entry in read_study(tmp_path).entries] == ["a-s0"]
     file.write_text(json.dumps({"name": "s", "entries": [{**ENTRY, **change}]}))
-    with pytest.raises(InputError, match=r"study\.json: not as llmkd writes it \(.*\); run the study again"):
+    with pytest.raises(
+        InputError, match=r"study\.json: not as llmkd writes it \(.*\); remove it, and run the study again"
+    ):
         read_study(tmp_path)
+
+
+MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "history of numbers": (lambda study: study.update(margins_history=[1]), "margins_history.0: "),
+    "history that is a text": (lambda study: study.update(margins_history="abc"), "margins_history: "),
+    "history of other keys": (lambda study: study.update(margins_history=[{"a": 1}]), "margins_history.0.margins: "),
+    "margin that is no number": (lambda study: study.update(margins={"a": float("nan")}), "margins.a: "),
+    "strategy that is a list": (lambda study: study["entries"][-1].update(strategy=["a"]), "entries.1.strategy: "),
+    "trained without a seed": (lambda study: study["entries"][-1].update(seed=None), "none-s0 is trained, and has no"),
+    "twice the same": (lambda study: study["entries"].append(study["entries"][-1]), "two entries are called none-s0"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "problem"), MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize("command", ["report", "angles", "study", "generate"])
+def test_every_command_refuses_a_malformed_study_file(
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    spoil: Callable[[dict[str, Any]], object],
+    problem: str,
+) -> None:
+    sets = ["study.strategies=[none]", "study.baselines=[]", f"output={tmp_path}"]
+    held_out = "evaluation.generation={source: records, items: 2, max_new_tokens: 4}"
+    recipe = load_recipe(tiny / "recipe.yaml", [*sets, held_out])
+    recipe.folder.mkdir()
+    file, recipe_file = recipe.folder / "study.json", recipe.folder / "recipe.yaml"
+    recipe_file.write_text(dump_recipe(recipe))
+    StudyFile("tiny", "none", {}, [], study_entries(recipe)).write(recipe.folder)
+    study = json.loads(file.read_text())
+    spoil(study)
+    file.write_text(json.dumps(study))
+    with pytest.raises(SystemExit) as left:
+        main([command, str(recipe_file if command == "study" else recipe.folder)])
+    *_, sentence = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2
+    assert sentence.startswith(f"Error: {file}: not as llmkd writes it ({problem}"), sentence
+    assert sentence.endswith("); remove it, and run the study again, which writes it anew")
+
+
+def test_angles_need_the_teacher_that_a_study_file_leaves_out(tiny: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(tiny / "recipe.yaml", ["study.strategies=[none]", "study.baselines=[]"])
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    StudyFile("tiny", "none", {}, [], study_entries(recipe)[1:]).write(tmp_path)
+    with pytest.raises(InputError, match=r"study\.json: names no teacher; remove it, and run the study again"):
+        angles(tmp_path)
 
 
 @pytest.mark.parametrize(

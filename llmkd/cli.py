@@ -20,7 +20,6 @@ from llmkd.processes import stopping
 from llmkd.recipe.options import SET, FiniteRange, train_options
 
 if TYPE_CHECKING:
-    from llmkd.recipe.recipe import Recipe
     from llmkd.report.results import Results
 
 STOPPED = "Stopped: all that is trained and scored so far is kept, and the same command goes on with the rest."
@@ -111,30 +110,14 @@ def cache(recipe: str, output: str | None, overrides: tuple[str, ...], ranks: in
 
 def _launch(recipe: str, overrides: tuple[str, ...], options: list[str], ranks: int | None) -> None:
     from llmkd.distributed.launch import launch
+    from llmkd.recipe.ds_config import check_ds_configs
     from llmkd.recipe.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides)
     sets = [part for override in overrides for part in ("--set", override)]
     processes = _ranks(ranks) or settings.study.ranks
-    _check_deepspeed(settings, processes)
+    check_ds_configs(settings, processes)
     sys.exit(launch(processes, ["--recipe", recipe, *options, *sets]).code)
-
-
-def _check_deepspeed(settings: Recipe, ranks: int) -> None:
-    """Refuse a DeepSpeed file with all its faults before a process is started, each of which takes its time to begin."""
-    from llmkd.distributed.ds_configs import complete_ds_config, load_ds_config
-    from llmkd.files import ROOT
-
-    train = settings.train
-    complete_ds_config(
-        load_ds_config(train.deepspeed, ROOT / "ds_configs"),
-        world_size=ranks,
-        micro_batch=train.micro_batch_size,
-        accumulation=max(train.batch_size // (ranks * train.micro_batch_size), 1),
-        clip=train.clip,
-        dtype=train.dtype,
-        nvme_path="",
-    )
 
 
 def _ranks(asked: int | None) -> int:

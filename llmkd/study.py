@@ -26,6 +26,7 @@ from llmkd.models.families import depths, kind
 from llmkd.models.folders import resolve
 from llmkd.models.stored import read_config
 from llmkd.processes import only_one_in
+from llmkd.recipe.ds_config import check_ds_configs
 from llmkd.recipe.recipe import Recipe, dump_recipe
 from llmkd.recipe.scoring_steps import (
     AGREEMENT,
@@ -198,8 +199,8 @@ def _model(recipe: Recipe, entry: StudyEntry) -> Path:
 def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
     """Raise InputError, before anything is written, for what would stop the study hours later.
 
-    Students that can't be trained, ranks that can't share the batch, tasks that do not exist, and models in the folder that another
-    recipe made.
+    Students that can't be trained, DeepSpeed files that can't be used, ranks that can't share the batch, tasks that do not exist, and
+    models in the folder that another recipe made.
     """
     _check_scores(recipe)
     teacher = teacher_shape(recipe)
@@ -210,6 +211,7 @@ def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
     for train, data in runs:
         accumulation_steps(train, ranks)
         total_steps(train, len(jobs.read_rows(data)))
+    check_ds_configs(recipe, ranks)
     family = jobs.teacher_family(recipe, teacher)
     _check_pair_weights(recipe, entries, teacher)
     if recipe.teacher.share_cache:
@@ -221,6 +223,7 @@ def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
             inputs = jobs.teacher_inputs(recipe)
         else:
             own = entry_recipe(recipe, entry)
+            check_ds_configs(own, ranks)  # a variant may have another file
             _check_trained(own, family, teacher, ranks)
             inputs = jobs.student_inputs(own)
         meta = recipe.folder / entry.model / "llmkd.json"

@@ -19,17 +19,17 @@ from llmkd import hub
 from llmkd.data.batches import Batch, steps_per_epoch
 from llmkd.data.other_families import tokenize_for
 from llmkd.distributed.compiled import check_asynchronous_io
-from llmkd.distributed.ds_configs import DsConfig, complete_ds_config, load_ds_config, teacher_ds_config
+from llmkd.distributed.ds_configs import DsConfig, teacher_ds_config
 from llmkd.distributed.engines import parameter_count
 from llmkd.distributed.ranks import PipelineGroup, World, all_rows, on_main
 from llmkd.errors import InputError
-from llmkd.files import ROOT
 from llmkd.losses.distance_sum import AllRows
 from llmkd.losses.schedules import learning_rate
 from llmkd.models import families, load
 from llmkd.models.parts import blocks
 from llmkd.models.vocabularies import check_rows
 from llmkd.recipe import recipe
+from llmkd.recipe.ds_config import completed_ds_config
 from llmkd.student.connectors import fit_connectors, make_connectors
 from llmkd.student.distiller import Distiller, make_projectors
 from llmkd.student.stepping_stones import SteppingStones
@@ -80,15 +80,7 @@ def rate_of_step(train: recipe.Train, steps: int) -> Callable[[int], float]:
 
 def training_ds_config(world: World, train: recipe.Train, accumulation: int, folder: Path) -> DsConfig:
     """The DeepSpeed configuration of a run, completed from the recipe."""
-    return complete_ds_config(
-        load_ds_config(train.deepspeed, ROOT / "ds_configs"),
-        world_size=world.size,
-        micro_batch=train.micro_batch_size,
-        accumulation=accumulation,
-        clip=train.clip,
-        dtype=train.dtype,
-        nvme_path=str(folder / "nvme"),
-    )
+    return completed_ds_config(train, ranks=world.size, accumulation=accumulation, nvme_path=str(folder / "nvme"))
 
 
 def tokenized(world: World, job: Job, tokenizer: Any) -> Dataset:

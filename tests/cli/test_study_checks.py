@@ -177,3 +177,39 @@ def test_a_students_own_checkpoint_is_asked_too(
         check(recipe, study_entries(recipe), 1)
     else:
         assert "teacher and student tokenizers differ, first at token" in refused(file, capsys, variant(**own))
+
+
+@pytest.mark.parametrize("where", ["train", "finetune", "variant"])
+def test_a_deepspeed_file_that_can_not_be_used_is_refused_before_the_study(
+    file: Path, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    if where == "finetune" and load_recipe(file).finetune is None:
+        pytest.skip("the teacher is there")
+    mine = file.parent / "mine.json"
+    mine.write_text(json.dumps({"zero_optimization": {"stage": 1, "foo": 1}, "tensor_parallel": {"autotp_size": 2}}))
+    sets = {
+        "train": f"train.deepspeed={mine}",
+        "finetune": f"finetune.train.deepspeed={mine}",
+        "variant": variant(**{"train.deepspeed": str(mine)}),
+    }
+    key = "finetune.train.deepspeed" if where == "finetune" else "train.deepspeed"
+    reason = "tensor_parallel can't be used here (the student's tensors are split by ZeRO alone); remove it"
+    assert refused(file, capsys, sets[where]) == f"Error: {key} ({mine}): {reason}"
+    mine.write_text(json.dumps({"zero_optimization": {"stage": 1, "foo": 1}}))
+    reason = "zero_optimization.foo: DeepSpeed has no such key; remove it"
+    assert refused(file, capsys, sets[where]) == f"Error: {key} ({mine}): {reason}"
+
+
+@pytest.mark.parametrize("key", ["train.deepspeed", "finetune.train.deepspeed"])
+def test_a_deepspeed_file_that_can_not_be_used_is_refused_before_a_rank_starts(
+    file: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    if load_recipe(file).finetune is None:
+        pytest.skip("a recipe that makes its teacher has both files")
+    mine = file.parent / "mine.json"
+    mine.write_text(json.dumps({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}))
+    for command in (["train", "--recipe", str(file)], ["finetune", str(file)]):
+        with pytest.raises(SystemExit) as caught:
+            main([*command, "--set", f"{key}={mine}"])
+        assert caught.value.code == 2
+        assert f"Error: {key} ({mine}): zero_optimization.elastic_checkpoint can't be used" in capsys.readouterr().err

@@ -14,7 +14,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 
-from llmkd.distributed.ds_configs import NOT_HERE, complete_ds_config, zero_stage  # noqa: E402
+from llmkd.distributed.ds_checks import NOT_HERE  # noqa: E402
+from llmkd.distributed.ds_configs import complete_ds_config, load_ds_config, zero_stage  # noqa: E402
 from llmkd.errors import InputError  # noqa: E402
 
 FOLDER = Path(__file__).parents[3] / "ds_configs"
@@ -208,7 +209,6 @@ def test_auto_is_the_recipes_value_or_deepspeeds_default(dtype: str, caplog: pyt
     assert completed == {
         **decided,
         "gradient_clipping": 0.25,
-        "fp16": {},
         "bf16": {"enabled": dtype == "bfloat16"},
         "zero_optimization": {"stage": 3},
     }
@@ -280,8 +280,10 @@ def test_what_can_not_work_here_is_refused_with_its_reason(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", sorted(NOT_HERE.keys() - {"optimizer", "scheduler"}))
-def test_a_section_that_is_switched_off_is_let_be(key: str) -> None:
-    complete_ds_config({**AUTO, key: {"enabled": False, "other": 1}}, **NUMBERS, dtype="float32")
+def test_a_section_that_is_switched_off_is_left_out(key: str) -> None:
+    completed = complete_ds_config({**AUTO, key: {"enabled": False, "other": 1}}, **NUMBERS, dtype="float32")
+    DeepSpeedConfig({**completed, "train_batch_size": 21})  # it refuses some of them even so, which must not be there
+    assert key not in completed
 
 
 @pytest.mark.parametrize(
@@ -300,3 +302,117 @@ def test_a_section_that_is_switched_off_is_let_be(key: str) -> None:
 def test_a_section_that_is_none_is_one_sentence(change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         complete_ds_config({**AUTO, **change}, **NUMBERS, dtype="float32")
+
+
+# Each of these trained or tracebacked before it was refused.
+ZERO_FAULTS = [
+    ({"foo": 1}, "zero_optimization.foo: DeepSpeed has no such key; remove it"),
+    ({"reduce_bucket_size": "5e8"}, "zero_optimization.reduce_bucket_size is '5e8'; it must be a valid integer"),
+    ({"reduce_bucket_size": -1}, "zero_optimization.reduce_bucket_size is -1; it must be greater than 0"),
+    (
+        {"offload_optimizer": {"device": "gpu"}},
+        "zero_optimization.offload_optimizer.device is 'gpu'; it must be 'none', 'cpu' or 'nvme'",
+    ),
+    (
+        {"elastic_checkpoint": True},
+        "zero_optimization.elastic_checkpoint can't be used here (a run that is saved with it can't be resumed, and one without it "
+        "resumes on any number of ranks); remove it",
+    ),
+]
+FAULTS = [
+    ({"sparse_gradients": True}, "sparse_gradients can't be used here (DeepSpeed no longer has it); remove it"),
+    (
+        {"prescale_gradients": True, "gradient_predivide_factor": 2.0},
+        "prescale_gradients can't be used with ZeRO stage 2 or 3 and reduce_scatter; remove it, or write "
+        "zero_optimization.reduce_scatter: false; gradient_predivide_factor can't be used with ZeRO stage 2 or 3 and reduce_scatter; "
+        "remove it, or write zero_optimization.reduce_scatter: false",
+    ),
+    ({"gradient_predivide_factor": 0}, "gradient_predivide_factor is 0; write a number above 0"),
+    (
+        {"checkpoint": {"writer": {"type": "fast"}}},
+        "checkpoint.writer can't be used here (checkpoints are written by torch.save); remove it",
+    ),
+    (
+        {"checkpoint": {"load_universal": True}},
+        "checkpoint.load_universal can't be used here (llmkd sets it where a run resumes on another number of ranks; with it every other "
+        "resume fails); remove it",
+    ),
+    ({"sequence_parallel_size": 2}, "sequence_parallel_size must be 1: no text is split over ranks"),
+    ({"steps_per_print": "x"}, "steps_per_print is 'x'; write a whole number from 1"),
+    ({"steps_per_print": 0}, "steps_per_print is 0; write a whole number from 1"),
+    ({"wall_clock_breakdown": "false"}, "wall_clock_breakdown is 'false'; write true or false"),
+    ({"aio": {"block_size": "x"}}, "aio.block_size is 'x'; write a whole number from 1"),
+    ({"data_types": {"grad_accum_dtype": "fp64"}}, "data_types.grad_accum_dtype is 'fp64'; write fp32, bf16 or fp16"),
+    (
+        {"communication_data_type": "foo"},
+        "communication_data_type: DeepSpeed refuses it (Invalid communication_data_type. Supported data types: ['fp16', 'bf16', 'fp32']. "
+        "Got: foo); correct it, or remove it",
+    ),
+    (
+        {"checkpoint": {"tag_validation": "Foo"}},
+        "checkpoint: DeepSpeed refuses it (Checkpoint config contains invalid tag_validation value of FOO, expecting one of "
+        "['WARN', 'IGNORE', 'FAIL']); correct it, or remove it",
+    ),
+    ({"tensorboard": {"enable": True}}, "tensorboard.enable: DeepSpeed has no such key; remove it"),
+    (
+        {"comms_logger": 3},
+        "comms_logger: DeepSpeed refuses it (deepspeed.comm.config.CommsLoggerConfig() argument after ** must be a mapping, not int); "
+        "correct it, or remove it",
+    ),
+    *(({"zero_optimization": {"stage": 2, **zero}}, sentence) for zero, sentence in ZERO_FAULTS),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), FAULTS, ids=[json.dumps(change) for change, _ in FAULTS])
+def test_what_deepspeed_would_refuse_later_is_one_sentence(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError) as caught:
+        complete_ds_config({**AUTO, **change}, **NUMBERS, dtype="float32", name="train.deepspeed (mine.json)")
+    assert str(caught.value) == f"train.deepspeed (mine.json): {sentence}"
+
+
+def test_all_that_deepspeed_refuses_is_one_sentence() -> None:
+    wrong = {**AUTO, "zero_optimization": {"stage": 2, "foo": 1, "bar": 1}, "bf16": {"baz": 1}}
+    with pytest.raises(InputError) as caught:
+        complete_ds_config(wrong, **NUMBERS, dtype="float32")
+    assert all(
+        f"{key}: DeepSpeed has no such key" in str(caught.value) for key in ("bf16.baz", "zero_optimization.bar")
+    )
+
+
+def test_scaled_gradients_are_fine_where_zero_does_not_scatter() -> None:
+    config = {**AUTO, "zero_optimization": {"stage": 2, "reduce_scatter": False}, "prescale_gradients": True}
+    assert complete_ds_config(config, **NUMBERS, dtype="float32")["prescale_gradients"]
+
+
+@pytest.mark.parametrize(
+    ("section", "package"), [("wandb", "wandb"), ("tensorboard", "tensorboard"), ("comet", "comet_ml")]
+)
+def test_a_monitor_needs_its_package(section: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    sentence = f"{section}.enabled: the package {package} is not installed; run pip install {package}, or remove"
+    with pytest.raises(InputError, match=sentence):
+        complete_ds_config({**AUTO, section: {"enabled": True}}, **NUMBERS, dtype="float32")
+    complete_ds_config({**AUTO, section: {"enabled": False}}, **NUMBERS, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ('{"a": "é"}'.encode("latin-1"), "not UTF-8 at byte 7; save it in that encoding"),
+        (b"[" * 100_000, "JSON that can't be read \\(.*\\); correct it"),
+        (b'{"a":' * 100 + b"1" + b"}" * 100, "sections within sections, more than 20 deep"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "JSON that can't be read \\(.*\\); correct it"),
+        (b'{"a": }', "not valid JSON at line 1: Expecting value"),
+        (b"[]", "a DeepSpeed configuration is a JSON object"),
+    ],
+    ids=["latin-1", "brackets", "nested", "digits", "syntax", "list"],
+)
+def test_a_file_that_can_not_be_read_is_one_sentence(tmp_path: Path, content: bytes, sentence: str) -> None:
+    (tmp_path / "mine.json").write_bytes(content)
+    with pytest.raises(InputError, match=f"^{tmp_path}/mine.json: {sentence}"):
+        load_ds_config(str(tmp_path / "mine.json"), FOLDER)
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text('{"bf16": {}}', encoding="utf-8-sig")
+    assert load_ds_config(str(tmp_path / "mine.json"), FOLDER) == {"bf16": {}}

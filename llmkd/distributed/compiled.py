@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from llmkd.errors import InputError
 import deepspeed
 
 log = logging.getLogger("llmkd")
-STALE_SECONDS = 900
-"""No compilation takes as long; torch waits for the lock of one that was killed for ever."""
+STALE_SECONDS = 600
+"""No compilation takes as long. For the lock of one that was killed torch would wait without end."""
+POLL_SECONDS = 0.5
 
 
 def check_cpu_adam() -> None:
@@ -46,11 +46,7 @@ def _check(builder: Any, what: str, cure: str) -> None:
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in _locks(root, builder.name):
-        if time.time() - lock.stat().st_mtime > STALE_SECONDS:
-            raise InputError(
-                f"{lock}: left by a compilation that was killed, for which every later one waits; remove that file and start again"
-            )
+    _wait_for_others(root, builder.name)
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         raise InputError(f"{what} is compiled on first use, and there is no C++ compiler; {cure}")
     if not list(root.glob(f"**/{builder.name}/*.so")):
@@ -62,5 +58,22 @@ def _check(builder: Any, what: str, cure: str) -> None:
         raise InputError(f"{what} is compiled on first use and could not be ({reason}); {cure}") from error
 
 
-def _locks(root: Path, name: str) -> Iterable[Path]:
-    return root.glob(f"**/{name}/lock")
+def _wait_for_others(root: Path, name: str) -> None:
+    """Wait until no other process compiles `name`, whose lock a killed one leaves behind. Raises InputError where one is too old."""
+    started = time.monotonic()
+    announced: set[Path] = set()
+    while locks := list(root.glob(f"**/{name}/lock")):
+        for lock in locks:
+            try:
+                age = time.time() - lock.stat().st_mtime
+            except FileNotFoundError:  # released meanwhile
+                continue
+            # the wait counts too: another machine's clock may be ahead
+            if max(age, time.monotonic() - started) > STALE_SECONDS:
+                raise InputError(
+                    f"{lock}: left by a compilation that was killed, for which every later one waits; remove that file and start again"
+                )
+            if lock not in announced:
+                log.info("waits for %s, made by another compilation; if none runs, remove it", lock)
+                announced.add(lock)
+        time.sleep(POLL_SECONDS)

@@ -61,3 +61,55 @@ def test_a_compilation_is_announced_and_its_failure_has_a_cure(
     ):
         compiled.check_cpu_adam()
     assert "DeepSpeed compiles its cpu_adam, at the first use on a machine" in caplog.text
+
+
+class Clock:
+    """In place of `time`: sleeping moves it on, and `at` happens where its moment has come."""
+
+    def __init__(self, *, ahead: float = 0.0, at: dict[float, Callable[[], None]] | None = None) -> None:
+        self.slept, self.ahead, self.at = 0.0, ahead, at or {}
+
+    def time(self) -> float:
+        return time.time() - self.ahead + self.slept
+
+    def monotonic(self) -> float:
+        return self.slept
+
+    def sleep(self, seconds: float) -> None:
+        self.slept += seconds
+        for moment in [moment for moment in self.at if moment <= self.slept]:
+            self.at.pop(moment)()
+        assert self.slept < 10 * compiled.STALE_SECONDS, "waits without end"
+
+
+@pytest.mark.parametrize("ahead", [0.0, 1e6], ids=("same clock", "a lock from the future"))
+def test_a_fresh_lock_is_waited_for_and_then_named(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ahead: float
+) -> None:
+    clock = Clock(ahead=ahead)
+    monkeypatch.setattr(compiled, "time", clock)
+    lock = root / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    with (
+        caplog.at_level("INFO"),
+        pytest.raises(InputError, match=f"{lock}: left by a compilation that was killed, .*; remove that file and"),
+    ):
+        compiled.check_cpu_adam()
+    assert clock.slept == pytest.approx(compiled.STALE_SECONDS, abs=5)
+    assert caplog.messages == [f"waits for {lock}, made by another compilation; if none runs, remove it"]
+
+
+def test_a_lock_that_is_released_is_waited_for(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = root / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    clock = Clock(at={60.0: lock.unlink})
+    monkeypatch.setattr(compiled, "time", clock)
+    loaded: list[float] = []
+    monkeypatch.setenv("CXX", "true")
+    monkeypatch.setattr(
+        compiled.deepspeed.ops.op_builder.CPUAdamBuilder, "load", lambda self, verbose: loaded.append(clock.slept)
+    )
+    compiled.check_cpu_adam()
+    assert loaded == [60.0]

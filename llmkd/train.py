@@ -88,12 +88,13 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
         # at the steps of a dynamic temperature (all ranks: one reduction)
         steps.follow(this, results)
         saves = step == run.steps or asked_to_stop or (settings.save_every and step % settings.save_every == 0)
-        # every log_every steps, at a save and where norms are reported: log (all ranks: a few reductions; rank 0 writes)
-        if step % settings.log_every == 0 or saves or this.report_norms:
+        # every log_every steps, at a save, where norms are reported, where DeepSpeed left the step out: log (all ranks: reductions)
+        if step % settings.log_every == 0 or saves or this.report_norms or run.engine.skipped_steps:
             grad_norm = float(run.engine.get_global_grad_norm() or 0.0)
             last = meter.flush(steps.moving(this), learning_rate=run.rate(step - 1), grad_norm=grad_norm)
             journal.write(step, last)
             finite.check_loss(world, job, run.module, step, last)
+            finite.check_gradient(job, run.engine, step)
         # every save_every steps, at the last and when asked to stop: save (all ranks: each writes its shards)
         if saves:
             finite.check_weights(world, job, run.module, step)

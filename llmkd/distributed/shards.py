@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmkd.distributed.engines import last_line
 from llmkd.errors import InputError
+from llmkd.processes import parent_variable
 
 # isort: split
 from deepspeed.runtime.fp16.loss_scaler import LossScaler  # after llmkd.distributed.engines, which sets the accelerator
@@ -58,9 +59,15 @@ def merge_shards(shards: Path, whole: Path) -> None:
         return
     folders = ["--input_folder", str(shards), "--output_folder", str(whole)]
     workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]  # more would hold more of it in memory
-    program = f"import runpy, {__name__}; runpy.run_module('deepspeed.checkpoint.ds_to_universal', run_name='__main__')"
+    program = (
+        "from llmkd.processes import end_with_parent; end_with_parent(); "
+        f"import runpy, {__name__}; runpy.run_module('deepspeed.checkpoint.ds_to_universal', run_name='__main__')"
+    )
     process = subprocess.run(
-        [sys.executable, "-c", program, *folders, *workers, "--inject_missing_state"], capture_output=True, text=True
+        [sys.executable, "-c", program, *folders, *workers, "--inject_missing_state"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **parent_variable()},
     )
     if process.returncode:
         shutil.rmtree(whole.parent, ignore_errors=True)

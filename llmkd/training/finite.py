@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import nn
 
@@ -16,16 +17,28 @@ from llmkd.training.metrics import Interval
 def check_start(world: World, job: Job, model: nn.Module) -> None:
     """Raise InputError where the weights that a run starts from are not all finite (all ranks take part)."""
     if names := unusable_weights(world, model):
-        raise InputError(
-            f"{job.initial}: {_listed(names)} before the first step; a student's weights are its teacher's: look into "
-            f"{job.recipe.teacher_path if job.teacher else 'the folder it was made from'}"
-        )
+        if job.makes_teacher:
+            cure = "give finetune another model"
+        elif job.recipe.student.init == "checkpoint":
+            cure = "give another student.path"
+        else:
+            cure = f"a student's weights are its teacher's: look into {job.recipe.teacher_path}"
+        raise InputError(f"{job.initial}: {_listed(names)} before the first step; {cure}")
 
 
 def check_weights(world: World, job: Job, model: nn.Module, step: int) -> None:
     """Raise InputError where the weights after a step are not all finite; before they are saved or exported (all ranks take part)."""
     if names := unusable_weights(world, model):
         raise InputError(f"after step {step} {_listed(names)}: the training has diverged; {_cure(job)}")
+
+
+def check_gradient(job: Job, engine: Any, step: int) -> None:
+    """Raise InputError where the optimizer left a step out because a gradient was not finite, as DeepSpeed does on all ranks alike."""
+    if engine.skipped_steps:
+        raise InputError(
+            f"step {step}: a gradient holds a NaN or an infinity, so that step was left out; write train.dtype: float32, "
+            f"or {_cure(job)}"
+        )
 
 
 def check_loss(world: World, job: Job, model: nn.Module, step: int, interval: Interval) -> None:
@@ -48,7 +61,8 @@ def _listed(names: list[str]) -> str:
 
 
 def _cure(job: Job) -> str:
+    section = "finetune.train" if job.makes_teacher else "train"
     return (
-        "lower train.learning_rate or train.clip and give --output another folder (a checkpoint goes on with its own recipe only, and "
+        f"lower {section}.learning_rate or {section}.clip and give --output another folder (a checkpoint goes on with its own recipe only, and "
         f"those in {job.folder / 'checkpoints'} are kept)"
     )

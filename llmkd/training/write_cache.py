@@ -7,6 +7,7 @@ shards under way.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from llmkd.errors import InputError
 from llmkd.layer_map import OtherState
 from llmkd.models import folders
 from llmkd.models.families import KIND_NAMES
+from llmkd.processes import only_one_in
 from llmkd.provenance import commit, versions
 from llmkd.recipe.placements import PLACEMENTS
 from llmkd.recipe.recipe import Recipe
@@ -46,6 +48,12 @@ def cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool = F
     An existing cache's bytes are compared with their checksums; a `trusted` cache's only where `cache.verify` has training compare them.
     """
     recipe = writing_recipe(recipe)
+    with contextlib.ExitStack() as held:
+        on_main(world, lambda: held.enter_context(only_one_in(recipe.cache_folder)))
+        return _cache(world, recipe, stopping, trusted=trusted)
+
+
+def _cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool) -> bool:
     folder = recipe.cache_folder
     job = jobs.distil_job(world, recipe, folder)
     if job.family.kind != "decoder":

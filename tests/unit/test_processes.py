@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -88,3 +89,17 @@ def test_waiting_ends_when_the_holder_leaves(tmp_path: Path) -> None:
     holder.stdin.close()
     with only_one_in(tmp_path / "run", patience_seconds=60):
         assert holder.wait() == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_said_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    """ENOSYS is what Lustre gives where it is mounted without flock."""
+
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with only_one_in(tmp_path / "run"):
+        assert "this file system has no locks" in caplog.text

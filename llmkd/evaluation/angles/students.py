@@ -19,7 +19,7 @@ from llmkd.errors import InputError
 from llmkd.models.folders import resolve
 from llmkd.models.load import DTYPES
 from llmkd.recipe.inputs import input_text, training_inputs
-from llmkd.recipe.recipe import Recipe, load_recipe
+from llmkd.recipe.recipe import Recipe, load_recipe, load_recipe_found
 from llmkd.recipe.study_entries import entry_recipe, read_study
 from llmkd.student.distiller import make_projectors
 from llmkd.training import checkpoint
@@ -65,7 +65,7 @@ def students_of(folder: Path, recipe: str | None, overrides: Sequence[str]) -> t
 def _of_study(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[Path, list[TrainedStudent]]:
     """All trained students of a study, and cross-entropy alone; what is not trained yet is left out, and logged."""
     entries = read_study(folder).entries
-    whole = load_recipe(recipe or folder / "recipe.yaml", overrides)
+    whole = load_recipe(recipe, overrides) if recipe else load_recipe_found(folder / "recipe.yaml", overrides)
     students = []
     for entry in entries:
         if entry.train is None or entry.kind == "teacher":
@@ -96,7 +96,7 @@ def _of_training(folder: Path, recipe: str | None, overrides: Sequence[str]) -> 
     if not any(key.startswith("student.") for key in meta["inputs"]):
         raise InputError(f"{folder}: a teacher's run, and angles are seen from a student; give a student's folder")
     strategy, seed = meta["strategy"], meta["inputs"].get("seed", 0)
-    own = load_recipe(_own_recipe(folder) if recipe is None else recipe, overrides)
+    own = load_recipe_found(_own_recipe(folder), overrides) if recipe is None else load_recipe(recipe, overrides)
     if recipe is not None:  # a run may have been given its strategy and seed on the command line
         own = own.changed({"matching.strategy": strategy, "seed": seed})
     student = _student(folder, own, name, "student", strategy, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -25,6 +26,7 @@ from llmkd.losses.divergences import DIVERGENCES
 from llmkd.models import load as models
 from llmkd.models import parts
 from llmkd.planning import cache, memory
+from llmkd.processes import only_one_in
 from llmkd.recipe import study_entries
 from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.teachers import cache_files
@@ -518,6 +520,15 @@ def test_a_stored_state_is_near(dtype: str, error: float) -> None:
     assert ((found - states).abs() <= bound * 1.001).all() and torch.isfinite(found).all()
     assert dtype == "float32" or not torch.equal(found, states)
     assert torch.equal(restored(*stored(found, dtype), torch.float32), found)  # storing again loses nothing more
+
+
+def test_two_commands_do_not_write_one_cache(recipe: Recipe, world: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    with (
+        only_one_in(folder),
+        pytest.raises(InputError, match=rf"^{folder}: process {os.getpid()} on .* works in this folder"),
+    ):
+        write_cache.cache(world, recipe.changed({"cache.path": str(folder)}), Never())
 
 
 def test_shards_are_cut_by_size_alone() -> None:

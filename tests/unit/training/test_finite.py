@@ -15,7 +15,7 @@ from llmkd.distributed.engines import own_values
 from llmkd.errors import InputError
 from llmkd.recipe.recipe import load_recipe
 from llmkd.train import train
-from llmkd.training import jobs
+from llmkd.training import build, jobs
 
 
 def _spoilt_teacher(tiny: Path, folder: Path, tensor: str) -> Path:
@@ -46,6 +46,27 @@ def test_a_diverged_student_is_neither_saved_nor_exported(tiny: Path, world: Any
     assert train(world, jobs.distil_job(world, cured, tmp_path / "other"))
 
 
+def test_a_gradient_that_is_not_finite_ends_the_run_though_the_loss_is(
+    tiny: Path, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed leaves the step out and goes on."""
+    whole, passes = build.load_student, iter(range(100))
+
+    def spoilt(*arguments: Any, **options: Any) -> Any:
+        student = whole(*arguments, **options)
+        weight = next(parameter for name, parameter in student.named_parameters() if "q_norm" in name)
+        weight.register_hook(lambda gradient: gradient * torch.nan if next(passes) == 2 else gradient)
+        return student
+
+    monkeypatch.setattr(build, "load_student", spoilt)
+    recipe = load_recipe(tiny / "recipe.yaml").changed({"train.steps": 6, "train.micro_batch_size": 8})
+    sentence = _refusal(world, recipe, tmp_path / "run")
+    assert re.match(
+        r"step \d: a gradient holds a NaN or an infinity, so that step was left out; write train.dtype", sentence
+    )
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_a_nan_of_the_teacher_s_is_not_laid_to_the_learning_rate(tiny: Path, world: Any, tmp_path: Path) -> None:
     teacher = _spoilt_teacher(tiny, tmp_path / "teacher", "model.layers.1.mlp.up_proj.weight")
     recipe = load_recipe(tiny / "recipe.yaml").changed({"teacher.path": str(teacher), "student.copy_blocks": [0, 2, 4]})
@@ -63,6 +84,12 @@ def test_a_student_that_starts_with_a_nan_is_refused_and_nothing_is_left(
     recipe = load_recipe(tiny / "recipe.yaml").changed({"teacher.path": str(teacher), "student.copy_blocks": [0, 2, 4]})
     sentence = _refusal(world, recipe, tmp_path / "run")
     assert "layers.1.mlp.up_proj.weight holds a NaN or an infinity before the first step" in sentence
+    assert f"look into {teacher}" in sentence
+    given = load_recipe(tiny / "recipe.yaml").changed(
+        {"student.init": "checkpoint", "student.path": str(teacher), "student.blocks": None}
+    )
+    sentence = _refusal(world, given, tmp_path / "given")
+    assert sentence.endswith("before the first step; give another student.path")
     assert sentence.endswith(f"look into {teacher}")
     assert not (tmp_path / "run").exists()
 

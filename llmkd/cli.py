@@ -232,15 +232,12 @@ def generate(
     """Let models continue held-out prompts, score the texts and show some. A study's folder stands for all its models."""
     from llmkd.evaluation.generation import generate as run
     from llmkd.evaluation.generation import models_of, summary
-    from llmkd.recipe.recipe import load_recipe, load_recipe_found
+    from llmkd.recipe.found import recipe_for
 
     studies = [path for path in models if (path / "study.json").is_file()]
     named = {"backend": backend, "items": items}
     sets = [f"evaluation.generation.{key}={value}" for key, value in named.items() if value is not None]
-    if studies and not recipe:
-        settings = load_recipe_found(studies[0] / "recipe.yaml", (*overrides, *sets))
-    else:
-        settings = load_recipe(recipe or "quickstart", (*overrides, *sets))
+    settings = recipe_for(studies[0] if studies else None, recipe, (*overrides, *sets))
     if settings.evaluation.generation is None:
         settings = settings.changed({"evaluation.generation": {}})
     place = output or (studies[0] if studies else models[0].resolve().parent) / "generations"

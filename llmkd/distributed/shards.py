@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import os
 import pickle
 import shutil
@@ -29,6 +30,8 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 # overrides that everywhere in this process and its children: tensors, numbers, texts and these three classes are all that is made.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
+# Python 3.11.0 to 3.11.3 would pickle an enum's member as a call of getattr, which is not among them.
+copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 def load_shards(engine: Any, folder: Path) -> None:

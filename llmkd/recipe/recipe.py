@@ -217,10 +217,6 @@ class Recipe(Section):
         return _validated(values, "the changed recipe")
 
 
-TRUST = ("teacher.trust_remote_code", "student.trust_remote_code", "evaluation.trust_include")
-"""Keys that let a folder's Python run."""
-
-
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key.sub=value` overrides (values in YAML). Raises InputError for what is wrong with it."""
     file = find_recipe(path)
@@ -234,25 +230,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         _put(values, key.strip(), parse_yaml(text, f"--set {override!r}"))
     recipe = _validated(values, str(file))
     _check_variants(recipe, str(file))
-    return recipe
-
-
-def load_recipe_found(file: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """`load_recipe` of a recipe that lies in a folder of results, which may be someone else's: only `--set` may trust code.
-
-    Raises InputError where the file does.
-    """
-    recipe = load_recipe(file, overrides)
-    own = {override.partition("=")[0].strip() for override in overrides}
-    variants = [recipe.study.changes(name) for name in recipe.study.variants]
-    for key in TRUST:
-        section, _, name = key.partition(".")
-        trusts = getattr(getattr(recipe, section), name) or any(changes.get(key) for changes in variants)
-        if trusts and key not in own:
-            raise InputError(
-                f"{file}: {key} is true in this folder's own recipe, and would run Python that came with it; if you trust "
-                f"its authors, add --set {key}=true, else --set {key}=false"
-            )
     return recipe
 
 

@@ -63,6 +63,7 @@ def _listed(names: list[str]) -> str:
 def _cure(job: Job) -> str:
     section = "finetune.train" if job.makes_teacher else "train"
     return (
-        f"lower {section}.learning_rate or {section}.clip and give --output another folder (a checkpoint goes on with its own recipe only, and "
+        f"lower {section}.learning_rate or {section}.clip and give --output another folder (a checkpoint goes on with its own "
+        "recipe only, and "
         f"those in {job.folder / 'checkpoints'} are kept)"
     )

@@ -18,8 +18,9 @@ from llmkd.distributed.shards import saved_weights
 from llmkd.errors import InputError
 from llmkd.models.folders import resolve
 from llmkd.models.load import DTYPES
+from llmkd.recipe.found import load_recipe_found, recipe_for
 from llmkd.recipe.inputs import input_text, training_inputs
-from llmkd.recipe.recipe import Recipe, load_recipe, load_recipe_found
+from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.recipe.study_entries import entry_recipe, read_study
 from llmkd.student.distiller import make_projectors
 from llmkd.training import checkpoint
@@ -65,7 +66,7 @@ def students_of(folder: Path, recipe: str | None, overrides: Sequence[str]) -> t
 def _of_study(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[Path, list[TrainedStudent]]:
     """All trained students of a study, and cross-entropy alone; what is not trained yet is left out, and logged."""
     entries = read_study(folder).entries
-    whole = load_recipe(recipe, overrides) if recipe else load_recipe_found(folder / "recipe.yaml", overrides)
+    whole = recipe_for(folder, recipe, overrides)
     students = []
     for entry in entries:
         if entry.train is None or entry.kind == "teacher":

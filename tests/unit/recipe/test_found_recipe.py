@@ -9,7 +9,8 @@ from click.testing import CliRunner
 
 from llmkd.cli import cli
 from llmkd.errors import InputError
-from llmkd.recipe.recipe import TRUST, dump_recipe, load_recipe, load_recipe_found
+from llmkd.recipe.found import TRUST, load_recipe_found
+from llmkd.recipe.recipe import dump_recipe, load_recipe
 
 
 @pytest.mark.parametrize("key", TRUST)

@@ -85,13 +85,13 @@ def test_a_student_that_starts_with_a_nan_is_refused_and_nothing_is_left(
     sentence = _refusal(world, recipe, tmp_path / "run")
     assert "layers.1.mlp.up_proj.weight holds a NaN or an infinity before the first step" in sentence
     assert f"look into {teacher}" in sentence
+    assert sentence.endswith(f"look into {teacher}")
+    assert not (tmp_path / "run").exists()
     given = load_recipe(tiny / "recipe.yaml").changed(
         {"student.init": "checkpoint", "student.path": str(teacher), "student.blocks": None}
     )
     sentence = _refusal(world, given, tmp_path / "given")
     assert sentence.endswith("before the first step; give another student.path")
-    assert sentence.endswith(f"look into {teacher}")
-    assert not (tmp_path / "run").exists()
 
 
 def test_an_infinite_loss_is_named(tiny: Path, world: Any, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import click
 from llmkd import __version__
 from llmkd.errors import InputError, storage_problem
 from llmkd.processes import stopping
-from llmkd.recipe.options import SET, FiniteRange, train_options
+from llmkd.recipe.options import SET, FiniteRange, OutputPath, train_options
 
 if TYPE_CHECKING:
     from llmkd.report.results import Results
@@ -99,12 +99,14 @@ def finetune(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None
 
 @cli.command()
 @click.argument("recipe")
-@click.option("--output", help="Folder of the cache; overrides cache.path [default: OUTPUT/NAME/cache].")
+@click.option(
+    "--output", type=OutputPath(), help="Folder of the cache; overrides cache.path [default: OUTPUT/NAME/cache]."
+)
 @SET
 @RANKS
-def cache(recipe: str, output: str | None, overrides: tuple[str, ...], ranks: int | None) -> None:
+def cache(recipe: str, output: Path | None, overrides: tuple[str, ...], ranks: int | None) -> None:
     """Run the teacher once and keep its states on disk, for teacher.placement: cache. The same command resumes."""
-    path = () if output is None else (f"cache.path={json.dumps(output)}",)
+    path = () if output is None else (f"cache.path={json.dumps(str(output))}",)
     _launch(recipe, (*overrides, *path), ["--cache-only"], ranks)
 
 
@@ -160,9 +162,7 @@ def report(folder: Path) -> None:
 
 @cli.command()
 @click.argument("folders", nargs=-1, required=True, metavar="RUN_A RUN_B [...]", type=click.Path(path_type=Path))
-@click.option(
-    "--output", type=click.Path(path_type=Path), help="The Markdown file [default: comparison.md beside RUN_A]."
-)
+@click.option("--output", type=OutputPath(), help="The Markdown file [default: comparison.md beside RUN_A].")
 def compare(folders: tuple[Path, ...], output: Path | None) -> None:
     """Set several studies side by side, and say what can't be compared."""
     from llmkd.report.across_studies import compare_studies
@@ -184,9 +184,7 @@ def _show(page: Path, results: Results) -> None:
 @click.option(
     "--recipe", "-r", default="quickstart", show_default=True, help="Recipe whose evaluation section is used."
 )
-@click.option(
-    "--output", type=click.Path(path_type=Path), help="Folder of the result [default: MODEL's parent/evaluations]."
-)
+@click.option("--output", type=OutputPath(), help="Folder of the result [default: MODEL's parent/evaluations].")
 @SET
 def evaluate(model: Path, recipe: str, output: Path | None, overrides: tuple[str, ...]) -> None:
     """Score one HF folder by lm-eval with a recipe's tasks."""
@@ -217,7 +215,7 @@ def evaluate(model: Path, recipe: str, output: Path | None, overrides: tuple[str
 @click.option("--items", type=click.IntRange(min=1), help="Prompts; overrides the recipe's.")
 @click.option(
     "--output",
-    type=click.Path(path_type=Path),
+    type=OutputPath(),
     help="Folder of the results [default: generations/ in the study or beside it].",
 )
 @SET

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
-from llmkd.errors import InputError
+from llmkd.errors import ANOTHER_FOLDER, InputError
 
 log = logging.getLogger("llmkd")
 
@@ -80,7 +80,7 @@ def only_one_in(folder: Path, patience_seconds: float = 2) -> Iterator[None]:
     while (descriptor := _lock(file)) is None:
         if time.monotonic() > deadline:
             raise InputError(
-                f"{folder}: {_holder(file)} works in this folder; wait for it, stop it, or give --output another folder"
+                f"{folder}: {_holder(file)} works in this folder; wait for it, stop it, or {ANOTHER_FOLDER}"
             )
         time.sleep(0.1)
     try:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from llmkd.layer_map import STRATEGIES
-from llmkd.recipe.section import Backend, Dtype, Section, check_name
+from llmkd.recipe.section import SEEDS_END, Backend, Dtype, Section, check_name
 
 _VARIED = ("student", "matching", "loss", "train", "stones")
 
@@ -71,7 +71,7 @@ class Evaluation(Section):
     """The models' dtype while they are scored."""
     num_fewshot: int | None = Field(default=None, ge=0)
     """Examples before each question; default: each task's own number."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=SEEDS_END)
     """Seed of lm-eval."""
     max_length: int | None = Field(default=None, gt=0)
     """Longest sequence under lm-eval; default: the model's."""
@@ -113,7 +113,7 @@ class Study(Section):
     """Strategies of `matching.strategy`, each a student."""
     variants: dict[str, dict[str, Any]] = {}
     """More students, each a name and the recipe keys in which it differs: `{procrustes: {matching.distance: procrustes}}`."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
     """Each student is trained once with each seed."""
     baselines: tuple[Literal["undistilled", "ce_only"], ...] = ("undistilled", "ce_only")
     """Models to compare with: `undistilled` (a student before its first step), `ce_only` (cross-entropy alone)."""

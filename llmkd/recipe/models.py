@@ -11,29 +11,32 @@ from llmkd.recipe.section import NO_EFFECT, Dtype, Section
 
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
+MOST_BLOCKS, MOST_HEADS, MOST_WIDE, MOST_POSITIONS = 1024, 2**16, 2**24, 2**30
+"""Of a model: far more than any has, and few enough that `llmkd plan` and `llmkd doctor` end."""
+
 
 class Architecture(Section):
     """The shape of a new model, in the names of `transformers.Qwen3Config`, whatever its type."""
 
     model_type: Literal["qwen3", "bert", "t5", "bart"] = "qwen3"
     """The type of model: a decoder, an encoder, or an encoder-decoder."""
-    vocab_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=0, le=MOST_WIDE)
     """Tokens of the vocabulary."""
-    hidden_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0, le=MOST_WIDE)
     """Width of the states between blocks."""
-    intermediate_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0, le=MOST_WIDE)
     """Width inside a block's MLP."""
-    num_hidden_layers: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0, le=MOST_BLOCKS)
     """Number of blocks; for an encoder-decoder, those of its encoder."""
-    decoder_layers: int | None = Field(default=None, gt=0)
+    decoder_layers: int | None = Field(default=None, gt=0, le=MOST_BLOCKS)
     """Number of blocks of an encoder-decoder's decoder; default: as many as its encoder's."""
-    num_attention_heads: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0, le=MOST_HEADS)
     """Attention heads of a block."""
-    num_key_value_heads: int | None = Field(default=None, gt=0)
+    num_key_value_heads: int | None = Field(default=None, gt=0, le=MOST_HEADS)
     """Key-value heads of a block; for qwen3 only, which requires it."""
-    head_dim: int | None = Field(default=None, gt=0)
+    head_dim: int | None = Field(default=None, gt=0, le=MOST_WIDE)
     """Width of one head; required by qwen3, possible for t5 (default: hidden_size / num_attention_heads)."""
-    max_position_embeddings: int = Field(gt=0)
+    max_position_embeddings: int = Field(gt=0, le=MOST_POSITIONS)
     """Longest sequence; t5 has no positions, and for it this is only a bound on data.max_length."""
     rope_theta: float = Field(default=1_000_000.0, gt=0)
     """Base of the rotary position embedding (qwen3)."""
@@ -127,9 +130,9 @@ class Student(Section):
 
     init: Literal["teacher", "checkpoint", "random"] = "teacher"
     """`teacher`: copies of teacher blocks. `checkpoint`: the model at `path`. `random`: the teacher's shape with new weights."""
-    blocks: int | None = Field(default=None, gt=0)
+    blocks: int | None = Field(default=None, gt=0, le=MOST_BLOCKS)
     """Number of blocks, for init teacher and random, which require it; for an encoder-decoder, those of its encoder."""
-    decoder_blocks: int | None = Field(default=None, gt=0)
+    decoder_blocks: int | None = Field(default=None, gt=0, le=MOST_BLOCKS)
     """Number of blocks of an encoder-decoder's decoder; default: `blocks`."""
     classifier: Literal["new", "copied"] | None = None
     """Encoders with init teacher: whether the map to the classes has new weights (the default, as in the layer-selection paper's code)
@@ -140,15 +143,15 @@ class Student(Section):
     """Which teacher blocks are copied: `spread` (evenly from first to last), `matched` (those of the forward map), or a list of them."""
     path: str | None = None
     """HF folder or hub name, for init checkpoint."""
-    hidden_size: int | None = Field(default=None, gt=0)
+    hidden_size: int | None = Field(default=None, gt=0, le=MOST_WIDE)
     """Width of the states between blocks, for init random; default, as for the four keys below: the teacher's."""
-    intermediate_size: int | None = Field(default=None, gt=0)
+    intermediate_size: int | None = Field(default=None, gt=0, le=MOST_WIDE)
     """Width inside a block's MLP, for init random."""
-    num_attention_heads: int | None = Field(default=None, gt=0)
+    num_attention_heads: int | None = Field(default=None, gt=0, le=MOST_HEADS)
     """Attention heads of a block, for init random."""
-    num_key_value_heads: int | None = Field(default=None, gt=0)
+    num_key_value_heads: int | None = Field(default=None, gt=0, le=MOST_HEADS)
     """Key-value heads of a block, for init random."""
-    head_dim: int | None = Field(default=None, gt=0)
+    head_dim: int | None = Field(default=None, gt=0, le=MOST_WIDE)
     """Width of one head, for init random."""
     trust_remote_code: bool = False
     """As teacher.trust_remote_code."""

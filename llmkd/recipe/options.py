@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,23 @@ class FiniteRange(click.FloatRange):
         return number
 
 
-def _named(context: click.Context, option: click.Parameter, folder: Path | None) -> Path | None:
-    """The folder; an empty text would be the one that we are in."""
+class OutputPath(click.Path):
+    """Where a command writes; `~` is the home folder, as in a recipe."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        text = str(value)
+        if not text or "\0" in text:
+            self.fail(f"{text!r} names no place; name one, or leave the option out", param, ctx)
+        return Path(os.path.expanduser(text))
+
+
+def _not_here(context: click.Context, option: click.Parameter, folder: Path | None) -> Path | None:
+    """The folder of one run, which holds nothing else."""
     if folder == Path("."):
-        raise click.BadParameter("is empty or the folder that you are in; name one for this run", context, option)
+        raise click.BadParameter("is the folder that you are in; name one for this run", context, option)
     return folder
 
 
@@ -45,8 +59,8 @@ _TRAIN_OPTIONS = (
     click.option("--ds-config", help="DeepSpeed JSON; overrides train.deepspeed."),
     click.option(
         "--output",
-        type=click.Path(path_type=Path),
-        callback=_named,
+        type=OutputPath(),
+        callback=_not_here,
         help="Folder of this run [default: OUTPUT/NAME/students/STRATEGY-sSEED].",
     ),
 )

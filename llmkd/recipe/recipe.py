@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_origin
@@ -190,12 +191,12 @@ class Recipe(Section):
 
     @property
     def folder(self) -> Path:
-        return Path(self.output) / self.name
+        return Path(os.path.expanduser(self.output)) / self.name
 
     @property
     def cache_folder(self) -> Path:
         """Where the teacher's cache is written and read."""
-        return Path(self.cache.path) if self.cache.path else self.folder / "cache"
+        return Path(os.path.expanduser(self.cache.path)) if self.cache.path else self.folder / "cache"
 
     @property
     def teacher_path(self) -> str:

@@ -116,8 +116,17 @@ def _list_text(parts: tuple[Any, ...]) -> str:
     return f"[{', '.join(_type_text(part, []) for part in parts)}]"
 
 
+def _number_text(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
 def _bounds(metadata: list[Any]) -> str:
-    bounds = [f"{sign}{getattr(m, name):g}" for m in metadata for kind, name, sign in BOUNDS if isinstance(m, kind)]
+    bounds = [
+        f"{sign}{_number_text(getattr(m, name))}"
+        for m in metadata
+        for kind, name, sign in BOUNDS
+        if isinstance(m, kind)
+    ]
     return f" ({', '.join(bounds)})" if bounds else ""
 
 

@@ -13,6 +13,8 @@ Positions = Literal["trained", "attended"]
 Backend = Literal["auto", "hf", "vllm"]
 LARGEST_WHOLE = 2**47
 """Seeds are multiplied by 65536 and stay 63 bits; no count of anything comes near it."""
+SEEDS_END = 2**32
+"""numpy, which lm-eval seeds, takes seeds below it."""
 SMALLEST, LARGEST = 1e-30, 1e30
 """Of the numbers that training computes with; float32 holds a little more."""
 NO_EFFECT = "no effect on the result"
@@ -25,6 +27,14 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="after")
+    def _texts_can_be_paths(self) -> Self:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, str) and "\0" in value:
+                raise ValueError(f"{name}: {value!r} holds the character \\0, which no file's name may; take it out")
+        return self
 
     @model_validator(mode="after")
     def _numbers_can_be_computed_with(self) -> Self:

@@ -26,7 +26,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from llmkd.distributed.engines import whole_state
 from llmkd.distributed.ranks import World, barrier, on_main
 from llmkd.distributed.shards import load_shards, merge_shards
-from llmkd.errors import InputError
+from llmkd.errors import ANOTHER_FOLDER, InputError
 from llmkd.files import sync, write_folder
 from llmkd.models.folders import copy_tokenizer
 from llmkd.recipe.inputs import input_text
@@ -130,8 +130,8 @@ def check_same(theirs: Mapping[str, object], ours: Mapping[str, object], where: 
         if theirs.get(key) != ours.get(key):
             before, now = input_text(theirs, key), input_text(ours, key)
             raise InputError(
-                f"{where} was made by another recipe: {key} was {before}, now {now}; give --output another folder, put the recipe back, "
-                f"or remove {where}"
+                f"{where} was made by another recipe: {key} was {before}, now {now}; put the recipe back, remove {where}, or "
+                f"{ANOTHER_FOLDER}"
             )
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from llmkd.distributed.engines import unusable_weights
 from llmkd.distributed.ranks import World
-from llmkd.errors import InputError
+from llmkd.errors import ANOTHER_FOLDER, InputError
 from llmkd.training.jobs import Job
 from llmkd.training.metrics import Interval
 
@@ -63,7 +63,6 @@ def _listed(names: list[str]) -> str:
 def _cure(job: Job) -> str:
     section = "finetune.train" if job.makes_teacher else "train"
     return (
-        f"lower {section}.learning_rate or {section}.clip and give --output another folder (a checkpoint goes on with its own "
-        "recipe only, and "
-        f"those in {job.folder / 'checkpoints'} are kept)"
+        f"lower {section}.learning_rate or {section}.clip, and {ANOTHER_FOLDER} or remove {job.folder}, whose checkpoints go on with "
+        "their own recipe only"
     )

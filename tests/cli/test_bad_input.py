@@ -245,7 +245,9 @@ def test_checkpoint_and_model_of_another_recipe(place: Path, world: Any) -> None
     (saved / "state.json").write_text(json.dumps({"step": 2, "world_size": 1, "inputs": inputs}))
     write_checksums(world, saved)
     sentence = refusal(place, world, {"train.learning_rate": 0.1})
-    assert f"{saved} was made by another recipe: train.learning_rate was 0.003, now 0.1; give --output" in sentence
+    assert (
+        f"{saved} was made by another recipe: train.learning_rate was 0.003, now 0.1; put the recipe back" in sentence
+    )
     model = place / "run" / "model"
     model.mkdir()
     (model / "llmkd.json").write_text(json.dumps({"inputs": inputs}))

@@ -13,6 +13,7 @@ import pytest
 
 from llmkd import __version__, cli
 from llmkd.files import ROOT
+from llmkd.recipe.options import OutputPath
 
 PACKAGE = Path(cli.__file__).parent
 COMMANDS = sorted(cli.cli.commands)
@@ -144,3 +145,29 @@ def test_train_py_runs_where_it_lies_without_installation(tmp_path: Path) -> Non
         assert option in done.stdout
     assert "--local_rank" not in done.stdout  # the deepspeed launcher's own
     assert {file.name for file in tmp_path.iterdir()} == {"records.py", "metrics.py", "data.py", "llmkd.py"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train"],
+        ["cache", "quickstart"],
+        ["generate", "model"],
+        ["evaluate", "model"],
+        ["compare", "study", "study"],
+    ],
+    ids=lambda command: command[0],
+)
+@pytest.mark.parametrize("place", ["", "a\0b"])
+def test_an_output_that_names_no_place_is_refused(
+    command: list[str], place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main([*command, "--output", place])
+    assert left.value.code == 2
+    assert "names no place; name one, or leave the option out" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_output_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert OutputPath().convert("~/there", None, None) == tmp_path / "there"

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from llmkd.cli import main
+from llmkd.errors import ANOTHER_FOLDER
 from llmkd.files import ROOT
 from tests.tiny import recipe_values
 
@@ -115,11 +116,7 @@ def test_a_killed_study_leaves_no_process_and_a_stopped_one_is_explained(recipe:
     second = studies.start("study", str(recipe))
     assert second.wait(SECONDS) == 2
     assert f"Error: {folder}: process {while_scoring.pid} on " in studies.output()
-    assert (
-        studies.output()
-        .rstrip()
-        .endswith("works in this folder; wait for it, stop it, or give --output another folder")
-    )
+    assert studies.output().rstrip().endswith(f"works in this folder; wait for it, stop it, or {ANOTHER_FOLDER}")
     studies.kill(while_scoring)
 
     stopped = studies.start("study", str(recipe))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -127,6 +128,22 @@ def test_variants_with_weights_of_their_own_are_the_cure(file: Path, capsys: pyt
     check(recipe, study_entries(recipe), 1)
     weighted = recipe.changed({"matching.pair_weights": [1.0, 2.0, 3.0]})
     check(weighted, study_entries(weighted), 1)
+
+
+@pytest.mark.parametrize("file", ["there"], indirect=True)
+def test_a_study_of_another_recipe_is_given_a_cure_that_a_study_has(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe(file)
+    [entry] = [entry for entry in study_entries(recipe) if entry.train]
+    model = recipe.folder / entry.model
+    model.mkdir(parents=True)
+    (model / "llmkd.json").write_text(json.dumps({"inputs": jobs.student_inputs(entry_recipe(recipe, entry))}))
+    sentence = refused(file, capsys, "train.learning_rate=0.1")
+    cure = (
+        "put the recipe back, remove .*, or choose another folder \\(`output` or `name` in the recipe, or --output of"
+    )
+    assert re.search(f"train.learning_rate was .*, now 0.1; {cure} llmkd train\\)$", sentence), sentence
 
 
 @pytest.mark.parametrize("file", ["there"], indirect=True)

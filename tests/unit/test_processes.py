@@ -65,7 +65,7 @@ def test_a_second_process_is_refused_and_a_killed_one_holds_nobody_up(tmp_path: 
     folder = tmp_path / "run"
     holder = _start(HOLDER, str(folder))
     assert holder.stdout is not None and holder.stdout.readline() == "inside\n"
-    sentence = rf"{folder}: process {holder.pid} on .* \(since 2.*\) works in this folder; wait for it, stop it, or give --output"
+    sentence = rf"{folder}: process {holder.pid} on .* \(since 2.*\) works in this folder; wait for it, stop it, or choose another folder"
     with pytest.raises(InputError, match=sentence), only_one_in(folder, patience_seconds=0.2):
         pass
     holder.send_signal(signal.SIGKILL)

@@ -15,6 +15,14 @@ from llmkd.evaluation.angles.measure import angles
 from llmkd.recipe.recipe import dump_recipe, load_recipe
 from llmkd.recipe.study_entries import StudyFile, read_study, study_entries
 
+
+def architecture(**changes: int) -> str:
+    """An override that gives the teacher a shape with one number of its own."""
+    shape = dict(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4)
+    shape |= dict(num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
+    return f"teacher.architecture={json.dumps({**shape, **changes})}"
+
+
 OUT_OF_BOUNDS = [
     ("seed=281474976710656", "seed: 281474976710656 is too large; write a number below 140737488355328"),
     ("train.betas=[0.9, 1.0]", r"train\.betas\.1: input should be less than 1"),
@@ -39,6 +47,19 @@ OUT_OF_BOUNDS = [
         r"study\.margins\.0: a section is a mapping of keys \(got 5\); write at least one of metric, within",
     ),
     ("study.seeds=[281474976710656]", r"study\.seeds: 281474976710656 is too large"),
+    ("study.seeds=[0, -1]", r"recipe\.yaml: study\.seeds\.1: input should be greater than or equal to 0 \(got -1\)"),
+    ("evaluation.seed=-5", r"evaluation\.seed: input should be greater than or equal to 0"),
+    ("evaluation.seed=8589934592", r"evaluation\.seed: input should be less than 4294967296"),
+    (
+        architecture(num_hidden_layers=1025),
+        r"teacher\.architecture\.num_hidden_layers: input should be less than or equal to",
+    ),
+    (architecture(hidden_size=16777217), r"teacher\.architecture\.hidden_size: input should be less than or equal to"),
+    (architecture(vocab_size=16777217), r"teacher\.architecture\.vocab_size: input should be less than or equal to"),
+    (architecture(num_attention_heads=65537), r"teacher\.architecture\.num_attention_heads: input should be less"),
+    ("student.blocks=10000000", r"student\.blocks: input should be less than or equal to 1024"),
+    ('output="a\\0b"', r"output: 'a\\x00b' holds the character \\0, which no file's name may; take it out"),
+    ('cache.path="a\\0b"', r"cache\.path: 'a\\x00b' holds the character"),
     ("name=" + "x" * 200, "name: string should have at most 100 characters"),
 ]
 
@@ -47,6 +68,12 @@ OUT_OF_BOUNDS = [
 def test_a_number_out_of_bounds_is_refused_by_its_key(tiny: Path, override: str, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         load_recipe(tiny / "recipe.yaml", [override])
+
+
+def test_an_output_may_begin_with_the_home_folder(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = load_recipe(tiny / "recipe.yaml", ["output=~/runs", "cache.path=~/cache"])
+    assert recipe.folder == tmp_path / "runs" / "tiny" and recipe.cache_folder == tmp_path / "cache"
 
 
 @pytest.mark.parametrize(

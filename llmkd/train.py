@@ -42,6 +42,7 @@ from llmkd.errors import InputError, storage_problem
 from llmkd.files import write_json
 from llmkd.processes import end_with_parent, only_one_in
 from llmkd.provenance import commit, hardware, versions
+from llmkd.recipe.ds_config import check_ds_configs
 from llmkd.recipe.options import train_options
 from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
 from llmkd.student.passes import PassResult, StepSettings
@@ -205,6 +206,7 @@ def command(
         force=True,
     )
     stopping = Stopping()
+    check_ds_configs(settings, world.size)  # the student's too, before a teacher is trained
     if settings.finetune is not None:
         train(world, jobs.finetune_job(world, settings, settings.folder / "teacher"), stopping)
     if cache_only and sum_counts(world, [int(stopping.asked)]) == [0]:

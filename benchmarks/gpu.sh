@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The benchmarks on this machine's GPUs. On one H200 each part took one to two minutes; on several GPUs it has not been run.
+# The benchmarks on this machine's GPUs. Parts of it were run by hand on one H200, one to two minutes each with five rounds; the script
+# as a whole, and several GPUs, have not been.
 #
 #   bash benchmarks/gpu.sh                 all parts
 #   LLMKD_PEAK_TFLOPS=989 ...              the GPU's dense bf16 peak, for the share that is used (default: H100 and H200, 989)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import shutil
@@ -77,3 +78,11 @@ def _wait_for_others(root: Path, name: str) -> None:
                 log.info("waits for %s, made by another compilation; if none runs, remove it", lock)
                 announced.add(lock)
         time.sleep(POLL_SECONDS)
+
+
+def lacking_to_compile() -> str | None:
+    """What torch.compile needs for a GPU and does not find on this machine; None where nothing is missing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton (pip install triton)"
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
+    return None if any(map(shutil.which, compilers)) else "a C compiler (Debian: apt-get install gcc)"

@@ -6,11 +6,9 @@ the student's logits were. `llmkd.losses.chunked_head` has the same mathematics 
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
 from collections.abc import Callable, Hashable
 from functools import partial
+from typing import Any
 
 import torch
 import torch._dynamo as dynamo
@@ -97,14 +95,6 @@ def _compared(
     return (value, slope) if temperature is None else (value * temperature.square(), slope * temperature)
 
 
-def lacking_to_compile() -> str | None:
-    """What torch.compile needs for a GPU and does not find on this machine; None where nothing is missing."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton (pip install triton)"
-    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
-    return None if any(map(shutil.which, compilers)) else "a C compiler (Debian: apt-get install gcc)"
-
-
 def compiled_rows(divergence: Divergence) -> CompiledRows:
     """`rows_in_place` of this divergence, compiled at its first call; an equal divergence gets the same function.
 
@@ -117,16 +107,8 @@ def compiled_rows(divergence: Divergence) -> CompiledRows:
 
 
 def _compile(form: Form | None) -> CompiledRows:
-    def rows(
-        ours: Tensor,
-        theirs: Tensor | None,
-        targets: Tensor,
-        compared: Tensor,
-        ce_scale: Tensor,
-        kl_scale: Tensor,
-        temperature: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        return rows_in_place(ours, theirs, targets, compared, ce_scale, kl_scale, temperature, form)
+    def rows(*of_a_chunk: Any) -> tuple[Tensor, Tensor]:
+        return rows_in_place(*of_a_chunk, form)
 
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, VERSIONS)
     return torch.compile(rows, fullgraph=True)

@@ -16,12 +16,12 @@ from datasets import Dataset
 from llmkd.data.batches import Family
 from llmkd.data.other_families import check_format, label_names
 from llmkd.data.rows import load_rows, source_contents
+from llmkd.distributed.compiled import lacking_to_compile
 from llmkd.distributed.ds_configs import load_ds_config
 from llmkd.distributed.ranks import World, on_main
 from llmkd.errors import InputError
 from llmkd.files import ROOT
 from llmkd.layer_map import Pairs
-from llmkd.losses.compiled_rows import lacking_to_compile
 from llmkd.losses.objective import Weights
 from llmkd.losses.set_distances import WIDTH_FREE
 from llmkd.models import families, folders, load, make

@@ -113,3 +113,14 @@ def test_a_lock_that_is_released_is_waited_for(root: Path, monkeypatch: pytest.M
     )
     compiled.check_cpu_adam()
     assert loaded == [60.0]
+
+
+def test_what_a_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "Triton" in (compiled.lacking_to_compile() or "")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "C compiler" in (compiled.lacking_to_compile() or "")
+    monkeypatch.setattr("shutil.which", lambda name: name if name == "my-cc" else None)
+    monkeypatch.setenv("CC", "my-cc")
+    assert compiled.lacking_to_compile() is None

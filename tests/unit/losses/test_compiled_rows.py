@@ -92,14 +92,3 @@ def test_tokens_that_one_side_shuts_out(traced: list[Any]) -> None:
     expected = (ours[:1, keep].softmax(-1) - theirs[:1, keep].softmax(-1)).squeeze()
     torch.testing.assert_close(logits[0, keep], expected)
     assert logits[0, 5] == 0
-
-
-def test_what_a_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "Triton" in (compiled_rows.lacking_to_compile() or "")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    assert "C compiler" in (compiled_rows.lacking_to_compile() or "")
-    monkeypatch.setattr("shutil.which", lambda name: name if name == "my-cc" else None)
-    monkeypatch.setenv("CC", "my-cc")
-    assert compiled_rows.lacking_to_compile() is None

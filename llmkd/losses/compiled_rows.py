@@ -108,7 +108,7 @@ def compiled_rows(divergence: Divergence) -> CompiledRows:
 
 def _compile(form: Form | None) -> CompiledRows:
     def rows(*of_a_chunk: Any) -> tuple[Tensor, Tensor]:
-        return rows_in_place(*of_a_chunk, form)
+        return rows_in_place(*of_a_chunk, form=form)
 
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, VERSIONS)
     return torch.compile(rows, fullgraph=True)

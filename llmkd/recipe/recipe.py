@@ -20,10 +20,11 @@ from llmkd.errors import InputError
 from llmkd.files import ROOT
 from llmkd.layer_map import STRATEGIES
 from llmkd.losses.distance_sum import KNOWN
+from llmkd.recipe.data import Data
 from llmkd.recipe.evaluation import Evaluation, Study
 from llmkd.recipe.models import Student, Teacher
 from llmkd.recipe.objective import Loss, Matching, Stones, within
-from llmkd.recipe.run import Cache, Data, Finetune, Train
+from llmkd.recipe.run import Cache, Finetune, Train
 from llmkd.recipe.section import NO_EFFECT, Section
 from llmkd.recipe.yaml_files import RecipeDumper, parse_yaml, read_text
 

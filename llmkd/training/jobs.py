@@ -28,10 +28,11 @@ from llmkd.models import families, folders, load, make
 from llmkd.models.architectures import new_config
 from llmkd.models.stored import read_config
 from llmkd.models.vocabularies import check_same_tokens
+from llmkd.recipe.data import Data
 from llmkd.recipe.inputs import finetune_inputs, fingerprint, training_inputs
 from llmkd.recipe.models import Student, Teacher
 from llmkd.recipe.recipe import Recipe
-from llmkd.recipe.run import Data, Train
+from llmkd.recipe.run import Train
 from llmkd.teachers import pipeline_stage as stage
 from llmkd.teachers.pipeline_schedule import stage_count
 from llmkd.teachers.upper_blocks import check_upper

@@ -1,0 +1,35 @@
+"""The rows that a run trains on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from llmkd.recipe.section import Section
+
+
+class Data(Section):
+    """The rows that models are trained on."""
+
+    source: str = "records"
+    """`records` (the built-in task); a local .jsonl, .json, .parquet or .csv file (may be .gz) or a folder of them; or a hub name."""
+    name: str | None = None
+    """The hub data set's configuration."""
+    split: str = "train"
+    """The split to train on."""
+    rows: int | None = Field(default=None, gt=0)
+    """Use the first `rows` rows; the built-in task is endless and needs it."""
+    records_seed: int = 0
+    """Seed of the built-in task's rows."""
+    format: Literal["auto", "prompt_completion", "messages", "text", "classification"] = "auto"
+    """What a row holds; `auto` goes by the column names. `prompt_completion`: columns prompt and completion (texts, or lists of turns), of
+    which the completion is trained. `messages`: a chat, of which the assistant's messages and calls of tools are trained; a column tools is
+    given to the chat template. `text`: every token is trained. `classification` (encoders): columns text, or text_a and text_b, and label.
+    Encoder-decoders read the prompt and write the completion. Rows without anything to write are dropped and counted."""
+    max_length: int = Field(default=512, gt=1)
+    """Longest row in tokens; for an encoder-decoder, of prompt and completion each."""
+    too_long: Literal["drop", "truncate"] = "drop"
+    """What is done with a row of more than `max_length` tokens; how many there are is logged."""
+    batching: Literal["grouped", "packed"] = "grouped"
+    """`grouped`: rows of similar length are padded together. `packed`: rows are laid end to end, with attention kept within each."""

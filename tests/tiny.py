@@ -15,6 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from llmkd.data.batches import IGNORE, collate, epoch_batches
+from llmkd.data.formats import RowFormat
 from llmkd.data.rows import load_rows
 from llmkd.data.tokens import tokenize
 from llmkd.layer_map import EMBEDDING, in_order_random
@@ -99,7 +100,9 @@ def plain_run(
     teacher, student = load(teacher_folder).eval(), load(student_folder).train()
     tokenizer = models.load_tokenizer(teacher_folder)
     rows = load_rows(recipe.data.source, name=None, split="train", rows=recipe.data.rows)
-    data = tokenize(rows, tokenizer, format="auto", max_length=recipe.data.max_length, too_long=recipe.data.too_long)
+    data = tokenize(
+        rows, tokenizer, row_format=RowFormat(), max_length=recipe.data.max_length, too_long=recipe.data.too_long
+    )
     pairs = pairs_of(recipe, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     widths = student.config.hidden_size, teacher.config.hidden_size
     count = len(pairs) if recipe.matching.projects(*widths) else 0

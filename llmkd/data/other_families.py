@@ -13,7 +13,8 @@ import torch
 from datasets import Dataset
 
 from llmkd.data.batches import IGNORE, Batch, Family, TokenRow, collate, padded, padded_batch
-from llmkd.data.tokens import Columns, check_columns, check_end_token, mapped_rows, tokenize
+from llmkd.data.formats import RowFormat, check_columns
+from llmkd.data.tokens import Columns, check_end_token, mapped_rows, tokenize
 from llmkd.errors import InputError
 
 FORMATS = {
@@ -24,26 +25,31 @@ FORMATS = {
 """By kind of model, the formats of rows (data.format) that it can be trained on."""
 
 
-def check_format(family: Family, format: str) -> None:
+def check_format(family: Family, row_format: RowFormat) -> None:
     """Raise InputError for rows that this kind of model can't be trained on."""
+    format = row_format.format
+    kind = family.kind.replace("_", "-")
+    article = "a" if family.kind == "decoder" else "an"
+    if row_format.template_options and family.kind != "decoder":
+        raise InputError(
+            f"data.template_options: {article} {kind} reads no chats, whose template takes them; leave them out"
+        )
     if format not in FORMATS[family.kind]:
-        kind = family.kind.replace("_", "-")
-        article = "a" if family.kind == "decoder" else "an"
         raise InputError(
             f"data.format: {article} {kind} is not trained on {format}; write {' or '.join(FORMATS[family.kind])}"
         )
 
 
 def tokenize_for(
-    family: Family, rows: Dataset, tokenizer: Any, *, format: str, max_length: int, too_long: str
+    family: Family, rows: Dataset, tokenizer: Any, *, row_format: RowFormat, max_length: int, too_long: str
 ) -> Dataset:
     """The rows as tokens for a model of this family. Raises InputError for a row that lacks its columns, or when no row is left."""
-    check_format(family, format)
+    check_format(family, row_format)
     if family.kind == "encoder":
         return tokenize_classified(rows, tokenizer, family.labels, max_length=max_length, too_long=too_long)
     if family.kind == "encoder_decoder":
         return tokenize_sources(rows, tokenizer, family.start, max_length=max_length, too_long=too_long)
-    return tokenize(rows, tokenizer, format=format, max_length=max_length, too_long=too_long)
+    return tokenize(rows, tokenizer, row_format=row_format, max_length=max_length, too_long=too_long)
 
 
 def collate_for(family: Family) -> Callable[..., Batch]:
@@ -57,7 +63,7 @@ def collate_for(family: Family) -> Callable[..., Batch]:
 
 def label_names(rows: Dataset) -> tuple[str, ...]:
     """The classes of labelled rows in the order of an encoder's logits: texts in alphabetical order, numbers from 0 to the largest."""
-    check_columns(rows, ("label",), "classification")
+    check_columns(rows.column_names, ("label",), "classification")
     values = set(rows["label"])
     if all(isinstance(value, str) for value in values):
         names = sorted(values)
@@ -88,7 +94,7 @@ def tokenize_classified(
     """Rows of text (or text_a and text_b) and label -> {input_ids, segments, label, length, row}, by the tokenizer's own template."""
     pair = "text" not in rows.column_names
     columns = ("text_a", "text_b", "label") if pair else ("text", "label")
-    check_columns(rows, columns, "classification")
+    check_columns(rows.column_names, columns, "classification")
     cut = {"truncation": True, "max_length": max_length} if too_long == "truncate" else {}
 
     def encoded(columns: Columns, numbers: list[int]) -> Columns:
@@ -129,7 +135,7 @@ def tokenize_sources(rows: Dataset, tokenizer: Any, start: int, *, max_length: i
     `target_ids` begin with `start`, which the decoder reads first and never writes, and end with an end of sequence. `max_length` bounds
     each of the two.
     """
-    check_columns(rows, ("prompt", "completion"), "prompt_completion")
+    check_columns(rows.column_names, ("prompt", "completion"), "prompt_completion")
     eos = check_end_token(tokenizer)
 
     def encoded(columns: Columns, numbers: list[int]) -> Columns:

@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from datasets import Dataset, Features, Json, Value, load_dataset
 
 from llmkd import hub
 from llmkd.data import records
+from llmkd.data.formats import renamed
 from llmkd.errors import InputError, first_line
 from llmkd.files import fetched_by
 
@@ -26,8 +27,26 @@ TEXT_COLUMNS = ("prompt", "completion", "text", "text_a", "text_b", "references"
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 
 
-def load_rows(source: str, *, name: str | None, split: str, rows: int | None, records_seed: int = 0) -> Dataset:
-    """The rows of the built-in task, of local files or of a hub data set. Raises InputError when there are none."""
+def load_rows(
+    source: str,
+    *,
+    name: str | None,
+    split: str,
+    rows: int | None,
+    records_seed: int = 0,
+    columns: Mapping[str, str] | None = None,
+) -> Dataset:
+    """The rows of the built-in task, of local files or of a hub data set; `columns`: their own names -> new ones.
+
+    Raises InputError when there are none.
+    """
+    columns = columns or {}
+    return renamed(_loaded(source, name, split, rows, records_seed, columns), columns)
+
+
+def _loaded(
+    source: str, name: str | None, split: str, rows: int | None, records_seed: int, columns: Mapping[str, str]
+) -> Dataset:
     if source == "records":
         if rows is None or rows > MOST_RECORDS:
             raise InputError(
@@ -37,7 +56,7 @@ def load_rows(source: str, *, name: str | None, split: str, rows: int | None, re
         return Dataset.from_list([{key: e[key] for key in ("prompt", "completion")} for e in examples])
     path = Path(source).expanduser()
     if path.exists():
-        data = _local_rows(path, split)
+        data = _local_rows(path, split, columns)
     elif source.endswith((*LOADERS, ".gz")) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise InputError(
             f"data.source: no file or folder {source!r}; give a .jsonl, .parquet or .csv, a folder of them, a hub "
@@ -70,7 +89,7 @@ def _files(path: Path, split: str) -> list[Path]:
     return _of_split(sorted(f for f in path.iterdir() if _kind(f)), path, split) if path.is_dir() else [path]
 
 
-def _local_rows(path: Path, split: str) -> Dataset:
+def _local_rows(path: Path, split: str, columns: Mapping[str, str]) -> Dataset:
     if not split.replace("_", "").isalnum():
         raise InputError(
             f"data.split: {split!r} is more than a name, which only the hub understands; use data.rows to take fewer"
@@ -86,7 +105,9 @@ def _local_rows(path: Path, split: str) -> Dataset:
         if kind == "json":
             return _json_rows(files)
         # In a CSV an empty cell is an empty text, the words None and NA are words, and 007 is no number.
-        converters = {"keep_default_na": False, "converters": dict.fromkeys(TEXT_COLUMNS, str)}
+        own = [theirs for theirs, ours in columns.items() if ours in TEXT_COLUMNS]
+        texts = [*(column for column in TEXT_COLUMNS if column not in columns), *own]
+        converters = {"keep_default_na": False, "converters": dict.fromkeys(texts, str)}
         options: dict[str, Any] = converters if kind == "csv" else {}
         return load_dataset(kind, data_files={"rows": [str(f) for f in files]}, split="rows", **options)
     except InputError:

@@ -6,39 +6,43 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
-from llmkd.data.turns import Tools, Turn, has_answer, read_tools, read_turns, rendered
+from llmkd.data.formats import RowFormat, format_of
+from llmkd.data.turns import Tools, Turn, check_options, has_answer, read_tools, read_turns, rendered
 from llmkd.errors import InputError
 
 log = logging.getLogger("llmkd")
-FORMATS = {"prompt_completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
 PLACEHOLDER = "llmkd0message0here"
 """Stands for an assistant's message in order to find what a chat template writes around it."""
 
 Columns = Mapping[str, list[Any]]
 """Some rows, column by column."""
 Row = Mapping[str, Any]
+Options = Mapping[str, Any]
+"""What a chat template is told beside the chat."""
 Encoded = tuple[list[list[int]], list[list[bool]]]
 """Each row's token ids, and which of them are trained."""
 
 
-def tokenize(rows: Dataset, tokenizer: Any, *, format: str, max_length: int, too_long: str) -> Dataset:
+def tokenize(rows: Dataset, tokenizer: Any, *, row_format: RowFormat, max_length: int, too_long: str) -> Dataset:
     """Rows -> {input_ids, trained (per token), length, row}. Completions and the assistant's messages of a chat are trained, not prompts.
 
     `row` is the row's number. Prompt and completion are tokenized apart, as they are when the model later continues the
     prompt. Raises InputError for a row that lacks its columns, or when no row is left.
     """
-    format = format_of(rows.column_names) if format == "auto" else format
-    check_columns(rows, FORMATS[format], format)
+    format = format_of(rows.column_names, row_format.format)
     check_end_token(tokenizer)
+    options = row_format.template_options
+    check_options(tokenizer, options)
     encode = {"prompt_completion": _prompt_completion, "messages": _messages, "text": _text}[format]
 
     def encoded(columns: Columns, numbers: list[int]) -> Columns:
-        ids, trained = encode(columns, tokenizer, numbers)
+        ids, trained = encode(columns, tokenizer, numbers, options)
         whole = [len(i) for i in ids]
         if too_long == "truncate":
             ids, trained = [i[:max_length] for i in ids], [t[:max_length] for t in trained]
@@ -55,16 +59,6 @@ def check_end_token(tokenizer: Any) -> int:
             "the tokenizer has no end-of-sequence token, from which a student learns to stop; set its eos_token"
         )
     return int(tokenizer.eos_token_id)
-
-
-def check_columns(rows: Dataset, needed: Sequence[str], format: str) -> None:
-    """Raise InputError where a column of the format is missing."""
-    missing = [column for column in needed if column not in rows.column_names]
-    if missing:
-        raise InputError(
-            f"data.format: {format} needs the column {missing[0]!r}, the data has {', '.join(rows.column_names)}; "
-            "rename the column, or choose another format"
-        )
 
 
 def mapped_rows(
@@ -94,27 +88,19 @@ def mapped_rows(
     return encoded.select(kept).remove_columns(["whole", "useful"])
 
 
-def format_of(columns: Sequence[str]) -> str:
-    for format, needed in FORMATS.items():
-        if all(column in columns for column in needed):
-            return format
-    raise InputError(
-        f"data.format: columns {', '.join(columns)} are none of prompt + completion, messages, text; rename them, or "
-        "choose a format"
-    )
-
-
-def _prompt_completion(columns: Columns, tokenizer: Any, numbers: list[int]) -> Encoded:
+def _prompt_completion(columns: Columns, tokenizer: Any, numbers: list[int], options: Options) -> Encoded:
     if any(isinstance(value, list) for value in [*columns["prompt"], *columns["completion"]]):
-        return _chats(
-            columns, tokenizer, numbers, lambda row: (read_turns(row["prompt"]), read_turns(row["completion"]))
-        )
+        return _chats(columns, tokenizer, numbers, options, _prompt_and_completion_turns)
     _check_text(columns, ("prompt", "completion"), numbers)
     prompts = leading(tokenizer, columns["prompt"])
     completions = _closed(tokenizer(columns["completion"], add_special_tokens=False)["input_ids"], tokenizer)
     written = [bool(text.strip()) for text in columns["completion"]]  # an empty one would teach to stop at once
     rows = list(zip(prompts, completions, written, strict=True))
     return [p + c for p, c, _ in rows], [[False] * len(p) + [some] * len(c) for p, c, some in rows]
+
+
+def _prompt_and_completion_turns(row: Row) -> tuple[list[Turn], list[Turn]]:
+    return read_turns(row["prompt"]), read_turns(row["completion"])
 
 
 def _check_text(columns: Columns, names: Sequence[str], numbers: list[int]) -> None:
@@ -139,19 +125,23 @@ def _closed(encoded: list[list[int]], tokenizer: Any) -> list[list[int]]:
     return [ids if ids[-1:] == [eos] else [*ids, eos] for ids in encoded]
 
 
-def _text(columns: Columns, tokenizer: Any, numbers: list[int]) -> Encoded:
+def _text(columns: Columns, tokenizer: Any, numbers: list[int], options: Options) -> Encoded:
     _check_text(columns, ("text",), numbers)
     texts = _closed(leading(tokenizer, columns["text"]), tokenizer)
     # An empty line is not a document: training on it would teach to stop at once.
     return texts, [[bool(text.strip())] * len(ids) for text, ids in zip(columns["text"], texts, strict=True)]
 
 
-def _messages(columns: Columns, tokenizer: Any, numbers: list[int]) -> Encoded:
-    return _chats(columns, tokenizer, numbers, lambda row: ([], read_turns(row["messages"])))
+def _messages(columns: Columns, tokenizer: Any, numbers: list[int], options: Options) -> Encoded:
+    return _chats(columns, tokenizer, numbers, options, lambda row: ([], read_turns(row["messages"])))
 
 
 def _chats(
-    columns: Columns, tokenizer: Any, numbers: list[int], parts: Callable[[Row], tuple[list[Turn], list[Turn]]]
+    columns: Columns,
+    tokenizer: Any,
+    numbers: list[int],
+    options: Options,
+    parts: Callable[[Row], tuple[list[Turn], list[Turn]]],
 ) -> Encoded:
     """Each row's chat, of which `parts` gives the turns that are only read and those of which the assistant's are trained."""
     encoded = []
@@ -159,18 +149,24 @@ def _chats(
         row = {name: values[place] for name, values in columns.items()}
         try:
             before, trained = parts(row)
-            encoded.append(conversation(trained, tokenizer, read_tools(row.get("tools")), before=before))
+            encoded.append(conversation(trained, tokenizer, read_tools(row.get("tools")), options, before=before))
         except InputError as error:
             raise InputError(f"data row {number}: {error}") from error
     return [ids for ids, _ in encoded], [trained for _, trained in encoded]
 
 
 def conversation(
-    messages: list[Turn], tokenizer: Any, tools: Tools | None = None, *, before: Sequence[Turn] = ()
+    messages: list[Turn],
+    tokenizer: Any,
+    tools: Tools | None = None,
+    options: Options | None = None,
+    *,
+    before: Sequence[Turn] = (),
 ) -> tuple[list[int], list[bool]]:
     """A chat through the tokenizer's template: (ids, trained). The assistant's messages are trained, with their end of turn.
 
-    An empty message and the turns `before` are not. Raises InputError where the messages can't be found in the rendered text.
+    `options`: what the template is told beside the chat. An empty message and the turns `before` are not trained. Raises InputError where
+    the messages can't be found in the rendered text.
     """
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template; give prompt and completion, or give the tokenizer one")
@@ -178,34 +174,31 @@ def conversation(
     if not turns:
         raise InputError("the conversation has no turn of the role assistant; add one, there is nothing to train on")
     whole = [*before, *messages]
-    text = rendered(whole, tokenizer, tools)
+    write = partial(rendered, tokenizer=tokenizer, tools=tools, options=options)
+    text = write(whole)
     answers = [len(before) + turn for turn in turns if has_answer(messages[turn])]
-    spans = [_trained_span(whole, turn, text, tokenizer, tools) for turn in answers]
+    spans = [_trained_span(whole, turn, text, write) for turn in answers]
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     # Some tokenizers leave white space out of a token's offsets, so that (a, b) may be (b, b).
     trained = [any(start <= a and start < b <= end for start, end in spans) for a, b in encoded["offset_mapping"]]
     return encoded["input_ids"], trained
 
 
-def _trained_span(messages: list[Turn], turn: int, whole: str, tokenizer: Any, tools: Tools | None) -> tuple[int, int]:
+def _trained_span(messages: list[Turn], turn: int, whole: str, write: Callable[..., str]) -> tuple[int, int]:
     """An assistant's turn in the rendered chat, (start, end): from the end of the generation prompt to its end of turn.
 
     A template may write a turn differently once others follow (Qwen3 leaves out the thoughts), so the place is found from the text
     around a placeholder, in the whole chat and in the chat that ends with this turn.
     """
     upto = [*messages[:turn], {**messages[turn], "content": PLACEHOLDER}]
-    opening, _, closing = rendered(upto, tokenizer, tools).partition(PLACEHOLDER)
-    after = (
-        rendered([*upto, *messages[turn + 1 :]], tokenizer, tools).partition(PLACEHOLDER)[2]
-        if messages[turn + 1 :]
-        else closing
-    )
+    opening, _, closing = write(upto).partition(PLACEHOLDER)
+    after = write([*upto, *messages[turn + 1 :]]).partition(PLACEHOLDER)[2] if messages[turn + 1 :] else closing
     if not after.startswith(closing):  # Phi-3 ends a whole chat with one more token
         closing = re.sub(r"\s\S*$", "", os.path.commonprefix([closing, after]))
     end = len(whole) - len(after) + len(closing.rstrip() or closing)
-    before = rendered(messages[:turn], tokenizer, tools, add_generation_prompt=True) if turn else opening
+    before = write(messages[:turn], add_generation_prompt=True) if turn else opening
     start = len(os.path.commonprefix([whole, before]))
-    prefix = len(os.path.commonprefix([before, rendered(messages[:turn], tokenizer)])) if turn else 0
+    prefix = len(os.path.commonprefix([before, write(messages[:turn])])) if turn else 0
     if PLACEHOLDER in whole or not whole.endswith(after) or not prefix <= start <= end:
         raise InputError(
             f"the chat template changes the text before turn {turn} once that turn is there, so the assistant's tokens can't be "

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llmkd.errors import InputError, first_line
@@ -59,14 +60,18 @@ def rendered(
     turns: Sequence[Turn],
     tokenizer: Any,
     tools: Tools | None = None,
+    options: Mapping[str, Any] | None = None,
     *,
     add_generation_prompt: bool = False,
 ) -> str:
-    """The chat as its template writes it. Raises InputError where the template refuses it or does not end."""
+    """The chat as its template writes it; `options`: what the template is told beside it.
+
+    Raises InputError where the template refuses the chat or does not end.
+    """
     try:
         with _time_limit(TEMPLATE_SECONDS):
             return tokenizer.apply_chat_template(
-                list(turns), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+                list(turns), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **(options or {})
             )
     except TimeoutError as error:
         raise InputError(
@@ -77,6 +82,20 @@ def rendered(
         raise InputError(
             f"the tokenizer's chat template refuses the messages ({reason}); fix one of the two"
         ) from error
+
+
+def check_options(tokenizer: Any, options: Mapping[str, Any]) -> None:
+    """Raise InputError for options that the tokenizer's chat template does not read."""
+    if options and not tokenizer.chat_template:
+        raise InputError(
+            "data.template_options: the tokenizer has no chat template that would read them; leave them out, or give it one"
+        )
+    for name in options:
+        if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
+            raise InputError(
+                f"data.template_options: the tokenizer's chat template does not read {name!r}; look for its options in the template, or "
+                "leave it out"
+            )
 
 
 @contextlib.contextmanager

@@ -87,7 +87,9 @@ def agree(
     rows = held_out.held_out_data(settings.generation, data, settings.agreement_rows)
     packages = versions(*PACKAGES)
     decides = [rows.source, str(rows.name), rows.split, str(rows.rows), settings.dtype, str(settings.batch_size)]
-    columns = data.model_dump(include={"records_seed", "format", "max_length", "too_long"})
+    columns = data.model_dump(
+        include={"records_seed", "format", "columns", "template_options", "max_length", "too_long"}
+    )
     decides += [json.dumps(columns), json.dumps(packages, sort_keys=True)]
     decides += [*held_out.local_hashes(rows.source), *model_hashes(teacher), *_text_hashes(generations, TEACHER)]
     shared = digest(decides)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +12,11 @@ from datasets import Dataset
 
 from llmkd.data import records
 from llmkd.data.batches import Batch, Kind
+from llmkd.data.formats import FORMATS
 from llmkd.data.other_families import collate_for, tokenize_for
 from llmkd.data.rows import load_rows
-from llmkd.data.tokens import FORMATS, leading
-from llmkd.data.turns import Tools, Turn, read_tools, read_turns, rendered
+from llmkd.data.tokens import leading
+from llmkd.data.turns import Tools, Turn, check_options, read_tools, read_turns, rendered
 from llmkd.errors import InputError
 from llmkd.files import file_hashes
 from llmkd.models.families import KIND_NAMES, family
@@ -55,7 +56,8 @@ def classification_data(recipe: Recipe) -> Data:
 
 def read_rows(data: Data) -> Dataset:
     """The rows of a data section. Raises InputError where there are none."""
-    return load_rows(data.source, name=data.name, split=data.split, rows=data.rows, records_seed=data.records_seed)
+    which = {"name": data.name, "split": data.split, "rows": data.rows, "records_seed": data.records_seed}
+    return load_rows(data.source, **which, columns=data.columns)
 
 
 def check_evaluation(recipe: Recipe, kind: Kind) -> None:
@@ -111,7 +113,7 @@ def batches_of(
     """
     model = family(load_config(teacher, trust_remote_code=trust_remote_code))
     tokenizer = load_tokenizer(teacher, trust_remote_code=trust_remote_code)
-    how = {"format": data.format, "max_length": data.max_length, "too_long": data.too_long}
+    how = {"row_format": data.row_format, "max_length": data.max_length, "too_long": data.too_long}
     rows = tokenize_for(model, read_rows(data), tokenizer, **how)
     size = settings.batch_size if isinstance(settings.batch_size, int) else ROWS
     collate, pad_id = collate_for(model), pad_of(tokenizer)
@@ -154,6 +156,8 @@ class Prompt:
     """Of a chat, in place of `text`: the turns before the answer."""
     tools: Tools | None = None
     """Of a chat: what the assistant may call."""
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    """Of a chat: what the template is told beside it."""
     record: dict[str, str] | None = None
     """What the built-in task's sentence must tell: slot -> value."""
 
@@ -180,7 +184,8 @@ def read_prompts(data: Data) -> list[Prompt]:
             f"and completion, or of messages, as {KEY}.source, or leave {KEY} out"
         )
     read = _of_chat if format == "messages" else _of_prompt
-    return [read(dict(row), f"{KEY}: row {number} of {data.source!r}") for number, row in enumerate(table)]
+    prompts = [read(dict(row), f"{KEY}: row {number} of {data.source!r}") for number, row in enumerate(table)]
+    return [replace(prompt, template_options=data.template_options) for prompt in prompts]
 
 
 def _of_prompt(row: Mapping[str, Any], where: str) -> Prompt:
@@ -230,7 +235,8 @@ def encoded(prompts: Sequence[Prompt], tokenizer: Any, kind: Kind = "decoder") -
         elif not tokenizer.chat_template:
             raise InputError("the tokenizer has no chat template; give it one, or rows of prompt and completion")
         else:
-            text = rendered(prompt.turns, tokenizer, prompt.tools, add_generation_prompt=True)
+            check_options(tokenizer, prompt.template_options)
+            text = rendered(prompt.turns, tokenizer, prompt.tools, prompt.template_options, add_generation_prompt=True)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         result.append((text, ids))
     return result

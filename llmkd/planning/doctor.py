@@ -19,7 +19,8 @@ from datasets import Dataset
 
 from llmkd import provenance
 from llmkd.data.batches import MULTIPLE, epoch_batches
-from llmkd.data.tokens import FORMATS, format_of, tokenize
+from llmkd.data.formats import FORMATS, format_of
+from llmkd.data.tokens import tokenize
 from llmkd.errors import InputError
 from llmkd.models.families import KIND_NAMES, kind
 from llmkd.models.folders import resolve
@@ -60,7 +61,7 @@ def examine(recipe: Recipe, rows: int = 2) -> tuple[list[Finding], list[str]]:
     data = tokenize(
         rows_of_text,
         tokenizer,
-        format=recipe.data.format,
+        row_format=recipe.data.row_format,
         max_length=recipe.data.max_length,
         too_long=recipe.data.too_long,
     )
@@ -126,7 +127,7 @@ def _student(recipe: Recipe, teacher: Path, tokenizer: Any) -> tuple[list[Findin
 
 def _unread(rows: Dataset, format: str) -> list[Finding]:
     """The columns that training does not look at: a file may hold in one of them what its user counts on."""
-    format = format_of(rows.column_names) if format == "auto" else format
+    format = format_of(rows.column_names, format)
     read = {*FORMATS[format], *(("tools",) if format != "text" else ())}
     unread = [column for column in rows.column_names if column not in read]
     return [Finding("note", f"data: the columns {', '.join(unread)} are not read")] if unread else []

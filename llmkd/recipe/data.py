@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from llmkd.data.formats import RowFormat, check_names, check_option_names
+from llmkd.errors import InputError
 from llmkd.recipe.section import Section
 
 
@@ -27,9 +29,27 @@ class Data(Section):
     which the completion is trained. `messages`: a chat, of which the assistant's messages and calls of tools are trained; a column tools is
     given to the chat template. `text`: every token is trained. `classification` (encoders): columns text, or text_a and text_b, and label.
     Encoder-decoders read the prompt and write the completion. Rows without anything to write are dropped and counted."""
+    columns: dict[str, str] = {}
+    """Other names of columns, the data's own -> the format's: `{question: prompt, answer: completion}`. All else goes by the new names."""
+    template_options: dict[str, Any] = {}
+    """What the chat template is told beside the chat, in training and whenever a model answers: `{enable_thinking: false}`."""
     max_length: int = Field(default=512, gt=1)
     """Longest row in tokens; for an encoder-decoder, of prompt and completion each."""
     too_long: Literal["drop", "truncate"] = "drop"
     """What is done with a row of more than `max_length` tokens; how many there are is logged."""
     batching: Literal["grouped", "packed"] = "grouped"
     """`grouped`: rows of similar length are padded together. `packed`: rows are laid end to end, with attention kept within each."""
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        try:
+            check_names(self.columns)
+            check_option_names(self.template_options)
+        except InputError as error:
+            raise ValueError(str(error).removeprefix("data.")) from error
+        return self
+
+    @property
+    def row_format(self) -> RowFormat:
+        """How these rows are read."""
+        return RowFormat(self.format, self.columns, self.template_options)

@@ -98,7 +98,7 @@ def tokenized(world: World, job: Job, tokenizer: Any) -> Dataset:
     hub.believe(on_main(world, read))
     rows = first[0] if first else read_rows(data)
     tokens = tokenize_for(
-        job.family, rows, tokenizer, format=data.format, max_length=data.max_length, too_long=data.too_long
+        job.family, rows, tokenizer, row_format=data.row_format, max_length=data.max_length, too_long=data.too_long
     )
     check_rows(tokens, job.further_tokens, f"data.source ({data.source})")
     return tokens

@@ -249,7 +249,7 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
         packed = data.batching == "packed"
         load.check_usable(shape, section="teacher", attention=recipe.teacher.attention, packed=packed)
         family = families.family(shape)
-    check_format(family, data.format)
+    check_format(family, data.row_format)
     if family.kind == "encoder":  # its classes are the data's, not the checkpoint's
         family = Family("encoder", labels=on_main(world, lambda: label_names(read_rows(data))))
     job = Job(
@@ -323,4 +323,5 @@ def _check_lengths(max_length: int, positions: int | None, where: str) -> None:
 
 def read_rows(data: Data) -> Dataset:
     """The rows that a recipe's data section names, as text."""
-    return load_rows(data.source, name=data.name, split=data.split, rows=data.rows, records_seed=data.records_seed)
+    which = {"name": data.name, "split": data.split, "rows": data.rows, "records_seed": data.records_seed}
+    return load_rows(data.source, **which, columns=data.columns)

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmkd.data.batches import Batch, epoch_batches
+from llmkd.data.formats import RowFormat
 from llmkd.data.other_families import collate_for, tokenize_for
 from llmkd.files import ROOT
 from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING, in_order_random
@@ -164,7 +165,7 @@ def first_batch(recipe: Recipe, teacher: Path) -> Batch:
     """The rows of the first step."""
     of, tokenizer = family(load.load_config(teacher)), load.load_tokenizer(teacher)
     lengths: dict[str, Any] = dict(max_length=recipe.data.max_length, too_long=recipe.data.too_long)
-    data = tokenize_for(of, jobs.read_rows(recipe.data), tokenizer, format="auto", **lengths)
+    data = tokenize_for(of, jobs.read_rows(recipe.data), tokenizer, row_format=RowFormat(), **lengths)
     order = epoch_batches(np.array(data["length"]), batch_size=8, seed=recipe.seed, epoch=0, grouped=True)
     return collate_for(of)([data[int(row)] for row in order[0]], pad_id=0)
 

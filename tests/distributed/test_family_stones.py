@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from llmkd.data.batches import epoch_batches
+from llmkd.data.formats import RowFormat
 from llmkd.data.other_families import collate_for, tokenize_for
 from llmkd.losses.schedules import learning_rate, scheduled
 from llmkd.models import families, load
@@ -58,7 +59,7 @@ def plain_run(folder: Path, recipe: Any) -> tuple[dict[str, torch.Tensor], list[
     teacher.eval().requires_grad_(False)
     student.train()
     lengths: dict[str, Any] = dict(max_length=recipe.data.max_length, too_long="drop")
-    data = tokenize_for(of, jobs.read_rows(recipe.data), tokenizer, format="auto", **lengths)
+    data = tokenize_for(of, jobs.read_rows(recipe.data), tokenizer, row_format=RowFormat(), **lengths)
     stones = pairs.stones_of(recipe, 2, 4)
     settings = recipe.train
     order = epoch_batches(

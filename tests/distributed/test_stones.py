@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from llmkd.data.batches import collate, epoch_batches
+from llmkd.data.formats import RowFormat
 from llmkd.data.rows import load_rows
 from llmkd.data.tokens import tokenize
 from llmkd.distributed import ds_configs, engines
@@ -128,7 +129,7 @@ def plain_run(tiny: Path, changes: dict[str, Any], folder: Path) -> tuple[dict[s
     data = tokenize(
         load_rows(recipe.data.source, name=None, split="train", rows=None),
         tokenizer,
-        format="auto",
+        row_format=RowFormat(),
         max_length=recipe.data.max_length,
         too_long="drop",
     )

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmkd.data.batches import epoch_batches
+from llmkd.data.formats import RowFormat
 from llmkd.data.other_families import collate_for, tokenize_for
 from llmkd.losses.schedules import learning_rate
 from llmkd.models import load
@@ -41,7 +42,7 @@ def plain_run(folder: Path, kind: str) -> dict[str, torch.Tensor]:
     shape = load.load_config(folder / "teacher")
     of, tokenizer = family(shape), load.load_tokenizer(folder / "teacher")
     lengths: dict[str, Any] = dict(max_length=recipe.data.max_length, too_long="drop")
-    data = tokenize_for(of, jobs.read_rows(recipe.data), tokenizer, format="auto", **lengths)
+    data = tokenize_for(of, jobs.read_rows(recipe.data), tokenizer, row_format=RowFormat(), **lengths)
     depths = recipe_map.depths_of(recipe, shape), build.families.depths(shape)
     pairs = recipe_map.maps_of(recipe, *depths)
     train = recipe.train

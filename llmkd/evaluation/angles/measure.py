@@ -112,7 +112,7 @@ def _made_of(student: TrainedStudent, section: str) -> list[str]:
     """All that decides one student's angles, but for the teacher and the number of rows, which come from `evaluation.<section>`."""
     recipe = student.recipe
     rows = getattr(recipe.evaluation, section)
-    keys = {"source", "name", "records_seed", "format", "max_length", "too_long"}
+    keys = {"source", "name", "records_seed", "format", "columns", "template_options", "max_length", "too_long"}
     data = recipe.data.model_dump(mode="json", include=keys)
     asked = rows.model_dump(mode="json", include={"source", "name", "split"})
     settings = [recipe.evaluation.dtype, recipe.evaluation.batch_size, recipe.train.dtype, recipe.seed]

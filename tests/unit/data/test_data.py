@@ -19,6 +19,7 @@ from tokenizers import pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from llmkd.data.batches import IGNORE, Batch, batches, collate, epoch_batches, micro_batch_rows, steps_per_epoch
+from llmkd.data.formats import RowFormat
 from llmkd.data.rows import load_rows
 from llmkd.data.tokens import conversation, tokenize
 from llmkd.errors import InputError
@@ -81,7 +82,7 @@ def make_tokenizer(*, adds: str = "", pad_is_eos: bool = False, template: str | 
 
 
 def tokenized(rows: list[dict[str, Any]], tokenizer: Any, **changes: Any) -> Any:
-    settings: dict[str, Any] = {"format": "auto", "max_length": 100, "too_long": "drop", **changes}
+    settings: dict[str, Any] = {"row_format": RowFormat(), "max_length": 100, "too_long": "drop", **changes}
     return tokenize(Dataset.from_list(rows), tokenizer, **settings)
 
 
@@ -267,7 +268,7 @@ def test_only_overlong_rows_are_an_error(too_long: str) -> None:
 )
 def test_rows_that_are_not_what_they_should_be(rows: list[dict[str, Any]], format: str, expected: str) -> None:
     with pytest.raises(InputError) as caught:
-        tokenized(rows, make_tokenizer(), format=format)
+        tokenized(rows, make_tokenizer(), row_format=RowFormat(format))
     assert expected in str(caught.value)
 
 

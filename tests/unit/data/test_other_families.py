@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
 
 from llmkd.data.batches import IGNORE, Family
+from llmkd.data.formats import RowFormat
 from llmkd.data.other_families import (
     check_format,
     collate_classified,
@@ -18,6 +20,7 @@ from llmkd.data.other_families import (
     tokenize_for,
     tokenize_sources,
 )
+from llmkd.data.rows import load_rows
 from llmkd.errors import InputError
 from llmkd.models import make
 
@@ -40,7 +43,16 @@ def rows(*values: dict[str, Any]) -> Dataset:
 
 
 def classified(data: Dataset, tokenizer: Any, max_length: int = 32, too_long: str = "drop") -> Any:
-    return tokenize_for(ENCODER, data, tokenizer, format="auto", max_length=max_length, too_long=too_long)
+    return tokenize_for(ENCODER, data, tokenizer, row_format=RowFormat(), max_length=max_length, too_long=too_long)
+
+
+def test_renamed_columns_of_other_families(encoder_tokenizer: Any, seq2seq_tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("sentence,class,q,a\none two,yes,one,two\none two,no,1,2024-01-01\n")
+    columns = {"sentence": "text", "class": "label", "q": "prompt", "a": "completion"}
+    rows = load_rows(str(tmp_path / "a.csv"), name=None, split="train", rows=None, columns=columns)
+    lengths: Any = {"row_format": RowFormat(columns=columns), "max_length": 32, "too_long": "drop"}
+    assert tokenize_for(Family("encoder", labels=("no", "yes")), rows, encoder_tokenizer, **lengths)["class"] == [1, 0]
+    assert len(tokenize_for(Family("encoder_decoder"), rows, seq2seq_tokenizer, **lengths)) == 2
 
 
 def test_one_text_and_two_texts_are_written_by_the_tokenizers_template(encoder_tokenizer: Any) -> None:
@@ -142,7 +154,7 @@ def test_each_side_has_a_length_of_its_own(seq2seq_tokenizer: Any) -> None:
 )
 def test_formats_of_other_families_are_refused(family: Family, format: str, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        check_format(family, format)
+        check_format(family, RowFormat(format))
 
 
 def test_texts_that_are_none(encoder_tokenizer: Any, seq2seq_tokenizer: Any) -> None:

@@ -13,6 +13,7 @@ import pytest
 from datasets import Dataset
 
 from llmkd.data import turns as reading
+from llmkd.data.formats import RowFormat
 from llmkd.data.rows import load_rows
 from llmkd.data.tokens import conversation, tokenize
 from llmkd.data.turns import read_tools, read_turns
@@ -52,7 +53,7 @@ def _loaded(file: Path, rows: list[dict[str, Any]]) -> Dataset:
 
 
 def _tokens(rows: Dataset, tokenizer: Any) -> Any:
-    return tokenize(rows, tokenizer, format="auto", max_length=400, too_long="drop")
+    return tokenize(rows, tokenizer, row_format=RowFormat(), max_length=400, too_long="drop")
 
 
 def _trained(row: Any, tokenizer: Any) -> list[str]:

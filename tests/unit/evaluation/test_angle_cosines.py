@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmkd.data.batches import Batch, collate
+from llmkd.data.formats import RowFormat
 from llmkd.data.rows import load_rows
 from llmkd.data.tokens import tokenize
 from llmkd.errors import InputError
@@ -185,7 +186,7 @@ def folders(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 def rows(tiny: Path) -> list[dict[str, Any]]:
     tokenizer = load.load_tokenizer(tiny / "teacher")
     read = load_rows(str(tiny / "rows.jsonl"), name=None, split="train", rows=8)
-    data = tokenize(read, tokenizer, format="auto", max_length=64, too_long="drop")
+    data = tokenize(read, tokenizer, row_format=RowFormat(), max_length=64, too_long="drop")
     return [data[number] for number in range(len(data))]
 
 

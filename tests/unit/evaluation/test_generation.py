@@ -15,6 +15,7 @@ from transformers import Qwen3Config
 from llmkd import cli
 from llmkd.data import batches, records, tokens
 from llmkd.data import rows as row_files
+from llmkd.data.formats import RowFormat
 from llmkd.errors import InputError
 from llmkd.evaluation import generation, held_out
 from llmkd.evaluation.generation import models_of, summary
@@ -71,7 +72,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids = tokens.tokenize(
         row_files.load_rows("records", name=None, split="train", rows=1600),
         tokenizer,
-        format="auto",
+        row_format=RowFormat(),
         max_length=160,
         too_long="drop",
     )

@@ -8,6 +8,7 @@ import pytest
 
 from llmkd.data import records, tokens
 from llmkd.data import rows as row_files
+from llmkd.data.formats import RowFormat
 from llmkd.errors import InputError
 from llmkd.evaluation.held_out import Prompt, encoded, held_out_prompts, read_prompts
 from llmkd.models import make
@@ -65,7 +66,7 @@ def test_a_prompt_is_asked_as_training_begins_its_row(tokenizer: Any, tmp_path: 
     items = held_out_prompts(Generation(source=source, items=1), Data(rows=10))
     assert items == [Prompt(text="kind inn =>", references=["It is an inn."])]
     rows = row_files.load_rows(source, name=None, split="train", rows=1)
-    ids = tokens.tokenize(rows, tokenizer, format="auto", max_length=99, too_long="drop")[0]
+    ids = tokens.tokenize(rows, tokenizer, row_format=RowFormat(), max_length=99, too_long="drop")[0]
     [(text, asked)] = encoded(items, tokenizer)
     assert text == row["prompt"] and asked == ids["input_ids"][: ids["trained"].index(True)]
 

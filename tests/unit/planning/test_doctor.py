@@ -12,6 +12,7 @@ import pytest
 
 from llmkd.cli import main
 from llmkd.data.batches import batches
+from llmkd.data.formats import RowFormat
 from llmkd.data.tokens import tokenize
 from llmkd.errors import InputError
 from llmkd.models import load, make
@@ -60,7 +61,7 @@ def test_the_first_token_of_a_text_is_not_trained(place: Path) -> None:
 def test_the_share_of_padding_is_that_of_the_batches(place: Path) -> None:
     recipe = load_recipe(place / "recipe.yaml")
     tokenizer = load.load_tokenizer(place / "teacher")
-    data = tokenize(read_rows(recipe.data), tokenizer, format="auto", max_length=64, too_long="drop")
+    data = tokenize(read_rows(recipe.data), tokenizer, row_format=RowFormat(), max_length=64, too_long="drop")
     settings: dict[str, Any] = dict(seed=0, start_step=0, steps=5, batch_size=8, accumulation=2, rank=0, world_size=1)
     made = [b for step in batches(data, pad_id=0, packed=False, **settings) for b in step]
     share = 1 - np.mean(np.concatenate([b.attended.flatten().numpy() for b in made]))

@@ -372,7 +372,7 @@ def test_frozen_and_closed(recipe: Path) -> None:
     for section, key in ((loaded, "seed"), (loaded.train, "steps"), (loaded.matching, "strategy")):
         with pytest.raises(ValidationError):
             setattr(section, key, 1)
-    for section in (loaded.teacher, loaded.student, loaded.data, loaded.train, loaded.evaluation):
+    for section in (loaded.teacher, loaded.student, loaded.train, loaded.evaluation):
         hash(section)  # nothing in it can be changed in place either
 
 

@@ -13,14 +13,14 @@ import torch
 from datasets import Dataset
 
 from llmkd.data.batches import IGNORE, Batch, Family, TokenRow, collate, padded, padded_batch
-from llmkd.data.formats import RowFormat, check_columns
+from llmkd.data.formats import RowFormat, check_columns, format_of, texts_of
 from llmkd.data.tokens import Columns, check_end_token, mapped_rows, tokenize
 from llmkd.errors import InputError
 
 FORMATS = {
-    "decoder": ("auto", "prompt_completion", "messages", "text"),
+    "decoder": ("auto", "prompt_completion", "messages", "sharegpt", "alpaca", "text"),
     "encoder": ("auto", "classification"),
-    "encoder_decoder": ("auto", "prompt_completion"),
+    "encoder_decoder": ("auto", "prompt_completion", "alpaca"),
 }
 """By kind of model, the formats of rows (data.format) that it can be trained on."""
 
@@ -48,7 +48,9 @@ def tokenize_for(
     if family.kind == "encoder":
         return tokenize_classified(rows, tokenizer, family.labels, max_length=max_length, too_long=too_long)
     if family.kind == "encoder_decoder":
-        return tokenize_sources(rows, tokenizer, family.start, max_length=max_length, too_long=too_long)
+        format = format_of(rows.column_names, row_format.format, FORMATS[family.kind][1:])
+        lengths: Any = {"max_length": max_length, "too_long": too_long}
+        return tokenize_sources(rows, tokenizer, family.start, format=format, **lengths)
     return tokenize(rows, tokenizer, row_format=row_format, max_length=max_length, too_long=too_long)
 
 
@@ -129,32 +131,43 @@ def collate_classified(
 # Encoder-decoders: source and target
 
 
-def tokenize_sources(rows: Dataset, tokenizer: Any, start: int, *, max_length: int, too_long: str) -> Dataset:
-    """Rows of prompt and completion -> {source_ids, target_ids, length, row}; both with the tokenizer's own leading and closing tokens.
+def tokenize_sources(
+    rows: Dataset, tokenizer: Any, start: int, *, format: str = "prompt_completion", max_length: int, too_long: str
+) -> Dataset:
+    """Rows of a prompt and a completion -> {source_ids, target_ids, length, row}; both with the tokenizer's own leading and closing tokens.
 
-    `target_ids` begin with `start`, which the decoder reads first and never writes, and end with an end of sequence. `max_length` bounds
-    each of the two.
+    `format`: prompt_completion or alpaca. `target_ids` begin with `start`, which the decoder reads first and never writes, and end with an
+    end of sequence. `max_length` bounds each of the two.
     """
-    check_columns(rows.column_names, ("prompt", "completion"), "prompt_completion")
+    format_of(rows.column_names, format)
     eos = check_end_token(tokenizer)
 
     def encoded(columns: Columns, numbers: list[int]) -> Columns:
-        for number, *parts in zip(numbers, columns["prompt"], columns["completion"], strict=True):
-            _check_texts(parts, number)
-        sources = tokenizer(columns["prompt"])["input_ids"]
-        written = tokenizer(text_target=columns["completion"])["input_ids"]
+        prompts, completions = _prompts_and_completions(columns, numbers, format)
+        sources = tokenizer(prompts)["input_ids"]
+        written = tokenizer(text_target=completions)["input_ids"]
         targets = [[start, *ids] if ids[-1:] == [eos] else [start, *ids, eos] for ids in written]
         whole = [max(len(s), len(t) - 1) for s, t in zip(sources, targets, strict=True)]
         # an encoder needs at least one token, and an empty answer would teach to stop at once
-        useful = [bool(s) and bool(t.strip()) for s, t in zip(sources, columns["completion"], strict=True)]
+        useful = [bool(s) and bool(t.strip()) for s, t in zip(sources, completions, strict=True)]
         if too_long == "truncate":
             # the tokenizer's own truncation keeps the token that closes a text
-            sources = tokenizer(columns["prompt"], truncation=True, max_length=max_length)["input_ids"]
+            sources = tokenizer(prompts, truncation=True, max_length=max_length)["input_ids"]
             targets = [t[: max_length + 1] for t in targets]
         length = [len(s) + len(t) - 1 for s, t in zip(sources, targets, strict=True)]
         return dict(source_ids=sources, target_ids=targets, length=length, whole=whole, useful=useful, row=numbers)
 
     return mapped_rows(rows, encoded, max_length=max_length, too_long=too_long)
+
+
+def _prompts_and_completions(columns: Columns, numbers: list[int], format: str) -> tuple[list[str], list[str]]:
+    pairs = []
+    for place, number in enumerate(numbers):
+        try:
+            pairs.append(texts_of({name: values[place] for name, values in columns.items()}, format))
+        except InputError as error:
+            raise InputError(f"data row {number}: {error}") from error
+    return [prompt for prompt, _ in pairs], [completion for _, completion in pairs]
 
 
 def collate_sources(

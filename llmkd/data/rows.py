@@ -14,7 +14,7 @@ from datasets import Dataset, Features, Json, Value, load_dataset
 
 from llmkd import hub
 from llmkd.data import records
-from llmkd.data.formats import renamed
+from llmkd.data.formats import COLUMNS
 from llmkd.errors import InputError, first_line
 from llmkd.files import fetched_by
 
@@ -22,7 +22,7 @@ LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 JsonRow = dict[str, Any]
 MOST_RECORDS = 10_000_000
 """Rows of the built-in task; they are made in memory."""
-TEXT_COLUMNS = ("prompt", "completion", "text", "text_a", "text_b", "references")
+TEXT_COLUMNS = tuple(column for column in COLUMNS if column != "label")
 """Columns of a CSV that stay text where all of their cells look like numbers or dates."""
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 
@@ -69,6 +69,23 @@ def _loaded(
     if len(data) == 0:
         raise InputError(f"data.source: {source!r} (split {split!r}) has no rows; give data with some")
     return data
+
+
+def renamed(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
+    """The rows with the user's columns called as the format calls them.
+
+    Raises InputError for a column that is not there, and for a new name that another column has already.
+    """
+    for theirs, ours in columns.items():
+        if theirs not in rows.column_names:
+            raise InputError(
+                f"data.columns: the data has no column {theirs!r}, it has {', '.join(rows.column_names)}; write one of these"
+            )
+        if ours in rows.column_names and ours not in columns:
+            raise InputError(
+                f"data.columns: {theirs} is to be {ours}, and the data has a column {ours} too; take one of them out of the data"
+            )
+    return rows.rename_columns(dict(columns)) if columns else rows
 
 
 def source_contents(source: str, split: str) -> str | None:

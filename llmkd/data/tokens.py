@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
-from llmkd.data.formats import RowFormat, format_of
-from llmkd.data.turns import Tools, Turn, check_options, has_answer, read_tools, read_turns, rendered
+from llmkd.data.formats import RowFormat, format_of, is_chat, texts_of, turns_of
+from llmkd.data.turns import Tools, Turn, check_options, has_answer, read_tools, rendered
 from llmkd.errors import InputError
 
 log = logging.getLogger("llmkd")
@@ -22,7 +22,6 @@ PLACEHOLDER = "llmkd0message0here"
 
 Columns = Mapping[str, list[Any]]
 """Some rows, column by column."""
-Row = Mapping[str, Any]
 Options = Mapping[str, Any]
 """What a chat template is told beside the chat."""
 Encoded = tuple[list[list[int]], list[list[bool]]]
@@ -39,17 +38,16 @@ def tokenize(rows: Dataset, tokenizer: Any, *, row_format: RowFormat, max_length
     check_end_token(tokenizer)
     options = row_format.template_options
     check_options(tokenizer, options)
-    encode = {"prompt_completion": _prompt_completion, "messages": _messages, "text": _text}[format]
 
-    def encoded(columns: Columns, numbers: list[int]) -> Columns:
-        ids, trained = encode(columns, tokenizer, numbers, options)
+    def tokens(columns: Columns, numbers: list[int]) -> Columns:
+        ids, trained = encoded(columns, tokenizer, numbers, format, options)
         whole = [len(i) for i in ids]
         if too_long == "truncate":
             ids, trained = [i[:max_length] for i in ids], [t[:max_length] for t in trained]
         length, useful = [len(i) for i in ids], [any(t[1:]) for t in trained]
         return dict(input_ids=ids, trained=trained, length=length, whole=whole, useful=useful, row=numbers)
 
-    return mapped_rows(rows, encoded, max_length=max_length, too_long=too_long)
+    return mapped_rows(rows, tokens, max_length=max_length, too_long=too_long)
 
 
 def check_end_token(tokenizer: Any) -> int:
@@ -88,26 +86,41 @@ def mapped_rows(
     return encoded.select(kept).remove_columns(["whole", "useful"])
 
 
-def _prompt_completion(columns: Columns, tokenizer: Any, numbers: list[int], options: Options) -> Encoded:
-    if any(isinstance(value, list) for value in [*columns["prompt"], *columns["completion"]]):
-        return _chats(columns, tokenizer, numbers, options, _prompt_and_completion_turns)
-    _check_text(columns, ("prompt", "completion"), numbers)
-    prompts = leading(tokenizer, columns["prompt"])
-    completions = _closed(tokenizer(columns["completion"], add_special_tokens=False)["input_ids"], tokenizer)
-    written = [bool(text.strip()) for text in columns["completion"]]  # an empty one would teach to stop at once
-    rows = list(zip(prompts, completions, written, strict=True))
-    return [p + c for p, c, _ in rows], [[False] * len(p) + [some] * len(c) for p, c, some in rows]
+def encoded(columns: Columns, tokenizer: Any, numbers: list[int], format: str, options: Options) -> Encoded:
+    """Rows of one format as tokens, each on its own: a chat by the tokenizer's template, else a prompt with its completion, or a text.
+
+    Raises InputError that names the row by its number.
+    """
+    if format == "text":
+        return _texts(columns["text"], tokenizer, numbers)
+    template = bool(tokenizer.chat_template)
+    chats: dict[int, tuple[list[int], list[bool]]] = {}
+    pairs: dict[int, tuple[str, str]] = {}
+    for place, number in enumerate(numbers):
+        row = {name: values[place] for name, values in columns.items()}
+        try:
+            if is_chat(row, format, template):
+                before, trained = turns_of(row, format)
+                tools = read_tools(row.get("tools"))
+                chats[place] = conversation(trained, tokenizer, tools, options, before=before)
+            else:
+                pairs[place] = texts_of(row, format)
+        except InputError as error:
+            raise InputError(f"data row {number}: {error}") from error
+    found = chats | dict(zip(pairs, _pairs(list(pairs.values()), tokenizer), strict=True))
+    return [found[place][0] for place in range(len(numbers))], [found[place][1] for place in range(len(numbers))]
 
 
-def _prompt_and_completion_turns(row: Row) -> tuple[list[Turn], list[Turn]]:
-    return read_turns(row["prompt"]), read_turns(row["completion"])
-
-
-def _check_text(columns: Columns, names: Sequence[str], numbers: list[int]) -> None:
-    for name in names:
-        for number, value in zip(numbers, columns[name], strict=True):
-            if not isinstance(value, str):
-                raise InputError(f"data row {number}: {name} must be text, it is {type(value).__name__}; make it text")
+def _pairs(texts: list[tuple[str, str]], tokenizer: Any) -> Iterator[tuple[list[int], list[bool]]]:
+    """(ids, trained) of each prompt and completion, tokenized apart."""
+    if not texts:
+        return
+    prompts = leading(tokenizer, [prompt for prompt, _ in texts])
+    completions = _closed(
+        tokenizer([written for _, written in texts], add_special_tokens=False)["input_ids"], tokenizer
+    )
+    for (_, written), p, c in zip(texts, prompts, completions, strict=True):
+        yield p + c, [False] * len(p) + [bool(written.strip())] * len(c)  # an empty one would teach to stop at once
 
 
 def leading(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -125,34 +138,13 @@ def _closed(encoded: list[list[int]], tokenizer: Any) -> list[list[int]]:
     return [ids if ids[-1:] == [eos] else [*ids, eos] for ids in encoded]
 
 
-def _text(columns: Columns, tokenizer: Any, numbers: list[int], options: Options) -> Encoded:
-    _check_text(columns, ("text",), numbers)
-    texts = _closed(leading(tokenizer, columns["text"]), tokenizer)
+def _texts(texts: list[str], tokenizer: Any, numbers: list[int]) -> Encoded:
+    for number, text in zip(numbers, texts, strict=True):
+        if not isinstance(text, str):
+            raise InputError(f"data row {number}: text must be text, it is {type(text).__name__}; make it text")
+    ids = _closed(leading(tokenizer, texts), tokenizer)
     # An empty line is not a document: training on it would teach to stop at once.
-    return texts, [[bool(text.strip())] * len(ids) for text, ids in zip(columns["text"], texts, strict=True)]
-
-
-def _messages(columns: Columns, tokenizer: Any, numbers: list[int], options: Options) -> Encoded:
-    return _chats(columns, tokenizer, numbers, options, lambda row: ([], read_turns(row["messages"])))
-
-
-def _chats(
-    columns: Columns,
-    tokenizer: Any,
-    numbers: list[int],
-    options: Options,
-    parts: Callable[[Row], tuple[list[Turn], list[Turn]]],
-) -> Encoded:
-    """Each row's chat, of which `parts` gives the turns that are only read and those of which the assistant's are trained."""
-    encoded = []
-    for place, number in enumerate(numbers):
-        row = {name: values[place] for name, values in columns.items()}
-        try:
-            before, trained = parts(row)
-            encoded.append(conversation(trained, tokenizer, read_tools(row.get("tools")), options, before=before))
-        except InputError as error:
-            raise InputError(f"data row {number}: {error}") from error
-    return [ids for ids, _ in encoded], [trained for _, trained in encoded]
+    return ids, [[bool(text.strip())] * len(row) for text, row in zip(texts, ids, strict=True)]
 
 
 def conversation(

@@ -12,11 +12,11 @@ from datasets import Dataset
 
 from llmkd.data import records
 from llmkd.data.batches import Batch, Kind
-from llmkd.data.formats import FORMATS
+from llmkd.data.formats import FORMATS, format_of, is_chat, texts_of, turns_of
 from llmkd.data.other_families import collate_for, tokenize_for
 from llmkd.data.rows import load_rows
 from llmkd.data.tokens import leading
-from llmkd.data.turns import Tools, Turn, check_options, read_tools, read_turns, rendered
+from llmkd.data.turns import Tools, Turn, check_options, read_tools, rendered
 from llmkd.errors import InputError
 from llmkd.files import file_hashes
 from llmkd.models.families import KIND_NAMES, family
@@ -26,6 +26,8 @@ from llmkd.recipe.recipe import Data, Evaluation, Recipe
 
 ROWS = 8  # at once, where the recipe's evaluation.batch_size is auto
 KEY = "evaluation.generation"
+PROMPTS = ("prompt_completion", "messages", "sharegpt", "alpaca")
+"""The formats whose rows have a prompt to continue."""
 
 Encoded = list[tuple[str, list[int]]]
 """(text, token ids) of each prompt."""
@@ -151,9 +153,9 @@ class Prompt:
     """What a model is asked to continue, and the answers that are right."""
 
     references: list[str]
-    text: str = ""
+    text: str | None = None
     turns: list[Turn] | None = None
-    """Of a chat, in place of `text`: the turns before the answer."""
+    """Of a chat: the turns before the answer. With `text` too, an alpaca row's, the chat is for tokenizers that have a template."""
     tools: Tools | None = None
     """Of a chat: what the assistant may call."""
     template_options: Mapping[str, Any] = field(default_factory=dict)
@@ -174,50 +176,62 @@ def read_prompts(data: Data) -> list[Prompt]:
         assert data.rows is not None
         examples = records.examples(data.split, data.records_seed, 0, data.rows)
         return [Prompt(text=e["prompt"], references=e["references"], record=e["record"]) for e in examples]
-    table, format = read_rows(data), data.format
+    table = read_rows(data)
     columns = table.column_names
-    if format == "auto":
-        format = next((f for f in ("prompt_completion", "messages") if set(FORMATS[f]) <= set(columns)), "text")
-    if format == "text" or not set(FORMATS[format]) <= set(columns):
+    if data.format == "text" or (
+        data.format == "auto" and not any(set(FORMATS[name]) <= set(columns) for name in PROMPTS)
+    ):
         raise InputError(
             f"{KEY}: rows of {data.source!r} hold {', '.join(columns)}, which is no prompt to continue; give rows of prompt "
-            f"and completion, or of messages, as {KEY}.source, or leave {KEY} out"
+            f"and completion, or of chats, as {KEY}.source, or leave {KEY} out"
         )
-    read = _of_chat if format == "messages" else _of_prompt
-    prompts = [read(dict(row), f"{KEY}: row {number} of {data.source!r}") for number, row in enumerate(table)]
-    return [replace(prompt, template_options=data.template_options) for prompt in prompts]
-
-
-def _of_prompt(row: Mapping[str, Any], where: str) -> Prompt:
-    """The prompt, and the row's `references` where it has such a column, else its completion."""
-    if isinstance(row["prompt"], list):
-        return _of_chat({**row, "messages": [*row["prompt"], *_listed(row["completion"])]}, where)
-    texts = [row["prompt"], *_listed(row.get("references") or row["completion"])]
-    if not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{where}: prompt and completion must be texts, and references a list of texts; fix the row")
-    return Prompt(text=texts[0], references=[text.strip() for text in texts[1:]])
-
-
-def _listed(value: object) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _of_chat(row: Mapping[str, Any], where: str) -> Prompt:
-    """The turns before the assistant's last one, which is the reference."""
     try:
-        turns, tools = read_turns(row["messages"]), read_tools(row.get("tools"))
+        format = format_of(columns, data.format, PROMPTS)
     except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+        raise InputError(f"{KEY}: rows of {data.source!r}: {error}") from error
+    prompts = []
+    for number, row in enumerate(table):
+        try:
+            prompts.append(replace(_prompt(dict(row), format), template_options=data.template_options))
+        except InputError as error:
+            raise InputError(f"{KEY}: row {number} of {data.source!r}: {error}") from error
+    return prompts
+
+
+def _prompt(row: Mapping[str, Any], format: str) -> Prompt:
+    """A row as a prompt: as texts, as a chat, or as both where it depends on the tokenizer. Raises InputError for one without an answer."""
+    plain = None if is_chat(row, format, template=False) else texts_of(row, format)
+    chat = turns_of(row, format) if is_chat(row, format, template=True) else None
+    prompt = Prompt(references=[])
+    if chat is not None:
+        turns, answer = _asked([*chat[0], *chat[1]])
+        prompt = replace(prompt, turns=turns, tools=read_tools(row.get("tools")), references=[answer])
+    if plain is not None:
+        prompt = replace(prompt, text=plain[0], references=[plain[1].strip()])
+    if row.get("references"):
+        prompt = replace(prompt, references=_references(row["references"]))
+    return prompt
+
+
+def _references(value: Any) -> list[str]:
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError("references must be a list of texts; fix the row")
+    return [text.strip() for text in texts]
+
+
+def _asked(turns: list[Turn]) -> tuple[list[Turn], str]:
+    """The turns before the assistant's last one, and what that one says."""
     last = max((number for number, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
     if last == 0:
-        raise InputError(f"{where}: no turn of the assistant follows another; add one, or leave the row out")
+        raise InputError("no turn of the assistant follows another; add one, or leave the row out")
     answer = turns[last]["content"].strip()
     if not answer:
         what = "calls a tool" if turns[last].get("tool_calls") else "is empty"
         raise InputError(
-            f"{where}: the assistant's last turn {what}, so there is no text to compare with; end with a turn of text, or leave the row out"
+            f"the assistant's last turn {what}, so there is no text to compare with; end with a turn of text, or leave the row out"
         )
-    return Prompt(turns=turns[:last], tools=tools, references=[answer])
+    return turns[:last], answer
 
 
 def encoded(prompts: Sequence[Prompt], tokenizer: Any, kind: Kind = "decoder") -> Encoded:
@@ -227,10 +241,11 @@ def encoded(prompts: Sequence[Prompt], tokenizer: Any, kind: Kind = "decoder") -
     """
     result = []
     for prompt in prompts:
-        if prompt.turns is None:
+        written_plainly = prompt.turns is None or kind == "encoder_decoder" or not tokenizer.chat_template
+        if prompt.text is not None and written_plainly:
             text = prompt.text
             ids = tokenizer(text)["input_ids"] if kind == "encoder_decoder" else leading(tokenizer, [text])[0]
-        elif kind == "encoder_decoder":
+        elif prompt.turns is None or kind == "encoder_decoder":
             raise InputError(f"{KEY}: an encoder-decoder answers no chats; give rows of prompt and completion")
         elif not tokenizer.chat_template:
             raise InputError("the tokenizer has no chat template; give it one, or rows of prompt and completion")

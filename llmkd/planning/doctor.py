@@ -19,7 +19,7 @@ from datasets import Dataset
 
 from llmkd import provenance
 from llmkd.data.batches import MULTIPLE, epoch_batches
-from llmkd.data.formats import FORMATS, format_of
+from llmkd.data.formats import FORMATS, FURTHER, format_of
 from llmkd.data.tokens import tokenize
 from llmkd.errors import InputError
 from llmkd.models.families import KIND_NAMES, kind
@@ -119,7 +119,7 @@ def _student(recipe: Recipe, teacher: Path, tokenizer: Any) -> tuple[list[Findin
         heads = f"{theirs.vocab_size:,} columns (student) and {ours.vocab_size:,} (teacher)"
         findings.append(Finding("note", f"student: heads of {heads}; divergences compare the first {shared:,}"))
     if tokenizer.chat_template != their_tokenizer.chat_template:
-        grade = "warning" if recipe.data.format in ("auto", "messages") else "note"
+        grade = "warning" if recipe.data.format in ("auto", "messages", "sharegpt", "alpaca") else "note"
         text = "student: its chat template is not the teacher's; chats are written with the student's"
         findings.append(Finding(grade, text))
     return [*findings, *_ends(folder, their_tokenizer, "student")], their_tokenizer, further
@@ -128,7 +128,7 @@ def _student(recipe: Recipe, teacher: Path, tokenizer: Any) -> tuple[list[Findin
 def _unread(rows: Dataset, format: str) -> list[Finding]:
     """The columns that training does not look at: a file may hold in one of them what its user counts on."""
     format = format_of(rows.column_names, format)
-    read = {*FORMATS[format], *(("tools",) if format != "text" else ())}
+    read = {*FORMATS[format], *FURTHER[format]}
     unread = [column for column in rows.column_names if column not in read]
     return [Finding("note", f"data: the columns {', '.join(unread)} are not read")] if unread else []
 

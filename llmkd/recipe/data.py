@@ -24,11 +24,14 @@ class Data(Section):
     """Use the first `rows` rows; the built-in task is endless and needs it."""
     records_seed: int = 0
     """Seed of the built-in task's rows."""
-    format: Literal["auto", "prompt_completion", "messages", "text", "classification"] = "auto"
+    format: Literal["auto", "prompt_completion", "messages", "sharegpt", "alpaca", "text", "classification"] = "auto"
     """What a row holds; `auto` goes by the column names. `prompt_completion`: columns prompt and completion (texts, or lists of turns), of
-    which the completion is trained. `messages`: a chat, of which the assistant's messages and calls of tools are trained; a column tools is
-    given to the chat template. `text`: every token is trained. `classification` (encoders): columns text, or text_a and text_b, and label.
-    Encoder-decoders read the prompt and write the completion. Rows without anything to write are dropped and counted."""
+    which the completion is trained. `messages`: a chat of turns with role and content, of which the assistant's turns and calls of tools
+    are trained. `sharegpt`: the same in a column conversations, of turns with from and value; a column system comes first. `alpaca`:
+    columns instruction, output and perhaps input; the output is trained, as the answer in a chat, or, where the tokenizer has no chat
+    template, after instruction and input with an empty line below each. A column tools of a chat is given to the template. `text`: every
+    token is trained. `classification` (encoders): columns text, or text_a and text_b, and label. Encoder-decoders read the prompt and
+    write the completion. Rows without anything to write are dropped and counted."""
     columns: dict[str, str] = {}
     """Other names of columns, the data's own -> the format's: `{question: prompt, answer: completion}`. All else goes by the new names."""
     template_options: dict[str, Any] = {}

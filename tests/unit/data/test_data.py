@@ -202,7 +202,7 @@ def test_a_turn_that_quotes_the_template_changes_nothing() -> None:
         ([], CHATML, "no turn of the role assistant; add one"),
         ("hello", CHATML, 'messages must be a list of turns; write [{"role": "user"'),
         (None, CHATML, "messages must be a list of turns"),
-        ([{"from": "human", "value": "hi"}], CHATML, "messages must be a list of turns"),
+        ([{"from": "human", "value": "hi"}], CHATML, "messages holds turns of from and value, as sharegpt does"),
         (
             [USER, ANSWER],
             None,
@@ -263,7 +263,11 @@ def test_only_overlong_rows_are_an_error(too_long: str) -> None:
         ([{"prompt": "a"}], "text", "needs the column 'text', the data has prompt; rename"),
         ([{"text": "a"}, {"text": None}], "auto", "data row 1: text must be text, it is NoneType; make it text"),
         ([{"prompt": "a", "completion": 3}], "auto", "data row 0: completion must be text, it is int; make it text"),
-        ([{"prompt": [USER], "completion": "Fine."}], "auto", "data row 0: messages must be a list of turns"),
+        (
+            [{"prompt": [USER], "completion": "Fine."}],
+            "auto",
+            "data row 0: prompt is a list of turns and completion is none",
+        ),
     ],
 )
 def test_rows_that_are_not_what_they_should_be(rows: list[dict[str, Any]], format: str, expected: str) -> None:

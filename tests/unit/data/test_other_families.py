@@ -160,7 +160,7 @@ def test_formats_of_other_families_are_refused(family: Family, format: str, sent
 def test_texts_that_are_none(encoder_tokenizer: Any, seq2seq_tokenizer: Any) -> None:
     with pytest.raises(InputError, match="data row 0: a text is int; make it a text"):
         classified(rows({"text": 3, "label": "yes"}), encoder_tokenizer)
-    with pytest.raises(InputError, match="data row 0: a text is NoneType; make it a text"):
+    with pytest.raises(InputError, match="data row 0: completion must be text, it is NoneType; make it text"):
         data = rows({"prompt": "one", "completion": None})
         tokenize_sources(data, seq2seq_tokenizer, 0, max_length=9, too_long="drop")
 

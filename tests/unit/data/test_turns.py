@@ -164,7 +164,7 @@ def test_a_file_that_is_not_utf_8_or_no_rows_names_the_line(tmp_path: Path) -> N
         ({"messages": [USER, {**ANSWER, "content": 3}]}, "data row 0: turn 1: its content is int; make it text"),
         ({"messages": [USER, ANSWER], "tools": "[oops"}, "data row 0: tools are a text that is no JSON"),
         ({"messages": [USER, ANSWER], "tools": {"name": "x"}}, "data row 0: tools must be a list"),
-        ({"prompt": "a", "completion": [ANSWER]}, "data row 0: messages must be a list of turns"),
+        ({"prompt": "a", "completion": [ANSWER]}, "data row 0: completion is a list of turns and prompt is none"),
     ],
 )
 def test_what_no_template_reads_is_refused_by_its_row(tmp_path: Path, row: dict[str, Any], sentence: str) -> None:

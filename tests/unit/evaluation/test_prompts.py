@@ -84,7 +84,7 @@ def test_references_of_their_own_take_the_completions_place(tmp_path: Path) -> N
         ([{"prompt": "p"}], "hold prompt, which is no prompt to continue"),
         ([{"messages": CHAT[:1]}], "row 0 .* no turn of the assistant follows another"),
         ([{"messages": CHAT[1:2]}], "row 0 .* no turn of the assistant follows another"),
-        ([{"prompt": "p", "completion": 3}], "row 0 .* must be texts"),
+        ([{"prompt": "p", "completion": 3}], "row 0 .* completion must be text, it is int"),
     ],
 )
 def test_rows_without_prompts_are_refused(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ from llmkd.training.pairs import pair_names
 from llmkd.training.prepare import PreparedRun, prepare
 from llmkd.training.steps import Steps
 from llmkd.training.stopping import Stopping
+from llmkd.training.validation import Validator
 
 log = logging.getLogger("llmkd")
 
@@ -75,6 +76,7 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
     job, settings = run.job, run.job.train
     steps = Steps(world, job, run.steps, start_step=run.first)
     meter, journal = Meter.of_job(world, job), Journal(world, job, start_step=run.first, steps=run.steps)
+    validator = Validator(world, run, steps)
     last: Interval | None = None
     tokens, began = 0, time.perf_counter()
     run.module.train()
@@ -96,6 +98,11 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
             journal.write(step, last)
             finite.check_loss(world, job, run.module, step, last)
             finite.check_gradient(job, run.engine, step)
+        # every validate_every steps and at the last: validate (all ranks: as many passes each, then one reduction)
+        if run.validates(step):
+            measured = validator.validate(step)
+            journal.write_validation(step, measured.values())
+            meter.leave_out(measured.seconds)
         # every save_every steps, at the last and when asked to stop: save (all ranks: each writes its shards)
         if saves:
             finite.check_weights(world, job, run.module, step)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
@@ -160,13 +160,20 @@ def padded_batch(ids: Tensor, attended: Tensor, targets: Tensor, numbers: Sequen
     )
 
 
-def announced(steps: Iterator[list[Batch]], announce: Callable[[list[Batch]], None]) -> Iterator[list[Batch]]:
-    """The same steps; `announce` is called with each one before the step before it is trained."""
+def announced(
+    steps: Iterable[tuple[list[Batch], bool]], announce: Callable[[list[Batch]], None]
+) -> Iterator[list[Batch]]:
+    """The same steps; `announce` is called with each one before the step before it is trained.
+
+    With each step comes whether other batches are announced after it: then the next one is announced when it is done.
+    """
     waiting: list[list[Batch]] = []
-    for batches_of_step in steps:
+    for batches_of_step, others_follow in steps:
         announce(batches_of_step)
         waiting.append(batches_of_step)
         if len(waiting) == 2:
+            yield waiting.pop(0)
+        if others_follow:
             yield waiting.pop(0)
     yield from waiting
 

@@ -90,14 +90,20 @@ def renamed(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
 
 def source_contents(source: str, split: str) -> str | None:
     """A hash of the local files that a source's rows come from; None for the built-in task and the hub."""
-    path = Path(source).expanduser()
-    if source == "records" or not path.exists():
+    files = local_files(source, split)
+    if not files:
         return None
     digest = hashlib.sha256()
-    for file in _files(path, split):
+    for file in files:
         with file.open("rb") as stream:
             digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()} ".encode())
     return digest.hexdigest()[:16]
+
+
+def local_files(source: str, split: str) -> list[Path]:
+    """The local files that a source's rows come from; none for the built-in task and the hub."""
+    path = Path(source).expanduser()
+    return [] if source == "records" or not path.exists() else _files(path, split)
 
 
 def _files(path: Path, split: str) -> list[Path]:

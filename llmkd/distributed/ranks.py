@@ -126,6 +126,12 @@ def barrier(world: World) -> None:
     dist.barrier(group=world.control)
 
 
+def wait_for_device(world: World) -> None:
+    """Wait until the device has done what it was given."""
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+
+
 def sum_counts(world: World, counts: list[int]) -> list[int]:
     """Add small integers over the ranks, on the CPU: the device is not waited for."""
     tensor = torch.tensor(counts, dtype=torch.int64)

@@ -33,7 +33,8 @@ from llmkd.evaluation.results import AGREEMENT_METRICS, AgreementResult, Compare
 from llmkd.evaluation.step import Jobs, Score, Step, before_scoring, explained, model_hashes, pending, run, serve
 from llmkd.files import digest, file_hashes
 from llmkd.inference.child import Say
-from llmkd.losses.divergences import DIVERGENCES
+from llmkd.losses.chunked_head import TeacherHead
+from llmkd.losses.head_scores import head_scores
 from llmkd.models.families import family
 from llmkd.models.load import load_config, load_tokenizer
 from llmkd.models.parts import final_state, whole_head
@@ -221,7 +222,11 @@ def compare_rows(model: Any, teacher: TeacherOutputs) -> dict[int, ComparedItem]
     items: dict[int, ComparedItem] = {}
     numbers = iter(teacher.rows)
     for batch, states in zip(teacher.batches, teacher.states, strict=True):
-        kl, same = kl_and_same_top(final_states(model, batch), whole_head(model), states, teacher.head)
+        ours, own, theirs = final_states(model, batch), whole_head(model), teacher.head
+        targets = batch.targets.flatten()[batch.trained_at].to(ours.device)
+        outputs = TeacherHead(states, theirs.weight, theirs.bias)
+        _, kl, same = head_scores(ours, own.weight, own.bias, outputs, targets, CHUNK)
+        assert kl is not None and same is not None
         per_row = (batch.targets != IGNORE).sum(1).tolist()
         for row_kl, row_same in zip(kl.split(per_row), same.split(per_row), strict=True):
             number, means = next(numbers), {"kl": row_kl.mean().item(), "top1": row_same.mean().item()}
@@ -267,23 +272,6 @@ def final_states(model: Any, batch: Batch) -> Tensor:
     """The final states [N, H] from which a batch's N trained tokens are predicted."""
     batch = batch.to(model.device)
     return final_state(model, batch).flatten(0, 1)[batch.trained_at]
-
-
-@torch.no_grad()
-def kl_and_same_top(
-    ours: Tensor, our_head: nn.Linear, theirs: Tensor, their_head: nn.Linear, chunk: int = CHUNK
-) -> tuple[Tensor, Tensor]:
-    """(KL(teacher ‖ student) [N], whether both find the same token likeliest [N]) of states [N, H_s] and [N, H_t], in fp32.
-
-    Over the columns that both heads have. The logits of `chunk` tokens exist at one time.
-    """
-    shared = min(our_head.weight.shape[0], their_head.weight.shape[0])
-    kl, same = [], []
-    for our_part, their_part in zip(ours.split(chunk), theirs.split(chunk), strict=True):
-        student, teacher = _logits(our_part, our_head)[:, :shared], _logits(their_part, their_head)[:, :shared]
-        kl.append(DIVERGENCES["forward_kl"](student, teacher, 1.0))
-        same.append((student.argmax(-1) == teacher.argmax(-1)).float())
-    return torch.cat(kl), torch.cat(same)
 
 
 def _logits(states: Tensor, layer: nn.Linear) -> Tensor:

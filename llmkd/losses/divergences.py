@@ -144,6 +144,17 @@ def top_k_masses(log_probabilities: Tensor, vocabulary: int, temperature: float)
     return masses[..., :-1], masses[..., -1]
 
 
+def stored_top_k_kl(student_logits: Tensor, ids: Tensor, log_probabilities: Tensor) -> Tensor:
+    """`Σ_k p_k log(p_k/q_k) + p_rest log(p_rest/q_rest)` for a teacher of which only the top k is stored, `[N, V]`, `[N, K]` x 2 -> `[N]`.
+
+    `top_k` at temperature 1, from what `top_k_masses` is given.
+    """
+    log_q = student_logits.log_softmax(-1)
+    log_p, log_rest = top_k_masses(log_probabilities.to(log_q.dtype), log_q.shape[-1], 1.0)
+    rest = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return _kl(torch.cat([log_p, log_rest[:, None]], -1), torch.cat([log_q.gather(-1, ids), rest], -1))
+
+
 def mixed(
     student_logits: Tensor,
     teacher_logits: Tensor,

@@ -1,4 +1,4 @@
-"""The rows that a run trains on."""
+"""The rows that a run trains on, and those by which it is validated."""
 
 from __future__ import annotations
 
@@ -9,6 +9,46 @@ from pydantic import Field, model_validator
 from llmkd.data.formats import RowFormat, check_names, check_option_names
 from llmkd.errors import InputError
 from llmkd.recipe.section import Section
+
+Format = Literal["auto", "prompt_completion", "messages", "sharegpt", "alpaca", "text", "classification"]
+
+
+class Validation(Section):
+    """Rows that are never trained on, by which a run is validated (`train.validate_every`). They are given in one of three ways: `share`,
+    another `split` of the same source, or a `source` of their own. All students of a study are validated on the same rows."""
+
+    share: float | None = Field(default=None, gt=0, lt=1)
+    """This share of the rows is held out. Which rows, `seed` alone decides."""
+    split: str | None = None
+    """A split of `data.source`; with `source`, the split of that (default: train)."""
+    source: str | None = None
+    """Rows of another source, named as in `data.source`."""
+    name: str | None = None
+    """The configuration of a hub data set given as `source`."""
+    format: Format | None = None
+    """What a row of `source` holds; default: `data.format`."""
+    columns: dict[str, str] | None = None
+    """Other names of columns of `source`; default: `data.columns`."""
+    rows: int = Field(default=256, gt=0)
+    """At most so many rows are validated: of a source or split the first ones, of a share some that `seed` decides."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of what `share` holds out; not the recipe's, so that students of several seeds have the same rows."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Validation:
+        elsewhere = self.split is not None or self.source is not None
+        if (self.share is not None) == elsewhere:
+            raise ValueError("share: give exactly one of share, split (of data.source) and source (other rows)")
+        for key in ("name", "format", "columns"):
+            if getattr(self, key) is not None and self.source is None:
+                raise ValueError(f"{key}: it belongs to a source of its own; give source too, or leave {key} out")
+        if self.seed and self.share is None:
+            raise ValueError("seed: it decides which rows a share holds out; write share, or leave seed out")
+        try:
+            check_names(self.columns or {})
+        except InputError as error:
+            raise ValueError(str(error).removeprefix("data.")) from error
+        return self
 
 
 class Data(Section):
@@ -24,7 +64,7 @@ class Data(Section):
     """Use the first `rows` rows; the built-in task is endless and needs it."""
     records_seed: int = 0
     """Seed of the built-in task's rows."""
-    format: Literal["auto", "prompt_completion", "messages", "sharegpt", "alpaca", "text", "classification"] = "auto"
+    format: Format = "auto"
     """What a row holds; `auto` goes by the column names. `prompt_completion`: columns prompt and completion (texts, or lists of turns), of
     which the completion is trained. `messages`: a chat of turns with role and content, of which the assistant's turns and calls of tools
     are trained. `sharegpt`: the same in a column conversations, of turns with from and value; a column system comes first. `alpaca`:
@@ -42,6 +82,8 @@ class Data(Section):
     """What is done with a row of more than `max_length` tokens; how many there are is logged."""
     batching: Literal["grouped", "packed"] = "grouped"
     """`grouped`: rows of similar length are padded together. `packed`: rows are laid end to end, with attention kept within each."""
+    validation: Validation | None = None
+    """The rows that a run is validated on; if left out, there are none."""
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
@@ -56,3 +98,29 @@ class Data(Section):
     def row_format(self) -> RowFormat:
         """How these rows are read."""
         return RowFormat(self.format, self.columns, self.template_options)
+
+    @model_validator(mode="after")
+    def _validation_is_apart(self) -> Data:
+        validation = self.held_out
+        if validation is not None and self._named(validation) == self._named(self):
+            raise ValueError(
+                f"validation.split: the split {self.split!r} of {self.source!r} is trained on; write another split, or share: 0.05"
+            )
+        return self
+
+    @staticmethod
+    def _named(data: Data) -> tuple[str, str | None, str, int]:
+        return data.source, data.name, data.split, data.records_seed
+
+    @property
+    def held_out(self) -> Data | None:
+        """The rows of `validation` that are in a split or source of their own, as a section; None for a share of these rows."""
+        given = self.validation
+        if given is None or given.share is not None:
+            return None
+        changes: dict[str, object] = {"validation": None, "rows": given.rows, "split": given.split or "train"}
+        if given.source is not None:
+            columns = self.columns if given.columns is None else given.columns
+            changes |= {"source": given.source, "name": given.name, "columns": columns}
+            changes["format"] = given.format or self.format
+        return self.model_copy(update=changes)

@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
+from llmkd.recipe.data import Data, Validation
 from llmkd.recipe.recipe import Recipe, section_at
-from llmkd.recipe.run import Cache, Finetune
+from llmkd.recipe.run import Cache, Finetune, Train
 from llmkd.recipe.section import NO_EFFECT, Section
 
 
@@ -21,6 +22,7 @@ def training_inputs(recipe: Recipe) -> dict[str, Any]:
     NO_EFFECT. A teacher that the recipe makes counts by how it is made, so that the run's folder may be renamed or moved.
     """
     changes: dict[str, Any] = {"finetune": None if recipe.finetune is None else _with_own_data(recipe)}
+    changes["train"], changes["data"] = deciding(recipe.train, recipe.data)
     if recipe.teacher.placed.has_weights:
         changes["cache"] = Cache()  # not read
     return _inputs(recipe.model_copy(update=changes))
@@ -34,7 +36,17 @@ def finetune_inputs(recipe: Recipe) -> dict[str, Any]:
 def _with_own_data(recipe: Recipe) -> Finetune:
     """The finetune section with the data that it uses written into it."""
     assert recipe.finetune is not None
-    return recipe.finetune.model_copy(update={"data": recipe.finetune.data or recipe.data})
+    train, data = deciding(recipe.finetune.train, recipe.finetune.data or recipe.data)
+    return recipe.finetune.model_copy(update={"train": train, "data": data})
+
+
+def deciding(train: Train, data: Data) -> tuple[Train, Data]:
+    """The same sections without what has no effect: where no validation chooses a student, only the rows it takes from training count."""
+    if train.chooses or data.validation is None:
+        return train, data
+    given = data.validation
+    kept = None if given.share is None else Validation(share=given.share, seed=given.seed)
+    return train.model_copy(update={"validate_every": 0}), data.model_copy(update={"validation": kept})
 
 
 def _inputs(section: Section) -> dict[str, Any]:

@@ -17,16 +17,15 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from llmkd.errors import InputError
-from llmkd.files import ROOT
 from llmkd.layer_map import STRATEGIES
 from llmkd.losses.distance_sum import KNOWN
 from llmkd.recipe.data import Data
 from llmkd.recipe.evaluation import Evaluation, Study
 from llmkd.recipe.models import Student, Teacher
 from llmkd.recipe.objective import Loss, Matching, Stones, within
-from llmkd.recipe.run import Cache, Finetune, Train
+from llmkd.recipe.run import Cache, Finetune, Train, check_validation
 from llmkd.recipe.section import NO_EFFECT, Section
-from llmkd.recipe.yaml_files import RecipeDumper, parse_yaml, read_text
+from llmkd.recipe.yaml_files import RecipeDumper, find_recipe, parse_yaml, read_text
 
 
 class Recipe(Section):
@@ -163,6 +162,14 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _validation_is_possible(self) -> Recipe:
+        check_validation("train", self.train, "data", self.data, logits=self.logits)
+        if (tuned := self.finetune) is not None:
+            where, data = ("data", self.data) if tuned.data is None else ("finetune.data", tuned.data)
+            check_validation("finetune.train", tuned.train, where, data, logits=False)
+        return self
+
     @property
     def _takes_divergence(self) -> bool:
         return self.loss.kl > 0 or (self.stones is not None and (self.stones.kl > 0 or self.stones.cross > 0))
@@ -245,16 +252,6 @@ def _check_variants(recipe: Recipe, where: str) -> None:
         except InputError as error:
             sentence = str(error).removeprefix("the changed recipe: ")
             raise InputError(f"{where}: study.variants.{name}: {sentence}") from error
-
-
-def find_recipe(path: str | Path) -> Path:
-    """The recipe file: the path itself, or a bare name in recipes/."""
-    for candidate in (Path(path), ROOT / "recipes" / f"{path}.yaml", ROOT / path):
-        if candidate.is_file():
-            return candidate
-    folder = ROOT / "recipes"
-    known = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
-    raise InputError(f"recipe {str(path)!r}: no such file; give the path of a YAML file, or one of {', '.join(known)}")
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -51,6 +51,16 @@ class Train(Section):
     """On a GPU: `head` makes one kernel of the head's losses, for which PyTorch needs Triton and a C compiler; `none` makes none."""
     deepspeed: str = "zero3"
     """A name in ds_configs/, or the path of a DeepSpeed JSON of your own; `"auto"` in it stands for the recipe's value."""
+    validate_every: int = Field(default=0, ge=0)
+    """Steps between validations on `data.validation`; the last step is validated too. 0: never. They change no weight: where `keep` is last
+    and there is no `patience`, this key and the rows may be changed before a run is resumed, all but a `share`."""
+    keep: Literal["last", "best"] = "last"
+    """Which student is exported: that of the last step, or that of the validation with the best `keep_by`, the first of equals."""
+    keep_by: Literal["validation/ce", "validation/kl", "validation/agreement"] = "validation/ce"
+    """By what validations are compared, for `keep: best` and `patience`. All models have the cross-entropy; the other two compare with the
+    teacher's distribution, and need a `loss.kl` or stones in every student of a study. Of `agreement` more is better."""
+    patience: int | None = Field(default=None, gt=0)
+    """Stop after so many validations in a row of which none was the best so far; unset: train all steps."""
     save_every: Annotated[int, NO_EFFECT] = Field(default=0, ge=0)
     """Steps between checkpoints; 0 saves only at the end and when stopped."""
     keep_checkpoints: Annotated[int, NO_EFFECT] = Field(default=2, gt=0)
@@ -61,6 +71,15 @@ class Train(Section):
     """How long a rank waits for another before the run ends."""
     wandb: Annotated[str | None, NO_EFFECT] = None
     """Weights & Biases project that the run is logged to; unset: none."""
+
+    @property
+    def chooses(self) -> bool:
+        """Whether validations decide what is exported."""
+        return self.keep == "best" or self.patience is not None
+
+    def validates(self, step: int, last: int) -> bool:
+        """Whether a step (from 1) of so many is validated."""
+        return self.validate_every > 0 and (step % self.validate_every == 0 or step == last)
 
     def tokens_at_once(self, *, gpu: bool) -> int:
         """Tokens whose logits exist at one time."""
@@ -78,6 +97,11 @@ class Train(Section):
             raise ValueError(
                 f"warmup_steps: {self.warmup_steps} warm-up steps in {self.steps} steps; write a number from 0 to {self.steps - 1}"
             )
+        chooses = ["keep: best"] * (self.keep == "best") + ["patience"] * (self.patience is not None)
+        if chooses and not self.validate_every:
+            raise ValueError(f"validate_every: {chooses[0]} goes by validations; write how many steps apart, e.g. 100")
+        if self.keep_by != "validation/ce" and not chooses:
+            raise ValueError("keep_by: nothing is chosen by it; write keep: best, or a patience, or leave keep_by out")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size: {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; write one"
@@ -123,3 +147,16 @@ class Finetune(Section):
         if (self.path is None) == (self.architecture is None):
             raise ValueError("finetune: give exactly one of path (a checkpoint) and architecture (a new model)")
         return self
+
+
+def check_validation(where: str, train: Train, rows: str, data: Data, *, logits: bool) -> None:
+    """Raise ValueError where a run can't be validated as it asks. `where`, `rows`: the sections' names. `logits`: a teacher's are read."""
+    if train.validate_every and data.validation is None:
+        raise ValueError(
+            f"{where}.validate_every: there are no rows to validate on; give {rows}.validation, e.g. {{share: 0.05}}"
+        )
+    if train.keep_by != "validation/ce" and not logits:
+        raise ValueError(
+            f"{where}.keep_by: {train.keep_by} compares with the teacher's distribution, which this training does not read; write "
+            "validation/ce, which every model has"
+        )

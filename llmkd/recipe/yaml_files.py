@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from llmkd.errors import InputError
+from llmkd.files import ROOT
 
 MOST_BYTES = 2**20
 MOST_VALUES = 20_000
@@ -141,3 +142,13 @@ def parse_yaml(text: str, where: str) -> Any:
         place = f" at line {mark.line + 1}" if mark is not None else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise InputError(f"{where}: not valid YAML{place} ({problem}); fix it") from error
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The recipe file: the path itself, or a bare name in recipes/."""
+    for candidate in (Path(path), ROOT / "recipes" / f"{path}.yaml", ROOT / path):
+        if candidate.is_file():
+            return candidate
+    folder = ROOT / "recipes"
+    known = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+    raise InputError(f"recipe {str(path)!r}: no such file; give the path of a YAML file, or one of {', '.join(known)}")

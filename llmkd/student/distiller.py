@@ -92,6 +92,7 @@ class Distiller(nn.Module):
                 kl_positions=settings.weights.kl_positions,
                 gradients_of=reported,
                 teacher_ce=settings.teacher_ce and (terms.kl_scale > 0 or settings.stones is not None),
+                scores=settings.validates,
             )
         else:  # the head is not gathered either
             result = HeadResult.of_nothing(final.device, len(reported))
@@ -106,6 +107,7 @@ class Distiller(nn.Module):
             None if tail is None else _squares(tail, final, result.gradients, matching),
             result.teacher_ce,
             None if stones is None else stones.sums,
+            result.agreement,
         )
 
     @contextlib.contextmanager

@@ -14,6 +14,7 @@ from llmkd.data.batches import Batch
 from llmkd.losses.chunked_head import TeacherHead, Terms, TopK, head_losses
 from llmkd.losses.distance_sum import small_pass
 from llmkd.losses.divergences import parts_of
+from llmkd.losses.head_scores import head_scores
 from llmkd.teachers.base import Signal
 
 
@@ -26,6 +27,8 @@ class HeadResult(NamedTuple):
     gradients: tuple[Tensor | None, ...]
     """Of each of `gradients_of`, the gradient with respect to the final state [B, T, H]; None where its weight is 0."""
     teacher_ce: Tensor | None
+    agreement: Tensor | None = None
+    """[], at how many trained positions both find the same token likeliest, where that is asked for and a teacher's logits are at hand."""
 
     @classmethod
     def of_nothing(cls, device: torch.device, terms: int) -> HeadResult:
@@ -59,12 +62,16 @@ class LossHead(nn.Module):
         kl_positions: str,
         gradients_of: Sequence[Terms] = (),
         teacher_ce: bool = False,
+        scores: bool = False,
     ) -> HeadResult:
         """The loss of a final state [B, T, H]; logits exist only at the positions that count.
 
         `gradients_of`: the terms whose gradients are wanted beside the loss's own, each for one more pass of the head.
         `teacher_ce`: sum the teacher's cross-entropy, for one more product with its head (all ranks take part).
+        `scores`: no loss, but the sums of `llmkd.losses.head_scores` over the trained positions, whatever the terms.
         """
+        if scores:
+            return self._scores(final, batch, signal)
         measured = self._teacher_ce(batch, signal, terms) if teacher_ce else None
         has_kl = terms.kl_scale > 0
         can_compare = signal is not None and (signal.head is not None or signal.top_k is not None)
@@ -91,6 +98,17 @@ class LossHead(nn.Module):
 
             gradients = tuple(gradient(part) for part in gradients_of)
             return HeadResult(*losses(states, weight, bias, terms), gradients, measured)
+
+    def _scores(self, final: Tensor, batch: Batch, signal: Signal | None) -> HeadResult:
+        at = batch.trained_at
+        is_compared = signal is not None and (signal.head is not None or signal.top_k is not None)
+        with _teacher_at(at, signal if is_compared else None) as teacher:
+            states, targets = final.flatten(0, 1)[at], batch.targets.flatten()[at]
+            ce, kl, agrees = head_scores(states, self.weight, self.bias, teacher, targets, self._chunk)
+        zero = torch.zeros_like(ce[:0].sum())
+        return HeadResult(
+            zero, ce.sum(), zero if kl is None else kl.sum(), (), None, None if agrees is None else agrees.sum()
+        )
 
     def _losses(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         return head_losses(*inputs, chunk=self._chunk, compiled=self._compiled)

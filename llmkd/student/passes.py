@@ -77,6 +77,8 @@ class StepSettings:
     """Measure the gradient of each part of the loss (`PassResult.squares`)."""
     teacher_ce: bool = False
     """Measure the teacher's own cross-entropy."""
+    validates: bool = False
+    """Measure in place of training: no loss, and of the head cross-entropy, forward KL and agreement (llmkd.losses.head_scores)."""
     step: int = 0
     """The number of the step, from 1."""
     counts: Counts = Counts(0, 0)
@@ -85,7 +87,7 @@ class StepSettings:
     @property
     def runs_head(self) -> bool:
         """Whether the student's head is run for its own loss."""
-        return self.scales[0] > 0 or self.scales[1] > 0 or self.keeps_head
+        return self.scales[0] > 0 or self.scales[1] > 0 or self.keeps_head or self.validates
 
 
 NO_LOSS = StepSettings(
@@ -123,3 +125,5 @@ class PassResult(NamedTuple):
     """[], the teacher's own cross-entropy summed over the trained positions, where it is asked for and a teacher's logits are at hand."""
     stones: StoneSums | None = None
     """None where no stone was run."""
+    agreement: Tensor | None = None
+    """[], at how many trained positions student and teacher find the same token likeliest, in a validation with the teacher's logits."""

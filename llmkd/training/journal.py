@@ -36,6 +36,16 @@ def line(step: int, steps: int, interval: Interval) -> str:
     return text + f" {interval.tokens_per_second:,.0f} tok/s {interval.memory_gib:.2f} GiB"
 
 
+def validation_line(step: int, steps: int, values: Values) -> str:
+    """One readable line of a validation."""
+    shown = ("ce", "perplexity", "kl", "agreement")
+    numbers = " ".join(f"{name} {values[name]:.4f}" for name in shown if name in values)
+    pairs = values.get("pairs")
+    if isinstance(pairs, dict):
+        numbers += f" [{' '.join(f'{name}:{value:.4f}' for name, value in pairs.items())}]"
+    return f"validation {step}/{steps} {numbers}"
+
+
 class Journal:
     """Writes a run's values: one log line, `metrics.jsonl`, TensorBoard, and W&B if asked for. Only rank 0 writes."""
 
@@ -63,7 +73,15 @@ class Journal:
         if not self._main:
             return
         log.info(line(step, self._steps, interval))
-        values = interval.values()
+        self._record(step, interval.values())
+
+    def write_validation(self, step: int, values: Values) -> None:
+        """Record a validation after this step, in a line of its own."""
+        if self._main:
+            log.info(validation_line(step, self._steps, values))
+            self._record(step, {"validation": values})
+
+    def _record(self, step: int, values: Values) -> None:
         with self._file.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         flat = _flat(values)

@@ -145,6 +145,10 @@ class Meter:
         if self._stones is not None and settings.stones is not None:
             self._stones.add(settings.stones, by, [result.stones for result in results])
 
+    def leave_out(self, seconds: float) -> None:
+        """Of the time since the last call of `flush`, so much was not training."""
+        self._since += seconds
+
     def flush(self, moving: Moving, *, learning_rate: float, grad_norm: float) -> Interval:
         """The means since the last call (all ranks take part); the rest is of the last step."""
         assert self._sums is not None and self._weighted is not None

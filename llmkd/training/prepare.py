@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from llmkd.student.passes import StepSettings
 from llmkd.teachers.base import Signal, Teacher
 from llmkd.training import build, cache_contents, checkpoint, finite, initial, nearest
 from llmkd.training.jobs import Job
+from llmkd.training.validation_rows import run_rows, validation_batches
 
 log = logging.getLogger("llmkd")
 
@@ -43,11 +44,20 @@ class PreparedRun:
     first: int
     """Steps that are done already."""
     steps: int
+    validation: Sequence[Batch] = ()
+    """This rank's micro-batches of the rows it is validated on; as many as every other rank's."""
 
     def batches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each step still to do, announced to the teacher ahead."""
         steps = self.rows(start_step=self.first, steps=self.steps)
-        return steps if self.teacher is None else announced(steps, self.teacher.expect)
+        if self.teacher is None:
+            return steps
+        numbered = enumerate(steps, start=self.first + 1)
+        return announced(((batches, self.validates(step)) for step, batches in numbered), self.teacher.expect)
+
+    def validates(self, step: int) -> bool:
+        """Whether the student is validated after this step, from 1."""
+        return self.job.train.validates(step, self.steps)
 
     def set_rate(self, step: int) -> None:
         """Give the optimizer the learning rate of this step, from 1."""
@@ -83,22 +93,19 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None) -> Prepare
     if resume is not None and resume.world_size != world.size:
         ds_config = on_other_ranks(ds_config)
     tokenizer = initial.job_tokenizer(world, job, resuming=resume is not None)
-    data = build.tokenized(world, job, tokenizer)
-    steps = build.total_steps(settings, len(data))
+    data = run_rows(world, job, tokenizer)
+    steps = build.total_steps(settings, len(data.training))
     rate = build.rate_of_step(settings, steps)
-    cached = cache_contents.open_teacher(world, job, tokenizer, data)
+    cached = cache_contents.open_teacher(world, job, tokenizer, data.all)
     initial.write_initial(world, job, tokenizer, resuming=resume is not None)  # the first thing written
     reading = dict(
-        seed=job.seed,
-        batch_size=settings.batch_size,
-        accumulation=accumulation,
-        rank=world.rank,
-        world_size=world.size,
+        make=collate_for(job.family),
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         packed=job.data.batching == "packed",
-        make=collate_for(job.family),
     )
-    rows = functools.partial(batches, data, **reading)
+    shared = dict(accumulation=accumulation, rank=world.rank, world_size=world.size)
+    rows = functools.partial(batches, data.training, seed=job.seed, batch_size=settings.batch_size, **shared, **reading)
+    validation = validation_batches(world, job, data, **reading)
     if job.recipe.measures_map and not job.makes_teacher:
         job = nearest.settled(world, job, rows, resuming=resume is not None)
     module = build.load_student(job, ds_config, build.teacher_width(job), build.rows_of_all_ranks(world, job))
@@ -122,9 +129,9 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None) -> Prepare
         (job.folder / "recipe.yaml").write_text(dump_recipe(job.recipe))
     if resume is None and module.stones is not None:
         build.fit_stones(world, job, student, teacher, rows)
-    _announce(world, job, steps, accumulation, len(data))
+    _announce(world, job, steps, accumulation, len(data.training))
     first = 0 if resume is None else resume.step
-    return PreparedRun(job, student, module, teacher, rows, rate, first=first, steps=steps)
+    return PreparedRun(job, student, module, teacher, rows, rate, first=first, steps=steps, validation=validation)
 
 
 def _announce(world: World, job: Job, steps: int, accumulation: int, rows: int) -> None:

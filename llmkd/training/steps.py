@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,8 +13,8 @@ from llmkd.data.batches import Counts
 from llmkd.distributed.ranks import World, on_main, sum_tensor
 from llmkd.layer_map import Pairs
 from llmkd.losses.distance_sum import draw_seed, terms_of
-from llmkd.losses.divergences import with_parameters
-from llmkd.losses.objective import PARTS, Change, divisors, scales, weights_of_step
+from llmkd.losses.divergences import forward_kl, with_parameters
+from llmkd.losses.objective import PARTS, Change, Divisors, divisors, scales, weights_of_step
 from llmkd.losses.schedules import dynamic_temperature
 from llmkd.recipe.objective import Schedule, Schedules
 from llmkd.student.passes import PassResult, StepSettings, StoneSettings, StoneWeights
@@ -78,6 +79,26 @@ class Steps:
             keeps_head=job.weights.ce > 0 or job.weights.kl > 0,
             report_norms=self._report_every > 0 and step % self._report_every == 0,
             teacher_ce=self._dynamic is not None and step % self._dynamic.every == 0,
+            step=step,
+            counts=counts,
+        )
+
+    def of_validation(self, step: int, counts: Counts, micro_batches: int) -> StepSettings:
+        """Of a validation after this step, over so many tokens and, on each rank, micro-batches.
+
+        The distances and their weights are the recipe's, unmoved by schedules, and the samples of tokens are the same each time.
+        """
+        samples = range(micro_batches if self._job.recipe.matching.tokens is not None else 0)
+        return StepSettings(
+            weights=replace(self._job.weights, ce=0.0, kl=0.0, hidden=0.0),
+            divisors=Divisors(1, 1, 1),
+            scales=(0.0, 0.0, 0.0),
+            pairs=self._pairs(step),
+            terms=self._terms,
+            divergence=forward_kl,
+            temperature=1.0,
+            sample_seeds=tuple(draw_seed(0, 0, number, self._world.rank) for number in samples),
+            validates=True,
             step=step,
             counts=counts,
         )

@@ -38,6 +38,7 @@ from llmkd.teachers.quantization import stored
 from llmkd.training import build, cache_contents, initial, jobs
 from llmkd.training.cache_progress import Plan, prepare
 from llmkd.training.stopping import Stopping
+from llmkd.training.validation_rows import run_rows
 
 log = logging.getLogger("llmkd")
 
@@ -62,7 +63,7 @@ def _cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool) -
         )
     teacher = on_main(world, lambda: folders.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
     tokenizer = initial.job_tokenizer(world, job, resuming=False)
-    data = build.tokenized(world, job, tokenizer)
+    data = run_rows(world, job, tokenizer).all
     wanted = on_main(
         world,
         lambda: cache_contents.contents_of(

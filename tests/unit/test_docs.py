@@ -12,7 +12,8 @@ from pydantic import BaseModel
 
 from llmkd.cli import cli
 from llmkd.files import ROOT
-from llmkd.recipe.recipe import Recipe, find_recipe
+from llmkd.recipe.recipe import Recipe
+from llmkd.recipe.yaml_files import find_recipe
 
 DOCUMENTS = sorted(
     [

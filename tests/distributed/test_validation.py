@@ -1,0 +1,111 @@
+"""Looking changes nothing: with and without validation the same student, to the bit, wherever weights and teacher are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmkd.files import ROOT
+from llmkd.recipe.recipe import load_recipe
+from llmkd.train import train
+from llmkd.training import jobs
+from tests.distributed.runner import run_on_ranks
+from tests.unit.training.test_validation import logged
+
+SHARE: dict[str, Any] = {"data.validation": {"share": 0.2, "rows": 7}}
+LOOKING: dict[str, Any] = {**SHARE, "train.validate_every": 2}
+STEPS = {"train.steps": 5, "train.micro_batch_size": 2}
+PLACES: dict[str, dict[str, Any]] = {
+    "zero0_replicated": {"train.deepspeed": "zero0"},
+    "zero3_pipeline_sampled": {
+        "teacher.placement": "pipeline",
+        "matching.tokens": 8,
+        "matching.distance": "cka",
+        "matching.scope": "batch",
+    },
+    "zero3_zero3_redrawn_stones": {
+        "teacher.placement": "zero3",
+        "train.activation_checkpointing": True,
+        "matching.strategy": "in_order_random",
+        "matching.redraw_every": 2,
+        "stones": {"sample": "one", "pairs": [[0, 1], [1, 4]]},
+    },
+    "zero2_cached_packed": {
+        "train.deepspeed": "zero2",
+        "teacher.placement": "cache",
+        "cache.dtype": "float32",
+        "data.batching": "packed",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def forgetful(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny recipe with a teacher whose student drops attention at random, so that a random number drawn by a validation would show."""
+    folder = tmp_path_factory.mktemp("forgetful")
+    for name in ("teacher", "rows.jsonl", "recipe.yaml"):
+        (folder / name).symlink_to(tiny / name)
+    (folder / "teacher").unlink()
+    (folder / "teacher").mkdir()
+    for file in (tiny / "teacher").iterdir():
+        (folder / "teacher" / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "teacher" / "config.json").read_text())
+    (folder / "teacher" / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.2}))
+    cpu = json.loads((ROOT / "ds_configs" / "cpu.json").read_text())
+    for stage in (0, 2):
+        own = {**cpu, "zero_optimization": {**cpu["zero_optimization"], "stage": stage}}
+        (folder / f"zero{stage}.json").write_text(json.dumps(own))
+    return folder
+
+
+def scenarios(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Each place with and without validation; the cache is written first."""
+    asked: dict[str, dict[str, Any]] = {}
+    for name in names:
+        changes = {**STEPS, "teacher.path": str(folder / "teacher"), **PLACES[name]}
+        if (file := folder / f"{changes.get('train.deepspeed')}.json").is_file():
+            changes["train.deepspeed"] = str(file)
+        if changes.get("teacher.placement") == "cache":
+            changes["cache.path"] = str(folder / "cache")
+            asked["cache"] = {**changes, **LOOKING, "only": "cache"}
+        asked |= {f"{name}_looking": {**changes, **LOOKING}, f"{name}_not": {**changes, **SHARE}}
+    return asked
+
+
+@pytest.fixture(scope="module")
+def two_ranks(forgetful: Path) -> Path:
+    output = forgetful / "two"
+    assert run_on_ranks(2, forgetful / "recipe.yaml", scenarios(forgetful, tuple(PLACES)), output) == {}
+    return output
+
+
+def same_to_the_bit(ours: Path, theirs: Path) -> None:
+    mine, others = (load_file(run / "model" / "model.safetensors") for run in (ours, theirs))
+    assert mine.keys() == others.keys() and all(torch.equal(mine[name], others[name]) for name in mine)
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_invariant_11_with_and_without_validation_the_same_weights_on_two_ranks(two_ranks: Path, name: str) -> None:
+    same_to_the_bit(two_ranks / f"{name}_looking", two_ranks / f"{name}_not")
+    assert [line["step"] for line in logged(two_ranks / f"{name}_looking")] == [2, 4, 5]
+    assert logged(two_ranks / f"{name}_not") == []
+
+
+def test_invariant_11_on_one_rank(forgetful: Path, world: Any, tmp_path: Path) -> None:
+    for name, changes in scenarios(forgetful, ("zero3_zero3_redrawn_stones",)).items():
+        recipe = load_recipe(forgetful / "recipe.yaml").changed(changes)
+        assert train(world, jobs.distil_job(world, recipe, tmp_path / name))
+    same_to_the_bit(*(tmp_path / f"zero3_zero3_redrawn_stones_{name}" for name in ("looking", "not")))
+
+
+def test_placements_agree_on_every_number(two_ranks: Path) -> None:
+    """The students differ by rounding alone, and so does what is measured of them."""
+    first, cached = (logged(two_ranks / f"{name}_looking") for name in ("zero0_replicated", "zero2_cached_packed"))
+    for ours, theirs in zip(cached, first, strict=True):
+        for key in ("ce", "kl", "agreement", "pairs"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key

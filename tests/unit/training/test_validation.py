@@ -1,0 +1,252 @@
+"""Rows are held out and never trained on; what a validation says is what the exported student scores in plain PyTorch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from llmkd.data.batches import IGNORE, Batch, announced, collate
+from llmkd.errors import InputError
+from llmkd.models.load import load_tokenizer
+from llmkd.recipe.inputs import training_inputs
+from llmkd.recipe.recipe import Recipe, load_recipe
+from llmkd.train import train
+from llmkd.training import jobs, prepare
+from llmkd.training.journal import validation_line
+from llmkd.training.validation import Validated
+from llmkd.training.validation_rows import RunRows, divided, run_rows, trained_count, validation_batches
+from tests.tiny import load, plain_losses
+
+SHARE: dict[str, Any] = {"data.validation": {"share": 0.2}, "train.validate_every": 2, "train.steps": 3}
+
+
+@pytest.fixture
+def recipe(tiny: Path) -> Recipe:
+    return load_recipe(tiny / "recipe.yaml").changed(SHARE)
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    """A run's validations, each with its step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{"step": line["step"], **line["validation"]} for line in lines if "validation" in line]
+
+
+# --- The rows
+
+
+def rows_of(count: int) -> Dataset:
+    return Dataset.from_list(
+        [{"input_ids": [n] * (n % 5 + 2), "trained": [True] * (n % 5 + 2), "length": n % 5 + 2} for n in range(count)]
+    )
+
+
+def test_a_share_is_drawn_by_its_seed_alone_and_no_row_is_on_both_sides() -> None:
+    trained, held_out = divided(rows_of(40), 0.2, seed=0)
+    first = [row[0] for row in trained["input_ids"]], [row[0] for row in held_out["input_ids"]]
+    assert len(first[1]) == 8 and sorted(first[0] + first[1]) == list(range(40)) and first[0] == sorted(first[0])
+    again, other = (divided(rows_of(40), 0.2, seed=seed)[1]["input_ids"] for seed in (0, 1))
+    assert list(again) == list(held_out["input_ids"]) and {row[0] for row in other} != {*first[1]}
+
+
+def test_a_share_of_all_rows_is_refused_and_a_small_one_holds_out_a_row() -> None:
+    assert len(divided(rows_of(3), 0.01, seed=0)[1]) == 1
+    with pytest.raises(
+        InputError, match=r"data.validation.share: 0.9 of 3 rows leaves none to train on; write a smaller"
+    ):
+        divided(rows_of(3), 0.9, seed=0)
+
+
+@pytest.mark.parametrize(("rows", "ranks", "size"), [(7, 2, 2), (5, 2, 1), (8, 2, 4), (1, 1, 4), (3, 3, 8), (21, 4, 2)])
+def test_every_rank_has_as_many_micro_batches_and_every_row_is_in_one(
+    recipe: Recipe, world: Any, rows: int, ranks: int, size: int
+) -> None:
+    from dataclasses import replace
+
+    job = jobs.distil_job(world, recipe.changed({"train.micro_batch_size": size}), Path("unused"))
+    data = RunRows(rows_of(100), rows_of(rows))
+    of_ranks = [
+        validation_batches(replace(world, rank=rank, size=ranks), job, data, collate, pad_id=0, packed=False)
+        for rank in range(ranks)
+    ]
+    assert len({len(batches) for batches in of_ranks}) == 1
+    numbers = [number for batches in of_ranks for batch in batches for number in batch.rows]
+    assert sorted(numbers) == list(range(100, 100 + rows))
+    sizes = [len(batch.rows) for batches in of_ranks for batch in batches]
+    assert min(sizes) >= 1 and max(sizes) <= max(size, 2)
+
+
+def test_fewer_rows_than_ranks_are_refused(recipe: Recipe, world: Any) -> None:
+    from dataclasses import replace
+
+    job = jobs.distil_job(world, recipe, Path("unused"))
+    with pytest.raises(InputError, match="data.validation: 2 rows for 3 ranks, and each needs one"):
+        validation_batches(
+            replace(world, size=3), job, RunRows(rows_of(9), rows_of(2)), collate, pad_id=0, packed=False
+        )
+
+
+def test_held_out_rows_are_not_in_any_batch_of_an_epoch(recipe: Recipe, world: Any, tmp_path: Path) -> None:
+    job = jobs.distil_job(world, recipe.changed({"train.steps": 8}), tmp_path / "run")
+    run = prepare.prepare(world, job)
+
+    def texts(batches: list[Batch]) -> set[tuple[int, ...]]:
+        return {tuple(row[mask].tolist()) for b in batches for row, mask in zip(b.input_ids, b.attended, strict=True)}
+
+    trained = texts([batch for step in run.batches() for batch in step])
+    validated = texts(list(run.validation))
+    assert len(validated) == 8 and len(trained) == 32 and not trained & validated
+
+
+def test_all_seeds_of_a_study_are_validated_on_the_same_rows(recipe: Recipe, world: Any, tiny: Path) -> None:
+    tokenizer = load_tokenizer(tiny / "teacher")
+    held_out = [
+        run_rows(world, jobs.distil_job(world, recipe.changed({"seed": seed}), Path("unused")), tokenizer).validation
+        for seed in (0, 1)
+    ]
+    assert held_out[0] is not None and held_out[1] is not None
+    assert list(held_out[0]["input_ids"]) == list(held_out[1]["input_ids"])
+
+
+def test_a_source_of_its_own_is_read_with_its_own_mistakes(
+    recipe: Recipe, world: Any, tiny: Path, tmp_path: Path
+) -> None:
+    tokenizer, file = load_tokenizer(tiny / "teacher"), tmp_path / "held.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"red {word}", "completion": " tree"}) + "\n" for word in "abc"))
+    own = recipe.changed({"data.validation": {"source": str(file), "rows": 2}})
+    rows = run_rows(world, jobs.distil_job(world, own, Path("unused")), tokenizer)
+    assert rows.validation is not None and len(rows.training) == 40 and len(rows.validation) == 2
+    assert list(rows.all["input_ids"]) == [*rows.training["input_ids"], *rows.validation["input_ids"]]
+    file.write_text('{"prompt": "red"}\n')
+    with pytest.raises(InputError, match=r"^data.validation"):
+        run_rows(world, jobs.distil_job(world, own, Path("unused")), tokenizer)
+
+
+def test_rows_that_are_trained_on_are_refused(recipe: Recipe, world: Any, tiny: Path) -> None:
+    tokenizer = load_tokenizer(tiny / "teacher")
+    for given in ({"source": str(tiny / "rows.jsonl"), "split": "test"}, {"split": "test"}):
+        same = recipe.changed({"data.validation": given})
+        with pytest.raises(InputError, match=r"data.validation: .*rows.jsonl is trained on too; .* write share: 0.05"):
+            run_rows(world, jobs.distil_job(world, same, Path("unused")), tokenizer)
+
+
+def test_how_many_rows_are_trained_on(recipe: Recipe) -> None:
+    assert trained_count(recipe.data, 40) == 32
+    assert trained_count(recipe.changed({"data.validation": {"split": "test"}}).data, 40) == 40
+
+
+# --- The keys
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"data.validation": None}, r"train.validate_every: there are no rows to validate on; give data.validation"),
+        ({"data.validation": {}}, "data.validation.share: give exactly one of share, split"),
+        ({"data.validation": {"share": 0.1, "split": "test"}}, "data.validation.share: give exactly one of"),
+        ({"data.validation": {"share": 0.1, "name": "x"}}, "data.validation.name: it belongs to a source of its own"),
+        ({"data.validation": {"split": "x", "seed": 3}}, "data.validation.seed: it decides which rows a share"),
+        ({"data.validation": {"split": "train"}}, r"data.validation.split: the split 'train' of .* is trained on"),
+        ({"train.validate_every": 0, "train.keep": "best"}, "train.validate_every: keep: best goes by validations"),
+        ({"train.validate_every": 0, "train.patience": 3}, "train.validate_every: patience goes by validations"),
+        ({"train.keep_by": "validation/kl"}, "train.keep_by: nothing is chosen by it; write keep: best"),
+        (
+            {"train.keep": "best", "train.keep_by": "validation/kl", "loss.kl": 0.0},
+            "train.keep_by: validation/kl compares with the teacher's distribution.* write validation/ce",
+        ),
+    ],
+)
+def test_what_can_not_be_is_refused_with_the_cure(recipe: Recipe, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        recipe.changed(changes)
+
+
+def test_what_only_looks_is_no_input_and_what_chooses_is(recipe: Recipe) -> None:
+    inputs = training_inputs(recipe)
+    assert inputs["data.validation.share"] == 0.2 and "train.validate_every" not in inputs
+    for changes in ({"train.validate_every": 0}, {"train.validate_every": 7}, {"data.validation.rows": 3}):
+        assert training_inputs(recipe.changed(changes)) == inputs, changes
+    assert training_inputs(recipe.changed({"data.validation.seed": 1})) != inputs
+    split = recipe.changed({"data.validation": {"split": "test"}})
+    without = recipe.changed({"data.validation": None, "train.validate_every": 0})
+    assert training_inputs(split) == training_inputs(without)
+    best = recipe.changed({"train.keep": "best"})
+    assert training_inputs(best)["train.validate_every"] == 2
+    assert training_inputs(best.changed({"data.validation.rows": 3})) != training_inputs(best)
+
+
+# --- The order in which a teacher is told
+
+
+def test_a_step_after_which_others_follow_is_done_before_the_next_is_announced() -> None:
+    told: list[str] = []
+    steps = [([f"step {n}"], n in (2, 3)) for n in range(1, 6)]
+    for batches in announced(steps, lambda batches: told.append(f"announced {batches[0]}")):  # type: ignore[arg-type]
+        told.append(f"done {batches[0]}")  # type: ignore[str-format]
+    order = {line: place for place, line in enumerate(told)}
+    assert [line for line in told if line.startswith("done")] == [f"done step {n}" for n in range(1, 6)]
+    assert order["announced step 2"] < order["done step 1"]
+    assert order["done step 2"] < order["announced step 3"] and order["done step 3"] < order["announced step 4"]
+    assert order["announced step 5"] < order["done step 4"]
+
+
+# --- The numbers
+
+
+def test_the_last_validation_is_what_the_exported_student_scores(
+    recipe: Recipe, world: Any, tiny: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = jobs.distil_job(world, recipe, run)
+    assert train(world, job)
+    (_, last) = logged(run)
+    assert last["step"] == 3 and [line["step"] for line in logged(run)] == [2, 3]
+    rows = run_rows(world, job, load_tokenizer(tiny / "teacher")).validation
+    assert rows is not None and len(rows) == 8
+    batch = collate([rows[n] for n in range(8)], pad_id=0, packed=False)
+    teacher, student = load(tiny / "teacher").eval(), load(run / "model").eval()
+    with torch.no_grad():
+        plain = plain_losses(recipe, teacher, student, None, job.pairs, batch)
+        inputs = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        at = batch.targets != IGNORE
+        same = teacher(**inputs).logits[at].argmax(-1) == student(**inputs).logits[at].argmax(-1)
+    assert last["ce"] == pytest.approx(plain["ce"].item(), rel=1e-5)
+    assert last["perplexity"] == pytest.approx(plain["ce"].exp().item(), rel=1e-4)
+    assert last["kl"] == pytest.approx(plain["kl"].item(), rel=1e-5)
+    assert last["agreement"] == pytest.approx(same.float().mean().item())
+    assert sum(last["pairs"].values()) / 3 == pytest.approx(plain["hidden"].item(), rel=1e-5)
+
+
+def test_kl_is_forward_kl_at_temperature_1_whatever_is_trained(recipe: Recipe, world: Any, tmp_path: Path) -> None:
+    other = {
+        "loss.divergence": "reverse_kl",
+        "loss.temperature": 3.0,
+        "train.steps": 1,
+        "train.warmup_steps": 0,
+        "train.learning_rate": 1e-20,
+    }
+    values = []
+    for name, changes in (
+        ("plain", {**other, "loss.divergence": "forward_kl", "loss.temperature": 1.0}),
+        ("other", other),
+    ):
+        assert train(world, jobs.distil_job(world, recipe.changed(changes), tmp_path / name))
+        values.append(logged(tmp_path / name)[0]["kl"])
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_without_a_teacher_there_is_cross_entropy_alone(recipe: Recipe, world: Any, tmp_path: Path) -> None:
+    alone = {"loss.kl": 0.0, "loss.hidden": 0.0, "matching.strategy": "none"}
+    assert train(world, jobs.distil_job(world, recipe.changed(alone), tmp_path / "run"))
+    assert all(line.keys() == {"step", "ce", "perplexity", "seconds"} for line in logged(tmp_path / "run"))
+
+
+def test_a_line_of_the_log() -> None:
+    validated = Validated(ce=2.31, perplexity=10.07, kl=0.41, agreement=0.71, pairs={"0<3": 0.12}, seconds=1.0)
+    assert validation_line(200, 1000, validated.values()) == (
+        "validation 200/1000 ce 2.3100 perplexity 10.0700 kl 0.4100 agreement 0.7100 [0<3:0.1200]"
+    )

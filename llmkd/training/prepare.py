@@ -98,7 +98,7 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None) -> Prepare
     rate = build.rate_of_step(settings, steps)
     cached = cache_contents.open_teacher(world, job, tokenizer, data.all)
     initial.write_initial(world, job, tokenizer, resuming=resume is not None)  # the first thing written
-    reading = dict(
+    reading: dict[str, Any] = dict(
         make=collate_for(job.family),
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         packed=job.data.batching == "packed",

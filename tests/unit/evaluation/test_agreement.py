@@ -224,15 +224,6 @@ def test_what_is_done_is_not_done_again_and_what_failed_is(
     assert asked == ["broken", "same"]
 
 
-def test_chunks_and_batches_change_nothing() -> None:
-    draw = torch.Generator().manual_seed(0)
-    ours, theirs = torch.randn(13, 6, generator=draw), torch.randn(13, 8, generator=draw)
-    our_head, their_head = torch.nn.Linear(6, 30), torch.nn.Linear(8, 24, bias=False)
-    whole = agreement.kl_and_same_top(ours, our_head, theirs, their_head, chunk=13)
-    cut = agreement.kl_and_same_top(ours, our_head, theirs, their_head, chunk=4)
-    assert all(torch.allclose(a, b, atol=1e-6) and a.shape == (13,) for a, b in zip(whole, cut, strict=True))
-
-
 def test_rows_that_are_not_asked_for_or_not_there_are_refused(
     folder: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,12 +13,15 @@ import numpy as np
 from datasets import Dataset
 
 from llmkd.data.formats import RowFormat, format_of, is_chat, texts_of, turns_of
-from llmkd.data.turns import Tools, Turn, check_options, has_answer, read_tools, rendered
+from llmkd.data.turns import THOUGHTS_END, Tools, Turn, check_options, has_answer, read_tools, rendered
 from llmkd.errors import InputError
 
 log = logging.getLogger("llmkd")
 PLACEHOLDER = "llmkd0message0here"
 """Stands for an assistant's message in order to find what a chat template writes around it."""
+
+WRITTEN_OTHERWISE = ("assistant", "tool", "function", "ipython", "observation")
+"""The roles whose contents a chat template may change: thoughts are cut, results of tools are written as JSON."""
 
 Columns = Mapping[str, list[Any]]
 """Some rows, column by column."""
@@ -168,12 +171,23 @@ def conversation(
     whole = [*before, *messages]
     write = partial(rendered, tokenizer=tokenizer, tools=tools, options=options)
     text = write(whole)
+    _check_written(whole, text)
     answers = [len(before) + turn for turn in turns if has_answer(messages[turn])]
     spans = [_trained_span(whole, turn, text, write) for turn in answers]
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     # Some tokenizers leave white space out of a token's offsets, so that (a, b) may be (b, b).
     trained = [any(start <= a and start < b <= end for start, end in spans) for a, b in encoded["offset_mapping"]]
     return encoded["input_ids"], trained
+
+
+def _check_written(turns: Sequence[Turn], text: str) -> None:
+    """Raise InputError for a turn that the chat template leaves out, as many templates do with roles they don't know."""
+    for number, turn in enumerate(turns):
+        if turn["role"] not in WRITTEN_OTHERWISE and turn["content"].strip() not in text:
+            raise InputError(
+                f"the chat template does not write turn {number}, of the role {turn['role']!r}; write a role that it knows, or leave "
+                "the turn out"
+            )
 
 
 def _trained_span(messages: list[Turn], turn: int, whole: str, write: Callable[..., str]) -> tuple[int, int]:
@@ -183,17 +197,26 @@ def _trained_span(messages: list[Turn], turn: int, whole: str, write: Callable[.
     around a placeholder, in the whole chat and in the chat that ends with this turn.
     """
     upto = [*messages[:turn], {**messages[turn], "content": PLACEHOLDER}]
-    opening, _, closing = write(upto).partition(PLACEHOLDER)
-    after = write([*upto, *messages[turn + 1 :]]).partition(PLACEHOLDER)[2] if messages[turn + 1 :] else closing
+    opening, written, closing = write(upto).partition(PLACEHOLDER)
+    opens, after = opening, closing
+    if messages[turn + 1 :]:
+        opens, _, after = write([*upto, *messages[turn + 1 :]]).partition(PLACEHOLDER)
     if not after.startswith(closing):  # Phi-3 ends a whole chat with one more token
         closing = re.sub(r"\s\S*$", "", os.path.commonprefix([closing, after]))
     end = len(whole) - len(after) + len(closing.rstrip() or closing)
     before = write(messages[:turn], add_generation_prompt=True) if turn else opening
-    start = len(os.path.commonprefix([whole, before]))
+    # Qwen3 with thoughts switched off asks with empty ones and leaves them out of earlier turns, which begin with their content.
+    common = len(os.path.commonprefix([whole, before]))
+    start = min(common, len(opens))
     prefix = len(os.path.commonprefix([before, write(messages[:turn])])) if turn else 0
-    if PLACEHOLDER in whole or not whole.endswith(after) or not prefix <= start <= end:
+    if not written or PLACEHOLDER in whole or not whole.endswith(after) or not prefix <= start <= end:
         raise InputError(
             f"the chat template changes the text before turn {turn} once that turn is there, so the assistant's tokens can't be "
             "located; give prompt and completion instead"
+        )
+    if start < len(opens) and THOUGHTS_END in before[common:]:
+        raise InputError(
+            f"turn {turn} has thoughts, and the chat template asks for an answer without any (data.template_options); leave the thoughts "
+            "or the option out"
         )
     return start, end

@@ -17,6 +17,8 @@ Turn = dict[str, Any]
 Tools = list[Turn]
 """What the assistant may call, each as a JSON object."""
 TEXT_PARTS = ("text", "input_text", "output_text")
+THOUGHTS, THOUGHTS_END = "<think>", "</think>"
+"""What a model writes around its thoughts, before its answer (Qwen3, DeepSeek-R1 and most others)."""
 TEMPLATE_SECONDS = 20
 """A chat template is a program that came with the model; one that runs longer is taken for endless."""
 

@@ -19,8 +19,9 @@ from datasets import Dataset
 
 from llmkd import provenance
 from llmkd.data.batches import MULTIPLE, epoch_batches
-from llmkd.data.formats import FORMATS, FURTHER, format_of
+from llmkd.data.formats import FORMATS, FURTHER, format_of, is_chat
 from llmkd.data.tokens import tokenize
+from llmkd.data.turns import THOUGHTS, THOUGHTS_END
 from llmkd.errors import InputError
 from llmkd.models.families import KIND_NAMES, kind
 from llmkd.models.folders import resolve
@@ -33,6 +34,9 @@ from llmkd.training.initial import teacher_tokenizer
 from llmkd.training.jobs import read_rows
 
 OPEN, CLOSE = "⟦", "⟧"
+EMPTY = f"{THOUGHTS}{THOUGHTS_END}"
+LOOKED_AT = 100
+"""How many of the rows are searched for empty thoughts."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ def examine(recipe: Recipe, rows: int = 2) -> tuple[list[Finding], list[str]]:
     )
     if recipe.logits or (recipe.loss.hidden and recipe.matching.strategy != "none"):
         check_rows(data, further, f"data.source ({recipe.data.source})")
-    findings += [*_unread(rows_of_text, recipe.data.format), *_data(recipe, data, tokenizer), *_machine(recipe)]
+    findings += [*_unread(rows_of_text, recipe.data.format), *_template(recipe, rows_of_text, data, tokenizer)]
+    findings += [*_data(recipe, data, tokenizer), *_machine(recipe)]
     return findings, [marked(data[number], tokenizer) for number in range(min(rows, len(data)))]
 
 
@@ -131,6 +136,32 @@ def _unread(rows: Dataset, format: str) -> list[Finding]:
     read = {*FORMATS[format], *FURTHER[format]}
     unread = [column for column in rows.column_names if column not in read]
     return [Finding("note", f"data: the columns {', '.join(unread)} are not read")] if unread else []
+
+
+def _template(recipe: Recipe, rows: Dataset, data: Dataset, tokenizer: Any) -> list[Finding]:
+    """What the chat template does that a user may not expect: empty thoughts that are trained, options that no row needs."""
+    findings = []
+    format = format_of(rows.column_names, recipe.data.format)
+    if recipe.data.template_options and (
+        format == "text" or not is_chat(rows[0], format, bool(tokenizer.chat_template))
+    ):
+        text = "data: data.template_options are for chats, and the rows are texts, which no template writes"
+        findings.append(Finding("warning", text))
+    first = data.select(range(min(LOOKED_AT, len(data))))
+    empty = sum(_trains_empty_thoughts(row, tokenizer) for row in first)
+    if empty:
+        text = f"data: {empty} of the first {len(first)} rows have no thoughts, and the chat template writes {EMPTY}, which is trained"
+        if "enable_thinking" in str(tokenizer.chat_template):
+            text += "; with data.template_options: {enable_thinking: false} it is a part of the prompt, here and when a model answers"
+        findings.append(Finding("note", text))
+    return findings
+
+
+def _trains_empty_thoughts(row: Mapping[str, Any], tokenizer: Any) -> bool:
+    trained = tokenizer.decode(
+        [token for token, is_trained in zip(row["input_ids"], row["trained"], strict=True) if is_trained]
+    )
+    return EMPTY in "".join(trained.split())
 
 
 def _data(recipe: Recipe, data: Dataset, tokenizer: Any) -> list[Finding]:

@@ -23,6 +23,7 @@ from llmkd.data.formats import RowFormat
 from llmkd.data.rows import load_rows
 from llmkd.data.tokens import conversation, tokenize
 from llmkd.errors import InputError
+from llmkd.evaluation.held_out import Prompt, encoded
 from llmkd.models import make as making
 from llmkd.models import parts
 
@@ -36,14 +37,19 @@ QWEN3_LIKE = """
 {%- for message in messages %}
     {%- set said = message.content.split('</think>')[-1].lstrip('\\n') %}
     {%- set thought = message.content.split('</think>')[0].split('<think>')[-1].strip('\\n') if '</think>' in message.content else '' %}
+    {%- set thought = message.reasoning_content or thought %}
     {{- '<|im_start|>' + message.role + '\\n' }}
     {%- if message.role == 'assistant' and loop.index0 > ns.last and (loop.last or thought) %}
         {{- '<think>\\n' + thought + '\\n</think>\\n\\n' }}
     {%- endif %}
     {{- said + '<|im_end|>\\n' }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{%- endif %}
 """
+"""What Qwen3's template does with thoughts: written in the last answer alone, empty ones too; off, the prompt has the empty ones."""
 CHATML = (
     "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}{% endif %}"
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content | trim + '<|im_end|>\\n' }}"
@@ -195,6 +201,45 @@ def test_a_turn_that_quotes_the_template_changes_nothing() -> None:
     assert sum(trained) == len(tokenizer("Fine.<|im_end|>")["input_ids"])
 
 
+@pytest.mark.parametrize("begins", ["Fine.", "<b>Fine.", "think"])
+def test_empty_thoughts_are_trained_or_asked_with(begins: str) -> None:
+    """By `enable_thinking`: with it the student learns to write them, without it they are part of what is asked; as in generation."""
+    tokenizer, answer = make_tokenizer(template=QWEN3_LIKE), {"role": "assistant", "content": begins}
+    row = [{"messages": [USER, answer, USER, answer]}]
+    for options, thoughts in (
+        ({}, NO_THOUGHT),
+        ({"enable_thinking": True}, NO_THOUGHT),
+        ({"enable_thinking": False}, ""),
+    ):
+        (found,) = tokenized(row, tokenizer, row_format=RowFormat(template_options=options))
+        assert texts(found, tokenizer)[1] == f"{begins}<|im_end|>{thoughts}{begins}<|im_end|>"
+        ((_, asked),) = encoded(
+            [Prompt(references=[], turns=[USER, answer, USER], template_options=options)], tokenizer
+        )
+        assert asked == found["input_ids"][: len(asked)] and found["trained"][len(asked) - 1 : len(asked) + 1] == [
+            False,
+            True,
+        ]
+
+
+def test_thoughts_of_their_own_column_are_trained() -> None:
+    thinking = {"role": "assistant", "content": "Yes.", "reasoning_content": "one two"}
+    tokenizer = make_tokenizer(template=QWEN3_LIKE)
+    (row,) = tokenized([{"messages": [USER, thinking]}], tokenizer)
+    assert texts(row, tokenizer)[1] == "<think>\none two\n</think>\n\nYes.<|im_end|>"
+
+
+@pytest.mark.parametrize("answer", [THOUGHT, {"role": "assistant", "content": "Yes.", "reasoning_content": "one two"}])
+def test_thoughts_that_are_switched_off_are_refused(answer: Any) -> None:
+    options = RowFormat(template_options={"enable_thinking": False})
+    with pytest.raises(
+        InputError,
+        match="data row 0: turn 1 has thoughts, and the chat template asks for an answer without any .*; leave",
+    ):
+        tokenized([{"messages": [USER, answer]}], make_tokenizer(template=QWEN3_LIKE), row_format=options)
+    tokenized([{"messages": [USER, answer, USER, ANSWER]}], make_tokenizer(template=QWEN3_LIKE), row_format=options)
+
+
 @pytest.mark.parametrize(
     ("messages", "template", "expected"),
     [
@@ -208,9 +253,18 @@ def test_a_turn_that_quotes_the_template_changes_nothing() -> None:
             None,
             "the tokenizer has no chat template; give prompt and completion, or give the tokenizer one",
         ),
+        (
+            [{**USER, "role": "human"}, ANSWER],
+            QWEN3_LIKE.replace(
+                "{%- for message in messages %}\n    {",
+                "{%- for message in messages if message.role in ('user', 'assistant') %}\n    {",
+            ),
+            "does not write turn 0, of the role 'human'; write a role that it knows",
+        ),
         ([SYSTEM, USER, ANSWER], LLAMA2_LIKE, "template refuses the messages (only user and assistant); fix"),
         ([USER, ANSWER, ANSWER], QWEN3_LIKE, "changes the text before turn 2 once that turn is there, so"),
-        ([USER, ANSWER], "{{ messages | length }}", "can't be located; give prompt and completion"),
+        ([USER, ANSWER], "{{ messages | length }}", "does not write turn 0, of the role 'user'"),
+        ([USER, ANSWER], "{{ messages[0].content }}", "can't be located; give prompt and completion"),
     ],
 )
 def test_chat_that_cannot_be_read_is_refused_by_its_row(messages: Any, template: str | None, expected: str) -> None:

@@ -19,6 +19,7 @@ from llmkd.models import load, make
 from llmkd.planning.doctor import CLOSE, OPEN, Finding, examine, marked
 from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.training.jobs import read_rows
+from tests.unit.data.test_data import QWEN3_LIKE
 
 
 @pytest.fixture
@@ -108,3 +109,27 @@ def test_findings_say_what_is_installed(place: Path) -> None:
     findings, _ = examine(load_recipe(place / "recipe.yaml"), rows=0)
     assert any(f.what.startswith("installed: llmkd") and "torch" in f.what for f in findings)
     assert all(isinstance(f, Finding) and f.what and "\n" not in f.what for f in findings)
+
+
+def test_empty_thoughts_that_are_trained_are_a_note(place: Path) -> None:
+    tokenizer = load.load_tokenizer(place / "teacher")
+    tokenizer.chat_template = QWEN3_LIKE.replace("<|im_start|>", "").replace("<|im_end|>", "")
+    tokenizer.save_pretrained(place / "teacher")
+    said = [
+        [{"role": "user", "content": "red"}, {"role": "assistant", "content": text}]
+        for text in ("bird", "<think>wind</think>door")
+    ]
+    (place / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in said))
+    recipe = load_recipe(place / "recipe.yaml").changed({"data.source": str(place / "chats.jsonl")})
+    (note,) = (what for what in _said(recipe, "note") if "think" in what)
+    assert (
+        "1 of the first 2 rows have no thoughts, and the chat template writes <think></think>, which is trained" in note
+    )
+    assert "data.template_options: {enable_thinking: false}" in note
+    (place / "chats.jsonl").write_text(json.dumps({"messages": said[0]}) + "\n")
+    recipe = recipe.changed({"data.template_options": {"enable_thinking": False}})
+    assert not any("think" in what for what in _said(recipe, "note"))
+    texts = recipe.changed({"data.source": load_recipe(place / "recipe.yaml").data.source})
+    assert any(
+        "data.template_options are for chats, and the rows are texts" in what for what in _said(texts, "warning")
+    )

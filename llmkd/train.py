@@ -19,6 +19,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import click
 import datasets
@@ -50,6 +51,7 @@ from llmkd.text import escaped, fenced
 from llmkd.training import checkpoint, finite, initial, jobs, write_cache
 from llmkd.training.jobs import Job
 from llmkd.training.journal import Journal
+from llmkd.training.kept import Keeping
 from llmkd.training.metrics import Interval, Meter, peak_memory_gib
 from llmkd.training.pairs import pair_names
 from llmkd.training.prepare import PreparedRun, prepare
@@ -76,11 +78,13 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
     job, settings = run.job, run.job.train
     steps = Steps(world, job, run.steps, start_step=run.first)
     meter, journal = Meter.of_job(world, job), Journal(world, job, start_step=run.first, steps=run.steps)
-    validator = Validator(world, run, steps)
+    validator, keeping = Validator(world, run, steps), Keeping(world, run)
     last: Interval | None = None
     tokens, began = 0, time.perf_counter()
     run.module.train()
-    for step, micro_batches in enumerate(run.batches(), start=run.first + 1):
+    # a run that was killed while it was exported has nothing left to train
+    left = () if keeping.is_over else run.batches()
+    for step, micro_batches in enumerate(left, start=run.first + 1):
         # every step (all ranks: their counts are added up on the CPU)
         counts, asked_to_stop = _counts(world, micro_batches, stopping)
         this = steps.settings(step, counts, len(micro_batches))
@@ -90,7 +94,14 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
         tokens += this.counts.tokens
         # at the steps of a dynamic temperature (all ranks: one reduction)
         steps.follow(this, results)
-        saves = step == run.steps or asked_to_stop or (settings.save_every and step % settings.save_every == 0)
+        # every validate_every steps and at the last: validate (all ranks: as many passes each, then one reduction)
+        if run.validates(step):
+            measured = validator.validate(step)
+            meter.leave_out(measured.seconds)
+            journal.write_validation(step, measured.values())
+            keeping.note(step, measured)
+        done = step == run.steps or keeping.is_over
+        saves = done or asked_to_stop or (settings.save_every and step % settings.save_every == 0)
         # every log_every steps, at a save, where norms are reported, where DeepSpeed left the step out: log (all ranks: reductions)
         if step % settings.log_every == 0 or saves or this.report_norms or run.engine.skipped_steps:
             grad_norm = float(run.engine.get_global_grad_norm() or 0.0)
@@ -98,26 +109,23 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
             journal.write(step, last)
             finite.check_loss(world, job, run.module, step, last)
             finite.check_gradient(job, run.engine, step)
-        # every validate_every steps and at the last: validate (all ranks: as many passes each, then one reduction)
-        if run.validates(step):
-            measured = validator.validate(step)
-            journal.write_validation(step, measured.values())
-            meter.leave_out(measured.seconds)
         # every save_every steps, at the last and when asked to stop: save (all ranks: each writes its shards)
         if saves:
             finite.check_weights(world, job, run.module, step)
-            saved = checkpoint.save(
-                world, run.engine, job.folder / "checkpoints", step, job.inputs, keep=settings.keep_checkpoints
-            )
-            if asked_to_stop and step < run.steps:
+            keep, noted = settings.keep_checkpoints, keeping.noted
+            saved = checkpoint.save(world, run.engine, job.folder / "checkpoints", step, job.inputs, keep, noted)
+            keeping.tidy()
+            if asked_to_stop and not done:
                 message = "%s: stopped by %s after step %d and saved %s; the same command resumes from it"
                 log.info(message, job.title, stopping.name, step, saved)
                 journal.close()
                 return False
-    seconds = time.perf_counter() - began
+        if done:
+            break
+    spent = Spent(time.perf_counter() - began, validator.seconds, tokens)
     journal.close()
     # at the end: export (all ranks: weights are gathered one at a time; rank 0 writes)
-    _finish(world, run, seconds=seconds, tokens=tokens, last=last)
+    _finish(world, run, keeping, spent, last)
     return True
 
 
@@ -136,36 +144,55 @@ def _train_on(run: PreparedRun, batch: Batch, settings: StepSettings, micro_batc
     return result._replace(loss=result.loss.detach())
 
 
-def _finish(world: World, run: PreparedRun, *, seconds: float, tokens: int, last: Interval | None) -> None:
+class Spent(NamedTuple):
+    """What the steps of this start of a run took."""
+
+    seconds: float
+    of_validation: float
+    tokens: int
+
+
+def _finish(world: World, run: PreparedRun, keeping: Keeping, spent: Spent, last: Interval | None) -> None:
     """Export the student and write `summary.json` (all ranks take part)."""
-    job = run.job
-    meta = {
+    job, kept = run.job, keeping.kept
+    steps = keeping.noted[-1].step if keeping.is_over else run.steps
+    meta: dict[str, object] = {
         "llmkd": __version__,
         "inputs": job.inputs,
         "pairs": job.pairs,
         "strategy": job.recipe.matching.strategy,
-        "steps": run.steps,
+        "steps": steps,
     }
+    if job.train.validate_every:
+        meta["validation"] = keeping.rule
+        meta["kept"] = None if kept is None else {"step": kept.step, "value": kept.value}
     summary = {
         **meta,
         "world_size": world.size,
         "resumed_from_step": run.first,
-        "seconds": seconds,
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds if tokens else None,
+        "seconds": spent.seconds,
+        "validation_seconds": spent.of_validation,
+        "tokens": spent.tokens,
+        "tokens_per_second": spent.tokens / (spent.seconds - spent.of_validation) if spent.tokens else None,
         "memory_gib": peak_memory_gib() if last is None else last.memory_gib,  # a run of 0 steps has no interval
         "last": {} if last is None else last.values(),
         "versions": versions("torch", "deepspeed", "transformers"),
         "hardware": hardware(),
         "commit": commit(),
     }
-    model, card = run.module.model, _card(job, run.steps)
-    checkpoint.export(world, model, job.folder / "model", tokenizer_from=job.initial, card=card, meta=meta)
+    model = job.folder / "model"
+    if kept is None:
+        card = _card(job, steps)
+        checkpoint.export(world, run.module.model, model, tokenizer_from=job.initial, card=card, meta=meta)
+    else:
+        keeping.publish(model, card=_card(job, kept.step), meta=meta)
+        log.info("%s: exported is the student of step %d, the best by %s", job.title, kept.step, job.train.keep_by)
     if world.is_main:
         initial.remove_initial(job)
-        write_json(job.folder / "summary.json", summary)  # last: a run that has one is finished
+        write_json(job.folder / "summary.json", summary)  # a run that has one is finished
+        keeping.remove()
     barrier(world)
-    log.info("%s: done, %s", job.title, job.folder / "model")
+    log.info("%s: done, %s", job.title, model)
 
 
 def _card(job: Job, steps: int) -> str:

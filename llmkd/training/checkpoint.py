@@ -1,6 +1,8 @@
 """Checkpoints, each whole or absent, and the export of a trained student.
 
-    checkpoints/step-00000100/      DeepSpeed's shards, `state.json` (step, ranks, what was trained), `rng-<rank>.pt`, `checksums.json`
+    checkpoints/step-00000100/      DeepSpeed's shards, `state.json`, `rng-<rank>.pt`, `checksums.json`
+
+`state.json` holds the step, the number of ranks, what was trained, and the validations so far.
 
 A checkpoint is written under a name ending in .tmp and then renamed; so is an exported model. Whatever else ends in .tmp was left by a
 killed run, and the next one removes it. A damaged checkpoint is renamed to end in .damaged, and never used.
@@ -14,7 +16,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,15 @@ log = logging.getLogger("llmkd")
 TAG = "shards"
 
 
-def save(world: World, engine: Any, folder: Path, step: int, inputs: Mapping[str, object], *, keep: int) -> Path:
+def save(
+    world: World,
+    engine: Any,
+    folder: Path,
+    step: int,
+    inputs: Mapping[str, object],
+    keep: int,
+    validations: Sequence[tuple[int, float]] = (),
+) -> Path:
     """Save a sharded checkpoint (all ranks take part), publish it, and remove all but the newest `keep`."""
     final = folder / f"step-{step:08d}"
     tmp = final.with_name(final.name + ".tmp")
@@ -49,7 +59,7 @@ def save(world: World, engine: Any, folder: Path, step: int, inputs: Mapping[str
     torch.save(_rng_state(), tmp / f"rng-{world.rank}.pt")
     barrier(world)
     if world.is_main:
-        state = {"step": step, "world_size": world.size, "inputs": inputs}
+        state = {"step": step, "world_size": world.size, "inputs": inputs, "validations": validations}
         (tmp / "state.json").write_text(json.dumps(state, indent=1))
     barrier(world)
     write_checksums(world, tmp)
@@ -76,6 +86,8 @@ class Saved:
     folder: Path
     step: int
     world_size: int
+    validations: tuple[tuple[int, float], ...] = ()
+    """Each validation so far: its step, and what validations are compared by."""
 
 
 def newest(world: World, folder: Path, inputs: Mapping[str, object]) -> Saved | None:
@@ -100,7 +112,8 @@ def _newest(folder: Path, inputs: Mapping[str, object]) -> Saved | None:
         if fault is None:
             state = json.loads((last / "state.json").read_text())
             check_same(state["inputs"], inputs, last)
-            return Saved(last, int(state["step"]), int(state["world_size"]))
+            validations = tuple((int(step), float(value)) for step, value in state.get("validations", ()))
+            return Saved(last, int(state["step"]), int(state["world_size"]), validations)
         _set_aside(last, fault)
     return None
 

@@ -46,6 +46,10 @@ class PreparedRun:
     steps: int
     validation: Sequence[Batch] = ()
     """This rank's micro-batches of the rows it is validated on; as many as every other rank's."""
+    validation_rows: int = 0
+    """How many rows these are, over all ranks."""
+    validations: tuple[tuple[int, float], ...] = ()
+    """The validations of the steps that are done: each one's step, and what validations are compared by."""
 
     def batches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each step still to do, announced to the teacher ahead."""
@@ -130,8 +134,9 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None) -> Prepare
     if resume is None and module.stones is not None:
         build.fit_stones(world, job, student, teacher, rows)
     _announce(world, job, steps, accumulation, len(data.training))
-    first = 0 if resume is None else resume.step
-    return PreparedRun(job, student, module, teacher, rows, rate, first=first, steps=steps, validation=validation)
+    done = (0, ()) if resume is None else (resume.step, resume.validations)
+    held_out = 0 if data.validation is None else len(data.validation)
+    return PreparedRun(job, student, module, teacher, rows, rate, done[0], steps, validation, held_out, done[1])
 
 
 def _announce(world: World, job: Job, steps: int, accumulation: int, rows: int) -> None:

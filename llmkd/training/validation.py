@@ -52,6 +52,8 @@ class Validator:
         batches = run.validation
         counts = [sum(numbers) for numbers in zip(*(batch.counts for batch in batches), strict=True)] or [0, 0, 0]
         self._counts = Counts(*sum_counts(world, counts))
+        self.seconds = 0.0
+        """That all validations so far have taken."""
 
     @torch.no_grad()
     def validate(self, step: int) -> Validated:
@@ -73,7 +75,9 @@ class Validator:
         agreement = torch.stack(agreed).sum() if compared else torch.zeros((), device=world.device)
         total = torch.cat([torch.stack(sums).sum(0), agreement.double()[None]])
         ce, kl, *distances, same = sum_tensor(world, total).tolist()
-        return self._means(ce, kl if compared else None, same, distances, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        return self._means(ce, kl if compared else None, same, distances, seconds)
 
     def _means(self, ce: float, kl: float | None, same: float, distances: list[float], seconds: float) -> Validated:
         job, counts = self._run.job, self._counts

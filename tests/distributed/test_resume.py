@@ -21,6 +21,7 @@ from llmkd.recipe.recipe import load_recipe
 from llmkd.train import train
 from llmkd.training import checkpoint, jobs
 from tests.distributed.runner import run_on_ranks
+from tests.unit.training.test_validation import logged as logged_validations
 
 OPTIONS = {
     "matching.strategy": "random",
@@ -31,6 +32,8 @@ OPTIONS = {
     "train.steps": 24,
     "train.micro_batch_size": 2,
     "train.save_every": 5,
+    "data.validation.share": 0.2,
+    "train.validate_every": 3,
 }
 
 
@@ -45,9 +48,10 @@ def start_training(tiny: Path, folder: Path, options: dict[str, Any] | None = No
 
 
 def lines(folder: Path) -> list[dict[str, object]]:
-    """What a run has logged."""
+    """What a run has logged of its steps."""
     file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    logged = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return [line for line in logged if "validation" not in line]
 
 
 def when_at_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
@@ -73,6 +77,8 @@ def uninterrupted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _assert_same(folder: Path, uninterrupted: Path) -> None:
     ours, theirs = (load_file(f / "model" / "model.safetensors") for f in (folder, uninterrupted))
     assert all(ours[key].equal(theirs[key]) for key in theirs)
+    validations = [[{**line, "seconds": None} for line in logged_validations(run)] for run in (folder, uninterrupted)]
+    assert validations[0] == validations[1] and [line["step"] for line in validations[0]] == list(range(3, 25, 3))
     keys = ("step", "loss", "ce", "kl", "hidden", "pairs", "grad_norm", "learning_rate")
     assert [[line[k] for k in keys] for line in lines(folder)] == [
         [line[k] for k in keys] for line in lines(uninterrupted)
@@ -124,7 +130,9 @@ def test_a_finished_run_is_not_run_again(
 def test_checkpoint_of_another_recipe_is_refused(world: Any, uninterrupted: Path) -> None:
     folder = uninterrupted / "checkpoints"
     inputs = json.loads((checkpoint.whole(folder)[-1] / "state.json").read_text())["inputs"]
-    assert checkpoint.newest(world, folder, inputs) == checkpoint.Saved(folder / "step-00000024", 24, 2)
+    newest = checkpoint.newest(world, folder, inputs)
+    assert newest is not None and (newest.folder, newest.step, newest.world_size) == (folder / "step-00000024", 24, 2)
+    assert newest.validations == tuple((line["step"], line["ce"]) for line in logged_validations(uninterrupted))
     with pytest.raises(InputError, match="train.learning_rate was 0.003, now 0.1"):
         checkpoint.newest(world, folder, {**inputs, "train.learning_rate": 0.1})
 

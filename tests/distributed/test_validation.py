@@ -20,6 +20,7 @@ from tests.unit.training.test_validation import logged
 
 SHARE: dict[str, Any] = {"data.validation": {"share": 0.2, "rows": 7}}
 LOOKING: dict[str, Any] = {**SHARE, "train.validate_every": 2}
+KEEPING = {"train.validate_every": 1, "train.keep": "best", "train.keep_by": "validation/kl"}
 STEPS = {"train.steps": 5, "train.micro_batch_size": 2}
 PLACES: dict[str, dict[str, Any]] = {
     "zero0_replicated": {"train.deepspeed": "zero0"},
@@ -66,6 +67,8 @@ def scenarios(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]
         if changes.get("teacher.placement") == "cache":
             changes["cache.path"] = str(folder / "cache")
             asked["cache"] = {**changes, **LOOKING, "only": "cache"}
+        if name == "zero3_zero3_redrawn_stones":
+            asked[f"{name}_keeping"] = {**changes, **LOOKING, **KEEPING}
         asked |= {f"{name}_looking": {**changes, **LOOKING}, f"{name}_not": {**changes, **SHARE}}
     return asked
 
@@ -89,8 +92,21 @@ def test_invariant_11_with_and_without_validation_the_same_weights_on_two_ranks(
     assert logged(two_ranks / f"{name}_not") == []
 
 
+def test_two_ranks_keep_the_best_student_and_train_as_if_they_did_not(two_ranks: Path) -> None:
+    keeping, looking = (two_ranks / f"zero3_zero3_redrawn_stones_{name}" for name in ("keeping", "looking"))
+    summary = json.loads((keeping / "summary.json").read_text())
+    values = {line["step"]: line["kl"] for line in logged(keeping)}
+    assert summary["kept"] == {"step": min(values, key=lambda step: values[step]), "value": min(values.values())}
+    of_step = {line["step"]: line["kl"] for line in logged(looking)}
+    assert {step: values[step] for step in of_step} == of_step
+    if summary["kept"]["step"] == 5:
+        same_to_the_bit(keeping, looking)
+
+
 def test_invariant_11_on_one_rank(forgetful: Path, world: Any, tmp_path: Path) -> None:
     for name, changes in scenarios(forgetful, ("zero3_zero3_redrawn_stones",)).items():
+        if name.endswith("_keeping"):
+            continue
         recipe = load_recipe(forgetful / "recipe.yaml").changed(changes)
         assert train(world, jobs.distil_job(world, recipe, tmp_path / name))
     same_to_the_bit(*(tmp_path / f"zero3_zero3_redrawn_stones_{name}" for name in ("looking", "not")))

@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 from llmkd.evaluation.results import RESULT_CLASSES, GeneratedText, ScoredModel, Scores, read_items, read_result
 from llmkd.files import read, read_lines
 from llmkd.recipe.study_entries import StudyEntry, read_study
-from llmkd.report.results import Agreed, Curve, LayerMap, LogLine, TrainingRun
+from llmkd.report.results import Agreed, Curve, LayerMap, LogLine, Rule, RunValidations, TrainingRun
 
 COSTS = ("steps", "seconds", "tokens", "tokens_per_second", "memory_gib", "world_size", "resumed_from_step")
 CURVE_POINTS = 200  # of one run; a longer curve is thinned
 PARTS = ("loss", "ce", "kl", "hidden")
+MEASURED = ("ce", "perplexity", "kl", "agreement")
+SUMMARY = ("pairs", "versions", "hardware", "commit", "validation", "kept")
 Value = TypeVar("Value")
 
 
@@ -75,12 +77,14 @@ class Summary:
     commit: str | None = None
     costs: Agreed = field(default_factory=dict)
     done: bool = False
+    validation: Agreed = field(default_factory=dict)
+    kept: Agreed = field(default_factory=dict)
 
 
 def read_summary(training: Path) -> Summary:
     """A run's summary; empty while there is none."""
     values = read(training / "summary.json") or {}
-    known = {key: values[key] for key in ("pairs", "versions", "hardware", "commit") if values.get(key) is not None}
+    known = {key: values[key] for key in SUMMARY if values.get(key) is not None}
     return Summary(**known, costs={key: values.get(key) for key in COSTS}, done=bool(values))
 
 
@@ -100,7 +104,27 @@ def depth(model: Path) -> int | None:
 
 def read_log(folder: Path, entry: StudyEntry) -> list[LogLine]:
     """What a run logged: its loss, the loss's parts and whatever only some runs log, by step."""
-    return [_log_line(line) for line in read_lines(entry.run_folder(folder) / "metrics.jsonl")]
+    return [_log_line(line) for line in _lines(folder, entry) if "validation" not in line]
+
+
+def read_validations(folder: Path, entry: StudyEntry, summary: Summary) -> RunValidations | None:
+    """What a run measured on held-out rows while it was trained; None where it was not validated."""
+    lines = [
+        LogLine(
+            line["step"],
+            _finite({name: values[name] for name in MEASURED if name in values}),
+            _finite(values.get("pairs", {})),
+        )
+        for line in _lines(folder, entry)
+        if (values := line.get("validation")) is not None
+    ]
+    if not lines:
+        return None
+    return RunValidations(lines, Rule(**summary.validation) if summary.validation else None, summary.kept.get("step"))
+
+
+def _lines(folder: Path, entry: StudyEntry) -> list[dict[str, Any]]:
+    return read_lines(entry.run_folder(folder) / "metrics.jsonl")
 
 
 def _log_line(line: Mapping[str, Any]) -> LogLine:

@@ -18,7 +18,16 @@ from llmkd.recipe.study_entries import STEPS, StudyEntry, StudyFile, read_study
 from llmkd.report.angles import study_angles
 from llmkd.report.comparisons import ItemScores, comparisons
 from llmkd.report.conclusion import conclusion, notes
-from llmkd.report.files import curve, layer_maps, read_log, read_summary, row_name, step_result, training_run
+from llmkd.report.files import (
+    curve,
+    layer_maps,
+    read_log,
+    read_summary,
+    read_validations,
+    row_name,
+    step_result,
+    training_run,
+)
 from llmkd.report.results import Agreed, Cell, Metric, Results, Row
 from llmkd.report.significance import half_width
 
@@ -92,6 +101,11 @@ def _without_comparisons(folder: Path, study: StudyFile, outcomes: Sequence[Outc
         maps=layer_maps(folder, study.entries, summaries),
         runs=[training_run(entry, logs[entry.name], summaries[entry.name]) for entry in trained],
         curves={name: curve(log, summaries[name]) for name, log in logs.items() if log},
+        validations={
+            entry.name: found
+            for entry in trained
+            if (found := read_validations(folder, entry, summaries[entry.name])) is not None
+        },
         angles=study_angles(folder, study.entries),
         backends=_backends(outcomes),
         conditions={step: _conditions(outcomes, step) for step in STEPS},

@@ -139,6 +139,31 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """How a run was validated, and by what its exported student was chosen, as its recipe says (train.validate_every and so on)."""
+
+    every: int
+    rows: int
+    keep: str = "last"
+    by: str | None = None
+    patience: int | None = None
+
+
+@dataclass(frozen=True)
+class RunValidations:
+    """What a run measured while it was trained; the rule and the step it kept in place of the last are known when it has ended."""
+
+    lines: list[LogLine]
+    rule: Rule | None = None
+    kept: int | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """As results.json has it."""
+        rule = None if self.rule is None else asdict(self.rule)
+        return {"rule": rule, "kept": self.kept, "lines": Curve(self.lines).to_json()}
+
+
+@dataclass(frozen=True)
 class Average:
     """The mean over `n` students, with half the 95 % interval where they are two or more and differ."""
 
@@ -229,6 +254,7 @@ class Results:
     comparisons: list[Comparison] = field(default_factory=list)
     conclusion: str = ""
     notes: list[str] = field(default_factory=list)
+    validations: dict[str, RunValidations] = field(default_factory=dict)
 
     def metric(self, name: str | None) -> Metric | None:
         """A metric by its name; None where no model has it."""
@@ -245,4 +271,8 @@ class Results:
 
     def to_json(self) -> dict[str, object]:
         """What results.json holds."""
-        return {**asdict(self), "curves": {name: curve.to_json() for name, curve in self.curves.items()}}
+        by_run = {"curves": self.curves, "validations": self.validations}
+        return {
+            **asdict(self),
+            **{key: {name: values.to_json() for name, values in runs.items()} for key, runs in by_run.items()},
+        }

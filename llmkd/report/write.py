@@ -23,6 +23,7 @@ from llmkd.report.gather import gather, outcome
 from llmkd.report.map_drawing import drawing
 from llmkd.report.page.document import whole_page
 from llmkd.report.results import Angles, LayerMap, Results
+from llmkd.report.validation import of_students, rule_in_words, validation_table
 from llmkd.text import bullets, escaped, fenced
 
 
@@ -74,6 +75,9 @@ def _markdown(results: Results, recipe: str) -> str:
     parts = [f"# Study {escaped(results.name)}", f"**{escaped(results.conclusion)}**", bullets(results.notes)]
     parts += ["## Scores", *_scores(results), "## Comparisons", *_comparisons(results)]
     parts += ["## Layer maps", *_maps(results.maps), *_angles(results.angles)]
+    if validations := of_students(results):
+        parts += ["## Validation while training", escaped(rule_in_words(validations))]
+        parts.append(tables.markdown(validation_table(validations)))
     parts += ["## Cost of training", tables.markdown(tables.cost_table(results.runs))]
     if results.problems:
         parts += ["## Problems", bullets(f"{name}: {why}" for name, why in results.problems.items())]

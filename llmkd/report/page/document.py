@@ -23,6 +23,7 @@ from llmkd.report.page import html
 from llmkd.report.page.angles import angle_section
 from llmkd.report.page.scores import comparison_section, interval_section, map_section, score_section
 from llmkd.report.page.training import cost_section, training_section
+from llmkd.report.page.validation import validation_part
 from llmkd.report.results import Results
 from llmkd.report.tables import plain
 
@@ -69,7 +70,7 @@ def whole_page(results: Results, generations: Sequence[GeneratedItem], recipe: s
         "maps": ("Layer maps", map_section(results)),
         "angles": ("Angles between teacher blocks", angle_section(results.angles)),
         "intervals": ("Scores with their intervals", interval_section(results)),
-        "training": ("Training", training_section(results)),
+        "training": ("Training", [*training_section(results), *validation_part(results)]),
         "cost": ("Cost", cost_section(results.runs)),
         "generations": ("Generated texts", _generation_section(results, generations)),
         "run": ("What was run", _run_section(results, recipe)),

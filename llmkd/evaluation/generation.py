@@ -141,7 +141,11 @@ def score(model: GenerationResult, task: Task, say: Say) -> tuple[GenerationResu
     plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     texts = [decode(ids, **plain).strip() for ids in written.token_ids]
     finished = [bool(ids) and ids[-1] in how.stops for ids in written.token_ids]
-    answers = [(text, prompt.references) for text, prompt in zip(texts, task.prompts, strict=True)]
+    answers = [
+        (text_metrics.answer_in(text, prompt.references), prompt.references)
+        for text, prompt in zip(texts, task.prompts, strict=True)
+    ]
+    thoughts = sum(answer != text for (answer, _), text in zip(answers, texts, strict=True))
     slots = [prompt.record for prompt in task.prompts if prompt.record is not None]
     metrics, scores = text_metrics.corpus_metrics(answers, finished, slots)
     items = [
@@ -158,7 +162,8 @@ def score(model: GenerationResult, task: Task, say: Say) -> tuple[GenerationResu
     ]
     took = {"seconds": written.seconds, "load_seconds": written.load_seconds}
     new_tokens = sum(map(len, written.token_ids))
-    return replace(model, **took, new_tokens=new_tokens, rows=len(items), metrics={**metrics}), items
+    about = {"new_tokens": new_tokens, "thoughts": thoughts, "rows": len(items)}
+    return replace(model, **took, **about, metrics={**metrics}), items
 
 
 def check_room(asked: Encoded, new: int, positions: int | None, kind: Kind = "decoder") -> None:

@@ -84,6 +84,11 @@ class GeneratedText(Item):
     """Whether the model ended the text itself."""
     scores: Scores = field(default_factory=dict)
 
+    @property
+    def answer(self) -> str:
+        """What of the text is scored: all but thoughts that no reference has."""
+        return text_metrics.answer_in(self.text, self.references)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedItem(Item):
@@ -223,6 +228,8 @@ class GenerationResult(ScoredModel):
     """Why this backend."""
     load_seconds: float = 0.0
     new_tokens: int = 0
+    thoughts: int = 0
+    """How many texts have thoughts, which were left out before they were scored."""
     rows: Annotated[int | None, Field(alias="items")] = None
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmkd.data import records
+from llmkd.data.turns import THOUGHTS, THOUGHTS_END
 
 
 class Metric(NamedTuple):
@@ -66,6 +67,19 @@ def corpus_metrics(
         "distinct_2": distinct(texts, 2),
     }
     return {name: found[name] for name in METRICS if name in found}, scores
+
+
+def answer_in(text: str, references: Sequence[str]) -> str:
+    """A text without the thoughts before its answer, `<think>...</think>`; the text itself where a reference has thoughts too.
+
+    Of thoughts that were cut off no answer is left. A prompt may have begun the thoughts.
+    """
+    if any(THOUGHTS in reference or THOUGHTS_END in reference for reference in references):
+        return text
+    _, ended, answer = text.rpartition(THOUGHTS_END)
+    if ended:
+        return answer.strip()
+    return "" if text.lstrip().startswith(THOUGHTS) else text
 
 
 # --- BLEU and chrF, by sacrebleu

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -148,7 +149,7 @@ def _template(recipe: Recipe, rows: Dataset, data: Dataset, tokenizer: Any) -> l
         text = "data: data.template_options are for chats, and the rows are texts, which no template writes"
         findings.append(Finding("warning", text))
     first = data.select(range(min(LOOKED_AT, len(data))))
-    empty = sum(_trains_empty_thoughts(row, tokenizer) for row in first)
+    empty = sum(map(partial(_has_empty_thoughts, tokenizer), first["input_ids"], first["trained"]))
     if empty:
         text = f"data: {empty} of the first {len(first)} rows have no thoughts, and the chat template writes {EMPTY}, which is trained"
         if "enable_thinking" in str(tokenizer.chat_template):
@@ -157,11 +158,10 @@ def _template(recipe: Recipe, rows: Dataset, data: Dataset, tokenizer: Any) -> l
     return findings
 
 
-def _trains_empty_thoughts(row: Mapping[str, Any], tokenizer: Any) -> bool:
-    trained = tokenizer.decode(
-        [token for token, is_trained in zip(row["input_ids"], row["trained"], strict=True) if is_trained]
-    )
-    return EMPTY in "".join(trained.split())
+def _has_empty_thoughts(tokenizer: Any, ids: Sequence[int], trained: Sequence[bool]) -> bool:
+    """Whether a row's trained tokens hold them."""
+    text = tokenizer.decode([token for token, is_trained in zip(ids, trained, strict=True) if is_trained])
+    return EMPTY in "".join(text.split())
 
 
 def _data(recipe: Recipe, data: Dataset, tokenizer: Any) -> list[Finding]:

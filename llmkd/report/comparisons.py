@@ -200,7 +200,7 @@ def _ways_to_score(file: Path, step: str) -> dict[str, list[Statistics]]:
     texts = [line for line in lines if isinstance(line, GeneratedText)]
     if texts:
         for name, (statistics, score) in CORPUS.items():
-            sums = {(step, line.item): statistics(line.text, tuple(line.references)) for line in texts}
+            sums = {(step, line.item): statistics(line.answer, tuple(line.references)) for line in texts}
             ways[f"{step}/{name}"] = [Statistics(sums, score)]
     rows = [line for line in lines if isinstance(line, ClassifiedRow)]
     if rows:

@@ -171,6 +171,11 @@ def notes(results: Results) -> list[str]:
             f"The answer is about {main.label} alone. Each other metric is corrected for its own strategies, not "
             "for the number of metrics: read what they show as hints."
         )
+    if results.thoughts:
+        counts = ", ".join(f"{count} by {name}" for name, count in results.thoughts.items())
+        sentences.append(
+            f"Texts were scored without their thoughts (<think>…</think>), as no reference has any: {counts}."
+        )
     for step, backends in results.backends.items():
         if len(backends) > 1:
             parts = [f"{backend} for {listed(names)}" for backend, names in backends.items()]

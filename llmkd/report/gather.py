@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from llmkd.evaluation.results import RESULT_CLASSES, LmEvalResult, ScoredModel
+from llmkd.evaluation.results import RESULT_CLASSES, GenerationResult, LmEvalResult, ScoredModel
 from llmkd.recipe.study_entries import STEPS, StudyEntry, StudyFile, read_study
 from llmkd.report.angles import study_angles
 from llmkd.report.comparisons import ItemScores, comparisons
@@ -111,6 +111,7 @@ def _without_comparisons(folder: Path, study: StudyFile, outcomes: Sequence[Outc
         conditions={step: _conditions(outcomes, step) for step in STEPS},
         versions=agreed([result.versions for result in scored] + [summary.versions for summary in summaries.values()]),
         hardware=agreed(summary.hardware for summary in summaries.values()),
+        thoughts=_thoughts(outcomes),
         commit=", ".join(dict.fromkeys(s.commit for s in summaries.values() if s.commit)) or None,
     )
 
@@ -196,6 +197,16 @@ def _backends(outcomes: Sequence[Outcome]) -> dict[str, dict[str, list[str]]]:
             if result.backend is not None:
                 backends.setdefault(step, {}).setdefault(result.backend, []).append(outcome.entry.name)
     return backends
+
+
+def _thoughts(outcomes: Sequence[Outcome]) -> dict[str, int]:
+    """Model -> how many of its texts had thoughts, if any had."""
+    written = {outcome.entry.name: outcome.results.get("generation") for outcome in outcomes}
+    return {
+        name: result.thoughts
+        for name, result in written.items()
+        if isinstance(result, GenerationResult) and result.thoughts
+    }
 
 
 def agreed(mappings: Iterable[Mapping[str, Any]]) -> Agreed:

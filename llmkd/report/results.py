@@ -251,6 +251,8 @@ class Results:
     versions: Agreed
     hardware: Agreed
     commit: str | None
+    thoughts: dict[str, int] = field(default_factory=dict)
+    """By model, how many of its texts had thoughts, which were left out before they were scored."""
     comparisons: list[Comparison] = field(default_factory=list)
     conclusion: str = ""
     notes: list[str] = field(default_factory=list)

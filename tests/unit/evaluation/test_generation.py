@@ -319,6 +319,30 @@ def test_chat_prompts_are_continued(trained: Path, tmp_path: Path) -> None:
     assert "slots" not in result.metrics and 1 <= len(text.token_ids) <= 5
 
 
+def test_thoughts_are_counted_and_not_scored(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model taught by Qwen3's template begins each answer with empty thoughts, and the reference has none."""
+    source = tmp_path / "rows.jsonl"
+    source.write_text(
+        "".join(json.dumps({"prompt": "a cheap inn", "completion": "There is one."}) + "\n" for _ in range(2))
+    )
+    some, tokenizer = settings(source=str(source), items=2), load.load_tokenizer(trained)
+    assert some.generation is not None
+
+    def writes(*texts: str) -> GenerationResult:
+        ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+        written = backends.Continuations(ids, seconds=1.0, load_seconds=1.0)
+        monkeypatch.setitem(backends.BACKENDS, "hf", lambda *_: written)
+        items = generation.check(some, Data(rows=10))
+        task = generation.Task(some.generation or Generation(), some.dtype, items, "generation.log", False)
+        scored, lines = generation.score(GenerationResult(model=str(trained), backend="hf"), task, print)
+        assert [line.text for line in lines] == list(texts) and {line.answer for line in lines} == {"There is one."}
+        return scored
+
+    plain, thinking = writes(*["There is one."] * 2), writes("<think>\n\n</think>\n\nThere is one.", "There is one.")
+    assert plain.metrics == thinking.metrics and plain.metrics["bleu"] == pytest.approx(100)
+    assert (plain.thoughts, thinking.thoughts) == (0, 1)
+
+
 def test_a_prompt_without_room_for_its_continuation_is_refused() -> None:
     generation.check_room([("p", [1] * 10)], 6, 16)
     with pytest.raises(

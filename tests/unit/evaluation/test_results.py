@@ -26,7 +26,7 @@ from llmkd.recipe.study_entries import STEPS
 HEADER = {"name", "fingerprint", "error", "seconds", "versions"}
 MODEL = HEADER | {"model", "dtype"}
 KEYS: dict[type[StepResult], set[str]] = {
-    GenerationResult: MODEL | {"backend", "why", "load_seconds", "new_tokens", "items", "metrics"},
+    GenerationResult: MODEL | {"backend", "why", "load_seconds", "new_tokens", "thoughts", "items", "metrics"},
     AgreementResult: MODEL | {"teacher", "rows", "tokens", "metrics"},
     ClassificationResult: MODEL | {"rows", "classes", "metrics"},
     LmEvalResult: MODEL

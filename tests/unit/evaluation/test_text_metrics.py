@@ -98,6 +98,21 @@ def test_repetition_and_distinct_are_shares_of_ngrams() -> None:
     assert text_metrics.distinct(["", "a"], 2) == 0
 
 
+@pytest.mark.parametrize(
+    ("text", "reference", "answer"),
+    [
+        ("<think>\n\n</think>\n\nAn inn.", "A farm.", "An inn."),
+        ("<think>an inn, so</think> An inn.", "A farm.", "An inn."),
+        ("an inn, so\n</think>\n\nAn inn.", "A farm.", "An inn."),  # the prompt had begun the thoughts
+        ("<think>an inn, and", "A farm.", ""),  # cut off
+        ("An inn.", "A farm.", "An inn."),
+        ("<think>x</think>An inn.", "<think>y</think>A farm.", "<think>x</think>An inn."),
+    ],
+)
+def test_thoughts_that_no_reference_has_are_no_part_of_the_answer(text: str, reference: str, answer: str) -> None:
+    assert text_metrics.answer_in(text, [reference]) == answer
+
+
 def test_corpus_metrics_are_means_of_the_items_scores() -> None:
     made = records.examples("test", 3, 0, 12)
     wrong = {"price": "low"}

@@ -178,6 +178,18 @@ def test_corpus_bleu_is_scored_anew_for_each_draw(tmp_path: Path) -> None:
     assert metrics == {"generation/bleu", "generation/chrf", "generation/rouge_l", "generation/repetition"}
 
 
+def test_draws_of_items_leave_out_thoughts_as_the_scores_do(tmp_path: Path) -> None:
+    found = []
+    for begins in ("", "<think>\n\n</think>\n\n"):
+        study = Folder(tmp_path / str(bool(begins)))
+        for strategy, last in (("forward", "Heron Mill is an inn."), ("reverse", "Heron Mill is a farm.")):
+            generated(study, strategy, [[*TEXTS[:3], last]] * 2)
+            for file in (study.folder / "generations").glob("*.jsonl"):
+                file.write_text(file.read_text().replace('"text": "', '"text": ' + json.dumps(begins)[:-1]))
+        found.append(study.comparison("generation/bleu", "reverse", "forward"))
+    assert found[0] == found[1] and found[0].items == 4
+
+
 def test_agreement_is_a_mean_over_tokens_where_that_gives_the_reported_number(tmp_path: Path) -> None:
     study = Folder(tmp_path)
     for strategy, shift in (("forward", 0.0), ("reverse", 1.0)):

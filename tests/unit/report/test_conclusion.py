@@ -224,6 +224,15 @@ def test_a_difference_that_hangs_on_the_items_is_noted(tmp_path: Path) -> None:
         assert any("hold for another draw" in note for note in results.notes) != frail
 
 
+def test_thoughts_that_were_not_scored_are_noted(tmp_path: Path) -> None:
+    study = Folder(tmp_path)
+    for strategy, thoughts in (("forward", {"thoughts": 34}), ("reverse", {})):
+        name = study.entry("student", strategy, 0, steps=("generation",))
+        study.generated(name, {"bleu": 60.0}, **thoughts)
+    expected = "Texts were scored without their thoughts (<think>…</think>), as no reference has any: 34 by forward-s0."
+    assert expected in study.results().notes
+
+
 def test_what_was_not_alike_is_noted(tmp_path: Path) -> None:
     study = Folder(tmp_path)
     study.students({"none": FAR[:2], "forward": BASE[:2]})

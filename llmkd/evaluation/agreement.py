@@ -88,10 +88,8 @@ def agree(
     rows = held_out.held_out_data(settings.generation, data, settings.agreement_rows)
     packages = versions(*PACKAGES)
     decides = [rows.source, str(rows.name), rows.split, str(rows.rows), settings.dtype, str(settings.batch_size)]
-    columns = data.model_dump(
-        include={"records_seed", "format", "columns", "template_options", "max_length", "too_long"}
-    )
-    decides += [json.dumps(columns), json.dumps(packages, sort_keys=True)]
+    read = rows.model_dump(include={"records_seed", "format", "columns", "template_options", "max_length", "too_long"})
+    decides += [json.dumps(read), json.dumps(packages, sort_keys=True)]
     decides += [*held_out.local_hashes(rows.source), *model_hashes(teacher), *_text_hashes(generations, TEACHER)]
     shared = digest(decides)
     about = {"teacher": str(teacher), "dtype": settings.dtype, "versions": packages, "rows": 0}

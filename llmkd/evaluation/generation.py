@@ -86,7 +86,9 @@ def _unscored(name: str, folder: Path, settings: Evaluation, prompts: Sequence[P
     backend, why = choose(generation, folder, len(prompts))
     packages = versions("torch", "transformers", "tokenizers", "sacrebleu", "rouge-score")
     packages |= {"vllm": vllm_version() or "none"} if backend == "vllm" else {}
-    used = generation.model_dump(mode="json", exclude={"backend", "source", "name", "split", "items"})
+    used = generation.model_dump(
+        mode="json", exclude={"backend", "source", "name", "split", "format", "columns", "items"}
+    )
     used |= {"backend": backend, "dtype": settings.dtype, "versions": packages, "prompts": [asdict(p) for p in prompts]}
     decides = [json.dumps(used, sort_keys=True), *sources(text_metrics, records)]
     about = {"backend": backend, "why": why, "dtype": settings.dtype, "versions": packages, "rows": 0}

@@ -43,10 +43,14 @@ def held_out_section(kind: Kind) -> Literal["generation", "classification"]:
 
 def held_out_data(section: Generation | Classification, data: Data, rows: int | None) -> Data:
     """A section's held-out rows as a data section; all else is as in the students' `data`."""
-    own = section.source is not None
-    place = {"source": section.source, "name": section.name, "format": "auto"} if own else {}
-    name = {} if own or section.name is None else {"name": section.name}
-    return data.model_copy(update={**place, **name, "split": section.split, "rows": rows})
+    changes: dict[str, Any] = {"split": section.split, "rows": rows}
+    if section.name is not None or section.source is not None:
+        changes["name"] = section.name
+    if section.source is not None:
+        changes |= {"source": section.source, "columns": data.columns if section.columns is None else section.columns}
+        own = section.format if isinstance(section, Generation) else None
+        changes["format"] = own or ("auto" if data.format == "text" else data.format)
+    return data.model_copy(update=changes)
 
 
 def classification_data(recipe: Recipe) -> Data:
@@ -176,7 +180,10 @@ def read_prompts(data: Data) -> list[Prompt]:
         assert data.rows is not None
         examples = records.examples(data.split, data.records_seed, 0, data.rows)
         return [Prompt(text=e["prompt"], references=e["references"], record=e["record"]) for e in examples]
-    table = read_rows(data)
+    try:
+        table = read_rows(data)
+    except InputError as error:
+        raise InputError(f"{KEY}: {error}") from error
     columns = table.column_names
     if data.format == "text" or (
         data.format == "auto" and not any(set(FORMATS[name]) <= set(columns) for name in PROMPTS)

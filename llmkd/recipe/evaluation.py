@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from llmkd.data.formats import check_names
+from llmkd.errors import InputError
 from llmkd.layer_map import STRATEGIES
 from llmkd.recipe.section import SEEDS_END, Backend, Dtype, Section, check_name
 
@@ -23,6 +25,10 @@ class Generation(Section):
     """The hub data set's configuration."""
     split: str = "test"
     """The split of held-out rows."""
+    format: Literal["auto", "prompt_completion", "messages", "sharegpt", "alpaca"] | None = None
+    """What a row of a `source` of its own holds; default: `data.format`, or auto where that is text, which has no prompts."""
+    columns: dict[str, str] | None = None
+    """Other names of columns of a `source` of its own; default: `data.columns`."""
     items: int = Field(default=200, gt=0)
     """Use the first so many rows."""
     max_new_tokens: int = Field(default=128, gt=0)
@@ -38,6 +44,11 @@ class Generation(Section):
     batch_size: int = Field(default=64, gt=0)
     """Prompts at once on the hf backend (vLLM batches by itself)."""
 
+    @model_validator(mode="after")
+    def _own_rows(self) -> Generation:
+        _check_own(self.source, self.columns, self.format)
+        return self
+
 
 class Classification(Section):
     """Classification by encoders of held-out rows of text and label, scored by accuracy and F1."""
@@ -48,8 +59,26 @@ class Classification(Section):
     """The hub data set's configuration."""
     split: str = "test"
     """The split of held-out rows."""
+    columns: dict[str, str] | None = None
+    """Other names of columns of a `source` of its own; default: `data.columns`."""
     rows: int | None = Field(default=None, gt=0)
     """Use the first so many rows; default: all."""
+
+    @model_validator(mode="after")
+    def _own_rows(self) -> Classification:
+        _check_own(self.source, self.columns)
+        return self
+
+
+def _check_own(source: str | None, columns: dict[str, str] | None, format: str | None = None) -> None:
+    """Raise ValueError for how rows are read where they are data's own, and for names that no format has."""
+    for key, value in (("format", format), ("columns", columns)):
+        if value is not None and source is None:
+            raise ValueError(f"{key}: it belongs to a source of its own; give source too, or leave {key} out")
+    try:
+        check_names(columns or {})
+    except InputError as error:
+        raise ValueError(str(error).removeprefix("data.")) from error
 
 
 class Evaluation(Section):

@@ -114,7 +114,7 @@ def _made_of(student: TrainedStudent, section: str) -> list[str]:
     rows = getattr(recipe.evaluation, section)
     keys = {"source", "name", "records_seed", "format", "columns", "template_options", "max_length", "too_long"}
     data = recipe.data.model_dump(mode="json", include=keys)
-    asked = rows.model_dump(mode="json", include={"source", "name", "split"})
+    asked = rows.model_dump(mode="json", include={"source", "name", "split", "format", "columns"})
     settings = [recipe.evaluation.dtype, recipe.evaluation.batch_size, recipe.train.dtype, recipe.seed]
     sections = [recipe.student.model_dump(mode="json"), recipe.matching.model_dump(mode="json"), student.pairs]
     held = source_contents(rows.source or recipe.data.source, rows.split)

@@ -103,3 +103,26 @@ def test_rows_that_the_students_are_trained_on_are_refused(tmp_path: Path) -> No
     write(tmp_path / "test.jsonl", {"prompt": "held out", "completion": "c"})
     assert [item.text for item in held_out_prompts(Generation(), Data(source=str(tmp_path)))] == ["held out"]
     assert held_out_prompts(Generation(source=one), Data(source=one))  # said by name: meant so
+
+
+def test_held_out_rows_are_read_as_the_students_own_unless_they_say_otherwise(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", {"question": "p", "answer": "c", "text": "t"})
+    other = write(tmp_path / "other.jsonl", {"instruction": "i", "output": "o", "messages": CHAT, "text": "t"})
+    data = Data(source=source, format="prompt_completion", columns={"question": "prompt", "answer": "completion"})
+    assert held_out_prompts(Generation(source=source), data) == [Prompt(text="p", references=["c"])]
+    chats = held_out_prompts(Generation(source=other, format="messages", columns={}), data)
+    assert chats[0].references == ["Heron Mill is by the lake."]
+    plain = Data(source=source, format="text")
+    assert held_out_prompts(Generation(source=source, columns=data.columns), plain)[0].text == "p"
+    with pytest.raises(InputError, match="evaluation.generation: .*data.columns: the data has no column 'question'"):
+        held_out_prompts(Generation(source=other), data)
+    with pytest.raises(InputError, match="evaluation.generation: .*data.format: .* fit messages and alpaca alike"):
+        held_out_prompts(Generation(source=other, format="auto", columns={}), data)
+
+
+@pytest.mark.parametrize("keys", [{"format": "alpaca"}, {"columns": {"a": "prompt"}}])
+def test_how_the_students_own_rows_are_read_is_said_once(keys: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(keys))}: it belongs to a source of its own; give source too"):
+        Generation(**keys)
+    with pytest.raises(ValueError, match="columns: no format has a column 'promt'; did you mean prompt"):
+        Generation(source="a.jsonl", columns={"a": "promt"})

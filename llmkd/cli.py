@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llmkd import __version__
+from llmkd import __version__, starting
 from llmkd.errors import InputError, storage_problem
 from llmkd.processes import stopping
 from llmkd.recipe.options import SET, FiniteRange, OutputPath, train_options
@@ -116,6 +116,7 @@ def _launch(recipe: str, overrides: tuple[str, ...], options: list[str], ranks: 
     from llmkd.recipe.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides)
+    starting.get_ready()
     sets = [part for override in overrides for part in ("--set", override)]
     processes = _ranks(ranks) or settings.study.ranks
     check_ds_configs(settings, processes)
@@ -139,10 +140,12 @@ def _ranks(asked: int | None) -> int:
 def study(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None:
     """Train strategies x seeds and the baselines, evaluate and report. What is done is not done again."""
     from llmkd.recipe.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides)
+    starting.get_ready()  # its imports and those below take the same seconds
     from llmkd.study import Stopped
     from llmkd.study import study as run
 
-    settings = load_recipe(recipe, overrides)
     with stopping(STOPPED, terminated=0):
         try:
             available = _ranks(ranks)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
+if __name__ == "__main__" and __spec__ is None:
     # run as a file: let `import llmkd` find the package, and keep its modules from shadowing others
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 

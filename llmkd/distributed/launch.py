@@ -6,18 +6,15 @@ that launcher exits with code 1 after SIGTERM even when every rank has saved and
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-from llmkd.processes import parent_variable
+from llmkd import starting
+from llmkd.starting import Process
 
 GRACE_SECONDS = 30
 
@@ -32,25 +29,23 @@ class Ending:
 
 def launch(ranks: int, arguments: Sequence[str]) -> Ending:
     """Run `llmkd/train.py` with these arguments on `ranks` local processes and wait for them."""
-    script = str(Path(__file__).resolve().parent.parent / "train.py")
     shared = {
-        **os.environ,
-        **parent_variable(),
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
     }
-    processes: list[subprocess.Popen[bytes]] = []
+    starting.get_ready()
+    processes: list[Process] = []
     with _passing_signals(processes) as signals:
         for rank in range(ranks):
-            env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen([sys.executable, "-u", script, *arguments], env=env))
+            variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(starting.start("llmkd.train", arguments, variables, name=f"llmkd rank {rank}"))
         code = _wait(processes)
     return Ending(code, bool(signals))
 
 
-def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
+def _wait(processes: list[Process]) -> int:
     """Wait for all; when one fails, give the others a moment to report why, then end them. The first non-zero code."""
     while True:
         codes = [p.poll() for p in processes]
@@ -75,7 +70,7 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
 
 
 @contextmanager
-def _passing_signals(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+def _passing_signals(processes: list[Process]) -> Iterator[list[int]]:
     """Inside, SIGTERM and SIGINT go to the ranks, which finish their step and save. Yields the list of signals seen."""
     seen: list[int] = []
 

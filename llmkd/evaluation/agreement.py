@@ -306,5 +306,11 @@ def _row(prompt: Ids, text: Ids, of: Family) -> dict[str, Any]:
 
 STEP = Step(AGREEMENT, Task, AgreementResult, prepare)
 
+
+def main() -> int:
+    """The process that scores models."""
+    return serve(STEP)
+
+
 if __name__ == "__main__":
-    sys.exit(serve(STEP))
+    sys.exit(main())

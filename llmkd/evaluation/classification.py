@@ -99,5 +99,11 @@ def score(model: ClassificationResult, rows: Dataset, task: Task) -> tuple[Class
 
 STEP = Step(CLASSIFICATION, Task, ClassificationResult, prepare)
 
+
+def main() -> int:
+    """The process that scores models."""
+    return serve(STEP)
+
+
 if __name__ == "__main__":
-    sys.exit(serve(STEP))
+    sys.exit(main())

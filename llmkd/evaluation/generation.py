@@ -237,5 +237,11 @@ def summary(files: dict[str, Path], samples: int = 3) -> str:
 
 STEP = Step(GENERATION, Task, GenerationResult, prepare)
 
+
+def main() -> int:
+    """The process that scores models."""
+    return serve(STEP)
+
+
 if __name__ == "__main__":
-    sys.exit(serve(STEP))
+    sys.exit(main())

@@ -295,8 +295,14 @@ def _item_score(name: str, value: Any) -> float | None:
 
 STEP = Step(LM_EVAL, Task, LmEvalResult, prepare)
 
+
+def main() -> int:
+    """The process that scores models; with arguments, lm-eval's command line."""
+    if not sys.argv[1:]:
+        return serve(STEP)
+    _by_hand()
+    return 0
+
+
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        _by_hand()
-    else:
-        sys.exit(serve(STEP))
+    sys.exit(main())

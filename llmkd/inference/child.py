@@ -10,19 +10,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from llmkd import starting
 from llmkd.errors import InputError
-from llmkd.files import PACKAGE, ROOT
-from llmkd.processes import end_with_parent, parent_variable
+from llmkd.processes import end_with_parent
 
-# How the variables begin that a launcher sets for its ranks: with them a child would wait for the other ranks.
-LAUNCHER_VARIABLES = tuple("RANK WORLD_SIZE MASTER_ LOCAL_ GROUP_ ROLE_ CROSS_ TORCHELASTIC_ ACCELERATE_".split())
 REFUSAL = "input error: "  # begins the child's last line when it can't follow its orders
 DONE = "\x1edone: "  # begins the last line about an order; the control character is in no model's name
 
@@ -30,18 +26,18 @@ Say = Callable[[str], None]
 
 
 class Child:
-    """`python -m module`, started with what all its orders share; whatever it prints besides its lines is appended to `log_file`."""
+    """A module's `main()` in a process, started with what all orders share; what it prints besides its lines is appended to `log_file`."""
 
     def __init__(self, module: str, shared: object, log_file: Path, variables: Mapping[str, str] | None = None) -> None:
-        command, environment = (
-            [sys.executable, "-m", module],
-            {**clean_environment(), **parent_variable(), **(variables or {})},
-        )
-        pipe = subprocess.PIPE
+        variables = {"TOKENIZERS_PARALLELISM": "false", **(variables or {})}
+        (read, orders), (lines, write) = os.pipe(), os.pipe()
         with log_file.open("a") as errors:  # a group of its own: Ctrl-C is for the parent, which ends all of the group
-            self._process = subprocess.Popen(
-                command, env=environment, text=True, stdin=pipe, stdout=pipe, stderr=errors, process_group=0
-            )
+            files = (read, write, errors.fileno())
+            name = module.rpartition(".")[2]
+            self._process = starting.start(module, [], variables, name=name, files=files, group=True)
+        for descriptor in (read, write):
+            os.close(descriptor)
+        self._orders, self._lines = os.fdopen(orders, "w"), os.fdopen(lines)
         # Sent with the first order: a child reads only after its imports, which may take long.
         self._unsent = [shared]
 
@@ -53,8 +49,7 @@ class Child:
         for value in (*self._unsent, order):
             self._send(value)
         self._unsent = []
-        assert self._process.stdout is not None
-        for line in map(str.rstrip, self._process.stdout):
+        for line in map(str.rstrip, self._lines):
             if line.startswith(REFUSAL):
                 raise InputError(line.removeprefix(REFUSAL))
             say(line.removeprefix(DONE))
@@ -64,31 +59,21 @@ class Child:
 
     def close(self) -> None:
         """Let it end, and wait until it has."""
-        assert self._process.stdin is not None and self._process.stdout is not None
         with suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._orders.close()
         self._process.wait()
-        self._process.stdout.close()
+        self._lines.close()
 
     def kill(self) -> None:
         """End it at once, and whatever it has started."""
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.send_signal(signal.SIGKILL)
         self._process.wait()
 
     def _send(self, value: object) -> None:
-        assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it has died: `do` returns its exit code
-            self._process.stdin.write(json.dumps(value) + "\n")
-            self._process.stdin.flush()
-
-
-def clean_environment() -> dict[str, str]:
-    """This process's environment without a launcher's variables, with this checkout importable and progress bars off."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER_VARIABLES)}
-    checkout = [str(PACKAGE.parent)] if ROOT == PACKAGE.parent else []
-    paths = checkout + [path for path in [kept.get("PYTHONPATH")] if path]
-    return {**kept, "PYTHONPATH": os.pathsep.join(paths), "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+            self._orders.write(json.dumps(value) + "\n")
+            self._orders.flush()
 
 
 def listen() -> tuple[Any, Iterator[Any], Say]:

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch._dynamo as dynamo
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -110,6 +109,8 @@ def _compile(form: Form | None) -> CompiledRows:
     def rows(*of_a_chunk: Any) -> tuple[Tensor, Tensor]:
         return rows_in_place(*of_a_chunk, form=form)
 
+    import torch._dynamo as dynamo  # two seconds, for what compiles alone
+
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, VERSIONS)
     return torch.compile(rows, fullgraph=True)
 
@@ -126,6 +127,8 @@ def _by_value(divergence: Divergence) -> Hashable:
 
 def with_any_number_of_rows(*tensors: Tensor | None) -> None:
     """Tell torch.compile that the rows of these tensors differ in number from call to call, so that it compiles once."""
+    import torch._dynamo as dynamo  # as above
+
     for tensor in tensors:
         if tensor is not None:
             dynamo.maybe_mark_dynamic(tensor, 0)

@@ -56,12 +56,12 @@ class Studies:
         return self._folder / f"output{self._started}"
 
     def running(self, name: str = "") -> list[int]:
-        """The marked processes with this in their command line."""
+        """The marked processes with this in their name."""
         processes = []
         for place in Path("/proc").glob("[0-9]*"):
             try:
                 marked = f"{MARK}={self.value}".encode() in (place / "environ").read_bytes()
-                if marked and name.encode() in (place / "cmdline").read_bytes():
+                if marked and name in (place / "comm").read_text():
                     processes.append(int(place.name))
             except OSError:  # it has ended, or is another user's
                 continue
@@ -106,12 +106,12 @@ def test_a_killed_study_leaves_no_process_and_a_stopped_one_is_explained(recipe:
     folder = recipe.parent / "runs" / "tiny"
     while_training = studies.start("study", str(recipe))
     wait_for(lambda: "step 3/" in studies.output() or while_training.poll() is not None)
-    studies.freeze("train.py")
+    studies.freeze("llmkd rank 0")
     studies.kill(while_training)
 
     while_scoring = studies.start("study", str(recipe))
     wait_for(lambda: "1/2 teacher: started" in studies.output() or while_scoring.poll() is not None)
-    studies.freeze("llmkd.evaluation.generation")
+    studies.freeze("generation")
     assert "resum" in studies.output()  # the killed student's checkpoint was not lost
     second = studies.start("study", str(recipe))
     assert second.wait(SECONDS) == 2

@@ -6,10 +6,13 @@ import json
 import logging
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.warm import WarmProcess, warm_process
+from llmkd.forkserver import Order
+from llmkd.starting import Process
+from tests.distributed.warm import warm_server
 
 
 def run_on_ranks(
@@ -27,8 +30,8 @@ def run_on_ranks(
     return json.loads((output / "refused.json").read_text())
 
 
-def start_ranks(ranks: int, module: str, tasks: Path, output: Path) -> list[WarmProcess]:
-    """`main(TASKS)` of the module on every rank; what rank N says goes to output/rankN.log."""
+def start_ranks(ranks: int, module: str, tasks: Path, output: Path) -> list[Process]:
+    """The module's `main()` on every rank, with TASKS as its argument; what rank N says goes to output/rankN.log."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -38,14 +41,16 @@ def start_ranks(ranks: int, module: str, tasks: Path, output: Path) -> list[Warm
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    processes = [warm_process(rank) for rank in range(ranks)]
-    for rank, process in enumerate(processes):
-        env = {**os.environ, **size, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process.start(module, tasks, env, output / f"rank{rank}.log")
+    processes: list[Process] = []
+    for rank, server in enumerate([warm_server(rank) for rank in range(ranks)]):
+        variables = {**size, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        order = Order(module, [str(tasks)], variables, os.getcwd(), f"llmkd rank {rank}", group=True)
+        with open(os.devnull) as nothing, (output / f"rank{rank}.log").open("w") as log:
+            processes.append(server.start(order, (nothing.fileno(), log.fileno(), log.fileno())))
     return processes
 
 
-def main(tasks: Path) -> None:
+def main() -> None:
     """Every rank's part of `run_on_ranks`."""
     from llmkd.distributed import ranks as distributed
     from llmkd.errors import InputError
@@ -53,7 +58,7 @@ def main(tasks: Path) -> None:
     from llmkd.train import Stopping, train
     from llmkd.training import jobs, write_cache
 
-    work = json.loads(tasks.read_text())
+    work = json.loads(Path(sys.argv[1]).read_text())
     distributed.quiet()
     world = distributed.start(120)
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
@@ -159,9 +160,9 @@ WHOLE = {"teacher.placement": "replicated", "teacher.stages": None, "teacher.off
 EXAMS = {"uneven": uneven, "measured": measured, "stones": stones}
 
 
-def main(tasks: Path) -> None:
+def main() -> None:
     """Every rank's part: each scenario is (exam, recipe changes, further arguments); results go to rankN.json."""
-    work = json.loads(tasks.read_text())
+    work = json.loads(Path(sys.argv[1]).read_text())
     ranks.quiet()
     world = ranks.start(60)
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from llmkd.recipe.recipe import load_recipe
 from llmkd.train import train
 from llmkd.training import jobs
-from tests.distributed.test_resume import lines, start_training, when_at_step
+from tests.distributed.test_resume import lines, ranks_of, start_training, when_at_step
 
 OPTIONS: dict[str, Any] = {
     "matching.strategy": "reverse",
@@ -29,25 +29,11 @@ PATIENCE = 15 + 3 + 5 + 30 + 20
 """The timeout, the roll call, the launcher's waits, and room for a busy machine."""
 
 
-def _ranks(launcher: int) -> list[int]:
-    """The ranks' processes, in order of rank."""
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = re.search(r"^PPid:\s+(\d+)", (process / "status").read_text(), re.MULTILINE)
-            told = re.search(r"(?:^|\0)RANK=(\d+)", (process / "environ").read_text())
-        except (OSError, UnicodeDecodeError):
-            continue
-        if parent and int(parent[1]) == launcher and told:
-            found[int(told[1])] = int(process.name)
-    return [found[rank] for rank in sorted(found)]
-
-
 def _struck(tiny: Path, folder: Path, *, step: int, victim: int, by: signal.Signals) -> str:
     """Start (or resume), strike one rank once so many steps are logged, and give back what the run said; it must end in time."""
     process = start_training(tiny, folder, OPTIONS)
     when_at_step(process, folder, step)
-    os.kill(_ranks(process.pid)[victim], by)
+    os.kill(ranks_of(process.pid)[victim], by)
     began = time.monotonic()
     out, _ = process.communicate(timeout=300)
     assert time.monotonic() - began < PATIENCE and process.returncode not in (0, 2), out
@@ -90,7 +76,7 @@ def test_a_killed_launcher_takes_its_ranks_along_and_a_rerun_at_once_goes_on(
     folder = tmp_path / "run"
     process = start_training(tiny, folder, OPTIONS)
     when_at_step(process, folder, 3)
-    ranks = _ranks(process.pid)
+    ranks = ranks_of(process.pid)
     assert len(ranks) == 2
     process.kill()
     reached = lines(folder)[-1]["step"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -62,6 +63,23 @@ def when_at_step(process: subprocess.Popen[str], folder: Path, step: int) -> Non
         time.sleep(0.02)
 
 
+def ranks_of(launcher: int) -> list[int]:
+    """The ranks' processes, in order of rank: the children of the server that the launcher has started."""
+    names, parents = {}, {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines())
+        except OSError:  # it has ended
+            continue
+        names[int(process.name)], parents[int(process.name)] = status["Name"], int(status["PPid"])
+    found = {}
+    for number, name in names.items():
+        rank = re.fullmatch(r"llmkd rank (\d+)", name)
+        if rank and parents.get(parents[number]) == launcher:
+            found[int(rank[1])] = number
+    return [found[rank] for rank in sorted(found)]
+
+
 def _finish(process: subprocess.Popen[str]) -> str:
     out, _ = process.communicate(timeout=300)
     return out
@@ -99,8 +117,7 @@ def test_stopped_killed_and_resumed_is_uninterrupted(tiny: Path, uninterrupted: 
 
     process = start_training(tiny, folder)
     when_at_step(process, folder, 16)
-    ranks = [int(p) for p in subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()]
-    os.kill(ranks[-1], signal.SIGKILL)
+    os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
     out = _finish(process)
     assert process.returncode not in (0, 2) and f"resumed from {folder / 'checkpoints' / stopped_at}" in out, out
     assert not (folder / "model").exists()

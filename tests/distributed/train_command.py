@@ -10,7 +10,7 @@ from pathlib import Path
 from llmkd import train
 
 
-def main(file: Path) -> None:
+def main() -> None:
     """One rank's part."""
-    sys.argv[1:] = json.loads(file.read_text())[int(os.environ["RANK"])]
+    sys.argv[1:] = json.loads(Path(sys.argv[1]).read_text())[int(os.environ["RANK"])]
     train.main()

@@ -240,5 +240,11 @@ def _start(recipe: Recipe, teacher: Path, folder: Path) -> Path:
 
 STEP = Step(ANGLES, Task, AngleResult, prepare)
 
+
+def main() -> int:
+    """The process that scores models."""
+    return serve(STEP)
+
+
 if __name__ == "__main__":
-    sys.exit(serve(STEP))
+    sys.exit(main())

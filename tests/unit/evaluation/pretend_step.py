@@ -51,5 +51,11 @@ def score(model: ScoredModel, task: Task) -> tuple[ScoredModel, list[GeneratedTe
 
 STEP = Step(ScoringStep("pretend", "", "", "tests.unit.evaluation.pretend_step"), Task, ScoredModel, prepare)
 
+
+def main() -> int:
+    """The process that scores models."""
+    return serve(STEP)
+
+
 if __name__ == "__main__":
-    sys.exit(serve(STEP))
+    sys.exit(main())

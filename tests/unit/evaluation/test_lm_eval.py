@@ -21,7 +21,7 @@ from llmkd.errors import InputError
 from llmkd.evaluation import lm_eval_step, lm_eval_tasks, lm_eval_worker
 from llmkd.evaluation.step import model_hashes
 from llmkd.files import ROOT
-from llmkd.inference import child, choose, vllm_setup
+from llmkd.inference import choose, vllm_setup
 from llmkd.inference.vllm_setup import vllm_version
 from llmkd.recipe.recipe import Evaluation
 from tests.in_process import in_process, stopped_at_once
@@ -561,16 +561,6 @@ def test_fingerprint_follows_the_asked_tasks_and_no_others(tmp_path: Path) -> No
     assert made_of("one") == {"one.yaml", "base.yml.yaml", "utils.py"}
     assert made_of("both") == {"both.yaml", "one.yaml", "two.yaml", "base.yml.yaml", "utils.py"}
     assert made_of("hellaswag") == {"utils.py"}  # lm-eval's own: its version counts
-
-
-def test_the_child_is_no_rank_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.setenv(name, "7")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    environment = child.clean_environment()
-    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & set(environment)
-    assert environment["OMP_NUM_THREADS"] == "1"
-    assert environment.get("HF_HUB_OFFLINE") == os.environ.get("HF_HUB_OFFLINE")
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,6 @@ def _launch(recipe: str, overrides: tuple[str, ...], options: list[str], ranks: 
     from llmkd.recipe.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides)
-    starting.get_ready()
     sets = [part for override in overrides for part in ("--set", override)]
     processes = _ranks(ranks) or settings.study.ranks
     check_ds_configs(settings, processes)

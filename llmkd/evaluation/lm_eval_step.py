@@ -7,6 +7,7 @@ llmkd.evaluation.lm_eval_worker. One serves all models on Hugging Face; vLLM giv
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 from llmkd.data import records
@@ -14,13 +15,16 @@ from llmkd.errors import InputError
 from llmkd.evaluation import text_metrics
 from llmkd.evaluation.lm_eval_tasks import problem, task_files, task_manager
 from llmkd.evaluation.lm_eval_worker import PACKAGES, STEP, Task
-from llmkd.evaluation.results import LmEvalResult
-from llmkd.evaluation.step import Jobs, Process, before_scoring, run
+from llmkd.evaluation.results import LmEvalResult, read_result
+from llmkd.evaluation.step import Jobs, Process, before_scoring, pending, run
 from llmkd.files import ROOT, digest, file_hashes, sources
 from llmkd.inference.choose import choose_backend
 from llmkd.inference.vllm_setup import check_installed, vllm_environment
 from llmkd.provenance import versions
 from llmkd.recipe.recipe import Evaluation
+from llmkd.recipe.scoring_steps import LM_EVAL
+
+log = logging.getLogger("llmkd")
 
 WORTH_VLLM = 1e8
 """Parameters from which vLLM is started for a model; how much its tasks ask is not known before they are read."""
@@ -46,7 +50,17 @@ def evaluate(jobs: Jobs, settings: Evaluation, out: Path, *, trust_remote_code: 
         vllm = model.backend == "vllm"
         return Process(1, vllm_environment(out.resolve() / "vllm"), alone=True) if vllm else Process()
 
-    return run(STEP, unscored, task, out, process=process)
+    todo = pending(unscored, out)
+    files = run(STEP, unscored, task, out, process=process)
+    scored = [result for model in todo if (result := read_result(files[model.name], LmEvalResult)) and result.command]
+    if scored:
+        log.info(
+            "%s: every result file has its model's command, as %s's: %s",
+            LM_EVAL.name,
+            scored[0].name,
+            scored[0].command,
+        )
+    return files
 
 
 def check_tasks(settings: Evaluation) -> None:

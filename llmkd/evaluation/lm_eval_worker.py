@@ -187,7 +187,7 @@ def score(
     """One model's scores and items, task by task: what is wrong with a task or a model costs the others nothing."""
     rows = batch_rows(task.settings, model)
     model = replace(model, batch_size=rows, command=command(model, task, rows))
-    say(f"{model.name}: on {model.backend} ({model.why}); by hand: {model.command}")
+    say(f"{model.name}: on {model.backend} ({model.why})")
     errors, items = list(faults.values()), []
     wanted = [name for name in task.settings.tasks if name not in faults]
     try:

@@ -22,6 +22,9 @@ from llmkd.evaluation.text_metrics import Metric
 from llmkd.files import read, read_lines
 from llmkd.text import figures
 
+SHOWN = 5
+"""Scores of a model in a line of the log; its file has all."""
+
 
 def finite_or_none(value: object) -> float | None:
     """A finite number, else None: lm-eval writes "N/A" for a score it can't give, and JSON's NaN is no score."""
@@ -209,7 +212,8 @@ class ScoredModel(StepResult):
 
     def summary(self) -> str:
         scores = [(name, value) for scores in self.tasks.values() for name, value in scores.items()]
-        shown = [f"{name} {figures(value, 4)}" for name, value in scores]
+        shown = [f"{name} {figures(value, 4)}" for name, value in scores[:SHOWN]]
+        shown += [f"and {len(scores) - SHOWN} more"] if len(scores) > SHOWN else []
         return " ".join([*shown, *([f"failed: {self.error}"] if self.error else [])])
 
     def to_json(self) -> dict[str, object]:

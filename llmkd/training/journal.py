@@ -16,11 +16,10 @@ log = logging.getLogger("llmkd")
 
 
 def line(step: int, steps: int, interval: Interval) -> str:
-    """One readable line of a log interval."""
-    pairs = " ".join(f"{name}:{value:.4f}" for name, value in interval.pairs.items())
+    """One readable line of a log interval; `metrics.jsonl` has each pair's distance too."""
     text = f"step {step}/{steps} loss {interval.loss:.4f} ce {interval.ce:.4f} kl {interval.kl:.4f}"
-    if pairs:
-        text += f" hidden {interval.hidden:.4f} [{pairs}]"
+    if interval.pairs:
+        text += f" hidden {interval.hidden:.4f}"
     if interval.norms is not None:
         norms = interval.norms
         text += " norms " + " ".join(f"{part}:{getattr(norms, part):.3g}" for part in PARTS)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, OPTConfig
 
-from llmkd import cli
+from llmkd import cli, starting
 from llmkd.errors import InputError
 from llmkd.files import ROOT
 from llmkd.models import load, make
@@ -302,6 +302,7 @@ def test_commands_refuse_a_recipe_before_anything_starts(
 ) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a process was started"))
+    monkeypatch.setattr(starting, "get_ready", lambda: None)  # imports that begin meanwhile start nothing of a study
     before, recipe = tree(place), str(place / "recipe.yaml")
     for command in (["train", "-r", recipe], ["finetune", recipe], ["study", recipe], ["plan", recipe, "--ranks", "2"]):
         assert "unknown key 'lossy'; did you mean 'loss'?" in told([*command, "--set", "lossy=1"], capsys)

@@ -142,7 +142,7 @@ def test_stopped_texts_are_explained_and_go_on(
 ) -> None:
     command = ("generate", str(tiny / "teacher"), "-r", str(recipe), "--output", str(recipe.parent / "texts"))
     stopped = studies.start(*command)
-    wait_for(lambda: "1/1 teacher: started" in studies.output() or stopped.poll() is not None)
+    wait_for(lambda: "teacher: by hf" in studies.output() or stopped.poll() is not None)  # its last line for seconds
     os.killpg(stopped.pid, number)
     assert stopped.wait(SECONDS) == code
     assert studies.output().rstrip().endswith("kept, and the same command goes on with the rest.")

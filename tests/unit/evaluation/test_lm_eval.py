@@ -163,6 +163,18 @@ def test_what_is_done_is_not_done_again(
     assert json.loads(scored["first"].read_text())["error"] is None
 
 
+def test_the_command_is_logged_once_and_every_file_has_its_own(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    in_process(monkeypatch)
+    jobs = [("gone", Path("nowhere")), *((name, models[name]) for name in ("first", "last"))]
+    with caplog.at_level("INFO", logger="llmkd"):
+        files = lm_eval_step.evaluate(jobs, settings(tasks=TASKS[:1], limit=2), tmp_path)
+    commands = [json.loads(files[name].read_text())["command"] for name, _ in jobs]
+    assert [str(folder) in command for (_, folder), command in zip(jobs, commands, strict=True)] == [True] * 3
+    assert [command for command in commands if command in caplog.text] == commands[:1]
+
+
 def test_batches_padded_on_the_left_change_nothing(
     scored: dict[str, Path], models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,3 +122,8 @@ def test_every_step_with_scores_has_a_class_of_results_and_of_lines() -> None:
     assert RESULT_CLASSES.keys() == STEPS.keys()
     assert all(RESULT_CLASSES[step].STEP == step for step in STEPS)
     assert len({RESULT_CLASSES[step].ITEM for step in STEPS}) == len(STEPS)
+
+
+def test_a_line_of_the_log_shows_the_first_scores() -> None:
+    scored = GenerationResult(name="m", model="m", fingerprint="", metrics={f"m{number}": 0.5 for number in range(7)})
+    assert scored.summary() == "m0 0.5 m1 0.5 m2 0.5 m3 0.5 m4 0.5 and 2 more"

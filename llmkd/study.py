@@ -52,7 +52,7 @@ from llmkd.training.checkpoint import check_same
 from llmkd.training.checks import teacher_shape
 from llmkd.training.initial import initial_student
 from llmkd.training.pairs import depths_of, maps_of
-from llmkd.training.validation_rows import trained_count
+from llmkd.training.validation_rows import held_out_rows, trained_count
 from llmkd.training.write_cache import writing_recipe
 
 log = logging.getLogger("llmkd")
@@ -212,6 +212,7 @@ def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
     for train, data in runs:
         accumulation_steps(train, ranks)
         total_steps(train, trained_count(data, len(jobs.read_rows(data))))
+        held_out_rows(data)
     check_ds_configs(recipe, ranks)
     family = jobs.teacher_family(recipe, teacher)
     _check_pair_weights(recipe, entries, teacher)

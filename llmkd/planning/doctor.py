@@ -33,6 +33,7 @@ from llmkd.recipe.recipe import Recipe
 from llmkd.training.checks import teacher_shape
 from llmkd.training.initial import teacher_tokenizer
 from llmkd.training.jobs import read_rows
+from llmkd.training.validation_rows import held_out_count, held_out_rows
 
 OPEN, CLOSE = "⟦", "⟧"
 EMPTY = f"{THOUGHTS}{THOUGHTS_END}"
@@ -73,7 +74,7 @@ def examine(recipe: Recipe, rows: int = 2) -> tuple[list[Finding], list[str]]:
     if recipe.logits or (recipe.loss.hidden and recipe.matching.strategy != "none"):
         check_rows(data, further, f"data.source ({recipe.data.source})")
     findings += [*_unread(rows_of_text, recipe.data.format), *_template(recipe, rows_of_text, data, tokenizer)]
-    findings += [*_data(recipe, data, tokenizer), *_machine(recipe)]
+    findings += [*_data(recipe, data, tokenizer), *_validation(recipe, len(data)), *_machine(recipe)]
     return findings, [marked(data[number], tokenizer) for number in range(min(rows, len(data)))]
 
 
@@ -187,6 +188,25 @@ def _data(recipe: Recipe, data: Dataset, tokenizer: Any) -> list[Finding]:
         text = f"data: {_padding(recipe, lengths):.1%} of the places of a batch are padding (never counted)"
         findings.append(Finding("ok", text))
     return findings
+
+
+def _validation(recipe: Recipe, rows: int) -> list[Finding]:
+    """The rows that are validated, where the recipe names some, and those that a share takes from training."""
+    given = recipe.data.validation
+    if given is None:
+        return []
+    apart = held_out_rows(recipe.data)
+    if apart is None:
+        assert given.share is not None
+        count = held_out_count(rows, given.share)
+        text = f"validation: {count:,} of the {rows:,} rows are held out and never trained on"
+    else:
+        count = len(apart)
+        text = f"validation: {count:,} rows of their own"
+    text += f", {min(count, given.rows):,} of them are validated"
+    if recipe.train.validate_every:
+        return [Finding("ok", f"{text} every {recipe.train.validate_every} steps")]
+    return [Finding("note", f"{text} when train.validate_every is set, which it is not")]
 
 
 def _padding(recipe: Recipe, lengths: np.ndarray) -> float:

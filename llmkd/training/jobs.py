@@ -295,6 +295,9 @@ def _contents(train: Train, data: Data) -> dict[str, str]:
     hashes = {}
     if (rows := source_contents(data.source, data.split)) is not None:
         hashes["data.source:contents"] = rows
+    if train.chooses and (held_out := data.held_out) is not None:
+        if (rows := source_contents(held_out.source, held_out.split)) is not None:
+            hashes["data.validation.source:contents"] = rows
     if train.deepspeed.endswith(".json"):
         hashes["train.deepspeed:contents"] = fingerprint(load_ds_config(train.deepspeed, ROOT / "ds_configs"))
     return hashes

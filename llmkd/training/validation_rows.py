@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from llmkd.distributed.ranks import World, on_main
 from llmkd.errors import InputError
 from llmkd.recipe.data import Data
 from llmkd.training import build
-from llmkd.training.jobs import Job
+from llmkd.training.jobs import Job, read_rows
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,13 @@ class RunRows:
 def run_rows(world: World, job: Job, tokenizer: Any) -> RunRows:
     """The job's rows (all ranks take part). Raises InputError where rows are both trained and validated on, or none is left to train on."""
     given, apart = job.data.validation, job.data.held_out
-    if apart is not None:
-        on_main(world, lambda: _check_apart(job.data, apart))
+    on_main(world, lambda: check_apart(job.data))
     rows = build.tokenized(world, job, tokenizer)
     if given is None:
         return RunRows(rows, None)
     if apart is not None:
-        try:
+        with _named():
             return RunRows(rows, build.tokenized(world, replace(job, data=apart), tokenizer))
-        except InputError as error:  # it speaks of the section data
-            raise InputError(re.sub("^data", "data.validation", str(error))) from error
     assert given.share is not None
     trained, held_out = divided(rows, given.share, given.seed)
     return RunRows(trained, held_out.select(range(min(given.rows, len(held_out)))))
@@ -100,9 +98,29 @@ def trained_count(data: Data, rows: int) -> int:
     return rows if share is None else rows - held_out_count(rows, share)
 
 
-def _check_apart(data: Data, validation: Data) -> None:
-    """Raise InputError where both read a file: a file has no splits."""
-    both = _files(data) & _files(validation)
+def held_out_rows(data: Data) -> Dataset | None:
+    """The rows of validation that are in a split or source of their own, as text. Raises InputError where they can't be read."""
+    check_apart(data)
+    with _named():
+        return None if data.held_out is None else read_rows(data.held_out)
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Inside, a mistake in the section data is one in data.validation."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(re.sub("^data", "data.validation", str(error))) from error
+
+
+def check_apart(data: Data) -> None:
+    """Raise InputError where a file is read for training and for validation: a file has no splits."""
+    if data.held_out is None:
+        return
+    with _named():
+        validation = _files(data.held_out)
+    both = _files(data) & validation
     if both:
         raise InputError(
             f"data.validation: {min(both)} is trained on too; give a file of held-out rows as source, or write share: 0.05"

@@ -133,3 +133,15 @@ def test_empty_thoughts_that_are_trained_are_a_note(place: Path) -> None:
     assert any(
         "data.template_options are for chats, and the rows are texts" in what for what in _said(texts, "warning")
     )
+
+
+def test_rows_of_validation_are_counted(place: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(place / "recipe.yaml").changed({"data.validation": {"share": 0.25, "rows": 8}})
+    held_out = "validation: 10 of the 40 rows are held out and never trained on, 8 of them are validated"
+    assert f"{held_out} when train.validate_every is set, which it is not" in _said(recipe, "note")
+    assert f"{held_out} every 5 steps" in _said(recipe.changed({"train.validate_every": 5}), "ok")
+    (tmp_path / "held.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    own = recipe.changed({"data.validation": {"source": str(tmp_path / "held.jsonl")}, "train.validate_every": 5})
+    assert "validation: 1 rows of their own, 1 of them are validated every 5 steps" in _said(own, "ok")
+    with pytest.raises(InputError, match=r"data.validation: .* is trained on too"):
+        examine(recipe.changed({"data.validation": {"split": "test"}}))

@@ -11,15 +11,19 @@ import torch
 from datasets import Dataset
 
 from llmkd.data.batches import IGNORE, Batch, announced, collate
+from llmkd.data.other_families import collate_for
 from llmkd.errors import InputError
 from llmkd.models.load import load_tokenizer
 from llmkd.recipe.inputs import training_inputs
 from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.train import train
-from llmkd.training import jobs, prepare
+from llmkd.training import jobs, prepare, write_cache
 from llmkd.training.journal import validation_line
+from llmkd.training.stopping import Stopping
 from llmkd.training.validation import Validated
 from llmkd.training.validation_rows import RunRows, divided, run_rows, trained_count, validation_batches
+from tests.family_models import CLASSES, ENCODER_DECODERS, ENCODERS, family_recipe, new
+from tests.family_models import plain_losses as family_losses
 from tests.tiny import load, plain_losses
 
 SHARE: dict[str, Any] = {"data.validation": {"share": 0.2}, "train.validate_every": 2, "train.steps": 3}
@@ -250,3 +254,60 @@ def test_a_line_of_the_log() -> None:
     assert validation_line(200, 1000, validated.values()) == (
         "validation 200/1000 ce 2.3100 perplexity 10.0700 kl 0.4100 agreement 0.7100 [0<3:0.1200]"
     )
+
+
+def test_a_source_that_decides_what_is_exported_is_known_by_its_contents(recipe: Recipe, tmp_path: Path) -> None:
+    file = tmp_path / "held.jsonl"
+    best = recipe.changed({"data.validation": {"source": str(file)}, "train.keep": "best"})
+    found = []
+    for text in ("red", "blue"):
+        file.write_text(json.dumps({"prompt": text, "completion": " tree"}) + "\n")
+        found.append((jobs.student_inputs(best), jobs.student_inputs(best.changed({"train.keep": "last"}))))
+    assert found[0][0] != found[1][0] and found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_other_families_are_validated_too(name: str, world: Any, tmp_path: Path) -> None:
+    """The numbers are those of the exported student in transformers; of classes there is no perplexity."""
+    kind = "encoder" if name == "bert" else "encoder_decoder"
+    teacher = new(ENCODERS[name](3) if kind == "encoder" else ENCODER_DECODERS[name](3, 3), kind)
+    own = family_recipe(tmp_path, kind, teacher, **{**SHARE, "train.steps": 2})
+    job = jobs.distil_job(world, own, tmp_path / "run")
+    assert train(world, job)
+    (last,) = logged(tmp_path / "run")
+    names = {"step", "ce", "kl", "agreement", "pairs", "seconds"}
+    assert last.keys() == (names if kind == "encoder" else {*names, "perplexity"})
+    rows = run_rows(world, job, load_tokenizer(tmp_path / "teacher")).validation
+    assert rows is not None
+    student = CLASSES[kind].from_pretrained(tmp_path / "run" / "model").eval()
+    batch = collate_for(job.family)([rows[n] for n in range(len(rows))], pad_id=0, packed=False)
+    with torch.no_grad():
+        ce, kl, distances = family_losses(teacher, student, job.pairs, batch)
+    assert last["ce"] == pytest.approx(ce.item(), rel=1e-4) and last["kl"] == pytest.approx(kl.item(), rel=1e-4)
+    assert 0 <= last["agreement"] <= 1 and len(last["pairs"]) == len(distances)
+    if kind == "encoder":
+        assert [*last["pairs"].values()] == pytest.approx([distance.item() for distance in distances], rel=1e-4)
+
+
+def test_a_teacher_is_validated_while_it_is_made(tiny: Path, world: Any, tmp_path: Path) -> None:
+    values = load_recipe(tiny / "recipe.yaml").model_dump(mode="json")
+    tuned = {"path": str(tiny / "teacher"), "train": {**values["train"], "validate_every": 2, "keep": "best"}}
+    values |= {"teacher": {"dtype": "float32"}, "finetune": tuned, "output": str(tmp_path)}
+    values["data"]["validation"] = {"share": 0.2}
+    (tmp_path / "recipe.json").write_text(json.dumps(values))
+    job = jobs.finetune_job(world, load_recipe(tmp_path / "recipe.json"), tmp_path / "teacher")
+    assert train(world, job)
+    assert [line.keys() for line in logged(tmp_path / "teacher")] == [{"step", "ce", "perplexity", "seconds"}] * 2
+    assert json.loads((tmp_path / "teacher" / "summary.json").read_text())["kept"]["step"] in (2, 4)
+
+
+def test_a_cache_without_the_rows_is_refused_with_the_cure(recipe: Recipe, world: Any, tmp_path: Path) -> None:
+    without = {"teacher.placement": "cache", "cache.path": str(tmp_path / "cache"), "data.validation": None}
+    cached = recipe.changed({**without, "train.validate_every": 0})
+    assert write_cache.cache(world, cached, Stopping())
+    looking = cached.changed({"data.validation": {"share": 0.2}, "train.validate_every": 2})
+    with pytest.raises(
+        InputError, match=r"cache was made of other data.*data.validation was None.*write another with llmkd cache"
+    ):
+        train(world, jobs.distil_job(world, looking, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

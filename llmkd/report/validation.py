@@ -39,7 +39,8 @@ def rule_in_words(validations: Mapping[str, RunValidations]) -> str:
 
 def _words(rule: Rule) -> str:
     """A rule as one sentence."""
-    words = f"validated on {rule.rows} held-out rows every {rule.every} steps and at the last; exported is "
+    when = "after every step" if rule.every == 1 else f"every {rule.every} steps and after the last"
+    words = f"validated on {rule.rows} held-out rows {when}; exported is "
     if rule.keep == "best":
         most = "highest" if rule.by == "validation/agreement" else "lowest"
         words += f"the student of the step with the {most} {rule.by}"

@@ -42,7 +42,7 @@ Line = Sequence[tuple[float, float]]
 Lines = Mapping[str, Mapping[str, Line]]  # strategy -> run -> what is drawn
 Distances = list[tuple[int, dict[int, float]]]  # a run's steps, and by student block the mean distance of its pairs
 Value = TypeVar("Value")
-NO_MARKS: Mapping[str, int] = {}
+NO_MARKS: Mapping[str, tuple[float, float]] = {}
 
 
 class Look(TypedDict):
@@ -184,12 +184,12 @@ def curves(
     strategies: Sequence[str],
     longest: int,
     what: str = "Training",
-    marks: Mapping[str, int] = NO_MARKS,
+    marks: Mapping[str, tuple[float, float]] = NO_MARKS,
 ) -> svg.Picture:
     """One loss part by step: per strategy the mean over seeds (thick) and each seed (thin).
 
-    A strategy's look is its place in `strategies`; `longest` is how many log lines the longest run wrote. `marks`: of a run, the step at
-    which it gets a ring.
+    A strategy's look is its place in `strategies`; `longest` is how many log lines the longest run wrote. `marks`: of a run, where it
+    gets a ring.
     """
     figure, ax = svg.axes(380, 240, 42, 92, 20, 36)
     means, looks = _mean_lines(lines), _looks(lines, strategies)
@@ -197,7 +197,7 @@ def curves(
         for line in runs.values():
             ax.plot(*zip(*line, strict=True), color=looks[strategy]["color"], lw=0.7, alpha=0.45, zorder=2)
         ring = {"ms": 5, "mfc": svg.COLOUR["paper"], "mec": looks[strategy]["color"], "mew": 1.2}
-        for place in (place for run, line in runs.items() for place in line if place[0] == marks.get(run)):
+        for place in (marks[run] for run in runs if run in marks):
             ax.plot(*place, "o", ls="none", zorder=4, **ring)
         ax.plot(*zip(*means[strategy], strict=True), **looks[strategy], lw=2, zorder=3)
     values = [value for runs in lines.values() for line in runs.values() for _, value in line]

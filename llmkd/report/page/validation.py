@@ -26,10 +26,13 @@ def validation_part(results: Results) -> list[html.Content]:
         if run.strategy is not None and run.name in validations:
             groups.setdefault(run.strategy, {})[run.name] = Curve(validations[run.name].lines)
     longest = max(len(run.lines) for run in validations.values())
-    marks = {name: exported(run).step for name, run in validations.items() if run.rule is not None}
+    chosen = {name: exported(run) for name, run in validations.items() if run.rule is not None}
     figures = []
     for measure, words in measured(list(validations.values())).items():
         lines = logged(groups, lambda _, line, measure=measure: line.parts.get(measure))
+        marks = {
+            run: (line.step, value) for run, line in chosen.items() if (value := line.parts.get(measure)) is not None
+        }
         name = f"validation-{measure}"
         picture = curves(name, measure, lines, list(groups), longest, "Validation", marks)
         figures.append(html.figure(picture, f"validation: {measure}", f", {words}"))

@@ -73,17 +73,18 @@ def test_the_rule_is_one_sentence_where_it_is_one_rule() -> None:
     best, last = (RunValidations([LogLine(10, {"ce": 1.0})], rule) for rule in (Rule(**BEST), Rule(10, 8)))
     words = rule_in_words({"a-s0": best, "a-s1": best})
     assert words == (
-        "The same for all students: validated on 256 held-out rows every 10 steps and at the last; exported is the student of the step "
+        "The same for all students: validated on 256 held-out rows every 10 steps and after the last; exported is the student of the step "
         "with the lowest validation/kl; a run stops after 3 validations that are not its best by validation/kl."
     )
     several = rule_in_words({"a-s0": best, "b-s0": last})
     assert several.startswith("Not one rule for all students. a-s0: validated on 256 held-out rows")
     assert (
-        "b-s0: validated on 8 held-out rows every 10 steps and at the last; exported is the student of the last"
+        "b-s0: validated on 8 held-out rows every 10 steps and after the last; exported is the student of the last"
         in several
     )
-    more = replace(best, rule=Rule(10, 8, "best", "validation/agreement"))
-    assert "the step with the highest validation/agreement." in rule_in_words({"a-s0": more})
+    more = replace(best, rule=Rule(1, 8, "best", "validation/agreement"))
+    words = rule_in_words({"a-s0": more})
+    assert "held-out rows after every step;" in words and "the step with the highest validation/agreement." in words
     assert rule_in_words({"a-s0": replace(best, rule=None)}) == "The rule is written when the first run has ended."
 
 
@@ -107,7 +108,7 @@ def test_every_form_of_the_report_has_it(folder: Folder) -> None:
 def test_a_ring_marks_the_exported_step_of_each_finished_run() -> None:
     results = study(seeds=(0,))
     runs = [run.name for run in results.runs if run.strategy is not None]
-    made = [LogLine(step, {"ce": 5.0 - step / 10}) for step in (10, 20, 30)]
+    made = [LogLine(step, {"ce": 5.0 + step / 10}) for step in range(10, 1000, 10)]  # more than are drawn
     marked = {name: RunValidations(made, Rule(**BEST), kept=20) for name in runs}
     pages = [
         Page(whole_page(replace(results, validations=found), [], ""))

@@ -201,11 +201,17 @@ def _entry(
 
 
 def entry_recipe(recipe: Recipe, entry: StudyEntry) -> Recipe:
-    """The recipe of one student of a study. Raises InputError where no student of the study reads an option that the recipe gives."""
+    """The recipe of one student of a study.
+
+    Raises InputError where no student of the study reads an option that the recipe gives, or this one can't have what it asks for.
+    """
     assert entry.strategy is not None, entry
     changes = dict(CE_ONLY if entry.strategy == "ce_only" else recipe.study.changes(entry.strategy))
     if recipe.teacher.share_cache:
         changes["teacher.placement"] = "cache"
     recipe.matching.check_options(recipe.study_strategies)
     strategy = str(changes.get("matching.strategy", recipe.matching.strategy))
-    return recipe.changed({**recipe.matching.without_others(strategy), **changes, "seed": entry.seed})
+    try:
+        return recipe.changed({**recipe.matching.without_others(strategy), **changes, "seed": entry.seed})
+    except InputError as error:  # what a key of the whole recipe asks for, and this student can't have
+        raise InputError(f"{entry.name}: {str(error).removeprefix('the changed recipe: ')}") from error

@@ -18,6 +18,7 @@ from llmkd.errors import InputError
 from llmkd.models.load import load_tokenizer
 from llmkd.recipe.recipe import load_recipe
 from llmkd.recipe.run import Train
+from llmkd.recipe.study_entries import entry_recipe, study_entries
 from llmkd.train import train
 from llmkd.training import checkpoint, jobs, validation
 from llmkd.training.kept import Keeping, Noted, best_of, is_over
@@ -177,3 +178,15 @@ def test_patience_alone_exports_the_last_student(world: Any, tiny: Path, tmp_pat
     assert summary["kept"] is None and summary["steps"] == 4
     changes = {"train.steps": 4, "train.keep": "last", "train.keep_by": "validation/ce"}
     same_to_the_bit(alone / "model", run(world, tiny, tmp_path / "four", changes) / "model")
+
+
+def test_a_rule_that_a_baseline_can_not_follow_is_refused_by_its_name(tiny: Path) -> None:
+    study = {"study.strategies": ["forward"], "study.baselines": ["ce_only"], **BEST}
+    recipe = load_recipe(tiny / "recipe.yaml").changed(study)
+    with pytest.raises(InputError, match=r"^ce_only-s0: train.keep_by: validation/kl compares .* write validation/ce"):
+        for entry in study_entries(recipe):
+            if entry.train is not None:
+                entry_recipe(recipe, entry)
+    for_all = recipe.changed({"train.keep_by": "validation/ce"})
+    kept = [entry_recipe(for_all, entry).train.keep for entry in study_entries(for_all) if entry.train is not None]
+    assert kept == ["best", "best"]

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.start import cpu_seconds
 from llmkd.data.batches import Counts, announced, batches
 from llmkd.distributed.engines import engine
 from llmkd.distributed.launch import launch
@@ -47,12 +47,11 @@ def prepared(folder: Path, steps: int, teacher_steps: int, depth: int, width: in
 
 
 def _run(file: Path, ranks: int, arguments: list[str]) -> tuple[float, float]:
-    """(seconds, CPU seconds) of one launch, interpreter's start included."""
-    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    """(seconds, CPU seconds) of one launch; the first one's has the imports of all."""
+    began, before = time.perf_counter(), cpu_seconds()
     ending = launch(ranks, ["--recipe", str(file), *arguments])
     assert ending.code == 0, f"{arguments} ended with {ending.code}"
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.perf_counter() - began, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.perf_counter() - began, cpu_seconds() - before
 
 
 def trained(recipe: Recipe, changes: dict[str, Any], folder: Path, ranks: int) -> tuple[float, float, float]:

@@ -159,6 +159,11 @@ def server() -> Server:
         return _server
 
 
+def running() -> Server | None:
+    """The server of this process, where there is one already."""
+    return None if _server is None or _server.ended else _server
+
+
 _server: Server | None = None
 _lock = threading.Lock()
 

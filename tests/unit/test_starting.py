@@ -47,8 +47,8 @@ def main() -> int | None:
         ready(arguments[0])
     elif task == "ask":  # a study, say: it asks for a process and waits
         starting.IMPORTS, starting.can_fork = (), lambda: True  # quickly
-        asked = _started(lambda: start(MODULE, ["sleep", arguments[0]], {}, name="asked"), Path(arguments[0]))
-        assert asked
+        asked, _ = _started(lambda: start(MODULE, ["sleep", arguments[0]], {}, name="asked"), Path(arguments[0]))
+        assert asked.poll() is None
         ready(arguments[0] + ".asks")
     return None
 

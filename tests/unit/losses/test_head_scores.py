@@ -63,5 +63,5 @@ def test_without_a_teacher_and_without_a_position(sides: tuple[Tensor, Tensor, T
 
 
 def test_weights_that_learn_get_no_gradient(sides: tuple[Tensor, Tensor, Tensor, TeacherHead, Tensor]) -> None:
-    states, weight, *others = sides
-    assert not head_scores(states, weight.requires_grad_(), *others, 5).ce.requires_grad
+    states, weight, bias, teacher, targets = sides
+    assert not head_scores(states, weight.requires_grad_(), bias, teacher, targets, 5).ce.requires_grad

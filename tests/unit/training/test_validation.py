@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llmkd.data.batches import IGNORE, Batch, announced, collate
 from llmkd.data.other_families import collate_for
@@ -223,6 +224,9 @@ def test_the_last_validation_is_what_the_exported_student_scores(
     assert last["kl"] == pytest.approx(plain["kl"].item(), rel=1e-5)
     assert last["agreement"] == pytest.approx(same.float().mean().item())
     assert sum(last["pairs"].values()) / 3 == pytest.approx(plain["hidden"].item(), rel=1e-5)
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("validation/kl")] == [2, 3]
+    assert board.Scalars("validation/pairs/0<1")[-1].value == pytest.approx(last["pairs"]["0<1"])
 
 
 def test_kl_is_forward_kl_at_temperature_1_whatever_is_trained(recipe: Recipe, world: Any, tmp_path: Path) -> None:

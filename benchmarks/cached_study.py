@@ -27,6 +27,7 @@ from llmkd.provenance import commit, hardware
 from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
 from llmkd.training import build, cache_contents, initial, jobs
 from llmkd.training.steps import Steps
+from llmkd.training.tokens import drawn, tokens_of
 
 STRATEGIES = ("none", "forward", "reverse", "all_to_one", "random")
 NO_TEACHER = {"matching.strategy": "none", "loss.kl": 0.0}
@@ -96,7 +97,7 @@ class Stepper:
         accumulation = build.accumulation_steps(job.train, world.size)
         ds_config = build.training_ds_config(world, job.train, accumulation, folder)
         tokenizer = initial.job_tokenizer(world, job, resuming=False)
-        data = build.tokenized(world, job, tokenizer)
+        data = tokens_of(world, job, tokenizer)
         cached = cache_contents.open_teacher(world, job, tokenizer, data)
         initial.write_initial(world, job, tokenizer, resuming=False)
         module = build.load_student(job, ds_config, build.teacher_width(job))
@@ -106,7 +107,7 @@ class Stepper:
         self._engine = engine(module, ds_config, learning_rate=train.learning_rate, **options)
         loader = batches(
             data, seed=0, start_step=0, steps=train.steps or 0, batch_size=train.batch_size, accumulation=accumulation,
-            rank=world.rank, world_size=world.size, pad_id=tokenizer.pad_token_id, packed=False,
+            rank=world.rank, world_size=world.size, make=drawn(world, job, data, tokenizer.pad_token_id)[1],
         )  # fmt: skip
         self._loader = loader if self._teacher is None else announced(loader, self._teacher.expect)
         self._steps, self._number = Steps(world, job, train.steps or 0, start_step=0), 0

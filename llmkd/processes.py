@@ -55,16 +55,22 @@ def parent_variable() -> dict[str, str]:
 
 
 def end_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it ends, however that ends (Linux; man 2 prctl, PR_SET_PDEATHSIG).
+    """Have the kernel kill this process when the one that started it ends, however that ends (Linux).
 
     Only where one of ours or a launcher started it: a shell may end before what it left running.
     """
     parent = os.environ.pop(PARENT, None)  # what this process starts must not take it for its own
     if sys.platform != "linux" or (parent is None and not any(name in os.environ for name in LAUNCHERS)):
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     if parent is not None and os.getppid() != int(parent):  # it ended before we asked
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends (Linux; man 2 prctl, PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -76,12 +82,15 @@ def only_one_in(folder: Path, patience_seconds: float = 2) -> Iterator[None]:
     """
     file = folder / LOCK
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    deadline = time.monotonic() + patience_seconds
+    began, waiting = time.monotonic(), False
     while (descriptor := _lock(file)) is None:
-        if time.monotonic() > deadline:
+        if time.monotonic() > began + patience_seconds:
             raise InputError(
                 f"{folder}: {_holder(file)} works in this folder; wait for it, stop it, or {ANOTHER_FOLDER}"
             )
+        if not waiting and time.monotonic() > began + 2:
+            waiting = True
+            log.info("%s: waiting for %s, which works in this folder", folder, _holder(file))
         time.sleep(0.1)
     try:
         yield

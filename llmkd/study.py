@@ -211,7 +211,7 @@ def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
         runs.append((recipe.finetune.train, recipe.finetune.data or recipe.data))
     for train, data in runs:
         accumulation_steps(train, ranks)
-        total_steps(train, trained_count(data, len(jobs.read_rows(data))))
+        total_steps(train, sum(trained_count(data, len(jobs.read_rows(part))) for part in data.parts))
         held_out_rows(data)
     check_ds_configs(recipe, ranks)
     family = jobs.teacher_family(recipe, teacher)

@@ -12,11 +12,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from llmkd.data.batches import IGNORE, collate, epoch_batches
+from llmkd.data.batches import IGNORE, collate
 from llmkd.data.formats import RowFormat
+from llmkd.data.order import Source
+from llmkd.data.packing import packed_rows
 from llmkd.data.rows import load_rows
+from llmkd.data.tokenized import PackedSource, PackedTokens, Tokens
 from llmkd.data.tokens import tokenize
 from llmkd.layer_map import EMBEDDING, in_order_random
 from llmkd.losses.schedules import learning_rate
@@ -93,6 +97,26 @@ def recipe_values(folder: Path) -> dict[str, Any]:
     }
 
 
+def in_memory(data: Dataset, recipe: Recipe | None = None) -> Tokens | PackedTokens:
+    """Tokenized rows as batches draw them; packed where the recipe says so."""
+    lengths = np.array(data["length"])
+    tokens = Tokens(data, (lengths,), (Source(0, len(data)),))
+    if recipe is None or recipe.data.batching != "packed":
+        return tokens
+    width = recipe.data.max_length
+    return PackedTokens(tokens, (PackedSource(*packed_rows(lengths, 0, tokens.sources[0], 0, width)),), width)
+
+
+def rows_of_step(data: Dataset, recipe: Recipe, step: int = 0) -> list[Any]:
+    """The rows of a step (from 0) of the recipe's run, one by one also where they are packed."""
+    drawn, size = in_memory(data, recipe), recipe.train.batch_size
+    window, place = divmod(step, drawn.window_steps(size))
+    numbers = drawn.window(window, batch_size=size, seed=recipe.seed)[place]
+    if isinstance(drawn, PackedTokens):
+        numbers = np.concatenate([drawn.rows_of(int(number)) for number in numbers])
+    return [data[int(number)] for number in numbers]
+
+
 def plain_run(
     recipe: Recipe, teacher_folder: Path, student_folder: Path
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
@@ -117,17 +141,10 @@ def plain_run(
         betas=recipe.train.betas,
         eps=recipe.train.epsilon,
     )
-    order = epoch_batches(
-        np.array(data["length"]),
-        batch_size=recipe.train.batch_size,
-        seed=recipe.seed,
-        epoch=0,
-        grouped=recipe.data.batching == "grouped",
-    )
-    assert recipe.train.steps is not None and recipe.train.steps <= len(order)
+    assert recipe.train.steps is not None
     losses = []
     for step in range(recipe.train.steps):
-        batch = collate([data[int(i)] for i in order[step]], pad_id=tokenizer.pad_token_id, packed=False)
+        batch = collate(rows_of_step(data, recipe, step), pad_id=tokenizer.pad_token_id, packed=False)
         if recipe.matching.redraw_every:
             depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
             pairs = in_order_random(*depths, recipe.seed, step // recipe.matching.redraw_every)

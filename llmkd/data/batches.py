@@ -7,16 +7,14 @@ step do not depend on the number of ranks or on accumulation.
 from __future__ import annotations
 
 import functools
-import itertools
-import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from llmkd.errors import InputError
@@ -28,6 +26,18 @@ TokenRow = Mapping[str, Any]
 """A row as tokens: its columns as lists, by name."""
 MULTIPLE = 8
 """Rows of a batch are padded to a multiple of this."""
+
+
+class Drawn(Protocol):
+    """What batches are drawn from: rows or sequences, by their numbers."""
+
+    def window_steps(self, batch_size: int) -> int:
+        """How many steps a window has."""
+        ...
+
+    def window(self, window: int, *, batch_size: int, seed: int) -> np.ndarray:
+        """[steps, batch_size] the numbers that a window's steps are trained on."""
+        ...
 
 
 class Counts(NamedTuple):
@@ -84,31 +94,13 @@ class Batch:
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
-    """Whole batches in one pass. Rows left over are not used in that pass; each pass leaves out others."""
+    """Whole batches in one pass; the rows left over come first in the next."""
     if rows < batch_size:
         raise InputError(
             f"train.batch_size: {batch_size} rows per step, but the data has only {rows}; write a smaller batch, or "
             "give more rows"
         )
     return rows // batch_size
-
-
-def epoch_batches(lengths: np.ndarray, *, batch_size: int, seed: int, epoch: int, grouped: bool) -> np.ndarray:
-    """[steps, batch_size] row numbers of one pass, longest first in each step. A pure function of its arguments.
-
-    Grouped: within windows of about 32 batches rows are sorted by length before they are cut into batches, and the
-    batches shuffled.
-    """
-    steps = steps_per_epoch(len(lengths), batch_size)
-    random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(lengths))[: steps * batch_size]
-    if grouped:
-        windows = np.array_split(order, math.ceil(steps / 32))
-        order = np.concatenate([w[np.argsort(-lengths[w], kind="stable")] for w in windows])
-    cut = order.reshape(steps, batch_size)
-    if grouped:
-        cut = cut[random.permutation(steps)]
-    return np.stack([b[np.argsort(-lengths[b], kind="stable")] for b in cut])
 
 
 def micro_batch_rows(rows: np.ndarray, *, rank: int, world_size: int, accumulation: int) -> list[np.ndarray]:
@@ -121,28 +113,54 @@ def collate(rows: Sequence[TokenRow], *, pad_id: int, packed: bool, numbers: Seq
 
     `numbers`: the rows' numbers in the data (a cached teacher needs them).
     """
-    ids = [row["input_ids"] for row in rows]
-    # The last position of a row predicts nothing, so that no target crosses documents.
-    targets = [
-        [*(token if is_trained else IGNORE for token, is_trained in pairs[1:]), IGNORE]
-        for pairs in (list(zip(row["input_ids"], row["trained"], strict=True)) for row in rows)
-    ]
-    if not packed:
-        input_ids, attended = padded(ids, pad_id)
-        return padded_batch(input_ids, attended, padded(targets, IGNORE)[0], numbers)
-    input_ids = torch.tensor([list(itertools.chain(*ids))])
-    attended = torch.ones_like(input_ids, dtype=torch.bool)
-    positions = torch.cat([torch.arange(len(i)) for i in ids])[None]
-    batch = padded_batch(input_ids, attended, torch.tensor([list(itertools.chain(*targets))]), numbers)
-    return replace(batch, position_ids=positions, attention_mask=None)
+    if packed:
+        return collate_sequences(
+            [rows], width=sum(len(row["input_ids"]) for row in rows), pad_id=pad_id, numbers=numbers
+        )
+    input_ids, attended = padded([row["input_ids"] for row in rows], pad_id)
+    return padded_batch(input_ids, attended, padded([_targets(row) for row in rows], IGNORE)[0], numbers)
 
 
-def padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
+def collate_sequences(
+    sequences: Sequence[Sequence[TokenRow]], *, width: int, pad_id: int, numbers: Sequence[int] = ()
+) -> Batch:
+    """Sequences of rows laid end to end -> one Batch [B, width], filled up with padding.
+
+    Positions begin anew in each row, and in the padding, which attention takes for one more row.
+    """
+    lengths = [[len(row["input_ids"]) for row in rows] for rows in sequences]
+    used = torch.tensor([sum(of_rows) for of_rows in lengths])
+    positions = [[*map(np.arange, of_rows), np.arange(width - sum(of_rows))] for of_rows in lengths]
+    ids, targets = (
+        torch.from_numpy(np.stack([_filled([part(row) for row in rows], width, fill) for rows in sequences]))
+        for part, fill in ((operator.itemgetter("input_ids"), pad_id), (_targets, IGNORE))
+    )
+    batch = padded_batch(ids, torch.arange(width)[None] < used[:, None], targets, numbers)
+    position_ids = torch.from_numpy(np.stack([np.concatenate(parts) for parts in positions]))
+    return replace(batch, position_ids=position_ids, attention_mask=None)
+
+
+def _targets(row: TokenRow) -> np.ndarray:
+    """What each position of a row predicts; the last nothing, so that no target crosses rows."""
+    ids, trained = np.asarray(row["input_ids"], dtype=np.int64), np.asarray(row["trained"], dtype=bool)
+    return np.append(np.where(trained[1:], ids[1:], IGNORE), IGNORE)
+
+
+def _filled(parts: Sequence[Sequence[int] | np.ndarray], width: int, fill: int) -> np.ndarray:
+    """The parts end to end, filled up to `width`."""
+    whole = np.full(width, fill, dtype=np.int64)
+    joined = np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
+    whole[: len(joined)] = joined
+    return whole
+
+
+def padded(rows: Sequence[Sequence[int] | np.ndarray], fill: int) -> tuple[Tensor, Tensor]:
     """(numbers [B, T], which of them are the rows' own [B, T] bool), T a multiple of `MULTIPLE`."""
     width = -(-max(len(row) for row in rows) // MULTIPLE) * MULTIPLE
-    numbers = torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
-    return numbers, torch.arange(width)[None] < lengths[:, None]
+    return torch.from_numpy(np.stack([_filled([row], width, fill) for row in rows])), torch.arange(width)[
+        None
+    ] < lengths[:, None]
 
 
 def padded_batch(ids: Tensor, attended: Tensor, targets: Tensor, numbers: Sequence[int], **more: Tensor) -> Batch:
@@ -179,7 +197,7 @@ def announced(
 
 
 def batches(
-    data: Dataset,
+    data: Drawn,
     *,
     seed: int,
     start_step: int,
@@ -188,25 +206,17 @@ def batches(
     accumulation: int,
     rank: int,
     world_size: int,
-    pad_id: int,
-    packed: bool,
-    make: Callable[..., Batch] = collate,
+    make: Callable[[np.ndarray], Batch],
 ) -> Iterator[list[Batch]]:
-    """For each step from `start_step` on, this rank's micro-batches, prepared one step ahead; `make` collates the rows of one."""
-    lengths = np.array(data["length"])
-    per_epoch = steps_per_epoch(len(lengths), batch_size)
-
-    @functools.lru_cache(maxsize=1)
-    def of_epoch(epoch: int) -> np.ndarray:
-        return epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch, grouped=not packed)
+    """For each step from `start_step` on, this rank's micro-batches, prepared one step ahead; `make` makes one of its rows' numbers."""
+    of_window = functools.lru_cache(maxsize=1)(functools.partial(data.window, batch_size=batch_size, seed=seed))
+    window_length = data.window_steps(batch_size)
 
     def of_step(step: int) -> list[Batch]:
-        epoch, place = divmod(step, per_epoch)
-        mine = micro_batch_rows(of_epoch(epoch)[place], rank=rank, world_size=world_size, accumulation=accumulation)
-        made = (
-            make([data[int(r)] for r in micro], pad_id=pad_id, packed=packed, numbers=micro.tolist()) for micro in mine
-        )
-        return [batch.pinned() if torch.cuda.is_available() else batch for batch in made]
+        window, place = divmod(step, window_length)
+        rows = of_window(window)[place]
+        mine = micro_batch_rows(rows, rank=rank, world_size=world_size, accumulation=accumulation)
+        return [batch.pinned() if torch.cuda.is_available() else batch for batch in map(make, mine)]
 
     # A thread, not a worker process: a process would be ended by the signal that asks this one to save and stop.
     with ThreadPoolExecutor(1) as ahead:

@@ -14,7 +14,8 @@ from datasets import Dataset
 
 from llmkd.data.batches import IGNORE, Batch, Family, TokenRow, collate, padded, padded_batch
 from llmkd.data.formats import RowFormat, check_columns, format_of, texts_of
-from llmkd.data.tokens import Columns, check_end_token, mapped_rows, tokenize
+from llmkd.data.token_files import Columns, Encode, mapped_rows
+from llmkd.data.tokens import check_end_token, encoder
 from llmkd.errors import InputError
 
 FORMATS = {
@@ -43,15 +44,30 @@ def check_format(family: Family, row_format: RowFormat) -> None:
 def tokenize_for(
     family: Family, rows: Dataset, tokenizer: Any, *, row_format: RowFormat, max_length: int, too_long: str
 ) -> Dataset:
-    """The rows as tokens for a model of this family. Raises InputError for a row that lacks its columns, or when no row is left."""
+    """Rows as tokens for a model of this family, in memory. Raises InputError for a row that lacks its columns, or when no row is left."""
+    how = {"row_format": row_format, "max_length": max_length, "too_long": too_long}
+    encode = encoder_for(family, rows.column_names, tokenizer, **how)
+    return mapped_rows(rows, encode, max_length=max_length, too_long=too_long)
+
+
+def encoder_for(
+    family: Family,
+    columns: Sequence[str],
+    tokenizer: Any,
+    *,
+    row_format: RowFormat,
+    max_length: int,
+    too_long: str,
+) -> Encode:
+    """What makes tokens for a model of this family from rows with these columns. Raises InputError where one is missing."""
     check_format(family, row_format)
     if family.kind == "encoder":
-        return tokenize_classified(rows, tokenizer, family.labels, max_length=max_length, too_long=too_long)
+        return classified_encoder(columns, tokenizer, family.labels, max_length=max_length, too_long=too_long)
     if family.kind == "encoder_decoder":
-        format = format_of(rows.column_names, row_format.format, FORMATS[family.kind][1:])
+        format = format_of(columns, row_format.format, FORMATS[family.kind][1:])
         lengths: Any = {"max_length": max_length, "too_long": too_long}
-        return tokenize_sources(rows, tokenizer, family.start, format=format, **lengths)
-    return tokenize(rows, tokenizer, row_format=row_format, max_length=max_length, too_long=too_long)
+        return source_encoder(columns, tokenizer, family.start, format=format, **lengths)
+    return encoder(columns, tokenizer, row_format=row_format, max_length=max_length, too_long=too_long)
 
 
 def collate_for(family: Family) -> Callable[..., Batch]:
@@ -90,13 +106,12 @@ def label_number(label: object, names: Sequence[str], number: int) -> int:
     return label
 
 
-def tokenize_classified(
-    rows: Dataset, tokenizer: Any, labels: Sequence[str], *, max_length: int, too_long: str
-) -> Dataset:
-    """Rows of text (or text_a and text_b) and label -> {input_ids, segments, label, length, row}, by the tokenizer's own template."""
-    pair = "text" not in rows.column_names
-    columns = ("text_a", "text_b", "label") if pair else ("text", "label")
-    check_columns(rows.column_names, columns, "classification")
+def classified_encoder(
+    columns: Sequence[str], tokenizer: Any, labels: Sequence[str], *, max_length: int, too_long: str
+) -> Encode:
+    """From text (or text_a and text_b) and label to {input_ids, segments, class, length, row}, by the tokenizer's own template."""
+    pair = "text" not in columns
+    check_columns(columns, ("text_a", "text_b", "label") if pair else ("text", "label"), "classification")
     cut = {"truncation": True, "max_length": max_length} if too_long == "truncate" else {}
 
     def encoded(columns: Columns, numbers: list[int]) -> Columns:
@@ -112,13 +127,13 @@ def tokenize_classified(
         counted = dict(length=length, whole=whole, useful=[True] * len(ids), row=numbers)
         return {"input_ids": ids, "segments": segments, "class": classes, **counted}
 
-    return mapped_rows(rows, encoded, max_length=max_length, too_long=too_long)
+    return encoded
 
 
 def collate_classified(
     rows: Sequence[TokenRow], *, pad_id: int, packed: bool = False, numbers: Sequence[int] = ()
 ) -> Batch:
-    """Rows of `tokenize_classified` -> one Batch, padded on the right; targets [B, 1] are the classes."""
+    """Rows of `classified_encoder` -> one Batch, padded on the right; targets [B, 1] are the classes."""
     assert not packed, "families.check_usable refuses it"
     ids, attended = padded([row["input_ids"] for row in rows], pad_id)
     segments, _ = padded([row["segments"] for row in rows], 0)
@@ -131,15 +146,15 @@ def collate_classified(
 # Encoder-decoders: source and target
 
 
-def tokenize_sources(
-    rows: Dataset, tokenizer: Any, start: int, *, format: str = "prompt_completion", max_length: int, too_long: str
-) -> Dataset:
-    """Rows of a prompt and a completion -> {source_ids, target_ids, length, row}; both with the tokenizer's own leading and closing tokens.
+def source_encoder(
+    columns: Sequence[str], tokenizer: Any, start: int, *, format: str, max_length: int, too_long: str
+) -> Encode:
+    """From a prompt and a completion to {source_ids, target_ids, length, row}; both with the tokenizer's own leading and closing tokens.
 
     `format`: prompt_completion or alpaca. `target_ids` begin with `start`, which the decoder reads first and never writes, and end with an
     end of sequence. `max_length` bounds each of the two.
     """
-    format_of(rows.column_names, format)
+    format_of(columns, format)
     eos = check_end_token(tokenizer)
 
     def encoded(columns: Columns, numbers: list[int]) -> Columns:
@@ -157,7 +172,7 @@ def tokenize_sources(
         length = [len(s) + len(t) - 1 for s, t in zip(sources, targets, strict=True)]
         return dict(source_ids=sources, target_ids=targets, length=length, whole=whole, useful=useful, row=numbers)
 
-    return mapped_rows(rows, encoded, max_length=max_length, too_long=too_long)
+    return encoded
 
 
 def _prompts_and_completions(columns: Columns, numbers: list[int], format: str) -> tuple[list[str], list[str]]:
@@ -173,7 +188,7 @@ def _prompts_and_completions(columns: Columns, numbers: list[int], format: str) 
 def collate_sources(
     rows: Sequence[TokenRow], *, pad_id: int, packed: bool = False, numbers: Sequence[int] = ()
 ) -> Batch:
-    """Rows of `tokenize_sources` -> one Batch, both sides padded on the right."""
+    """Rows of `source_encoder` -> one Batch, both sides padded on the right."""
     assert not packed, "families.check_usable refuses it"
     source, source_attended = padded([row["source_ids"] for row in rows], pad_id)
     ids, attended = padded([row["target_ids"][:-1] for row in rows], pad_id)

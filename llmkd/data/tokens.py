@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 
 from llmkd.data.formats import RowFormat, format_of, is_chat, texts_of, turns_of
+from llmkd.data.token_files import Columns, Encode, mapped_rows
 from llmkd.data.turns import THOUGHTS_END, Tools, Turn, check_options, has_answer, read_tools, rendered
 from llmkd.errors import InputError
 
-log = logging.getLogger("llmkd")
 PLACEHOLDER = "llmkd0message0here"
 """Stands for an assistant's message in order to find what a chat template writes around it."""
 
 WRITTEN_OTHERWISE = ("assistant", "tool", "function", "ipython", "observation")
 """The roles whose contents a chat template may change: thoughts are cut, results of tools are written as JSON."""
 
-Columns = Mapping[str, list[Any]]
-"""Some rows, column by column."""
 Options = Mapping[str, Any]
 """What a chat template is told beside the chat."""
 Encoded = tuple[list[list[int]], list[list[bool]]]
@@ -32,12 +28,21 @@ Encoded = tuple[list[list[int]], list[list[bool]]]
 
 
 def tokenize(rows: Dataset, tokenizer: Any, *, row_format: RowFormat, max_length: int, too_long: str) -> Dataset:
-    """Rows -> {input_ids, trained (per token), length, row}. Completions and the assistant's messages of a chat are trained, not prompts.
+    """Rows -> {input_ids, trained (per token), length, row}, in memory.
 
-    `row` is the row's number. Prompt and completion are tokenized apart, as they are when the model later continues the
-    prompt. Raises InputError for a row that lacks its columns, or when no row is left.
+    Raises InputError for a row that lacks its columns, or when no row is left.
     """
-    format = format_of(rows.column_names, row_format.format)
+    encode = encoder(rows.column_names, tokenizer, row_format=row_format, max_length=max_length, too_long=too_long)
+    return mapped_rows(rows, encode, max_length=max_length, too_long=too_long)
+
+
+def encoder(columns: Sequence[str], tokenizer: Any, *, row_format: RowFormat, max_length: int, too_long: str) -> Encode:
+    """What makes tokens of rows with these columns. Completions and the assistant's messages of a chat are trained, not prompts.
+
+    Prompt and completion are tokenized apart, as they are when the model later continues the prompt. Raises InputError where a column is
+    missing, and itself for a row that can't be tokenized.
+    """
+    format = format_of(columns, row_format.format)
     check_end_token(tokenizer)
     options = row_format.template_options
     check_options(tokenizer, options)
@@ -50,7 +55,7 @@ def tokenize(rows: Dataset, tokenizer: Any, *, row_format: RowFormat, max_length
         length, useful = [len(i) for i in ids], [any(t[1:]) for t in trained]
         return dict(input_ids=ids, trained=trained, length=length, whole=whole, useful=useful, row=numbers)
 
-    return mapped_rows(rows, tokens, max_length=max_length, too_long=too_long)
+    return tokens
 
 
 def check_end_token(tokenizer: Any) -> int:
@@ -60,33 +65,6 @@ def check_end_token(tokenizer: Any) -> int:
             "the tokenizer has no end-of-sequence token, from which a student learns to stop; set its eos_token"
         )
     return int(tokenizer.eos_token_id)
-
-
-def mapped_rows(
-    rows: Dataset, encode: Callable[[Columns, list[int]], Columns], *, max_length: int, too_long: str
-) -> Dataset:
-    """The rows that are trained on, as tokens.
-
-    `encode` makes token columns of a batch of rows and their numbers; two of them decide whether a row is kept and are then removed,
-    `whole` (its tokens before any truncation) and `useful` (whether it has a token to train). Raises InputError when no row is left.
-    """
-    encoded = rows.map(
-        encode, batched=True, with_indices=True, remove_columns=rows.column_names, load_from_cache_file=False
-    )
-    long, useful = np.array(encoded["whole"]) > max_length, np.array(encoded["useful"])
-    kept = np.flatnonzero(useful & (~long | (too_long == "truncate")))
-    if long.any() or not useful.all():
-        fate = "truncated" if too_long == "truncate" else "dropped"
-        log.info(
-            "data: %d of %d rows are used; %d longer than %d tokens (%s), %d with nothing to train (dropped)",
-            len(kept), len(useful), long.sum(), max_length, fate, (~useful).sum(),
-        )  # fmt: skip
-    if len(kept) == 0:
-        raise InputError(
-            f"data.max_length: no row has a token to train within {max_length} tokens; write a larger max_length, or "
-            "look at the data"
-        )
-    return encoded.select(kept).remove_columns(["whole", "useful"])
 
 
 def encoded(columns: Columns, tokenizer: Any, numbers: list[int], format: str, options: Options) -> Encoded:

@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -27,6 +28,8 @@ import deepspeed  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 Result = TypeVar("Result")
+BEAT_SECONDS = 5
+"""Between two collectives of ranks that wait for long work of one."""
 PRINTED = "llmkd/printed"
 """The store's key by which rank 0 tells the others that it has printed their common mistake."""
 
@@ -175,23 +178,61 @@ def highest(world: World, value: float) -> float:
 
 def on_main(world: World, work: Callable[[], Result]) -> Result:
     """Run `work` on rank 0 while the others wait, and give every rank its result (or its InputError)."""
-    answer: list[Any] = [None, None]
-    failure: BaseException | None = None
-    if world.is_main:
-        try:
-            answer[0] = work()
-        except InputError as error:
-            answer[1] = str(error)
-        except BaseException as error:  # the other ranks must not wait for ever; raised again below
-            answer[1] = storage_problem(error)
-            if answer[1] is None:
-                failure, answer[1] = error, f"rank 0 failed: {type(error).__name__}: {error}"
+    attempt = _attempted(work) if world.is_main else _Attempt()
+    failed = attempt.failure is not None
+    answer: list[Any] = [attempt.result, f"rank 0 {attempt.sentence}" if failed else attempt.sentence]
     dist.broadcast_object_list(answer, src=0, group=world.control)
-    if failure is not None:
-        raise failure
-    if answer[1] is not None:
-        raise InputError(answer[1])
-    return answer[0]
+    if attempt.failure is not None:
+        raise attempt.failure
+    result, sentence = answer
+    if sentence is not None:
+        raise InputError(sentence)
+    return result
+
+
+def on_each_node(world: World, work: Callable[[], Result]) -> list[Result]:
+    """Run `work` on one rank of each node, in a thread, while the others wait, however long it takes.
+
+    All get the nodes' results, by rank, or the first InputError (all ranks take part).
+    """
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(_attempted, work) if world.local_rank == 0 else None
+        while True:  # a collective every few seconds, so that no wait for one takes as long as its timeout
+            done = running is None or bool(wait([running], BEAT_SECONDS).done)
+            if sum_counts(world, [int(not done)]) == [0]:
+                break
+    attempt = None if running is None else running.result()
+    if attempt is not None and attempt.failure is not None:
+        gather(world, (None, f"rank {world.rank} {attempt.sentence}"))
+        raise attempt.failure
+    answers = gather(world, None if attempt is None else (attempt.result, attempt.sentence))
+    results = [answer for answer in answers if answer is not None]
+    for _, sentence in results:
+        if sentence is not None:
+            raise InputError(sentence)
+    return [result for result, _ in results]
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """How a piece of work that one rank does for others ended."""
+
+    result: Any = None
+    sentence: str | None = None
+    """What the other ranks are told."""
+    failure: BaseException | None = None
+    """What is no user's mistake, to be raised where it happened."""
+
+
+def _attempted(work: Callable[[], Any]) -> _Attempt:
+    try:
+        return _Attempt(work())
+    except InputError as error:
+        return _Attempt(sentence=str(error))
+    except BaseException as error:  # the other ranks must not wait for ever
+        problem = storage_problem(error)
+        failed = f"failed: {type(error).__name__}: {error}"
+        return _Attempt(sentence=problem or failed, failure=None if problem else error)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
-from llmkd.data.other_families import collate_classified, tokenize_classified
+from llmkd.data.batches import Family
+from llmkd.data.other_families import collate_classified, tokenize_for
 from llmkd.errors import InputError
 from llmkd.evaluation import class_metrics
 from llmkd.evaluation.held_out import load_to_run, local_hashes, read_rows
@@ -71,7 +72,8 @@ def score(model: ClassificationResult, rows: Dataset, task: Task) -> tuple[Class
     folder, data = Path(model.model), task.data
     encoder = load_to_run(folder, task.settings.dtype)
     labels, tokenizer = family(encoder.config).labels, load_tokenizer(folder)
-    tokens = tokenize_classified(rows, tokenizer, labels, max_length=data.max_length, too_long=data.too_long)
+    how = {"row_format": data.row_format, "max_length": data.max_length, "too_long": data.too_long}
+    tokens = tokenize_for(Family("encoder", labels=tuple(labels)), rows, tokenizer, **how)
     size = task.settings.batch_size if isinstance(task.settings.batch_size, int) else ROWS
     order = sorted(range(len(tokens)), key=lambda number: tokens[number]["length"])
     layer = head(encoder)

@@ -47,9 +47,11 @@ def held_out_data(section: Generation | Classification, data: Data, rows: int | 
     if section.name is not None or section.source is not None:
         changes["name"] = section.name
     if section.source is not None:
-        changes |= {"source": section.source, "columns": data.columns if section.columns is None else section.columns}
+        like = next((part for part in data.sources if part.source == section.source), data)
+        changes |= {"source": section.source, "sources": (), "template_options": like.template_options}
+        changes["columns"] = like.columns if section.columns is None else section.columns
         own = section.format if isinstance(section, Generation) else None
-        changes["format"] = own or ("auto" if data.format == "text" else data.format)
+        changes["format"] = own or ("auto" if like.format == "text" else like.format)
     return data.model_copy(update=changes)
 
 

@@ -19,8 +19,9 @@ import numpy as np
 from datasets import Dataset
 
 from llmkd import provenance
-from llmkd.data.batches import MULTIPLE, epoch_batches
+from llmkd.data.batches import MULTIPLE
 from llmkd.data.formats import FORMATS, FURTHER, format_of, is_chat
+from llmkd.data.order import Source, rows_of_window, window_steps
 from llmkd.data.tokens import tokenize
 from llmkd.data.turns import THOUGHTS, THOUGHTS_END
 from llmkd.errors import InputError
@@ -196,12 +197,12 @@ def _validation(recipe: Recipe, rows: int) -> list[Finding]:
     if given is None:
         return []
     apart = held_out_rows(recipe.data)
-    if apart is None:
+    if not apart:
         assert given.share is not None
         count = held_out_count(rows, given.share)
         text = f"validation: {count:,} of the {rows:,} rows are held out and never trained on"
     else:
-        count = len(apart)
+        count = sum(len(rows_apart) for rows_apart in apart)
         text = f"validation: {count:,} rows of their own"
     text += f", {min(count, given.rows):,} of them are validated"
     if recipe.train.validate_every:
@@ -213,7 +214,10 @@ def _padding(recipe: Recipe, lengths: np.ndarray) -> float:
     """The share of padding in the first pass's micro-batches, on one rank."""
     if len(lengths) < recipe.train.batch_size:
         return 0.0
-    order = epoch_batches(lengths, batch_size=recipe.train.batch_size, seed=recipe.seed, epoch=0, grouped=True)
+    sources, size = [Source(0, len(lengths))], recipe.train.batch_size
+    windows = range(max(1, len(lengths) // (window_steps(sources, size) * size)))
+    how: Any = {"lengths": lengths.__getitem__, "batch_size": size, "seed": recipe.seed}
+    order = np.concatenate([rows_of_window(window, sources, **how) for window in windows])
     micro = lengths[order].reshape(-1, recipe.train.micro_batch_size)
     width = -(-micro.max(axis=1) // MULTIPLE) * MULTIPLE
     return float(1 - micro.sum() / (width.sum() * recipe.train.micro_batch_size))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from pathlib import PurePath
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from llmkd.data.formats import RowFormat, check_names, check_option_names
 from llmkd.errors import InputError
-from llmkd.recipe.section import Section
+from llmkd.recipe.section import NO_EFFECT, Section
+
+_PLACE = ("source", "name", "split", "rows", "records_seed")
 
 Format = Literal["auto", "prompt_completion", "messages", "sharegpt", "alpaca", "text", "classification"]
 
@@ -51,15 +54,15 @@ class Validation(Section):
         return self
 
 
-class Data(Section):
-    """The rows that models are trained on."""
+class Rows(Section):
+    """Where rows are, and what they hold."""
 
     source: str = "records"
     """`records` (the built-in task); a local .jsonl, .json, .parquet or .csv file (may be .gz) or a folder of them; or a hub name."""
     name: str | None = None
     """The hub data set's configuration."""
     split: str = "train"
-    """The split to train on."""
+    """The split to read."""
     rows: int | None = Field(default=None, gt=0)
     """Use the first `rows` rows; the built-in task is endless and needs it."""
     records_seed: int = 0
@@ -76,14 +79,6 @@ class Data(Section):
     """Other names of columns, the data's own -> the format's: `{question: prompt, answer: completion}`. All else goes by the new names."""
     template_options: dict[str, Any] = {}
     """What the chat template is told beside the chat, in training and whenever a model answers: `{enable_thinking: false}`."""
-    max_length: int = Field(default=512, gt=1)
-    """Longest row in tokens; for an encoder-decoder, of prompt and completion each."""
-    too_long: Literal["drop", "truncate"] = "drop"
-    """What is done with a row of more than `max_length` tokens; how many there are is logged."""
-    batching: Literal["grouped", "packed"] = "grouped"
-    """`grouped`: rows of similar length are padded together. `packed`: rows are laid end to end, with attention kept within each."""
-    validation: Validation | None = None
-    """The rows that a run is validated on; if left out, there are none."""
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
@@ -99,18 +94,75 @@ class Data(Section):
         """How these rows are read."""
         return RowFormat(self.format, self.columns, self.template_options)
 
+
+class MixtureSource(Rows):
+    """One of several sources that are trained on together."""
+
+    weight: float | None = Field(default=None, gt=0)
+    """How much of the batches it gives, beside the others' weights: a share of rows, or of sequences where they are packed; default: the
+    number of its rows."""
+
+
+class Data(Rows):
+    """The rows that models are trained on."""
+
+    sources: tuple[MixtureSource, ...] = ()
+    """Several sources in place of `source`, mixed by weight in every step: `[{source: a.jsonl, weight: 2}, {source: b.jsonl}]`."""
+    max_length: int = Field(default=512, gt=1)
+    """Longest row in tokens; for an encoder-decoder, of prompt and completion each."""
+    too_long: Literal["drop", "truncate"] = "drop"
+    """What is done with a row of more than `max_length` tokens; how many there are is logged."""
+    batching: Literal["grouped", "packed"] = "grouped"
+    """`grouped`: rows of similar length are padded together. `packed`: rows fill sequences of `max_length` tokens, by best fit, with
+    attention kept within each row; `train.batch_size` and `train.micro_batch_size` then count sequences."""
+    validation: Validation | None = None
+    """The rows that a run is validated on; if left out, there are none."""
+    tokens: Annotated[str | None, NO_EFFECT] = None
+    """The folder in which rows are kept as tokens, for all runs that have the same; default: tokens/ in `output`."""
+
     @model_validator(mode="after")
-    def _validation_is_apart(self) -> Data:
-        validation = self.held_out
-        if validation is not None and self._named(validation) == self._named(self):
-            raise ValueError(
-                f"validation.split: the split {self.split!r} of {self.source!r} is trained on; write another split, or share: 0.05"
-            )
+    def _one_place(self) -> Self:
+        if self.sources:
+            own = [key for key in _PLACE if getattr(self, key) != type(self).model_fields[key].default]
+            if own:
+                raise ValueError(
+                    f"{own[0]}: `sources` says where the rows are; write {own[0]} there, or leave one of the two out"
+                )
+        for number, part in enumerate(self.sources):
+            if part.source == "records" and part.rows is None:
+                raise ValueError(
+                    f"sources.{number}.rows: the built-in task is endless; write how many to use, e.g. rows: 20000"
+                )
         return self
 
-    @staticmethod
-    def _named(data: Data) -> tuple[str, str | None, str, int]:
-        return data.source, data.name, data.split, data.records_seed
+    @property
+    def parts(self) -> tuple[Rows, ...]:
+        """Where the rows are: each source, or the only one."""
+        return self.sources or (self,)
+
+    @property
+    def weights(self) -> tuple[float | None, ...]:
+        """Of each part; None where it is the number of its rows."""
+        return tuple(part.weight for part in self.sources) or (None,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parts' names in logs: a file's or a hub name's last part, with its split where it is not `train`."""
+        names: list[str] = []
+        for part in self.parts:
+            name = PurePath(part.source).name.partition(".")[0] + ("" if part.split == "train" else f"-{part.split}")
+            names.append(name if name not in names else f"{name}-{len(names) + 1}")
+        return tuple(names)
+
+    @model_validator(mode="after")
+    def _validation_is_apart(self) -> Data:
+        trained = [(part.source, part.name, part.split, part.records_seed) for part in self.parts]
+        for part in () if self.held_out is None else self.held_out.parts:
+            if (part.source, part.name, part.split, part.records_seed) in trained:
+                raise ValueError(
+                    f"validation.split: the split {part.split!r} of {part.source!r} is trained on; write another split, or share: 0.05"
+                )
+        return self
 
     @property
     def held_out(self) -> Data | None:
@@ -118,9 +170,14 @@ class Data(Section):
         given = self.validation
         if given is None or given.share is not None:
             return None
+        if given.source is None and self.sources:
+            share = {"split": given.split, "rows": max(1, given.rows // len(self.sources))}
+            return self.model_copy(
+                update={"validation": None, "sources": tuple(part.model_copy(update=share) for part in self.sources)}
+            )
         changes: dict[str, object] = {"validation": None, "rows": given.rows, "split": given.split or "train"}
         if given.source is not None:
             columns = self.columns if given.columns is None else given.columns
-            changes |= {"source": given.source, "name": given.name, "columns": columns}
+            changes |= {"source": given.source, "name": given.name, "columns": columns, "sources": ()}
             changes["format"] = given.format or self.format
         return self.model_copy(update=changes)

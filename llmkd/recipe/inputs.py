@@ -10,7 +10,8 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from llmkd.recipe.data import Data, Validation
-from llmkd.recipe.recipe import Recipe, section_at
+from llmkd.recipe.messages import section_at
+from llmkd.recipe.recipe import Recipe
 from llmkd.recipe.run import Cache, Finetune, Train
 from llmkd.recipe.section import NO_EFFECT, Section
 
@@ -64,6 +65,8 @@ def _inputs(section: Section) -> dict[str, Any]:
                 del values[key]
         elif isinstance(value, Mapping):
             values[key] = {k: _inputs(v) if isinstance(v, Section) else plain[key][k] for k, v in value.items()}
+        elif isinstance(value, tuple) and value and isinstance(value[0], Section):
+            values[key] = [_inputs(part) for part in value]
         else:
             values[key] = plain[key]
     return flat(values)
@@ -74,7 +77,7 @@ def input_text(inputs: Mapping[str, Any], key: str) -> str:
     if key in inputs:
         return repr(inputs[key])
     *place, name = key.split(".")
-    section = section_at(place)
+    section = section_at(place, Recipe)
     field = None if section is None else section.model_fields.get(name)
     default = (
         None

@@ -6,12 +6,11 @@ single values (`temperature=recipe.loss.temperature`), never the recipe.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -21,6 +20,7 @@ from llmkd.layer_map import STRATEGIES
 from llmkd.losses.distance_sum import KNOWN
 from llmkd.recipe.data import Data
 from llmkd.recipe.evaluation import Evaluation, Study
+from llmkd.recipe.messages import sentence
 from llmkd.recipe.models import Student, Teacher
 from llmkd.recipe.objective import Loss, Matching, Stones, within
 from llmkd.recipe.run import Cache, Finetune, Train, check_validation
@@ -65,8 +65,18 @@ class Recipe(Section):
                 "teacher.path: give exactly one of teacher.path (where the teacher is) and finetune (how to make it)"
             )
         for where, data in (("data", self.data), ("finetune.data", self.finetune.data if self.finetune else None)):
-            if data is not None and data.source == "records" and data.rows is None:
+            if data is not None and not data.sources and data.source == "records" and data.rows is None:
                 raise ValueError(f"{where}.rows: the built-in task is endless; write how many to use, e.g. rows: 20000")
+        return self
+
+    @model_validator(mode="after")
+    def _held_out_rows_have_a_source(self) -> Recipe:
+        for key in ("generation", "classification"):
+            section = getattr(self.evaluation, key)
+            if section is not None and section.source is None and self.data.sources:
+                raise ValueError(
+                    f"evaluation.{key}.source: the data has several sources; name the one whose held-out rows are read"
+                )
         return self
 
     @model_validator(mode="after")
@@ -202,6 +212,11 @@ class Recipe(Section):
         return Path(os.path.expanduser(self.output)) / self.name
 
     @property
+    def tokens_folder(self) -> Path:
+        """Where rows are kept as tokens, for all recipes with this output; `data.tokens` puts them elsewhere."""
+        return Path(os.path.expanduser(self.output)) / "tokens"
+
+    @property
     def cache_folder(self) -> Path:
         """Where the teacher's cache is written and read."""
         return Path(os.path.expanduser(self.cache.path)) if self.cache.path else self.folder / "cache"
@@ -278,69 +293,4 @@ def _validated(values: dict[str, Any], where: str) -> Recipe:
             json.dumps(values, default=str)
         )  # as JSON: strict, yet a list may fill a tuple
     except ValidationError as error:
-        raise InputError(f"{where}: {_sentence(error, values)}") from error
-
-
-def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
-    """A pydantic error in one sentence with the cure: that of an unknown key (a missing one misspelt, perhaps), else the first."""
-    problem = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
-    # without the kinds of value that pydantic tried, e.g. `str` or `dict[str,float]`
-    location = [part for part in problem["loc"] if not (isinstance(part, str) and ("[" in part or part == "str"))]
-    key = ".".join(str(part) for part in location)
-    kind = problem["type"]
-    message = problem["msg"].removeprefix("Value error, ")
-    examples = [] if kind in ("extra_forbidden", "missing", "value_error") else _examples(location[:2])
-    if examples:  # pydantic's own sentence would be about one of several kinds of value
-        value: Any = values
-        for part in location[:2]:
-            value = value[part]
-        return f"{'.'.join(map(str, location[:2]))}: {value!r} can't be read; write e.g. {' or '.join(examples)}"
-    if kind == "extra_forbidden":
-        known = _keys_at(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}")
-    if kind == "missing":
-        return f"key {key!r} is missing; add it"
-    if kind == "value_error":  # a validator's own sentence, which starts with its key, whole or from the section on
-        return message if not location or message.startswith(str(location[0])) else f"{key}.{message}"
-    if kind in ("model_type", "model_attributes_type"):
-        return f"{key}: a section is a mapping of keys (got {problem['input']!r}); write at least one of {', '.join(_keys_at(location))}"
-    cure = "; write it in quotes" if kind == "string_type" else ""
-    return f"{key}: {message[0].lower()}{message[1:]} (got {problem['input']!r}){cure}"
-
-
-def _examples(location: Sequence[Any]) -> list[str]:
-    """The examples that the field at [section, key] declares, as YAML."""
-    section = None if len(location) != 2 else section_at(location[:1])
-    field = None if section is None else section.model_fields.get(location[1])
-    examples = [] if field is None else field.examples or []
-    return [yaml.safe_dump(e, default_flow_style=True, width=1000).removesuffix("...\n").strip() for e in examples]
-
-
-def _keys_at(location: Sequence[Any]) -> list[str]:
-    section = section_at(location)
-    if section is None:  # a list of sections
-        section = section_at(location[:-1])
-    assert section is not None, location
-    return list(section.model_fields)
-
-
-def section_at(location: Sequence[Any]) -> type[Section] | None:
-    """The class of the section at this place of a recipe; None for the place of a value."""
-    section: Any = Recipe
-    for part in location:
-        if get_origin(section) is dict:  # of sections by name
-            section = section.__args__[1]
-            continue
-        if section not in _sections((section,)) or part not in section.model_fields:
-            return None
-        annotation = section.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(iter(_sections(options)), None) or next(
-            (o for o in options if get_origin(o) is dict and _sections(o.__args__)), None
-        )
-    return next(iter(_sections((section,))), None)
-
-
-def _sections(options: Iterable[Any]) -> list[type[Section]]:
-    return [o for o in options if isinstance(o, type) and issubclass(o, Section)]
+        raise InputError(f"{where}: {sentence(error, values, Recipe)}") from error

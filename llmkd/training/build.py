@@ -11,23 +11,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedConfig
 
-from llmkd import hub
 from llmkd.data.batches import Batch, steps_per_epoch
-from llmkd.data.other_families import tokenize_for
 from llmkd.distributed.compiled import check_asynchronous_io
 from llmkd.distributed.ds_configs import DsConfig, teacher_ds_config
 from llmkd.distributed.engines import parameter_count
-from llmkd.distributed.ranks import PipelineGroup, World, all_rows, on_main
+from llmkd.distributed.ranks import PipelineGroup, World, all_rows
 from llmkd.errors import InputError
 from llmkd.losses.distance_sum import AllRows
 from llmkd.losses.schedules import learning_rate
 from llmkd.models import families, load
 from llmkd.models.parts import blocks
-from llmkd.models.vocabularies import check_rows
 from llmkd.recipe import recipe
 from llmkd.recipe.ds_config import completed_ds_config
 from llmkd.student.connectors import fit_connectors, make_connectors
@@ -38,7 +34,7 @@ from llmkd.teachers.pipeline import PipelineTeacher
 from llmkd.teachers.pipeline_schedule import stage_count
 from llmkd.teachers.pipeline_stage import load_stage, teacher_cut
 from llmkd.teachers.resident import ResidentTeacher
-from llmkd.training.jobs import Job, read_rows
+from llmkd.training.jobs import Job
 
 log = logging.getLogger("llmkd")
 
@@ -81,27 +77,6 @@ def rate_of_step(train: recipe.Train, steps: int) -> Callable[[int], float]:
 def training_ds_config(world: World, train: recipe.Train, accumulation: int, folder: Path) -> DsConfig:
     """The DeepSpeed configuration of a run, completed from the recipe."""
     return completed_ds_config(train, ranks=world.size, accumulation=accumulation, nvme_path=str(folder / "nvme"))
-
-
-def tokenized(world: World, job: Job, tokenizer: Any) -> Dataset:
-    """The job's rows as tokens; rank 0 reads them first, so that downloads happen and caches are written once.
-
-    Raises InputError where one holds a token that only one of the student and its teacher has.
-    """
-    first: list[Dataset] = []
-    data = job.data
-
-    def read() -> str | None:
-        first.append(read_rows(data))
-        return hub.last_problem()
-
-    hub.believe(on_main(world, read))
-    rows = first[0] if first else read_rows(data)
-    tokens = tokenize_for(
-        job.family, rows, tokenizer, row_format=data.row_format, max_length=data.max_length, too_long=data.too_long
-    )
-    check_rows(tokens, job.further_tokens, f"data.source ({data.source})")
-    return tokens
 
 
 def demand_of(job: Job) -> Demand:

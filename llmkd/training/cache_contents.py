@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 
+from llmkd.data.tokenized import Tokens
 from llmkd.distributed.ranks import World, on_main
 from llmkd.errors import InputError
 from llmkd.layer_map import Pairs
@@ -33,7 +33,7 @@ VERIFIED_AT_START = 8 * 2**30
 """Up to so many bytes `cache.verify: auto` compares all checksums before training; half a minute on a slow disk."""
 
 
-def contents_of(recipe: Recipe, students: Sequence[Student], teacher: Path, tokenizer: Any, data: Dataset) -> Contents:
+def contents_of(recipe: Recipe, students: Sequence[Student], teacher: Path, tokenizer: Any, data: Tokens) -> Contents:
     """What a cache of the recipe's teacher and data holds that serves these students (rank 0 alone: all tokens are hashed)."""
     settings = recipe.teacher
     shape = load.load_config(teacher, trust_remote_code=settings.trust_remote_code)
@@ -47,15 +47,15 @@ def contents_of(recipe: Recipe, students: Sequence[Student], teacher: Path, toke
             "teacher": folders.folder_contents(teacher, weights_alone=True),
             "teacher.dtype": settings.dtype,
             "tokenizer": _short(json.dumps(sorted(tokenizer.get_vocab().items()))),
-            "data": tokens_hash(data),
+            "data": tokens_hash(data.rows),
         },
         recipe={
             "teacher.path": recipe.teacher_path,
             "teacher.dtype": settings.dtype,
-            **{f"data.{key}": value for key, value in recipe.data.model_dump(mode="json").items()},
+            **{f"data.{key}": value for key, value in recipe.data.model_dump(mode="json", exclude={"tokens"}).items()},
         },
-        rows=len(data),
-        tokens=int(np.sum(data["length"])),
+        rows=len(data.rows),
+        tokens=int(data.all_lengths.sum()),
         hidden=shape.hidden_size,
         dtype=recipe.cache.dtype,
         columns=columns if top_k else None,
@@ -152,7 +152,7 @@ def _short(text: str) -> str:
 # The cache on disk
 
 
-def open_teacher(world: World, job: Job, tokenizer: Any, data: Dataset) -> CacheTeacher | None:
+def open_teacher(world: World, job: Job, tokenizer: Any, data: Tokens) -> CacheTeacher | None:
     """The job's teacher from its cache (all ranks take part); None where the recipe places it elsewhere.
 
     Raises InputError, before anything of the run is written, unless the cache is whole and of the same teacher, tokenizer and data,

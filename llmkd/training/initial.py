@@ -65,12 +65,14 @@ def teacher_tokenizer(recipe: Recipe) -> Any:
     """The tokenizer of a new teacher, trained on its data (rank 0 alone)."""
     settings = recipe.finetune
     assert settings is not None and settings.architecture is not None
-    rows = read_rows(settings.data or recipe.data)
-    if "messages" in rows.column_names:
+    sources = [read_rows(part) for part in (settings.data or recipe.data).parts]
+    if any("messages" in rows.column_names for rows in sources):
         raise InputError(
             "finetune.architecture: a new tokenizer has no chat template; give prompt/completion or text data"
         )
-    texts = (text for column in TEXT_COLUMNS if column in rows.column_names for text in rows[column])
+    texts = (
+        text for rows in sources for column in TEXT_COLUMNS if column in rows.column_names for text in rows[column]
+    )
     kind = families.kind(new_config(settings.architecture.model_dump()))
     return make.new_tokenizer(texts, settings.architecture.vocab_size, kind)
 

@@ -28,7 +28,7 @@ from llmkd.models import families, folders, load, make
 from llmkd.models.architectures import new_config
 from llmkd.models.stored import read_config
 from llmkd.models.vocabularies import check_same_tokens
-from llmkd.recipe.data import Data
+from llmkd.recipe.data import Data, Rows
 from llmkd.recipe.inputs import finetune_inputs, fingerprint, training_inputs
 from llmkd.recipe.models import Student, Teacher
 from llmkd.recipe.recipe import Recipe
@@ -196,7 +196,7 @@ def teacher_family(recipe: Recipe, shape: Any) -> Family:
     family = families.family(shape)
     if recipe.finetune is None or family.kind != "encoder":
         return family
-    return Family("encoder", labels=label_names(read_rows(recipe.finetune.data or recipe.data)))
+    return Family("encoder", labels=labels_of(recipe.finetune.data or recipe.data))
 
 
 def _check_redraws(recipe: Recipe, teacher: Any, student: Any) -> None:
@@ -251,7 +251,7 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
         family = families.family(shape)
     check_format(family, data.row_format)
     if family.kind == "encoder":  # its classes are the data's, not the checkpoint's
-        family = Family("encoder", labels=on_main(world, lambda: label_names(read_rows(data))))
+        family = Family("encoder", labels=on_main(world, lambda: labels_of(data)))
     job = Job(
         folder=folder,
         recipe=recipe,
@@ -293,11 +293,13 @@ def teacher_inputs(recipe: Recipe) -> dict[str, Any]:
 def _contents(train: Train, data: Data) -> dict[str, str]:
     """Hashes of the local files that these sections name; what is on the hub is identified by its name alone."""
     hashes = {}
-    if (rows := source_contents(data.source, data.split)) is not None:
-        hashes["data.source:contents"] = rows
-    if train.chooses and (held_out := data.held_out) is not None:
-        if (rows := source_contents(held_out.source, held_out.split)) is not None:
-            hashes["data.validation.source:contents"] = rows
+    for number, part in enumerate(data.parts):
+        if (rows := source_contents(part.source, part.split)) is not None:
+            hashes[f"data.sources.{number}:contents" if data.sources else "data.source:contents"] = rows
+    held_out = data.held_out if train.chooses else None
+    for number, part in enumerate(() if held_out is None else held_out.parts):
+        if (rows := source_contents(part.source, part.split)) is not None:
+            hashes[f"data.validation.{number}:contents" if number else "data.validation.source:contents"] = rows
     if train.deepspeed.endswith(".json"):
         hashes["train.deepspeed:contents"] = fingerprint(load_ds_config(train.deepspeed, ROOT / "ds_configs"))
     return hashes
@@ -324,7 +326,16 @@ def _check_lengths(max_length: int, positions: int | None, where: str) -> None:
         )
 
 
-def read_rows(data: Data) -> Dataset:
-    """The rows that a recipe's data section names, as text."""
-    which = {"name": data.name, "split": data.split, "rows": data.rows, "records_seed": data.records_seed}
-    return load_rows(data.source, **which, columns=data.columns)
+def read_rows(part: Rows) -> Dataset:
+    """The rows of a source, as text."""
+    which = {"name": part.name, "split": part.split, "rows": part.rows, "records_seed": part.records_seed}
+    return load_rows(part.source, **which, columns=part.columns)
+
+
+def labels_of(data: Data) -> tuple[str, ...]:
+    """The classes of an encoder's rows."""
+    if data.sources:
+        raise InputError(
+            "data.sources: an encoder is trained on one source, whose labels are its classes; write data.source"
+        )
+    return label_names(read_rows(data))

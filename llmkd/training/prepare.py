@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from llmkd.data.batches import Batch, announced, batches
-from llmkd.data.other_families import collate_for
 from llmkd.distributed.ds_configs import on_other_ranks
 from llmkd.distributed.engines import engine
 from llmkd.distributed.ranks import World
@@ -21,7 +20,7 @@ from llmkd.recipe.recipe import dump_recipe
 from llmkd.student.distiller import Distiller
 from llmkd.student.passes import StepSettings
 from llmkd.teachers.base import Signal, Teacher
-from llmkd.training import build, cache_contents, checkpoint, finite, initial, nearest
+from llmkd.training import build, cache_contents, checkpoint, finite, initial, nearest, tokens
 from llmkd.training.jobs import Job
 from llmkd.training.validation_rows import run_rows, validation_batches
 
@@ -98,18 +97,15 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None) -> Prepare
         ds_config = on_other_ranks(ds_config)
     tokenizer = initial.job_tokenizer(world, job, resuming=resume is not None)
     data = run_rows(world, job, tokenizer)
-    steps = build.total_steps(settings, len(data.training))
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    drawn, make = tokens.drawn(world, job, data.training, pad_id)
+    steps = build.total_steps(settings, drawn.count)
     rate = build.rate_of_step(settings, steps)
     cached = cache_contents.open_teacher(world, job, tokenizer, data.all)
     initial.write_initial(world, job, tokenizer, resuming=resume is not None)  # the first thing written
-    reading: dict[str, Any] = dict(
-        make=collate_for(job.family),
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        packed=job.data.batching == "packed",
-    )
-    shared = dict(accumulation=accumulation, rank=world.rank, world_size=world.size)
-    rows = functools.partial(batches, data.training, seed=job.seed, batch_size=settings.batch_size, **shared, **reading)
-    validation = validation_batches(world, job, data, **reading)
+    shared = dict(accumulation=accumulation, rank=world.rank, world_size=world.size, make=make)
+    rows = functools.partial(batches, drawn, seed=job.seed, batch_size=settings.batch_size, **shared)
+    validation = validation_batches(world, job, data, pad_id)
     if job.recipe.measures_map and not job.makes_teacher:
         job = nearest.settled(world, job, rows, resuming=resume is not None)
     module = build.load_student(job, ds_config, build.teacher_width(job), build.rows_of_all_ranks(world, job))
@@ -133,7 +129,7 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None) -> Prepare
         (job.folder / "recipe.yaml").write_text(dump_recipe(job.recipe))
     if resume is None and module.stones is not None:
         build.fit_stones(world, job, student, teacher, rows)
-    _announce(world, job, steps, accumulation, len(data.training))
+    _announce(world, job, steps, accumulation, drawn.count)
     done = (0, ()) if resume is None else (resume.step, resume.validations)
     held_out = 0 if data.validation is None else len(data.validation)
     return PreparedRun(job, student, module, teacher, rows, rate, done[0], steps, validation, held_out, done[1])
@@ -142,5 +138,6 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None) -> Prepare
 def _announce(world: World, job: Job, steps: int, accumulation: int, rows: int) -> None:
     settings = job.train
     spread = f"{world.size} ranks x {accumulation} accumulation x {settings.micro_batch_size}"
-    log.info("%s: %d rows, %d steps of %d rows = %s", job.title, rows, steps, settings.batch_size, spread)
+    unit = "sequences" if job.data.batching == "packed" else "rows"
+    log.info("%s: %d %s, %d steps of %d = %s", job.title, rows, unit, steps, settings.batch_size, spread)
     log.info("%s: %s on %s, %s", job.title, settings.deepspeed, world.device, settings.dtype)

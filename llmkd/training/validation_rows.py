@@ -4,82 +4,78 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
 from llmkd.data.batches import Batch
+from llmkd.data.order import permuted
+from llmkd.data.other_families import collate_for
 from llmkd.data.rows import local_files
+from llmkd.data.tokenized import Tokens
 from llmkd.distributed.ranks import World, on_main
 from llmkd.errors import InputError
 from llmkd.recipe.data import Data
-from llmkd.training import build
 from llmkd.training.jobs import Job, read_rows
+from llmkd.training.tokens import tokens_of
 
 
 @dataclass(frozen=True)
 class RunRows:
     """A run's rows as tokens."""
 
-    training: Dataset
-    validation: Dataset | None
-    """None where the recipe's data has no section `validation`."""
-
-    @property
-    def all(self) -> Dataset:
-        """Those of training and after them those of validation: by its place here a cache knows a row."""
-        return self.training if self.validation is None else concatenate_datasets([self.training, self.validation])
+    all: Tokens
+    """Those that are trained on, and those of validation; by its number here a cache knows a row."""
+    training: Tokens
+    """All but rows of validation that have a source or a split of their own."""
+    validation: np.ndarray | None
+    """Numbers in `all`; None where the recipe's data has no section `validation`."""
 
 
 def run_rows(world: World, job: Job, tokenizer: Any) -> RunRows:
     """The job's rows (all ranks take part). Raises InputError where rows are both trained and validated on, or none is left to train on."""
     given, apart = job.data.validation, job.data.held_out
     on_main(world, lambda: check_apart(job.data))
-    rows = build.tokenized(world, job, tokenizer)
+    rows = tokens_of(world, job, tokenizer)
     if given is None:
-        return RunRows(rows, None)
+        return RunRows(rows, rows, None)
     if apart is not None:
         with _named():
-            return RunRows(rows, build.tokenized(world, replace(job, data=apart), tokenizer))
+            own = tokens_of(world, replace(job, data=apart), tokenizer)
+        return RunRows(rows.followed_by(own), rows, np.arange(len(rows.rows), len(rows.rows) + len(own.rows)))
     assert given.share is not None
-    trained, held_out = divided(rows, given.share, given.seed)
-    return RunRows(trained, held_out.select(range(min(given.rows, len(held_out)))))
+    sources = [replace(part, held_out=held_out_count(part.rows, given.share)) for part in rows.sources]
+    divided = replace(rows, sources=tuple(sources), held_out_seed=given.seed)
+    held_out = divided.held_out
+    some = permuted(np.arange(min(given.rows, len(held_out))), len(held_out), (given.seed,))
+    return RunRows(divided, divided, held_out[some])
 
 
-def validation_batches(
-    world: World, job: Job, rows: RunRows, make: Callable[..., Batch], *, pad_id: int, packed: bool
-) -> list[Batch]:
+def validation_batches(world: World, job: Job, rows: RunRows, pad_id: int) -> list[Batch]:
     """This rank's micro-batches of the rows of validation, as many as every other rank's, the longest rows first; none without such rows.
 
     They have `train.micro_batch_size` rows or one less; one more only where the ranks could not have as many each otherwise. Raises
     InputError where there are fewer rows than ranks.
     """
-    data, first = rows.validation, len(rows.training)
-    if data is None or not job.train.validate_every:
+    numbers = rows.validation
+    if numbers is None or not job.train.validate_every:
         return []
-    size, count = world.size * job.train.micro_batch_size, len(data)
+    size, count = world.size * job.train.micro_batch_size, len(numbers)
     if count < world.size:
         raise InputError(
             f"data.validation: {count} rows for {world.size} ranks, and each needs one; give more of them, or start fewer ranks"
         )
     rounds = min(-(-count // size), count // world.size)
-    order = np.argsort(-np.array(data["length"]), kind="stable")
-
-    def batch(numbers: Sequence[int]) -> Batch:
-        return make([data[n] for n in numbers], pad_id=pad_id, packed=packed, numbers=[first + n for n in numbers])
-
-    return [batch(part.tolist()) for part in np.array_split(order, rounds * world.size)[world.rank :: world.size]]
-
-
-def divided(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """(rows to train on, in their order; the share that is held out, in a random order), a function of these arguments alone."""
-    order = np.random.default_rng(seed).permutation(len(rows))
-    count = held_out_count(len(rows), share)
-    return rows.select(np.sort(order[count:])), rows.select(order[:count])
+    order = numbers[np.argsort(-rows.all.lengths_of(numbers), kind="stable")]
+    collate, packed = collate_for(job.family), job.data.batching == "packed"
+    return [
+        rows.all.batch(part, collate=collate, pad_id=pad_id, packed=packed)
+        for part in np.array_split(order, rounds * world.size)[world.rank :: world.size]
+    ]
 
 
 def held_out_count(rows: int, share: float) -> int:
@@ -98,11 +94,11 @@ def trained_count(data: Data, rows: int) -> int:
     return rows if share is None else rows - held_out_count(rows, share)
 
 
-def held_out_rows(data: Data) -> Dataset | None:
-    """The rows of validation that are in a split or source of their own, as text. Raises InputError where they can't be read."""
+def held_out_rows(data: Data) -> list[Dataset]:
+    """The rows of validation that are in a split or source of their own, as text, by source. Raises InputError where they can't be read."""
     check_apart(data)
     with _named():
-        return None if data.held_out is None else read_rows(data.held_out)
+        return [] if data.held_out is None else [read_rows(part) for part in data.held_out.parts]
 
 
 @contextlib.contextmanager
@@ -128,4 +124,4 @@ def check_apart(data: Data) -> None:
 
 
 def _files(data: Data) -> set[Path]:
-    return {file.resolve() for file in local_files(data.source, data.split)}
+    return {file.resolve() for part in data.parts for file in local_files(part.source, part.split)}

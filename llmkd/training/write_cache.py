@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from torch import Tensor
 
 from llmkd.data.batches import Batch, collate
+from llmkd.data.tokenized import Tokens
 from llmkd.distributed.ranks import World, barrier, on_main, sum_counts
 from llmkd.errors import InputError
 from llmkd.layer_map import OtherState
@@ -70,7 +70,7 @@ def _cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool) -
             recipe, cache_contents.students(recipe, *cache_contents.depths(recipe)), teacher, tokenizer, data
         ),
     )
-    plan = on_main(world, lambda: prepare(recipe, wanted, np.array(data["length"]).tolist(), trusted=trusted))
+    plan = on_main(world, lambda: prepare(recipe, wanted, data.all_lengths.tolist(), trusted=trusted))
     if not plan.left and (folder / "manifest.json").is_file():
         log.info("cache: already whole, %s", folder)
         return True
@@ -78,7 +78,7 @@ def _cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool) -
     demand = Demand(plan.contents.blocks, logits=plan.contents.final or plan.contents.top_k is not None)
     model = build.load_teacher(world, replace(job, teacher=teacher), demand)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    rows = _Rows(data, np.array(data["length"]), pad_id, recipe.data.batching == "packed")
+    rows = _Rows(data, data.all_lengths, pad_id, recipe.data.batching == "packed")
     whole = _write(world, plan, model, rows, recipe, stopping)
     barrier(world)
     if whole:
@@ -104,14 +104,14 @@ def writing_recipe(recipe: Recipe) -> Recipe:
 class _Rows:
     """The recipe's rows, and how they are collated for the teacher."""
 
-    data: Dataset
+    data: Tokens
     lengths: np.ndarray
     pad_id: int
     packed: bool
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         return collate(
-            [self.data[int(n)] for n in numbers], pad_id=self.pad_id, packed=self.packed, numbers=list(numbers)
+            [self.data.row(n) for n in numbers], pad_id=self.pad_id, packed=self.packed, numbers=list(numbers)
         )
 
 

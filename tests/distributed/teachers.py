@@ -17,6 +17,7 @@ from llmkd.distributed import ranks
 from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.teachers.cached import CacheTeacher
 from llmkd.training import build, cache_contents, initial, jobs
+from llmkd.training.tokens import drawn, tokens_of
 from tests.tensor_bytes import TensorBytes
 from tests.wire_bytes import WireBytes
 
@@ -121,11 +122,11 @@ def _present(world: Any, recipe: Recipe, job: Any, rounds: int) -> tuple[Any, li
 def _cached(world: Any, recipe: Recipe, job: Any, rounds: int) -> tuple[Any, list[list[Batch]]]:
     """The teacher as a cache that is there, and four steps of the rows that it holds."""
     tokenizer = initial.job_tokenizer(world, job, resuming=False)
-    rows = build.tokenized(world, job, tokenizer)
+    rows = tokens_of(world, job, tokenizer)
     size = recipe.train.batch_size
     found = data.batches(
         rows, seed=0, start_step=0, steps=4, batch_size=size, accumulation=rounds, rank=world.rank, world_size=world.size,
-        pad_id=tokenizer.pad_token_id, packed=False,
+        make=drawn(world, job, rows, tokenizer.pad_token_id)[1],
     )  # fmt: skip
     teacher: Any = cache_contents.open_teacher(world, job, tokenizer, rows)
     teacher._pool = _AtOnce()  # bytes are counted in this thread alone

@@ -12,12 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmkd.data.batches import Batch, epoch_batches
+from llmkd.data.batches import Batch
 from llmkd.data.formats import RowFormat
 from llmkd.data.other_families import collate_for, tokenize_for
 from llmkd.files import ROOT
@@ -32,6 +31,7 @@ from llmkd.training import initial, jobs
 from llmkd.training import pairs as recipe_map
 from tests.distributed.runner import run_on_ranks
 from tests.family_models import CLASSES, ENCODER_DECODERS, ENCODERS, family_recipe, new, run
+from tests.tiny import rows_of_step
 
 TEACHERS: dict[str, Any] = {
     "bert": ("encoder", lambda: ENCODERS["bert"](5)),
@@ -166,8 +166,7 @@ def first_batch(recipe: Recipe, teacher: Path) -> Batch:
     of, tokenizer = family(load.load_config(teacher)), load.load_tokenizer(teacher)
     lengths: dict[str, Any] = dict(max_length=recipe.data.max_length, too_long=recipe.data.too_long)
     data = tokenize_for(of, jobs.read_rows(recipe.data), tokenizer, row_format=RowFormat(), **lengths)
-    order = epoch_batches(np.array(data["length"]), batch_size=8, seed=recipe.seed, epoch=0, grouped=True)
-    return collate_for(of)([data[int(row)] for row in order[0]], pad_id=0)
+    return collate_for(of)(rows_of_step(data, recipe), pad_id=0)
 
 
 @pytest.mark.parametrize("name", FIRST)

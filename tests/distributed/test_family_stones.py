@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from llmkd.data.batches import epoch_batches
 from llmkd.data.formats import RowFormat
 from llmkd.data.other_families import collate_for, tokenize_for
 from llmkd.losses.schedules import learning_rate, scheduled
@@ -24,6 +23,7 @@ from llmkd.train import train
 from llmkd.training import initial, jobs, pairs
 from tests.distributed.runner import run_on_ranks
 from tests.family_models import CLASSES, DECODERS, ENCODERS, family_recipe, new, plain_losses
+from tests.tiny import rows_of_step
 from tests.unit.student.test_stepping_stones_families import WEIGHTS, logits_of, plain
 
 KINDS = {"bert": "encoder", "roberta": "encoder", "opt_narrow": "decoder", "gemma3_text": "decoder"}
@@ -62,10 +62,8 @@ def plain_run(folder: Path, recipe: Any) -> tuple[dict[str, torch.Tensor], list[
     data = tokenize_for(of, jobs.read_rows(recipe.data), tokenizer, row_format=RowFormat(), **lengths)
     stones = pairs.stones_of(recipe, 2, 4)
     settings = recipe.train
-    order = epoch_batches(
-        torch.tensor(data["length"]).numpy(), batch_size=settings.batch_size, seed=recipe.seed, epoch=0, grouped=True
-    )
-    batches = [collate_for(of)([data[int(row)] for row in rows], pad_id=0, packed=False) for rows in order]
+    rows_of = [rows_of_step(data, recipe, step) for step in range(max(settings.steps, 2))]
+    batches = [collate_for(of)(rows, pad_id=0, packed=False) for rows in rows_of]
     connectors: Any = make_connectors(len(stones), student.config.hidden_size, shape.hidden_size)
     for (s, t), connector in zip(stones, connectors, strict=True):
         sides = [

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmkd.data.batches import collate, epoch_batches
+from llmkd.data.batches import collate
 from llmkd.layer_map import in_order_random
 from llmkd.losses.distance_sum import draw_seed, sampled
 from llmkd.losses.schedules import dynamic_temperature
@@ -23,8 +23,10 @@ from llmkd.models.parts import output_state
 from llmkd.recipe.recipe import load_recipe
 from llmkd.student import distiller, matching
 from llmkd.train import train
-from llmkd.training import build, initial, jobs, steps
+from llmkd.training import initial, jobs, steps
+from llmkd.training.tokens import tokens_of
 from tests.distributed.runner import run_on_ranks
+from tests.tiny import rows_of_step
 
 COMMON = {"train.steps": 6, "train.save_every": 3, "train.keep_checkpoints": 9, "train.micro_batch_size": 2}
 SCENARIOS: dict[str, dict[str, Any]] = {
@@ -227,12 +229,8 @@ def test_nearest_is_the_highest_cka_of_the_plain_models(
     recipe = load_recipe(tiny / "recipe.yaml").changed({**COMMON, **SCENARIOS[name]})
     initial.initial_student(recipe, tiny / "teacher", tmp_path / "student")
     job = jobs.distil_job(world, recipe, tmp_path / "run")
-    data = build.tokenized(world, job, load.load_tokenizer(tiny / "teacher"))
-
-    order = epoch_batches(
-        np.array(data["length"]), batch_size=8, seed=recipe.seed, epoch=0, grouped=recipe.data.batching == "grouped"
-    )
-    batch = collate([data[int(i)] for i in order[0]], pad_id=0, packed=False)
+    data = tokens_of(world, job, load.load_tokenizer(tiny / "teacher"))
+    batch = collate(rows_of_step(data.rows, recipe), pad_id=0, packed=False)
     sides = []
     for folder in (tmp_path / "student", tiny / "teacher"):
         model = load.load_causal_lm(folder, dtype=torch.float32, ds_config=None, attention="sdpa").eval()

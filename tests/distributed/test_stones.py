@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from llmkd.data.batches import collate, epoch_batches
+from llmkd.data.batches import collate
 from llmkd.data.formats import RowFormat
 from llmkd.data.rows import load_rows
 from llmkd.data.tokens import tokenize
@@ -32,7 +31,7 @@ from llmkd.train import train
 from llmkd.training import build, initial, jobs
 from llmkd.training import pairs as recipe_map
 from tests.distributed.runner import run_on_ranks
-from tests.tiny import load, plain_losses
+from tests.tiny import load, plain_losses, rows_of_step
 from tests.unit.student.test_stepping_stones import plain_stones
 
 NARROW = {
@@ -133,12 +132,8 @@ def plain_run(tiny: Path, changes: dict[str, Any], folder: Path) -> tuple[dict[s
         max_length=recipe.data.max_length,
         too_long="drop",
     )
-    packed = recipe.data.batching == "packed"
-    order = epoch_batches(
-        np.array(data["length"]), batch_size=recipe.train.batch_size, seed=recipe.seed, epoch=0, grouped=not packed
-    )
     batch_of = lambda step: collate(  # noqa: E731
-        [data[int(i)] for i in order[step]], pad_id=tokenizer.pad_token_id, packed=False
+        rows_of_step(data, recipe, step), pad_id=tokenizer.pad_token_id, packed=False
     )
     connectors: Any = make_connectors(len(stones), student.config.hidden_size, teacher.config.hidden_size)
     settings = recipe.stones

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmkd.data.batches import epoch_batches
 from llmkd.data.formats import RowFormat
 from llmkd.data.other_families import collate_for, tokenize_for
 from llmkd.losses.schedules import learning_rate
@@ -20,6 +19,7 @@ from llmkd.training import build, initial, jobs
 from llmkd.training import pairs as recipe_map
 from tests.distributed.runner import run_on_ranks
 from tests.family_models import CLASSES, ENCODER_DECODERS, ENCODERS, family_recipe, new, plain_losses
+from tests.tiny import rows_of_step
 
 TEACHERS: dict[str, Any] = {
     "bert": ("encoder", lambda: ENCODERS["bert"](4)),
@@ -53,11 +53,8 @@ def plain_run(folder: Path, kind: str) -> dict[str, torch.Tensor]:
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, eps=train.epsilon)
-    order = epoch_batches(
-        torch.tensor(data["length"]).numpy(), batch_size=train.batch_size, seed=recipe.seed, epoch=0, grouped=True
-    )
     for step in range(train.steps):
-        batch = collate_for(of)([data[int(row)] for row in order[step]], pad_id=0)
+        batch = collate_for(of)(rows_of_step(data, recipe, step), pad_id=0)
         ce, kl, distances = plain_losses(teacher, student, pairs, batch)
         (ce + kl + 3 * torch.stack(distances).mean()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, train.clip)

@@ -12,16 +12,13 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
 from llmkd import hub
+from llmkd.data.rows import load_rows
 from llmkd.errors import InputError
-from llmkd.recipe.recipe import Data
-from llmkd.training import build
 
 CODE = """
 import json, sys, time
@@ -151,9 +148,8 @@ def test_out_of_reach_its_clients_read_their_caches(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("online")
 def test_a_rank_takes_the_first_ones_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 has asked; another, which reads the rows after it, does not wait again."""
-    monkeypatch.setattr(build, "on_main", lambda world, work: "no answer in 5 s")  # what rank 0 found
+    """Rank 0 has asked; another, which reads after it, does not wait again."""
+    hub.believe("no answer in 5 s")
     monkeypatch.setattr(hub, "_ask", lambda: pytest.fail("asked again"))
-    job: Any = SimpleNamespace(data=Data(source="no-one/rows"))
     with pytest.raises(InputError, match=r"'no-one/rows' is not a file here, and .* \(no answer in 5 s\)"):
-        build.tokenized(SimpleNamespace(rank=1), job, None)  # type: ignore[arg-type]
+        load_rows("no-one/rows", name=None, split="train", rows=None)

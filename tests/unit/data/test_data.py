@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import logging
@@ -18,9 +19,12 @@ from datasets import Dataset
 from tokenizers import pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from llmkd.data.batches import IGNORE, Batch, batches, collate, epoch_batches, micro_batch_rows, steps_per_epoch
+from llmkd.data.batches import IGNORE, Batch, batches, collate, micro_batch_rows, steps_per_epoch
 from llmkd.data.formats import RowFormat
+from llmkd.data.order import Source, rows_of_window, window_steps
+from llmkd.data.packing import packed_rows
 from llmkd.data.rows import load_rows
+from llmkd.data.tokenized import PackedSource, PackedTokens, Tokens
 from llmkd.data.tokens import conversation, tokenize
 from llmkd.errors import InputError
 from llmkd.evaluation.held_out import Prompt, encoded
@@ -553,30 +557,29 @@ def test_padding_is_a_multiple_and_never_a_target() -> None:
 ROW_LENGTHS = np.random.default_rng(0).integers(2, 200, size=1003)
 
 
-def order(
-    seed: int = 0, epoch: int = 0, grouped: bool = True, lengths: np.ndarray = ROW_LENGTHS, size: int = 8
-) -> np.ndarray:
-    return epoch_batches(lengths, batch_size=size, seed=seed, epoch=epoch, grouped=grouped)
+def order(seed: int = 0, grouped: bool = True, lengths: np.ndarray = ROW_LENGTHS, size: int = 8) -> np.ndarray:
+    """[steps, size] the rows of a pass's whole windows."""
+    of, sources = lengths.__getitem__ if grouped else None, [Source(0, len(lengths))]
+    windows = max(1, len(lengths) // size // window_steps(sources, size))
+    return np.concatenate([rows_of_window(w, sources, lengths=of, batch_size=size, seed=seed) for w in range(windows)])
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-def test_order_is_a_pure_function_of_seed_and_epoch(grouped: bool) -> None:
-    first = order(3, 2, grouped)
+def test_order_is_a_pure_function_of_the_seed(grouped: bool) -> None:
+    first = order(3, grouped)
     np.random.seed(1)
     torch.manual_seed(1)
-    assert np.array_equal(order(3, 2, grouped), first)
-    assert first.shape == (125, 8)
-    assert len(set(first.flatten())) == 1000 <= len(ROW_LENGTHS)  # each row at most once
-    for other in (order(4, 2, grouped), order(3, 3, grouped), order(2, 3, grouped)):
-        assert not np.array_equal(np.sort(other[0]), np.sort(first[0]))
-        assert not np.array_equal(np.sort(other, axis=None), np.sort(first, axis=None))  # others sit out
+    assert np.array_equal(order(3, grouped), first)
+    assert first.shape == (96, 8)
+    assert len(set(first.flatten())) == 768 <= len(ROW_LENGTHS)  # each row at most once
+    assert not np.array_equal(np.sort(order(4, grouped)[0]), np.sort(first[0]))
 
 
 def test_order_is_the_same_on_every_machine() -> None:
     """Written down once: a resumed run must find its rows after numpy has been upgraded too."""
     lengths = np.array([5, 3, 9, 4, 8, 2, 7, 6, 1, 10, 11])
-    assert order(1, 0, True, lengths, 4).tolist() == [[10, 2, 4, 7], [0, 1, 5, 8]]
-    assert order(1, 0, False, lengths, 4).tolist() == [[10, 4, 7, 5], [2, 0, 1, 8]]
+    assert order(1, True, lengths, 4).tolist() == [[7, 0, 3, 1], [10, 2, 4, 6]]
+    assert order(1, False, lengths, 4).tolist() == [[4, 2, 7, 10], [1, 6, 0, 3]]
 
 
 def _padded_share(rows: np.ndarray) -> float:
@@ -611,10 +614,16 @@ def test_too_few_rows_for_a_step() -> None:
         steps_per_epoch(7, 8)
 
 
-def _tokens(data: Dataset, start: int, **changes: Any) -> list[list[list[int]]]:
-    """The token ids of each micro-batch of each step from `start` to 7 (an epoch is of 3 steps)."""
-    settings: dict[str, Any] = {"accumulation": 1, "rank": 0, "world_size": 1, "packed": False, "seed": 5, **changes}
-    steps = batches(data, start_step=start, steps=7, batch_size=4, pad_id=0, **settings)
+def _tokens(data: Dataset, start: int, packed: bool, **changes: Any) -> list[list[list[int]]]:
+    """The token ids of each micro-batch of each step from `start` to 7 (a pass over the rows is of 3 steps and a half)."""
+    settings: dict[str, Any] = {"accumulation": 1, "rank": 0, "world_size": 1, "seed": 5, **changes}
+    tokens = Tokens(data, (np.array(data["length"]),), (Source(0, len(data)),))
+    drawn: Any = tokens
+    make = functools.partial(tokens.batch, collate=collate, pad_id=0)
+    if packed:
+        drawn = PackedTokens(tokens, (PackedSource(*packed_rows(tokens.lengths[0], 0, tokens.sources[0], 0, 8)),), 8)
+        make = functools.partial(drawn.batch, pad_id=0)
+    steps = batches(drawn, start_step=start, steps=7, batch_size=4, make=make, **settings)
     return [[batch.input_ids[batch.attended].tolist() for batch in micro] for micro in steps]
 
 
@@ -630,8 +639,8 @@ def test_resumed_batches_are_the_tail_of_the_uninterrupted(packed: bool) -> None
     for step, ours in enumerate(zip(*shared, strict=True)):
         assert sorted(i for micro in ours for batch in micro for i in batch) == sorted(whole[step][0])
     assert [len(micro) for micro in shared[0]] == [2] * 7
-    for start in (0, 3):  # in an epoch no row comes twice
-        seen = [i for step in whole[start : start + 3] for batch in step for i in batch]
+    if not packed:  # in a pass no row comes twice
+        seen = [i for step in whole[:3] for batch in step for i in batch]
         assert len(seen) == len(set(seen))
     assert whole[:3] != whole[3:6]
     assert _tokens(data, 0, packed=packed, seed=6) != whole

@@ -16,9 +16,7 @@ from llmkd.data.other_families import (
     collate_sources,
     label_names,
     label_number,
-    tokenize_classified,
     tokenize_for,
-    tokenize_sources,
 )
 from llmkd.data.rows import load_rows
 from llmkd.errors import InputError
@@ -44,6 +42,15 @@ def rows(*values: dict[str, Any]) -> Dataset:
 
 def classified(data: Dataset, tokenizer: Any, max_length: int = 32, too_long: str = "drop") -> Any:
     return tokenize_for(ENCODER, data, tokenizer, row_format=RowFormat(), max_length=max_length, too_long=too_long)
+
+
+def classified_as(data: Dataset, tokenizer: Any, labels: Any, **lengths: Any) -> Any:
+    return tokenize_for(Family("encoder", labels=labels), data, tokenizer, row_format=RowFormat(), **lengths)
+
+
+def sources(data: Dataset, tokenizer: Any, start: int, **lengths: Any) -> Any:
+    family = Family("encoder_decoder", start=start)
+    return tokenize_for(family, data, tokenizer, row_format=RowFormat(), **lengths)
 
 
 def test_renamed_columns_of_other_families(encoder_tokenizer: Any, seq2seq_tokenizer: Any, tmp_path: Path) -> None:
@@ -99,7 +106,7 @@ def test_classes_are_in_one_order() -> None:
 @pytest.mark.parametrize("label", ["maybe", 2, -1])
 def test_label_that_is_no_class(encoder_tokenizer: Any, label: Any) -> None:
     with pytest.raises(InputError, match=r"data row 0: the label .* is none of the model's classes \(no, yes\)"):
-        tokenize_classified(
+        classified_as(
             rows({"text": "one", "label": label}), encoder_tokenizer, ("no", "yes"), max_length=9, too_long="drop"
         )
 
@@ -112,7 +119,7 @@ def test_source_and_target(seq2seq_tokenizer: Any) -> None:
         {"prompt": "six", "completion": "one"},
         {"prompt": "six", "completion": " "},
     )
-    found = tokenize_sources(data, seq2seq_tokenizer, start, max_length=32, too_long="drop")
+    found = sources(data, seq2seq_tokenizer, start, max_length=32, too_long="drop")
     assert found[0]["source_ids"] == [*one, eos] and found[0]["target_ids"] == [start, *six, eos]
     assert found["row"] == [0, 1]  # an empty answer would teach to stop at once
     assert found[0]["length"] == len(one) + len(six) + 2
@@ -128,12 +135,12 @@ def test_each_side_has_a_length_of_its_own(seq2seq_tokenizer: Any) -> None:
     long, short = "one two three four five", "six"
     data = rows({"prompt": long, "completion": short}, {"prompt": short, "completion": long})
     whole = len(seq2seq_tokenizer(long)["input_ids"])
-    assert len(tokenize_sources(data, seq2seq_tokenizer, 0, max_length=whole, too_long="drop")) == 2
-    cut = tokenize_sources(data, seq2seq_tokenizer, 0, max_length=whole - 1, too_long="truncate")
+    assert len(sources(data, seq2seq_tokenizer, 0, max_length=whole, too_long="drop")) == 2
+    cut = sources(data, seq2seq_tokenizer, 0, max_length=whole - 1, too_long="truncate")
     assert len(cut[0]["source_ids"]) == whole - 1 and len(cut[1]["target_ids"]) == whole
     assert cut[0]["source_ids"][-1] == seq2seq_tokenizer(long)["input_ids"][-1]  # the token that closes it stays
     with pytest.raises(InputError, match="no row has a token to train within"):
-        tokenize_sources(data, seq2seq_tokenizer, 0, max_length=whole - 1, too_long="drop")
+        sources(data, seq2seq_tokenizer, 0, max_length=whole - 1, too_long="drop")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +169,7 @@ def test_texts_that_are_none(encoder_tokenizer: Any, seq2seq_tokenizer: Any) -> 
         classified(rows({"text": 3, "label": "yes"}), encoder_tokenizer)
     with pytest.raises(InputError, match="data row 0: completion must be text, it is NoneType; make it text"):
         data = rows({"prompt": "one", "completion": None})
-        tokenize_sources(data, seq2seq_tokenizer, 0, max_length=9, too_long="drop")
+        sources(data, seq2seq_tokenizer, 0, max_length=9, too_long="drop")
 
 
 def test_a_class_is_found_by_its_name_before_its_number() -> None:

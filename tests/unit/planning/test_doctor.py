@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from llmkd.cli import main
-from llmkd.data.batches import batches
+from llmkd.data.batches import batches, collate
 from llmkd.data.formats import RowFormat
 from llmkd.data.tokens import tokenize
 from llmkd.errors import InputError
@@ -19,6 +20,7 @@ from llmkd.models import load, make
 from llmkd.planning.doctor import CLOSE, OPEN, Finding, examine, marked
 from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.training.jobs import read_rows
+from tests.tiny import in_memory
 from tests.unit.data.test_data import QWEN3_LIKE
 
 
@@ -63,8 +65,10 @@ def test_the_share_of_padding_is_that_of_the_batches(place: Path) -> None:
     recipe = load_recipe(place / "recipe.yaml")
     tokenizer = load.load_tokenizer(place / "teacher")
     data = tokenize(read_rows(recipe.data), tokenizer, row_format=RowFormat(), max_length=64, too_long="drop")
+    tokens: Any = in_memory(data)
+    make = functools.partial(tokens.batch, collate=collate, pad_id=0)
     settings: dict[str, Any] = dict(seed=0, start_step=0, steps=5, batch_size=8, accumulation=2, rank=0, world_size=1)
-    made = [b for step in batches(data, pad_id=0, packed=False, **settings) for b in step]
+    made = [b for step in batches(tokens, make=make, **settings) for b in step]
     share = 1 - np.mean(np.concatenate([b.attended.flatten().numpy() for b in made]))
     assert any(f"{share:.1%} of the places of a batch are padding" in what for what in _said(recipe, "ok"))
 

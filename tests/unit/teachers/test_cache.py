@@ -35,6 +35,7 @@ from llmkd.teachers.quantization import restored, stored
 from llmkd.train import train
 from llmkd.training import build, cache_contents, initial, jobs, write_cache
 from llmkd.training.stopping import Stopping
+from llmkd.training.tokens import tokens_of
 from tests import definitions
 
 WRITTEN = {
@@ -410,7 +411,7 @@ def _open(world: Any, recipe: Recipe, folder: Path, **changes: Any) -> tuple[Cac
     changed = recipe.changed({"cache.path": str(folder), **changes})
     job = jobs.distil_job(world, changed, folder / "run")
     tokenizer = initial.job_tokenizer(world, job, resuming=False)
-    data = build.tokenized(world, job, tokenizer)
+    data = tokens_of(world, job, tokenizer)
     teacher = cache_contents.open_teacher(world, job, tokenizer, data)
     assert teacher is not None
     online = build.load_teacher(
@@ -427,7 +428,7 @@ def test_signals_in_any_order_are_the_teacher_s(
     cached, online, data = _open(world, recipe, whole, **{"cache.verify": verify})
     order = np.random.default_rng(0).permutation(40)
     batches = [
-        collate([data[int(r)] for r in rows], pad_id=0, packed=packed, numbers=rows.tolist())
+        collate([data.row(r) for r in rows], pad_id=0, packed=packed, numbers=rows.tolist())
         for rows in np.array_split(order, 7)
     ]
     cached.expect(batches[:5])  # a step of five micro-batches, and two that nobody told of
@@ -477,7 +478,7 @@ def test_no_weight_of_the_teacher_is_loaded_but_its_head(
     changed = recipe.changed({"cache.path": str(whole)})
     job = jobs.distil_job(world, changed, tmp_path / "run")
     tokenizer = initial.job_tokenizer(world, job, resuming=False)
-    data = build.tokenized(world, job, tokenizer)
+    data = tokens_of(world, job, tokenizer)
     monkeypatch.setattr(models, "safe_open", Watched)
     cache_contents.open_teacher(world, job, tokenizer, data)
     monkeypatch.setattr(models, "safe_open", opened)

@@ -101,9 +101,9 @@ def test_the_export_is_the_student_that_scores_best(
     same_to_the_bit(uninterrupted / "model", run(world, tiny, tmp_path / "last", last) / "model")
     # and what they score in plain PyTorch
     job = jobs.distil_job(world, load_recipe(tiny / "recipe.yaml").changed(BEST), tmp_path / "unused")
-    rows = run_rows(world, job, load_tokenizer(tiny / "teacher")).validation
-    assert rows is not None
-    batch = collate([rows[n] for n in range(len(rows))], pad_id=0, packed=False)
+    rows = run_rows(world, job, load_tokenizer(tiny / "teacher"))
+    assert rows.validation is not None
+    batch = rows.all.batch(rows.validation, collate=collate, pad_id=0)
     with torch.no_grad():
         teacher, student = load(tiny / "teacher").eval(), load(uninterrupted / "model").eval()
         scored = plain_losses(job.recipe, teacher, student, None, job.pairs, batch)["kl"].item()

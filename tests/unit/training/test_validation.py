@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -22,10 +23,10 @@ from llmkd.training import jobs, prepare, write_cache
 from llmkd.training.journal import validation_line
 from llmkd.training.stopping import Stopping
 from llmkd.training.validation import Validated
-from llmkd.training.validation_rows import RunRows, divided, run_rows, trained_count, validation_batches
+from llmkd.training.validation_rows import RunRows, held_out_count, run_rows, trained_count, validation_batches
 from tests.family_models import CLASSES, ENCODER_DECODERS, ENCODERS, family_recipe, new
 from tests.family_models import plain_losses as family_losses
-from tests.tiny import load, plain_losses
+from tests.tiny import in_memory, load, plain_losses
 
 SHARE: dict[str, Any] = {"data.validation": {"share": 0.2}, "train.validate_every": 2, "train.steps": 3}
 
@@ -44,26 +45,34 @@ def logged(run: Path) -> list[dict[str, Any]]:
 # --- The rows
 
 
-def rows_of(count: int) -> Dataset:
-    return Dataset.from_list(
+def rows_of(trained: int, held_out: int) -> RunRows:
+    """Rows of uneven length, of which the last are validated."""
+    count = trained + held_out
+    data = Dataset.from_list(
         [{"input_ids": [n] * (n % 5 + 2), "trained": [True] * (n % 5 + 2), "length": n % 5 + 2} for n in range(count)]
     )
+    tokens: Any = in_memory(data)
+    return RunRows(tokens, tokens, np.arange(trained, count))
 
 
-def test_a_share_is_drawn_by_its_seed_alone_and_no_row_is_on_both_sides() -> None:
-    trained, held_out = divided(rows_of(40), 0.2, seed=0)
-    first = [row[0] for row in trained["input_ids"]], [row[0] for row in held_out["input_ids"]]
-    assert len(first[1]) == 8 and sorted(first[0] + first[1]) == list(range(40)) and first[0] == sorted(first[0])
-    again, other = (divided(rows_of(40), 0.2, seed=seed)[1]["input_ids"] for seed in (0, 1))
-    assert list(again) == list(held_out["input_ids"]) and {row[0] for row in other} != {*first[1]}
+def test_a_share_is_drawn_by_its_seed_alone(recipe: Recipe, world: Any, tiny: Path) -> None:
+    tokenizer = load_tokenizer(tiny / "teacher")
+    held_out = []
+    for seed in (0, 0, 1):
+        own = recipe.changed({"data.validation": {"share": 0.2, "seed": seed}})
+        rows = run_rows(world, jobs.distil_job(world, own, Path("unused")), tokenizer)
+        assert rows.validation is not None and rows.training.count == 32
+        held_out.append(rows.validation.tolist())
+        assert sorted(held_out[-1]) == rows.training.held_out.tolist()
+    assert held_out[0] == held_out[1] and {*held_out[0]} != {*held_out[2]} and len({*held_out[0]}) == 8
 
 
 def test_a_share_of_all_rows_is_refused_and_a_small_one_holds_out_a_row() -> None:
-    assert len(divided(rows_of(3), 0.01, seed=0)[1]) == 1
+    assert held_out_count(3, 0.01) == 1
     with pytest.raises(
         InputError, match=r"data.validation.share: 0.9 of 3 rows leaves none to train on; write a smaller"
     ):
-        divided(rows_of(3), 0.9, seed=0)
+        held_out_count(3, 0.9)
 
 
 @pytest.mark.parametrize(("rows", "ranks", "size"), [(7, 2, 2), (5, 2, 1), (8, 2, 4), (1, 1, 4), (3, 3, 8), (21, 4, 2)])
@@ -73,11 +82,8 @@ def test_every_rank_has_as_many_micro_batches_and_every_row_is_in_one(
     from dataclasses import replace
 
     job = jobs.distil_job(world, recipe.changed({"train.micro_batch_size": size}), Path("unused"))
-    data = RunRows(rows_of(100), rows_of(rows))
-    of_ranks = [
-        validation_batches(replace(world, rank=rank, size=ranks), job, data, collate, pad_id=0, packed=False)
-        for rank in range(ranks)
-    ]
+    data = rows_of(100, rows)
+    of_ranks = [validation_batches(replace(world, rank=rank, size=ranks), job, data, pad_id=0) for rank in range(ranks)]
     assert len({len(batches) for batches in of_ranks}) == 1
     numbers = [number for batches in of_ranks for batch in batches for number in batch.rows]
     assert sorted(numbers) == list(range(100, 100 + rows))
@@ -90,9 +96,7 @@ def test_fewer_rows_than_ranks_are_refused(recipe: Recipe, world: Any) -> None:
 
     job = jobs.distil_job(world, recipe, Path("unused"))
     with pytest.raises(InputError, match="data.validation: 2 rows for 3 ranks, and each needs one"):
-        validation_batches(
-            replace(world, size=3), job, RunRows(rows_of(9), rows_of(2)), collate, pad_id=0, packed=False
-        )
+        validation_batches(replace(world, size=3), job, rows_of(9, 2), pad_id=0)
 
 
 def test_held_out_rows_are_not_in_any_batch_of_an_epoch(recipe: Recipe, world: Any, tmp_path: Path) -> None:
@@ -114,7 +118,7 @@ def test_all_seeds_of_a_study_are_validated_on_the_same_rows(recipe: Recipe, wor
         for seed in (0, 1)
     ]
     assert held_out[0] is not None and held_out[1] is not None
-    assert list(held_out[0]["input_ids"]) == list(held_out[1]["input_ids"])
+    assert held_out[0].tolist() == held_out[1].tolist()
 
 
 def test_a_source_of_its_own_is_read_with_its_own_mistakes(
@@ -124,8 +128,9 @@ def test_a_source_of_its_own_is_read_with_its_own_mistakes(
     file.write_text("".join(json.dumps({"prompt": f"red {word}", "completion": " tree"}) + "\n" for word in "abc"))
     own = recipe.changed({"data.validation": {"source": str(file), "rows": 2}})
     rows = run_rows(world, jobs.distil_job(world, own, Path("unused")), tokenizer)
-    assert rows.validation is not None and len(rows.training) == 40 and len(rows.validation) == 2
-    assert list(rows.all["input_ids"]) == [*rows.training["input_ids"], *rows.validation["input_ids"]]
+    assert rows.validation is not None and rows.training.count == 40 and rows.validation.tolist() == [40, 41]
+    red_a = tokenizer("red a")["input_ids"]
+    assert rows.all.row(40)["input_ids"][: len(red_a)].tolist() == red_a
     file.write_text('{"prompt": "red"}\n')
     with pytest.raises(InputError, match=r"^data.validation"):
         run_rows(world, jobs.distil_job(world, own, Path("unused")), tokenizer)
@@ -210,9 +215,9 @@ def test_the_last_validation_is_what_the_exported_student_scores(
     assert train(world, job)
     (_, last) = logged(run)
     assert last["step"] == 3 and [line["step"] for line in logged(run)] == [2, 3]
-    rows = run_rows(world, job, load_tokenizer(tiny / "teacher")).validation
-    assert rows is not None and len(rows) == 8
-    batch = collate([rows[n] for n in range(8)], pad_id=0, packed=False)
+    rows = run_rows(world, job, load_tokenizer(tiny / "teacher"))
+    assert rows.validation is not None and len(rows.validation) == 8
+    batch = rows.all.batch(rows.validation, collate=collate, pad_id=0)
     teacher, student = load(tiny / "teacher").eval(), load(run / "model").eval()
     with torch.no_grad():
         plain = plain_losses(recipe, teacher, student, None, job.pairs, batch)
@@ -281,10 +286,10 @@ def test_other_families_are_validated_too(name: str, world: Any, tmp_path: Path)
     (last,) = logged(tmp_path / "run")
     names = {"step", "ce", "kl", "agreement", "pairs", "seconds"}
     assert last.keys() == (names if kind == "encoder" else {*names, "perplexity"})
-    rows = run_rows(world, job, load_tokenizer(tmp_path / "teacher")).validation
-    assert rows is not None
+    rows = run_rows(world, job, load_tokenizer(tmp_path / "teacher"))
+    assert rows.validation is not None
     student = CLASSES[kind].from_pretrained(tmp_path / "run" / "model").eval()
-    batch = collate_for(job.family)([rows[n] for n in range(len(rows))], pad_id=0, packed=False)
+    batch = rows.all.batch(rows.validation, collate=collate_for(job.family), pad_id=0)
     with torch.no_grad():
         ce, kl, distances = family_losses(teacher, student, job.pairs, batch)
     assert last["ce"] == pytest.approx(ce.item(), rel=1e-4) and last["kl"] == pytest.approx(kl.item(), rel=1e-4)

@@ -1,0 +1,320 @@
+"""Tokens on disk: rows are tokenized once, whoever trains on them, and read by memory map.
+
+    <folder>/00000.arrow  00000.json  ...      a shard of rows as tokens, and what was written of it, last
+             tokens.json  lengths.npy          all shards, written when all are there
+
+The folder's name is a hash of all that decides its content. A killed tokenization goes on at the first shard that is not whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, List, Value, concatenate_datasets, disable_progress_bars
+
+from llmkd.errors import InputError
+from llmkd.files import read, sha256, write_json_durably
+from llmkd.processes import die_with_parent, only_one_in
+from llmkd.progress import progress
+
+log = logging.getLogger("llmkd")
+
+Columns = Mapping[str, list[Any]]
+"""Some rows, column by column."""
+Encode = Callable[[Columns, list[int]], Columns]
+"""From rows and their numbers to tokens, with two columns that decide whether a row is kept: `whole` (its tokens before any truncation) and
+`useful` (whether it has a token to train)."""
+
+SHARD_ROWS = 16_384
+VERIFIED = 8 * 2**30
+"""Up to so many bytes the files' hashes are compared at each start; half a minute on a slow disk. Above, their sizes alone."""
+_TYPES = {
+    **dict.fromkeys(("input_ids", "source_ids", "target_ids"), List(Value("int32"))),
+    "trained": List(Value("bool")),
+    "segments": List(Value("int8")),
+    "class": Value("int32"),
+    "length": Value("int32"),
+    "row": Value("int64"),
+}
+
+
+@dataclass(frozen=True)
+class Written:
+    """A shard, or all shards together."""
+
+    read: int
+    """Rows of text."""
+    rows: int
+    """Those of them that are kept."""
+    tokens: int
+    long: int
+    """Rows of more than `max_length` tokens."""
+    useless: int
+    """Rows without a token to train."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What was written of a shard."""
+
+    file: str
+    bytes: int
+    sha256: str
+    written: Written
+
+
+@dataclass(frozen=True)
+class TokenFiles:
+    """The tokens of a source, whole on disk."""
+
+    folder: Path
+    shards: tuple[Shard, ...]
+
+    @property
+    def total(self) -> Written:
+        """Of all shards."""
+        each = [asdict(shard.written) for shard in self.shards]
+        return Written(**{key: sum(written[key] for written in each) for key in each[0]})
+
+    @property
+    def digest(self) -> str:
+        """A hash of the content, the same wherever the same tokens were made."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:16]
+
+    def rows(self) -> Dataset:
+        """All rows, over their files."""
+        parts = [Dataset.from_file(str(self.folder / shard.file)) for shard in self.shards if shard.written.rows]
+        return concatenate_datasets(parts)
+
+    def lengths(self) -> np.ndarray:
+        """[rows] int32, over its file."""
+        return np.load(self.folder / "lengths.npy", mmap_mode="r")
+
+
+def made(
+    folder: Path,
+    source: Callable[[], tuple[Dataset, Encode]],
+    *,
+    max_length: int,
+    too_long: str,
+    identity: Mapping[str, Any],
+) -> TokenFiles:
+    """The tokens in `folder`; what is missing or damaged of them is made, with all cores.
+
+    `source` gives the rows of text and what makes tokens of them; it is called only where something is missing. Where another process makes
+    the same tokens, they are waited for. Raises InputError for a row that can't be tokenized, and where no row is left.
+    """
+    if (files := opened(folder)) is None:
+        with only_one_in(folder, patience_seconds=float("inf")):
+            files = opened(folder) or _made(folder, source(), max_length, too_long, identity)
+    _announce(files.total, max_length, too_long)
+    return files
+
+
+def recorded(folder: Path) -> TokenFiles | None:
+    """The tokens in `folder` as they were recorded when all were there."""
+    about = read(folder / "tokens.json")
+    try:
+        return TokenFiles(folder, tuple(_shard(values) for values in about["shards"]))
+    except (TypeError, KeyError):
+        return None
+
+
+def opened(folder: Path) -> TokenFiles | None:
+    """The tokens in `folder`, if they are whole and as they were written; a damaged file is named, and no longer recorded."""
+    files = recorded(folder)
+    if files is None:
+        return None
+    verified = sum(shard.bytes for shard in files.shards) <= VERIFIED
+    damaged = [shard.file for shard in files.shards if not _is_whole(folder, shard, verified=verified)]
+    for name in damaged:
+        log.warning("%s: not what was written; its rows are tokenized again", folder / name)
+        (folder / name).with_suffix(".json").unlink(missing_ok=True)
+    if damaged or not _has_lengths(folder, files.total.rows):
+        (folder / "tokens.json").unlink(missing_ok=True)
+        return None
+    return files
+
+
+def _has_lengths(folder: Path, rows: int) -> bool:
+    try:
+        return np.load(folder / "lengths.npy", mmap_mode="r").shape == (rows,)
+    except (OSError, ValueError):
+        return False
+
+
+def _shard(values: Mapping[str, Any]) -> Shard:
+    return Shard(**{**values, "written": Written(**values["written"])})
+
+
+def _is_whole(folder: Path, shard: Shard, *, verified: bool = True) -> bool:
+    file = folder / shard.file
+    try:
+        return file.stat().st_size == shard.bytes and (not verified or sha256(file) == shard.sha256)
+    except OSError:
+        return False
+
+
+def _made(
+    folder: Path, source: tuple[Dataset, Encode], max_length: int, too_long: str, identity: Mapping[str, Any]
+) -> TokenFiles:
+    """Tokenize the shards that are missing, each in a process of its own, as many at a time as there are cores."""
+    rows, encode = source
+    for leftover in folder.glob("tmp*"):
+        leftover.unlink()
+    count = -(-len(rows) // SHARD_ROWS)
+    missing = [number for number in range(count) if _recorded(folder, number) is None]
+    write = partial(_write_shard, folder, rows, encode, max_length, too_long)
+    workers = min(len(os.sched_getaffinity(0)), len(missing))
+    total = min(len(missing) * SHARD_ROWS, len(rows))
+    context = multiprocessing.get_context("fork")  # neither the rows nor what encodes them need be sent
+    if missing:
+        with (
+            ProcessPoolExecutor(workers, context, _begin, (write,)) as pool,
+            progress("tokenizing", total=total, unit="rows") as advance,
+        ):
+            try:
+                for shard in pool.map(_next, missing):
+                    advance(shard.written.read)
+            except BrokenProcessPool as error:
+                raise InputError(
+                    f"{folder}: a process that made tokens was killed, most likely for want of memory; the same command goes on where it "
+                    "stopped, with fewer processes if it may use fewer cores (taskset -c 0-3 ...)"
+                ) from error
+    shards = [shard for number in range(count) if (shard := _recorded(folder, number)) is not None]
+    assert len(shards) == count, "every shard was written"
+    files = TokenFiles(folder, tuple(shards))
+    _check_some(files.total, max_length)
+    lengths: Any = files.rows().data.column("length")
+    _save(folder / "lengths.npy", lengths.to_numpy().astype(np.int32))
+    write_json_durably(
+        folder / "tokens.json",
+        {"identity": identity, **asdict(files.total), "shards": [asdict(shard) for shard in shards]},
+    )
+    return files
+
+
+_write: Callable[[int], Shard]
+"""In a worker: what it was started for."""
+
+
+def _begin(write: Callable[[int], Shard]) -> None:
+    global _write
+    die_with_parent()
+    disable_progress_bars()  # of one shard; the whole has its own
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the threads
+    _write = write
+
+
+def _next(number: int) -> Shard:
+    return _write(number)
+
+
+def _recorded(folder: Path, number: int) -> Shard | None:
+    """A shard that is there and whole."""
+    try:
+        shard = _shard(json.loads((folder / f"{number:05d}.json").read_text()))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return shard if _is_whole(folder, shard) else None
+
+
+def _write_shard(folder: Path, rows: Dataset, encode: Encode, max_length: int, too_long: str, number: int) -> Shard:
+    """Tokenize the rows of a shard into its file, and record it."""
+    first = number * SHARD_ROWS
+    part = rows.select(range(first, min(first + SHARD_ROWS, len(rows))))
+    dropped = {"long": 0, "useless": 0}
+
+    def kept(columns: Columns, places: list[int]) -> Columns:
+        return _kept(encode(columns, [first + place for place in places]), max_length, too_long, dropped)
+
+    file = folder / f"{number:05d}.arrow"
+    names = kept(part[:1], [0]).keys()
+    dropped.update(long=0, useless=0)
+    tokens = part.map(
+        kept,
+        batched=True,
+        with_indices=True,
+        remove_columns=part.column_names,
+        features=Features({name: _TYPES[name] for name in names}),
+        cache_file_name=str(file),
+        load_from_cache_file=False,
+        new_fingerprint=f"{folder.name}-{number}",
+    )
+    written = Written(len(part), len(tokens), int(np.sum(tokens["length"])) if len(tokens) else 0, **dropped)
+    shard = Shard(file.name, file.stat().st_size, sha256(file), written)
+    write_json_durably(file.with_suffix(".json"), asdict(shard))
+    return shard
+
+
+def _kept(encoded: Columns, max_length: int, too_long: str, dropped: dict[str, int]) -> Columns:
+    """The rows that are trained on, without the columns that say so; the others are counted."""
+    long, useful = np.array(encoded["whole"]) > max_length, np.array(encoded["useful"], dtype=bool)
+    dropped["long"] += int(long.sum())
+    dropped["useless"] += int((~useful).sum())
+    places = np.flatnonzero(useful & (~long | (too_long == "truncate")))
+    return {
+        name: [values[place] for place in places] for name, values in encoded.items() if name not in ("whole", "useful")
+    }
+
+
+def mapped_rows(rows: Dataset, encode: Encode, *, max_length: int, too_long: str) -> Dataset:
+    """As `made`, for few rows, in memory."""
+    dropped = {"long": 0, "useless": 0}
+    tokens = rows.map(
+        lambda columns, numbers: _kept(encode(columns, numbers), max_length, too_long, dropped),
+        batched=True,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        load_from_cache_file=False,
+        new_fingerprint=uuid.uuid4().hex,  # datasets' own would be a hash of all that `encode` holds
+    )
+    total = Written(read=len(rows), rows=len(tokens), tokens=0, **dropped)
+    _check_some(total, max_length)
+    _announce(total, max_length, too_long)
+    return tokens
+
+
+def _check_some(total: Written, max_length: int) -> None:
+    if total.rows == 0:
+        raise InputError(
+            f"data.max_length: no row has a token to train within {max_length} tokens; write a larger max_length, or "
+            "look at the data"
+        )
+
+
+def _announce(total: Written, max_length: int, too_long: str) -> None:
+    if total.long or total.useless:
+        log.info(
+            "data: %d of %d rows are used; %d longer than %d tokens (%s), %d with nothing to train (dropped)",
+            total.rows, total.read, total.long, max_length, "truncated" if too_long == "truncate" else "dropped", total.useless,
+        )  # fmt: skip
+
+
+def _save(file: Path, numbers: np.ndarray) -> None:
+    """Write an array completely or not at all."""
+    tmp = file.with_name(f"{file.name}.tmp.npy")
+    np.save(tmp, numbers)
+    os.replace(tmp, file)
+
+
+def saved(folder: Path, name: str, make: Callable[[], Sequence[np.ndarray]], count: int) -> list[np.ndarray]:
+    """Arrays that belong to the tokens in `folder`, over their files; made where they are not there yet."""
+    files = [folder / f"{name}-{number}.npy" for number in range(count)]
+    if not all(file.is_file() for file in files):
+        for file, numbers in zip(files, make(), strict=True):
+            _save(file, numbers)
+    return [np.load(file, mmap_mode="r") for file in files]

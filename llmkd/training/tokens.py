@@ -1,0 +1,164 @@
+"""A run's rows as tokens: made once, for every rank, student and run that has the same rows, tokenizer and lengths."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import concatenate_datasets
+
+from llmkd import hub
+from llmkd.data import order, token_files
+from llmkd.data.batches import Batch
+from llmkd.data.other_families import collate_for, encoder_for
+from llmkd.data.packing import packed_rows
+from llmkd.data.rows import source_contents
+from llmkd.data.token_files import TokenFiles
+from llmkd.data.tokenized import PackedSource, PackedTokens, Tokens
+from llmkd.distributed.ranks import World, on_each_node
+from llmkd.errors import InputError
+from llmkd.models.vocabularies import check_rows
+from llmkd.recipe.data import Data, Rows
+from llmkd.recipe.inputs import fingerprint
+from llmkd.training.jobs import Job, read_rows
+
+log = logging.getLogger("llmkd")
+
+
+def tokens_of(world: World, job: Job, tokenizer: Any) -> Tokens:
+    """The job's rows as tokens (all ranks take part). One rank of each node makes what is missing; all read the same files.
+
+    Raises InputError where a row can't be tokenized, where one holds a token that only one of the student and its teacher has, and where
+    two nodes made different tokens.
+    """
+
+    def make() -> tuple[list[str], list[str], str | None]:
+        files = [_made(job, part, tokenizer) for part in job.data.parts]
+        for part, of_part in zip(job.data.parts, files, strict=True):
+            check_rows(of_part.rows(), job.further_tokens, f"data.source ({part.source})")
+        return [str(of_part.folder) for of_part in files], [of_part.digest for of_part in files], hub.last_problem()
+
+    nodes = on_each_node(world, make)
+    _check_same([digests for _, digests, _ in nodes])
+    folders, _, problem = nodes[world.rank // world.local_size]
+    hub.believe(problem)
+    files = [token_files.recorded(Path(folder)) for folder in folders]
+    assert all(files), "they were recorded just now"
+    return _together(job.data, [of_part for of_part in files if of_part is not None])
+
+
+def _check_same(digests: list[list[str]]) -> None:
+    """Raise InputError where nodes that share no folder made different tokens."""
+    for node, own in enumerate(digests):
+        if own != digests[0]:
+            raise InputError(
+                f"data.source: node {node} made other tokens of it than node 0 ({', '.join(own)}, not {', '.join(digests[0])}); give all "
+                "nodes the same files, tokenizer and package versions, or put data.tokens into a folder that they share"
+            )
+
+
+def _made(job: Job, part: Rows, tokenizer: Any) -> TokenFiles:
+    """The tokens of one source (one rank of a node)."""
+    identity = _identity(job, part, tokenizer)
+    cut = {"max_length": job.data.max_length, "too_long": job.data.too_long}
+
+    def source() -> Any:
+        rows = read_rows(part)
+        return rows, encoder_for(job.family, rows.column_names, tokenizer, row_format=part.row_format, **cut)
+
+    folder = tokens_folder(job) / fingerprint(identity)
+    return token_files.made(folder, source, identity=identity, **cut)
+
+
+def _identity(job: Job, part: Rows, tokenizer: Any) -> dict[str, Any]:
+    """All that decides the tokens of a source, as JSON."""
+    contents = source_contents(part.source, part.split)
+    if contents is None and part.source != "records":
+        contents = read_rows(
+            part
+        )._fingerprint  # of the hub: datasets' own hash of the revision and what was done with it
+    family = job.family
+    return {
+        "rows": {
+            **part.model_dump(mode="json", exclude=set(Data.model_fields) - set(Rows.model_fields)),
+            "contents": contents,
+        },
+        "tokenizer": tokenizer_hash(tokenizer),
+        "family": [family.kind, *family.labels, family.start],
+        "max_length": job.data.max_length,
+        "too_long": job.data.too_long,
+    }
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """A hash of what a tokenizer makes of texts and chats."""
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}  # set by each call
+    else:
+        rules = sorted(tokenizer.get_vocab().items())
+    behaviour = tokenizer("a", add_special_tokens=True)["input_ids"]
+    parts = [type(tokenizer).__name__, rules, tokenizer.chat_template, tokenizer.special_tokens_map, behaviour]
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
+
+
+def tokens_folder(job: Job) -> Path:
+    """Where the tokens of the recipe's rows lie, for all runs beside this one."""
+    return job.recipe.tokens_folder if job.data.tokens is None else Path(job.data.tokens).expanduser()
+
+
+def _together(data: Data, files: list[TokenFiles]) -> Tokens:
+    """The sources' tokens as one."""
+    totals = [of_part.total.rows for of_part in files]
+    weights = order.weighed([weight or total for weight, total in zip(data.weights, totals, strict=True)])
+    firsts = np.cumsum([0, *totals]).tolist()
+    return Tokens(
+        concatenate_datasets([of_part.rows() for of_part in files]),
+        tuple(of_part.lengths() for of_part in files),
+        tuple(order.Source(*one, weight=weight) for *one, weight in zip(firsts, totals, weights, strict=False)),
+        folders=tuple(of_part.folder for of_part in files),
+    )
+
+
+def drawn(
+    world: World, job: Job, tokens: Tokens, pad_id: int
+) -> tuple[Tokens | PackedTokens, Callable[[np.ndarray], Batch]]:
+    """(what batches are drawn from, what makes a micro-batch of its numbers) (all ranks take part)."""
+    if job.data.batching == "packed":
+        sequences = packed(world, job, tokens)
+        return sequences, functools.partial(sequences.batch, pad_id=pad_id)
+    return tokens, functools.partial(tokens.batch, collate=collate_for(job.family), pad_id=pad_id)
+
+
+def packed(world: World, job: Job, tokens: Tokens) -> PackedTokens:
+    """The tokens in sequences of `data.max_length` (all ranks take part; one of each node packs where it has not been done)."""
+    width, seed = job.data.max_length, tokens.held_out_seed
+
+    def pack() -> list[PackedSource]:
+        return [
+            PackedSource(
+                *token_files.saved(
+                    folder,
+                    f"sequences-{number}-{source.held_out}-{seed}",
+                    functools.partial(packed_rows, lengths, number, source, seed, width),
+                    count=2,
+                )
+            )
+            for number, (folder, source, lengths) in enumerate(
+                zip(tokens.folders, tokens.sources, tokens.lengths, strict=True)
+            )
+        ]
+
+    on_each_node(world, lambda: len(pack()))
+    attention = job.recipe.teacher.attention, job.recipe.student.attention
+    result = PackedTokens(tokens, tuple(pack()), width, flat="flash_attention_2" in attention)
+    if world.is_main:  # all lengths are read
+        shape = f"{result.count} sequences of {width} tokens, {result.full:.1%} full"
+        log.info("%s: %d rows are packed into %s", job.title, tokens.count, shape)
+    return result

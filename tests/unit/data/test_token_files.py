@@ -1,0 +1,173 @@
+"""Tokens on disk: made once, by any number of processes, resumed at the shard, mended where they are damaged."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from llmkd.data import token_files
+from llmkd.data.token_files import Columns, made, mapped_rows, opened
+from llmkd.errors import InputError
+
+ROWS = 50
+CUT: dict[str, Any] = {"max_length": 9, "too_long": "drop"}
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_files, "SHARD_ROWS", 8)
+
+
+def cores(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(token_files.os, "sched_getaffinity", lambda _: set(range(count)))
+
+
+def text() -> Dataset:
+    return Dataset.from_dict({"number": list(range(ROWS))})
+
+
+def encode(columns: Columns, numbers: list[int]) -> Columns:
+    """Row n has n % 11 + 1 tokens; those of 11 are too long, and every seventh has nothing to train."""
+    assert columns["number"] == numbers
+    ids = [[n] * (n % 11 + 1) for n in numbers]
+    length = [len(row) for row in ids]
+    useful = [n % 7 != 0 for n in numbers]
+    trained = [[True] * len(row) for row in ids]
+    return dict(input_ids=ids, trained=trained, length=length, whole=length, useful=useful, row=numbers)
+
+
+def tokens(folder: Path, encode: Callable[..., Columns] = encode) -> list[dict[str, Any]]:
+    return list(made(folder, lambda: (text(), encode), identity={"of": "a test"}, **CUT).rows())
+
+
+def expected() -> list[dict[str, Any]]:
+    return list(mapped_rows(text(), encode, **CUT))
+
+
+def watched(file: Path) -> Callable[..., Columns]:
+    """`encode` that writes down the rows it is given; across processes."""
+
+    def watching(columns: Columns, numbers: list[int]) -> Columns:
+        with file.open("a") as lines:
+            lines.write("".join(f"{n}\n" for n in numbers))
+        return encode(columns, numbers)
+
+    return watching
+
+
+def test_any_number_of_processes_makes_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = []
+    for count in (1, 4):
+        cores(monkeypatch, count)
+        files = made(tmp_path / str(count) / "same", lambda: (text(), encode), identity={}, **CUT)
+        assert list(files.rows()) == expected() and len(files.shards) == 7
+        assert files.lengths().tolist() == [row["length"] for row in expected()]
+        digests.append(files.digest)
+    assert digests[0] == digests[1]
+    assert isinstance(files.lengths(), np.memmap)
+
+
+def test_what_is_there_is_not_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        first = tokens(tmp_path)
+        again = made(tmp_path, lambda: pytest.fail("rows were read again"), identity={}, **CUT)
+    assert list(again.rows()) == first
+    sentence = "36 of 50 rows are used; 8 longer than 9 tokens (dropped), 8 with nothing to train (dropped)"
+    assert caplog.text.count(sentence) == 2, "a run that finds its tokens says the same"
+
+
+def test_a_killed_tokenization_goes_on_at_its_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cores(monkeypatch, 1)
+
+    def killed(columns: Columns, numbers: list[int]) -> Columns:
+        if 24 in numbers:
+            os.kill(os.getpid(), 9)
+        return encode(columns, numbers)
+
+    with pytest.raises(InputError, match=r"was killed, most likely for want of memory; the same command goes on"):
+        tokens(tmp_path / "store", killed)
+    assert opened(tmp_path / "store") is None
+    assert tokens(tmp_path / "store", watched(tmp_path / "seen")) == expected()
+    seen = {int(line) for line in (tmp_path / "seen").read_text().splitlines()}
+    assert min(seen) == 24 and not list((tmp_path / "store").glob("tmp*"))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_a_damaged_shard_is_named_and_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    cores(monkeypatch, 1)
+    tokens(tmp_path / "store")
+    file = tmp_path / "store" / "00002.arrow"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(bytes(content) if damage == "flipped" else file.read_bytes()[:-9])
+    assert tokens(tmp_path / "store", watched(tmp_path / "seen")) == expected()
+    assert f"{file}: not what was written; its rows are tokenized again" in caplog.text
+    assert {int(line) for line in (tmp_path / "seen").read_text().splitlines()} == set(range(16, 24))
+
+
+def test_the_first_row_that_can_t_be_tokenized_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cores(monkeypatch, 4)
+
+    def refuses(columns: Columns, numbers: list[int]) -> Columns:
+        for number in numbers:
+            if number in (21, 44):
+                raise InputError(f"data row {number}: no text")
+        return encode(columns, numbers)
+
+    with pytest.raises(InputError, match="data row 21: no text"):
+        tokens(tmp_path, refuses)
+    assert not (tmp_path / "tokens.json").exists()
+
+
+def test_no_row_is_left(tmp_path: Path) -> None:
+    def useless(columns: Columns, numbers: list[int]) -> Columns:
+        return {**encode(columns, numbers), "useful": [False] * len(numbers)}
+
+    with pytest.raises(InputError, match=r"data\.max_length: no row has a token to train within 9 tokens; write"):
+        tokens(tmp_path, useless)
+
+
+def _make(folder: Path, seen: Path) -> None:
+    token_files.SHARD_ROWS = 8
+    slow = watched(seen)
+
+    def encode(columns: Columns, numbers: list[int]) -> Columns:
+        time.sleep(0.05)
+        return slow(columns, numbers)
+
+    assert tokens(folder, encode) == expected()
+
+
+def test_processes_that_want_the_same_tokens_wait_for_the_one_that_makes_them(tmp_path: Path) -> None:
+    processes = [
+        multiprocessing.get_context("fork").Process(target=_make, args=(tmp_path / "store", tmp_path / "seen"))
+        for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    lines = (tmp_path / "seen").read_text().split()
+    assert sorted(map(int, lines)) == sorted([*range(ROWS), *range(0, ROWS, 8)]), (
+        "each once, and a look at each shard's first"
+    )
+
+
+def test_rows_are_cut_where_the_recipe_says_so(tmp_path: Path) -> None:
+    files = made(tmp_path, lambda: (text(), encode), identity={}, max_length=9, too_long="truncate")
+    assert files.total.rows == 42 and files.total.long == 8

@@ -25,7 +25,11 @@ def progress(work: str, *, total: int, unit: str, seconds: float = SECONDS) -> I
     """Inside, the function that is called with how much more has been done; it shows the rate and the time left."""
     if sys.stderr.isatty():
         with logging_redirect_tqdm(), tqdm(total=total, desc=work, unit=f" {unit}", leave=False) as bar:
-            yield lambda count: bar.update(count) and None
+
+            def move(count: int) -> None:
+                bar.update(count)
+
+            yield move
         return
     began = said = time.monotonic()
     done = 0

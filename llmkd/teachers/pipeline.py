@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkd.data.batches import Batch
-from llmkd.distributed.ranks import PendingTransfer, PipelineGroup
+from llmkd.distributed.pipeline_group import PendingTransfer, PipelineGroup
 from llmkd.layer_map import EMBEDDING, OtherState, State
 from llmkd.models.parts import decoder_options
 from llmkd.teachers.base import Capture, Signal

@@ -18,7 +18,8 @@ from llmkd.data.batches import Batch, steps_per_epoch
 from llmkd.distributed.compiled import check_asynchronous_io
 from llmkd.distributed.ds_configs import DsConfig, teacher_ds_config
 from llmkd.distributed.engines import parameter_count
-from llmkd.distributed.ranks import PipelineGroup, World, all_rows
+from llmkd.distributed.pipeline_group import PipelineGroup
+from llmkd.distributed.ranks import World, all_rows
 from llmkd.errors import InputError
 from llmkd.losses.distance_sum import AllRows
 from llmkd.losses.schedules import learning_rate

@@ -7,13 +7,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkd.data import order
 from llmkd.data.order import Source, counts, drawn, held_out_rows, permuted, rows_of_step, rows_of_window, weighed
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 3000), key=st.lists(st.integers(0, 2**40), min_size=1, max_size=3))
 def test_a_permutation_takes_each_number_once(size: int, key: list[int]) -> None:
     assert sorted(permuted(np.arange(size), size, key).tolist()) == list(range(size))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkd.data.order import Source, held_out_rows
 from llmkd.data.packing import WINDOW, best_fit, packed_rows
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 64), min_size=1, max_size=200))
 def test_each_row_is_in_one_sequence_and_none_is_too_long(lengths: list[int]) -> None:
     sequences = best_fit(np.array(lengths), 64)

@@ -45,11 +45,11 @@ def encode(columns: Columns, numbers: list[int]) -> Columns:
     return dict(input_ids=ids, trained=trained, length=length, whole=length, useful=useful, row=numbers)
 
 
-def tokens(folder: Path, encode: Callable[..., Columns] = encode) -> list[dict[str, Any]]:
+def tokens(folder: Path, encode: Callable[..., Columns] = encode) -> list[Any]:
     return list(made(folder, lambda: (text(), encode), identity={"of": "a test"}, **CUT).rows())
 
 
-def expected() -> list[dict[str, Any]]:
+def expected() -> list[Any]:
     return list(mapped_rows(text(), encode, **CUT))
 
 

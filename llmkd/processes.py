@@ -49,6 +49,21 @@ def stopping(sentence: str, terminated: int = 128 + signal.SIGTERM) -> Iterator[
             signal.signal(number, before[number])
 
 
+class Stopping:
+    """Remembers SIGTERM and SIGINT until the step is over; the loop asks every rank, so one rank's signal stops all."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.name = "another rank's signal"
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        if not self.asked:
+            self.asked, self.name = True, signal.Signals(number).name
+            log.info("%s: stopping after this step", self.name)
+
+
 def parent_variable() -> dict[str, str]:
     """What `end_with_parent` needs in the environment of a process that this one starts."""
     return {PARENT: str(os.getpid())}

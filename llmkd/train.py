@@ -41,7 +41,7 @@ from llmkd.distributed.ranks import (
 )
 from llmkd.errors import InputError, storage_problem
 from llmkd.files import write_json
-from llmkd.processes import end_with_parent, only_one_in
+from llmkd.processes import Stopping, end_with_parent, only_one_in
 from llmkd.provenance import commit, hardware, versions
 from llmkd.recipe.ds_config import check_ds_configs
 from llmkd.recipe.options import train_options
@@ -56,7 +56,6 @@ from llmkd.training.metrics import Interval, Meter, peak_memory_gib
 from llmkd.training.pairs import pair_names
 from llmkd.training.prepare import PreparedRun, prepare
 from llmkd.training.steps import Steps
-from llmkd.training.stopping import Stopping
 from llmkd.training.validation import Validator
 
 log = logging.getLogger("llmkd")

@@ -27,7 +27,7 @@ from llmkd.errors import InputError
 from llmkd.layer_map import OtherState
 from llmkd.models import folders
 from llmkd.models.families import KIND_NAMES
-from llmkd.processes import only_one_in
+from llmkd.processes import Stopping, only_one_in
 from llmkd.provenance import commit, versions
 from llmkd.recipe.placements import PLACEMENTS
 from llmkd.recipe.recipe import Recipe
@@ -37,7 +37,6 @@ from llmkd.teachers.cache_files import DONE, IDS, LOG_PROBABILITIES, OFFSETS, Co
 from llmkd.teachers.quantization import stored
 from llmkd.training import build, cache_contents, initial, jobs
 from llmkd.training.cache_progress import Plan, prepare
-from llmkd.training.stopping import Stopping
 from llmkd.training.validation_rows import run_rows
 
 log = logging.getLogger("llmkd")

@@ -26,7 +26,7 @@ from llmkd.losses.divergences import DIVERGENCES
 from llmkd.models import load as models
 from llmkd.models import parts
 from llmkd.planning import cache, memory
-from llmkd.processes import only_one_in
+from llmkd.processes import Stopping, only_one_in
 from llmkd.recipe import study_entries
 from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.teachers import cache_files
@@ -34,7 +34,6 @@ from llmkd.teachers.cached import AHEAD, CacheTeacher
 from llmkd.teachers.quantization import restored, stored
 from llmkd.train import train
 from llmkd.training import build, cache_contents, initial, jobs, write_cache
-from llmkd.training.stopping import Stopping
 from llmkd.training.tokens import tokens_of
 from tests import definitions
 

@@ -36,7 +36,7 @@ BEST: dict[str, Any] = {
     "train.save_every": 4,
     "train.schedule": "constant",
     "train.warmup_steps": 0,
-    "train.learning_rate": 0.01,
+    "train.learning_rate": 0.02,
 }
 
 

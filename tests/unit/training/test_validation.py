@@ -16,12 +16,12 @@ from llmkd.data.batches import IGNORE, Batch, announced, collate
 from llmkd.data.other_families import collate_for
 from llmkd.errors import InputError
 from llmkd.models.load import load_tokenizer
+from llmkd.processes import Stopping
 from llmkd.recipe.inputs import training_inputs
 from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.train import train
 from llmkd.training import jobs, prepare, write_cache
 from llmkd.training.journal import validation_line
-from llmkd.training.stopping import Stopping
 from llmkd.training.validation import Validated
 from llmkd.training.validation_rows import RunRows, held_out_count, run_rows, trained_count, validation_batches
 from tests.family_models import CLASSES, ENCODER_DECODERS, ENCODERS, family_recipe, new
@@ -314,7 +314,10 @@ def test_a_cache_without_the_rows_is_refused_with_the_cure(recipe: Recipe, world
     without = {"teacher.placement": "cache", "cache.path": str(tmp_path / "cache"), "data.validation": None}
     cached = recipe.changed({**without, "train.validate_every": 0})
     assert write_cache.cache(world, cached, Stopping())
-    looking = cached.changed({"data.validation": {"share": 0.2}, "train.validate_every": 2})
+    share = cached.changed({"data.validation": {"share": 0.2}, "train.validate_every": 2})
+    assert train(world, jobs.distil_job(world, share, tmp_path / "share")), "the rows of a share are in the cache"
+    (tmp_path / "held.jsonl").write_text(json.dumps({"prompt": "red", "completion": " tree"}) + "\n")
+    looking = share.changed({"data.validation": {"source": str(tmp_path / "held.jsonl")}})
     with pytest.raises(
         InputError, match=r"cache was made of other data.*data.validation was None.*write another with llmkd cache"
     ):

@@ -109,7 +109,9 @@ class Stepper:
             data, seed=0, start_step=0, steps=train.steps or 0, batch_size=train.batch_size, accumulation=accumulation,
             rank=world.rank, world_size=world.size, make=drawn(world, job, data, tokenizer.pad_token_id)[1],
         )  # fmt: skip
-        self._loader = loader if self._teacher is None else announced(loader, self._teacher.expect)
+        self._loader = (
+            loader if self._teacher is None else announced(((made, False) for made in loader), self._teacher.expect)
+        )
         self._steps, self._number = Steps(world, job, train.steps or 0, start_step=0), 0
         module.train()
 

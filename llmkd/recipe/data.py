@@ -126,7 +126,7 @@ class Data(Rows):
             own = [key for key in _PLACE if getattr(self, key) != type(self).model_fields[key].default]
             if own:
                 raise ValueError(
-                    f"{own[0]}: `sources` says where the rows are; write {own[0]} there, or leave one of the two out"
+                    f"{own[0]}: sources says where the rows are; write {own[0]} there, or leave one of the two out"
                 )
         for number, part in enumerate(self.sources):
             if part.source == "records" and part.rows is None:

@@ -23,7 +23,7 @@ from llmkd.recipe.evaluation import Evaluation, Study
 from llmkd.recipe.messages import sentence
 from llmkd.recipe.models import Student, Teacher
 from llmkd.recipe.objective import Loss, Matching, Stones, within
-from llmkd.recipe.run import Cache, Finetune, Train, check_validation
+from llmkd.recipe.run import Cache, Finetune, Train, check_validation, with_batch_size
 from llmkd.recipe.section import NO_EFFECT, Section
 from llmkd.recipe.yaml_files import RecipeDumper, find_recipe, parse_yaml, read_text
 
@@ -287,7 +287,19 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
+def _with_batch_sizes(values: dict[str, Any]) -> dict[str, Any]:
+    data, finetune = values.get("data", {}), values.get("finetune")
+    if isinstance(finetune, Mapping) and "train" in finetune:
+        own = with_batch_size(finetune["train"], finetune.get("data") or data, "finetune.train")
+        values = {**values, "finetune": {**finetune, "train": own}}
+    return {**values, "train": with_batch_size(values["train"], data, "train")} if "train" in values else values
+
+
 def _validated(values: dict[str, Any], where: str) -> Recipe:
+    try:
+        values = _with_batch_sizes(values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
     try:
         return Recipe.model_validate_json(
             json.dumps(values, default=str)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from llmkd.errors import InputError
 from llmkd.recipe.data import Data
 from llmkd.recipe.models import Architecture
 from llmkd.recipe.placements import WithWeights
@@ -22,7 +24,9 @@ class Train(Section):
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the data, in place of `steps`."""
     batch_size: int = Field(gt=0)
-    """Rows per optimizer step, over all ranks and accumulation steps."""
+    """Rows per optimizer step, over all ranks and accumulation steps; where rows are packed, sequences of data.max_length tokens."""
+    batch_tokens: int | None = Field(default=None, gt=0)
+    """In place of batch_size, where rows are packed: tokens per optimizer step, a multiple of data.max_length."""
     micro_batch_size: int = Field(gt=0)
     """Rows per forward pass on one rank. Accumulation follows: batch_size / (ranks × micro_batch_size)."""
     learning_rate: float = Field(gt=0)
@@ -107,6 +111,34 @@ class Train(Section):
                 f"batch_size: {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; write one"
             )
         return self
+
+
+def with_batch_size(train: Any, data: Any, where: str) -> Any:
+    """The values of a section `train` whose batch_tokens are written as batch_size too; `data`: the values of its section data.
+
+    Raises InputError for tokens that are no whole number of sequences; what else may be wrong with the values is left to the sections.
+    """
+    tokens = train.get("batch_tokens") if isinstance(train, Mapping) else None
+    if not isinstance(tokens, int) or not isinstance(data, Mapping):
+        return train
+    length = data.get("max_length", Data.model_fields["max_length"].default)
+    if data.get("batching") != "packed":
+        raise InputError(
+            f"{where}.batch_tokens: rows that are not packed have no fixed number of tokens; write data.batching: packed, or batch_size in "
+            "place of batch_tokens"
+        )
+    if not isinstance(length, int) or length < 1:
+        return train
+    if tokens % length:
+        raise InputError(
+            f"{where}.batch_tokens: {tokens} is no whole number of sequences of data.max_length {length}; write a multiple of it"
+        )
+    if train.get("batch_size", tokens // length) != tokens // length:
+        raise InputError(
+            f"{where}.batch_tokens: {tokens} tokens are {tokens // length} sequences of {length}, and batch_size says "
+            f"{train['batch_size']}; give one of the two"
+        )
+    return {**train, "batch_size": tokens // length}
 
 
 class Cache(Section):

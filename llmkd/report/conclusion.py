@@ -176,6 +176,9 @@ def notes(results: Results) -> list[str]:
         sentences.append(
             f"Texts were scored without their thoughts (<think>…</think>), as no reference has any: {counts}."
         )
+    if total := sum(results.sources.values()):
+        shares = ", ".join(f"{name} {count:,} ({count / total:.1%})" for name, count in results.sources.items())
+        sentences.append(f"Trained on a mixture; rows taken from each source: {shares}.")
     for step, backends in results.backends.items():
         if len(backends) > 1:
             parts = [f"{backend} for {listed(names)}" for backend, names in backends.items()]

@@ -18,7 +18,7 @@ COSTS = ("steps", "seconds", "tokens", "tokens_per_second", "memory_gib", "world
 CURVE_POINTS = 200  # of one run; a longer curve is thinned
 PARTS = ("loss", "ce", "kl", "hidden")
 MEASURED = ("ce", "perplexity", "kl", "agreement")
-SUMMARY = ("pairs", "versions", "hardware", "commit", "validation", "kept")
+SUMMARY = ("pairs", "versions", "hardware", "commit", "validation", "kept", "sources")
 Value = TypeVar("Value")
 
 
@@ -79,6 +79,7 @@ class Summary:
     done: bool = False
     validation: Agreed = field(default_factory=dict)
     kept: Agreed = field(default_factory=dict)
+    sources: dict[str, int] = field(default_factory=dict)
 
 
 def read_summary(training: Path) -> Summary:

@@ -112,6 +112,7 @@ def _without_comparisons(folder: Path, study: StudyFile, outcomes: Sequence[Outc
         versions=agreed([result.versions for result in scored] + [summary.versions for summary in summaries.values()]),
         hardware=agreed(summary.hardware for summary in summaries.values()),
         thoughts=_thoughts(outcomes),
+        sources=max((s.sources for s in summaries.values()), key=lambda counts: sum(counts.values()), default={}),
         commit=", ".join(dict.fromkeys(s.commit for s in summaries.values() if s.commit)) or None,
     )
 

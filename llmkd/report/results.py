@@ -253,6 +253,8 @@ class Results:
     commit: str | None
     thoughts: dict[str, int] = field(default_factory=dict)
     """By model, how many of its texts had thoughts, which were left out before they were scored."""
+    sources: dict[str, int] = field(default_factory=dict)
+    """By source of a mixture, how many rows (packed: sequences) the longest run was trained on."""
     comparisons: list[Comparison] = field(default_factory=list)
     conclusion: str = ""
     notes: list[str] = field(default_factory=list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from llmkd.distributed.ranks import World
@@ -67,12 +68,12 @@ class Journal:
                 project=job.train.wandb, name=name, dir=str(folder), config=job.inputs, id=name, resume="allow"
             )
 
-    def write(self, step: int, interval: Interval) -> None:
-        """Record the interval that ends with this step."""
+    def write(self, step: int, interval: Interval, taken: Mapping[str, int]) -> None:
+        """Record the interval that ends with this step. `taken`: how many rows of each source of a mixture came until then."""
         if not self._main:
             return
-        log.info(line(step, self._steps, interval))
-        self._record(step, interval.values())
+        log.info(line(step, self._steps, interval) + "".join(f" {name}:{rows}" for name, rows in taken.items()))
+        self._record(step, {**interval.values(), **({"sources": {**taken}} if taken else {})})
 
     def write_validation(self, step: int, values: Values) -> None:
         """Record a validation after this step, in a line of its own."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from llmkd.data.batches import Batch, announced, batches
+from llmkd.data.order import Source, counts
 from llmkd.distributed.ds_configs import on_other_ranks
 from llmkd.distributed.engines import engine
 from llmkd.distributed.ranks import World
@@ -49,6 +50,15 @@ class PreparedRun:
     """How many rows these are, over all ranks."""
     validations: tuple[tuple[int, float], ...] = ()
     """The validations of the steps that are done: each one's step, and what validations are compared by."""
+    sources: tuple[Source, ...] = ()
+    """What is drawn from, where that is more than one."""
+
+    def taken(self, step: int) -> dict[str, int]:
+        """How many rows (packed: sequences) of each source the steps up to this one were trained on; empty with a single source."""
+        if not self.sources:
+            return {}
+        of_sources = counts(step * self.job.train.batch_size, self.sources)
+        return dict(zip(self.job.data.names, of_sources, strict=True))
 
     def batches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each step still to do, announced to the teacher ahead."""
@@ -132,7 +142,10 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None) -> Prepare
     _announce(world, job, steps, accumulation, drawn.count)
     done = (0, ()) if resume is None else (resume.step, resume.validations)
     held_out = 0 if data.validation is None else len(data.validation)
-    return PreparedRun(job, student, module, teacher, rows, rate, done[0], steps, validation, held_out, done[1])
+    sources = drawn.sources if len(drawn.sources) > 1 else ()
+    return PreparedRun(
+        job, student, module, teacher, rows, rate, done[0], steps, validation, held_out, done[1], sources
+    )
 
 
 def _announce(world: World, job: Job, steps: int, accumulation: int, rows: int) -> None:

@@ -15,6 +15,7 @@ import torch
 import transformers as hf
 import yaml
 
+from llmkd import starting
 from llmkd.cli import main
 from llmkd.errors import InputError
 from llmkd.recipe.recipe import load_recipe
@@ -36,6 +37,7 @@ def _same_everywhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyte
     """No GPU, and what datasets keeps goes with the test; a process that is started fails it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(starting, "get_ready", lambda: None)  # a server that has forked nothing yet
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -620,3 +621,47 @@ def test_every_placement_has_its_capabilities_and_a_cache_is_written_by_one_with
     assert [name for name, placement in PLACEMENTS.items() if placement.is_whole] == ["replicated"]
     shared = load_recipe("quickstart", ["teacher.share_cache=true", "teacher.placement=zero3"]).teacher
     assert shared.placed.is_sharded and not shared.serving.has_weights and shared.serving_name == "share_cache"
+
+
+PACKED: dict[str, Any] = {"data.batching": "packed", "data.max_length": 128}
+
+
+def test_tokens_of_a_step_are_whole_sequences(tmp_path: Path) -> None:
+    recipe = load_recipe("quickstart")
+    packed = recipe.changed({**PACKED, "train.batch_size": 64, "train.batch_tokens": 8192})
+    assert packed.train.batch_size == 64 and packed.changed({"seed": 1}).train.batch_tokens == 8192
+    values = recipe.model_dump(mode="json")
+    del values["train"]["batch_size"]
+    values["train"]["batch_tokens"] = 4096
+    values["data"] |= {"batching": "packed", "max_length": 128}
+    (tmp_path / "recipe.json").write_text(json.dumps(values))
+    assert load_recipe(tmp_path / "recipe.json").train.batch_size == 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"train.batch_tokens": 8192}, r"train\.batch_tokens: rows that are not packed .*; write data\.batching: packed"),
+        ({**PACKED, "train.batch_tokens": 8000}, r"train\.batch_tokens: 8000 is no whole number of sequences of data\.max_length 128"),
+        ({**PACKED, "train.batch_tokens": 8192, "train.batch_size": 32}, r"8192 tokens are 64 sequences of 128, .* says 32; give"),
+    ],
+)  # fmt: skip
+def test_tokens_of_a_step_that_can_t_be(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        load_recipe("quickstart").changed(changes)
+
+
+def test_a_mixture_has_its_sources_and_nothing_beside_them() -> None:
+    sources = [{"source": "a.jsonl", "weight": 2}, {"source": "b/a.jsonl", "split": "validation"}]
+    place = {"data.source": "records", "data.rows": None, "data.split": "train", "data.validation": None}
+    looking = {"train.validate_every": 0, "train.keep": "last"}
+    recipe = load_recipe("quickstart").changed(
+        {**place, **looking, "data.sources": sources, "evaluation.generation.source": "a.jsonl"}
+    )
+    assert recipe.data.names == ("a", "a-validation") and recipe.data.weights == (2.0, None)
+    with pytest.raises(InputError, match=r"data\.rows: sources says where the rows are; write rows there"):
+        recipe.changed({"data.rows": 5})
+    with pytest.raises(InputError, match=r"data\.sources\.0\.rows: the built-in task is endless"):
+        recipe.changed({"data.sources": [{"source": "records"}]})
+    with pytest.raises(InputError, match=r"evaluation\.generation\.source: the data has several sources; name the one"):
+        recipe.changed({"evaluation.generation.source": None})

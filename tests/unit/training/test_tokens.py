@@ -1,0 +1,169 @@
+"""A run's rows as tokens: made once for all runs that have the same, mixed by weight, packed; the same student whoever made them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmkd.data import token_files
+from llmkd.errors import InputError
+from llmkd.models.load import load_tokenizer
+from llmkd.recipe.recipe import Recipe, load_recipe
+from llmkd.train import train
+from llmkd.training import jobs, tokens
+from llmkd.training.tokens import tokenizer_hash, tokens_of
+
+
+@pytest.fixture
+def recipe(tiny: Path, tmp_path: Path) -> Recipe:
+    """With an output, and so a folder of tokens, of its own."""
+    return load_recipe(tiny / "recipe.yaml").changed(
+        {"output": str(tmp_path / "runs"), "train.steps": 2, "train.warmup_steps": 0}
+    )
+
+
+def trained(world: Any, recipe: Recipe, folder: Path, **changes: Any) -> Path:
+    own = recipe.changed(changes)
+    assert train(world, jobs.distil_job(world, own, folder))
+    return folder
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def same_to_the_bit(ours: Path, theirs: Path) -> None:
+    for name, weight in weights(ours).items():
+        assert torch.equal(weight, weights(theirs)[name]), name
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_students_of_one_recipe_share_their_tokens(
+    recipe: Recipe, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Path] = []
+    make = token_files._made
+    monkeypatch.setattr(token_files, "_made", lambda folder, *rest: (made.append(folder), make(folder, *rest))[1])
+    for strategy in ("forward", "reverse", "none"):
+        trained(world, recipe, tmp_path / strategy, **{"matching.strategy": strategy})
+    (folder,) = made
+    assert folder.parent == tmp_path / "runs" / "tokens" and [*folder.parent.iterdir()] == [folder]
+    first = tmp_path / "forward"
+    moved = {"matching.strategy": "forward", "data.tokens": str(tmp_path / "elsewhere")}
+    same_to_the_bit(first, trained(world, recipe, tmp_path / "again", **moved))
+    assert len(made) == 2 and made[1].parent == tmp_path / "elsewhere" and made[1].name == folder.name
+
+
+@pytest.mark.parametrize(
+    "change", [{"data.max_length": 32}, {"data.rows": 39}, {"data.too_long": "truncate"}, {"data.format": "prompt_completion"}]
+)  # fmt: skip
+def test_what_decides_the_tokens_decides_their_folder(recipe: Recipe, world: Any, tiny: Path, change: Any) -> None:
+    tokenizer = load_tokenizer(tiny / "teacher")
+    folders = {
+        tokens_of(world, jobs.distil_job(world, own, Path("unused")), tokenizer).folders
+        for own in (recipe, recipe.changed({"seed": 5}), recipe.changed(change))
+    }
+    assert len(folders) == 2
+
+
+def test_a_tokenizers_hash_is_of_what_it_does(tiny: Path) -> None:
+    tokenizer, other = load_tokenizer(tiny / "teacher"), load_tokenizer(tiny / "teacher")
+    first = tokenizer_hash(tokenizer)
+    tokenizer("red green blue", truncation=True, max_length=2)  # leaves its mark in a fast tokenizer
+    assert tokenizer_hash(tokenizer) == first
+    other.chat_template = "{{ messages }}"
+    assert tokenizer_hash(other) != first
+    tokenizer.add_tokens(["<more>"])
+    assert tokenizer_hash(tokenizer) != first
+
+
+def test_nodes_that_made_other_tokens_are_refused() -> None:
+    tokens._check_same([["a", "b"], ["a", "b"]])
+    with pytest.raises(
+        InputError, match=r"data\.source: node 1 made other tokens of it than node 0 \(a, c, not a, b\)"
+    ):
+        tokens._check_same([["a", "b"], ["a", "c"]])
+
+
+@pytest.fixture
+def mixture(recipe: Recipe, tiny: Path, tmp_path: Path) -> Recipe:
+    """Two sources of two formats; the second gives a quarter of the rows."""
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"red {n} tree"}) + "\n" for n in range(7)))
+    rows = {"source": recipe.data.source, "weight": 3.0}
+    texts = {"source": str(tmp_path / "texts.jsonl"), "weight": 1.0, "format": "text"}
+    return recipe.changed({"data.source": "records", "data.sources": [rows, texts], "train.steps": 4})
+
+
+def test_a_mixtures_shares_are_logged_and_what_was_drawn(mixture: Recipe, world: Any, tmp_path: Path) -> None:
+    run = trained(world, mixture, tmp_path / "run")
+    assert [line["sources"] for line in lines(run)] == [{"rows": 6 * n, "texts": 2 * n} for n in (1, 2, 3, 4)]
+    assert json.loads((run / "summary.json").read_text())["sources"] == {"rows": 24, "texts": 8}
+
+
+def test_a_mixture_resumes_to_the_bit_and_repeats(mixture: Recipe, world: Any, tmp_path: Path) -> None:
+    whole = trained(world, mixture, tmp_path / "whole")
+    same_to_the_bit(whole, trained(world, mixture, tmp_path / "repeated"))
+
+    class AfterTwo:
+        asked, name, seen = False, "a test", 0
+
+    stopping: Any = AfterTwo()
+    job = jobs.distil_job(world, mixture, tmp_path / "stopped")
+    count = tokens.drawn
+
+    def stops(*arguments: Any) -> Any:
+        units, make = count(*arguments)
+
+        def making(numbers: Any) -> Any:
+            stopping.seen += 1
+            stopping.asked = stopping.seen >= 4  # two steps of two micro-batches are made
+            return make(numbers)
+
+        return units, making
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "drawn", stops)
+        assert not train(world, job, stopping)
+    assert train(world, jobs.distil_job(world, mixture, tmp_path / "stopped"))
+    same_to_the_bit(whole, tmp_path / "stopped")
+    assert lines(tmp_path / "stopped")[-1]["sources"] == {"rows": 24, "texts": 8}
+
+
+def test_packed_micro_batches_have_one_number_of_tokens(
+    recipe: Recipe, world: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    packed = {"data.batching": "packed", "train.batch_size": 4, "train.micro_batch_size": 2}
+    job = jobs.distil_job(world, recipe.changed(packed), tmp_path / "run")
+    data = tokens_of(world, job, load_tokenizer(Path(str(job.teacher))))
+    with caplog.at_level(logging.INFO):
+        sequences, make = tokens.drawn(world, job, data, 0)
+    batch = make(sequences.window(0, batch_size=4, seed=0)[0][:2])
+    assert batch.input_ids.shape == (2, 64) and batch.attention_mask is None
+    assert batch.counts.attended == int(data.lengths_of(torch.tensor(batch.rows).numpy()).sum()) > 110
+    assert "40 rows are packed into" in caplog.text
+    assert train(world, job)
+
+
+def test_validation_rows_are_in_no_packed_sequence(recipe: Recipe, world: Any, tiny: Path) -> None:
+    from llmkd.training.validation_rows import run_rows
+
+    held = {
+        "data.validation": {"share": 0.2},
+        "train.validate_every": 1,
+        "data.batching": "packed",
+        "train.batch_size": 4,
+    }
+    job = jobs.distil_job(world, recipe.changed(held), Path("unused"))
+    rows = run_rows(world, job, load_tokenizer(tiny / "teacher"))
+    sequences: Any = tokens.drawn(world, job, rows.training, 0)[0]
+    packed = [row for n in range(sequences.count) for row in sequences.rows_of(n).tolist()]
+    assert rows.validation is not None and len(packed) == 32 and not {*packed} & {*rows.validation.tolist()}

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from llmkd.layer_map import Pairs
 from llmkd.planning.rows import GIB, WAITING, Row
 from llmkd.planning.teacher import PlannedTeacher
+from llmkd.recipe.data import Data
 from llmkd.teachers.cache_files import Contents, sizes
 from llmkd.teachers.cached import AHEAD
 from llmkd.training.cache_contents import Student, asked_for, students
@@ -37,8 +38,9 @@ def cache_rows(teacher: PlannedTeacher) -> list[Row]:
     read = cache_bytes([student], shape.hidden, shape.depth, tokens)
     how = f"{AHEAD} micro-batches and the one in use, in {recipe.cache.dtype}"
     rows.append(Row("teacher states, read ahead", (AHEAD + 1) * read, how, place="host"))
-    count = recipe.data.rows or ROWS
-    counted = f"{count:,} rows" if recipe.data.rows else f"each {count:,} rows"
+    known = _rows(recipe.data)
+    count = known or ROWS
+    counted = f"{count:,} rows" if known else f"each {count:,} rows"
     step = read * recipe.train.batch_size // recipe.train.micro_batch_size
     how = f"at most, {counted} of {recipe.data.max_length} tokens, shared; all ranks together read {step / GIB:.3f} GiB per step"
     served = students(recipe, teacher.student_depth, shape.depth)
@@ -46,10 +48,16 @@ def cache_rows(teacher: PlannedTeacher) -> list[Row]:
     return [*rows, Row("teacher's cache", on_disk, how, place="disk")]
 
 
+def _rows(data: Data) -> int | None:
+    """How many rows the recipe asks for; None where a source's number is not written."""
+    rows = [part.rows for part in data.parts]
+    return None if None in rows else sum(count for count in rows if count)
+
+
 def cache_traffic(teacher: PlannedTeacher) -> tuple[int, str]:
     """Nothing is sent; the note says how often a row is seen by all the students of the recipe's study."""
     recipe = teacher.recipe
-    train, rows = recipe.train, recipe.data.rows
+    train, rows = recipe.train, _rows(recipe.data)
     students = max(1, len(recipe.study.students) * len(recipe.study.seeds))
     epochs = (
         train.epochs if train.epochs is not None else (train.steps or 0) * train.batch_size / rows if rows else None

@@ -24,7 +24,8 @@ def teacher_shape(recipe: Recipe) -> PreTrainedConfig:
 
 def check_training(recipe: Recipe, family: Family) -> None:
     """Raise InputError for settings of a student's training that this family of models does not support."""
-    check_format(family, recipe.data.row_format)
+    for part in recipe.data.parts:
+        check_format(family, part.row_format)
     student, kind = recipe.student, KIND_NAMES[family.kind]
     if student.decoder_blocks is not None and family.kind != "encoder_decoder":
         raise InputError(f"student.decoder_blocks: {kind} has one stack of blocks; leave it out")

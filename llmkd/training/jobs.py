@@ -249,7 +249,8 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
         packed = data.batching == "packed"
         load.check_usable(shape, section="teacher", attention=recipe.teacher.attention, packed=packed)
         family = families.family(shape)
-    check_format(family, data.row_format)
+    for part in data.parts:
+        check_format(family, part.row_format)
     if family.kind == "encoder":  # its classes are the data's, not the checkpoint's
         family = Family("encoder", labels=on_main(world, lambda: labels_of(data)))
     job = Job(

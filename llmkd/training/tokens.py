@@ -6,16 +6,16 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 
 from llmkd import hub
 from llmkd.data import order, token_files
-from llmkd.data.batches import Batch
+from llmkd.data.batches import Batch, Family
 from llmkd.data.other_families import collate_for, encoder_for
 from llmkd.data.packing import packed_rows
 from llmkd.data.rows import source_contents
@@ -26,6 +26,7 @@ from llmkd.errors import InputError
 from llmkd.models.vocabularies import check_rows
 from llmkd.recipe.data import Data, Rows
 from llmkd.recipe.inputs import fingerprint
+from llmkd.recipe.recipe import Recipe
 from llmkd.training.jobs import Job, read_rows
 
 log = logging.getLogger("llmkd")
@@ -50,7 +51,9 @@ def tokens_of(world: World, job: Job, tokenizer: Any) -> Tokens:
     hub.believe(problem)
     files = [token_files.recorded(Path(folder)) for folder in folders]
     assert all(files), "they were recorded just now"
-    return _together(job.data, [of_part for of_part in files if of_part is not None])
+    whole = [of_part for of_part in files if of_part is not None]
+    rows, lengths = [of_part.rows() for of_part in whole], [of_part.lengths() for of_part in whole]
+    return together(job.data, rows, lengths, [of_part.folder for of_part in whole])
 
 
 def _check_same(digests: list[list[str]]) -> None:
@@ -65,25 +68,31 @@ def _check_same(digests: list[list[str]]) -> None:
 
 def _made(job: Job, part: Rows, tokenizer: Any) -> TokenFiles:
     """The tokens of one source (one rank of a node)."""
-    identity = _identity(job, part, tokenizer)
+    identity = _identity(job.data, job.family, part, tokenizer)
     cut = {"max_length": job.data.max_length, "too_long": job.data.too_long}
 
     def source() -> Any:
         rows = read_rows(part)
         return rows, encoder_for(job.family, rows.column_names, tokenizer, row_format=part.row_format, **cut)
 
-    folder = tokens_folder(job) / fingerprint(identity)
+    folder = tokens_folder(job.recipe, job.data) / fingerprint(identity)
     return token_files.made(folder, source, identity=identity, **cut)
 
 
-def _identity(job: Job, part: Rows, tokenizer: Any) -> dict[str, Any]:
+def found(recipe: Recipe, family: Family, tokenizer: Any) -> list[TokenFiles | None]:
+    """The tokens of each source of the recipe's data, None where they are not there yet. Nothing is written, and no hash compared."""
+    folder = tokens_folder(recipe, recipe.data)
+    identities = [_identity(recipe.data, family, part, tokenizer) for part in recipe.data.parts]
+    return [token_files.recorded(folder / fingerprint(identity)) for identity in identities]
+
+
+def _identity(data: Data, family: Family, part: Rows, tokenizer: Any) -> dict[str, Any]:
     """All that decides the tokens of a source, as JSON."""
     contents = source_contents(part.source, part.split)
     if contents is None and part.source != "records":
         contents = read_rows(
             part
         )._fingerprint  # of the hub: datasets' own hash of the revision and what was done with it
-    family = job.family
     return {
         "rows": {
             **part.model_dump(mode="json", exclude=set(Data.model_fields) - set(Rows.model_fields)),
@@ -91,8 +100,8 @@ def _identity(job: Job, part: Rows, tokenizer: Any) -> dict[str, Any]:
         },
         "tokenizer": tokenizer_hash(tokenizer),
         "family": [family.kind, *family.labels, family.start],
-        "max_length": job.data.max_length,
-        "too_long": job.data.too_long,
+        "max_length": data.max_length,
+        "too_long": data.too_long,
     }
 
 
@@ -108,21 +117,23 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
 
-def tokens_folder(job: Job) -> Path:
-    """Where the tokens of the recipe's rows lie, for all runs beside this one."""
-    return job.recipe.tokens_folder if job.data.tokens is None else Path(job.data.tokens).expanduser()
+def tokens_folder(recipe: Recipe, data: Data) -> Path:
+    """Where the tokens of these rows lie, for all runs beside the recipe's."""
+    return recipe.tokens_folder if data.tokens is None else Path(data.tokens).expanduser()
 
 
-def _together(data: Data, files: list[TokenFiles]) -> Tokens:
-    """The sources' tokens as one."""
-    totals = [of_part.total.rows for of_part in files]
+def together(
+    data: Data, rows: Sequence[Dataset], lengths: Sequence[np.ndarray], folders: Sequence[Path] = ()
+) -> Tokens:
+    """The sources' tokens as one. `rows`, `lengths`, `folders`: each source's tokenized rows, their lengths and where they lie."""
+    totals = [len(of_part) for of_part in rows]
     weights = order.weighed([weight or total for weight, total in zip(data.weights, totals, strict=True)])
     firsts = np.cumsum([0, *totals]).tolist()
     return Tokens(
-        concatenate_datasets([of_part.rows() for of_part in files]),
-        tuple(of_part.lengths() for of_part in files),
+        concatenate_datasets(list(rows)),
+        tuple(lengths),
         tuple(order.Source(*one, weight=weight) for *one, weight in zip(firsts, totals, weights, strict=False)),
-        folders=tuple(of_part.folder for of_part in files),
+        folders=tuple(folders),
     )
 
 

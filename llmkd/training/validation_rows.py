@@ -47,12 +47,19 @@ def run_rows(world: World, job: Job, tokenizer: Any) -> RunRows:
         with _named():
             own = tokens_of(world, replace(job, data=apart), tokenizer)
         return RunRows(rows.followed_by(own), rows, np.arange(len(rows.rows), len(rows.rows) + len(own.rows)))
-    assert given.share is not None
-    sources = [replace(part, held_out=held_out_count(part.rows, given.share)) for part in rows.sources]
-    divided = replace(rows, sources=tuple(sources), held_out_seed=given.seed)
-    held_out = divided.held_out
+    apart_by_share = divided(job.data, rows)
+    held_out = apart_by_share.held_out
     some = permuted(np.arange(min(given.rows, len(held_out))), len(held_out), (given.seed,))
-    return RunRows(divided, divided, held_out[some])
+    return RunRows(apart_by_share, apart_by_share, held_out[some])
+
+
+def divided(data: Data, rows: Tokens) -> Tokens:
+    """The rows with those of each source set apart that `data.validation.share` holds out; as they are where there is no share."""
+    given = data.validation
+    if given is None or given.share is None:
+        return rows
+    sources = [replace(part, held_out=held_out_count(part.rows, given.share)) for part in rows.sources]
+    return replace(rows, sources=tuple(sources), held_out_seed=given.seed)
 
 
 def validation_batches(world: World, job: Job, rows: RunRows, pad_id: int) -> list[Batch]:

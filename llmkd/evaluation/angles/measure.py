@@ -112,15 +112,25 @@ def _made_of(student: TrainedStudent, section: str) -> list[str]:
     """All that decides one student's angles, but for the teacher and the number of rows, which come from `evaluation.<section>`."""
     recipe = student.recipe
     rows = getattr(recipe.evaluation, section)
-    keys = {"source", "name", "records_seed", "format", "columns", "template_options", "max_length", "too_long"}
-    data = recipe.data.model_dump(mode="json", include=keys)
-    asked = rows.model_dump(mode="json", include={"source", "name", "split", "format", "columns"})
+    keys = {
+        "source",
+        "name",
+        "split",
+        "records_seed",
+        "format",
+        "columns",
+        "template_options",
+        "max_length",
+        "too_long",
+    }
+    held_out = held_out_data(rows, recipe.data, None)
+    data = held_out.model_dump(mode="json", include=keys)
     settings = [recipe.evaluation.dtype, recipe.evaluation.batch_size, recipe.train.dtype, recipe.seed]
     sections = [recipe.student.model_dump(mode="json"), recipe.matching.model_dump(mode="json"), student.pairs]
-    held = source_contents(rows.source or recipe.data.source, rows.split)
+    held = source_contents(held_out.source, held_out.split)
     start = recipe.student.path
     return [
-        json.dumps([data, asked, settings, sections, held], sort_keys=True),
+        json.dumps([data, settings, sections, held], sort_keys=True),
         *(model_hashes(Path(start)) if start is not None and Path(start).is_dir() else []),
         *model_hashes(student.train / "model"),
     ]

@@ -16,10 +16,17 @@ from llmkd.data.batches import batches, collate
 from llmkd.data.formats import RowFormat
 from llmkd.data.tokens import tokenize
 from llmkd.errors import InputError
+from llmkd.files import ROOT
 from llmkd.models import load, make
-from llmkd.planning.doctor import CLOSE, OPEN, Finding, examine, marked
+from llmkd.planning.cache import cache_rows, cache_traffic
+from llmkd.planning.data import Finding
+from llmkd.planning.doctor import CLOSE, OPEN, examine, marked
+from llmkd.planning.shapes import teacher_config
+from llmkd.planning.teacher import PlannedTeacher
 from llmkd.recipe.recipe import Recipe, load_recipe
-from llmkd.training.jobs import read_rows
+from llmkd.training.jobs import distil_job, read_rows
+from llmkd.training.tokens import packed
+from llmkd.training.validation_rows import run_rows
 from tests.tiny import in_memory
 from tests.unit.data.test_data import QWEN3_LIKE
 
@@ -49,7 +56,8 @@ def test_rows_are_shown_with_what_is_trained(place: Path) -> None:
     recipe = load_recipe(place / "recipe.yaml")
     rows = read_rows(recipe.data)
     _, shown = examine(recipe, rows=3)
-    for number, text in enumerate(shown):
+    assert list(shown) == ["row 0", "row 1", "row 2"]
+    for number, text in enumerate(shown.values()):
         row = rows[number]
         assert text == f"{row['prompt']}{OPEN}{row['completion']}<eos>{CLOSE}"
 
@@ -149,3 +157,104 @@ def test_rows_of_validation_are_counted(place: Path, tmp_path: Path) -> None:
     assert "validation: 1 rows of their own, 1 of them are validated every 5 steps" in _said(own, "ok")
     with pytest.raises(InputError, match=r"data.validation: .* is trained on too"):
         examine(recipe.changed({"data.validation": {"split": "test"}}))
+
+
+def _mixture(place: Path, **changes: Any) -> Recipe:
+    """The tiny rows three times as often as four texts of another format, whose column has another name."""
+    texts = [{"document": "red green blue small large", "origin": "a book"}] * 4
+    (place / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    recipe = load_recipe(place / "recipe.yaml")
+    sources = [
+        {"source": recipe.data.source, "weight": 3},
+        {"source": str(place / "texts.jsonl"), "columns": {"document": "text"}, "weight": 1},
+    ]
+    data = {"data.source": "records", "data.sources": sources}
+    return recipe.changed({**data, "train.steps": 10, "train.batch_size": 8, **changes})
+
+
+def test_every_source_of_a_mixture_is_looked_at(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    findings, shown = examine(_mixture(place), rows=1)
+    ok, notes = ([f.what for f in findings if f.grade == grade] for grade in ("ok", "note"))
+    assert any(what.startswith("data (rows): 40 rows of the format prompt_completion, ") for what in ok)
+    assert any(what.startswith("data (texts): 4 rows of the format text, ") for what in ok)
+    assert "data (texts): the columns origin are not read" in notes
+    assert "data: in 10 steps of 8 rows: rows 75.0% (60 rows, 1.5 passes), texts 25.0% (20 rows, 5 passes)" in ok
+    assert list(shown) == ["rows row 0", "texts row 0"]
+    assert shown["texts row 0"].endswith(f"blue small large<eos>{CLOSE}")
+    held_out = _said(_mixture(place, **{"data.validation": {"share": 0.25}, "train.validate_every": 5}), "ok")
+    assert any(what.startswith("validation: 11 of the 44 rows are held out") for what in held_out)
+    assert any("(60 rows, 2 passes), texts 25.0% (20 rows, 6.67 passes)" in what for what in held_out)
+
+
+def test_template_options_of_one_source_are_named_with_it(place: Path) -> None:
+    tokenizer = load.load_tokenizer(place / "teacher")
+    tokenizer.chat_template = QWEN3_LIKE
+    tokenizer.save_pretrained(place / "teacher")
+    recipe = _mixture(place)
+    sources = [part.model_dump(exclude_defaults=True) for part in recipe.data.sources]
+    sources[1]["template_options"] = {"enable_thinking": False}
+    (warning,) = _said(recipe.changed({"data.sources": sources}), "warning")
+    assert warning.startswith("data (texts): data.template_options are for chats")
+
+
+def test_how_full_packed_sequences_are_is_what_a_run_says(
+    place: Path, world: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And once the run has made them, the folder of the tokens is named with its size."""
+    recipe = _mixture(place, **{"data.batching": "packed", "data.validation": {"share": 0.25, "seed": 3}})
+    (before,) = (what for what in _said(recipe, "ok") if what.startswith("tokens:"))
+    assert before == f"tokens: kept in {recipe.tokens_folder}, for all runs that have the same; not made yet"
+    assert not recipe.tokens_folder.exists()
+    job = distil_job(world, recipe, recipe.folder)
+    tokenizer = load.load_tokenizer(place / "teacher")
+    with caplog.at_level("INFO", "llmkd"):
+        packed(world, job, run_rows(world, job, tokenizer).training)
+    (said,) = (r.getMessage() for r in caplog.records if "are packed into" in r.getMessage())
+    found = _said(recipe, "ok")
+    assert said.replace(f"{job.title}:", "data:") in found
+    (after,) = (what for what in found if what.startswith("tokens:"))
+    mib = sum(file.stat().st_size for file in recipe.tokens_folder.rglob("*.arrow")) / 2**20
+    assert after == before.replace("not made yet", f"there already, {mib:.1f} MiB")
+    elsewhere = recipe.changed({"data.tokens": str(place / "elsewhere")})
+    assert any(what.startswith(f"tokens: kept in {place / 'elsewhere'}, ") for what in _said(elsewhere, "ok"))
+    longer = recipe.changed({"data.max_length": 63})
+    assert any(what.endswith("not made yet") for what in _said(longer, "ok"))
+
+
+def test_the_plan_of_a_cache_counts_the_rows_of_all_sources(place: Path) -> None:
+    recipe = _mixture(place, **{"teacher.placement": "cache"})
+    sources = [part.model_dump(exclude_defaults=True) for part in recipe.data.sources]
+
+    def planned(*rows: int | None) -> tuple[int, str, str]:
+        asked = [{**source, "rows": count} for source, count in zip(sources, rows, strict=True)]
+        teacher = PlannedTeacher(recipe.changed({"data.sources": asked}), teacher_config(recipe), 1)
+        (found,) = (row for row in cache_rows(teacher) if row.what == "teacher's cache")
+        return found.bytes, found.how, cache_traffic(teacher)[1]
+
+    size, how, seen = planned(30, 10)
+    assert "at most, 40 rows of 64 tokens" in how and "here 2 epochs x" in seen  # 10 steps of 8 rows
+    assert size * 2 == planned(60, 20)[0]
+    size, how, seen = planned(30, None)
+    assert "each 1,000 rows of 64 tokens" in how and "epochs" not in seen
+
+
+def test_the_shipped_mixture_is_checked_whole(
+    tiny: Path, tmp_path: Path, world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a tiny teacher and rows where its scripts put them; without them, the script that fetches each is named."""
+    recipe = load_recipe(ROOT / "recipes" / "smollm2_mixture.yaml").changed({"data.max_length": 64})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"teacher\.path.*scripts/fetch_smollm2\.py"):
+        examine(recipe)
+    shutil.copytree(tiny / "teacher", recipe.teacher_path)
+    with pytest.raises(InputError, match=r"hellaswag\.jsonl.*scripts/fetch_choice_data\.py"):
+        examine(recipe)
+    for part in recipe.data.sources:
+        Path(part.source).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tiny / "rows.jsonl", part.source)
+    said = _said(recipe, "ok")
+    assert any("in 100 steps of 8 sequences: hellaswag 75.0% (600 sequences" in what for what in said)
+    assert any("validation: 2 of the 80 rows are held out" in what and "every 10 steps" in what for what in said)
+    for strategy in recipe.study.strategies:
+        job = distil_job(world, recipe.changed({"matching.strategy": strategy}), recipe.folder)
+        assert job.train.keep == "best" and job.train.keep_by == "validation/ce"

@@ -56,6 +56,14 @@ ENCODER_DECODER = Family("encoder_decoder")
             {"data.format": "classification"},
             r"data\.format: a decoder is not trained on classification",
         ),
+        (
+            Family("decoder"),
+            {
+                "data.source": "records",
+                "data.sources": [{"source": "a.jsonl"}, {"source": "b.jsonl", "format": "classification"}],
+            },
+            r"data\.format: a decoder is not trained on classification",
+        ),
     ],
 )
 def test_what_a_family_cannot_be_trained_with(tiny: Path, family: Family, changes: Any, sentence: str) -> None:

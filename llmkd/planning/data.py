@@ -1,0 +1,218 @@
+"""What a recipe's rows are once they are tokens: how many, what is trained, how they mix and fill batches, where they lie on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from datasets import Dataset
+
+from llmkd.data.batches import MULTIPLE, Family
+from llmkd.data.formats import FORMATS, FURTHER, format_of, is_chat
+from llmkd.data.order import counts
+from llmkd.data.packing import packed_rows
+from llmkd.data.tokenized import PackedSource, PackedTokens, Tokens
+from llmkd.data.tokens import tokenize
+from llmkd.data.turns import THOUGHTS, THOUGHTS_END
+from llmkd.models.vocabularies import check_rows
+from llmkd.recipe.data import Data, Rows
+from llmkd.recipe.recipe import Recipe
+from llmkd.text import figures
+from llmkd.training.build import total_steps
+from llmkd.training.jobs import read_rows
+from llmkd.training.tokens import found, together, tokens_folder
+from llmkd.training.validation_rows import divided, held_out_count, held_out_rows
+
+EMPTY = f"{THOUGHTS}{THOUGHTS_END}"
+LOOKED_AT = 100
+"""How many rows of a source are searched for empty thoughts."""
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A result of one check: `warning` for what will probably spoil a run, `note` for what is good to know."""
+
+    grade: Literal["ok", "note", "warning"]
+    what: str
+
+
+@dataclass(frozen=True)
+class SourceTokens:
+    """A source's rows, as text and as tokens."""
+
+    name: str
+    """What findings begin with: `data`, or of several sources `data (NAME)`."""
+    part: Rows
+    rows: Dataset
+    tokens: Dataset
+    """input_ids, trained, length, row."""
+
+
+def tokenized(data: Data, tokenizer: Any, further: Mapping[int, str]) -> list[SourceTokens]:
+    """Each source's rows. `further`: the tokens that only one of student and teacher has.
+
+    Raises InputError as a run would: for rows that can't be read or tokenized, and for one that holds such a token.
+    """
+    sources = []
+    for name, part in zip(data.names, data.parts, strict=True):
+        rows = read_rows(part)
+        cut = {"max_length": data.max_length, "too_long": data.too_long}
+        tokens = tokenize(rows, tokenizer, row_format=part.row_format, **cut)
+        check_rows(tokens, further, f"data.source ({part.source})")
+        sources.append(SourceTokens(f"data ({name})" if data.sources else "data", part, rows, tokens))
+    return sources
+
+
+def data_findings(recipe: Recipe, sources: Sequence[SourceTokens], tokenizer: Any) -> list[Finding]:
+    """What there is to say about the rows of a decoder's recipe, source after source, then about all of them."""
+    findings = []
+    for source in sources:
+        findings += [*_unread(source), *_template(source, tokenizer), *_counts(source, tokenizer)]
+    lengths = [np.array(source.tokens["length"]) for source in sources]
+    tokens = divided(recipe.data, together(recipe.data, [source.tokens for source in sources], lengths))
+    drawn = tokens if recipe.data.batching == "grouped" else packed(tokens, recipe.data.max_length)
+    findings += [*_mixture(recipe, drawn), _filled(recipe, drawn), *_validation(recipe, sources)]
+    return [*findings, _on_disk(recipe, tokenizer)]
+
+
+def _unread(source: SourceTokens) -> list[Finding]:
+    """The columns that training does not look at: a file may hold in one of them what its user counts on."""
+    format = format_of(source.rows.column_names, source.part.format)
+    read = {*FORMATS[format], *FURTHER[format]}
+    unread = [column for column in source.rows.column_names if column not in read]
+    return [Finding("note", f"{source.name}: the columns {', '.join(unread)} are not read")] if unread else []
+
+
+def _template(source: SourceTokens, tokenizer: Any) -> list[Finding]:
+    """What the chat template does that a user may not expect: empty thoughts that are trained, options that no row needs."""
+    findings = []
+    format = format_of(source.rows.column_names, source.part.format)
+    if source.part.template_options and (
+        format == "text" or not is_chat(source.rows[0], format, bool(tokenizer.chat_template))
+    ):
+        text = f"{source.name}: data.template_options are for chats, and the rows are texts, which no template writes"
+        findings.append(Finding("warning", text))
+    first = source.tokens.select(range(min(LOOKED_AT, len(source.tokens))))
+    empty = sum(map(partial(_has_empty_thoughts, tokenizer), first["input_ids"], first["trained"]))
+    if empty:
+        text = f"{empty} of the first {len(first)} rows have no thoughts, and the chat template writes {EMPTY}, which is trained"
+        if "enable_thinking" in str(tokenizer.chat_template):
+            text += "; with data.template_options: {enable_thinking: false} it is a part of the prompt, here and when a model answers"
+        findings.append(Finding("note", f"{source.name}: {text}"))
+    return findings
+
+
+def _has_empty_thoughts(tokenizer: Any, ids: Sequence[int], trained: Sequence[bool]) -> bool:
+    """Whether a row's trained tokens hold them."""
+    text = tokenizer.decode([token for token, is_trained in zip(ids, trained, strict=True) if is_trained])
+    return EMPTY in "".join(text.split())
+
+
+def _counts(source: SourceTokens, tokenizer: Any) -> list[Finding]:
+    """The rows, their tokens, and those of them that are trained."""
+    data, name = source.tokens, source.name
+    format = format_of(source.rows.column_names, source.part.format)
+    lengths = np.array(data["length"])
+    trained = sum(sum(row[1:]) for row in data["trained"])
+    quarter, half, most = (int(q) for q in np.quantile(lengths, (0.25, 0.5, 1.0), method="nearest"))
+    tokens = int(lengths.sum())
+    spread = f"lengths {quarter} (quarter), {half} (half), {most} (longest)"
+    findings = [
+        Finding("ok", f"{name}: {len(data):,} rows of the format {format}, {tokens:,} tokens; {spread}"),
+        Finding(
+            "ok" if trained else "warning", f"{name}: {trained:,} tokens are trained, {trained / tokens:.1%} of all"
+        ),
+    ]
+    ends = [
+        [token for token, is_trained in zip(ids, marks, strict=True) if is_trained][-1]
+        for ids, marks in zip(data["input_ids"], data["trained"], strict=True)
+    ]
+    unended = sum(token != tokenizer.eos_token_id for token in ends)
+    if unended:
+        text = f"{name}: of {unended:,} rows the last trained token is not the end token (cut short, or a template's own end)"
+        findings.append(Finding("note", text))
+    if len(source.rows) > len(data):
+        text = f"{name}: {len(source.rows) - len(data):,} of {len(source.rows):,} rows are left out, too long or with nothing to train"
+        findings.append(Finding("note", text))
+    return findings
+
+
+def packed(tokens: Tokens, width: int) -> PackedTokens:
+    """The rows in sequences of `width` tokens, as a run packs them."""
+    lengths, seed = tokens.lengths, tokens.held_out_seed
+    sources = [
+        PackedSource(*packed_rows(lengths[number], number, source, seed, width))
+        for number, source in enumerate(tokens.sources)
+    ]
+    return PackedTokens(tokens, tuple(sources), width)
+
+
+def _mixture(recipe: Recipe, drawn: Tokens | PackedTokens) -> list[Finding]:
+    """What each of several sources gives to a step, and how often its rows are seen."""
+    if len(drawn.sources) == 1:
+        return []
+    steps = total_steps(recipe.train, drawn.count)
+    taken = counts(steps * recipe.train.batch_size, drawn.sources)
+    weights = sum(source.weight for source in drawn.sources)
+    unit = "sequences" if isinstance(drawn, PackedTokens) else "rows"
+    parts = [
+        f"{name} {source.weight / weights:.1%} ({count:,} {unit}, {figures(count / source.trained, 3)} passes)"
+        for name, source, count in zip(recipe.data.names, drawn.sources, taken, strict=True)
+    ]
+    return [Finding("ok", f"data: in {steps:,} steps of {recipe.train.batch_size} {unit}: {', '.join(parts)}")]
+
+
+def _filled(recipe: Recipe, drawn: Tokens | PackedTokens) -> Finding:
+    """How much of the batches is tokens."""
+    if isinstance(drawn, PackedTokens):
+        shape = f"{drawn.count:,} sequences of {drawn.width:,} tokens"
+        return Finding("ok", f"data: {drawn.tokens.count:,} rows are packed into {shape}, {drawn.full:.1%} full")
+    return Finding("ok", f"data: {_padding(recipe, drawn):.1%} of the places of a batch are padding (never counted)")
+
+
+def _padding(recipe: Recipe, tokens: Tokens) -> float:
+    """The share of padding in the first pass's micro-batches, on one rank."""
+    size = recipe.train.batch_size
+    windows = range(max(1, tokens.count // (tokens.window_steps(size) * size)))
+    order = np.concatenate([tokens.window(window, batch_size=size, seed=recipe.seed).ravel() for window in windows])
+    micro = tokens.lengths_of(order).reshape(-1, recipe.train.micro_batch_size)
+    width = -(-micro.max(axis=1) // MULTIPLE) * MULTIPLE
+    return float(1 - micro.sum() / (width.sum() * recipe.train.micro_batch_size))
+
+
+def _validation(recipe: Recipe, sources: Sequence[SourceTokens]) -> list[Finding]:
+    """The rows that are validated, where the recipe names some, and those that a share takes from training."""
+    given = recipe.data.validation
+    if given is None:
+        return []
+    apart = held_out_rows(recipe.data)
+    if not apart:
+        assert given.share is not None
+        rows = [len(source.tokens) for source in sources]
+        count = sum(held_out_count(of_source, given.share) for of_source in rows)
+        text = f"validation: {count:,} of the {sum(rows):,} rows are held out and never trained on"
+    else:
+        count = sum(len(rows_apart) for rows_apart in apart)
+        text = f"validation: {count:,} rows of their own"
+    text += f", {min(count, given.rows):,} of them are validated"
+    if recipe.train.validate_every:
+        return [Finding("ok", f"{text} every {recipe.train.validate_every} steps")]
+    return [Finding("note", f"{text} when train.validate_every is set, which it is not")]
+
+
+def _on_disk(recipe: Recipe, tokenizer: Any) -> Finding:
+    """Where a run keeps the tokens, and whether they are there already."""
+    files = found(recipe, Family("decoder"), tokenizer)
+    there = [of_source for of_source in files if of_source is not None]
+    mib = sum(shard.bytes for of_source in there for shard in of_source.shards) / MIB
+    where = f"tokens: kept in {tokens_folder(recipe, recipe.data)}, for all runs that have the same"
+    if not there:
+        return Finding("ok", f"{where}; not made yet")
+    which = (
+        "there already" if len(there) == len(files) else f"those of {len(there)} of the {len(files)} sources are there"
+    )
+    return Finding("ok", f"{where}; {which}, {mib:,.1f} MiB")

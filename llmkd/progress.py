@@ -10,38 +10,75 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 log = logging.getLogger("llmkd")
-SECONDS = 30
+SECONDS = 30.0
 """Between two lines in a file."""
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]"
+
+
+class Advance(Protocol):
+    """Called with how much more has been done, and with a note that a bar ends with."""
+
+    def __call__(self, count: float, note: str = "") -> None: ...
+
+
+def progress(
+    work: str, *, total: float, unit: str, done: float = 0, seconds: float = SECONDS, shown: bool = True
+) -> AbstractContextManager[Advance]:
+    """Inside, the function that says how far the work is.
+
+    `done`: before it begins. `seconds`: between two lines in a file, infinite for work with lines of its own. `shown`: False where
+    another process shows it.
+    """
+    if not shown:
+        return contextlib.nullcontext(_unseen)
+    return _bar(work, total, unit, done) if sys.stderr.isatty() else _lines(work, total, unit, done, seconds)
+
+
+def _unseen(count: float, note: str = "") -> None:
+    pass
 
 
 @contextlib.contextmanager
-def progress(work: str, *, total: int, unit: str, seconds: float = SECONDS) -> Iterator[Callable[[int], None]]:
-    """Inside, the function that is called with how much more has been done; it shows the rate and the time left."""
-    if sys.stderr.isatty():
-        with logging_redirect_tqdm(), tqdm(total=total, desc=work, unit=f" {unit}", leave=False) as bar:
+def _bar(work: str, total: float, unit: str, done: float) -> Iterator[Advance]:
+    with (
+        logging_redirect_tqdm(),
+        tqdm(total=total, initial=done, desc=work, unit=unit, leave=False, bar_format=BAR) as bar,  # type: ignore[arg-type]
+    ):
 
-            def move(count: int) -> None:
-                bar.update(count)
+        def advance(count: float, note: str = "") -> None:
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(count)
 
-            yield move
-        return
+        yield advance
+
+
+@contextlib.contextmanager
+def _lines(work: str, total: float, unit: str, done: float, seconds: float) -> Iterator[Advance]:
     began = said = time.monotonic()
-    done = 0
+    before = done
 
-    def advance(count: int) -> None:
+    def advance(count: float, note: str = "") -> None:
         nonlocal done, said
         done += count
         now = time.monotonic()
-        if now - said >= seconds and done < total:
-            said, rate = now, done / (now - began)
-            log.info(
-                "%s: %d of %d %s, %.0f %s/s, %.0f s left", work, done, total, unit, rate, unit, (total - done) / rate
-            )
+        if now - said < seconds or not before < done < total:
+            return
+        said, rate = now, (done - before) / (now - began)
+        left = (total - done) / rate
+        log.info(
+            "%s: %s of %s %s, %s %s/s, %.0f s left", work, _short(done), _short(total), unit, _short(rate), unit, left
+        )
 
     yield advance
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"

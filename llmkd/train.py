@@ -83,20 +83,19 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
     run.module.train()
     # a run that was killed while it was exported has nothing left to train
     left = () if keeping.is_over else run.batches()
-    for step, micro_batches in enumerate(left, start=run.first + 1):
+    for step, micro_batches in enumerate(meter.clock.timed(left), start=run.first + 1):
         # every step (all ranks: their counts are added up on the CPU)
         counts, asked_to_stop = _counts(world, micro_batches, stopping)
         this = steps.settings(step, counts, len(micro_batches))
         run.set_rate(step)
         results = [_train_on(run, batch.to(world.device), this, number) for number, batch in enumerate(micro_batches)]
-        meter.add(this, results)
-        tokens += this.counts.tokens
         # at the steps of a dynamic temperature (all ranks: one reduction)
         steps.follow(this, results)
+        meter.add(this, results)
+        tokens += this.counts.tokens
         # every validate_every steps and at the last: validate (all ranks: as many passes each, then one reduction)
         if run.validates(step):
             measured = validator.validate(step)
-            meter.leave_out(measured.seconds)
             journal.write_validation(step, measured.values())
             keeping.note(step, measured)
         done = step == run.steps or keeping.is_over
@@ -121,7 +120,7 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
                 return False
         if done:
             break
-    spent = Spent(time.perf_counter() - began, validator.seconds, tokens)
+    spent = Spent(time.perf_counter() - began, validator.seconds, tokens, meter.clock.cost())
     journal.close()
     # at the end: export (all ranks: weights are gathered one at a time; rank 0 writes)
     _finish(world, run, keeping, spent, last)
@@ -149,6 +148,7 @@ class Spent(NamedTuple):
     seconds: float
     of_validation: float
     tokens: int
+    of_a_step: dict[str, object] | None
 
 
 def _finish(world: World, run: PreparedRun, keeping: Keeping, spent: Spent, last: Interval | None) -> None:
@@ -171,6 +171,7 @@ def _finish(world: World, run: PreparedRun, keeping: Keeping, spent: Spent, last
         "resumed_from_step": run.first,
         "seconds": spent.seconds,
         "validation_seconds": spent.of_validation,
+        "step": spent.of_a_step,
         "tokens": spent.tokens,
         "tokens_per_second": spent.tokens / (spent.seconds - spent.of_validation) if spent.tokens else None,
         "memory_gib": peak_memory_gib() if last is None else last.memory_gib,  # a run of 0 steps has no interval

@@ -24,7 +24,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         def __init__(self, module: str, shared: Any, log_file: Path, variables: object = None) -> None:
             self._step, self._shared = importlib.import_module(module).STEP, json.loads(json.dumps(shared))
 
-        def do(self, order: Any, say: child.Say) -> int | None:
+        def do(self, order: Any, say: child.Say, moved: object) -> int | None:
             order = json.loads(json.dumps(order))
             orders.append({**order, "shared": self._shared["shared"]})
             lines: list[str] = []
@@ -50,7 +50,7 @@ def stopped_at_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     class Stopped:
         def __init__(self, *_: object) -> None: ...
 
-        def do(self, order: Any, say: child.Say) -> int | None:
+        def do(self, order: Any, say: child.Say, moved: object) -> int | None:
             asked.append(order["model"]["name"])
             raise KeyboardInterrupt
 

@@ -23,7 +23,7 @@ from llmkd.evaluation.held_out import load_to_run, local_hashes, read_rows
 from llmkd.evaluation.results import ClassificationResult, ClassifiedRow
 from llmkd.evaluation.step import Jobs, Score, Step, before_scoring, run, serve
 from llmkd.files import digest, sources
-from llmkd.inference.child import Say
+from llmkd.inference.child import Say, quietly, say_share
 from llmkd.models.families import family
 from llmkd.models.load import load_tokenizer
 from llmkd.models.parts import final_state, head
@@ -59,15 +59,17 @@ def classify(jobs: Jobs, settings: Evaluation, data: Data, out: Path) -> dict[st
 # --- The child process
 
 
-def prepare(task: Task, say: Say) -> Score[ClassificationResult]:
+def prepare(task: Task, say: Say = quietly) -> Score[ClassificationResult]:
     """Read the rows. Raises InputError where they can't be read."""
     rows = read_rows(task.data)
     say(f"{len(rows)} rows")
-    return partial(score, rows=rows, task=task)
+    return partial(score, rows=rows, task=task, say=say)
 
 
 @torch.no_grad()
-def score(model: ClassificationResult, rows: Dataset, task: Task) -> tuple[ClassificationResult, list[ClassifiedRow]]:
+def score(
+    model: ClassificationResult, rows: Dataset, task: Task, say: Say = quietly
+) -> tuple[ClassificationResult, list[ClassifiedRow]]:
     """One encoder's scores, and a line per row. Raises whatever loading or running it raises."""
     folder, data = Path(model.model), task.data
     encoder = load_to_run(folder, task.settings.dtype)
@@ -89,6 +91,7 @@ def score(model: ClassificationResult, rows: Dataset, task: Task) -> tuple[Class
             scores = {"accuracy": float(predicted == row["class"]), "cross_entropy": loss}
             about = {"label": row["class"], "predicted": predicted, "classes": len(labels)}
             items.append(ClassifiedRow(item=row["row"], **about, scores=scores))
+        say_share(say, len(items), len(order))
     items.sort(key=lambda item: item.item)
     metrics = class_metrics.class_metrics(
         [item.label for item in items],

@@ -132,7 +132,7 @@ def score(model: GenerationResult, task: Task, say: Say) -> tuple[GenerationResu
         **generation.model_dump(include={"max_new_tokens", "temperature", "top_p", "seed", "batch_size"}),
     )
     try:
-        written = BACKENDS[model.backend or "hf"](folder, [ids for _, ids in asked], task.dtype, how)
+        written = BACKENDS[model.backend or "hf"](folder, [ids for _, ids in asked], task.dtype, how, say)
     except InputError:
         raise
     except Exception as error:

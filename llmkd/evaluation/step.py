@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Generic, TypeVar
@@ -29,6 +30,7 @@ from llmkd.evaluation.results import Item, ScoredModel, StepResult, read_result
 from llmkd.files import digest, file_hashes, write_text
 from llmkd.inference import child
 from llmkd.inference.child import Child, Say
+from llmkd.progress import Advance, progress
 from llmkd.recipe.scoring_steps import ScoringStep
 
 log = logging.getLogger("llmkd")
@@ -94,9 +96,11 @@ def run(
     log.info("%s: %d of %d models are up to date", step.names.name, len(unscored) - len(todo), len(unscored))
     out.mkdir(parents=True, exist_ok=True)
     (out / step.log_name).unlink(missing_ok=True)
-    driver = _Driver(step, sorted(todo, key=lambda model: process(model).rank), shared, out, process)
+    ordered = sorted(todo, key=lambda model: process(model).rank)
     used = (visible_devices() if devices is None else devices)[: len(todo)]
-    with ThreadPoolExecutor(max(1, len(used))) as pool:
+    bar = progress(step.names.name, total=len(todo), unit="models", shown=bool(todo))
+    with bar as advance, ThreadPoolExecutor(max(1, len(used))) as pool:
+        driver = _Driver(step, ordered, shared, out, process, advance)
         working = [pool.submit(driver.work, device) for device in used]
         try:
             for finished in as_completed(working):
@@ -111,7 +115,13 @@ class _Driver(Generic[S, R]):
     """The queue of one call's models, and the processes that score them."""
 
     def __init__(
-        self, step: Step[S, R], todo: Sequence[R], shared: S, out: Path, process: Callable[[R], Process]
+        self,
+        step: Step[S, R],
+        todo: Sequence[R],
+        shared: S,
+        out: Path,
+        process: Callable[[R], Process],
+        advance: Advance,
     ) -> None:
         self._step, self._out, self._process = step, out, process
         values = TypeAdapter(step.shared).dump_python(shared, mode="json")
@@ -119,6 +129,7 @@ class _Driver(Generic[S, R]):
         self._queue = iter(enumerate(todo, start=1))
         self._count, self._lock, self._stopped = len(todo), Lock(), False
         self._children: list[Child] = []
+        self._advance, self._shares = advance, [0.0] * (len(todo) + 1)
 
     def work(self, device: str) -> None:
         """Score models of the queue on a device until none is left."""
@@ -134,7 +145,8 @@ class _Driver(Generic[S, R]):
             if running is None:
                 return
             order = {"label": f"{number}/{self._count} {model.name}", "model": model.to_json()}
-            code = running.do(order, lambda line: log.info("%s: %s", self._step.names.name, line))
+            code = running.do(order, self._say, partial(self._moved, number))
+            self._moved(number, 1.0)
             if code is not None and not self._stopped:
                 running = None
                 error = f"the process that scored it ended with code {code}; see {self._out / self._step.log_name}"
@@ -142,6 +154,15 @@ class _Driver(Generic[S, R]):
                     _write(self._out, replace(model, error=error), [])
         if running is not None:
             running.close()
+
+    def _say(self, line: str) -> None:
+        log.info("%s: %s", self._step.names.name, line)
+
+    def _moved(self, number: int, share: float) -> None:
+        """So much of a model is scored."""
+        with self._lock:
+            more, self._shares[number] = share - self._shares[number], share
+            self._advance(more)
 
     def stop(self) -> None:
         """End all processes, and start no other."""

@@ -18,6 +18,7 @@ import torch
 from transformers import GenerationConfig
 
 from llmkd.errors import InputError
+from llmkd.inference.child import Say, quietly, say_share
 from llmkd.inference.vllm_setup import engine_options
 from llmkd.models.families import family
 from llmkd.models.load import load_model
@@ -50,8 +51,13 @@ class Continuations:
     seconds: float
 
 
-def by_hugging_face(folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampling) -> Continuations:
-    """Continue prompts in batches of like length, padded on the left; an encoder-decoder answers them, padded on the right."""
+def by_hugging_face(
+    folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampling, say: Say = quietly
+) -> Continuations:
+    """Continue prompts in batches of like length, padded on the left; an encoder-decoder answers them, padded on the right.
+
+    `say` gets the share that is done, batch by batch.
+    """
     started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load_model(
@@ -90,11 +96,12 @@ def by_hugging_face(folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampl
         with torch.inference_mode():
             new = model.generate(input_ids=ids, attention_mask=mask)[:, 1 if answers else width :].tolist()
         texts |= {number: _ended(text, how.stops) for number, text in zip(batch, new, strict=True)}
+        say_share(say, len(texts), len(prompts))
     return Continuations([texts[n] for n in range(len(prompts))], loaded - started, time.perf_counter() - loaded)
 
 
-def by_vllm(folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampling) -> Continuations:
-    """Continue all prompts by one start of vLLM's engine. The process needs `vllm_environment` from its start."""
+def by_vllm(folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampling, say: Say = quietly) -> Continuations:
+    """Continue all prompts by one call of vLLM's engine, which is silent. The process needs `vllm_environment` from its start."""
     started = time.perf_counter()
     from vllm import LLM, SamplingParams, TokensPrompt  # type: ignore[import-not-found]  # optional, and takes seconds
 
@@ -124,7 +131,7 @@ def by_vllm(folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampling) -> 
     return Continuations(texts, loaded - started, time.perf_counter() - loaded)
 
 
-BACKENDS: dict[str, Callable[[Path, Sequence[Ids], str, Sampling], Continuations]] = {
+BACKENDS: dict[str, Callable[[Path, Sequence[Ids], str, Sampling, Say], Continuations]] = {
     "hf": by_hugging_face,
     "vllm": by_vllm,
 }

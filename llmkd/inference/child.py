@@ -1,7 +1,7 @@
 """A child process that carries out orders one after another: it reads them as JSON, prints lines, and its other output goes to a file.
 
 child = Child("llmkd.evaluation.generation", shared, out / "generation.log")     # the parent
-exit_code = child.do(order, log.info)                                            # None: the order is done
+exit_code = child.do(order, log.info, moved)                                     # None: the order is done
 shared, orders, say = listen()                                                   # the child
 """
 
@@ -22,6 +22,8 @@ from llmkd.processes import end_with_parent
 REFUSAL = "input error: "  # begins the child's last line when it can't follow its orders
 DONE = "\x1edone: "  # begins the last line about an order; the control character is in no model's name
 
+PROGRESS = "\x1eprogress: "  # begins a line that says how much of the order is done
+
 Say = Callable[[str], None]
 
 
@@ -41,8 +43,8 @@ class Child:
         # Sent with the first order: a child reads only after its imports, which may take long.
         self._unsent = [shared]
 
-    def do(self, order: object, say: Say) -> int | None:
-        """Send an order and wait until it is done; `say` gets each line that the child prints meanwhile.
+    def do(self, order: object, say: Say, moved: Callable[[float], None]) -> int | None:
+        """Send an order and wait until it is done; `say` gets each line that the child prints meanwhile, `moved` the share that is done.
 
         Returns None, or the exit code of a child that died first. Raises InputError where the child refuses the order.
         """
@@ -52,6 +54,9 @@ class Child:
         for line in map(str.rstrip, self._lines):
             if line.startswith(REFUSAL):
                 raise InputError(line.removeprefix(REFUSAL))
+            if line.startswith(PROGRESS):
+                moved(float(line.removeprefix(PROGRESS)))
+                continue
             say(line.removeprefix(DONE))
             if line.startswith(DONE):
                 return None
@@ -74,6 +79,15 @@ class Child:
         with suppress(BrokenPipeError):  # it has died: `do` returns its exit code
             self._orders.write(json.dumps(value) + "\n")
             self._orders.flush()
+
+
+def quietly(line: str) -> None:
+    """Say nothing."""
+
+
+def say_share(say: Say, done: int, total: int) -> None:
+    """In the child: so much of the order is done."""
+    say(f"{PROGRESS}{done / total:.4f}")
 
 
 def listen() -> tuple[Any, Iterator[Any], Say]:

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 from llmkd.evaluation.results import RESULT_CLASSES, GeneratedText, ScoredModel, Scores, read_items, read_result
 from llmkd.files import read, read_lines
 from llmkd.recipe.study_entries import StudyEntry, read_study
-from llmkd.report.results import Agreed, Curve, LayerMap, LogLine, Rule, RunValidations, TrainingRun
+from llmkd.report.results import Agreed, Curve, LayerMap, LogLine, Rule, RunValidations, StepTimes, TrainingRun
 
 COSTS = ("steps", "seconds", "tokens", "tokens_per_second", "memory_gib", "world_size", "resumed_from_step")
 CURVE_POINTS = 200  # of one run; a longer curve is thinned
 PARTS = ("loss", "ce", "kl", "hidden")
 MEASURED = ("ce", "perplexity", "kl", "agreement")
-SUMMARY = ("pairs", "versions", "hardware", "commit", "validation", "kept", "sources")
+SUMMARY = ("pairs", "versions", "hardware", "commit", "validation", "kept", "sources", "step")
 Value = TypeVar("Value")
 
 
@@ -76,6 +76,8 @@ class Summary:
     hardware: Agreed = field(default_factory=dict)
     commit: str | None = None
     costs: Agreed = field(default_factory=dict)
+    step: Agreed = field(default_factory=dict)
+    """The times of its steps; empty where they were not taken."""
     done: bool = False
     validation: Agreed = field(default_factory=dict)
     kept: Agreed = field(default_factory=dict)
@@ -152,7 +154,8 @@ def training_run(entry: StudyEntry, log: Sequence[LogLine], summary: Summary) ->
     last = log[-1].step if log else None
     state = "done" if summary.done else "not run" if last is None else "unfinished"
     last_step = last if summary.costs.get("steps") is None else summary.costs["steps"]
-    return TrainingRun(entry.name, entry.strategy, entry.seed, state, last_step, **summary.costs)
+    step = StepTimes(**summary.step) if summary.step else None
+    return TrainingRun(entry.name, entry.strategy, entry.seed, state, last_step, **summary.costs, step=step)
 
 
 def thinned(values: Sequence[Value], most: int) -> Sequence[Value]:

@@ -100,6 +100,18 @@ class LayerMap:
 
 
 @dataclass(frozen=True)
+class StepTimes:
+    """Medians over a run's steps and the middle half of them; CPU seconds are those of rank 0, None where it has a GPU."""
+
+    steps: int
+    """So many were timed: those of the run's last part, without its first ones."""
+    median_seconds: float
+    quartiles: tuple[float, float]
+    cpu_seconds: float | None = None
+    cpu_quartiles: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
 class TrainingRun:
     """What a run cost, or how far it has come."""
 
@@ -115,6 +127,8 @@ class TrainingRun:
     memory_gib: float | None = None
     world_size: int | None = None
     resumed_from_step: int | None = None
+    step: StepTimes | None = None
+    """None of a run that was too short, or trained before its steps were timed."""
 
 
 @dataclass(frozen=True)

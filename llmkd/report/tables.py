@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from llmkd.report import numbers
+from llmkd.report import cost, numbers
 from llmkd.report.results import Comparison, Metric, Results, Row, TrainingRun
 from llmkd.text import ABSENT, Table, aligned, amount, escaped, shortened
 
@@ -77,12 +77,24 @@ def _p(plain: float | None, corrected: float | None) -> str:
     return numbers.p_value(plain) + ("" if corrected is None else f" ({numbers.p_value(corrected)})")
 
 
-COST_HEAD = ["run", "state", "ranks", "steps", "seconds", "tokens", "tokens per second", "peak memory per rank, GiB"]
+COST_HEAD = [
+    "run",
+    "state",
+    "ranks",
+    "steps",
+    "seconds per step",
+    "spread of seconds",
+    "CPU seconds per step",
+    "spread of CPU seconds",
+]
+COST_HEAD += ["seconds in all", "tokens", "tokens per second", "peak memory per rank, GiB"]
 
 
 def costs(run: TrainingRun) -> list[int | float | None]:
-    """The numbers of a run's line, in the order of `COST_HEAD` after its first two."""
-    return [run.world_size, run.steps, run.seconds, run.tokens, run.tokens_per_second, run.memory_gib]
+    """The numbers of a run's line, in the order of `COST_HEAD` after its first two; a spread is between quartiles."""
+    spans = [None if run.step is None else kind(run.step) for kind in (cost.wall, cost.cpu)]
+    times = [part for span in spans for part in ((None, None) if span is None else (span[0], span[1][1] - span[1][0]))]
+    return [run.world_size, run.steps, *times, run.seconds, run.tokens, run.tokens_per_second, run.memory_gib]
 
 
 def cost_table(runs: Sequence[TrainingRun]) -> Table:

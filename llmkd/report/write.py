@@ -18,6 +18,7 @@ from llmkd.files import write_text
 from llmkd.recipe.study_entries import read_study
 from llmkd.report import tables
 from llmkd.report.angles import angle_table, sentence, setting
+from llmkd.report.cost import cost_in_words
 from llmkd.report.files import generations
 from llmkd.report.gather import gather, outcome
 from llmkd.report.map_drawing import drawing
@@ -78,7 +79,8 @@ def _markdown(results: Results, recipe: str) -> str:
     if validations := of_students(results):
         parts += ["## Validation while training", escaped(rule_in_words(validations))]
         parts.append(tables.markdown(validation_table(validations)))
-    parts += ["## Cost of training", tables.markdown(tables.cost_table(results.runs))]
+    parts += ["## Cost of training", escaped(cost_in_words(results.runs))]
+    parts.append(tables.markdown(tables.cost_table(results.runs)))
     if results.problems:
         parts += ["## Problems", bullets(f"{name}: {why}" for name, why in results.problems.items())]
     parts += ["## What was run", bullets(_conditions(results))]

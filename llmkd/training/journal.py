@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from llmkd.distributed.ranks import World
 from llmkd.losses.objective import PARTS
+from llmkd.progress import progress
 from llmkd.training.jobs import Job
 from llmkd.training.metrics import Interval, Values
 
@@ -51,6 +54,11 @@ class Journal:
 
     def __init__(self, world: World, job: Job, *, start_step: int, steps: int) -> None:
         self._main, self._steps = world.is_main, steps
+        self._done, self._open = start_step, ExitStack()
+        bar = progress(
+            job.title, total=steps, done=start_step, unit="steps", seconds=math.inf, shown=self._main
+        )  # a file has the lines
+        self._advance = self._open.enter_context(bar)
         folder = job.folder
         if not self._main:
             return
@@ -73,6 +81,8 @@ class Journal:
         if not self._main:
             return
         log.info(line(step, self._steps, interval) + "".join(f" {name}:{rows}" for name, rows in taken.items()))
+        self._advance(step - self._done, f"loss {interval.loss:.3f}, {interval.tokens_per_second:,.0f} tok/s")
+        self._done = step
         self._record(step, {**interval.values(), **({"sources": {**taken}} if taken else {})})
 
     def write_validation(self, step: int, values: Values) -> None:
@@ -92,6 +102,7 @@ class Journal:
 
     def close(self) -> None:
         """Flush what is buffered."""
+        self._open.close()
         if self._main:
             self._board.close()
             if self._wandb is not None:

@@ -6,10 +6,12 @@ import functools
 import operator
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +24,9 @@ from llmkd.training.pairs import pair_names
 
 Values: TypeAlias = "dict[str, float | Values]"
 """Numbers by name, as they stand in a line of metrics.jsonl."""
+Step = TypeVar("Step")
+WARM_UP = 3
+"""Steps at the start of a run that its cost leaves out: they compile, allocate and import."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,60 @@ def _present(values: Mapping[str, Any]) -> Values:
     }
 
 
+class StepClock:
+    """Takes the time of every step, without what stands between two: validation, logs, saving.
+
+    On a GPU it is the device's time, between events in its stream; nothing waits for them before `read`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu = device.type == "cuda"
+        self._unread: list[tuple[tuple[Any, float], tuple[Any, float]]] = []
+        self._seconds, self._cpu_seconds = array("d"), array("d")
+        self._begun = self._now()
+
+    def _now(self) -> tuple[Any, float]:
+        """(an event or seconds, CPU seconds of this process)."""
+        if not self._gpu:
+            return time.perf_counter(), time.process_time()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event, 0.0
+
+    def timed(self, steps: Iterable[Step]) -> Iterator[Step]:
+        """The same; a step begins when it is asked for, so that waiting for its rows is a part of it."""
+        self._begun = self._now()
+        for step in steps:
+            yield step
+            self._begun = self._now()
+
+    def end(self) -> None:
+        """The step that was last given has done its work, or on a GPU been told to."""
+        self._unread.append((self._begun, self._now()))
+
+    def read(self) -> float:
+        """The seconds of the steps since the last call; on a GPU they are waited for."""
+        if self._gpu and self._unread:
+            self._unread[-1][1][0].synchronize()
+        for (begun, cpu_begun), (ended, cpu_ended) in self._unread:
+            self._seconds.append(begun.elapsed_time(ended) / 1000 if self._gpu else ended - begun)
+            self._cpu_seconds.append(cpu_ended - cpu_begun)
+        count, self._unread = len(self._unread), []
+        return sum(self._seconds[len(self._seconds) - count :])
+
+    def cost(self) -> dict[str, object] | None:
+        """Median and quartiles of this start's steps, on a CPU of this process' CPU seconds too; None where all are of the first ones."""
+        steps = len(self._seconds) - WARM_UP
+        if steps <= 0:
+            return None
+        low, median, high = np.quantile(self._seconds[WARM_UP:], (0.25, 0.5, 0.75)).tolist()
+        cost: dict[str, object] = {"steps": steps, "median_seconds": median, "quartiles": [low, high]}
+        if not self._gpu:
+            low, median, high = np.quantile(self._cpu_seconds[WARM_UP:], (0.25, 0.5, 0.75)).tolist()
+            cost |= {"cpu_seconds": median, "cpu_quartiles": [low, high]}
+        return cost
+
+
 class Meter:
     """Adds up a run's sums between two log lines. Nothing is read from the device until `flush`."""
 
@@ -102,6 +161,7 @@ class Meter:
         self._distances = tuple(distances) if len(distances) > 1 and pairs else ()
         self._divergences = tuple(divergences) if len(divergences) > 1 else ()
         self._stones = stones
+        self.clock = StepClock(world.device)
         self._reset()
 
     @classmethod
@@ -124,10 +184,10 @@ class Meter:
         self._divisors = [0, 0, 0]
         self._tokens = 0
         self._steps = 0
-        self._since = time.perf_counter()
 
     def add(self, settings: StepSettings, results: Sequence[PassResult]) -> None:
         """A step is done: the results of this rank's micro-batches."""
+        self.clock.end()
         weights, by = settings.weights, settings.divisors
         for result in results:
             sums = result.sums.double()
@@ -145,10 +205,6 @@ class Meter:
         if self._stones is not None and settings.stones is not None:
             self._stones.add(settings.stones, by, [result.stones for result in results])
 
-    def leave_out(self, seconds: float) -> None:
-        """Of the time since the last call of `flush`, so much was not training."""
-        self._since += seconds
-
     def flush(self, moving: Moving, *, learning_rate: float, grad_norm: float) -> Interval:
         """The means since the last call (all ranks take part); the rest is of the last step."""
         assert self._sums is not None and self._weighted is not None
@@ -159,7 +215,7 @@ class Meter:
         pairs = {name: d * len(self._pairs) / by.hidden for name, d in zip(self._pairs, totals[5:], strict=True)}
         norms = None if self._squares is None else self._norms(self._squares)
         stones, stone_parts = (None, {}) if self._stones is None else self._stones.means()
-        seconds = time.perf_counter() - self._since
+        seconds = self.clock.read()
         interval = Interval(
             loss=parts["loss"] + (stones or 0.0),
             ce=parts["ce"],

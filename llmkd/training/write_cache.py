@@ -28,6 +28,7 @@ from llmkd.layer_map import OtherState
 from llmkd.models import folders
 from llmkd.models.families import KIND_NAMES
 from llmkd.processes import Stopping, only_one_in
+from llmkd.progress import Advance, progress
 from llmkd.provenance import commit, versions
 from llmkd.recipe.placements import PLACEMENTS
 from llmkd.recipe.recipe import Recipe
@@ -149,6 +150,11 @@ class _Shard:
         self._done[places] = True
 
     @property
+    def held(self) -> int:
+        """The rows that are there."""
+        return int(self._done.sum())
+
+    @property
     def whole(self) -> bool:
         """Whether every row is there."""
         return bool(self._done.all())
@@ -201,11 +207,13 @@ def _write(world: World, plan: Plan, teacher: Teacher, rows: _Rows, recipe: Reci
     run out of work runs a row whose signal is dropped.
     """
     assert recipe.cache.micro_batch_size is not None  # set by writing_recipe
-    work = _work(plan, rows, world, recipe.cache.micro_batch_size)
+    total = sum(last - first for first, last in map(plan.ranges.__getitem__, plan.left[world.rank :: world.size]))
+    bar = progress("cache, rank 0", total=total, unit="rows", shown=world.is_main)
     chunk = recipe.train.tokens_at_once(gpu=world.device.type == "cuda")
     alone, idle = recipe.teacher.placed.is_whole, rows.batch([0])
     together = 1 if alone else world.size
-    with _Disk() as disk:
+    with bar as advance, _Disk() as disk:
+        work = _work(plan, rows, world, recipe.cache.micro_batch_size, advance)
         while True:
             items = list(itertools.islice(work, together))
             busy, asked = sum_counts(world, [len(items), int(stopping.asked)])
@@ -221,15 +229,19 @@ def _write(world: World, plan: Plan, teacher: Teacher, rows: _Rows, recipe: Reci
     return not asked
 
 
-def _work(plan: Plan, rows: _Rows, world: World, micro_batch_size: int) -> Iterator[tuple[_Shard, list[int]]]:
-    """This rank's shards, each with its micro-batches."""
+def _work(
+    plan: Plan, rows: _Rows, world: World, micro_batch_size: int, advance: Advance
+) -> Iterator[tuple[_Shard, list[int]]]:
+    """This rank's shards, each with its micro-batches; the rows of a micro-batch are done when the next is asked for."""
     mine = plan.left[world.rank :: world.size]
     for done, number in enumerate(mine):
         first, last = plan.ranges[number]
         shard = _Shard(plan.folder, number, (first, last), plan.contents, rows.lengths[first:last])
         log.info("cache: shard %d, %d of %d on this rank", number, done + 1, len(mine))
+        advance(shard.held)
         for micro in shard.micro_batches(micro_batch_size):
             yield shard, micro
+            advance(len(micro))
 
 
 @torch.no_grad()

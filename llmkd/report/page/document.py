@@ -21,8 +21,9 @@ from llmkd.report import numbers
 from llmkd.report.files import GeneratedItem
 from llmkd.report.page import html
 from llmkd.report.page.angles import angle_section
+from llmkd.report.page.cost import cost_section
 from llmkd.report.page.scores import comparison_section, interval_section, map_section, score_section
-from llmkd.report.page.training import cost_section, training_section
+from llmkd.report.page.training import training_section
 from llmkd.report.page.validation import validation_part
 from llmkd.report.results import Results
 from llmkd.report.tables import plain

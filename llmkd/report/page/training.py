@@ -1,4 +1,4 @@
-"""The report page's sections about training: the loss and hidden distances by step, and what the runs cost."""
+"""The report page's section about training: the loss and hidden distances by step."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from markupsafe import Markup
 from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING
 from llmkd.report.files import thinned
 from llmkd.report.page import html, svg
-from llmkd.report.results import Curve, LogLine, Results, TrainingRun
-from llmkd.report.tables import COST_HEAD, cost_table, costs, run_state
+from llmkd.report.results import Curve, LogLine, Results
 from llmkd.text import amount
 
 LOG_LINES = 40  # of one run's curve that the page draws, evenly spaced
@@ -30,11 +29,6 @@ SCHEDULED = {
     "norm of": "gradient of this part of the loss where it enters the student's states",
 }
 """What some runs log besides, by the beginning of its name."""
-COSTS = {
-    "tokens_per_second": "tokens per second",
-    "seconds": "seconds of training",
-    "memory_gib": "peak memory per rank, GiB",
-}
 EMBEDDINGS = {EMBEDDING: "embeddings", DECODER_EMBEDDING: "decoder's embeddings"}
 
 Groups = dict[str, dict[str, Curve]]  # strategy -> run -> its log
@@ -147,30 +141,6 @@ def by_block(curve: Curve, line: LogLine) -> dict[int, float]:
         if distance is not None and pair in curve.blocks:
             distances.setdefault(curve.blocks[pair], []).append(distance)
     return {block: fmean(values) for block, values in sorted(distances.items())}
-
-
-def cost_section(runs: Sequence[TrainingRun]) -> list[html.Content]:
-    """Speed, time and memory of every run."""
-    if not runs:
-        return [html.missing("No training run has begun yet.")]
-    figures = []
-    for key, label in COSTS.items():
-        values = [(run, getattr(run, key)) for run in runs if run.strategy is not None]
-        known = [(run, value) for run, value in values if value is not None]
-        if known:
-            figures.append(html.figure(cost(f"cost-{key}", label, known), label))
-    text = "Bars are means over runs, rings the runs."
-    if any(run.strategy is None for run in runs):
-        text += " The teacher's own training is in the table only."
-    head, *rows = cost_table(runs)
-    numbers = [[run.name, run_state(run), *costs(run)] for run in runs]
-    none = "No student has finished its training yet, so no cost is drawn."
-    return [
-        html.paragraph(text) if figures else html.missing(none),
-        html.pictures(figures, "three"),
-        html.details(f"All {len(runs)} runs", html.table("Cost of every training run", head, rows, "sortable")),
-        html.paragraph(html.csv_link("cost", COST_HEAD, numbers), "small"),
-    ]
 
 
 # --- The pictures
@@ -318,31 +288,3 @@ def _finish(ax: Any, lines: Mapping[str, Line], looks: Mapping[str, Look], x: st
     ax.grid(axis="y")
     svg.few_ticks(ax.xaxis, ticks)
     ax.set_xlabel(x)
-
-
-@svg.drawn
-def cost(name: str, label: str, costs: Sequence[tuple[TrainingRun, float]]) -> svg.Picture:
-    """One cost of every finished run, a point each in its strategy's row, and the row's mean as a bar."""
-    groups: dict[str, list[float]] = {}
-    for run, value in costs:
-        groups.setdefault(str(run.strategy), []).append(value)
-    figure, ax = svg.axes(320, 22 * len(groups) + 50, 108, 12, 6, 40)
-    most = max(value for _, value in costs)
-    for place, values in enumerate(groups.values()):
-        bar = {"color": svg.COLOUR["band"], "edgecolor": svg.COLOUR["accent"], "lw": 0.8}
-        ax.barh([place], [fmean(values)], height=0.62, zorder=1, **bar)
-        ring = {"ms": 4, "mfc": svg.COLOUR["paper"], "mec": svg.COLOUR["ink"], "mew": 0.9}
-        ax.plot(values, [place] * len(values), "o", ls="none", zorder=3, **ring)
-    ax.set_xlim(0, most * 1.06 or 1)
-    ax.set_ylim(len(groups) - 0.5, -0.5)
-    ax.set_yticks(range(len(groups)), [svg.short(group) for group in groups], color=svg.COLOUR["ink"], size=svg.TEXT)
-    ax.grid(axis="x")
-    svg.few_ticks(ax.xaxis, 4)
-    if most >= 1000:
-        svg.whole_numbers(ax.xaxis)
-    ax.set_xlabel(label)
-
-    means = [f"{group} {amount(fmean(values))}" for group, values in groups.items()]
-    words = f"Mean over runs: {'; '.join(means)}."
-    rows = tuple((run.strategy, run.name, value) for run, value in costs)
-    return svg.picture(figure, name, f"Cost of training: {label}", words, svg.Numbers(("strategy", "run", label), rows))

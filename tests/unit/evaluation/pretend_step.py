@@ -1,6 +1,6 @@
 """A scoring step without models, for the tests of the driver: `python -m tests.unit.evaluation.pretend_step`.
 
-A model's folder is a file of words: `die` ends the process, `fail` raises, `slow` takes a while; each else is counted.
+A model's folder is a file of words: `die` ends the process, `fail` raises, `slow` takes a while, `halfway` says so; each else is counted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from llmkd.errors import InputError
 from llmkd.evaluation.results import GeneratedText, ScoredModel
 from llmkd.evaluation.step import Score, Step, serve
-from llmkd.inference.child import Say
+from llmkd.inference.child import Say, say_share
 from llmkd.recipe.scoring_steps import ScoringStep
 
 
@@ -34,13 +34,15 @@ def prepare(task: Task, say: Say) -> Score[ScoredModel]:
     seen = {"device": os.environ.get("CUDA_VISIBLE_DEVICES", "all"), "backend": os.environ.get("PRETEND_BACKEND", "")}
     (task.folder / f"process-{os.getpid()}").write_text(f"{seen['device']} {seen['backend']}")
     print("this is not for the parent")
-    return partial(score, task=task)
+    return partial(score, task=task, say=say)
 
 
-def score(model: ScoredModel, task: Task) -> tuple[ScoredModel, list[GeneratedText]]:
+def score(model: ScoredModel, task: Task, say: Say) -> tuple[ScoredModel, list[GeneratedText]]:
     words = Path(model.model).read_text().split()
     if "slow" in words:
         time.sleep(0.5)
+    if "halfway" in words:
+        say_share(say, 1, 2)
     if "die" in words:
         os._exit(7)
     if "fail" in words:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -86,6 +87,23 @@ def test_what_is_up_to_date_is_not_done_again_and_what_failed_is(
     assert again == {"bad", "other"} and scored["other"]["metrics"] == {"words": 4}
     assert "pretend: 1 of 3 models are up to date" in caplog.messages
     assert any(line.startswith("pretend: 2/2 other: words 4 (") for line in caplog.messages)
+
+
+def test_the_bar_moves_by_models_and_by_what_their_processes_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model whose process has died is done with, too; shares are no lines of the log."""
+    moved: list[float] = []
+
+    def progress(work: str, *, total: float, unit: str, shown: bool) -> Any:
+        assert (work, total, unit, shown) == ("pretend", 3, "models", True)
+        return contextlib.nullcontext(moved.append)
+
+    monkeypatch.setattr(step, "progress", progress)
+    with caplog.at_level(logging.INFO, logger="llmkd"):
+        scores(tmp_path, {"a": "one", "b": "halfway", "c": "halfway die"}, devices=["cpu"])
+    assert moved == [1, 0.5, 0.5, 0.5, 0.5]
+    assert not [line for line in caplog.messages if "progress" in line]
 
 
 def test_models_that_want_another_process_get_it_and_the_others_share_theirs(tmp_path: Path) -> None:

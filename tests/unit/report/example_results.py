@@ -19,7 +19,18 @@ from typing import Any
 from llmkd.data import records
 from llmkd.layer_map import RULES, layer_map
 from llmkd.report.files import GeneratedItem
-from llmkd.report.results import Cell, Comparison, Curve, LayerMap, LogLine, Metric, Results, Row, TrainingRun
+from llmkd.report.results import (
+    Cell,
+    Comparison,
+    Curve,
+    LayerMap,
+    LogLine,
+    Metric,
+    Results,
+    Row,
+    StepTimes,
+    TrainingRun,
+)
 
 STRATEGIES = ("none", "forward", "reverse", "all_to_one", "random")
 STUDENT_BLOCKS, TEACHER_BLOCKS = 3, 12
@@ -188,6 +199,13 @@ def _run(name: str, strategy: str | None, seed: int | None, random: Random) -> T
         tokens_per_second=speed,
         memory_gib=random.uniform(0.9, 1.0),
         world_size=2,
+        step=StepTimes(
+            steps - 3,
+            tokens / speed / steps,
+            (0.9 * tokens / speed / steps, 1.2 * tokens / speed / steps),
+            0.5,
+            (0.5, 0.5),
+        ),
     )
 
 

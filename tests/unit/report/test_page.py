@@ -131,9 +131,9 @@ def test_every_picture_has_its_numbers_as_table_and_csv(results: Results, read: 
     assert pictures == len(results.metrics) + 4 + len(results.maps) + 4 + 4 + 3
     names = [a["download"].removesuffix(".csv") for a, _ in read.all("a", "csv")]
     assert len(names) == len(set(names)) == pictures + 3  # the tables of scores, comparisons and cost have one too
-    head, *lines = read.csv("cost-seconds")
-    assert {line[1]: float(line[2]) for line in lines} == {
-        run.name: run.seconds for run in results.runs if run.strategy
+    head, *lines = read.csv("cost-step")
+    assert {line[1]: tuple(map(float, line[2:])) for line in lines} == {
+        run.name: (run.step.median_seconds, *run.step.quartiles) for run in results.runs if run.strategy and run.step
     }
     head, *lines = read.csv("curve-kl")
     for name in ("forward-s0", "ce_only-s2"):
@@ -249,9 +249,9 @@ def test_half_a_study_is_a_page_that_names_what_is_missing(results: Results, tex
     assert cells.count("not run") == len(results.metrics)
     assert sum(text.startswith("failed: OutOfMemoryError") for text in cells) == len(results.metrics)
     assert "recipe.yaml is not at hand" in read.text[0]
-    for picture in ("scores-0", "curve-ce", "cost-seconds"):
+    for picture in ("scores-0", "curve-ce", "cost-step"):
         assert len(read.csv(picture)) > 1
-    assert "random" not in {line[0] for line in read.csv("cost-seconds")}
+    assert "random" not in {line[0] for line in read.csv("cost-step")}
 
 
 def test_a_study_not_begun_has_no_picture(results: Results) -> None:

@@ -7,14 +7,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmkd.report.cost import of_students, wall
 from llmkd.report.files import Summary, curve
 from llmkd.report.page import score_plots, svg, training
+from llmkd.report.page.cost import cost
 from llmkd.report.page.svg import Picture
 from llmkd.report.results import Cell, Curve, LayerMap, LogLine, Row
 from tests.unit.report.example_results import study, without_scores
@@ -42,7 +44,7 @@ def part(groups: training.Groups, name: str) -> training.Lines:
 
 GROUPS = groups()
 DISTANCES = training.logged(GROUPS, training.by_block)
-STUDENTS = [(run, run.seconds) for run in RESULTS.runs if run.strategy and run.seconds is not None]
+STEPS = of_students(RESULTS.runs, wall)
 PICTURES: dict[str, Callable[[], Picture]] = {
     "scores": lambda: score_plots.scores("scores", METRIC, RESULTS.rows, "forward", 0.5),
     "differences": lambda: score_plots.differences("differences", METRIC, COMPARED),
@@ -50,7 +52,7 @@ PICTURES: dict[str, Callable[[], Picture]] = {
     "kl": lambda: training.curves("kl", "kl", part(GROUPS, "kl"), list(GROUPS), 20),
     "end": lambda: training.distances_at_end("end", DISTANCES, list(GROUPS)),
     "steps": lambda: training.distances_by_step("steps", "forward", DISTANCES["forward"], 2.0),
-    "cost": lambda: training.cost("cost", "seconds", STUDENTS),
+    "cost": lambda: cost("cost", "seconds", STEPS),
 }
 
 
@@ -262,16 +264,14 @@ def test_a_pairs_block_is_the_summarys_number() -> None:
     assert curve(log, Summary()).blocks == {}  # not known before the run has ended
 
 
-def test_bars_of_cost_are_the_means() -> None:
+def test_bars_of_cost_are_the_medians_over_runs() -> None:
     picture = PICTURES["cost"]()
-    assert [row[2] for row in picture.numbers.rows] == [seconds for _, seconds in STUDENTS]
+    spans = [(run, value, *ends) for runs in STEPS.values() for run, (value, ends) in runs.items()]
+    assert [row[1:] for row in picture.numbers.rows] == spans
     bars = [a["d"] for a, _ in Page(picture.svg).all("path") if "var(--band)" in a.get("style", "")]
     wide = [max(xs) - min(xs) for bar in bars if (xs := [float(x) for x in re.findall(r"[ML] (\S+) \S+", bar)])]
-    means = [
-        fmean(seconds for run, seconds in STUDENTS if run.strategy == strategy)
-        for strategy in dict.fromkeys(run.strategy for run, _ in STUDENTS)
-    ]
-    assert [width / wide[0] for width in wide] == pytest.approx([mean / means[0] for mean in means], abs=0.002)
+    medians = [median(value for value, _ in runs.values()) for runs in STEPS.values()]
+    assert [width / wide[0] for width in wide] == pytest.approx([value / medians[0] for value in medians], abs=0.002)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.001, 0.3))

@@ -129,7 +129,16 @@ def test_comparisons_with_their_verdicts(study: Folder) -> None:
 def test_maps_and_costs(study: Folder) -> None:
     study.write("teacher/model/config.json", {"num_hidden_layers": 12})
     made = {"hardware": {"cpu": "A | B", "cores": 2, "gpus": []}, "commit": "abc123", "versions": {"torch": "2.13.0"}}
-    summary = {"steps": 60, "seconds": 33.4, "tokens": 54321, "tokens_per_second": 1626.4, "memory_gib": 0.512, **made}
+    summary: dict[str, Any] = {
+        "steps": 60,
+        "seconds": 33.4,
+        "tokens": 54321,
+        "tokens_per_second": 1626.4,
+        "memory_gib": 0.512,
+        **made,
+    }
+    summary["step"] = {"steps": 57, "median_seconds": 0.5, "quartiles": [0.4, 0.6]}
+    summary["step"] |= {"cpu_seconds": 0.25, "cpu_quartiles": [0.245, 0.255]}
     for strategy, pairs in (("forward", [[0, 3], [1, 7], [2, 11]]), ("none", [])):
         for seed in (0, 1):
             run = f"students/{strategy}-s{seed}"
@@ -139,8 +148,9 @@ def test_maps_and_costs(study: Folder) -> None:
     text = markdown(study)
     assert text.count("```text") == 1  # one drawing for both seeds, none for a strategy without pairs
     assert "**forward** (forward-s0, forward-s1)" in text and "student <- teacher" in text
-    assert "| forward-s0 | done | 2 | 60 | 33.4 | 54,321 | 1,626 | 0.512 |" in text
-    assert "| teacher | unfinished, at step 20 |  |  |  |  |  |  |" in text
+    assert "| forward-s0 | done | 2 | 60 | 0.5 | 0.2 | 0.25 | 0.01 | 33.4 | 54,321 | 1,626 | 0.512 |" in text
+    assert "| teacher | unfinished, at step 20 |  |  |  |  |  |  |  |  |  |  |" in text
+    assert "CPU seconds of rank 0 of a step: from 0.25 (none) to 0.25 (forward), 0 apart" in text
     assert "- hardware: cpu A | B, cores 2\n- commit: abc123" in text and "torch 2.13.0" in text
 
 

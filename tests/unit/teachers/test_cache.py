@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -340,6 +341,25 @@ def test_stopped_writing_goes_on_at_the_next_row(
     assert all(torch.equal(tensors[f][k], v) for f in expected for k, v in expected[f].items())
     before = len(runs_of_teacher)
     assert write_cache.cache(world, here, Never()) and len(runs_of_teacher) == before  # whole: nothing is run
+
+
+def test_the_bar_counts_the_rows_that_a_stopped_writing_has_left(
+    recipe: Recipe, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[tuple[float, list[float]]] = []
+
+    def progress(work: str, *, total: float, unit: str, shown: bool) -> Any:
+        assert (work, unit, shown) == ("cache, rank 0", "rows", True)
+        runs.append((total, []))
+        return contextlib.nullcontext(runs[-1][1].append)
+
+    monkeypatch.setattr(write_cache, "progress", progress)
+    here = recipe.changed({"cache.shard_mib": 0.2, "cache.micro_batch_size": 2, "cache.path": str(tmp_path / "cache")})
+    assert not write_cache.cache(world, here, After(6))
+    assert write_cache.cache(world, here, Never())
+    (total, stopped), (left, moved) = runs
+    assert total == left == sum(moved) == 40 and stopped == [0, *[2] * 6]
+    assert moved[0] == 14  # in the partial shard
 
 
 def test_killed_writing_loses_the_shard_under_way_alone(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from llmkd.data.batches import Counts
 from llmkd.losses.objective import Change, Divisors, Weights, weights_of_step
 from llmkd.student.passes import PassResult, StepSettings, StoneSettings, StoneSums, StoneWeights
-from llmkd.training.metrics import Meter, Moving, StoneMeter
+from llmkd.training import metrics
+from llmkd.training.metrics import WARM_UP, Meter, Moving, StepClock, StoneMeter
 from tests.passes import step_settings
 
 
@@ -82,3 +84,78 @@ def test_norms_are_the_roots_of_the_last_steps_squares_and_named(world: Any) -> 
                 "divergences": {"forward_kl": root[6], "reverse_kl": root[7]},
                 "stones": {"1<3": {"ce": root[3], "cross": root[5]}, "student": {"cross": root[8]}},
             }
+
+
+class _Time:
+    """A clock that is moved by hand."""
+
+    def __init__(self) -> None:
+        self.wall = self.cpu = 100.0
+
+    def perf_counter(self) -> float:
+        return self.wall
+
+    def process_time(self) -> float:
+        return self.cpu
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> _Time:
+    time = _Time()
+    monkeypatch.setattr(metrics, "time", time)
+    return time
+
+
+def _run(clock: StepClock, now: _Time, steps: list[tuple[float, float, float]]) -> None:
+    """Steps of (seconds of waiting for rows, seconds of work, seconds of what comes after it); half of the work is on the CPU."""
+
+    def rows() -> Iterator[tuple[float, float]]:
+        for waiting, work, after in steps:
+            now.wall += waiting
+            yield work, after
+
+    for work, after in clock.timed(rows()):
+        now.wall += work
+        now.cpu += work / 2
+        clock.end()
+        now.wall += after
+        now.cpu += after
+
+
+def test_a_steps_time_is_its_own(now: _Time) -> None:
+    """Waiting for rows is a part of it; validation, logs and saving are not."""
+    clock = StepClock(torch.device("cpu"))
+    now.wall += 50  # what is prepared before the first step
+    _run(clock, now, [(0.25, 1.0, 30.0), (0.0, 2.0, 0.0)])
+    assert clock.read() == 3.25
+    _run(clock, now, [(0.0, 4.0, 9.0)])
+    assert clock.read() == 4.0  # since the last call
+
+
+def test_a_runs_cost_is_the_median_step_after_the_first_ones(now: _Time) -> None:
+    clock = StepClock(torch.device("cpu"))
+    _run(clock, now, [(0.0, 60.0, 0.0)] * WARM_UP)
+    clock.read()
+    assert clock.cost() is None
+    _run(clock, now, [(0.0, work, 5.0) for work in (1.0, 2.0, 3.0, 4.0, 500.0)])
+    clock.read()
+    assert clock.cost() == {
+        "steps": 5,
+        "median_seconds": 3.0,
+        "quartiles": [2.0, 4.0],
+        "cpu_seconds": 1.5,
+        "cpu_quartiles": [1.0, 2.0],
+    }
+
+
+def test_an_intervals_rate_is_that_of_its_steps(world: Any, now: _Time) -> None:
+    weights = Weights(ce=1.0, kl=1.0, hidden=1.0, kl_positions="trained", hidden_positions="trained")
+    meter = Meter(world, weights, ["0<1"])
+    settings = _settings(weights, Divisors(2, 3, 4))
+    for _ in meter.clock.timed(range(2)):
+        now.wall += 2.0
+        meter.add(settings, _halves(1.0, 2.0, 3.0))
+        now.wall += 60.0  # it validates
+    interval = meter.flush(Moving(), learning_rate=0.1, grad_norm=2.0)
+    assert interval.seconds_per_step == 2.0
+    assert interval.tokens_per_second == 2 * settings.counts.tokens / 4.0

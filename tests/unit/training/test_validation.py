@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.train import train
 from llmkd.training import jobs, prepare, write_cache
 from llmkd.training.journal import validation_line
-from llmkd.training.validation import Validated
+from llmkd.training.metrics import WARM_UP
+from llmkd.training.validation import Validated, Validator
 from llmkd.training.validation_rows import RunRows, held_out_count, run_rows, trained_count, validation_batches
 from tests.family_models import CLASSES, ENCODER_DECODERS, ENCODERS, family_recipe, new
 from tests.family_models import plain_losses as family_losses
@@ -256,6 +258,29 @@ def test_without_a_teacher_there_is_cross_entropy_alone(recipe: Recipe, world: A
     alone = {"loss.kl": 0.0, "loss.hidden": 0.0, "matching.strategy": "none"}
     assert train(world, jobs.distil_job(world, recipe.changed(alone), tmp_path / "run"))
     assert all(line.keys() == {"step", "ce", "perplexity", "seconds"} for line in logged(tmp_path / "run"))
+
+
+def test_a_summary_has_the_time_of_a_step_without_validations(
+    recipe: Recipe, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short run's steps are all of the first ones, which are left out."""
+    validate = Validator.validate
+
+    def slow(self: Validator, step: int) -> Validated:
+        time.sleep(2)
+        return validate(self, step)
+
+    monkeypatch.setattr(Validator, "validate", slow)
+    alone = {"loss.kl": 0.0, "loss.hidden": 0.0, "matching.strategy": "none", "train.log_every": 1}
+    found = []
+    for steps in (WARM_UP, WARM_UP + 2):
+        changes = {**alone, "train.steps": steps, "train.validate_every": 1}
+        assert train(world, jobs.distil_job(world, recipe.changed(changes), tmp_path / str(steps)))
+        found.append(json.loads((tmp_path / str(steps) / "summary.json").read_text()))
+    short, long = found
+    assert short["step"] is None and long["step"]["steps"] == 2
+    assert 0 < long["step"]["median_seconds"] < 2 < long["seconds"] / 5 and long["step"]["cpu_seconds"] > 0
+    assert long["last"]["seconds_per_step"] < 2
 
 
 def test_a_line_of_the_log() -> None:

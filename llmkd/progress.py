@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -48,10 +48,9 @@ def _unseen(count: float, note: str = "") -> None:
 
 @contextlib.contextmanager
 def _bar(work: str, total: float, unit: str, done: float) -> Iterator[Advance]:
-    with (
-        logging_redirect_tqdm(),
-        tqdm(total=total, initial=done, desc=work, unit=unit, leave=False, bar_format=BAR) as bar,  # type: ignore[arg-type]
-    ):
+    # Not disabled: our processes run with TQDM_DISABLE, which silences libraries' bars.
+    options: Any = {"initial": done, "desc": work, "unit": unit, "bar_format": BAR}
+    with logging_redirect_tqdm(), tqdm(total=total, **options, leave=False, disable=False, miniters=0) as bar:
 
         def advance(count: float, note: str = "") -> None:
             bar.set_postfix_str(note, refresh=False)

@@ -58,12 +58,11 @@ def test_a_bar_shows_the_last_note_and_time_left(monkeypatch: pytest.MonkeyPatch
     """In a rank, too, where TQDM_DISABLE silences libraries."""
     monkeypatch.setenv("TQDM_DISABLE", "1")
     screen = terminal(monkeypatch)
-    monkeypatch.setattr(module, "BAR", module.BAR + "|")
     with progress("training", total=4, unit="steps") as advance:
         for number in range(4):
             module.time.sleep(0.15)  # tqdm draws ten times a second
             advance(1, f"loss {4 - number}")
-    assert "2/4 steps" in screen.getvalue() and "loss 3|" in screen.getvalue()
+    assert "2/4 steps" in screen.getvalue() and "loss 3]" in screen.getvalue()
 
 
 def test_a_line_of_the_log_stays_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from llmkd.data.formats import RowFormat, check_names, check_option_names
 from llmkd.errors import InputError
 from llmkd.recipe.section import NO_EFFECT, Section
 
-_PLACE = ("source", "name", "split", "rows", "records_seed")
+_OF_A_SOURCE = ("source", "name", "split", "rows", "records_seed", "format", "columns", "template_options")
 
 Format = Literal["auto", "prompt_completion", "messages", "sharegpt", "alpaca", "text", "classification"]
 
@@ -32,6 +32,8 @@ class Validation(Section):
     """What a row of `source` holds; default: `data.format`."""
     columns: dict[str, str] | None = None
     """Other names of columns of `source`; default: `data.columns`."""
+    template_options: dict[str, Any] | None = None
+    """What the chat template is told beside the chats of `source`; default: `data.template_options`."""
     rows: int = Field(default=256, gt=0)
     """At most so many rows are validated: of a source or split the first ones, of a share some that `seed` decides."""
     seed: int = Field(default=0, ge=0)
@@ -42,13 +44,14 @@ class Validation(Section):
         elsewhere = self.split is not None or self.source is not None
         if (self.share is not None) == elsewhere:
             raise ValueError("share: give exactly one of share, split (of data.source) and source (other rows)")
-        for key in ("name", "format", "columns"):
+        for key in ("name", "format", "columns", "template_options"):
             if getattr(self, key) is not None and self.source is None:
                 raise ValueError(f"{key}: it belongs to a source of its own; give source too, or leave {key} out")
         if self.seed and self.share is None:
             raise ValueError("seed: it decides which rows a share holds out; write share, or leave seed out")
         try:
             check_names(self.columns or {})
+            check_option_names(self.template_options or {})
         except InputError as error:
             raise ValueError(str(error).removeprefix("data.")) from error
         return self
@@ -123,10 +126,10 @@ class Data(Rows):
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         if self.sources:
-            own = [key for key in _PLACE if getattr(self, key) != type(self).model_fields[key].default]
+            own = [key for key in _OF_A_SOURCE if getattr(self, key) != type(self).model_fields[key].default]
             if own:
                 raise ValueError(
-                    f"{own[0]}: sources says where the rows are; write {own[0]} there, or leave one of the two out"
+                    f"{own[0]}: sources says where the rows are and how they are read; write {own[0]} there, or leave one of the two out"
                 )
         for number, part in enumerate(self.sources):
             if part.source == "records" and part.rows is None:
@@ -180,4 +183,6 @@ class Data(Rows):
             columns = self.columns if given.columns is None else given.columns
             changes |= {"source": given.source, "name": given.name, "columns": columns, "sources": ()}
             changes["format"] = given.format or self.format
+            if given.template_options is not None:
+                changes["template_options"] = given.template_options
         return self.model_copy(update=changes)

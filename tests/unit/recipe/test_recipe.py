@@ -659,9 +659,27 @@ def test_a_mixture_has_its_sources_and_nothing_beside_them() -> None:
         {**place, **looking, "data.sources": sources, "evaluation.generation.source": "a.jsonl"}
     )
     assert recipe.data.names == ("a", "a-validation") and recipe.data.weights == (2.0, None)
-    with pytest.raises(InputError, match=r"data\.rows: sources says where the rows are; write rows there"):
+    with pytest.raises(InputError, match=r"data\.rows: sources says where the rows are .*; write rows there"):
         recipe.changed({"data.rows": 5})
+    for unread in ({"format": "text"}, {"columns": {"a": "text"}}, {"template_options": {"enable_thinking": False}}):
+        (key,) = unread
+        with pytest.raises(InputError, match=rf"data\.{key}: sources says .* how they are read; write {key} there"):
+            recipe.changed({f"data.{key}": unread[key]})
     with pytest.raises(InputError, match=r"data\.sources\.0\.rows: the built-in task is endless"):
         recipe.changed({"data.sources": [{"source": "records"}]})
     with pytest.raises(InputError, match=r"evaluation\.generation\.source: the data has several sources; name the one"):
         recipe.changed({"evaluation.generation.source": None})
+
+
+def test_validation_of_another_source_is_read_as_it_says() -> None:
+    recipe = load_recipe("quickstart")
+    place = {"data.source": "a.jsonl", "data.rows": None, "data.template_options": {"enable_thinking": False}}
+    plain = recipe.changed({**place, "data.validation": {"source": "b.jsonl"}}).data.held_out
+    assert plain is not None and plain.template_options == {"enable_thinking": False}
+    own = {"source": "b.jsonl", "template_options": {"thinking_budget": 5}}
+    told = recipe.changed({**place, "data.validation": own}).data.held_out
+    assert told is not None and told.template_options == {"thinking_budget": 5}
+    with pytest.raises(InputError, match=r"data\.validation\.template_options: it belongs to a source of its own"):
+        recipe.changed({"data.validation": {"share": 0.1, "template_options": {"thinking_budget": 5}}})
+    with pytest.raises(InputError, match=r"template_options: 'tokenize' is set by llmkd itself"):
+        recipe.changed({**place, "data.validation": {"source": "b.jsonl", "template_options": {"tokenize": True}}})

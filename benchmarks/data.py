@@ -1,0 +1,221 @@
+"""Data at scale, in one run: the speed of tokenizing, how often a study does it, the start of a run on many rows, waiting for batches.
+
+python -m benchmarks.data [speed] [once] [start] [waiting]        (default: all)
+
+speed: rows a second of llmkd's token files and of `datasets.map` with the bare tokenizer, each with all cores, in turn.
+once: how often the rows of a study of five students on two ranks are tokenized.
+start: seconds to the first step and memory of a rank, on 1,000, 10,000 and 1,000,000 rows that are tokens already.
+waiting: the share of a run's steps that is spent waiting for batches, on the quickstart and on packed rows of 2,048 tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset
+
+from benchmarks.start import first_step
+from benchmarks.tables import table
+from llmkd.data import records, token_files
+from llmkd.data.batches import Batch, Family
+from llmkd.data.formats import RowFormat
+from llmkd.data.other_families import encoder_for
+from llmkd.distributed import ranks
+from llmkd.distributed.launch import launch
+from llmkd.models import make
+from llmkd.models.architectures import new_config
+from llmkd.models.load import DTYPES
+from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
+from llmkd.train import train
+from llmkd.training import jobs
+from llmkd.training.prepare import PreparedRun
+
+CUT: dict[str, Any] = {"max_length": 512, "too_long": "drop"}
+REPEATS = 3
+
+
+def rows_of(count: int) -> Dataset:
+    examples = records.rows("train", 0, 0, count)
+    return Dataset.from_list([{key: e[key] for key in ("prompt", "completion")} for e in examples])
+
+
+def tokenizer_of(rows: Dataset) -> Any:
+    return make.new_tokenizer((text for column in ("prompt", "completion") for text in rows[:5000][column]), 2000)
+
+
+def speed(folder: Path) -> str:
+    """Of the same rows: tokens, trained positions, lengths, files and hashes; and ids alone."""
+    rows = rows_of(100_000)
+    tokenizer = tokenizer_of(rows)
+    cores = len(os.sched_getaffinity(0))
+
+    def plain(number: int) -> None:
+        rows.map(
+            lambda columns: {
+                "prompt_ids": tokenizer(columns["prompt"])["input_ids"],
+                "completion_ids": tokenizer(columns["completion"])["input_ids"],
+            },
+            batched=True,
+            num_proc=cores,
+            remove_columns=rows.column_names,
+            new_fingerprint=f"plain-{number}-{time.time_ns()}",
+            cache_file_name=str(folder / f"plain-{number}.arrow"),
+        )
+
+    def ours(number: int) -> None:
+        encode = encoder_for(Family("decoder"), rows.column_names, tokenizer, row_format=RowFormat(), **CUT)
+        token_files.made(folder / f"ours-{number}", lambda: (rows, encode), identity={}, **CUT)
+
+    rates: dict[str, list[float]] = {"plain": [], "ours": []}
+    for number in range(REPEATS):
+        for name, run in (("plain", plain), ("ours", ours)):
+            began = time.perf_counter()
+            run(number)
+            rates[name].append(len(rows) / (time.perf_counter() - began))
+    middle = {name: statistics.median(values) for name, values in rates.items()}
+    ratios = [a / b for a, b in zip(rates["ours"], rates["plain"], strict=True)]
+    lines = [[name, f"{middle[name]:,.0f}"] for name in rates]
+    return (
+        table([f"100,000 rows, {cores} processes", "rows/s (median of 3)"], lines)
+        + f"\n\nours / plain: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    )
+
+
+def small_recipe(folder: Path, name: str, rows: Path, **changes: Any) -> Recipe:
+    """One step of a small student of a small teacher, which is made where it is not there yet."""
+    teacher = folder / "teacher"
+    if not teacher.exists():
+        tokenizer = tokenizer_of(rows_of(5000))
+        shape = load_recipe("quickstart").finetune
+        assert shape is not None and shape.architecture is not None
+        config = new_config(shape.architecture.model_dump(), tokenizer)
+        make.new_model(config, teacher, seed=0, dtype=DTYPES["float32"], tokenizer=tokenizer.save_pretrained)
+    values = {
+        "name": name,
+        "output": str(folder / "runs"),
+        "teacher.path": str(teacher),
+        "finetune": None,
+        "data.source": str(rows),
+        "data.rows": None,
+        "data.validation": None,
+        "evaluation.generation.source": "records",
+        "train.validate_every": 0,
+        "train.steps": 1,
+        "train.warmup_steps": 0,
+        "train.log_every": 1,
+    }
+    return load_recipe("quickstart").changed({**values, **changes})
+
+
+def written(folder: Path, count: int) -> Path:
+    """A file of so many rows."""
+    file = folder / f"{count}.jsonl"
+    if not file.exists():
+        with file.open("w") as lines:
+            for start in range(0, count, 50_000):
+                for example in records.rows("train", 0, start, min(50_000, count - start)):
+                    lines.write(json.dumps({key: example[key] for key in ("prompt", "completion")}) + "\n")
+    return file
+
+
+def once(folder: Path) -> str:
+    """Five launches of two ranks; token files keep the time at which they were written."""
+    times: dict[Path, set[int]] = {}
+    for strategy in ("forward", "reverse", "all_to_one", "random", "none"):
+        recipe = small_recipe(folder, "once", written(folder, 20_000), **{"matching.strategy": strategy})
+        file = folder / f"{strategy}.yaml"
+        file.write_text(dump_recipe(recipe))
+        assert launch(2, ["--recipe", str(file), "--output", str(folder / strategy)]).code == 0
+        for shard in recipe.tokens_folder.rglob("*.arrow"):
+            times.setdefault(shard, set()).add(shard.stat().st_mtime_ns)
+    made = max(map(len, times.values()))
+    folders = {shard.parent for shard in times}
+    assert len(folders) == 1
+    return f"5 students x 2 ranks, 20,000 rows: {len(times)} shards, each written {made} time(s)"
+
+
+def start(folder: Path) -> str:
+    """Each launch once to make the tokens, then alternately; interpreters are forked by the server."""
+    counts = (1_000, 10_000, 1_000_000)
+    seconds: dict[int, list[float]] = {count: [] for count in counts}
+    memory: dict[int, list[float]] = {count: [] for count in counts}
+    for number in range(-1, REPEATS):
+        for count in counts:
+            recipe = small_recipe(folder, "start", written(folder, count))
+            file, run = folder / f"{count}.yaml", folder / f"{count}-{number}"
+            file.write_text(dump_recipe(recipe))
+            taken, _ = first_step(1, ["--recipe", str(file), "--output", str(run)], run)
+            if number >= 0:
+                seconds[count].append(taken)
+                memory[count].append(json.loads((run / "summary.json").read_text())["memory_gib"])
+    middle = {count: statistics.median(seconds[count]) for count in counts}
+    peak = {count: statistics.median(memory[count]) for count in counts}
+    lines = [[f"{count:,}", f"{middle[count]:.1f}", f"{peak[count]:.3f}"] for count in counts]
+    return (
+        table(["rows, tokenized before", "s to step 1", "GiB of the rank"], lines)
+        + f"\n\n1,000,000 rows / 1,000: {middle[counts[-1]] / middle[counts[0]]:.2f} of the time; 1,000,000 / 10,000: "
+        f"{peak[counts[-1]] / peak[counts[1]]:.3f} of the memory"
+    )
+
+
+def waiting(folder: Path) -> str:
+    """The time inside `next` of the loop's batches, of the time from the first of them to the end of the last step."""
+    world = ranks.start()
+    quick = {"train.steps": 60, "train.log_every": 20, "train.warmup_steps": 0}
+    long = {
+        "data.batching": "packed",
+        "data.max_length": 2048,
+        "train.batch_size": 2,
+        "train.micro_batch_size": 1,
+        "train.steps": 8,
+    }
+    lines = []
+    for name, changes in (
+        ("quickstart's student", quick),
+        ("packed, 2,048 tokens", {**quick, **long, "train.log_every": 4}),
+    ):
+        recipe = small_recipe(folder, "waiting", written(folder, 20_000), **changes)
+        spent: list[float] = []
+        original: Callable[[PreparedRun], Iterator[list[Batch]]] = PreparedRun.batches
+
+        def timed(self: PreparedRun, spent: list[float] = spent, original: Any = original) -> Iterator[list[Batch]]:
+            batches = original(self)
+            while True:
+                began = time.perf_counter()
+                try:
+                    step = next(batches)
+                except StopIteration:
+                    return
+                spent.append(time.perf_counter() - began)
+                yield step
+
+        PreparedRun.batches = timed  # type: ignore[method-assign]
+        run = folder / name.replace(" ", "-")
+        assert train(world, jobs.distil_job(world, recipe, run))
+        PreparedRun.batches = original  # type: ignore[method-assign]
+        whole = json.loads((run / "summary.json").read_text())["seconds"]
+        lines.append([name, str(len(spent)), f"{whole:.1f}", f"{sum(spent[1:]) / whole:.2%}", f"{spent[0]:.2f}"])
+    ranks.stop()
+    return table(["run", "steps", "s of all", "waiting, without the first", "s for the first"], lines)
+
+
+def main() -> None:
+    datasets.disable_progress_bars()
+    parts = {"speed": speed, "once": once, "start": start, "waiting": waiting}
+    asked = sys.argv[1:] or list(parts)
+    for name in asked:
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"## {name}\n\n{parts[name](Path(folder))}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -56,6 +56,7 @@ from llmkd.training.metrics import Interval, Meter, peak_memory_gib
 from llmkd.training.pairs import pair_names
 from llmkd.training.prepare import PreparedRun, prepare
 from llmkd.training.steps import Steps
+from llmkd.training.tokens import StoppedTokenizing
 from llmkd.training.validation import Validator
 
 log = logging.getLogger("llmkd")
@@ -73,7 +74,12 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
 
 
 def _train(world: World, job: Job, stopping: Stopping) -> bool:
-    run = prepare(world, job)
+    try:
+        run = prepare(world, job, stopping)
+    except StoppedTokenizing:
+        message = "%s: stopped by %s while its rows were tokenized; the same command goes on where it stopped"
+        log.info(message, job.title, stopping.name)
+        return False
     job, settings = run.job, run.job.train
     steps = Steps(world, job, run.steps, start_step=run.first)
     meter, journal = Meter.of_job(world, job), Journal(world, job, start_step=run.first, steps=run.steps)

@@ -111,16 +111,19 @@ def made(
     max_length: int,
     too_long: str,
     identity: Mapping[str, Any],
-) -> TokenFiles:
+    asked: Callable[[], bool] = lambda: False,
+) -> TokenFiles | None:
     """The tokens in `folder`; what is missing or damaged of them is made, with all cores.
 
     `source` gives the rows of text and what makes tokens of them; it is called only where something is missing. Where another process makes
-    the same tokens, they are waited for. Raises InputError for a row that can't be tokenized, and where no row is left.
+    the same tokens, they are waited for. None where it was `asked` to stop before all were there. Raises InputError for a row that can't be
+    tokenized, and where no row is left.
     """
     if (files := opened(folder)) is None:
         with only_one_in(folder, patience_seconds=float("inf")):
-            files = opened(folder) or _made(folder, source(), max_length, too_long, identity)
-    _announce(files.total, max_length, too_long)
+            files = opened(folder) or _made(folder, source(), max_length, too_long, identity, asked)
+    if files is not None:
+        _announce(files.total, max_length, too_long)
     return files
 
 
@@ -169,8 +172,13 @@ def _is_whole(folder: Path, shard: Shard, *, verified: bool = True) -> bool:
 
 
 def _made(
-    folder: Path, source: tuple[Dataset, Encode], max_length: int, too_long: str, identity: Mapping[str, Any]
-) -> TokenFiles:
+    folder: Path,
+    source: tuple[Dataset, Encode],
+    max_length: int,
+    too_long: str,
+    identity: Mapping[str, Any],
+    asked: Callable[[], bool],
+) -> TokenFiles | None:
     """Tokenize the shards that are missing, each in a process of its own, as many at a time as there are cores."""
     rows, encode = source
     for leftover in folder.glob("tmp*"):
@@ -189,13 +197,17 @@ def _made(
             try:
                 for shard in pool.map(_next, missing):
                     advance(shard.written.read)
+                    if asked():  # the shards under way are still finished
+                        pool.shutdown(cancel_futures=True)
+                        break
             except BrokenProcessPool as error:
                 raise InputError(
                     f"{folder}: a process that made tokens was killed, most likely for want of memory; the same command goes on where it "
                     "stopped, with fewer processes if it may use fewer cores (taskset -c 0-3 ...)"
                 ) from error
     shards = [shard for number in range(count) if (shard := _recorded(folder, number)) is not None]
-    assert len(shards) == count, "every shard was written"
+    if len(shards) < count:
+        return None
     files = TokenFiles(folder, tuple(shards))
     _check_some(files.total, max_length)
     lengths: Any = files.rows().data.column("length")

@@ -17,6 +17,7 @@ from llmkd.distributed.ds_configs import on_other_ranks
 from llmkd.distributed.engines import engine
 from llmkd.distributed.ranks import World
 from llmkd.errors import InputError
+from llmkd.processes import Stopping
 from llmkd.recipe.recipe import dump_recipe
 from llmkd.student.distiller import Distiller
 from llmkd.student.passes import StepSettings
@@ -83,21 +84,21 @@ class PreparedRun:
         return None if self.teacher is None else self.teacher.signals(batch, redrawn)
 
 
-def prepare(world: World, job: Job) -> PreparedRun:
+def prepare(world: World, job: Job, stopping: Stopping | None = None) -> PreparedRun:
     """Build the parts of a run, restored from its newest checkpoint where there is one (all ranks take part).
 
-    The user's mistakes are reported before anything is written.
+    The user's mistakes are reported before anything is written. Raises StoppedTokenizing where `stopping` is asked to before that.
     """
     resume = checkpoint.newest(world, job.folder / "checkpoints", job.inputs)
     try:
-        return _prepare(world, job, resume)
+        return _prepare(world, job, resume, stopping)
     except InputError:
         if resume is None and world.is_main:
             initial.remove_initial(job)
         raise
 
 
-def _prepare(world: World, job: Job, resume: checkpoint.Saved | None) -> PreparedRun:
+def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: Stopping | None) -> PreparedRun:
     settings = job.train
     accumulation = build.accumulation_steps(settings, world.size)
     if settings.wandb is not None and importlib.util.find_spec("wandb") is None:
@@ -106,7 +107,7 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None) -> Prepare
     if resume is not None and resume.world_size != world.size:
         ds_config = on_other_ranks(ds_config)
     tokenizer = initial.job_tokenizer(world, job, resuming=resume is not None)
-    data = run_rows(world, job, tokenizer)
+    data = run_rows(world, job, tokenizer, stopping)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     drawn, make = tokens.drawn(world, job, data.training, pad_id)
     steps = build.total_steps(settings, drawn.count)

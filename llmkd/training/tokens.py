@@ -24,6 +24,7 @@ from llmkd.data.tokenized import PackedSource, PackedTokens, Tokens
 from llmkd.distributed.ranks import World, on_each_node
 from llmkd.errors import InputError
 from llmkd.models.vocabularies import check_rows
+from llmkd.processes import Stopping
 from llmkd.recipe.data import Data, Rows
 from llmkd.recipe.inputs import fingerprint
 from llmkd.recipe.recipe import Recipe
@@ -32,20 +33,32 @@ from llmkd.training.jobs import Job, read_rows
 log = logging.getLogger("llmkd")
 
 
-def tokens_of(world: World, job: Job, tokenizer: Any) -> Tokens:
+class StoppedTokenizing(Exception):
+    """A signal asked the run to stop before its rows were tokenized; the shards that are done are kept."""
+
+
+def tokens_of(world: World, job: Job, tokenizer: Any, stopping: Stopping | None = None) -> Tokens:
     """The job's rows as tokens (all ranks take part). One rank of each node makes what is missing; all read the same files.
 
-    Raises InputError where a row can't be tokenized, where one holds a token that only one of the student and its teacher has, and where
-    two nodes made different tokens.
+    Raises StoppedTokenizing where `stopping` is asked to before all are there, and InputError where a row can't be tokenized, where one
+    holds a token that only one of the student and its teacher has, and where two nodes made different tokens.
     """
 
-    def make() -> tuple[list[str], list[str], str | None]:
-        files = [_made(job, part, tokenizer) for part in job.data.parts]
+    def make() -> tuple[list[str], list[str], str | None] | None:
+        files: list[TokenFiles] = []
+        for part in job.data.parts:
+            made = _made(job, part, tokenizer, lambda: stopping is not None and stopping.asked)
+            if made is None:
+                return None
+            files.append(made)
         for part, of_part in zip(job.data.parts, files, strict=True):
             check_rows(of_part.rows(), job.further_tokens, f"data.source ({part.source})")
         return [str(of_part.folder) for of_part in files], [of_part.digest for of_part in files], hub.last_problem()
 
-    nodes = on_each_node(world, make)
+    results = on_each_node(world, make)
+    nodes = [result for result in results if result is not None]
+    if len(nodes) < len(results):
+        raise StoppedTokenizing
     _check_same([digests for _, digests, _ in nodes])
     folders, _, problem = nodes[world.rank // world.local_size]
     hub.believe(problem)
@@ -66,8 +79,8 @@ def _check_same(digests: list[list[str]]) -> None:
             )
 
 
-def _made(job: Job, part: Rows, tokenizer: Any) -> TokenFiles:
-    """The tokens of one source (one rank of a node)."""
+def _made(job: Job, part: Rows, tokenizer: Any, asked: Callable[[], bool]) -> TokenFiles | None:
+    """The tokens of one source (one rank of a node); None where it was asked to stop before they were there."""
     identity = _identity(job.data, job.family, part, tokenizer)
     cut = {"max_length": job.data.max_length, "too_long": job.data.too_long}
 
@@ -76,7 +89,7 @@ def _made(job: Job, part: Rows, tokenizer: Any) -> TokenFiles:
         return rows, encoder_for(job.family, rows.column_names, tokenizer, row_format=part.row_format, **cut)
 
     folder = tokens_folder(job.recipe, job.data) / fingerprint(identity)
-    return token_files.made(folder, source, identity=identity, **cut)
+    return token_files.made(folder, source, identity=identity, asked=asked, **cut)
 
 
 def found(recipe: Recipe, family: Family, tokenizer: Any) -> list[TokenFiles | None]:

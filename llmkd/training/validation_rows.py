@@ -19,6 +19,7 @@ from llmkd.data.rows import local_files
 from llmkd.data.tokenized import Tokens
 from llmkd.distributed.ranks import World, on_main
 from llmkd.errors import InputError
+from llmkd.processes import Stopping
 from llmkd.recipe.data import Data
 from llmkd.training.jobs import Job, read_rows
 from llmkd.training.tokens import tokens_of
@@ -36,16 +37,16 @@ class RunRows:
     """Numbers in `all`; None where the recipe's data has no section `validation`."""
 
 
-def run_rows(world: World, job: Job, tokenizer: Any) -> RunRows:
+def run_rows(world: World, job: Job, tokenizer: Any, stopping: Stopping | None = None) -> RunRows:
     """The job's rows (all ranks take part). Raises InputError where rows are both trained and validated on, or none is left to train on."""
     given, apart = job.data.validation, job.data.held_out
     on_main(world, lambda: check_apart(job.data))
-    rows = tokens_of(world, job, tokenizer)
+    rows = tokens_of(world, job, tokenizer, stopping)
     if given is None:
         return RunRows(rows, rows, None)
     if apart is not None:
         with _named():
-            own = tokens_of(world, replace(job, data=apart), tokenizer)
+            own = tokens_of(world, replace(job, data=apart), tokenizer, stopping)
         return RunRows(rows.followed_by(own), rows, np.arange(len(rows.rows), len(rows.rows) + len(own.rows)))
     apart_by_share = divided(job.data, rows)
     held_out = apart_by_share.held_out

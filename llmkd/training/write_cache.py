@@ -38,6 +38,7 @@ from llmkd.teachers.cache_files import DONE, IDS, LOG_PROBABILITIES, OFFSETS, Co
 from llmkd.teachers.quantization import stored
 from llmkd.training import build, cache_contents, initial, jobs
 from llmkd.training.cache_progress import Plan, prepare
+from llmkd.training.tokens import StoppedTokenizing
 from llmkd.training.validation_rows import run_rows
 
 log = logging.getLogger("llmkd")
@@ -63,7 +64,11 @@ def _cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool) -
         )
     teacher = on_main(world, lambda: folders.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
     tokenizer = initial.job_tokenizer(world, job, resuming=False)
-    data = run_rows(world, job, tokenizer).all
+    try:
+        data = run_rows(world, job, tokenizer, stopping).all
+    except StoppedTokenizing:
+        log.info("cache: stopped by %s while the rows were tokenized; the same command goes on", stopping.name)
+        return False
     wanted = on_main(
         world,
         lambda: cache_contents.contents_of(

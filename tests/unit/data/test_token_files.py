@@ -46,7 +46,9 @@ def encode(columns: Columns, numbers: list[int]) -> Columns:
 
 
 def tokens(folder: Path, encode: Callable[..., Columns] = encode) -> list[Any]:
-    return list(made(folder, lambda: (text(), encode), identity={"of": "a test"}, **CUT).rows())
+    files = made(folder, lambda: (text(), encode), identity={"of": "a test"}, **CUT)
+    assert files is not None
+    return list(files.rows())
 
 
 def expected() -> list[Any]:
@@ -68,7 +70,7 @@ def test_any_number_of_processes_makes_the_same_files(tmp_path: Path, monkeypatc
     digests = []
     for count in (1, 4):
         cores(monkeypatch, count)
-        files = made(tmp_path / str(count) / "same", lambda: (text(), encode), identity={}, **CUT)
+        files: Any = made(tmp_path / str(count) / "same", lambda: (text(), encode), identity={}, **CUT)
         assert list(files.rows()) == expected() and len(files.shards) == 7
         assert files.lengths().tolist() == [row["length"] for row in expected()]
         digests.append(files.digest)
@@ -79,7 +81,7 @@ def test_any_number_of_processes_makes_the_same_files(tmp_path: Path, monkeypatc
 def test_what_is_there_is_not_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         first = tokens(tmp_path)
-        again = made(tmp_path, lambda: pytest.fail("rows were read again"), identity={}, **CUT)
+        again: Any = made(tmp_path, lambda: pytest.fail("rows were read again"), identity={}, **CUT)
     assert list(again.rows()) == first
     sentence = "36 of 50 rows are used; 8 longer than 9 tokens (dropped), 8 with nothing to train (dropped)"
     assert caplog.text.count(sentence) == 2, "a run that finds its tokens says the same"
@@ -168,6 +170,19 @@ def test_processes_that_want_the_same_tokens_wait_for_the_one_that_makes_them(tm
     )
 
 
+def test_asked_to_stop_it_finishes_the_shards_under_way_and_goes_on_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores(monkeypatch, 1)
+    how: dict[str, Any] = {"identity": {"of": "a test"}, **CUT}
+    assert made(tmp_path / "store", lambda: (text(), watched(tmp_path / "seen")), **how, asked=lambda: True) is None
+    first = {int(line) for line in (tmp_path / "seen").read_text().splitlines()}
+    assert 0 in first and ROWS - 1 not in first
+    (tmp_path / "seen").unlink()
+    assert tokens(tmp_path / "store", watched(tmp_path / "seen")) == expected()
+    assert not first & {int(line) for line in (tmp_path / "seen").read_text().splitlines()}
+
+
 def test_rows_are_cut_where_the_recipe_says_so(tmp_path: Path) -> None:
-    files = made(tmp_path, lambda: (text(), encode), identity={}, max_length=9, too_long="truncate")
+    files: Any = made(tmp_path, lambda: (text(), encode), identity={}, max_length=9, too_long="truncate")
     assert files.total.rows == 42 and files.total.long == 8

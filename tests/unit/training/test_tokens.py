@@ -167,3 +167,19 @@ def test_validation_rows_are_in_no_packed_sequence(recipe: Recipe, world: Any, t
     sequences: Any = tokens.drawn(world, job, rows.training, 0)[0]
     packed = [row for n in range(sequences.count) for row in sequences.rows_of(n).tolist()]
     assert rows.validation is not None and len(packed) == 32 and not {*packed} & {*rows.validation.tolist()}
+
+
+def test_a_signal_while_rows_are_tokenized_stops_the_run_before_anything_is_trained(
+    recipe: Recipe, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Asked:
+        asked, name = True, "SIGTERM"
+
+    monkeypatch.setattr(token_files, "SHARD_ROWS", 4)
+    monkeypatch.setattr(token_files.os, "sched_getaffinity", lambda _: {0})
+    asked: Any = Asked()
+    with caplog.at_level(logging.INFO):
+        assert not train(world, jobs.distil_job(world, recipe, tmp_path / "run"), asked)
+    assert "run: stopped by SIGTERM while its rows were tokenized; the same command goes on" in caplog.text
+    assert not (tmp_path / "run").exists()
+    trained(world, recipe, tmp_path / "run")

@@ -226,7 +226,8 @@ def test_a_difference_that_hangs_on_the_items_is_noted(tmp_path: Path) -> None:
 
 def test_thoughts_that_were_not_scored_are_noted(tmp_path: Path) -> None:
     study = Folder(tmp_path)
-    for strategy, thoughts in (("forward", {"thoughts": 34}), ("reverse", {})):
+    written: list[tuple[str, dict[str, Any]]] = [("forward", {"thoughts": 34}), ("reverse", {})]
+    for strategy, thoughts in written:
         name = study.entry("student", strategy, 0, steps=("generation",))
         study.generated(name, {"bleu": 60.0}, **thoughts)
     expected = "Texts were scored without their thoughts (<think>…</think>), as no reference has any: 34 by forward-s0."

@@ -52,6 +52,7 @@ from llmkd.training.checkpoint import check_same
 from llmkd.training.checks import teacher_shape
 from llmkd.training.initial import initial_student
 from llmkd.training.pairs import depths_of, maps_of
+from llmkd.training.tokens import first_rows
 from llmkd.training.validation_rows import held_out_rows, trained_count
 from llmkd.training.write_cache import writing_recipe
 
@@ -211,7 +212,10 @@ def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
         runs.append((recipe.finetune.train, recipe.finetune.data or recipe.data))
     for train, data in runs:
         accumulation_steps(train, ranks)
-        total_steps(train, sum(trained_count(data, len(jobs.read_rows(part))) for part in data.parts))
+        if data.streaming:
+            first_rows(data)
+        else:
+            total_steps(train, sum(trained_count(data, len(jobs.read_rows(part))) for part in data.parts))
         held_out_rows(data)
     check_ds_configs(recipe, ranks)
     family = jobs.teacher_family(recipe, teacher)

@@ -116,8 +116,8 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
         # every save_every steps, at the last and when asked to stop: save (all ranks: each writes its shards)
         if saves:
             finite.check_weights(world, job, run.module, step)
-            keep, noted = settings.keep_checkpoints, keeping.noted
-            saved = checkpoint.save(world, run.engine, job.folder / "checkpoints", step, job.inputs, keep, noted)
+            also = settings.keep_checkpoints, keeping.noted, run.place
+            saved = checkpoint.save(world, run.engine, job.folder / "checkpoints", step, job.inputs, *also)
             keeping.tidy()
             if asked_to_stop and not done:
                 message = "%s: stopped by %s after step %d and saved %s; the same command resumes from it"

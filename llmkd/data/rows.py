@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Json, Value, load_dataset
+from datasets import Dataset, Features, IterableDataset, Json, Value, load_dataset
 
 from llmkd import hub
 from llmkd.data import records
@@ -57,18 +58,23 @@ def _loaded(
     path = Path(source).expanduser()
     if path.exists():
         data = _local_rows(path, split, columns)
-    elif source.endswith((*LOADERS, ".gz")) or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise InputError(
-            f"data.source: no file or folder {source!r}; give a .jsonl, .parquet or .csv, a folder of them, a hub "
-            f"name, or records{fetched_by(source)}"
-        )
     else:
+        _check_hub_name(source)
         data = _hub_rows(source, name, split)
     if rows is not None:
         data = data.select(range(min(rows, len(data))))
     if len(data) == 0:
         raise InputError(f"data.source: {source!r} (split {split!r}) has no rows; give data with some")
     return data
+
+
+def _check_hub_name(source: str) -> None:
+    """Raise InputError for the name of a file or folder that is not there."""
+    if source.endswith((*LOADERS, ".gz")) or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise InputError(
+            f"data.source: no file or folder {source!r}; give a .jsonl, .parquet or .csv, a folder of them, a hub "
+            f"name, or records{fetched_by(source)}"
+        )
 
 
 def renamed(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
@@ -100,6 +106,18 @@ def source_contents(source: str, split: str) -> str | None:
     return digest.hexdigest()[:16]
 
 
+def stream_contents(source: str, split: str) -> str | None:
+    """As `source_contents`, for files too large to read at each start: a hash of their names and sizes, and of each one's first MiB."""
+    files = local_files(source, split)
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(
+                f"{file.name} {file.stat().st_size} {hashlib.sha256(stream.read(2**20)).hexdigest()} ".encode()
+            )
+    return digest.hexdigest()[:16] if files else None
+
+
 def local_files(source: str, split: str) -> list[Path]:
     """The local files that a source's rows come from; none for the built-in task and the hub."""
     path = Path(source).expanduser()
@@ -113,6 +131,13 @@ def _files(path: Path, split: str) -> list[Path]:
 
 
 def _local_rows(path: Path, split: str, columns: Mapping[str, str]) -> Dataset:
+    kind, files = _files_of_one_kind(path, split)
+    with _readable(path, kind, files):
+        return _json_rows(files) if kind == "json" else load_dataset(**_loading(kind, files, columns))
+
+
+def _files_of_one_kind(path: Path, split: str) -> tuple[str, list[Path]]:
+    """(the name of what loads them, the files of a split)."""
     if not split.replace("_", "").isalnum():
         raise InputError(
             f"data.split: {split!r} is more than a name, which only the hub understands; use data.rows to take fewer"
@@ -123,16 +148,24 @@ def _local_rows(path: Path, split: str, columns: Mapping[str, str]) -> Dataset:
         raise InputError(
             f"data.source: {str(path)!r} must be (or hold) files of one kind: {', '.join(LOADERS)}, each may end in .gz"
         )
-    kind = str(kinds.pop())
+    return str(kinds.pop()), files
+
+
+def _loading(kind: str, files: list[Path], columns: Mapping[str, str]) -> dict[str, Any]:
+    """What load_dataset is called with for these files."""
+    # In a CSV an empty cell is an empty text, the words None and NA are words, and 007 is no number.
+    own = [theirs for theirs, ours in columns.items() if ours in TEXT_COLUMNS]
+    texts = [*(column for column in TEXT_COLUMNS if column not in columns), *own]
+    converters = {"keep_default_na": False, "converters": dict.fromkeys(texts, str)}
+    options: dict[str, Any] = converters if kind == "csv" else {}
+    return {"path": kind, "data_files": {"rows": [str(f) for f in files]}, "split": "rows", **options}
+
+
+@contextlib.contextmanager
+def _readable(path: Path, kind: str, files: list[Path]) -> Iterator[None]:
+    """Inside, what is wrong with the files is an InputError."""
     try:
-        if kind == "json":
-            return _json_rows(files)
-        # In a CSV an empty cell is an empty text, the words None and NA are words, and 007 is no number.
-        own = [theirs for theirs, ours in columns.items() if ours in TEXT_COLUMNS]
-        texts = [*(column for column in TEXT_COLUMNS if column not in columns), *own]
-        converters = {"keep_default_na": False, "converters": dict.fromkeys(texts, str)}
-        options: dict[str, Any] = converters if kind == "csv" else {}
-        return load_dataset(kind, data_files={"rows": [str(f) for f in files]}, split="rows", **options)
+        yield
     except InputError:
         raise
     except Exception as error:  # datasets wraps every parser's own error
@@ -142,27 +175,82 @@ def _local_rows(path: Path, split: str, columns: Mapping[str, str]) -> Dataset:
         raise InputError(f"data.source: {str(path)!r} can't be read as {kind} ({reason}); correct the file") from error
 
 
+def streamed_rows(source: str, *, name: str | None, split: str, columns: Mapping[str, str]) -> IterableDataset:
+    """As `load_rows`, read while they are asked for and still under their own names (`renamed_row`); files are its shards."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        _check_hub_name(source)
+        rows = _hub_rows(source, name, split, streaming=True)
+    else:
+        kind, files = _files_of_one_kind(path, split)
+        if kind == "json":
+            rows = IterableDataset.from_generator(_objects, gen_kwargs={"files": [str(file) for file in files]})
+        else:
+            with _readable(path, kind, files):
+                rows = load_dataset(**_loading(kind, files, columns), streaming=True)
+    return rows
+
+
+def renamed_row(row: JsonRow, columns: Mapping[str, str]) -> JsonRow:
+    """A row with its columns called as the format calls them. Raises InputError as `renamed` does."""
+    for theirs, ours in columns.items():
+        if theirs not in row:
+            raise InputError(
+                f"data.columns: the row {json.dumps(row, default=str)[:80]} has no column {theirs!r}; write one of {', '.join(row)}"
+            )
+        if ours in row and ours not in columns:
+            raise InputError(
+                f"data.columns: {theirs} is to be {ours}, and the data has a column {ours} too; take one of them out of the data"
+            )
+    return {columns.get(key, key): value for key, value in row.items()}
+
+
+def first_streamed_rows(
+    source: str, *, name: str | None, split: str, columns: Mapping[str, str], count: int
+) -> Dataset:
+    """The first rows of a stream, in memory. Raises InputError where it has none."""
+    rows = streamed_rows(source, name=name, split=split, columns=columns)
+    first = [renamed_row(row, columns) for row in rows.take(count)]
+    if not first:
+        raise InputError(f"data.source: {source!r} (split {split!r}) has no rows; give data with some")
+    if rows.features is not None:
+        features = Features({columns.get(key, key): feature for key, feature in rows.features.items()})
+        return Dataset.from_list(first, features=features)
+    features = _features(first)
+    return Dataset.from_list([_as_stored(row, features) for row in first], features=features)
+
+
 def _json_rows(files: list[Path]) -> Dataset:
     """The objects of JSON files, each value as its file has it.
 
     The loader of datasets makes dates of texts, and gives a turn of a chat the keys that other turns have. Raises InputError that names the
     file and the line where a line is no UTF-8, no JSON or no object.
     """
-    kinds: dict[str, set[type]] = {}
     contents = hashlib.sha256()
-    for row in _objects([str(file) for file in files]):
-        contents.update(json.dumps(row).encode())
-        for key, value in row.items():
-            kinds.setdefault(key, set()).add(type(value))
-    if not kinds:
+
+    def hashed() -> Iterator[JsonRow]:
+        for row in _objects([str(file) for file in files]):
+            contents.update(json.dumps(row).encode())
+            yield row
+
+    features = _features(hashed())
+    if not features:
         raise InputError(f"data.source: {str(files[0])!r} has no rows; give data with some")
-    features = Features({key: _feature(types - {type(None)}) for key, types in kinds.items()})
     # datasets keeps what a generator gave, by its arguments: the contents are one of them
     return Dataset.from_generator(
         _encoded,
         features=features,
         gen_kwargs={"files": [str(file) for file in files], "features": features, "contents": contents.hexdigest()},
     )
+
+
+def _features(rows: Iterable[JsonRow]) -> Features:
+    """What holds the columns of these rows."""
+    kinds: dict[str, set[type]] = {}
+    for row in rows:
+        for key, value in row.items():
+            kinds.setdefault(key, set()).add(type(value))
+    return Features({key: _feature(types - {type(None)}) for key, types in kinds.items()})
 
 
 def _feature(types: set[type]) -> Value | Json:
@@ -174,10 +262,13 @@ def _feature(types: set[type]) -> Value | Json:
 
 def _encoded(files: list[str], features: Features, contents: str) -> Iterator[JsonRow]:
     """The rows as datasets takes them: a value of a Json column as JSON text."""
-    as_json = [key for key, feature in features.items() if isinstance(feature, Json)]
     for row in _objects(files):
-        whole = {**dict.fromkeys(features), **row}
-        yield whole | {key: json.dumps(whole[key]) for key in as_json}
+        yield _as_stored(row, features)
+
+
+def _as_stored(row: JsonRow, features: Features) -> JsonRow:
+    whole = {**dict.fromkeys(features), **row}
+    return whole | {key: json.dumps(whole[key]) for key, feature in features.items() if isinstance(feature, Json)}
 
 
 def _objects(files: list[str]) -> Iterator[JsonRow]:
@@ -234,9 +325,9 @@ def _kind(file: Path) -> str | None:
     return LOADERS.get(suffixes[-1]) if suffixes else None
 
 
-def _hub_rows(source: str, name: str | None, split: str) -> Dataset:
+def _hub_rows(source: str, name: str | None, split: str, **how: Any) -> Any:
     try:
-        return hub.fetch(lambda: load_dataset(source, name, split=split))
+        return hub.fetch(lambda: load_dataset(source, name, split=split, **how))
     except hub.OutOfReach as error:
         raise InputError(f"data.source: {source!r} is not a file here, and {error}") from error
     except Exception as error:  # the hub client has many network errors; all mean the same to the user

@@ -251,7 +251,7 @@ def _write_shard(folder: Path, rows: Dataset, encode: Encode, max_length: int, t
     dropped = {"long": 0, "useless": 0}
 
     def kept(columns: Columns, places: list[int]) -> Columns:
-        return _kept(encode(columns, [first + place for place in places]), max_length, too_long, dropped)
+        return kept_rows(encode(columns, [first + place for place in places]), max_length, too_long, dropped)
 
     file = folder / f"{number:05d}.arrow"
     names = kept(part[:1], [0]).keys()
@@ -272,7 +272,7 @@ def _write_shard(folder: Path, rows: Dataset, encode: Encode, max_length: int, t
     return shard
 
 
-def _kept(encoded: Columns, max_length: int, too_long: str, dropped: dict[str, int]) -> Columns:
+def kept_rows(encoded: Columns, max_length: int, too_long: str, dropped: dict[str, int]) -> Columns:
     """The rows that are trained on, without the columns that say so; the others are counted."""
     long, useful = np.array(encoded["whole"]) > max_length, np.array(encoded["useful"], dtype=bool)
     dropped["long"] += int(long.sum())
@@ -287,7 +287,7 @@ def mapped_rows(rows: Dataset, encode: Encode, *, max_length: int, too_long: str
     """As `made`, for few rows, in memory."""
     dropped = {"long": 0, "useless": 0}
     tokens = rows.map(
-        lambda columns, numbers: _kept(encode(columns, numbers), max_length, too_long, dropped),
+        lambda columns, numbers: kept_rows(encode(columns, numbers), max_length, too_long, dropped),
         batched=True,
         with_indices=True,
         remove_columns=rows.column_names,

@@ -23,7 +23,7 @@ from llmkd.recipe.recipe import Recipe
 from llmkd.text import figures
 from llmkd.training.build import total_steps
 from llmkd.training.jobs import read_rows
-from llmkd.training.tokens import found, together, tokens_folder
+from llmkd.training.tokens import first_rows, found, together, tokens_folder
 from llmkd.training.validation_rows import divided, held_out_count, held_out_rows
 
 EMPTY = f"{THOUGHTS}{THOUGHTS_END}"
@@ -59,7 +59,7 @@ def tokenized(data: Data, tokenizer: Any, further: Mapping[int, str]) -> list[So
     """
     sources = []
     for name, part in zip(data.names, data.parts, strict=True):
-        rows = read_rows(part)
+        rows = first_rows(part) if data.streaming else read_rows(part)
         cut = {"max_length": data.max_length, "too_long": data.too_long}
         tokens = tokenize(rows, tokenizer, row_format=part.row_format, **cut)
         check_rows(tokens, further, f"data.source ({part.source})")
@@ -70,11 +70,16 @@ def tokenized(data: Data, tokenizer: Any, further: Mapping[int, str]) -> list[So
 def data_findings(recipe: Recipe, sources: Sequence[SourceTokens], tokenizer: Any) -> list[Finding]:
     """What there is to say about the rows of a decoder's recipe, source after source, then about all of them."""
     findings = []
+    if recipe.data.streaming:
+        text = f"data: a stream; what is said of its rows is said of the first {len(sources[0].rows)}"
+        findings.append(Finding("note", text))
     for source in sources:
         findings += [*_unread(source), *_template(source, tokenizer), *_counts(source, tokenizer)]
     lengths = [np.array(source.tokens["length"]) for source in sources]
     tokens = divided(recipe.data, together(recipe.data, [source.tokens for source in sources], lengths))
     drawn = tokens if recipe.data.batching == "grouped" else packed(tokens, recipe.data.max_length)
+    if recipe.data.streaming:  # nothing is counted before training, or kept
+        return [*findings, _filled(recipe, drawn), *_validation(recipe, sources)]
     findings += [*_mixture(recipe, drawn), _filled(recipe, drawn), *_validation(recipe, sources)]
     return [*findings, _on_disk(recipe, tokenizer)]
 

@@ -111,6 +111,11 @@ class Data(Rows):
 
     sources: tuple[MixtureSource, ...] = ()
     """Several sources in place of `source`, mixed by weight in every step: `[{source: a.jsonl, weight: 2}, {source: b.jsonl}]`."""
+    streaming: bool = False
+    """Read and tokenize rows as training goes, for a source too large to tokenize first; it begins again when it ends. The length of such a
+    run is `train.steps`, and rows of validation need a split or source of their own."""
+    shuffle_rows: int = Field(default=10_000, gt=0)
+    """Of a stream, how many rows each rank reads and shuffles together."""
     max_length: int = Field(default=512, gt=1)
     """Longest row in tokens; for an encoder-decoder, of prompt and completion each."""
     too_long: Literal["drop", "truncate"] = "drop"
@@ -136,6 +141,29 @@ class Data(Rows):
                 raise ValueError(
                     f"sources.{number}.rows: the built-in task is endless; write how many to use, e.g. rows: 20000"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _stream_is_possible(self) -> Self:
+        shuffled = type(self).model_fields["shuffle_rows"].default
+        if not self.streaming and self.shuffle_rows != shuffled:
+            raise ValueError(
+                "shuffle_rows: all rows are shuffled where they are tokenized first; write streaming: true, or leave shuffle_rows out"
+            )
+        if not self.streaming:
+            return self
+        whole = "write streaming: false, which tokenizes all rows first"
+        if self.sources:
+            raise ValueError(f"streaming: several sources can't be mixed as streams yet; {whole}, or give one source")
+        if self.source == "records":
+            raise ValueError(f"streaming: the built-in task is made in memory; {whole}")
+        if self.rows is not None:
+            raise ValueError(f"rows: a stream is read as far as train.steps takes it; leave rows out, or {whole}")
+        if self.validation is not None and self.validation.share is not None:
+            raise ValueError(
+                "validation.share: a stream's rows are not counted, so no share of them can be held out; give a split or a source, or "
+                f"{whole}"
+            )
         return self
 
     @property
@@ -178,7 +206,12 @@ class Data(Rows):
             return self.model_copy(
                 update={"validation": None, "sources": tuple(part.model_copy(update=share) for part in self.sources)}
             )
-        changes: dict[str, object] = {"validation": None, "rows": given.rows, "split": given.split or "train"}
+        changes: dict[str, object] = {
+            "validation": None,
+            "streaming": False,
+            "rows": given.rows,
+            "split": given.split or "train",
+        }
         if given.source is not None:
             columns = self.columns if given.columns is None else given.columns
             changes |= {"source": given.source, "name": given.name, "columns": columns, "sources": ()}

@@ -23,7 +23,7 @@ from llmkd.recipe.evaluation import Evaluation, Study
 from llmkd.recipe.messages import sentence
 from llmkd.recipe.models import Student, Teacher
 from llmkd.recipe.objective import Loss, Matching, Stones, within
-from llmkd.recipe.run import Cache, Finetune, Train, check_validation, with_batch_size
+from llmkd.recipe.run import Cache, Finetune, Train, check_stream, check_validation, with_batch_size
 from llmkd.recipe.section import NO_EFFECT, Section
 from llmkd.recipe.yaml_files import RecipeDumper, find_recipe, parse_yaml, read_text
 
@@ -178,6 +178,25 @@ class Recipe(Section):
         if (tuned := self.finetune) is not None:
             where, data = ("data", self.data) if tuned.data is None else ("finetune.data", tuned.data)
             check_validation("finetune.train", tuned.train, where, data, logits=False)
+        return self
+
+    @model_validator(mode="after")
+    def _streams_are_possible(self) -> Recipe:
+        check_stream("train", self.train, "data", self.data)
+        if self.data.streaming and not self.teacher.serving.has_weights:
+            raise ValueError(
+                f"data.streaming: a teacher with {self.teacher.serving_name} has seen all rows before training, and a stream's "
+                "come only then; write data.streaming: false, or let the teacher run beside the student (placement: replicated or zero3, "
+                "share_cache: false)"
+            )
+        if (tuned := self.finetune) is not None:
+            where, data = ("data", self.data) if tuned.data is None else ("finetune.data", tuned.data)
+            check_stream("finetune.train", tuned.train, where, data)
+            if data.streaming and tuned.architecture is not None:
+                raise ValueError(
+                    f"{where}.streaming: a new model's tokenizer is trained on all rows; write {where}.streaming: false, or start from a "
+                    "checkpoint (finetune.path)"
+                )
         return self
 
     @property

@@ -192,3 +192,11 @@ def check_validation(where: str, train: Train, rows: str, data: Data, *, logits:
             f"{where}.keep_by: {train.keep_by} compares with the teacher's distribution, which this training does not read; write "
             "validation/ce, which every model has"
         )
+
+
+def check_stream(where: str, train: Train, rows: str, data: Data) -> None:
+    """Raise ValueError where a streamed run can't be as long as it asks. `where`, `rows`: the sections' names."""
+    if data.streaming and train.epochs is not None:
+        raise ValueError(
+            f"{where}.epochs: nobody knows how long a stream is before its end; write {where}.steps, or {rows}.streaming: false"
+        )

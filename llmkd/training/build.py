@@ -52,8 +52,11 @@ def accumulation_steps(train: recipe.Train, world_size: int) -> int:
     return train.batch_size // together
 
 
-def total_steps(train: recipe.Train, rows: int) -> int:
-    """Optimizer steps of the run."""
+def total_steps(train: recipe.Train, rows: int | None) -> int:
+    """Optimizer steps of the run; `rows`: None of a stream, whose recipe says how many."""
+    if rows is None:
+        assert train.steps is not None
+        return train.steps
     per_epoch = steps_per_epoch(rows, train.batch_size)
     return train.steps if train.steps is not None else math.ceil((train.epochs or 0) * per_epoch)
 

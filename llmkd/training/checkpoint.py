@@ -1,8 +1,9 @@
 """Checkpoints, each whole or absent, and the export of a trained student.
 
-    checkpoints/step-00000100/      DeepSpeed's shards, `state.json`, `rng-<rank>.pt`, `checksums.json`
+    checkpoints/step-00000100/      DeepSpeed's shards, `state.json`, `rng-<rank>.pt`, `checksums.json`, `stream-<rank>.json`
 
-`state.json` holds the step, the number of ranks, what was trained, and the validations so far.
+`state.json` holds the step, the number of ranks, what was trained, and the validations so far; where rows are streamed,
+`stream-<rank>.json` holds each rank's place in the stream.
 
 A checkpoint is written under a name ending in .tmp and then renamed; so is an exported model. Whatever else ends in .tmp was left by a
 killed run, and the next one removes it. A damaged checkpoint is renamed to end in .damaged, and never used.
@@ -47,8 +48,12 @@ def save(
     inputs: Mapping[str, object],
     keep: int,
     validations: Sequence[tuple[int, float]] = (),
+    stream: Mapping[str, object] | None = None,
 ) -> Path:
-    """Save a sharded checkpoint (all ranks take part), publish it, and remove all but the newest `keep`."""
+    """Save a sharded checkpoint (all ranks take part), publish it, and remove all but the newest `keep`.
+
+    `stream`: this rank's place in its stream, where rows are streamed.
+    """
     final = folder / f"step-{step:08d}"
     tmp = final.with_name(final.name + ".tmp")
     if world.is_main:
@@ -57,6 +62,8 @@ def save(
     barrier(world)
     engine.save_checkpoint(str(tmp), tag=TAG, save_latest=False)
     torch.save(_rng_state(), tmp / f"rng-{world.rank}.pt")
+    if stream is not None:
+        (tmp / f"stream-{world.rank}.json").write_text(json.dumps(stream))
     barrier(world)
     if world.is_main:
         state = {"step": step, "world_size": world.size, "inputs": inputs, "validations": validations}
@@ -164,6 +171,16 @@ def load(world: World, engine: Any, saved: Saved) -> None:
     barrier(world)
     if world.is_main:
         shutil.rmtree(tmp)
+
+
+def stream_place(world: World, saved: Saved) -> dict[str, Any]:
+    """This rank's place in its stream. Raises InputError on another number of ranks: each has its own share of the rows."""
+    if saved.world_size != world.size:
+        raise InputError(
+            f"data.streaming: {saved.folder} was saved by {saved.world_size} ranks, each at its own place in the stream, and these are "
+            f"{world.size}; start {saved.world_size} ranks, or remove {saved.folder.parent} to begin again"
+        )
+    return json.loads((saved.folder / f"stream-{world.rank}.json").read_text())
 
 
 def _rng_state() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from llmkd.data.batches import Family
 from llmkd.data.other_families import check_format, label_names
-from llmkd.data.rows import load_rows, source_contents
+from llmkd.data.rows import load_rows, source_contents, stream_contents
 from llmkd.distributed.compiled import lacking_to_compile
 from llmkd.distributed.ds_configs import load_ds_config
 from llmkd.distributed.ranks import World, on_main
@@ -294,8 +294,9 @@ def teacher_inputs(recipe: Recipe) -> dict[str, Any]:
 def _contents(train: Train, data: Data) -> dict[str, str]:
     """Hashes of the local files that these sections name; what is on the hub is identified by its name alone."""
     hashes = {}
+    contents = stream_contents if data.streaming else source_contents
     for number, part in enumerate(data.parts):
-        if (rows := source_contents(part.source, part.split)) is not None:
+        if (rows := contents(part.source, part.split)) is not None:
             hashes[f"data.sources.{number}:contents" if data.sources else "data.source:contents"] = rows
     held_out = data.held_out if train.chooses else None
     for number, part in enumerate(() if held_out is None else held_out.parts):
@@ -338,5 +339,9 @@ def labels_of(data: Data) -> tuple[str, ...]:
     if data.sources:
         raise InputError(
             "data.sources: an encoder is trained on one source, whose labels are its classes; write data.source"
+        )
+    if data.streaming:
+        raise InputError(
+            "data.streaming: an encoder's classes are the labels of all rows, and a stream is not read to its end; write streaming: false"
         )
     return label_names(read_rows(data))

@@ -13,6 +13,7 @@ import torch
 
 from llmkd.data.batches import Batch, announced, batches
 from llmkd.data.order import Source, counts
+from llmkd.data.streams import Stream
 from llmkd.distributed.ds_configs import on_other_ranks
 from llmkd.distributed.engines import engine
 from llmkd.distributed.ranks import World
@@ -24,7 +25,7 @@ from llmkd.student.passes import StepSettings
 from llmkd.teachers.base import Signal, Teacher
 from llmkd.training import build, cache_contents, checkpoint, finite, initial, nearest, tokens
 from llmkd.training.jobs import Job
-from llmkd.training.validation_rows import run_rows, validation_batches
+from llmkd.training.validation_rows import RunRows, run_rows, validation_batches
 
 log = logging.getLogger("llmkd")
 
@@ -53,6 +54,8 @@ class PreparedRun:
     """The validations of the steps that are done: each one's step, and what validations are compared by."""
     sources: tuple[Source, ...] = ()
     """What is drawn from, where that is more than one."""
+    stream: Stream | None = None
+    """Where `rows` come from if they are streamed."""
 
     def taken(self, step: int) -> dict[str, int]:
         """How many rows (packed: sequences) of each source the steps up to this one were trained on; empty with a single source."""
@@ -64,10 +67,15 @@ class PreparedRun:
     def batches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each step still to do, announced to the teacher ahead."""
         steps = self.rows(start_step=self.first, steps=self.steps)
-        if self.teacher is None:
-            return steps
-        numbered = enumerate(steps, start=self.first + 1)
-        return announced(((batches, self.validates(step)) for step, batches in numbered), self.teacher.expect)
+        if self.teacher is not None:
+            numbered = enumerate(steps, start=self.first + 1)
+            steps = announced(((batches, self.validates(step)) for step, batches in numbered), self.teacher.expect)
+        return steps if self.stream is None else self.stream.followed(steps)
+
+    @property
+    def place(self) -> dict[str, Any] | None:
+        """Where the rows of the last of `batches` end in this rank's stream; None where rows are not streamed."""
+        return None if self.stream is None else self.stream.place.as_json()
 
     def validates(self, step: int) -> bool:
         """Whether the student is validated after this step, from 1."""
@@ -109,16 +117,14 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
     tokenizer = initial.job_tokenizer(world, job, resuming=resume is not None)
     data = run_rows(world, job, tokenizer, stopping)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    drawn, make = tokens.drawn(world, job, data.training, pad_id)
-    steps = build.total_steps(settings, drawn.count)
+    source = _source(world, job, data, tokenizer, pad_id, accumulation, resume)
+    steps = build.total_steps(settings, source.count)
     rate = build.rate_of_step(settings, steps)
     cached = cache_contents.open_teacher(world, job, tokenizer, data.all)
     initial.write_initial(world, job, tokenizer, resuming=resume is not None)  # the first thing written
-    shared = dict(accumulation=accumulation, rank=world.rank, world_size=world.size, make=make)
-    rows = functools.partial(batches, drawn, seed=job.seed, batch_size=settings.batch_size, **shared)
     validation = validation_batches(world, job, data, pad_id)
     if job.recipe.measures_map and not job.makes_teacher:
-        job = nearest.settled(world, job, rows, resuming=resume is not None)
+        job = nearest.settled(world, job, source.rows, resuming=resume is not None)
     module = build.load_student(job, ds_config, build.teacher_width(job), build.rows_of_all_ranks(world, job))
     teacher = cached or (build.load_teacher(world, job) if job.teacher is not None else None)
     student = engine(
@@ -139,19 +145,64 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
         job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / "recipe.yaml").write_text(dump_recipe(job.recipe))
     if resume is None and module.stones is not None:
-        build.fit_stones(world, job, student, teacher, rows)
-    _announce(world, job, steps, accumulation, drawn.count)
+        build.fit_stones(world, job, student, teacher, source.rows)
+    _announce(world, job, steps, accumulation, source.count)
     done = (0, ()) if resume is None else (resume.step, resume.validations)
     held_out = 0 if data.validation is None else len(data.validation)
-    sources = drawn.sources if len(drawn.sources) > 1 else ()
     return PreparedRun(
-        job, student, module, teacher, rows, rate, done[0], steps, validation, held_out, done[1], sources
+        job,
+        student,
+        module,
+        teacher,
+        source.rows,
+        rate,
+        done[0],
+        steps,
+        validation,
+        held_out,
+        done[1],
+        source.mixed,
+        source.stream,
     )
 
 
-def _announce(world: World, job: Job, steps: int, accumulation: int, rows: int) -> None:
+@dataclass(frozen=True)
+class _Source:
+    """Where a run's micro-batches come from."""
+
+    rows: Callable[..., Iterator[list[Batch]]]
+    """As `PreparedRun.rows`."""
+    count: int | None = None
+    """How many rows or sequences are drawn from; None of a stream."""
+    mixed: tuple[Source, ...] = ()
+    """As `PreparedRun.sources`."""
+    stream: Stream | None = None
+
+
+def _source(
+    world: World,
+    job: Job,
+    data: RunRows,
+    tokenizer: Any,
+    pad_id: int,
+    accumulation: int,
+    resume: checkpoint.Saved | None,
+) -> _Source:
+    """The job's stream, or what its tokens on disk are drawn by (all ranks take part)."""
+    if job.data.streaming:
+        saved = None if resume is None else (resume.step, checkpoint.stream_place(world, resume))
+        stream = tokens.stream(world, job, tokenizer, pad_id, accumulation, saved)
+        return _Source(stream.rows, stream=stream)
+    drawn, make = tokens.drawn(world, job, data.training, pad_id)
+    shared = dict(accumulation=accumulation, rank=world.rank, world_size=world.size, make=make)
+    rows = functools.partial(batches, drawn, seed=job.seed, batch_size=job.train.batch_size, **shared)
+    return _Source(rows, drawn.count, drawn.sources if len(drawn.sources) > 1 else ())
+
+
+def _announce(world: World, job: Job, steps: int, accumulation: int, rows: int | None) -> None:
     settings = job.train
     spread = f"{world.size} ranks x {accumulation} accumulation x {settings.micro_batch_size}"
     unit = "sequences" if job.data.batching == "packed" else "rows"
-    log.info("%s: %d %s, %d steps of %d = %s", job.title, rows, unit, steps, settings.batch_size, spread)
+    count = "a stream of" if rows is None else rows
+    log.info("%s: %s %s, %d steps of %d = %s", job.title, count, unit, steps, settings.batch_size, spread)
     log.info("%s: %s on %s, %s", job.title, settings.deepspeed, world.device, settings.dtype)

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,16 @@ from datasets import Dataset, concatenate_datasets
 
 from llmkd import hub
 from llmkd.data import order, token_files
-from llmkd.data.batches import Batch, Family
+from llmkd.data.batches import Batch, Family, TokenRow, collate_sequences
 from llmkd.data.other_families import collate_for, encoder_for
 from llmkd.data.packing import packed_rows
-from llmkd.data.rows import source_contents
-from llmkd.data.token_files import TokenFiles
+from llmkd.data.rows import first_streamed_rows, source_contents, streamed_rows
+from llmkd.data.streams import Place, Share, Stream
+from llmkd.data.token_files import Columns, Encode, TokenFiles
 from llmkd.data.tokenized import PackedSource, PackedTokens, Tokens
-from llmkd.distributed.ranks import World, on_each_node
+from llmkd.distributed.ranks import World, on_each_node, on_main
 from llmkd.errors import InputError
-from llmkd.models.vocabularies import check_rows
+from llmkd.models.vocabularies import TOKEN_COLUMNS, check_ids, check_rows
 from llmkd.processes import Stopping
 from llmkd.recipe.data import Data, Rows
 from llmkd.recipe.inputs import fingerprint
@@ -186,3 +187,74 @@ def packed(world: World, job: Job, tokens: Tokens) -> PackedTokens:
         shape = f"{result.count} sequences of {width} tokens, {result.full:.1%} full"
         log.info("%s: %d rows are packed into %s", job.title, tokens.count, shape)
     return result
+
+
+FIRST_ROWS = 100
+"""Of a stream, what is looked at before training."""
+
+
+def first_rows(part: Rows, count: int = FIRST_ROWS) -> Dataset:
+    """The first rows of a source that is streamed, as text."""
+    return first_streamed_rows(part.source, name=part.name, split=part.split, columns=part.columns, count=count)
+
+
+def no_tokens() -> Tokens:
+    """The tokens on disk of a run whose rows are streamed."""
+    return Tokens(Dataset.from_dict({}), (), ())
+
+
+def stream(
+    world: World, job: Job, tokenizer: Any, pad_id: int, accumulation: int, saved: tuple[int, dict[str, Any]] | None
+) -> Stream:
+    """This rank's stream of the job's rows (all ranks take part); `saved`: the steps done, and a place in the stream, of a resumed run.
+
+    Raises InputError where its first rows can't be trained on.
+    """
+    data = job.data
+    cut = {"max_length": data.max_length, "too_long": data.too_long}
+    packed = data.batching == "packed"
+
+    def encoder(columns: Sequence[str]) -> Encode:
+        encode = encoder_for(job.family, columns, tokenizer, row_format=data.row_format, **cut)
+        return functools.partial(_shared_tokens, encode, job.further_tokens, data.source)
+
+    def look() -> None:
+        first = first_rows(data)
+        encoder(first.column_names)(first[:], list(range(len(first))))
+
+    on_main(world, look)
+    attention = job.recipe.teacher.attention, job.recipe.student.attention
+    width = data.max_length * (job.train.micro_batch_size if "flash_attention_2" in attention else 1)
+    collate = collate_for(job.family)
+
+    def make(units: list[list[TokenRow]]) -> Batch:
+        numbers = [row["row"] for unit in units for row in unit]
+        if not packed:
+            return collate([row for [row] in units], pad_id=pad_id, packed=False, numbers=numbers)
+        together = [sum(units, [])] if width > data.max_length else units
+        return collate_sequences(together, width=width, pad_id=pad_id, numbers=numbers)
+
+    share = Share(
+        rank=world.rank,
+        world_size=world.size,
+        accumulation=accumulation,
+        micro_batch_size=job.train.micro_batch_size,
+        seed=job.seed,
+        shuffle_rows=data.shuffle_rows,
+        packed=packed,
+        **cut,
+    )
+    source = streamed_rows(data.source, name=data.name, split=data.split, columns=data.columns)
+    place = None if saved is None else (saved[0], Place.of(saved[1]))
+    return Stream(source, encoder, make, share, names=data.columns, saved=place)
+
+
+def _shared_tokens(
+    encode: Encode, further: Mapping[int, str], source: str, columns: Columns, numbers: list[int]
+) -> Columns:
+    """What `encode` makes of some rows. Raises InputError for a token that only one of the student and its teacher has."""
+    encoded = encode(columns, numbers)
+    for name in (name for name in TOKEN_COLUMNS if further and name in encoded):
+        for number, ids in zip(numbers, encoded[name], strict=True):
+            check_ids(ids, further, f"row {number} of data.source ({source})")
+    return encoded

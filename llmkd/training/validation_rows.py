@@ -22,7 +22,7 @@ from llmkd.errors import InputError
 from llmkd.processes import Stopping
 from llmkd.recipe.data import Data
 from llmkd.training.jobs import Job, read_rows
-from llmkd.training.tokens import tokens_of
+from llmkd.training.tokens import no_tokens, tokens_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class RunRows:
     all: Tokens
     """Those that are trained on, and those of validation; by its number here a cache knows a row."""
     training: Tokens
-    """All but rows of validation that have a source or a split of their own."""
+    """All but rows of validation that have a source or a split of their own; none of a stream."""
     validation: np.ndarray | None
     """Numbers in `all`; None where the recipe's data has no section `validation`."""
 
@@ -41,12 +41,14 @@ def run_rows(world: World, job: Job, tokenizer: Any, stopping: Stopping | None =
     """The job's rows (all ranks take part). Raises InputError where rows are both trained and validated on, or none is left to train on."""
     given, apart = job.data.validation, job.data.held_out
     on_main(world, lambda: check_apart(job.data))
-    rows = tokens_of(world, job, tokenizer, stopping)
+    rows = no_tokens() if job.data.streaming else tokens_of(world, job, tokenizer, stopping)
     if given is None:
         return RunRows(rows, rows, None)
     if apart is not None:
         with _named():
             own = tokens_of(world, replace(job, data=apart), tokenizer, stopping)
+        if job.data.streaming:
+            return RunRows(own, rows, np.arange(len(own.rows)))
         return RunRows(rows.followed_by(own), rows, np.arange(len(rows.rows), len(rows.rows) + len(own.rows)))
     apart_by_share = divided(job.data, rows)
     held_out = apart_by_share.held_out

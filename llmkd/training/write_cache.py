@@ -49,6 +49,8 @@ def cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool = F
 
     An existing cache's bytes are compared with their checksums; a `trusted` cache's only where `cache.verify` has training compare them.
     """
+    if recipe.data.streaming:
+        raise InputError("data.streaming: a cache holds what the teacher says of all rows; write streaming: false")
     recipe = writing_recipe(recipe)
     with contextlib.ExitStack() as held:
         on_main(world, lambda: held.enter_context(only_one_in(recipe.cache_folder)))

@@ -71,6 +71,23 @@ def refused(file: Path, capsys: pytest.CaptureFixture[str], *sets: str) -> str:
     return said
 
 
+def test_a_stream_is_not_read_to_its_end(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe whose teacher is there is good; its rows begin again before anything else is looked at."""
+    recipe = load_recipe(file)
+    if recipe.finetune is not None:
+        return
+    rows = file.parent / "long.jsonl"
+    with rows.open("w") as lines:
+        lines.writelines(json.dumps({"prompt": "a", "completion": str(number)}) + "\n" for number in range(5000))
+        lines.write("the end, which is no JSON\n")
+    monkeypatch.setattr(jobs, "load_rows", lambda *_, **__: pytest.fail("all rows were read"))
+    streamed = recipe.changed({"data.source": str(rows), "data.streaming": True})
+    check(streamed, study_entries(streamed), 1)
+    rows.write_text("")
+    with pytest.raises(InputError, match="has no rows"):
+        check(streamed, study_entries(streamed), 1)
+
+
 def variant(**changes: Any) -> str:
     return f"study.variants={json.dumps({'other': changes})}"
 

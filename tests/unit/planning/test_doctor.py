@@ -258,3 +258,15 @@ def test_the_shipped_mixture_is_checked_whole(
     for strategy in recipe.study.strategies:
         job = distil_job(world, recipe.changed({"matching.strategy": strategy}), recipe.folder)
         assert job.train.keep == "best" and job.train.keep_by == "validation/ce"
+
+
+def test_a_streams_first_rows_are_looked_at(place: Path) -> None:
+    file = place / "long.jsonl"
+    row = {"prompt": "red", "completion": " bird", "further": [1, "a"]}
+    file.write_text((json.dumps(row) + "\n") * 300 + "no JSON\n")
+    recipe = load_recipe(place / "recipe.yaml").changed({"data.source": str(file), "data.streaming": True})
+    findings, shown = examine(recipe)
+    said = [finding.what for finding in findings]
+    assert "data: a stream; what is said of its rows is said of the first 100" in said
+    assert any(text.startswith("data: 100 rows") for text in said) and "data: the columns further are not read" in said
+    assert shown["row 0"] == f"red{OPEN} bird<eos>{CLOSE}"

@@ -683,3 +683,37 @@ def test_validation_of_another_source_is_read_as_it_says() -> None:
         recipe.changed({"data.validation": {"share": 0.1, "template_options": {"thinking_budget": 5}}})
     with pytest.raises(InputError, match=r"template_options: 'tokenize' is set by llmkd itself"):
         recipe.changed({**place, "data.validation": {"source": "b.jsonl", "template_options": {"tokenize": True}}})
+
+
+STREAM = "data.streaming=true"
+STREAMED = {"source": "a.jsonl", "streaming": True}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train={epochs: 2, batch_size: 8, micro_batch_size: 4, learning_rate: 0.1}"], "train.epochs: nobody knows how long"),
+        (["teacher.placement=cache"], "data.streaming: a teacher with placement cache has seen all rows before training"),
+        (["teacher.share_cache=true"], "data.streaming: a teacher with share_cache has seen all rows before training"),
+        (["data.validation.share=0.1"], "validation.share: a stream's rows are not counted"),
+        (["data.rows=100"], "rows: a stream is read as far as train.steps takes it; leave rows out"),
+        (["data.source=records", "data.rows=100"], "streaming: the built-in task is made in memory"),
+        (["data={streaming: true, sources: [{source: a.jsonl}, {source: b.jsonl}]}"], "several sources can't be mixed as streams"),
+        (
+            ["teacher.path=null", f"finetune={json.dumps(FINETUNE)}"],
+            "data.streaming: a new model's tokenizer is trained on all rows; write data.streaming: false, or start from a checkpoint",
+        ),
+        (
+            ["teacher.path=null", f"finetune={json.dumps({**FINETUNE, 'data': STREAMED})}", "data.streaming=false"],
+            "finetune.data.streaming: a new model's tokenizer is trained on all rows",
+        ),
+        (["data.streaming=false", "data.shuffle_rows=5"], "shuffle_rows: all rows are shuffled where they are tokenized first"),
+    ],
+)  # fmt: skip
+def test_what_a_stream_can_not_do_is_refused(recipe: Path, overrides: list[str], expected: str) -> None:
+    assert expected in refusal(recipe, STREAM, *overrides)
+
+
+def test_a_streams_validation_is_no_stream(recipe: Path) -> None:
+    apart = load_recipe(recipe, [STREAM, "data.validation.source=b.jsonl"]).data.held_out
+    assert apart is not None and not apart.streaming and apart.rows == 256

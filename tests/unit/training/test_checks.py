@@ -125,6 +125,15 @@ def test_no_cache_of_another_family_is_written(tmp_path: Path, world: Any) -> No
     assert not recipe.cache_folder.exists()
 
 
+def test_a_stream_is_not_read_to_its_end(tiny: Path, tmp_path: Path, world: Any) -> None:
+    streamed = load_recipe(tiny / "recipe.yaml").changed({"data.streaming": True, "output": str(tmp_path)})
+    with pytest.raises(InputError, match="data.streaming: a cache holds what the teacher says of all rows"):
+        write_cache.cache(world, streamed, Stopping())
+    assert not streamed.cache_folder.exists()
+    with pytest.raises(InputError, match="data.streaming: an encoder's classes are the labels of all rows"):
+        jobs.labels_of(streamed.data)
+
+
 def test_a_recipe_is_refused_before_anything_is_written(tiny: Path, tmp_path: Path, world: Any) -> None:
     narrow = folder_of(tmp_path, DECODERS["opt_narrow"](4), "decoder")
     base = load_recipe(tiny / "recipe.yaml").changed({"teacher.path": str(narrow), "student.blocks": 2})

@@ -1,8 +1,9 @@
 """Data at scale, in one run: the speed of tokenizing, how often a study does it, the start of a run on many rows, waiting for batches.
 
-python -m benchmarks.data [speed] [once] [start] [waiting]        (default: all)
+python -m benchmarks.data [speed] [packing] [once] [start] [waiting]        (default: all)
 
 speed: rows a second of llmkd's token files and of `datasets.map` with the bare tokenizer, each with all cores, in turn.
+packing: how full best fit makes sequences.
 once: how often the rows of a study of five students on two ranks are tokenized.
 start: seconds to the first step and memory of a rank, on 1,000, 10,000 and 1,000,000 rows that are tokens already.
 waiting: the share of a run's steps that is spent waiting for batches, on the quickstart and on packed rows of 2,048 tokens.
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets import Dataset
 
 from benchmarks.start import first_step
@@ -28,7 +30,9 @@ from benchmarks.tables import table
 from llmkd.data import records, token_files
 from llmkd.data.batches import Batch, Family
 from llmkd.data.formats import RowFormat
-from llmkd.data.other_families import encoder_for
+from llmkd.data.order import Source
+from llmkd.data.other_families import encoder_for, tokenize_for
+from llmkd.data.packing import packed_rows
 from llmkd.distributed import ranks
 from llmkd.distributed.launch import launch
 from llmkd.models import make
@@ -90,6 +94,23 @@ def speed(folder: Path) -> str:
     )
 
 
+def packing(folder: Path) -> str:
+    """The built-in task's rows in sequences of several lengths."""
+    rows = rows_of(9600)
+    tokens = tokenize_for(Family("decoder"), rows, tokenizer_of(rows), row_format=RowFormat(), **CUT)
+    lengths = np.array(tokens["length"])
+    lines = []
+    for width in (128, 256, 512, 2048):
+        count = len(packed_rows(lengths, 0, Source(0, len(lengths)), 0, width)[0]) - 1
+        lines.append([str(width), str(count), f"{lengths.sum() / width / count:.1%}"])
+    head = [
+        f"tokens of a sequence (rows: {lengths.mean():.0f} on average, {lengths.max()} at most)",
+        "sequences",
+        "full",
+    ]
+    return table(head, lines)
+
+
 def small_recipe(folder: Path, name: str, rows: Path, **changes: Any) -> Recipe:
     """One step of a small student of a small teacher, which is made where it is not there yet."""
     teacher = folder / "teacher"
@@ -97,7 +118,7 @@ def small_recipe(folder: Path, name: str, rows: Path, **changes: Any) -> Recipe:
         tokenizer = tokenizer_of(rows_of(5000))
         shape = load_recipe("quickstart").finetune
         assert shape is not None and shape.architecture is not None
-        config = new_config(shape.architecture.model_dump(), tokenizer)
+        config = new_config({**shape.architecture.model_dump(), "max_position_embeddings": 4096}, tokenizer)
         make.new_model(config, teacher, seed=0, dtype=DTYPES["float32"], tokenizer=tokenizer.save_pretrained)
     values = {
         "name": name,
@@ -210,7 +231,7 @@ def waiting(folder: Path) -> str:
 
 def main() -> None:
     datasets.disable_progress_bars()
-    parts = {"speed": speed, "once": once, "start": start, "waiting": waiting}
+    parts = {"speed": speed, "packing": packing, "once": once, "start": start, "waiting": waiting}
     asked = sys.argv[1:] or list(parts)
     for name in asked:
         with tempfile.TemporaryDirectory() as folder:

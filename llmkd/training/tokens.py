@@ -14,7 +14,8 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from llmkd import hub
-from llmkd.data import order, token_files
+from llmkd.data import formats, order, other_families, records, token_files, turns
+from llmkd.data import tokens as text_tokens
 from llmkd.data.batches import Batch, Family, TokenRow, collate_sequences
 from llmkd.data.other_families import collate_for, encoder_for
 from llmkd.data.packing import packed_rows
@@ -24,8 +25,10 @@ from llmkd.data.token_files import Columns, Encode, TokenFiles
 from llmkd.data.tokenized import PackedSource, PackedTokens, Tokens
 from llmkd.distributed.ranks import World, on_each_node, on_main
 from llmkd.errors import InputError
+from llmkd.files import digest, sources
 from llmkd.models.vocabularies import TOKEN_COLUMNS, check_ids, check_rows
 from llmkd.processes import Stopping
+from llmkd.provenance import versions
 from llmkd.recipe.data import Data, Rows
 from llmkd.recipe.inputs import fingerprint
 from llmkd.recipe.recipe import Recipe
@@ -102,16 +105,16 @@ def found(recipe: Recipe, family: Family, tokenizer: Any) -> list[TokenFiles | N
 
 def _identity(data: Data, family: Family, part: Rows, tokenizer: Any) -> dict[str, Any]:
     """All that decides the tokens of a source, as JSON."""
+    keys = set(Rows.model_fields)
     contents = source_contents(part.source, part.split)
-    if contents is None and part.source != "records":
-        contents = read_rows(
-            part
-        )._fingerprint  # of the hub: datasets' own hash of the revision and what was done with it
+    if contents is not None:
+        keys -= {"source", "split"}  # the same files elsewhere are the same rows
+    elif part.source != "records":
+        contents = read_rows(part)._fingerprint  # datasets' own hash of the hub's revision and what was done with it
     return {
-        "rows": {
-            **part.model_dump(mode="json", exclude=set(Data.model_fields) - set(Rows.model_fields)),
-            "contents": contents,
-        },
+        "rows": {**part.model_dump(mode="json", include=keys), "contents": contents},
+        "code": digest(sources(formats, other_families, records, text_tokens, turns)),
+        "versions": versions("tokenizers", "transformers"),
         "tokenizer": tokenizer_hash(tokenizer),
         "family": [family.kind, *family.labels, family.start],
         "max_length": data.max_length,

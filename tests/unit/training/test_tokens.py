@@ -75,6 +75,21 @@ def test_what_decides_the_tokens_decides_their_folder(recipe: Recipe, world: Any
     assert len(folders) == 2
 
 
+def test_neither_a_source_s_weight_nor_its_place_decides_its_tokens(
+    mixture: Recipe, world: Any, tiny: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(tiny / "teacher")
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "texts.jsonl").write_bytes((tmp_path / "texts.jsonl").read_bytes())
+    rows, texts = (part.model_dump() for part in mixture.data.sources)
+    moved = {**texts, "source": str(tmp_path / "moved" / "texts.jsonl"), "weight": 2.0}
+    folders = [
+        tokens_of(world, jobs.distil_job(world, own, Path("unused")), tokenizer).folders
+        for own in (mixture, mixture.changed({"data.sources": [rows, moved]}))
+    ]
+    assert folders[0] == folders[1]
+
+
 def test_a_tokenizers_hash_is_of_what_it_does(tiny: Path) -> None:
     tokenizer, other = load_tokenizer(tiny / "teacher"), load_tokenizer(tiny / "teacher")
     first = tokenizer_hash(tokenizer)

@@ -26,7 +26,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets, disable_progress_bars
 
 from llmkd.errors import InputError
-from llmkd.files import read, sha256, write_json_durably
+from llmkd.files import read, sha256, write_json_durably, write_text
 from llmkd.processes import die_with_parent, only_one_in
 from llmkd.progress import progress
 
@@ -121,7 +121,9 @@ def made(
     """
     if (files := opened(folder)) is None:
         with only_one_in(folder, patience_seconds=float("inf")):
-            files = opened(folder) or _made(folder, source(), max_length, too_long, identity, asked)
+            files = recorded(folder)  # another process may have made them meanwhile
+            if files is None or _damaged(files):
+                files = _made(folder, source(), max_length, too_long, identity, asked)
     if files is not None:
         _announce(files.total, max_length, too_long)
     return files
@@ -137,26 +139,20 @@ def recorded(folder: Path) -> TokenFiles | None:
 
 
 def opened(folder: Path) -> TokenFiles | None:
-    """The tokens in `folder`, if they are whole and as they were written; a damaged file is named, and no longer recorded."""
+    """The tokens in `folder`, if they are whole and as they were written; a damaged file is named."""
     files = recorded(folder)
     if files is None:
         return None
+    for name in (damaged := _damaged(files)):
+        log.warning("%s: not what was written; it is made again", folder / name)
+    return None if damaged else files
+
+
+def _damaged(files: TokenFiles) -> list[str]:
+    """The files that are not what was written."""
     verified = sum(shard.bytes for shard in files.shards) <= VERIFIED
-    damaged = [shard.file for shard in files.shards if not _is_whole(folder, shard, verified=verified)]
-    for name in damaged:
-        log.warning("%s: not what was written; its rows are tokenized again", folder / name)
-        (folder / name).with_suffix(".json").unlink(missing_ok=True)
-    if damaged or not _has_lengths(folder, files.total.rows):
-        (folder / "tokens.json").unlink(missing_ok=True)
-        return None
-    return files
-
-
-def _has_lengths(folder: Path, rows: int) -> bool:
-    try:
-        return np.load(folder / "lengths.npy", mmap_mode="r").shape == (rows,)
-    except (OSError, ValueError):
-        return False
+    shards = [shard.file for shard in files.shards if not _is_whole(files.folder, shard, verified=verified)]
+    return shards if _is_saved(files.folder / "lengths.npy") else [*shards, "lengths.npy"]
 
 
 def _shard(values: Mapping[str, Any]) -> Shard:
@@ -317,16 +313,28 @@ def _announce(total: Written, max_length: int, too_long: str) -> None:
 
 
 def _save(file: Path, numbers: np.ndarray) -> None:
-    """Write an array completely or not at all."""
+    """Write an array completely or not at all, and its hash."""
     tmp = file.with_name(f"{file.name}.tmp.npy")
     np.save(tmp, numbers)
+    checksum = sha256(tmp)
     os.replace(tmp, file)
+    write_text(file.with_suffix(".sha256"), checksum)
+
+
+def _is_saved(file: Path) -> bool:
+    """Whether an array's file is what was written."""
+    try:
+        return file.with_suffix(".sha256").read_text() == sha256(file)
+    except OSError:
+        return False
 
 
 def saved(folder: Path, name: str, make: Callable[[], Sequence[np.ndarray]], count: int) -> list[np.ndarray]:
-    """Arrays that belong to the tokens in `folder`, over their files; made where they are not there yet."""
+    """Arrays that belong to the tokens in `folder`, over their files; made where they are not there yet, or damaged."""
     files = [folder / f"{name}-{number}.npy" for number in range(count)]
-    if not all(file.is_file() for file in files):
-        for file, numbers in zip(files, make(), strict=True):
-            _save(file, numbers)
+    if not all(map(_is_saved, files)):
+        with only_one_in(folder, patience_seconds=float("inf")):  # of several nodes or runs
+            if not all(map(_is_saved, files)):
+                for file, numbers in zip(files, make(), strict=True):
+                    _save(file, numbers)
     return [np.load(file, mmap_mode="r") for file in files]

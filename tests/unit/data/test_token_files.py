@@ -117,7 +117,7 @@ def test_a_damaged_shard_is_named_and_made_again(
     else:
         file.write_bytes(bytes(content) if damage == "flipped" else file.read_bytes()[:-9])
     assert tokens(tmp_path / "store", watched(tmp_path / "seen")) == expected()
-    assert f"{file}: not what was written; its rows are tokenized again" in caplog.text
+    assert f"{file}: not what was written; it is made again" in caplog.text
     assert {int(line) for line in (tmp_path / "seen").read_text().splitlines()} == set(range(16, 24))
 
 
@@ -141,6 +141,23 @@ def test_no_row_is_left(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match=r"data\.max_length: no row has a token to train within 9 tokens; write"):
         tokens(tmp_path, useless)
+
+
+@pytest.mark.parametrize("name", ["lengths.npy", "pairs-1.npy"])
+def test_a_flipped_byte_of_an_array_is_noticed(tmp_path: Path, name: str) -> None:
+    tokens(tmp_path)
+    pairs = [np.arange(5), np.arange(7)]
+    token_files.saved(tmp_path, "pairs", lambda: pairs, count=2)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / name).write_bytes(bytes(content))
+    assert tokens(tmp_path) == expected()
+    again = token_files.saved(tmp_path, "pairs", lambda: pairs, count=2)
+    assert [numbers.tolist() for numbers in again] == [list(range(5)), list(range(7))]
+    lengths = [row["length"] for row in expected()]
+    files: Any = token_files.recorded(tmp_path)
+    assert files.lengths().tolist() == lengths
+    assert token_files.saved(tmp_path, "pairs", lambda: pytest.fail("made again"), count=2)[1].tolist() == [*range(7)]
 
 
 def _make(folder: Path, seen: Path) -> None:

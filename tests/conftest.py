@@ -21,6 +21,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="llmkd-tests-"))
 
 
+def pytest_configure() -> None:
+    """Let the servers that fork ranks live as long as the session: pytest changes its own variables with each test, which no rank reads."""
+    from llmkd import starting
+
+    whole = starting.environment
+    starting.environment = lambda: {key: value for key, value in whole().items() if not key.startswith("PYTEST_")}
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `teacher/` (a random 6-block Qwen3 with a tokenizer), `rows.jsonl` and `recipe.yaml`."""

@@ -5,7 +5,8 @@ The tests of `llmkd train`, of faults and of studies start their ranks as users 
 
 from __future__ import annotations
 
-from llmkd.starting import IMPORTS, Server, environment
+from llmkd import starting
+from llmkd.starting import IMPORTS, Server
 
 MODULES = (
     *IMPORTS,
@@ -18,7 +19,7 @@ MODULES = (
 
 def warm_server(rank: int) -> Server:
     """The server that forks this rank, started where there is none for the environment as it is now."""
-    server, now = _servers.get(rank), environment()
+    server, now = _servers.get(rank), starting.environment()
     if server is None or not server.fits(now):
         if server is not None:
             server.close()

@@ -138,15 +138,24 @@ def rows_of_window(
     """[steps, batch_size] row numbers of the steps of a window, `window_steps` many. A pure function of its arguments.
 
     With `lengths` the window's rows are sorted by length before they are cut into steps, longest first in each, and the steps are
-    shuffled; without (None), rows stay as they are drawn.
+    shuffled; without (None), rows stay as they are drawn. A step has the same share of each source either way.
     """
     steps = window_steps(sources, batch_size)
     places = np.arange(window * steps * batch_size, (window + 1) * steps * batch_size)
     rows = drawn(places, sources, seed=seed, held_out_seed=held_out_seed)
     if lengths is None:
         return rows.reshape(steps, batch_size)
-    rows = rows[np.argsort(-lengths(rows).astype(np.int64), kind="stable")].reshape(steps, batch_size)
-    return rows[permuted(np.arange(steps), steps, (seed, _STEPS, window))]
+    longest_first = rows[np.argsort(-lengths(rows).astype(np.int64), kind="stable")]
+    of_source = np.searchsorted([source.first for source in sources], rows.reshape(steps, batch_size), side="right") - 1
+    by_length = np.argsort(permuted(np.arange(steps), steps, (seed, _STEPS, window)))  # the steps, the longest first
+    grouped: list[list[np.ndarray]] = [[] for _ in range(steps)]
+    for number, source in enumerate(sources):  # each step keeps its share of each source
+        own = longest_first[(longest_first >= source.first) & (longest_first < source.first + source.rows)]
+        shares = (of_source[by_length] == number).sum(axis=1)
+        for step, part in zip(by_length, np.split(own, np.cumsum(shares)[:-1]), strict=True):
+            grouped[step].append(part)
+    parts = [np.concatenate(of_step) for of_step in grouped]
+    return np.stack([part[np.argsort(-lengths(part).astype(np.int64), kind="stable")] for part in parts])
 
 
 def rows_of_step(

@@ -13,6 +13,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -187,7 +188,7 @@ def _made(
     context = multiprocessing.get_context("fork")  # neither the rows nor what encodes them need be sent
     if missing:
         with (
-            ProcessPoolExecutor(workers, context, _begin, (write,)) as pool,
+            ProcessPoolExecutor(workers, context, _begin, (write, os.getpid())) as pool,
             progress("tokenizing", total=total, unit="rows") as advance,
         ):
             try:
@@ -219,9 +220,13 @@ _write: Callable[[int], Shard]
 """In a worker: what it was started for."""
 
 
-def _begin(write: Callable[[int], Shard]) -> None:
+def _begin(write: Callable[[int], Shard], parent: int) -> None:
     global _write
     die_with_parent()
+    if os.getppid() != parent:  # it ended before we asked
+        os._exit(1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's own would only take note
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     disable_progress_bars()  # of one shard; the whole has its own
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the threads
     _write = write

@@ -115,6 +115,8 @@ class PackedTokens:
     packed: tuple[PackedSource, ...]
     """By source."""
     width: int
+    weights: tuple[int, ...] | None = None
+    """The sources' shares of a mixture; None: each source's number of sequences."""
     flat: bool = False
     """Whether a micro-batch is one long sequence, for an attention that keeps rows apart only there."""
 
@@ -122,7 +124,7 @@ class PackedTokens:
     def sources(self) -> tuple[Source, ...]:
         """As the tokens', counted in sequences."""
         firsts = np.cumsum([0, *(source.count for source in self.packed)]).tolist()
-        weights = [source.weight for source in self.tokens.sources]
+        weights = self.weights or order.weighed([source.count for source in self.packed])
         return tuple(
             Source(first, packed.count, weight=weight)
             for first, packed, weight in zip(firsts, self.packed, weights, strict=False)

@@ -190,10 +190,10 @@ def on_main(world: World, work: Callable[[], Result]) -> Result:
     return result
 
 
-def on_each_node(world: World, work: Callable[[], Result]) -> list[Result]:
+def on_each_node(world: World, work: Callable[[], Result]) -> tuple[list[Result], Result]:
     """Run `work` on one rank of each node, in a thread, while the others wait, however long it takes.
 
-    All get the nodes' results, by rank, or the first InputError (all ranks take part).
+    All get (the nodes' results, that of their own node), or the first InputError (all ranks take part).
     """
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(_attempted, work) if world.local_rank == 0 else None
@@ -206,11 +206,13 @@ def on_each_node(world: World, work: Callable[[], Result]) -> list[Result]:
         gather(world, (None, f"rank {world.rank} {attempt.sentence}"))
         raise attempt.failure
     answers = gather(world, None if attempt is None else (attempt.result, attempt.sentence))
-    results = [answer for answer in answers if answer is not None]
-    for _, sentence in results:
+    for _, sentence in filter(None, answers):
         if sentence is not None:
             raise InputError(sentence)
-    return [result for result, _ in results]
+    own = next(
+        answer for answer in reversed(answers[: world.rank + 1]) if answer is not None
+    )  # ranks of a node follow each other
+    return [result for result, _ in filter(None, answers)], own[0]
 
 
 @dataclass(frozen=True)

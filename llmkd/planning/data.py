@@ -77,7 +77,11 @@ def data_findings(recipe: Recipe, sources: Sequence[SourceTokens], tokenizer: An
         findings += [*_unread(source), *_template(source, tokenizer), *_counts(source, tokenizer)]
     lengths = [np.array(source.tokens["length"]) for source in sources]
     tokens = divided(recipe.data, together(recipe.data, [source.tokens for source in sources], lengths))
-    drawn = tokens if recipe.data.batching == "grouped" else packed(tokens, recipe.data.max_length)
+    drawn = (
+        tokens
+        if recipe.data.batching == "grouped"
+        else packed(tokens, recipe.data.max_length, any(recipe.data.weights))
+    )
     if recipe.data.streaming:  # nothing is counted before training, or kept
         return [*findings, _filled(recipe, drawn), *_validation(recipe, sources)]
     findings += [*_mixture(recipe, drawn), _filled(recipe, drawn), *_validation(recipe, sources)]
@@ -146,14 +150,15 @@ def _counts(source: SourceTokens, tokenizer: Any) -> list[Finding]:
     return findings
 
 
-def packed(tokens: Tokens, width: int) -> PackedTokens:
-    """The rows in sequences of `width` tokens, as a run packs them."""
+def packed(tokens: Tokens, width: int, weighed: bool) -> PackedTokens:
+    """The rows in sequences of `width` tokens, as a run packs them; `weighed`: whether the recipe weighs its sources."""
     lengths, seed = tokens.lengths, tokens.held_out_seed
     sources = [
         PackedSource(*packed_rows(lengths[number], number, source, seed, width))
         for number, source in enumerate(tokens.sources)
     ]
-    return PackedTokens(tokens, tuple(sources), width)
+    weights = tuple(source.weight for source in tokens.sources) if weighed else None
+    return PackedTokens(tokens, tuple(sources), width, weights)
 
 
 def _mixture(recipe: Recipe, drawn: Tokens | PackedTokens) -> list[Finding]:

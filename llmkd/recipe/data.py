@@ -102,15 +102,15 @@ class MixtureSource(Rows):
     """One of several sources that are trained on together."""
 
     weight: float | None = Field(default=None, gt=0)
-    """How much of the batches it gives, beside the others' weights: a share of rows, or of sequences where they are packed; default: the
-    number of its rows."""
+    """How much of the batches it gives, beside the others' weights: a share of rows, or of sequences where they are packed. Given to all
+    sources or to none; default: the number of its rows or sequences."""
 
 
 class Data(Rows):
     """The rows that models are trained on."""
 
     sources: tuple[MixtureSource, ...] = ()
-    """Several sources in place of `source`, mixed by weight in every step: `[{source: a.jsonl, weight: 2}, {source: b.jsonl}]`."""
+    """Several sources in place of `source`, mixed by weight in every step: `[{source: a.jsonl, weight: 2}, {source: b, weight: 1}]`."""
     streaming: bool = False
     """Read and tokenize rows as training goes, for a source too large to tokenize first; it begins again when it ends. The length of such a
     run is `train.steps`, and rows of validation need a split or source of their own."""
@@ -137,6 +137,10 @@ class Data(Rows):
                     f"{own[0]}: sources says where the rows are and how they are read; write {own[0]} there, or leave one of the two out"
                 )
         for number, part in enumerate(self.sources):
+            if part.weight is None and any(other.weight for other in self.sources):
+                raise ValueError(
+                    f"sources.{number}.weight: other sources have one; give every source a weight, or none"
+                )
             if part.source == "records" and part.rows is None:
                 raise ValueError(
                     f"sources.{number}.rows: the built-in task is endless; write how many to use, e.g. rows: 20000"

@@ -255,6 +255,9 @@ class Recipe(Section):
     def changed(self, changes: Mapping[str, Any]) -> Recipe:
         """A copy with dotted keys replaced, and checked again: `recipe.changed({"matching.strategy": "reverse"})`."""
         values = self.model_dump(mode="json")
+        for where, section in (("train", values["train"]), ("finetune.train", (values["finetune"] or {}).get("train"))):
+            if section and section["batch_tokens"] and f"{where}.batch_size" not in changes:
+                del section["batch_size"]  # it follows from the tokens
         for key, value in changes.items():
             _put(values, key, value)
         return _validated(values, "the changed recipe")

@@ -14,7 +14,8 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from llmkd import hub
-from llmkd.data import formats, order, other_families, records, token_files, turns
+from llmkd.data import formats, order, other_families, packing, records, token_files, turns
+from llmkd.data import rows as text_rows
 from llmkd.data import tokens as text_tokens
 from llmkd.data.batches import Batch, Family, TokenRow, collate_sequences
 from llmkd.data.other_families import collate_for, encoder_for
@@ -59,12 +60,12 @@ def tokens_of(world: World, job: Job, tokenizer: Any, stopping: Stopping | None 
             check_rows(of_part.rows(), job.further_tokens, f"data.source ({part.source})")
         return [str(of_part.folder) for of_part in files], [of_part.digest for of_part in files], hub.last_problem()
 
-    results = on_each_node(world, make)
+    results, own = on_each_node(world, make)
     nodes = [result for result in results if result is not None]
-    if len(nodes) < len(results):
+    if own is None or len(nodes) < len(results):
         raise StoppedTokenizing
     _check_same([digests for _, digests, _ in nodes])
-    folders, _, problem = nodes[world.rank // world.local_size]
+    folders, _, problem = own
     hub.believe(problem)
     files = [token_files.recorded(Path(folder)) for folder in folders]
     assert all(files), "they were recorded just now"
@@ -113,8 +114,8 @@ def _identity(data: Data, family: Family, part: Rows, tokenizer: Any) -> dict[st
         contents = read_rows(part)._fingerprint  # datasets' own hash of the hub's revision and what was done with it
     return {
         "rows": {**part.model_dump(mode="json", include=keys), "contents": contents},
-        "code": digest(sources(formats, other_families, records, text_tokens, turns)),
-        "versions": versions("tokenizers", "transformers"),
+        "code": digest(sources(formats, other_families, records, text_rows, text_tokens, token_files, turns)),
+        "versions": versions("datasets", "tokenizers", "transformers"),
         "tokenizer": tokenizer_hash(tokenizer),
         "family": [family.kind, *family.labels, family.start],
         "max_length": data.max_length,
@@ -167,13 +168,14 @@ def drawn(
 def packed(world: World, job: Job, tokens: Tokens) -> PackedTokens:
     """The tokens in sequences of `data.max_length` (all ranks take part; one of each node packs where it has not been done)."""
     width, seed = job.data.max_length, tokens.held_out_seed
+    code = digest(sources(order, packing))[:8]
 
     def pack() -> list[PackedSource]:
         return [
             PackedSource(
                 *token_files.saved(
                     folder,
-                    f"sequences-{number}-{source.held_out}-{seed}",
+                    f"sequences-{number}-{source.held_out}-{seed}-{code}",
                     functools.partial(packed_rows, lengths, number, source, seed, width),
                     count=2,
                 )
@@ -185,7 +187,8 @@ def packed(world: World, job: Job, tokens: Tokens) -> PackedTokens:
 
     on_each_node(world, lambda: len(pack()))
     attention = job.recipe.teacher.attention, job.recipe.student.attention
-    result = PackedTokens(tokens, tuple(pack()), width, flat="flash_attention_2" in attention)
+    weights = tuple(source.weight for source in tokens.sources) if any(job.data.weights) else None
+    result = PackedTokens(tokens, tuple(pack()), width, weights, flat="flash_attention_2" in attention)
     if world.is_main:  # all lengths are read
         shape = f"{result.count} sequences of {width} tokens, {result.full:.1%} full"
         log.info("%s: %d rows are packed into %s", job.title, tokens.count, shape)

@@ -46,7 +46,7 @@ def place(tiny: Path, tmp_path: Path) -> Path:
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int] | None]:
-    """Every file, with size and time of last change, and every folder; but for rows that are kept as tokens: the corrected recipe finds them."""
+    """Every file, with size and time of last change, and every folder; not rows kept as tokens, which the corrected recipe finds."""
     tokens = folder / "runs" / "tokens"
     kept = [p for p in folder.rglob("*") if p != tokens and tokens not in p.parents]
     if tokens.is_dir() and [*tokens.parent.iterdir()] == [tokens]:

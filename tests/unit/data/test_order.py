@@ -97,6 +97,22 @@ def test_rows_of_similar_length_share_a_step() -> None:
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.5, "long steps do not all come first"
 
 
+def test_a_grouped_step_has_its_share_of_each_source_and_rows_of_one_length() -> None:
+    """Also where one source's rows are all longer than the other's."""
+    lengths = np.concatenate([np.full(400, 10), np.full(400, 100)]) + np.arange(800) % 7
+    sources = [Source(0, 400, weight=1), Source(400, 400, weight=1)]
+    steps = np.concatenate(
+        [rows_of_window(w, sources, lengths=lengths.__getitem__, batch_size=8, seed=0) for w in (0, 1)]
+    )
+    assert ((steps < 400).sum(axis=1) == 4).all() and (np.diff(lengths[steps], axis=1) <= 0).all()
+    first = steps[:32]
+    assert len(set(first.flatten().tolist())) == first.size
+    within = [np.ptp(lengths[step[step < 400]]) for step in first]
+    assert np.mean(within) < 1, "rows of similar length still meet"
+    seen = np.cumsum((steps < 400).sum(axis=1))
+    assert seen.tolist() == [counts(8 * (step + 1), sources)[0] for step in range(len(steps))]
+
+
 def test_rows_held_out_are_never_drawn() -> None:
     sources = [Source(0, 50, held_out=5), Source(50, 30, held_out=10)]
     held = held_out_rows(sources, 7)

@@ -630,6 +630,7 @@ def test_tokens_of_a_step_are_whole_sequences(tmp_path: Path) -> None:
     recipe = load_recipe("quickstart")
     packed = recipe.changed({**PACKED, "train.batch_size": 64, "train.batch_tokens": 8192})
     assert packed.train.batch_size == 64 and packed.changed({"seed": 1}).train.batch_tokens == 8192
+    assert packed.changed({"data.max_length": 256}).train.batch_size == 32
     values = recipe.model_dump(mode="json")
     del values["train"]["batch_size"]
     values["train"]["batch_tokens"] = 4096
@@ -652,13 +653,17 @@ def test_tokens_of_a_step_that_can_t_be(changes: dict[str, Any], sentence: str) 
 
 
 def test_a_mixture_has_its_sources_and_nothing_beside_them() -> None:
-    sources = [{"source": "a.jsonl", "weight": 2}, {"source": "b/a.jsonl", "split": "validation"}]
+    sources = [{"source": "a.jsonl", "weight": 2}, {"source": "b/a.jsonl", "split": "validation", "weight": 1}]
     place = {"data.source": "records", "data.rows": None, "data.split": "train", "data.validation": None}
     looking = {"train.validate_every": 0, "train.keep": "last"}
     recipe = load_recipe("quickstart").changed(
         {**place, **looking, "data.sources": sources, "evaluation.generation.source": "a.jsonl"}
     )
-    assert recipe.data.names == ("a", "a-validation") and recipe.data.weights == (2.0, None)
+    assert recipe.data.names == ("a", "a-validation") and recipe.data.weights == (2.0, 1.0)
+    with pytest.raises(
+        InputError, match=r"data\.sources\.1\.weight: other sources have one; give every source a weight"
+    ):
+        recipe.changed({"data.sources": [sources[0], {"source": "c.jsonl"}]})
     with pytest.raises(InputError, match=r"data\.rows: sources says where the rows are .*; write rows there"):
         recipe.changed({"data.rows": 5})
     for unread in ({"format": "text"}, {"columns": {"a": "text"}}, {"template_options": {"enable_thinking": False}}):
@@ -666,7 +671,7 @@ def test_a_mixture_has_its_sources_and_nothing_beside_them() -> None:
         with pytest.raises(InputError, match=rf"data\.{key}: sources says .* how they are read; write {key} there"):
             recipe.changed({f"data.{key}": unread[key]})
     with pytest.raises(InputError, match=r"data\.sources\.0\.rows: the built-in task is endless"):
-        recipe.changed({"data.sources": [{"source": "records"}]})
+        recipe.changed({"data.sources": [{"source": "records", "weight": 1}]})
     with pytest.raises(InputError, match=r"evaluation\.generation\.source: the data has several sources; name the one"):
         recipe.changed({"evaluation.generation.source": None})
 

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -88,9 +88,13 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+class StoppedWaiting(Exception):
+    """A signal came while another process's folder was waited for."""
+
+
 @contextlib.contextmanager
-def only_one_in(folder: Path, patience_seconds: float = 2) -> Iterator[None]:
-    """Inside, no other process is in this folder. Raises InputError that names who is.
+def only_one_in(folder: Path, patience_seconds: float = 2, asked: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Inside, no other process is in this folder. Raises InputError that names who is, and StoppedWaiting where it was `asked` to stop.
 
     The kernel gives the lock back when its holder ends, however it ends, so that a stale one holds nobody up. The wait is for a holder
     that was killed a moment ago. Folders that were made for this and stayed empty are removed again.
@@ -103,6 +107,8 @@ def only_one_in(folder: Path, patience_seconds: float = 2) -> Iterator[None]:
             raise InputError(
                 f"{folder}: {_holder(file)} works in this folder; wait for it, stop it, or {ANOTHER_FOLDER}"
             )
+        if asked():
+            raise StoppedWaiting
         if not waiting and time.monotonic() > began + 2:
             waiting = True
             log.info("%s: waiting for %s, which works in this folder", folder, _holder(file))

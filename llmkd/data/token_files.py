@@ -27,8 +27,8 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets, disable_progress_bars
 
 from llmkd.errors import InputError
-from llmkd.files import read, sha256, write_json_durably, write_text
-from llmkd.processes import die_with_parent, only_one_in
+from llmkd.files import read, sha256, sync, write_json_durably, write_text
+from llmkd.processes import StoppedWaiting, die_with_parent, only_one_in
 from llmkd.progress import progress
 
 log = logging.getLogger("llmkd")
@@ -121,10 +121,13 @@ def made(
     tokenized, and where no row is left.
     """
     if (files := opened(folder)) is None:
-        with only_one_in(folder, patience_seconds=float("inf")):
-            files = recorded(folder)  # another process may have made them meanwhile
-            if files is None or _damaged(files):
-                files = _made(folder, source(), max_length, too_long, identity, asked)
+        try:
+            with only_one_in(folder, float("inf"), asked):
+                files = recorded(folder)  # another process may have made them meanwhile
+                if files is None or _damaged(files):
+                    files = _made(folder, source(), max_length, too_long, identity, asked)
+        except StoppedWaiting:
+            return None
     if files is not None:
         _announce(files.total, max_length, too_long)
     return files
@@ -268,6 +271,7 @@ def _write_shard(folder: Path, rows: Dataset, encode: Encode, max_length: int, t
         new_fingerprint=f"{folder.name}-{number}",
     )
     written = Written(len(part), len(tokens), int(np.sum(tokens["length"])) if len(tokens) else 0, **dropped)
+    sync(file)
     shard = Shard(file.name, file.stat().st_size, sha256(file), written)
     write_json_durably(file.with_suffix(".json"), asdict(shard))
     return shard

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -198,6 +200,30 @@ def test_asked_to_stop_it_finishes_the_shards_under_way_and_goes_on_there(
     (tmp_path / "seen").unlink()
     assert tokens(tmp_path / "store", watched(tmp_path / "seen")) == expected()
     assert not first & {int(line) for line in (tmp_path / "seen").read_text().splitlines()}
+
+
+def test_a_signal_ends_the_wait_for_another_process(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"identity": {}, **CUT}
+    held = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE)
+    assert held.stdout is not None and held.stdout.readline()
+    asked = iter([False, False, True])
+    try:
+        assert made(tmp_path, lambda: pytest.fail("read"), **how, asked=lambda: next(asked)) is None
+    finally:
+        held.kill()
+        held.wait()
+    files: Any = made(tmp_path, lambda: (text(), encode), **how)
+    assert list(files.rows()) == expected()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from llmkd.processes import only_one_in
+with only_one_in(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 def test_rows_are_cut_where_the_recipe_says_so(tmp_path: Path) -> None:

@@ -24,6 +24,6 @@ def test_of_a_mixture_the_source_that_is_read_decides(tiny: Path, tmp_path: Path
         return _made_of(student, "generation")
 
     plain = made_of({}, {})
-    assert made_of({}, {"format": "text"}) == made_of({"weight": 3}, {}) == plain
+    assert made_of({}, {"format": "text"}) == made_of({"weight": 3}, {"weight": 1}) == plain
     assert made_of({"columns": {"question": "prompt"}}, {}) != plain
     assert made_of({"template_options": {"enable_thinking": False}}, {}) != plain

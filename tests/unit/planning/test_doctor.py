@@ -201,7 +201,8 @@ def test_how_full_packed_sequences_are_is_what_a_run_says(
     place: Path, world: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And once the run has made them, the folder of the tokens is named with its size."""
-    recipe = _mixture(place, **{"data.batching": "packed", "data.validation": {"share": 0.25, "seed": 3}})
+    own = {"output": str(place / "own")}  # without the tokens of other tests
+    recipe = _mixture(place, **own, **{"data.batching": "packed", "data.validation": {"share": 0.25, "seed": 3}})
     (before,) = (what for what in _said(recipe, "ok") if what.startswith("tokens:"))
     assert before == f"tokens: kept in {recipe.tokens_folder}, for all runs that have the same; not made yet"
     assert not recipe.tokens_folder.exists()

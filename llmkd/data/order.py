@@ -17,8 +17,8 @@ WEIGHTS = 2**20
 """What the weights of a mixture's sources add up to, about: they are whole numbers, so that no rounding adds up over a long run."""
 _ROUNDS = 6
 _HELD_OUT, _PASS, _STEPS = 1, 2, 3
-"""What a permutation orders: part of its key."""
-
+PACKED = 6
+"""What a permutation orders: part of its key (4 and 5: `llmkd.data.streams`)."""
 
 Lengths = Callable[[np.ndarray], np.ndarray]
 """From row numbers to the rows' lengths."""

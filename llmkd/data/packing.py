@@ -6,7 +6,7 @@ import bisect
 
 import numpy as np
 
-from llmkd.data.order import Source, trained_rows
+from llmkd.data.order import PACKED, Source, permuted, trained_rows
 
 WINDOW = 16_384
 """Rows that are packed together: enough for the last, half-empty sequences of a window to be few."""
@@ -48,7 +48,8 @@ def packed_rows(
     """
     starts, rows = [0], []
     for first in range(0, source.trained, WINDOW):
-        places = np.arange(first, min(first + WINDOW, source.trained))
+        window = np.arange(first, min(first + WINDOW, source.trained))
+        places = permuted(window, source.trained, (held_out_seed, number, PACKED))
         numbers = trained_rows(places, number, source, held_out_seed) - source.first
         for sequence in best_fit(lengths[numbers], capacity):
             rows.append(numbers[sequence])

@@ -31,6 +31,14 @@ def test_sequences_of_text_like_lengths_are_full() -> None:
     assert lengths.sum() / (2048 * (len(starts) - 1)) > 0.99
 
 
+def test_neighbours_in_the_data_are_not_packed_together() -> None:
+    """Without the shuffle the first rows would share the first sequences; held out or not."""
+    for held_out in (0, 100):
+        _, rows = packed_rows(np.full(1000, 8), 0, Source(0, 1000, held_out=held_out), 0, 64)
+        assert len(set(rows.tolist())) == 1000 - held_out
+        assert (np.abs(np.diff(rows)) == 1).mean() < 0.05
+
+
 def test_rows_held_out_are_in_no_sequence() -> None:
     source = Source(100, 40, held_out=10)
     _, rows = packed_rows(np.full(40, 3), 0, source, 5, 16)

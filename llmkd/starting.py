@@ -12,7 +12,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import select
+import selectors
 import signal
 import socket
 import subprocess
@@ -168,6 +168,13 @@ _server: Server | None = None
 _lock = threading.Lock()
 
 
+def _is_readable(channel: socket.socket, timeout: float | None) -> bool:
+    """Whether there is something to read within so many seconds; None: however long it takes."""
+    with selectors.PollSelector() as selector:  # select() itself refuses descriptors from 1024 on
+        selector.register(channel, selectors.EVENT_READ)
+        return bool(selector.select(timeout))
+
+
 class _Forked:
     """A process that the server has forked, or will when its imports are done. The server kills it when this is gone."""
 
@@ -175,7 +182,7 @@ class _Forked:
         self._server, self._channel = server, channel
 
     def poll(self) -> int | None:
-        if not select.select([self._channel], [], [], 0)[0]:
+        if not _is_readable(self._channel, 0):
             return None
         try:  # looked at, not taken: another thread or a signal's handler may ask too
             told = self._channel.recv(16, socket.MSG_PEEK)
@@ -185,7 +192,7 @@ class _Forked:
         return int(told) if told else self._server.process.wait() or 1
 
     def wait(self, timeout: float | None = None) -> int:
-        if not select.select([self._channel], [], [], timeout)[0]:
+        if not _is_readable(self._channel, timeout):
             raise subprocess.TimeoutExpired(self._server.process.args, timeout or 0)
         code = self.poll()
         assert code is not None

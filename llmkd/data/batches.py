@@ -97,8 +97,8 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
     """Whole batches in one pass; the rows left over come first in the next."""
     if rows < batch_size:
         raise InputError(
-            f"train.batch_size: {batch_size} rows per step, but the data has only {rows}; write a smaller batch, or "
-            "give more rows"
+            f"train.batch_size: {batch_size} rows per step, but the data has only {rows} (packed: sequences of rows); write a smaller "
+            "batch, or give more rows"
         )
     return rows // batch_size
 

@@ -30,6 +30,8 @@ class Tokens:
     held_out_seed: int = 0
     folders: tuple[Path, ...] = ()
     """Where each source's files lie."""
+    digests: tuple[str, ...] = ()
+    """A hash of each source's tokens."""
 
     @cached_property
     def _tables(self) -> Any:

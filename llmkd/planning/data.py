@@ -14,11 +14,12 @@ from llmkd.data.batches import MULTIPLE, Family
 from llmkd.data.formats import FORMATS, FURTHER, format_of, is_chat
 from llmkd.data.order import counts
 from llmkd.data.packing import packed_rows
+from llmkd.data.token_files import opened
 from llmkd.data.tokenized import PackedSource, PackedTokens, Tokens
 from llmkd.data.tokens import tokenize
 from llmkd.data.turns import THOUGHTS, THOUGHTS_END
 from llmkd.models.vocabularies import check_rows
-from llmkd.recipe.data import Data, Rows
+from llmkd.recipe.data import Rows
 from llmkd.recipe.recipe import Recipe
 from llmkd.text import figures
 from llmkd.training.build import total_steps
@@ -52,16 +53,18 @@ class SourceTokens:
     """input_ids, trained, length, row."""
 
 
-def tokenized(data: Data, tokenizer: Any, further: Mapping[int, str]) -> list[SourceTokens]:
-    """Each source's rows. `further`: the tokens that only one of student and teacher has.
+def tokenized(recipe: Recipe, tokenizer: Any, further: Mapping[int, str]) -> list[SourceTokens]:
+    """Each source's rows; a run's tokens of them where they are there. `further`: the tokens that only one of student and teacher has.
 
     Raises InputError as a run would: for rows that can't be read or tokenized, and for one that holds such a token.
     """
-    sources = []
-    for name, part in zip(data.names, data.parts, strict=True):
+    sources, data = [], recipe.data
+    files = [None] if data.streaming else found(recipe, Family("decoder"), tokenizer)
+    for name, part, on_disk in zip(data.names, data.parts, files, strict=True):
         rows = first_rows(part) if data.streaming else read_rows(part)
+        whole = None if on_disk is None else opened(on_disk.folder)
         cut = {"max_length": data.max_length, "too_long": data.too_long}
-        tokens = tokenize(rows, tokenizer, row_format=part.row_format, **cut)
+        tokens = tokenize(rows, tokenizer, row_format=part.row_format, **cut) if whole is None else whole.rows()
         check_rows(tokens, further, f"data.source ({part.source})")
         sources.append(SourceTokens(f"data ({name})" if data.sources else "data", part, rows, tokens))
     return sources

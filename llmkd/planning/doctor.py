@@ -43,7 +43,7 @@ def examine(recipe: Recipe, rows: int = 2) -> tuple[list[Finding], dict[str, str
         student_findings, tokenizer, further = _student(recipe, folder, tokenizer)
         findings += student_findings
     compared = recipe.logits or (recipe.loss.hidden and recipe.matching.strategy != "none")
-    sources = tokenized(recipe.data, tokenizer, further if compared else {})
+    sources = tokenized(recipe, tokenizer, further if compared else {})
     findings += [*data_findings(recipe, sources, tokenizer), *_machine(recipe)]
     shown = {
         f"{name} row {number}" if recipe.data.sources else f"row {number}": marked(source.tokens[number], tokenizer)

@@ -98,6 +98,11 @@ class Rows(Section):
         return RowFormat(self.format, self.columns, self.template_options)
 
 
+def _overlap(split: str, other: str) -> bool:
+    """Whether two splits have rows in common for certain: they are the same, or one is a slice of the other (`train[:5%]` of `train`)."""
+    return split == other or (split.partition("[")[0] == other.partition("[")[0] and "[" not in min(split, other))
+
+
 class MixtureSource(Rows):
     """One of several sources that are trained on together."""
 
@@ -191,12 +196,14 @@ class Data(Rows):
 
     @model_validator(mode="after")
     def _validation_is_apart(self) -> Data:
-        trained = [(part.source, part.name, part.split, part.records_seed) for part in self.parts]
         for part in () if self.held_out is None else self.held_out.parts:
-            if (part.source, part.name, part.split, part.records_seed) in trained:
-                raise ValueError(
-                    f"validation.split: the split {part.split!r} of {part.source!r} is trained on; write another split, or share: 0.05"
-                )
+            for other in self.parts:
+                same = (part.source, part.name, part.records_seed) == (other.source, other.name, other.records_seed)
+                if same and _overlap(part.split, other.split):
+                    raise ValueError(
+                        f"validation.split: the split {part.split!r} of {part.source!r} is trained on (split {other.split!r}); write another "
+                        "split, or share: 0.05"
+                    )
         return self
 
     @property

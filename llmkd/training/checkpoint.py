@@ -49,10 +49,11 @@ def save(
     keep: int,
     validations: Sequence[tuple[int, float]] = (),
     stream: Mapping[str, object] | None = None,
+    rows: Sequence[str] = (),
 ) -> Path:
     """Save a sharded checkpoint (all ranks take part), publish it, and remove all but the newest `keep`.
 
-    `stream`: this rank's place in its stream, where rows are streamed.
+    `stream`: this rank's place in its stream, where rows are streamed; `rows`: otherwise a hash of each source's tokens.
     """
     final = folder / f"step-{step:08d}"
     tmp = final.with_name(final.name + ".tmp")
@@ -66,7 +67,7 @@ def save(
         (tmp / f"stream-{world.rank}.json").write_text(json.dumps(stream))
     barrier(world)
     if world.is_main:
-        state = {"step": step, "world_size": world.size, "inputs": inputs, "validations": validations}
+        state = {"step": step, "world_size": world.size, "inputs": inputs, "validations": validations, "rows": rows}
         (tmp / "state.json").write_text(json.dumps(state, indent=1))
     barrier(world)
     write_checksums(world, tmp)
@@ -95,6 +96,8 @@ class Saved:
     world_size: int
     validations: tuple[tuple[int, float], ...] = ()
     """Each validation so far: its step, and what validations are compared by."""
+    rows: tuple[str, ...] = ()
+    """A hash of each source's tokens."""
 
 
 def newest(world: World, folder: Path, inputs: Mapping[str, object]) -> Saved | None:
@@ -120,7 +123,7 @@ def _newest(folder: Path, inputs: Mapping[str, object]) -> Saved | None:
             state = json.loads((last / "state.json").read_text())
             check_same(state["inputs"], inputs, last)
             validations = tuple((int(step), float(value)) for step, value in state.get("validations", ()))
-            return Saved(last, int(state["step"]), int(state["world_size"]), validations)
+            return Saved(last, int(state["step"]), int(state["world_size"]), validations, tuple(state.get("rows", ())))
         _set_aside(last, fault)
     return None
 
@@ -171,6 +174,16 @@ def load(world: World, engine: Any, saved: Saved) -> None:
     barrier(world)
     if world.is_main:
         shutil.rmtree(tmp)
+
+
+def check_rows(saved: Saved | None, rows: Sequence[str]) -> None:
+    """Raise InputError where a resumed run's tokens (`rows`: a hash of each source's) are not those that it was trained on."""
+    if saved is not None and saved.rows and tuple(rows) != saved.rows:
+        raise InputError(
+            f"data: its tokens are not those that {saved.folder} was trained on (now {', '.join(rows)}, then {', '.join(saved.rows)}): a "
+            "data set of the hub has another revision, or packages have other versions; put them back, or remove "
+            f"{saved.folder.parent} to begin again"
+        )
 
 
 def stream_place(world: World, saved: Saved) -> dict[str, Any]:

@@ -56,6 +56,8 @@ class PreparedRun:
     """What is drawn from, where that is more than one."""
     stream: Stream | None = None
     """Where `rows` come from if they are streamed."""
+    digests: tuple[str, ...] = ()
+    """Otherwise a hash of each source's tokens."""
 
     def taken(self, step: int) -> dict[str, int]:
         """How many rows (packed: sequences) of each source the steps up to this one were trained on; empty with a single source."""
@@ -116,6 +118,7 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
         ds_config = on_other_ranks(ds_config)
     tokenizer = initial.job_tokenizer(world, job, resuming=resume is not None)
     data = run_rows(world, job, tokenizer, stopping)
+    checkpoint.check_rows(resume, data.training.digests)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     source = _source(world, job, data, tokenizer, pad_id, accumulation, resume)
     steps = build.total_steps(settings, source.count)
@@ -163,6 +166,7 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
         done[1],
         source.mixed,
         source.stream,
+        data.training.digests,
     )
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,15 @@ def tokens_of(world: World, job: Job, tokenizer: Any, stopping: Stopping | None 
     if own is None or len(nodes) < len(results):
         raise StoppedTokenizing
     _check_same([digests for _, digests, _ in nodes])
-    folders, _, problem = own
+    places, _, problem = own
     hub.believe(problem)
-    files = [token_files.recorded(Path(folder)) for folder in folders]
+    files = [token_files.recorded(Path(folder)) for folder in places]
     assert all(files), "they were recorded just now"
     whole = [of_part for of_part in files if of_part is not None]
     rows, lengths = [of_part.rows() for of_part in whole], [of_part.lengths() for of_part in whole]
-    return together(job.data, rows, lengths, [of_part.folder for of_part in whole])
+    tokens = together(job.data, rows, lengths)
+    folders = tuple(of_part.folder for of_part in whole)
+    return replace(tokens, folders=folders, digests=tuple(of_part.digest for of_part in whole))
 
 
 def _check_same(digests: list[list[str]]) -> None:
@@ -140,10 +143,8 @@ def tokens_folder(recipe: Recipe, data: Data) -> Path:
     return recipe.tokens_folder if data.tokens is None else Path(data.tokens).expanduser()
 
 
-def together(
-    data: Data, rows: Sequence[Dataset], lengths: Sequence[np.ndarray], folders: Sequence[Path] = ()
-) -> Tokens:
-    """The sources' tokens as one. `rows`, `lengths`, `folders`: each source's tokenized rows, their lengths and where they lie."""
+def together(data: Data, rows: Sequence[Dataset], lengths: Sequence[np.ndarray]) -> Tokens:
+    """The sources' tokens as one. `rows`, `lengths`: each source's tokenized rows and their lengths."""
     totals = [len(of_part) for of_part in rows]
     weights = order.weighed([weight or total for weight, total in zip(data.weights, totals, strict=True)])
     firsts = np.cumsum([0, *totals]).tolist()
@@ -151,7 +152,6 @@ def together(
         concatenate_datasets(list(rows)),
         tuple(lengths),
         tuple(order.Source(*one, weight=weight) for *one, weight in zip(firsts, totals, weights, strict=False)),
-        folders=tuple(folders),
     )
 
 
@@ -220,15 +220,17 @@ def stream(
     cut = {"max_length": data.max_length, "too_long": data.too_long}
     packed = data.batching == "packed"
 
-    def encoder(columns: Sequence[str]) -> Encode:
-        encode = encoder_for(job.family, columns, tokenizer, row_format=data.row_format, **cut)
+    def encoder(columns: Sequence[str], row_format: formats.RowFormat) -> Encode:
+        encode = encoder_for(job.family, columns, tokenizer, row_format=row_format, **cut)
         return functools.partial(_shared_tokens, encode, job.further_tokens, data.source)
 
-    def look() -> None:
+    def look() -> str:
         first = first_rows(data)
-        encoder(first.column_names)(first[:], list(range(len(first))))
+        encoder(first.column_names, data.row_format)(first[:], list(range(len(first))))
+        return formats.format_of(first.column_names, data.format, other_families.FORMATS[job.family.kind][1:])
 
-    on_main(world, look)
+    # decided once: a later row may have columns that fit another format too
+    row_format = replace(data.row_format, format=on_main(world, look))
     attention = job.recipe.teacher.attention, job.recipe.student.attention
     width = data.max_length * (job.train.micro_batch_size if "flash_attention_2" in attention else 1)
     collate = collate_for(job.family)
@@ -252,7 +254,8 @@ def stream(
     )
     source = streamed_rows(data.source, name=data.name, split=data.split, columns=data.columns)
     place = None if saved is None else (saved[0], Place.of(saved[1]))
-    return Stream(source, encoder, make, share, names=data.columns, saved=place)
+    encode = functools.partial(encoder, row_format=row_format)
+    return Stream(source, encode, make, share, names=data.columns, saved=place)
 
 
 def _shared_tokens(

@@ -609,7 +609,8 @@ def test_ranks_and_accumulation_share_the_rows_of_a_step() -> None:
 def test_too_few_rows_for_a_step() -> None:
     assert steps_per_epoch(8, 8) == 1 and steps_per_epoch(15, 8) == 1
     with pytest.raises(
-        InputError, match=r"train\.batch_size: 8 rows per step, but the data has only 7; write a smaller"
+        InputError,
+        match=r"train\.batch_size: 8 rows per step, but the data has only 7 \(packed: sequences of rows\); write a smaller",
     ):
         steps_per_epoch(7, 8)
 

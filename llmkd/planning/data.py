@@ -59,12 +59,14 @@ def tokenized(recipe: Recipe, tokenizer: Any, further: Mapping[int, str]) -> lis
     Raises InputError as a run would: for rows that can't be read or tokenized, and for one that holds such a token.
     """
     sources, data = [], recipe.data
-    files = [None] if data.streaming else found(recipe, Family("decoder"), tokenizer)
-    for name, part, on_disk in zip(data.names, data.parts, files, strict=True):
+    files = [] if data.streaming else found(recipe, Family("decoder"), tokenizer)
+    whole = [None if of_part is None else opened(of_part.folder) for of_part in files]
+    made = [of_part.rows() for of_part in whole if of_part is not None]
+    for number, (name, part) in enumerate(zip(data.names, data.parts, strict=True)):
         rows = first_rows(part) if data.streaming else read_rows(part)
-        whole = None if on_disk is None else opened(on_disk.folder)
         cut = {"max_length": data.max_length, "too_long": data.too_long}
-        tokens = tokenize(rows, tokenizer, row_format=part.row_format, **cut) if whole is None else whole.rows()
+        there = len(made) == len(data.parts)
+        tokens = made[number] if there else tokenize(rows, tokenizer, row_format=part.row_format, **cut)
         check_rows(tokens, further, f"data.source ({part.source})")
         sources.append(SourceTokens(f"data ({name})" if data.sources else "data", part, rows, tokens))
     return sources

@@ -201,8 +201,8 @@ class Data(Rows):
                 same = (part.source, part.name, part.records_seed) == (other.source, other.name, other.records_seed)
                 if same and _overlap(part.split, other.split):
                     raise ValueError(
-                        f"validation.split: the split {part.split!r} of {part.source!r} is trained on (split {other.split!r}); write another "
-                        "split, or share: 0.05"
+                        f"validation.split: the split {part.split!r} of {part.source!r} is trained on (split {other.split!r}); write "
+                        "another split, or share: 0.05"
                     )
         return self
 

@@ -97,9 +97,7 @@ def _pairs(texts: list[tuple[str, str]], tokenizer: Any) -> Iterator[tuple[list[
     if not texts:
         return
     prompts = leading(tokenizer, [prompt for prompt, _ in texts])
-    completions = _closed(
-        tokenizer([written for _, written in texts], add_special_tokens=False)["input_ids"], tokenizer
-    )
+    completions = _closed(_ids([written for _, written in texts], tokenizer, special=False), tokenizer)
     for (_, written), p, c in zip(texts, prompts, completions, strict=True):
         yield p + c, [False] * len(p) + [bool(written.strip())] * len(c)  # an empty one would teach to stop at once
 
@@ -109,8 +107,13 @@ def leading(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     added = tokenizer("a", add_special_tokens=True)["input_ids"]
     opens, closes = bos is not None and added[:1] == [bos], added[-1:] == [eos]
-    encoded = [ids[:-1] if closes else ids for ids in tokenizer(texts, add_special_tokens=True)["input_ids"]]
+    encoded = [ids[:-1] if closes else ids for ids in _ids(texts, tokenizer, special=True)]
     return [ids[1:] if opens and ids[:2] == [bos, bos] else ids for ids in encoded]  # the text already has it
+
+
+def _ids(texts: list[str], tokenizer: Any, *, special: bool) -> list[list[int]]:
+    """Texts as token ids, with the tokenizer's special tokens or without. (Masks, which nobody reads, would take time.)"""
+    return tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
 
 
 def _closed(encoded: list[list[int]], tokenizer: Any) -> list[list[int]]:

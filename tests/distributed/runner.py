@@ -30,20 +30,24 @@ def run_on_ranks(
     return json.loads((output / "refused.json").read_text())
 
 
-def start_ranks(ranks: int, module: str, tasks: Path, output: Path) -> list[Process]:
-    """The module's `main()` on every rank, with TASKS as its argument; what rank N says goes to output/rankN.log."""
+def start_ranks(ranks: int, module: str, tasks: Path, output: Path, *, nodes: int = 1) -> list[Process]:
+    """The module's `main()` on every rank, with TASKS as its argument; what rank N says goes to output/rankN.log.
+
+    `nodes`: how many machines they take themselves to be on.
+    """
+    local = ranks // nodes
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     size = {
         "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(local),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
     processes: list[Process] = []
     for rank, server in enumerate([warm_server(rank) for rank in range(ranks)]):
-        variables = {**size, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        variables = {**size, "RANK": str(rank), "LOCAL_RANK": str(rank % local)}
         order = Order(module, [str(tasks)], variables, os.getcwd(), f"llmkd rank {rank}", group=True)
         with open(os.devnull) as nothing, (output / f"rank{rank}.log").open("w") as log:
             processes.append(server.start(order, (nothing.fileno(), log.fileno(), log.fileno())))

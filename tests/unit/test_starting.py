@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -287,3 +290,25 @@ def test_the_environment_is_no_launchers(monkeypatch: pytest.MonkeyPatch) -> Non
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """As many open files as a busy server has."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip("the system allows no more than 1024 open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_process_is_waited_for_where_many_files_are_open(many_files: None) -> None:
+    """`select` refuses descriptors from 1024 on."""
+    ours, theirs = socket.socketpair()
+    with theirs, socket.socket(fileno=fcntl.fcntl(ours, fcntl.F_DUPFD, 1500)) as ours_again:
+        ours.close()
+        assert ours_again.fileno() >= 1500
+        assert not starting._is_readable(ours_again, 0) and not starting._is_readable(ours_again, 0.01)
+        theirs.send(b"0")
+        assert starting._is_readable(ours_again, 0) and starting._is_readable(ours_again, None)

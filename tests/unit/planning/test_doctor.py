@@ -18,6 +18,7 @@ from llmkd.data.tokens import tokenize
 from llmkd.errors import InputError
 from llmkd.files import ROOT
 from llmkd.models import load, make
+from llmkd.planning import data as planning_data
 from llmkd.planning.cache import cache_rows, cache_traffic
 from llmkd.planning.data import Finding
 from llmkd.planning.doctor import CLOSE, OPEN, examine, marked
@@ -220,6 +221,34 @@ def test_how_full_packed_sequences_are_is_what_a_run_says(
     assert any(what.startswith(f"tokens: kept in {place / 'elsewhere'}, ") for what in _said(elsewhere, "ok"))
     longer = recipe.changed({"data.max_length": 63})
     assert any(what.endswith("not made yet") for what in _said(longer, "ok"))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_tokens_that_are_there_are_read_and_not_made(
+    place: Path, world: Any, monkeypatch: pytest.MonkeyPatch, mixed: bool
+) -> None:
+    """And what is said of them is what is said of those that are made; a mixture's only where all are there, and none is damaged."""
+    own = {"output": str(place / "own")}
+    recipe = _mixture(place, **own) if mixed else load_recipe(place / "recipe.yaml").changed(own)
+    made: list[int] = []
+    monkeypatch.setattr(
+        planning_data, "tokenize", lambda rows, *a, **b: (made.append(len(rows)), tokenize(rows, *a, **b))[1]
+    )
+
+    def said() -> tuple[list[str], dict[str, str]]:
+        made.clear()
+        findings, shown = examine(recipe)
+        return [finding.what for finding in findings if not finding.what.startswith("tokens:")], shown
+
+    before, all_rows = said(), [40, 4] if mixed else [40]
+    assert made == all_rows
+    run_rows(world, distil_job(world, recipe, recipe.folder), load.load_tokenizer(place / "teacher"))
+    assert said() == before and made == []
+    file = next(recipe.tokens_folder.rglob("*.arrow"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    assert said() == before and made == all_rows
 
 
 def test_the_plan_of_a_cache_counts_the_rows_of_all_sources(place: Path) -> None:

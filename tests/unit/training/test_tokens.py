@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,16 @@ import torch
 from safetensors.torch import load_file
 
 from llmkd.data import token_files
+from llmkd.data import tokens as text_tokens
+from llmkd.data.batches import Batch
+from llmkd.data.tokenized import Tokens
 from llmkd.errors import InputError
 from llmkd.models.load import load_tokenizer
 from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.train import train
-from llmkd.training import jobs, tokens
+from llmkd.training import jobs, prepare, tokens
 from llmkd.training.tokens import tokenizer_hash, tokens_of
+from llmkd.training.validation_rows import run_rows
 
 
 @pytest.fixture
@@ -169,8 +176,6 @@ def test_packed_micro_batches_have_one_number_of_tokens(
 
 
 def test_validation_rows_are_in_no_packed_sequence(recipe: Recipe, world: Any, tiny: Path) -> None:
-    from llmkd.training.validation_rows import run_rows
-
     held = {
         "data.validation": {"share": 0.2},
         "train.validate_every": 1,
@@ -182,6 +187,92 @@ def test_validation_rows_are_in_no_packed_sequence(recipe: Recipe, world: Any, t
     sequences: Any = tokens.drawn(world, job, rows.training, 0)[0]
     packed = [row for n in range(sequences.count) for row in sequences.rows_of(n).tolist()]
     assert rows.validation is not None and len(packed) == 32 and not {*packed} & {*rows.validation.tolist()}
+
+
+def units_of(batch: Batch, data: Tokens) -> Iterator[list[int]]:
+    """The numbers of the rows of each row or sequence of a batch, which must hold their tokens end to end."""
+    numbers = iter(batch.rows)
+    for ids, attended in zip(batch.input_ids, batch.attended, strict=True):
+        unit, found = [], []
+        while len(found) < attended.sum():
+            unit.append(next(numbers))
+            found += data.row(unit[-1])["input_ids"].tolist()
+        assert found == ids[attended].tolist()
+        yield unit
+    assert next(numbers, None) is None
+
+
+@pytest.mark.parametrize("batching", ["grouped", "packed"])
+def test_a_mixture_with_rows_held_out_is_drawn_in_its_shares_pass_by_pass(
+    recipe: Recipe, world: Any, tiny: Path, tmp_path: Path, batching: str
+) -> None:
+    """Of 30 rows 24 are trained on, of 10 texts 8; at 3 to 1 a window of four steps of 8 is a pass over both."""
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": f"red {n} tree" + " bird" * 9}) + "\n" for n in range(10))
+    )
+    sources = [
+        {"source": recipe.data.source, "rows": 30, "weight": 3.0},
+        {"source": str(tmp_path / "texts.jsonl"), "weight": 1.0, "format": "text"},
+    ]
+    mixed = {"data.source": "records", "data.sources": sources, "data.validation": {"share": 0.2}}
+    size = {"train.batch_size": 8 if batching == "grouped" else 4, "train.micro_batch_size": 2, "train.steps": 12}
+    own = recipe.changed({**mixed, **size, "data.batching": batching, "train.validate_every": 1})
+    job = jobs.distil_job(world, own, tmp_path / "run")
+    run, data = prepare.prepare(world, job), run_rows(world, job, load_tokenizer(tiny / "teacher"))
+    held_out = {*data.training.held_out.tolist()}
+    assert [len({row for row in held_out if row < 30}), len(held_out)] == [6, 8]
+    assert sorted(number for batch in run.validation for number in batch.rows) == sorted(held_out)
+
+    drawn = tokens.drawn(world, job, data.training, 0)[0].sources
+    assert [source.trained for source in drawn] == [24, 8] or (batching == "packed" and len(drawn) == 2)
+    seen, of_source = Counter[int](), Counter[str]()
+    for step, batches in enumerate(run.batches(), start=1):
+        units = [unit for batch in batches for unit in units_of(batch, data.training)]
+        assert len(units) == own.train.batch_size and (batching == "packed" or all(len(unit) == 1 for unit in units))
+        assert all(len({row < 30 for row in unit}) == 1 for unit in units), "a sequence is of one source"
+        seen.update(row for unit in units for row in unit)
+        of_source.update("rows" if unit[0] < 30 else "texts" for unit in units)
+        assert not held_out & seen.keys()
+        assert of_source == run.taken(step) == {"rows": of_source.total() * 3 // 4, "texts": of_source.total() // 4}
+        if batching == "grouped" and step % 4:
+            continue  # rows of a window change places, by length
+        for source, name, first, last in ((0, "rows", 0, 30), (1, "texts", 30, 40)):
+            passes, more = divmod(of_source[name], drawn[source].trained)
+            times = {seen[row] for row in range(first, last) if row not in held_out}
+            assert times <= {passes, passes + bool(more)} and passes in times, "each pass takes every row once"
+    assert step == 12 and min(seen.values()) >= 2
+
+
+def test_a_resumed_run_whose_tokens_are_others_is_refused_and_loses_nothing(
+    recipe: Recipe, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another version of a package makes other tokens of the same rows."""
+    saving = recipe.changed({"train.steps": 4, "train.save_every": 2, "train.keep_checkpoints": 9})
+    whole, run = trained(world, saving, tmp_path / "whole"), tmp_path / "run"
+    shutil.copytree(whole / "checkpoints" / "step-00000002", run / "checkpoints" / "step-00000002")
+    files = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    close = text_tokens._closed
+    with monkeypatch.context() as patch:
+        patch.setattr(text_tokens, "_closed", lambda ids, tokenizer: [[*row, 5] for row in close(ids, tokenizer)])
+        sentence = r"data: its tokens are not those that .*/step-00000002 was trained on \(now \w+, then \w+\): .* or remove .*/checkpoints"
+        with pytest.raises(InputError, match=sentence):
+            trained(world, saving, run, **{"data.tokens": str(tmp_path / "other")})
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == files
+    same_to_the_bit(whole, trained(world, saving, run))
+    assert [line["step"] for line in lines(run)] == [3, 4], "it went on where it was"
+
+
+def test_a_streams_format_is_the_one_of_its_first_rows(recipe: Recipe, world: Any, tiny: Path, tmp_path: Path) -> None:
+    """After more rows than are looked at, a file has a further column, by which its rows would fit two formats."""
+    rows = 4 * [json.loads(line) for line in (tiny / "rows.jsonl").read_text().splitlines()]
+    runs = []
+    for name, more in (("plain", {}), ("further", {"text": "green"})):
+        (tmp_path / name).mkdir()
+        for file, part in (("0.jsonl", rows[:120]), ("1.jsonl", [{**row, **more} for row in rows[120:]])):
+            (tmp_path / name / file).write_text("".join(json.dumps(row) + "\n" for row in part))
+        streamed = {"data.source": str(tmp_path / name), "data.streaming": True, "data.shuffle_rows": 160}
+        runs.append(trained(world, recipe, tmp_path / f"run_{name}", **streamed))
+    same_to_the_bit(*runs)
 
 
 def test_a_signal_while_rows_are_tokenized_stops_the_run_before_anything_is_trained(

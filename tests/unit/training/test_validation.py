@@ -163,6 +163,14 @@ def test_how_many_rows_are_trained_on(recipe: Recipe) -> None:
         ({"data.validation": {"share": 0.1, "name": "x"}}, "data.validation.name: it belongs to a source of its own"),
         ({"data.validation": {"split": "x", "seed": 3}}, "data.validation.seed: it decides which rows a share"),
         ({"data.validation": {"split": "train"}}, r"data.validation.split: the split 'train' of .* is trained on"),
+        (
+            {"data.validation": {"split": "train[:5%]"}},
+            r"split: the split 'train\[:5%\]' of .* is trained on \(split 'train'\)",
+        ),
+        (
+            {"data.split": "train[:5%]", "data.validation": {"split": "train"}},
+            r"the split 'train' of .* is trained on \(split 'train\[:5%\]'\); write another split, or share",
+        ),
         ({"train.validate_every": 0, "train.keep": "best"}, "train.validate_every: keep: best goes by validations"),
         ({"train.validate_every": 0, "train.patience": 3}, "train.validate_every: patience goes by validations"),
         ({"train.keep_by": "validation/kl"}, "train.keep_by: nothing is chosen by it; write keep: best"),
@@ -175,6 +183,12 @@ def test_how_many_rows_are_trained_on(recipe: Recipe) -> None:
 def test_what_can_not_be_is_refused_with_the_cure(recipe: Recipe, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         recipe.changed(changes)
+
+
+def test_another_slice_of_a_split_may_be_validated_on(recipe: Recipe) -> None:
+    apart = recipe.changed({"data.split": "train[5%:]", "data.validation": {"split": "train[:5%]"}}).data
+    assert apart.held_out is not None and (apart.split, apart.held_out.split) == ("train[5%:]", "train[:5%]")
+    recipe.changed({"data.validation": {"split": "train_more"}})
 
 
 def test_what_only_looks_is_no_input_and_what_chooses_is(recipe: Recipe) -> None:

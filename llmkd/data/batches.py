@@ -218,13 +218,18 @@ def batches(
         mine = micro_batch_rows(rows, rank=rank, world_size=world_size, accumulation=accumulation)
         return [batch.pinned() if torch.cuda.is_available() else batch for batch in map(make, mine)]
 
+    return ahead(of_step, start_step, steps)
+
+
+def ahead(of_step: Callable[[int], list[Batch]], start_step: int, steps: int) -> Iterator[list[Batch]]:
+    """What `of_step` gives for each step from `start_step` on, each prepared while the one before it is trained on."""
     # A thread, not a worker process: a process would be ended by the signal that asks this one to save and stop.
-    with ThreadPoolExecutor(1) as ahead:
-        following = ahead.submit(of_step, start_step) if start_step < steps else None
+    with ThreadPoolExecutor(1) as worker:
+        following = worker.submit(of_step, start_step) if start_step < steps else None
         for step in range(start_step, steps):
             assert following is not None
             ready = following.result()
-            following = ahead.submit(of_step, step + 1) if step + 1 < steps else None
+            following = worker.submit(of_step, step + 1) if step + 1 < steps else None
             yield ready
 
 

@@ -136,14 +136,14 @@ def overwrite(world: World, parameter: nn.Parameter, value: Tensor) -> None:
     deepspeed.utils.safe_set_local_fp32_param(parameter, filled[world.rank * size : (world.rank + 1) * size])
 
 
-def whole_state(world: World, module: nn.Module) -> dict[str, Tensor]:
-    """The module's weights on rank 0's CPU, gathered one at a time (all ranks take part); empty on the others."""
+def whole_state(module: nn.Module, *, here: bool) -> dict[str, Tensor]:
+    """The module's weights in host memory, gathered one at a time (all ranks take part), where they are wanted `here`; else nothing."""
     state: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         with gathered([parameter]):
-            if world.is_main:
+            if here:
                 state[name] = parameter.detach().to("cpu", copy=True)
-    if world.is_main:
+    if here:
         persistent = module.state_dict().keys()
         state.update(
             {name: value.detach().to("cpu", copy=True) for name, value in module.named_buffers() if name in persistent}

@@ -22,9 +22,10 @@ from llmkd.evaluation.held_out import KEY, Encoded, Prompt, check_model_folder, 
 from llmkd.evaluation.results import GeneratedText, GenerationResult, read_items
 from llmkd.evaluation.step import Jobs, Process, Score, Step, before_scoring, explained, run, serve
 from llmkd.files import sources
-from llmkd.inference.backends import BACKENDS, Sampling, stop_ids
+from llmkd.inference.backends import BACKENDS, stop_ids
 from llmkd.inference.child import Say
-from llmkd.inference.choose import choose_backend, is_encoder_decoder
+from llmkd.inference.choose import WORTH_VLLM, choose_backend, is_encoder_decoder
+from llmkd.inference.sampling import Sampling
 from llmkd.inference.vllm_setup import check_installed, vllm_environment, vllm_version
 from llmkd.models.families import kind
 from llmkd.models.folders import resolve
@@ -36,10 +37,6 @@ from llmkd.recipe.scoring_steps import GENERATION
 from llmkd.recipe.study_entries import read_study
 
 log = logging.getLogger("llmkd")
-
-WORTH_VLLM = 3e11
-"""Parameters x new tokens from which vLLM repays its start. On one CPU thread 26M parameters x 12,800 tokens (3.3e11) took 21 s by
-Hugging Face and 10 + 7 s by vLLM; 7M parameters 5 s against 8 + 4 s. Not measured on a GPU."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ by itself. A call loads one model, and unloads it at the end.
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -15,31 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from llmkd.errors import InputError
 from llmkd.inference.child import Say, quietly, say_share
-from llmkd.inference.vllm_setup import engine_options
+from llmkd.inference.choices import Draws, Mixed
+from llmkd.inference.sampling import Ids, Sampling
+from llmkd.inference.vllm_engine import VllmEngine
 from llmkd.models.families import family
 from llmkd.models.load import load_model
-
-Ids = list[int]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen, and where a text ends."""
-
-    max_new_tokens: int
-    stops: tuple[int, ...]
-    """Token ids that end a text, and stay in it."""
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    batch_size: int = 64
-    """Prompts at once on the hf backend."""
-    trust_remote_code: bool = False
-    """Run the model folder's own Python code."""
 
 
 @dataclass(frozen=True)
@@ -54,35 +37,47 @@ class Continuations:
 def by_hugging_face(
     folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampling, say: Say = quietly
 ) -> Continuations:
-    """Continue prompts in batches of like length, padded on the left; an encoder-decoder answers them, padded on the right.
-
-    `say` gets the share that is done, batch by batch.
-    """
+    """Continue prompts by one model, which is loaded for it."""
     started = time.perf_counter()
+    model = writing_model(folder, dtype, trust_remote_code=how.trust_remote_code)
+    loaded = time.perf_counter()
+    texts = continued(model, prompts, how, say)
+    return Continuations(texts, loaded - started, time.perf_counter() - loaded)
+
+
+def writing_model(folder: Path, dtype: str, *, trust_remote_code: bool) -> Any:
+    """A folder's model, ready for `continued`. Raises InputError for one that writes no texts."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load_model(
         folder,
         dtype=getattr(torch, dtype),
         ds_config=None,
         attention="auto",
-        trust_remote_code=how.trust_remote_code,
+        trust_remote_code=trust_remote_code,
     )
-    model = model.to(device).eval()
-    model.config.use_cache = True
-    model_family = family(model.config)
-    if model_family.kind == "encoder":
+    if family(model.config).kind == "encoder":
         raise InputError(f"{folder}: an encoder writes no texts; give a decoder or an encoder-decoder")
+    model.config.use_cache = True
+    return model.to(device).eval()
+
+
+def continued(
+    model: Any, prompts: Sequence[Ids], how: Sampling, say: Say = quietly, mixed: tuple[Any, float] | None = None
+) -> list[Ids]:
+    """Continue prompts in batches of like length, padded on the left; an encoder-decoder answers them, padded on the right.
+
+    `say` gets the share that is done, batch by batch. `mixed`: (a second model of the same tokens, its share of the distribution that each
+    token is drawn from).
+    """
+    device = model.device
+    model_family = family(model.config)
     answers = model_family.kind == "encoder_decoder"
     pad = how.stops[0]
-    chosen: dict[str, Any] = {"do_sample": False}
-    if how.temperature:
-        chosen = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
-    ends = {"max_new_tokens": how.max_new_tokens, "eos_token_id": list(how.stops), "pad_token_id": pad}
+    limits, seeds = how.of(len(prompts))
+    ends = {"eos_token_id": list(how.stops), "pad_token_id": pad}
     if answers:
         ends["decoder_start_token_id"] = model_family.start
-    model.generation_config = GenerationConfig(**chosen, **ends)  # in place of the folder's own
-    loaded = time.perf_counter()
-    torch.manual_seed(how.seed)
+    model.generation_config = GenerationConfig(do_sample=False, **ends)  # in place of the folder's own
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     texts: dict[int, Ids] = {}
     for start in range(0, len(order), how.batch_size):
@@ -93,41 +88,28 @@ def by_hugging_face(
         lengths = torch.tensor([len(prompts[n]) for n in batch], device=device)[:, None]
         places = torch.arange(width, device=device)
         mask = (places < lengths if answers else places >= width - lengths).long()
+        longest = max(limits[n] for n in batch)
+        choices = LogitsProcessorList([] if mixed is None else [Mixed(*mixed, mask)])
+        if how.temperature:
+            choices.append(Draws([seeds[n] for n in batch], longest, how.temperature, how.top_p))
+        given = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": longest, "logits_processor": choices}
         with torch.inference_mode():
-            new = model.generate(input_ids=ids, attention_mask=mask)[:, 1 if answers else width :].tolist()
-        texts |= {number: _ended(text, how.stops) for number, text in zip(batch, new, strict=True)}
+            new = model.generate(**given)[:, 1 if answers else width :].tolist()
+        texts |= {n: _ended(text[: limits[n]], how.stops) for n, text in zip(batch, new, strict=True)}
         say_share(say, len(texts), len(prompts))
-    return Continuations([texts[n] for n in range(len(prompts))], loaded - started, time.perf_counter() - loaded)
+    return [texts[n] for n in range(len(prompts))]
 
 
 def by_vllm(folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampling, say: Say = quietly) -> Continuations:
     """Continue all prompts by one call of vLLM's engine, which is silent. The process needs `vllm_environment` from its start."""
     started = time.perf_counter()
-    from vllm import LLM, SamplingParams, TokensPrompt  # type: ignore[import-not-found]  # optional, and takes seconds
-
-    longest = max(len(prompt) for prompt in prompts) + how.max_new_tokens
-    options = engine_options(dtype, max_length=longest, seed=how.seed)
-    options["trust_remote_code"] = how.trust_remote_code
-    engine: Any = LLM(model=str(folder), skip_tokenizer_init=True, generation_config="vllm", **options)
+    longest = max(map(len, prompts)) + how.max_new_tokens
+    engine = VllmEngine(folder, dtype, max_length=longest, trust_remote_code=how.trust_remote_code)
     loaded = time.perf_counter()
     try:
-        sampling = [
-            SamplingParams(
-                temperature=how.temperature,
-                top_p=how.top_p,
-                seed=how.seed + number if how.temperature else None,  # its own stream, whatever shares the batch
-                max_tokens=how.max_new_tokens,
-                stop_token_ids=list(how.stops),
-                detokenize=False,
-            )
-            for number in range(len(prompts))
-        ]
-        outputs = engine.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], sampling, use_tqdm=False)
-        texts = [list(output.outputs[0].token_ids) for output in outputs]
+        texts = engine.continued(prompts, how)
     finally:
-        engine.llm_engine.engine_core.shutdown()  # else its memory is not free for the next model
-        del engine
-        gc.collect()
+        engine.close()
     return Continuations(texts, loaded - started, time.perf_counter() - loaded)
 
 

@@ -13,7 +13,7 @@ from llmkd.errors import InputError
 from llmkd.layer_map import STRATEGIES
 from llmkd.recipe.section import SEEDS_END, Backend, Dtype, Section, check_name
 
-_VARIED = ("student", "matching", "loss", "train", "stones")
+_VARIED = ("student", "matching", "loss", "train", "stones", "rollouts")
 
 
 class Generation(Section):

@@ -23,6 +23,7 @@ from llmkd.recipe.evaluation import Evaluation, Study
 from llmkd.recipe.messages import sentence
 from llmkd.recipe.models import Student, Teacher
 from llmkd.recipe.objective import Loss, Matching, Stones, within
+from llmkd.recipe.rollouts import Rollouts, check_rollouts
 from llmkd.recipe.run import Cache, Finetune, Train, check_stream, check_validation, with_batch_size
 from llmkd.recipe.section import NO_EFFECT, Section
 from llmkd.recipe.yaml_files import RecipeDumper, find_recipe, parse_yaml, read_text
@@ -51,6 +52,8 @@ class Recipe(Section):
     """The rows that models are trained on."""
     train: Train
     """The optimizer, the batch, and what is saved."""
+    rollouts: Rollouts | None = None
+    """Texts that are written during training and trained on; if left out, there are none."""
     cache: Cache = Field(default_factory=Cache)
     """The teacher's states on disk."""
     evaluation: Annotated[Evaluation, NO_EFFECT] = Field(default_factory=Evaluation)
@@ -197,6 +200,12 @@ class Recipe(Section):
                     f"{where}.streaming: a new model's tokenizer is trained on all rows; write {where}.streaming: false, or start from a "
                     "checkpoint (finetune.path)"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts_are_possible(self) -> Recipe:
+        if self.rollouts is not None:
+            check_rollouts(self.rollouts, self.data, self.loss, self.teacher)
         return self
 
     @property

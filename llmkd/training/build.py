@@ -15,18 +15,26 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from llmkd.data.batches import Batch, steps_per_epoch
+from llmkd.data.tokenized import Tokens
 from llmkd.distributed.compiled import check_asynchronous_io
 from llmkd.distributed.ds_configs import DsConfig, teacher_ds_config
 from llmkd.distributed.engines import parameter_count
 from llmkd.distributed.pipeline_group import PipelineGroup
-from llmkd.distributed.ranks import World, all_rows
+from llmkd.distributed.ranks import World, all_rows, on_main
 from llmkd.errors import InputError
+from llmkd.inference.backends import stop_ids
+from llmkd.inference.choose import WORTH_VLLM, choose_backend
+from llmkd.inference.vllm_setup import check_installed
 from llmkd.losses.distance_sum import AllRows
 from llmkd.losses.schedules import learning_rate
 from llmkd.models import families, load
 from llmkd.models.parts import blocks
 from llmkd.recipe import recipe
 from llmkd.recipe.ds_config import completed_ds_config
+from llmkd.rollouts.source import Micro, Rollouts
+from llmkd.rollouts.wanted import Schedule
+from llmkd.rollouts.weights import Weights
+from llmkd.rollouts.writer import Writing, writer_variables
 from llmkd.student.connectors import fit_connectors, make_connectors
 from llmkd.student.distiller import Distiller, make_projectors
 from llmkd.student.stepping_stones import SteppingStones
@@ -267,3 +275,53 @@ def fit_stones(
     connectors = student.module.stones.connectors
     steps = rows(start_step=0, steps=settings.connector_batches)
     fit_connectors(world, student, connectors, job.stones, *stack, teacher, steps)
+
+
+def rollouts_of(
+    world: World, job: Job, tokens: Tokens, student: Any, tokenizer: Any, *, accumulation: int, steps: int
+) -> Rollouts | None:
+    """The source of the batches of a job whose texts are written as it goes; None of any other. `student`: transformers' model."""
+    settings, train = job.recipe.rollouts, job.train
+    if settings is None or not settings.writes or job.makes_teacher:
+        return None
+    assert job.teacher is not None, "the recipe's checks see to it"
+    schedule = Schedule(settings.every, settings.share, settings.samples, job.seed, steps)
+    trusted = job.recipe.teacher.trust_remote_code or job.recipe.student.trust_remote_code
+    per_round = round(settings.share * train.batch_size * settings.every) * settings.max_new_tokens
+    backend, why = settings.backend, "as the recipe says"
+    if settings.by == "mixed":
+        backend, why = "hf", "each token is drawn from two models"
+    elif backend == "auto":
+        backend, why = on_main(world, lambda: choose_backend("auto", job.initial, per_round, WORTH_VLLM))
+    if backend == "vllm":
+        check_installed("rollouts.backend")
+    log.info("%s: rollouts by %s (%s)", job.title, backend, why)
+    writing = Writing(
+        backend=backend,
+        dtype=train.dtype,
+        max_new_tokens=settings.max_new_tokens,
+        max_length=job.data.max_length,
+        stops=stop_ids(job.initial, tokenizer),
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        batch_size=settings.batch_size,
+        trust_remote_code=trusted,
+        mixed_with=str(job.teacher) if settings.by == "mixed" else None,
+        mixed_share=settings.alpha if settings.by == "mixed" else 0.0,
+        gpu_share=settings.gpu_share,
+    )
+    known = load.load_config(job.teacher, trust_remote_code=trusted).vocab_size
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Rollouts(
+        world,
+        job.folder,
+        tokens,
+        schedule,
+        Micro(train.batch_size, accumulation, job.seed, pad_id),
+        writing,
+        Weights(student, job.folder),
+        writer_variables(world.device, world.local_rank),
+        drops_truncated=settings.truncated == "drop",
+        known_tokens=known,
+        foreign=frozenset(job.further_tokens),
+    )

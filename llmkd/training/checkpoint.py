@@ -229,7 +229,7 @@ def export(
     world: World, model: PreTrainedModel, folder: Path, *, tokenizer_from: Path, card: str, meta: Mapping[str, object]
 ) -> None:
     """Write the student as a clean HF folder: safetensors, tokenizer, generation config, model card, `llmkd.json` (all ranks take part)."""
-    state = whole_state(world, model)
+    state = whole_state(model, here=world.is_main)
 
     def write(tmp: Path) -> None:
         copy_tokenizer(tokenizer_from, tmp)

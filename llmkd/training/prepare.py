@@ -20,6 +20,7 @@ from llmkd.distributed.ranks import World
 from llmkd.errors import InputError
 from llmkd.processes import Stopping
 from llmkd.recipe.recipe import dump_recipe
+from llmkd.rollouts.source import Rollouts
 from llmkd.student.distiller import Distiller
 from llmkd.student.passes import StepSettings
 from llmkd.teachers.base import Signal, Teacher
@@ -58,6 +59,8 @@ class PreparedRun:
     """Where `rows` come from if they are streamed."""
     digests: tuple[str, ...] = ()
     """Otherwise a hash of each source's tokens."""
+    rollouts: Rollouts | None = None
+    """Where they come from if texts are written as the run goes."""
 
     def taken(self, step: int) -> dict[str, int]:
         """How many rows (packed: sequences) of each source the steps up to this one were trained on; empty with a single source."""
@@ -71,8 +74,12 @@ class PreparedRun:
         steps = self.rows(start_step=self.first, steps=self.steps)
         if self.teacher is not None:
             numbered = enumerate(steps, start=self.first + 1)
-            steps = announced(((batches, self.validates(step)) for step, batches in numbered), self.teacher.expect)
+            steps = announced(((batches, self._is_end(step)) for step, batches in numbered), self.teacher.expect)
         return steps if self.stream is None else self.stream.followed(steps)
+
+    def _is_end(self, step: int) -> bool:
+        """Whether the next step's batches are to be asked for only when this step (from 1) is done."""
+        return self.validates(step) or (self.rollouts is not None and self.rollouts.schedule.ends_round(step - 1))
 
     @property
     def place(self) -> dict[str, Any] | None:
@@ -149,6 +156,9 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
         (job.folder / "recipe.yaml").write_text(dump_recipe(job.recipe))
     if resume is None and module.stones is not None:
         build.fit_stones(world, job, student, teacher, source.rows)
+    rollouts = build.rollouts_of(
+        world, job, data.training, module.model, tokenizer, accumulation=accumulation, steps=steps
+    )
     _announce(world, job, steps, accumulation, source.count)
     done = (0, ()) if resume is None else (resume.step, resume.validations)
     held_out = 0 if data.validation is None else len(data.validation)
@@ -157,7 +167,7 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
         student,
         module,
         teacher,
-        source.rows,
+        source.rows if rollouts is None else rollouts.rows,
         rate,
         done[0],
         steps,
@@ -167,6 +177,7 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
         source.mixed,
         source.stream,
         data.training.digests,
+        rollouts,
     )
 
 

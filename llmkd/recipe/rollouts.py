@@ -1,0 +1,90 @@
+"""Texts that are written during training, and trained on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from llmkd.recipe.data import Data
+from llmkd.recipe.models import Teacher
+from llmkd.recipe.objective import Loss
+from llmkd.recipe.section import NO_EFFECT, Backend, Section
+
+
+class Rollouts(Section):
+    """On-policy distillation: during training a model continues the prompts of the data's rows, and its texts are trained on in place of
+    the rows' own completions. The teacher reads them like any row."""
+
+    by: Literal["student", "mixed"] = "student"
+    """Who writes. `student`: the student as it is then (on-policy). `mixed`: each token is drawn from both, from (1 − alpha) of the
+    student's distribution and alpha of the teacher's (MiniLLM), which keeps a weak student's texts sensible; it takes the hf backend."""
+    alpha: float = Field(default=0.2, gt=0, lt=1)
+    """The teacher's part in `by: mixed`."""
+    share: float = Field(default=1.0, ge=0, le=1)
+    """The share of each batch's rows whose completions are written; the others keep the data's (GKD's lambda)."""
+    every: int = Field(default=1, gt=0)
+    """Steps for which texts are written at one time, by the student as it is before the first of them; 1 is strictly on-policy."""
+    samples: int = Field(default=1, gt=0)
+    """How many texts are written of each prompt; a batch then has as many fewer prompts."""
+    max_new_tokens: int = Field(default=128, gt=0)
+    """Longest text in tokens; with its prompt it has at most data.max_length."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature; 0 is greedy, always the likeliest token."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the likeliest tokens that have this probability together."""
+    truncated: Literal["train", "drop"] = "train"
+    """What is done with a text that has not ended within its tokens."""
+    backend: Backend = "auto"
+    """What runs the student; `auto`: vLLM where it is installed and the texts of a round are enough to repay its start, else Hugging
+    Face."""
+    gpu_share: Annotated[float, NO_EFFECT] = Field(default=0.3, gt=0, lt=1)
+    """The share of a GPU's memory that vLLM has while it writes, beside what training keeps there; it lets go of it in between."""
+    batch_size: Annotated[int, NO_EFFECT] = Field(default=64, gt=0)
+    """Prompts at once on the hf backend (vLLM batches by itself)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Rollouts:
+        if self.by == "mixed" and self.backend == "vllm":
+            raise ValueError("backend: vLLM runs one model, and by: mixed draws each token from two; write hf")
+        if self.alpha != type(self).model_fields["alpha"].default and self.by != "mixed":
+            raise ValueError("alpha: it belongs to by: mixed; write that, or leave alpha out")
+        return self
+
+    @property
+    def writes(self) -> bool:
+        """Whether there are texts to write at all: at a share of 0 a run is the same as without the section."""
+        return self.share > 0
+
+
+def check_rollouts(rollouts: Rollouts, data: Data, loss: Loss, teacher: Teacher) -> None:
+    """Raise ValueError where a run can't train on written texts as it asks."""
+    if not rollouts.writes:
+        return
+    off = "or leave the section rollouts out"
+    if loss.ce:
+        raise ValueError(
+            "loss.ce: the tokens of a text that the student wrote are no answers to learn by heart; write loss.ce: 0 and let the "
+            f"teacher's distribution teach (loss.kl, e.g. with divergence: reverse_kl), {off}"
+        )
+    if not teacher.serving.has_weights:
+        raise ValueError(
+            f"rollouts: a teacher with {teacher.serving_name} has read all rows before training, and texts are written during it; write "
+            f"placement: replicated, zero3 or pipeline and share_cache: false, {off}"
+        )
+    if data.batching == "packed":
+        raise ValueError(
+            "data.batching: packed sequences are laid out before training, when nobody knows how long a text will be; write grouped, "
+            f"{off}"
+        )
+    if data.streaming:
+        raise ValueError(f"data.streaming: prompts are taken from rows on disk; write streaming: false, {off}")
+    if any(part.format == "text" for part in data.parts):
+        raise ValueError(
+            f"data.format: a text has no prompt to continue; give rows of prompt and completion or chats, {off}"
+        )
+    if rollouts.max_new_tokens >= data.max_length:
+        raise ValueError(
+            f"rollouts.max_new_tokens: {rollouts.max_new_tokens} tokens leave no room for a prompt within data.max_length "
+            f"{data.max_length}; write a smaller one, or a larger max_length"
+        )

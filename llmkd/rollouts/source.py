@@ -1,0 +1,261 @@
+"""Rollouts as a source of batches: before each round the student's weights are handed to the writers, and what they write fills the steps.
+
+The training loop knows nothing of it. A round is asked for when its first step is, which is after the last step of the round before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmkd.data.batches import Batch, TokenRow, ahead, collate
+from llmkd.data.tokenized import Tokens
+from llmkd.distributed.ranks import World, gather, on_main
+from llmkd.errors import InputError
+from llmkd.recipe.inputs import fingerprint
+from llmkd.rollouts.texts import Text, forget_rounds_after, measures, read_round, round_file, write_round
+from llmkd.rollouts.wanted import Schedule, Wanted
+from llmkd.rollouts.weights import Weights
+from llmkd.rollouts.writer import Asked, Writer, Writing
+
+log = logging.getLogger("llmkd")
+
+
+@dataclass(frozen=True)
+class Micro:
+    """How a step's rows become this rank's micro-batches."""
+
+    batch_size: int
+    accumulation: int
+    seed: int
+    """Of the order of the data's rows."""
+    pad_id: int
+
+
+@dataclass
+class Spent:
+    """Seconds of this start of a run."""
+
+    weights: float = 0.0
+    """Handing the weights over."""
+    writing: float = 0.0
+    """Weights included."""
+    rounds: int = 0
+    texts: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The batches of a run whose texts are written as it goes."""
+
+    world: World
+    folder: Path
+    """The run's."""
+    tokens: Tokens
+    """The data's rows."""
+    schedule: Schedule
+    micro: Micro
+    writing: Writing
+    weights: Weights
+    """The student's, as the writers read them."""
+    variables: dict[str, str]
+    """The environment of this rank's writer beside this process's."""
+    drops_truncated: bool
+    known_tokens: int
+    """Ids from here on only the student has: a text is cut before one."""
+    foreign: frozenset[int] = frozenset()
+    """Further ids that only the student has."""
+    spent: Spent = field(default_factory=Spent)
+
+    def rows(self, *, start_step: int, steps: int) -> Iterator[list[Batch]]:
+        """For each step from `start_step` on, this rank's micro-batches (all ranks take part wherever a round begins)."""
+        on_main(self.world, lambda: forget_rounds_after(self.folder, start_step))
+        with contextlib.closing(
+            Writer(self.writing, self.folder / "rollouts" / f"writer-{self.world.rank}.log", self.variables)
+        ) as writer:
+            step = start_step
+            while step < steps:
+                steps_of_round = self.schedule.round_of(step)
+                texts = self._round(writer, steps_of_round, resumed_at=step)
+                last = min(steps_of_round.stop, steps)
+                yield from ahead(partial(self._batches, texts), step, last)
+                step = last
+
+    # --- a round
+
+    def _round(self, writer: Writer, steps: range, resumed_at: int) -> list[Text]:
+        """The round's texts, read or written. Raises InputError where a run that is resumed within a round has lost its file."""
+        file = round_file(self.folder, steps.start)
+        decides = fingerprint(self._decides())
+        texts = on_main(self.world, lambda: _as_values(read_round(file, decides)))
+        if texts is not None:
+            return _as_texts(texts)
+        if resumed_at > steps.start:
+            raise InputError(
+                f"{file}: it is gone, and the student that wrote it has been trained on since; put it back, or remove the checkpoints after "
+                f"step {steps.start}"
+            )
+        return self._written(writer, steps, file, decides)
+
+    def _decides(self) -> dict[str, Any]:
+        """What decides a round's texts beside the weights."""
+        writing = {**vars(self.writing), "gpu_share": None, "batch_size": None}
+        return {
+            "writing": writing,
+            "schedule": {**vars(self.schedule), "steps": None},
+            "batch": [self.micro.batch_size, self.micro.seed],
+            "data": list(self.tokens.digests),
+        }
+
+    def _written(self, writer: Writer, steps: range, file: Path, decides: str) -> list[Text]:
+        began = time.perf_counter()
+        wanted = [self._wanted(step) for step in steps]
+        asked = [
+            (one.step, *of_text) for one in wanted for of_text in zip(one.places, one.rows, one.seeds, strict=True)
+        ]
+        prompts = [self._prompt(int(row)) for _, _, row, _ in asked]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the writer is on the same device
+        folder = self.weights.hand_over(self.world)
+        handed = time.perf_counter() - began
+        # alike in length, so that no rank has all of the long ones
+        order = sorted(range(len(asked)), key=lambda number: (-len(prompts[number]), number))
+        mine = order[self.world.rank :: self.world.size]
+        longest = self.writing.max_length
+        limits = [min(self.writing.max_new_tokens, longest - len(prompts[number])) for number in mine]
+        seeds = [int(asked[number][3]) for number in mine]
+        own = _attempted(writer, Asked(str(folder), [prompts[number].tolist() for number in mine], limits, seeds))
+        every = gather(self.world, (mine, own))
+        for _, result in every:
+            if isinstance(result, str):
+                raise InputError(result)
+        ids = {number: text for numbers, result in every for number, text in zip(numbers, result, strict=True)}
+        texts = [
+            self._text(int(step), int(place), int(row), prompts[number], ids[number])
+            for number, (step, place, row, _) in enumerate(asked)
+        ]
+        on_main(self.world, lambda: write_round(file, texts, decides))
+        self._note(steps.start, texts, handed, time.perf_counter() - began)
+        return texts
+
+    def _wanted(self, step: int) -> Wanted:
+        return self.schedule.wanted(step, self._rows(step))
+
+    def _rows(self, step: int) -> np.ndarray:
+        """The data's rows of a step's batch."""
+        length = self.tokens.window_steps(self.micro.batch_size)
+        window, place = divmod(step, length)
+        return self.tokens.window(window, batch_size=self.micro.batch_size, seed=self.micro.seed)[place]
+
+    def _prompt(self, number: int) -> np.ndarray:
+        """The tokens of a row before its last completion. Raises InputError for a row that begins with it."""
+        row = self.tokens.row(number)
+        prompt = prompt_of(row)
+        if not len(prompt):
+            raise InputError(
+                f"rollouts: row {row['row']} has no prompt, all of it is trained; give rows of prompt and completion, or chats"
+            )
+        return prompt
+
+    def _text(self, step: int, place: int, row: int, prompt: np.ndarray, ids: Sequence[int]) -> Text:
+        """What was written, cut before a token that the teacher does not know."""
+        text = np.array(ids, dtype=np.int32)
+        foreign = (text >= self.known_tokens) | np.isin(text, sorted(self.foreign))
+        if foreign.any():
+            text = text[: int(foreign.argmax())]
+        ended = bool(len(text)) and int(text[-1]) in self.writing.stops
+        return Text(step, place, row, prompt.astype(np.int32), text, ended)
+
+    def _note(self, first: int, texts: Sequence[Text], handed: float, seconds: float) -> None:
+        values = {**measures(texts), "weights_seconds": handed, "seconds": seconds}
+        self.spent.weights += handed
+        self.spent.writing += seconds
+        self.spent.rounds += 1
+        self.spent.texts += len(texts)
+        self.spent.tokens += int(values["tokens"])
+        if not self.world.is_main:
+            return
+        log.info(
+            "rollouts for step %d: %d texts of %.0f tokens, %.0f%% ended, %d empty, repetition %.2f, %.1f s (weights %.1f s)",
+            first + 1, len(texts), values["length"], 100 * values["ended"], values["empty"], values["repetition"], seconds, handed,
+        )  # fmt: skip
+        with (self.folder / "rollouts.jsonl").open("a") as lines:
+            lines.write(json.dumps({"step": first, **values}) + "\n")
+
+    # --- a step
+
+    def _batches(self, texts: Sequence[Text], step: int) -> list[Batch]:
+        """This rank's micro-batches of a step: the data's rows with the texts in their places, the longest first."""
+        rows: list[tuple[int, int, TokenRow | None]] = []
+        numbers = self._rows(step)
+        written = {text.place: text for text in texts if text.step == step}
+        lengths = self.tokens.lengths_of(numbers)
+        for place, (number, length) in enumerate(zip(numbers.tolist(), lengths.tolist(), strict=True)):
+            text = written.get(place)
+            if text is None:
+                rows.append((length, number, None))
+            elif not (text.is_empty or (self.drops_truncated and not text.ended)):
+                rows.append((len(text.prompt) + len(text.text), text.row, written_row(text)))
+        count = self.micro.accumulation * self.world.size
+        if len(rows) < count:
+            raise InputError(
+                f"rollouts: of the {len(numbers)} rows of step {step + 1} only {len(rows)} have a text to train on, and {count} "
+                "micro-batches need one each; write a larger max_new_tokens, or truncated: train, or a smaller share"
+            )
+        order = sorted(range(len(rows)), key=lambda place: -rows[place][0])  # stable
+        # as even as can be: a text that is not trained on makes one micro-batch shorter
+        parts = np.array_split(np.array(order), count)[self.world.rank :: self.world.size]
+        batches = []
+        for part in parts:
+            chosen = [rows[place] for place in part]
+            given = [self.tokens.row(number) if row is None else row for _, number, row in chosen]
+            batch = collate(given, pad_id=self.micro.pad_id, packed=False, numbers=[number for _, number, _ in chosen])
+            batches.append(batch.pinned() if torch.cuda.is_available() else batch)
+        return batches
+
+
+def prompt_of(row: TokenRow) -> np.ndarray:
+    """A row's tokens before the last of its stretches that are trained; all of a row without any."""
+    ids, trained = np.asarray(row["input_ids"]), np.asarray(row["trained"], dtype=bool)
+    if not trained.any():
+        return ids
+    begins = np.flatnonzero(trained & ~np.concatenate([[False], trained[:-1]]))
+    return ids[: begins[-1]]
+
+
+def written_row(text: Text) -> TokenRow:
+    """A text as a row like any other, of which what was written is trained."""
+    ids = np.concatenate([text.prompt, text.text])
+    return {"input_ids": ids, "trained": np.arange(len(ids)) >= len(text.prompt), "length": len(ids), "row": text.row}
+
+
+def _attempted(writer: Writer, asked: Asked) -> list[list[int]] | str:
+    """The texts, or the sentence that all ranks are to end with."""
+    try:
+        return writer.write(asked)
+    except InputError as error:
+        return str(error)
+
+
+def _as_values(texts: list[Text] | None) -> list[tuple[Any, ...]] | None:
+    """As lists of numbers, which travel from rank to rank."""
+    if texts is None:
+        return None
+    return [(t.step, t.place, t.row, t.prompt.tolist(), t.text.tolist(), t.ended) for t in texts]
+
+
+def _as_texts(values: list[tuple[Any, ...]]) -> list[Text]:
+    return [
+        Text(step, place, row, np.array(prompt, dtype=np.int32), np.array(text, dtype=np.int32), ended)
+        for step, place, row, prompt, text, ended in values
+    ]

@@ -1,0 +1,63 @@
+"""Which texts a run wants: a pure function of (seed, step), like the order of the rows.
+
+A round is the steps for which texts are written at one time. In a step some of the batch's rows keep their own completions; the others are
+written: their prompts are continued, each prompt `samples` times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmkd.data.order import permuted
+
+WHOLE = 2**20
+"""What a share of 1 is, as a whole number: so no rounding adds up over a long run."""
+_PLACES, _SEED = 7, 8
+"""What a number is drawn for: part of its key (1 to 6: llmkd.data)."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The texts that a step wants, in the order of their places in its batch."""
+
+    step: int
+    """From 0."""
+    places: np.ndarray
+    """[n] where in the batch's rows each text stands."""
+    rows: np.ndarray
+    """[n] the number of the row whose prompt it continues."""
+    seeds: np.ndarray
+    """[n] uint64, what its tokens are drawn by."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The rounds of a run."""
+
+    every: int
+    share: float
+    samples: int
+    seed: int
+    steps: int
+    """Of the whole run."""
+
+    def round_of(self, step: int) -> range:
+        """The steps of the round that a step (from 0) is in."""
+        first = step - step % self.every
+        return range(first, min(first + self.every, self.steps))
+
+    def ends_round(self, step: int) -> bool:
+        """Whether a step (from 0) is the last of its round: the next steps' texts are written when it is done."""
+        return step + 1 == self.round_of(step).stop
+
+    def wanted(self, step: int, rows: np.ndarray) -> Wanted:
+        """The texts of a step (from 0), whose batch has these rows. The share of written rows is exact within one row at any step."""
+        share = round(self.share * WHOLE)
+        before, after = (number * len(rows) * share // WHOLE for number in (step, step + 1))
+        chosen = np.arange(after - before)
+        places = np.sort(permuted(chosen, len(rows), (self.seed, _PLACES, step)))
+        prompts = rows[places[chosen - chosen % self.samples]]
+        seeds = np.random.SeedSequence([self.seed, _SEED, step]).generate_state(max(1, len(chosen)), np.uint64)
+        return Wanted(step, places, prompts, seeds[: len(chosen)])

@@ -27,6 +27,8 @@ from llmkd.losses.schedules import learning_rate
 from llmkd.models import load as models
 from llmkd.models import make as making
 from llmkd.recipe.recipe import Recipe
+from llmkd.recipe.rollouts import Rollouts
+from llmkd.rollouts.wanted import Schedule
 from llmkd.student.distiller import make_projectors
 from llmkd.training.pairs import pairs_of
 from tests import definitions
@@ -143,8 +145,14 @@ def plain_run(
     )
     assert recipe.train.steps is not None
     losses = []
+    written: dict[int, list[Any]] = {}
     for step in range(recipe.train.steps):
-        batch = collate(rows_of_step(data, recipe, step), pad_id=tokenizer.pad_token_id, packed=False)
+        rows = rows_of_step(data, recipe, step)
+        if recipe.rollouts is not None and recipe.rollouts.writes:
+            if step % recipe.rollouts.every == 0:
+                written = plain_round(recipe, step, data, teacher, student, tokenizer.eos_token_id)
+            rows = written[step]
+        batch = collate(rows, pad_id=tokenizer.pad_token_id, packed=False)
         if recipe.matching.redraw_every:
             depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
             pairs = in_order_random(*depths, recipe.seed, step // recipe.matching.redraw_every)
@@ -170,6 +178,60 @@ def plain_run(
         optimizer.zero_grad()
         losses.append({"loss": loss.item(), **{k: v.item() for k, v in parts.items()}})
     return {name: p.detach() for name, p in student.named_parameters()}, losses
+
+
+def plain_round(
+    recipe: Recipe, first: int, data: Dataset, teacher: Any, student: Any, eos: int
+) -> dict[int, list[Any]]:
+    """The rows of the steps of a round, the texts written token by token, each by a pass over all before it; by step."""
+    how, steps = recipe.rollouts, recipe.train.steps
+    assert how is not None and steps is not None
+    schedule = Schedule(how.every, how.share, how.samples, recipe.seed, steps)
+    by_step = {}
+    for step in schedule.round_of(first):
+        rows = list(rows_of_step(data, recipe, step))
+        numbers = np.array(
+            [row["row"] for row in rows]
+        )  # in these data no row is left out, so they are also the rows' places
+        wanted = schedule.wanted(step, numbers)
+        for place, number, seed in zip(wanted.places, wanted.rows, wanted.seeds, strict=True):
+            row = data[int(number)]
+            prompt = row["input_ids"][: row["trained"].index(True)]
+            text = plain_text(how, prompt, int(seed), teacher, student, eos, recipe.data.max_length)
+            trained = [False] * len(prompt) + [True] * len(text)
+            rows[place] = {"input_ids": prompt + text, "trained": trained, "ended": text[-1] == eos}
+        rows = [row for row in rows if row.get("ended", True) or how.truncated == "train"]
+        by_step[step] = [row for row in rows if not row.get("ended") or sum(row["trained"]) > 1]  # not the empty ones
+    return by_step
+
+
+@torch.no_grad()
+def plain_text(
+    how: Rollouts, prompt: list[int], seed: int, teacher: Any, student: Any, eos: int, longest: int
+) -> list[int]:
+    """What is written after a prompt: each token is where the cumulative distribution passes a uniform number."""
+    text: list[int] = []
+    for uniform in np.random.default_rng(seed).random(how.max_new_tokens):
+        if len(prompt) + len(text) == longest:
+            break
+        ids = torch.tensor([prompt + text])
+        share = student(ids).logits[0, -1].double().softmax(-1)
+        if how.by == "mixed":
+            share = how.alpha * teacher(ids).logits[0, -1].double().softmax(-1) + (1 - how.alpha) * share
+        if how.temperature:
+            share = share ** (1 / how.temperature)
+            share = share / share.sum()
+            if how.top_p < 1:
+                order = share.argsort(descending=True)
+                before = share[order].cumsum(0) - share[order]
+                share[order[before >= how.top_p]] = 0.0
+            token = int((share.cumsum(0) > uniform * share.sum()).nonzero()[0])
+        else:
+            token = int(share.argmax())
+        text.append(token)
+        if token == eos:
+            break
+    return text
 
 
 def assert_same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:

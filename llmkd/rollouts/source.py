@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from llmkd.recipe.inputs import fingerprint
 from llmkd.rollouts.texts import Text, forget_rounds_after, measures, read_round, round_file, write_round
 from llmkd.rollouts.wanted import Schedule, Wanted
 from llmkd.rollouts.weights import Weights
-from llmkd.rollouts.writer import Asked, Writer, Writing
+from llmkd.rollouts.writer import Asked, Writer, Writing, writer_of
 
 log = logging.getLogger("llmkd")
 
@@ -80,9 +81,8 @@ class Rollouts:
     def rows(self, *, start_step: int, steps: int) -> Iterator[list[Batch]]:
         """For each step from `start_step` on, this rank's micro-batches (all ranks take part wherever a round begins)."""
         on_main(self.world, lambda: forget_rounds_after(self.folder, start_step))
-        with contextlib.closing(
-            Writer(self.writing, self.folder / "rollouts" / f"writer-{self.world.rank}.log", self.variables)
-        ) as writer:
+        log_file = self.folder / "rollouts" / f"writer-{self.world.rank}.log"
+        with contextlib.closing(writer_of(self.writing, log_file, self.variables)) as writer:
             step = start_step
             while step < steps:
                 steps_of_round = self.schedule.round_of(step)
@@ -102,8 +102,8 @@ class Rollouts:
             return _as_texts(texts)
         if resumed_at > steps.start:
             raise InputError(
-                f"{file}: it is gone, and the student that wrote it has been trained on since; put it back, or remove the checkpoints after "
-                f"step {steps.start}"
+                f"{file}: it is gone, and the student that wrote it has been trained on since; put it back, or remove the checkpoints "
+                f"after step {steps.start}"
             )
         return self._written(writer, steps, file, decides)
 
@@ -242,7 +242,7 @@ def written_row(text: Text) -> TokenRow:
 def _attempted(writer: Writer, asked: Asked) -> list[list[int]] | str:
     """The texts, or the sentence that all ranks are to end with."""
     try:
-        return writer.write(asked)
+        return writer.write(asked) if asked.prompts else []
     except InputError as error:
         return str(error)
 

@@ -1,6 +1,7 @@
-"""The process that writes texts for one rank: the student's weights and prompts in, token ids out.
+"""What writes texts for one rank: the student's weights and prompts in, token ids out.
 
-It is a process of its own so that vLLM finds the surroundings it needs, and so that a run outlives a writer that dies.
+Hugging Face writes in the rank's own process. vLLM has one of its own, so that it finds the surroundings it needs, and a run outlives an
+engine that dies.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -27,6 +28,8 @@ from llmkd.inference.vllm_setup import on_cpu, vllm_environment
 
 log = logging.getLogger("llmkd")
 
+NOTE = "rollouts: "
+"""Begins a line for the run's log."""
 TEXT = "text: "
 """Begins a line with the ids of one text; they come in the order of the prompts."""
 STALE = 0.3
@@ -55,6 +58,19 @@ class Writing:
     gpu_share: float | None = None
     """vLLM's share of the memory of a GPU that it has together with the training."""
 
+    def sampling(self, asked: Asked) -> Sampling:
+        """How the texts of an order are drawn."""
+        return Sampling(
+            max_new_tokens=self.max_new_tokens,
+            stops=self.stops,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seeds=tuple(asked.seeds),
+            limits=tuple(asked.limits),
+            batch_size=self.batch_size,
+            trust_remote_code=self.trust_remote_code,
+        )
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -77,18 +93,60 @@ def writer_variables(device: torch.device, local_rank: int) -> dict[str, str]:
     return variables
 
 
-class Writer:
-    """The parent's side: one process, started when it is first asked, and once more where it dies."""
+class Writer(Protocol):
+    """What writes one rank's texts."""
+
+    def write(self, asked: Asked) -> list[Ids]:
+        """The texts. Raises InputError where the model or the prompts can't be run."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+        ...
+
+
+def writer_of(writing: Writing, log_file: Path, variables: Mapping[str, str]) -> Writer:
+    """The writer of a backend; `log_file` and `variables` are for a process of its own, which vLLM has."""
+    return VllmWriter(writing, log_file, variables) if writing.backend == "vllm" else HuggingFaceWriter(writing)
+
+
+class HuggingFaceWriter:
+    """Writes in this process. The student is loaded for each round, a second model once."""
+
+    def __init__(self, writing: Writing) -> None:
+        self._writing = writing
+        self._mixed: tuple[Any, float] | None = None
+        if writing.mixed_with is not None:
+            self._mixed = self._model(writing.mixed_with), writing.mixed_share
+
+    def _model(self, folder: str) -> Any:
+        trusted = self._writing.trust_remote_code
+        return writing_model(Path(folder), self._writing.dtype, trust_remote_code=trusted)
+
+    def write(self, asked: Asked) -> list[Ids]:
+        try:
+            return continued(
+                self._model(asked.weights), asked.prompts, self._writing.sampling(asked), mixed=self._mixed
+            )
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"rollouts.batch_size: {self._writing.batch_size} texts at once do not fit on the GPU beside the training; write a "
+                "smaller number"
+            ) from error
+
+    def close(self) -> None:
+        self._mixed = None
+
+
+class VllmWriter:
+    """Has a process of its own write, started when it is first asked, and once more where it dies."""
 
     def __init__(self, writing: Writing, log_file: Path, variables: Mapping[str, str]) -> None:
         self._writing, self._log_file = writing, log_file
-        self._variables = {**variables, **(vllm_environment() if writing.backend == "vllm" else {})}
+        self._variables = {**variables, **vllm_environment()}
         self._child: Child | None = None
 
     def write(self, asked: Asked) -> list[Ids]:
-        """The texts. Raises InputError where the model or the prompts can't be run, and where the process dies twice."""
-        if not asked.prompts:
-            return []
         for last in (False, True):
             texts: list[Ids] = []
             code = self._started().do(asdict(asked), partial(_receive, texts), lambda share: None)
@@ -99,7 +157,7 @@ class Writer:
                 log.warning("rollouts: the process that writes texts ended with code %d; it is started again", code)
         raise InputError(
             f"rollouts: the process that writes texts ended twice with code {code}, see {self._log_file}; the same command resumes from "
-            "the last checkpoint; a smaller rollouts.batch_size (hf) or gpu_share (vLLM) takes less memory"
+            "the last checkpoint; a smaller rollouts.gpu_share takes less memory, and rollouts.backend: hf does without vLLM"
         )
 
     def _started(self) -> Child:
@@ -109,7 +167,6 @@ class Writer:
         return self._child
 
     def close(self) -> None:
-        """End the process."""
         if self._child is not None:
             self._child.kill()
             self._child = None
@@ -118,27 +175,13 @@ class Writer:
 def _receive(texts: list[Ids], line: str) -> None:
     if line.startswith(TEXT):
         texts.append(json.loads(line.removeprefix(TEXT)))
-    elif line:
-        log.info(line)
+    elif line.startswith(NOTE):
+        log.warning(line)
 
 
-# --- The process itself
+# --- vLLM's process
 
 Write = Callable[[Path, Sequence[Ids], Sampling], list[Ids]]
-
-
-def by_hugging_face(writing: Writing) -> Write:
-    """The student is loaded for each round, a second model once."""
-    trusted = {"trust_remote_code": writing.trust_remote_code}
-    mixed = None
-    if writing.mixed_with is not None:
-        mixed = writing_model(Path(writing.mixed_with), writing.dtype, **trusted), writing.mixed_share
-
-    def write(weights: Path, prompts: Sequence[Ids], how: Sampling) -> list[Ids]:
-        model = writing_model(weights, writing.dtype, **trusted)
-        return continued(model, prompts, how, mixed=mixed)
-
-    return write
 
 
 def by_vllm(writing: Writing, say: Say) -> Write:
@@ -156,7 +199,7 @@ def by_vllm(writing: Writing, say: Say) -> Write:
             problem = stale(kept[0], weights, prompts[0], writing)
             if problem is not None:
                 say(
-                    f"rollouts: vLLM {vllm_place()} does not take weights in place ({problem}); each round starts a fresh engine"
+                    f"{NOTE}vLLM {vllm_place()} does not take weights in place ({problem}); each round starts a fresh engine"
                 )
                 in_place = False
                 kept.pop().close()
@@ -203,22 +246,12 @@ def main() -> int:
     shared, orders, say = listen()
     writing = Writing(**{**shared, "stops": tuple(shared["stops"])})
     try:
-        write = by_vllm(writing, say) if writing.backend == "vllm" else by_hugging_face(writing)
+        write = by_vllm(writing, say)
         for order in orders:
             asked = Asked(**order)
-            how = Sampling(
-                max_new_tokens=writing.max_new_tokens,
-                stops=writing.stops,
-                temperature=writing.temperature,
-                top_p=writing.top_p,
-                seeds=tuple(asked.seeds),
-                limits=tuple(asked.limits),
-                batch_size=writing.batch_size,
-                trust_remote_code=writing.trust_remote_code,
-            )
-            for text in write(Path(asked.weights), asked.prompts, how):
+            for text in write(Path(asked.weights), asked.prompts, writing.sampling(asked)):
                 say(f"{TEXT}{json.dumps(text)}")
-            say(DONE)
+            say(f"{DONE}{len(asked.prompts)}")
     except InputError as error:
         say(f"{REFUSAL}{first_line(error)}")
         return 1

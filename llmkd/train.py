@@ -116,7 +116,7 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
         # every save_every steps, at the last and when asked to stop: save (all ranks: each writes its shards)
         if saves:
             finite.check_weights(world, job, run.module, step)
-            also = settings.keep_checkpoints, keeping.noted, run.place, run.digests
+            also = settings.keep_checkpoints, keeping.noted, run.place, run.source.digests
             saved = checkpoint.save(world, run.engine, job.folder / "checkpoints", step, job.inputs, *also)
             keeping.tidy()
             if asked_to_stop and not done:

@@ -136,10 +136,11 @@ class Rollouts:
         seeds = [int(asked[number][3]) for number in mine]
         own = _attempted(writer, Asked(str(folder), [prompts[number].tolist() for number in mine], limits, seeds))
         every = gather(self.world, (mine, own))
-        for _, result in every:
+        ids: dict[int, list[int]] = {}
+        for numbers, result in every:
             if isinstance(result, str):
                 raise InputError(result)
-        ids = {number: text for numbers, result in every for number, text in zip(numbers, result, strict=True)}
+            ids |= zip(numbers, result, strict=True)
         texts = [
             self._text(int(step), int(place), int(row), prompts[number], ids[number])
             for number, (step, place, row, _) in enumerate(asked)

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,24 @@ log = logging.getLogger("llmkd")
 
 
 @dataclass(frozen=True)
+class RowSource:
+    """Where a run's micro-batches come from."""
+
+    rows: Callable[..., Iterator[list[Batch]]]
+    """The micro-batches of each step, by `start_step` and `steps`."""
+    count: int | None = None
+    """How many rows or sequences are drawn from; None of a stream."""
+    mixed: tuple[Source, ...] = ()
+    """What is drawn from, where that is more than one."""
+    digests: tuple[str, ...] = ()
+    """A hash of each source's tokens; none of a stream."""
+    stream: Stream | None = None
+    """Where `rows` come from if they are streamed."""
+    rollouts: Rollouts | None = None
+    """Where they come from if texts are written as the run goes."""
+
+
+@dataclass(frozen=True)
 class PreparedRun:
     """The parts of one training run, ready to begin."""
 
@@ -40,8 +58,7 @@ class PreparedRun:
     """DeepSpeed's, around `module`."""
     module: Distiller
     teacher: Teacher | None
-    rows: Callable[..., Iterator[list[Batch]]]
-    """The micro-batches of each step, by `start_step` and `steps`."""
+    source: RowSource
     rate: Callable[[int], float]
     """The learning rate by step, from 0."""
     first: int
@@ -53,38 +70,33 @@ class PreparedRun:
     """How many rows these are, over all ranks."""
     validations: tuple[tuple[int, float], ...] = ()
     """The validations of the steps that are done: each one's step, and what validations are compared by."""
-    sources: tuple[Source, ...] = ()
-    """What is drawn from, where that is more than one."""
-    stream: Stream | None = None
-    """Where `rows` come from if they are streamed."""
-    digests: tuple[str, ...] = ()
-    """Otherwise a hash of each source's tokens."""
-    rollouts: Rollouts | None = None
-    """Where they come from if texts are written as the run goes."""
 
     def taken(self, step: int) -> dict[str, int]:
         """How many rows (packed: sequences) of each source the steps up to this one were trained on; empty with a single source."""
-        if not self.sources:
+        if not self.source.mixed:
             return {}
-        of_sources = counts(step * self.job.train.batch_size, self.sources)
+        of_sources = counts(step * self.job.train.batch_size, self.source.mixed)
         return dict(zip(self.job.data.names, of_sources, strict=True))
 
     def batches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each step still to do, announced to the teacher ahead."""
-        steps = self.rows(start_step=self.first, steps=self.steps)
+        steps = self.source.rows(start_step=self.first, steps=self.steps)
         if self.teacher is not None:
             numbered = enumerate(steps, start=self.first + 1)
             steps = announced(((batches, self._is_end(step)) for step, batches in numbered), self.teacher.expect)
-        return steps if self.stream is None else self.stream.followed(steps)
+        stream = self.source.stream
+        return steps if stream is None else stream.followed(steps)
 
     def _is_end(self, step: int) -> bool:
         """Whether the next step's batches are to be asked for only when this step (from 1) is done."""
-        return self.validates(step) or (self.rollouts is not None and self.rollouts.schedule.ends_round(step - 1))
+        rollouts = self.source.rollouts
+        return self.validates(step) or (rollouts is not None and rollouts.schedule.ends_round(step - 1))
 
     @property
     def place(self) -> dict[str, Any] | None:
         """Where the rows of the last of `batches` end in this rank's stream; None where rows are not streamed."""
-        return None if self.stream is None else self.stream.place.as_json()
+        stream = self.source.stream
+        return None if stream is None else stream.place.as_json()
 
     def validates(self, step: int) -> bool:
         """Whether the student is validated after this step, from 1."""
@@ -156,9 +168,9 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
         (job.folder / "recipe.yaml").write_text(dump_recipe(job.recipe))
     if resume is None and module.stones is not None:
         build.fit_stones(world, job, student, teacher, source.rows)
-    rollouts = build.rollouts_of(
-        world, job, data.training, module.model, tokenizer, accumulation=accumulation, steps=steps
-    )
+    shared = dict(accumulation=accumulation, steps=steps)
+    if (rollouts := build.rollouts_of(world, job, data.training, module.model, tokenizer, **shared)) is not None:
+        source = replace(source, rows=rollouts.rows, rollouts=rollouts)
     _announce(world, job, steps, accumulation, source.count)
     done = (0, ()) if resume is None else (resume.step, resume.validations)
     held_out = 0 if data.validation is None else len(data.validation)
@@ -167,31 +179,14 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
         student,
         module,
         teacher,
-        source.rows if rollouts is None else rollouts.rows,
+        source,
         rate,
         done[0],
         steps,
         validation,
         held_out,
         done[1],
-        source.mixed,
-        source.stream,
-        data.training.digests,
-        rollouts,
     )
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where a run's micro-batches come from."""
-
-    rows: Callable[..., Iterator[list[Batch]]]
-    """As `PreparedRun.rows`."""
-    count: int | None = None
-    """How many rows or sequences are drawn from; None of a stream."""
-    mixed: tuple[Source, ...] = ()
-    """As `PreparedRun.sources`."""
-    stream: Stream | None = None
 
 
 def _source(
@@ -202,16 +197,17 @@ def _source(
     pad_id: int,
     accumulation: int,
     resume: checkpoint.Saved | None,
-) -> _Source:
+) -> RowSource:
     """The job's stream, or what its tokens on disk are drawn by (all ranks take part)."""
     if job.data.streaming:
         saved = None if resume is None else (resume.step, checkpoint.stream_place(world, resume))
         stream = tokens.stream(world, job, tokenizer, pad_id, accumulation, saved)
-        return _Source(stream.rows, stream=stream)
+        return RowSource(stream.rows, stream=stream)
     drawn, make = tokens.drawn(world, job, data.training, pad_id)
     shared = dict(accumulation=accumulation, rank=world.rank, world_size=world.size, make=make)
     rows = functools.partial(batches, drawn, seed=job.seed, batch_size=job.train.batch_size, **shared)
-    return _Source(rows, drawn.count, drawn.sources if len(drawn.sources) > 1 else ())
+    mixed = drawn.sources if len(drawn.sources) > 1 else ()
+    return RowSource(rows, drawn.count, mixed, data.training.digests)
 
 
 def _announce(world: World, job: Job, steps: int, accumulation: int, rows: int | None) -> None:

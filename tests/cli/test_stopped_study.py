@@ -1,7 +1,8 @@
-"""A study that is killed or stopped leaves no process behind, keeps another one out of its folder, and goes on by the same command."""
+"""A study or run that is killed or stopped leaves no process behind, keeps others out of its folder, and goes on by the same command."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,8 +17,13 @@ import pytest
 import yaml
 
 from llmkd.cli import main
+from llmkd.data.token_files import SHARD_ROWS
 from llmkd.errors import ANOTHER_FOLDER
 from llmkd.files import ROOT
+from llmkd.models.load import load_tokenizer
+from llmkd.recipe.recipe import load_recipe
+from llmkd.training.jobs import distil_job
+from llmkd.training.tokens import tokens_of
 from tests.tiny import recipe_values
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc; prctl is Linux's")
@@ -127,6 +133,48 @@ def test_a_killed_study_leaves_no_process_and_a_stopped_one_is_explained(recipe:
     assert last.endswith("kept, and the same command goes on with the rest.")
     assert not studies.running() and not list((folder / "generations").glob("*.json"))
     assert "Traceback" not in studies.output()
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_tokenizes_leaves_no_process_and_goes_on_at_the_shard(
+    tiny: Path, recipe: Path, studies: Studies, world: Any
+) -> None:
+    """On two ranks and two cores, so that there are shards that are done and others that are not."""
+    rows, tokens = recipe.parent / "many.jsonl", recipe.parent / "tokens"
+    pairs = ({"prompt": f"red {number}", "completion": " tree"} for number in range(4 * SHARD_ROWS - 5))
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    own = {"data.source": str(rows), "data.tokens": str(tokens), "train.steps": 2, "train.warmup_steps": 0}
+    sets = [part for key, value in own.items() for part in ("--set", f"{key}={value}")]
+    command = ("train", "-r", str(recipe), "--output", str(recipe.parent / "run"), "--ranks", "2", *sets)
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cores)[:2])  # inherited by what is started
+    try:
+        killed = studies.start(*command)
+        wait_for(lambda: list(tokens.glob("*/0*.json")) or killed.poll() is not None)
+        frozen = studies.running("llmkd rank")
+        for process in frozen:  # so that only the kernel can end them
+            os.kill(process, signal.SIGSTOP)
+        studies.kill(killed)
+        done = {
+            file: file.stat().st_mtime_ns
+            for record in tokens.glob("*/0*.json")
+            for file in (record, record.with_suffix(".arrow"))
+        }
+        assert len(frozen) >= 3, "two ranks and what makes the tokens"
+        assert 2 <= len(done) < 8 and not list(tokens.glob("*/tokens.json")), studies.output()
+        assert studies.start(*command).wait(SECONDS) == 0, studies.output()
+    finally:
+        os.sched_setaffinity(0, cores)
+    (folder,) = tokens.iterdir()
+    assert done == {file: file.stat().st_mtime_ns for file in done}, "what was done was not made again"
+    assert sorted(file.name for file in folder.glob("*.arrow")) == [f"0000{number}.arrow" for number in range(4)]
+    assert (recipe.parent / "run" / "model" / "model.safetensors").is_file() and not list(folder.glob("tmp*"))
+    digests = []
+    for place in (tokens, recipe.parent / "undisturbed"):
+        changed = load_recipe(recipe).changed({**own, "data.tokens": str(place)})
+        job = distil_job(world, changed, recipe.parent / "unused")
+        digests.append(tokens_of(world, job, load_tokenizer(tiny / "teacher")).digests)
+    assert digests[0] == digests[1]
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,12 @@ class Studies:
                 continue
         return processes
 
+    def workers(self) -> list[int]:
+        """The processes that a rank has started; they are called as the rank is."""
+        ranks = self.running("llmkd rank")
+        parents = {rank: int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1]) for rank in ranks}
+        return [process for process, parent in parents.items() if parent in ranks]
+
     def freeze(self, name: str) -> None:
         """Stop a process where it is, so that from now on only the kernel can end it."""
         (process,) = self.running(name)
@@ -151,17 +157,16 @@ def test_a_run_killed_while_it_tokenizes_leaves_no_process_and_goes_on_at_the_sh
     try:
         killed = studies.start(*command)
         wait_for(lambda: list(tokens.glob("*/0*.json")) or killed.poll() is not None)
-        frozen = studies.running("llmkd rank")
-        for process in frozen:  # so that only the kernel can end them
-            os.kill(process, signal.SIGSTOP)
+        working = studies.workers()
+        for process in {*studies.running()} - {*working}:  # and nobody is left to end the processes that tokenize
+            os.kill(process, signal.SIGKILL)
         studies.kill(killed)
         done = {
             file: file.stat().st_mtime_ns
             for record in tokens.glob("*/0*.json")
             for file in (record, record.with_suffix(".arrow"))
         }
-        assert len(frozen) >= 3, "two ranks and what makes the tokens"
-        assert 2 <= len(done) < 8 and not list(tokens.glob("*/tokens.json")), studies.output()
+        assert working and 2 <= len(done) < 8 and not list(tokens.glob("*/tokens.json")), studies.output()
         assert studies.start(*command).wait(SECONDS) == 0, studies.output()
     finally:
         os.sched_setaffinity(0, cores)

@@ -82,6 +82,22 @@ def read_lines(file: Path, limit: int | None = None) -> list[dict[str, Any]]:
     return values
 
 
+def forget_after(file: Path, step: int) -> None:
+    """Drop a JSONL file's lines of steps that a resumed run will do again, and a last line that a killed run left half-written."""
+    if not file.is_file():
+        return
+    kept = []
+    for text in file.read_text().splitlines():
+        try:
+            if json.loads(text)["step"] <= step:
+                kept.append(text)
+        except (json.JSONDecodeError, KeyError):
+            continue
+    tmp = file.with_suffix(".tmp")
+    tmp.write_text("".join(text + "\n" for text in kept))
+    os.replace(tmp, file)
+
+
 def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary folder, then put it in place by one rename."""
     tmp = folder.with_name(folder.name + ".tmp")

@@ -6,10 +6,9 @@ The training loop knows nothing of it. A round is asked for when its first step 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,16 @@ from llmkd.data.tokenized import Tokens
 from llmkd.distributed.ranks import World, gather, on_main
 from llmkd.errors import InputError
 from llmkd.recipe.inputs import fingerprint
-from llmkd.rollouts.texts import Text, forget_rounds_after, measures, read_round, round_file, write_round
+from llmkd.rollouts.prompts import fixed_prompts, in_words, prompt_of
+from llmkd.rollouts.texts import (
+    Text,
+    forget_rounds_after,
+    measures,
+    note_round,
+    read_round,
+    round_file,
+    write_round,
+)
 from llmkd.rollouts.wanted import Schedule, Wanted
 from llmkd.rollouts.weights import Weights
 from llmkd.rollouts.writer import Asked, Writer, Writing, writer_of
@@ -72,6 +80,8 @@ class Rollouts:
     variables: dict[str, str]
     """The environment of this rank's writer beside this process's."""
     drops_truncated: bool
+    tokenizer: Any
+    """The student's, to show what it writes."""
     known_tokens: int
     """Ids from here on only the student has: a text is cut before one."""
     foreign: frozenset[int] = frozenset()
@@ -123,7 +133,9 @@ class Rollouts:
         asked = [
             (one.step, *of_text) for one in wanted for of_text in zip(one.places, one.rows, one.seeds, strict=True)
         ]
-        prompts = [self._prompt(int(row)) for _, _, row, _ in asked]
+        shown = fixed_prompts(self.tokens, self.writing.max_length) if self.schedule.shows(steps.start) else []
+        prompts = [*(self._prompt(int(row)) for _, _, row, _ in asked), *shown]
+        seeds = [*(int(seed) for *_, seed in asked), *self.schedule.shown_seeds(len(shown))]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the writer is on the same device
         folder = self.weights.hand_over(self.world)
@@ -131,10 +143,12 @@ class Rollouts:
         # alike in length, so that no rank has all of the long ones
         order = sorted(range(len(asked)), key=lambda number: (-len(prompts[number]), number))
         mine = order[self.world.rank :: self.world.size]
+        if self.world.is_main:
+            mine += range(len(asked), len(prompts))
         longest = self.writing.max_length
         limits = [min(self.writing.max_new_tokens, longest - len(prompts[number])) for number in mine]
-        seeds = [int(asked[number][3]) for number in mine]
-        own = _attempted(writer, Asked(str(folder), [prompts[number].tolist() for number in mine], limits, seeds))
+        of_mine = [prompts[number].tolist() for number in mine], limits, [seeds[number] for number in mine]
+        own = _attempted(writer, Asked(str(folder), *of_mine))
         every = gather(self.world, (mine, own))
         ids: dict[int, list[int]] = {}
         for numbers, result in every:
@@ -145,8 +159,19 @@ class Rollouts:
             self._text(int(step), int(place), int(row), prompts[number], ids[number])
             for number, (step, place, row, _) in enumerate(asked)
         ]
-        on_main(self.world, lambda: write_round(file, texts, decides))
-        self._note(steps.start, texts, handed, time.perf_counter() - began)
+        samples = [
+            self._text(steps.start, place, -1, prompt, ids[len(asked) + place]) for place, prompt in enumerate(shown)
+        ]
+        values = {**measures(texts), "weights_seconds": handed, "seconds": time.perf_counter() - began}
+
+        def publish() -> None:
+            words = [in_words(text, self.tokenizer) for text in samples]
+            # first the line: where a round's file is, its line is too
+            note_round(self.folder, steps.start, {**values, "samples": words})
+            write_round(file, texts, decides)
+
+        on_main(self.world, publish)
+        self._note(steps.start, values)
         return texts
 
     def _wanted(self, step: int) -> Wanted:
@@ -177,21 +202,19 @@ class Rollouts:
         ended = bool(len(text)) and int(text[-1]) in self.writing.stops
         return Text(step, place, row, prompt.astype(np.int32), text, ended)
 
-    def _note(self, first: int, texts: Sequence[Text], handed: float, seconds: float) -> None:
-        values = {**measures(texts), "weights_seconds": handed, "seconds": seconds}
-        self.spent.weights += handed
-        self.spent.writing += seconds
+    def _note(self, first: int, values: Mapping[str, float]) -> None:
+        self.spent.weights += values["weights_seconds"]
+        self.spent.writing += values["seconds"]
         self.spent.rounds += 1
-        self.spent.texts += len(texts)
+        self.spent.texts += int(values["texts"])
         self.spent.tokens += int(values["tokens"])
         if not self.world.is_main:
             return
         log.info(
             "rollouts for step %d: %d texts of %.0f tokens, %.0f%% ended, %d empty, repetition %.2f, %.1f s (weights %.1f s)",
-            first + 1, len(texts), values["length"], 100 * values["ended"], values["empty"], values["repetition"], seconds, handed,
+            first + 1, values["texts"], values["length"], 100 * values["ended"], values["empty"], values["repetition"],
+            values["seconds"], values["weights_seconds"],
         )  # fmt: skip
-        with (self.folder / "rollouts.jsonl").open("a") as lines:
-            lines.write(json.dumps({"step": first, **values}) + "\n")
 
     # --- a step
 
@@ -223,15 +246,6 @@ class Rollouts:
             batch = collate(given, pad_id=self.micro.pad_id, packed=False, numbers=[number for _, number, _ in chosen])
             batches.append(batch.pinned() if torch.cuda.is_available() else batch)
         return batches
-
-
-def prompt_of(row: TokenRow) -> np.ndarray:
-    """A row's tokens before the last of its stretches that are trained; all of a row without any."""
-    ids, trained = np.asarray(row["input_ids"]), np.asarray(row["trained"], dtype=bool)
-    if not trained.any():
-        return ids
-    begins = np.flatnonzero(trained & ~np.concatenate([[False], trained[:-1]]))
-    return ids[: begins[-1]]
 
 
 def written_row(text: Text) -> TokenRow:

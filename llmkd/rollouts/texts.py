@@ -1,23 +1,26 @@
 """A round's texts: what was written, its file, and what can be said of it in numbers.
 
     <run>/rollouts/round-00000010.parquet      the texts of the steps from 11 on, one row each
+    <run>/rollouts.jsonl                       a line a round: its first step (from 0), the numbers, the texts of the fixed prompts
 
 A round's file is published whole. A run that is resumed reads it, and whoever wants to know what a student wrote can read it later.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmkd.errors import InputError, first_line
-from llmkd.files import sync
+from llmkd.files import forget_after, sync
 
 NGRAM = 4
 """Tokens of the sequences whose repetition is counted."""
@@ -101,12 +104,23 @@ def read_round(file: Path, fingerprint: str) -> list[Text] | None:
     ]
 
 
+def note_round(folder: Path, first: int, values: Mapping[str, Any]) -> None:
+    """Add a round's line to the run's rollouts.jsonl."""
+    with (folder / "rollouts.jsonl").open("a") as lines:
+        lines.write(json.dumps({"step": first, **values}) + "\n")
+
+
 def forget_rounds_after(folder: Path, step: int) -> None:
-    """Remove the rounds of a run that begin after so many steps: their weights will be made again, and with them the texts."""
+    """Remove the rounds of a run that begin after so many steps: their weights will be made again, and with them the texts.
+
+    So are the lines of rounds that will be written again, that of a round among them of which only the line is there.
+    """
     for file in (folder / "rollouts").glob("round-*"):
         number = file.stem.removeprefix("round-")
         if file.suffix == ".tmp" or not number.isdigit() or int(number) > step:
             file.unlink()
+    is_there = round_file(folder, step).is_file()
+    forget_after(folder / "rollouts.jsonl", step if is_there else step - 1)
 
 
 def measures(texts: Sequence[Text]) -> Mapping[str, float]:

@@ -12,9 +12,11 @@ import numpy as np
 
 from llmkd.data.order import permuted
 
+LOOKS = 20
+"""At about so many rounds, evenly spaced, the fixed prompts are continued too: as often as anybody looks at, and no more."""
 WHOLE = 2**20
 """What a share of 1 is, as a whole number: so no rounding adds up over a long run."""
-_PLACES, _SEED = 7, 8
+_PLACES, _SEED, _SHOWN = 7, 8, 9
 """What a number is drawn for: part of its key (1 to 6: llmkd.data)."""
 
 
@@ -51,6 +53,15 @@ class Schedule:
     def ends_round(self, step: int) -> bool:
         """Whether a step (from 0) is the last of its round: the next steps' texts are written when it is done."""
         return step + 1 == self.round_of(step).stop
+
+    def shows(self, first: int) -> bool:
+        """Whether the fixed prompts are continued in the round that begins with this step: in some rounds, the last among them."""
+        number, last = first // self.every, (self.steps - 1) // self.every
+        return number == last or number % max(1, last // LOOKS) == 0
+
+    def shown_seeds(self, count: int) -> list[int]:
+        """What the texts of the fixed prompts are drawn by: the same in every round, so that the weights alone change them."""
+        return np.random.SeedSequence([self.seed, _SHOWN]).generate_state(max(1, count), np.uint64)[:count].tolist()
 
     def wanted(self, step: int, rows: np.ndarray) -> Wanted:
         """The texts of a step (from 0), whose batch has these rows. The share of written rows is exact within one row at any step."""

@@ -322,6 +322,7 @@ def rollouts_of(
         Weights(student, job.folder),
         writer_variables(world.device, world.local_rank),
         drops_truncated=settings.truncated == "drop",
+        tokenizer=tokenizer,
         known_tokens=known,
         foreign=frozenset(job.further_tokens),
     )

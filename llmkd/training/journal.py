@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 
 from llmkd.distributed.ranks import World
+from llmkd.files import forget_after
 from llmkd.losses.objective import PARTS
 from llmkd.progress import progress
 from llmkd.training.jobs import Job
@@ -115,19 +114,3 @@ def _flat(values: Values, prefix: str = "") -> dict[str, float]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def forget_after(file: Path, step: int) -> None:
-    """Drop a JSONL file's lines of steps that a resumed run will do again, and a last line that a killed run left half-written."""
-    if not file.is_file():
-        return
-    kept = []
-    for text in file.read_text().splitlines():
-        try:
-            if json.loads(text)["step"] <= step:
-                kept.append(text)
-        except (json.JSONDecodeError, KeyError):
-            continue
-    tmp = file.with_suffix(".tmp")
-    tmp.write_text("".join(text + "\n" for text in kept))
-    os.replace(tmp, file)

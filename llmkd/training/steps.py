@@ -11,6 +11,7 @@ import torch
 
 from llmkd.data.batches import Counts
 from llmkd.distributed.ranks import World, on_main, sum_tensor
+from llmkd.files import forget_after
 from llmkd.layer_map import Pairs
 from llmkd.losses.distance_sum import draw_seed, terms_of
 from llmkd.losses.divergences import forward_kl, with_parameters
@@ -20,7 +21,6 @@ from llmkd.recipe.objective import Schedule, Schedules
 from llmkd.student.passes import PassResult, StepSettings, StoneSettings, StoneWeights
 from llmkd.student.stepping_stones import factors
 from llmkd.training.jobs import Job
-from llmkd.training.journal import forget_after
 from llmkd.training.metrics import Moving
 from llmkd.training.pairs import maps_of, pair_names
 

@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
+from llmkd.errors import InputError
+from llmkd.processes import Stopping
 from llmkd.recipe.recipe import load_recipe
+from llmkd.rollouts import source, texts
 from llmkd.rollouts.texts import round_file
-from llmkd.training import initial
+from llmkd.train import train
+from llmkd.training import initial, jobs
 from tests.distributed.runner import run_on_ranks
 from tests.tiny import assert_same_weights, plain_run
 
@@ -75,3 +80,119 @@ def test_texts_and_student_are_those_of_a_plain_loop(
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5, abs=1e-6)
     if name != "none":
         assert round_file(run, 0).is_file()
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+LONG = with_rollouts(
+    {"train.steps": 7, "train.save_every": 2, "train.keep_checkpoints": 9, "matching.strategy": "none"},
+    every=3,
+    max_new_tokens=8,
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Path, world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of `LONG`."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert train(world, jobs.distil_job(world, load_recipe(tiny / "recipe.yaml").changed(LONG), folder))
+    return folder
+
+
+def run_long(tiny: Path, world: Any, folder: Path, stopping: Stopping | None = None) -> bool:
+    job = jobs.distil_job(world, load_recipe(tiny / "recipe.yaml").changed(LONG), folder)
+    return train(world, job, stopping)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same weights and texts, to the bit."""
+    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (one, other))
+    assert all(ours[name].equal(theirs[name]) for name in theirs) and ours.keys() == theirs.keys()
+    names = sorted(file.name for file in (other / "rollouts").iterdir())
+    assert names == sorted(file.name for file in (one / "rollouts").iterdir()) and len(names) == 3
+    for name in names:
+        assert pq.read_table(one / "rollouts" / name).equals(pq.read_table(other / "rollouts" / name))
+
+
+@pytest.mark.parametrize("where", ["writing", "publishing", "published"])
+@pytest.mark.parametrize("round_number", [0, 2])
+def test_killed_in_a_round_and_resumed(
+    tiny: Path, world: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, round_number: int
+) -> None:
+    calls = 0
+
+    def at_round(original: Any, dies_after: bool = False) -> Any:
+        def call(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == round_number + 1:
+                if dies_after:
+                    original(*arguments)
+                raise Killed
+            return original(*arguments)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        if where == "writing":
+            patch.setattr(source, "_attempted", at_round(source._attempted))
+        elif where == "publishing":
+            patch.setattr(texts, "sync", at_round(texts.sync))  # the file has another name still
+        else:
+            patch.setattr(source, "write_round", at_round(source.write_round, dies_after=True))
+        with pytest.raises(Killed):
+            run_long(tiny, world, tmp_path / "run")
+    assert run_long(tiny, world, tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
+
+
+class AtStep(Stopping):
+    """A signal that comes before a step is trained."""
+
+    name = "SIGTERM"
+
+    def __init__(self, run: Path, step: int) -> None:
+        self._file, self._step = run / "metrics.jsonl", step
+
+    @property
+    def asked(self) -> bool:  # type: ignore[override]
+        return self._file.is_file() and len(self._file.read_text().splitlines()) == self._step - 1
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_stopped_between_rounds_or_within_one_and_resumed(
+    tiny: Path, world: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    assert not run_long(tiny, world, tmp_path / "run", AtStep(tmp_path / "run", step))
+    assert (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").is_dir()
+    assert run_long(tiny, world, tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_round_that_is_gone_or_damaged_is_named_and_nothing_is_lost(tiny: Path, world: Any, tmp_path: Path) -> None:
+    assert not run_long(tiny, world, tmp_path / "run", AtStep(tmp_path / "run", 5))
+    file = round_file(tmp_path / "run", 3)
+    written = file.read_bytes()
+    file.unlink()
+    with pytest.raises(
+        InputError, match=r"round-00000003\.parquet: it is gone, .* or remove the checkpoints after step 3"
+    ):
+        run_long(tiny, world, tmp_path / "run")
+    broken = bytearray(written)
+    broken[len(written) // 3] ^= 1
+    file.write_bytes(broken)
+    with pytest.raises(InputError, match=r"round-00000003\.parquet: a round of texts that can't be read"):
+        run_long(tiny, world, tmp_path / "run")
+    file.write_bytes(written)
+    assert run_long(tiny, world, tmp_path / "run")
+
+
+def test_a_share_of_zero_is_the_run_without_rollouts(tiny: Path, world: Any, tmp_path: Path) -> None:
+    for name, changes in (("with", {"rollouts": {"share": 0.0}}), ("without", {})):
+        recipe = load_recipe(tiny / "recipe.yaml").changed(changes)
+        assert train(world, jobs.distil_job(world, recipe, tmp_path / name))
+    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("with", "without"))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    assert not (tmp_path / "with" / "rollouts").exists()

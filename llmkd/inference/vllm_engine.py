@@ -22,17 +22,13 @@ class VllmEngine:
         max_length: int,
         trust_remote_code: bool,
         gpu_share: float | None = None,
-        empty: bool = False,
     ) -> None:
-        """`gpu_share`: the share of the GPU's memory, where another process has the rest. `empty`: with weights that mean nothing, to be
-        loaded by `reload`."""
+        """`gpu_share`: the share of the GPU's memory, where another process has the rest; the engine can then sleep."""
         from vllm import LLM  # type: ignore[import-not-found]  # optional, and takes seconds
 
         options = engine_options(dtype, max_length=max_length, seed=0)
         if gpu_share is not None and not on_cpu():
             options |= {"gpu_memory_utilization": gpu_share, "enable_sleep_mode": True}
-        if empty:
-            options["load_format"] = "dummy"
         self._engine: Any = LLM(
             model=str(folder),
             skip_tokenizer_init=True,
@@ -40,7 +36,7 @@ class VllmEngine:
             trust_remote_code=trust_remote_code,
             **options,
         )
-        self._sleeps = bool(options.get("enable_sleep_mode"))
+        self._can_sleep, self._sleeps = bool(options.get("enable_sleep_mode")), False
 
     def continued(self, prompts: Sequence[Ids], how: Sampling) -> list[Ids]:
         """What the model writes after each prompt."""
@@ -86,12 +82,14 @@ class VllmEngine:
         self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         if self._sleeps:
             self._engine.wake_up(tags=["kv_cache"])
+            self._sleeps = False
         self._engine.reset_prefix_cache()
 
     def sleep(self) -> None:
         """Let the GPU's memory go, weights and cache; `reload` wakes it up."""
-        if self._sleeps:
+        if self._can_sleep:
             self._engine.sleep(level=2)
+            self._sleeps = True
 
     def close(self) -> None:
         """Shut the engine down, so that its memory is free."""

@@ -6,12 +6,10 @@ engine that dies.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,12 +17,11 @@ from typing import Any, Protocol
 
 import torch
 
-from llmkd.errors import InputError, first_line
+from llmkd.errors import InputError
 from llmkd.inference.backends import continued, writing_model
-from llmkd.inference.child import DONE, REFUSAL, Child, Say, listen
+from llmkd.inference.child import Child
 from llmkd.inference.sampling import Ids, Sampling
-from llmkd.inference.vllm_engine import VllmEngine
-from llmkd.inference.vllm_setup import on_cpu, vllm_environment
+from llmkd.inference.vllm_setup import vllm_environment
 
 log = logging.getLogger("llmkd")
 
@@ -32,9 +29,6 @@ NOTE = "rollouts: "
 """Begins a line for the run's log."""
 TEXT = "text: "
 """Begins a line with the ids of one text; they come in the order of the prompts."""
-STALE = 0.3
-"""Difference of a prompt's mean log-probabilities from which weights that were loaded in place count as not taken; bfloat16 alone makes
-some hundredths, a stale head several."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +157,7 @@ class VllmWriter:
     def _started(self) -> Child:
         if self._child is None:
             self._log_file.parent.mkdir(parents=True, exist_ok=True)
-            self._child = Child("llmkd.rollouts.writer", asdict(self._writing), self._log_file, self._variables)
+            self._child = Child("llmkd.rollouts.vllm_process", asdict(self._writing), self._log_file, self._variables)
         return self._child
 
     def close(self) -> None:
@@ -177,86 +171,3 @@ def _receive(texts: list[Ids], line: str) -> None:
         texts.append(json.loads(line.removeprefix(TEXT)))
     elif line.startswith(NOTE):
         log.warning(line)
-
-
-# --- vLLM's process
-
-Write = Callable[[Path, Sequence[Ids], Sampling], list[Ids]]
-
-
-def by_vllm(writing: Writing, say: Say) -> Write:
-    """One engine that takes each round's weights in place; a fresh one each round where that leaves old weights behind."""
-    options: dict[str, Any] = {"max_length": writing.max_length, "trust_remote_code": writing.trust_remote_code}
-    options["gpu_share"] = writing.gpu_share
-    kept: list[VllmEngine] = []
-    in_place = True
-
-    def write(weights: Path, prompts: Sequence[Ids], how: Sampling) -> list[Ids]:
-        nonlocal in_place
-        if in_place and not kept:
-            kept.append(VllmEngine(weights, writing.dtype, empty=True, **options))
-            kept[0].reload(weights)
-            problem = stale(kept[0], weights, prompts[0], writing)
-            if problem is not None:
-                say(
-                    f"{NOTE}vLLM {vllm_place()} does not take weights in place ({problem}); each round starts a fresh engine"
-                )
-                in_place = False
-                kept.pop().close()
-        elif kept:
-            kept[0].reload(weights)
-        if kept:
-            texts = kept[0].continued(prompts, how)
-            kept[0].sleep()
-            return texts
-        engine = VllmEngine(weights, writing.dtype, **options)
-        with contextlib.closing(engine):
-            return engine.continued(prompts, how)
-
-    return write
-
-
-def vllm_place() -> str:
-    return "on this processor" if on_cpu() else "on this GPU"
-
-
-def stale(engine: VllmEngine, weights: Path, ids: Ids, writing: Writing) -> str | None:
-    """How an engine that took its weights in place differs from the model in the folder, by a prompt's log-probabilities; None: it agrees.
-
-    The engine began with random weights: what was not taken is far off.
-    """
-    if len(ids) < 2:
-        ids = [*ids, *ids, *ids]
-    theirs = engine.log_probabilities(ids)
-    model = writing_model(weights, writing.dtype, trust_remote_code=writing.trust_remote_code)
-    ours = own_log_probabilities(model, ids)
-    gap = sum(abs(a - b) for a, b in zip(theirs, ours, strict=True)) / len(ours)
-    return f"a prompt's log-probabilities differ by {gap:.2g} on average" if gap > STALE else None
-
-
-def own_log_probabilities(model: Any, ids: Ids) -> list[float]:
-    """As `VllmEngine.log_probabilities`, by Hugging Face."""
-    with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, :-1].float().log_softmax(-1)
-    return logits[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].tolist()
-
-
-def main() -> int:
-    """Write what is asked, until there are no more orders."""
-    shared, orders, say = listen()
-    writing = Writing(**{**shared, "stops": tuple(shared["stops"])})
-    try:
-        write = by_vllm(writing, say)
-        for order in orders:
-            asked = Asked(**order)
-            for text in write(Path(asked.weights), asked.prompts, writing.sampling(asked)):
-                say(f"{TEXT}{json.dumps(text)}")
-            say(f"{DONE}{len(asked.prompts)}")
-    except InputError as error:
-        say(f"{REFUSAL}{first_line(error)}")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

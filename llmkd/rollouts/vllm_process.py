@@ -1,0 +1,124 @@
+"""vLLM's process: it takes each round's weights in place where it can, and writes what one rank asks for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmkd.errors import InputError, first_line
+from llmkd.inference.backends import writing_model
+from llmkd.inference.child import DONE, REFUSAL, Say, listen
+from llmkd.inference.sampling import Ids
+from llmkd.inference.vllm_engine import VllmEngine
+from llmkd.models.load import DTYPES, load_config
+from llmkd.models.make import new_model
+from llmkd.rollouts.writer import NOTE, TEXT, Asked, Writing
+
+STALE = 0.3
+"""Difference of the log-probabilities of a prompt's tokens, on average, from which weights count as not taken: bfloat16 alone makes some
+hundredths, a head with other weights several."""
+
+RANDOM = 718_281_828
+"""Seed of the weights that an engine begins with; not one that a recipe would have, so that no student begins with the same."""
+
+
+class Rounds:
+    """The rounds of one run. The engine stays, and takes each round's weights in place; where it does not, each round has a fresh one.
+
+    Whether it does is found out in the first round: the engine begins with weights drawn at random, so that what it does not take is far
+    off, and its log-probabilities of a prompt are compared with Hugging Face's.
+    """
+
+    def __init__(self, writing: Writing, say: Say) -> None:
+        self._writing, self._say = writing, say
+        self._options: dict[str, Any] = {
+            "max_length": writing.max_length,
+            "trust_remote_code": writing.trust_remote_code,
+            "gpu_share": writing.gpu_share,
+        }
+        self._kept: VllmEngine | None = None
+        self._in_place = True
+
+    def write(self, asked: Asked) -> list[Ids]:
+        """The texts of a round."""
+        weights = Path(asked.weights)
+        if self._kept is not None:
+            self._kept.reload(weights)
+        elif self._in_place:
+            self._kept = self._begun(weights, asked.prompts[0])
+            self._in_place = self._kept is not None
+        how = self._writing.sampling(asked)
+        if self._kept is not None:
+            texts = self._kept.continued(asked.prompts, how)
+            self._kept.sleep()
+            return texts
+        with contextlib.closing(VllmEngine(weights, self._writing.dtype, **self._options)) as engine:
+            return engine.continued(asked.prompts, how)
+
+    def _begun(self, weights: Path, prompt: Ids) -> VllmEngine | None:
+        """An engine that has taken these weights in place; None where it can't."""
+        with tempfile.TemporaryDirectory(dir=weights.parent) as other:
+            self._write_random(weights, random := Path(other) / "random")
+            engine = VllmEngine(random, self._writing.dtype, **self._options)
+            try:
+                for folder in (weights, random, weights):  # the first time may succeed where the next does not
+                    engine.reload(folder)
+                problem = self._stale(engine, weights, prompt if len(prompt) > 1 else prompt * 3)
+            except Exception as error:  # whatever vLLM raises: it works without
+                problem = first_line(error)
+        if problem is None:
+            return engine
+        engine.close()
+        self._say(f"{NOTE}vLLM does not take weights in place here ({problem}); each round starts a fresh engine")
+        return None
+
+    def _write_random(self, weights: Path, folder: Path) -> None:
+        trusted = self._writing.trust_remote_code
+        config = load_config(weights, trust_remote_code=trusted)
+        dtype = DTYPES[self._writing.dtype]
+        new_model(config, folder, seed=RANDOM, dtype=dtype, tokenizer=lambda _: None, trust_remote_code=trusted)
+
+    def _stale(self, engine: VllmEngine, weights: Path, ids: Ids) -> str | None:
+        """How the engine differs from the model in the folder; None: it agrees."""
+        model = writing_model(weights, self._writing.dtype, trust_remote_code=self._writing.trust_remote_code)
+        theirs, ours = engine.log_probabilities(ids), log_probabilities(model, ids)
+        gap = sum(abs(a - b) for a, b in zip(theirs, ours, strict=True)) / len(ours)
+        return f"a prompt's log-probabilities differ by {gap:.2g}" if gap > STALE else None
+
+
+def log_probabilities(model: Any, ids: Ids) -> list[float]:
+    """As `VllmEngine.log_probabilities`, by Hugging Face."""
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, :-1].float().log_softmax(-1)
+    return logits[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].tolist()
+
+
+def serve(write: Callable[[Asked], list[Ids]], orders: Any, say: Say) -> int:
+    """Write what is asked, until there are no more orders."""
+    try:
+        for order in orders:
+            for text in write(Asked(**order)):
+                say(f"{TEXT}{json.dumps(text)}")
+            say(f"{DONE}a round")
+    except InputError as error:
+        say(f"{REFUSAL}{first_line(error)}")
+        return 1
+    return 0
+
+
+def main() -> int:
+    """The process."""
+    shared, orders, say = listen()
+    writing = Writing(**{**shared, "stops": tuple(shared["stops"])})
+    return serve(Rounds(writing, say).write, orders, say)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

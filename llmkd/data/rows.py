@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import json
@@ -17,7 +18,7 @@ from llmkd import hub
 from llmkd.data import records
 from llmkd.data.formats import COLUMNS
 from llmkd.errors import InputError, first_line
-from llmkd.files import fetched_by
+from llmkd.files import fetched_by, sha256
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 JsonRow = dict[str, Any]
@@ -101,9 +102,15 @@ def source_contents(source: str, split: str) -> str | None:
         return None
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()} ".encode())
+        state = file.stat()
+        digest.update(f"{file.name} {_hash(file, state.st_size, state.st_mtime_ns)} ".encode())
     return digest.hexdigest()[:16]
+
+
+@functools.cache
+def _hash(file: Path, size: int, changed: int) -> str:
+    """A file's hash, which several parts of a run ask for; computed again where its size or its time of change is another."""
+    return sha256(file)
 
 
 def stream_contents(source: str, split: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Stands for vLLM's process: it dies at its first order, as often as `mixed_with` says, counted in a file; then it writes one token each."""
+"""Stands for vLLM's process: it dies at its first order, as often as `mixed_with` says, counted in a file, and then writes."""
 
 from __future__ import annotations
 

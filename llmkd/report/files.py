@@ -9,16 +9,31 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
+
 from llmkd.evaluation.results import RESULT_CLASSES, GeneratedText, ScoredModel, Scores, read_items, read_result
 from llmkd.files import read, read_lines
 from llmkd.recipe.study_entries import StudyEntry, read_study
-from llmkd.report.results import Agreed, Curve, LayerMap, LogLine, Rule, RunValidations, StepTimes, TrainingRun
+from llmkd.report.results import (
+    Agreed,
+    Curve,
+    LayerMap,
+    LogLine,
+    Rule,
+    RunRollouts,
+    RunValidations,
+    ShownTexts,
+    StepTimes,
+    TrainingRun,
+)
 
 COSTS = ("steps", "seconds", "tokens", "tokens_per_second", "memory_gib", "world_size", "resumed_from_step")
 CURVE_POINTS = 200  # of one run; a longer curve is thinned
+SHOWN_ROUNDS = 3  # whose texts are side by side: the first, the middle and the last
 PARTS = ("loss", "ce", "kl", "hidden")
+ROUNDS = ("length", "ended", "repetition")
 MEASURED = ("ce", "perplexity", "kl", "agreement")
-SUMMARY = ("pairs", "versions", "hardware", "commit", "validation", "kept", "sources", "step")
+SUMMARY = ("pairs", "versions", "hardware", "commit", "validation", "kept", "sources", "step", "rollouts")
 Value = TypeVar("Value")
 
 
@@ -82,6 +97,8 @@ class Summary:
     validation: Agreed = field(default_factory=dict)
     kept: Agreed = field(default_factory=dict)
     sources: dict[str, int] = field(default_factory=dict)
+    rollouts: Agreed = field(default_factory=dict)
+    """The seconds that its texts took; empty where none were written."""
 
 
 def read_summary(training: Path) -> Summary:
@@ -124,6 +141,44 @@ def read_validations(folder: Path, entry: StudyEntry, summary: Summary) -> RunVa
     if not lines:
         return None
     return RunValidations(lines, Rule(**summary.validation) if summary.validation else None, summary.kept.get("step"))
+
+
+def read_rollouts(folder: Path, entry: StudyEntry, summary: Summary) -> RunRollouts | None:
+    """The texts that were written while a run was trained; None where there were none."""
+    training = entry.run_folder(folder)
+    rounds = [line for line in read_lines(training / "rollouts.jsonl") if isinstance(line.get("step"), int)]
+    if not rounds:
+        return None
+    shown = [line for line in rounds if line.get("samples")]
+    lines = [LogLine(line["step"] + 1, _finite({name: line.get(name) for name in ROUNDS})) for line in rounds]
+    return RunRollouts(
+        lines=list(thinned(lines, CURVE_POINTS)),
+        rounds=len(rounds),
+        texts=sum(line["texts"] for line in rounds),
+        tokens=sum(line["tokens"] for line in rounds),
+        own_kl=_own_kl(training / "recipe.yaml"),
+        shown=[_shown(line) for line in thinned(shown, SHOWN_ROUNDS)],
+        seconds=summary.rollouts.get("writing"),
+        weights_seconds=summary.rollouts.get("weights"),
+        of_seconds=summary.costs.get("seconds") if summary.rollouts else None,
+    )
+
+
+def _shown(line: Mapping[str, Any]) -> ShownTexts:
+    prompts, texts = ([sample[part] for sample in line["samples"]] for part in ("prompt", "text"))
+    return ShownTexts(line["step"] + 1, prompts, texts)
+
+
+def _own_kl(file: Path) -> str | None:
+    """What the log's `kl` is, as a run's recipe says: the divergence and its temperature; None if not of written texts alone."""
+    recipe = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    rollouts, loss = recipe.get("rollouts") or {}, recipe.get("loss") or {}
+    if rollouts.get("share") != 1 or not loss.get("kl"):
+        return None
+    divergence = loss["divergence"]
+    if not isinstance(divergence, str):
+        divergence = " + ".join(f"{weight} {name}" for name, weight in divergence.items())
+    return f"{divergence} at temperature {loss['temperature']:g}"
 
 
 def _lines(folder: Path, entry: StudyEntry) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from llmkd.report.files import (
     curve,
     layer_maps,
     read_log,
+    read_rollouts,
     read_summary,
     read_validations,
     row_name,
@@ -105,6 +106,11 @@ def _without_comparisons(folder: Path, study: StudyFile, outcomes: Sequence[Outc
             entry.name: found
             for entry in trained
             if (found := read_validations(folder, entry, summaries[entry.name])) is not None
+        },
+        rollouts={
+            entry.name: found
+            for entry in trained
+            if (found := read_rollouts(folder, entry, summaries[entry.name])) is not None
         },
         angles=study_angles(folder, study.entries),
         backends=_backends(outcomes),

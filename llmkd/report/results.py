@@ -178,6 +178,40 @@ class RunValidations:
 
 
 @dataclass(frozen=True)
+class ShownTexts:
+    """What a student wrote after the same few prompts at one time, before the training step (from 1) that this is."""
+
+    step: int
+    prompts: list[str]
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class RunRollouts:
+    """The texts that were written while a run was trained, round by round; times are known when it has ended."""
+
+    lines: list[LogLine]
+    """By the first step (from 1) that a round's texts are for."""
+    rounds: int
+    texts: int
+    tokens: int
+    own_kl: str | None = None
+    """The divergence in the run's log, if it is of the student's own texts alone; None where rows of the data are among them."""
+    shown: list[ShownTexts] = field(default_factory=list)
+    """In the first, the middle and the last round."""
+    seconds: float | None = None
+    """Writing, in the run's last part."""
+    weights_seconds: float | None = None
+    """Handing weights over, of these."""
+    of_seconds: float | None = None
+    """All that this part took."""
+
+    def to_json(self) -> dict[str, object]:
+        """As results.json has it."""
+        return {**asdict(self), "lines": Curve(self.lines).to_json()}
+
+
+@dataclass(frozen=True)
 class Average:
     """The mean over `n` students, with half the 95 % interval where they are two or more and differ."""
 
@@ -273,6 +307,7 @@ class Results:
     conclusion: str = ""
     notes: list[str] = field(default_factory=list)
     validations: dict[str, RunValidations] = field(default_factory=dict)
+    rollouts: dict[str, RunRollouts] = field(default_factory=dict)
 
     def metric(self, name: str | None) -> Metric | None:
         """A metric by its name; None where no model has it."""
@@ -289,7 +324,7 @@ class Results:
 
     def to_json(self) -> dict[str, object]:
         """What results.json holds."""
-        by_run = {"curves": self.curves, "validations": self.validations}
+        by_run = {"curves": self.curves, "validations": self.validations, "rollouts": self.rollouts}
         return {
             **asdict(self),
             **{key: {name: values.to_json() for name, values in runs.items()} for key, runs in by_run.items()},

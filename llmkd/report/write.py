@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from llmkd.files import write_text
 from llmkd.recipe.study_entries import read_study
-from llmkd.report import tables
+from llmkd.report import rollouts, tables
 from llmkd.report.angles import angle_table, sentence, setting
 from llmkd.report.cost import cost_in_words
 from llmkd.report.files import generations
@@ -79,6 +79,11 @@ def _markdown(results: Results, recipe: str) -> str:
     if validations := of_students(results):
         parts += ["## Validation while training", escaped(rule_in_words(validations))]
         parts.append(tables.markdown(validation_table(validations)))
+    if results.rollouts:
+        parts += [f"## {rollouts.HEADING}", escaped(rollouts.in_words(results.rollouts))]
+        parts.append(tables.markdown(rollouts.rollout_table(results.rollouts)))
+        for name, student in rollouts.shown_runs(results).items():
+            parts += [f"### What {escaped(name)} wrote", tables.markdown(rollouts.side_by_side(student))]
     parts += ["## Cost of training", escaped(cost_in_words(results.runs))]
     parts.append(tables.markdown(tables.cost_table(results.runs)))
     if results.problems:

@@ -87,6 +87,8 @@ class Rollouts:
     foreign: frozenset[int] = frozenset()
     """Further ids that only the student has."""
     spent: Spent = field(default_factory=Spent)
+    present: dict[str, float] = field(default_factory=dict)
+    """What the texts of the present round are like: `measures`."""
 
     def rows(self, *, start_step: int, steps: int) -> Iterator[list[Batch]]:
         """For each step from `start_step` on, this rank's micro-batches (all ranks take part wherever a round begins)."""
@@ -97,6 +99,7 @@ class Rollouts:
             while step < steps:
                 steps_of_round = self.schedule.round_of(step)
                 texts = self._round(writer, steps_of_round, resumed_at=step)
+                self.present.update(measures(texts))
                 last = min(steps_of_round.stop, steps)
                 yield from ahead(partial(self._batches, texts), step, last)
                 step = last

@@ -75,14 +75,16 @@ class Journal:
                 project=job.train.wandb, name=name, dir=str(folder), config=job.inputs, id=name, resume="allow"
             )
 
-    def write(self, step: int, interval: Interval, taken: Mapping[str, int]) -> None:
-        """Record the interval that ends with this step. `taken`: how many rows of each source of a mixture came until then."""
+    def write(self, step: int, interval: Interval, taken: Mapping[str, int], written: Mapping[str, float]) -> None:
+        """Record the interval that ends with this step. `taken`: how many rows of each source of a mixture came until then; `written`: what
+        the texts are like that the student wrote for this step."""
         if not self._main:
             return
         log.info(line(step, self._steps, interval) + "".join(f" {name}:{rows}" for name, rows in taken.items()))
         self._advance(step - self._done, f"loss {interval.loss:.3f}, {interval.tokens_per_second:,.0f} tok/s")
         self._done = step
-        self._record(step, {**interval.values(), **({"sources": {**taken}} if taken else {})})
+        further = {"sources": {**taken}, "rollouts": {**written}}
+        self._record(step, {**interval.values(), **{name: values for name, values in further.items() if values}})
 
     def write_validation(self, step: int, values: Values) -> None:
         """Record a validation after this step, in a line of its own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,6 +77,16 @@ class PreparedRun:
             return {}
         of_sources = counts(step * self.job.train.batch_size, self.source.mixed)
         return dict(zip(self.job.data.names, of_sources, strict=True))
+
+    @property
+    def written(self) -> Mapping[str, float]:
+        """What the texts that the last of `batches` come from are like, in numbers; empty where none are written."""
+        return {} if self.source.rollouts is None else self.source.rollouts.present
+
+    @property
+    def writing(self) -> Mapping[str, float]:
+        """What the texts of this start of the run took, in seconds; empty where none are written."""
+        return {} if self.source.rollouts is None else vars(self.source.rollouts.spent)
 
     def batches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each step still to do, announced to the teacher ahead."""

@@ -17,11 +17,12 @@ from typing import TypedDict
 from markupsafe import Markup
 
 from llmkd.evaluation.results import Scores
-from llmkd.report import numbers
+from llmkd.report import numbers, rollouts
 from llmkd.report.files import GeneratedItem
 from llmkd.report.page import html
 from llmkd.report.page.angles import angle_section
 from llmkd.report.page.cost import cost_section
+from llmkd.report.page.rollouts import rollout_section
 from llmkd.report.page.scores import comparison_section, interval_section, map_section, score_section
 from llmkd.report.page.training import training_section
 from llmkd.report.page.validation import validation_part
@@ -72,6 +73,7 @@ def whole_page(results: Results, generations: Sequence[GeneratedItem], recipe: s
         "angles": ("Angles between teacher blocks", angle_section(results.angles)),
         "intervals": ("Scores with their intervals", interval_section(results)),
         "training": ("Training", [*training_section(results), *validation_part(results)]),
+        "rollouts": (rollouts.HEADING, rollout_section(results)),
         "cost": ("Cost", cost_section(results.runs)),
         "generations": ("Generated texts", _generation_section(results, generations)),
         "run": ("What was run", _run_section(results, recipe)),

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llmkd.data.tokenized import Tokens
 from llmkd.files import read_lines
@@ -84,6 +85,26 @@ def test_fixed_prompts_are_continued_as_a_plain_loop_does(tiny: Path, whole: Pat
         ids = plain_text(recipe.rollouts, prompt, seed, None, student, tokenizer.eos_token_id, 64)
         assert sample["text"] == tokenizer.decode(ids, skip_special_tokens=True)
     assert [sample["text"] for sample in first["samples"]] != [sample["text"] for sample in last["samples"]]
+
+
+def test_the_log_and_tensorboard_have_the_numbers_of_the_round_that_a_step_is_trained_on(whole: Path) -> None:
+    logged = [line["rollouts"] for line in read_lines(whole / "metrics.jsonl")]
+    first, second = (dict(measures(texts_of(whole, step))) for step in (0, 3))
+    assert logged == [first] * 3 + [second] * 3 and first != second
+    board = EventAccumulator(str(whole / "tensorboard")).Reload()
+    lengths = [event.value for event in board.Scalars("rollouts/length")]
+    assert lengths == pytest.approx([first["length"]] * 3 + [second["length"]] * 3)
+
+
+def test_the_summary_has_what_the_texts_took(whole: Path) -> None:
+    summary = json.loads((whole / "summary.json").read_text())
+    spent, lines = summary["rollouts"], read_lines(whole / "rollouts.jsonl")
+    assert (
+        spent["writing"] == pytest.approx(sum(line["seconds"] for line in lines))
+        and spent["writing"] < summary["seconds"]
+    )
+    assert spent["weights"] == pytest.approx(sum(line["weights_seconds"] for line in lines))
+    assert (spent["rounds"], spent["texts"]) == (2, 48)
 
 
 @pytest.mark.parametrize("died", ["publishing", "training"])

@@ -1,0 +1,85 @@
+"""Texts that students wrote while they were trained: a line per run, and what they wrote after the same prompts, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from llmkd.report.results import Results, RunRollouts
+from llmkd.text import ABSENT, Table, amount, fixed
+
+HEADING = "Texts written during training"
+MEASURES = {
+    "length": "mean tokens of a text",
+    "ended": "share of texts that ended by themselves",
+    "repetition": "share of a text's sequences of four tokens that stand in it before",
+}
+"""What is drawn of the rounds, with its words."""
+HEAD = [
+    "run",
+    "rounds",
+    "texts",
+    "tokens",
+    "seconds of writing",
+    "of the training time",
+    "of writing, handing over weights",
+]
+
+
+def share(part: float | None, whole: float | None) -> float | None:
+    """A part of a whole; None where either is not known."""
+    return None if part is None or not whole else part / whole
+
+
+def rollout_numbers(run: RunRollouts) -> list[int | float | None]:
+    """A run's line of `HEAD` after its name; shares are from 0 to 1."""
+    shares = [share(run.seconds, run.of_seconds), share(run.weights_seconds, run.seconds)]
+    return [run.rounds, run.texts, run.tokens, run.seconds, *shares]
+
+
+def rollout_table(rollouts: Mapping[str, RunRollouts]) -> Table:
+    """A line per run, with numbers as people read them; no time before a run has ended."""
+    lines = []
+    for name, run in rollouts.items():
+        *counts, of_training, of_writing = rollout_numbers(run)
+        lines.append([name, *map(amount, counts), _percent(of_training), _percent(of_writing)])
+    return [HEAD, *lines]
+
+
+def _percent(part: float | None) -> str:
+    return "" if part is None else f"{fixed(100 * part, 1)} %"
+
+
+def own_kl(results: Results) -> dict[str, str]:
+    """The students whose log has a divergence on their own texts alone: run -> which."""
+    return {name: run.own_kl for name, run in results.rollouts.items() if run.own_kl is not None}
+
+
+def in_words(rollouts: Mapping[str, RunRollouts]) -> str:
+    """How the numbers are to be read."""
+    words = (
+        "A round is what a student wrote at one time, for the steps until the next round. Times are those of a run's last part, known when "
+        "it has ended."
+    )
+    if any(run.shown for run in rollouts.values()):
+        words += (
+            " A few prompts were continued again and again, by the same random numbers: there the student's weights alone make the "
+            "difference. Nobody was trained on these texts, and no number has them."
+        )
+    return words
+
+
+def shown_runs(results: Results) -> dict[str, RunRollouts]:
+    """The runs whose texts are shown, by name: each student's first that has any."""
+    found: dict[str, tuple[str, RunRollouts]] = {}
+    for run in results.runs:
+        written = results.rollouts.get(run.name)
+        if run.strategy is not None and written is not None and written.shown:
+            found.setdefault(run.strategy, (run.name, written))
+    return dict(found.values())
+
+
+def side_by_side(run: RunRollouts) -> Table:
+    """A line per prompt: what was written after it before each of some steps."""
+    head = ["prompt", *(f"before step {shown.step:,}" for shown in run.shown)]
+    columns = [shown.prompts if place == 0 else shown.texts for place, shown in enumerate([run.shown[0], *run.shown])]
+    return [head, *([cell or ABSENT for cell in line] for line in zip(*columns, strict=True))]

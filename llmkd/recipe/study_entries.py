@@ -22,6 +22,7 @@ CE_ONLY: Mapping[str, object] = {
     "loss.ce": 1.0,
     "loss.schedules": None,
     "stones": None,
+    "rollouts": None,
 }
 Kind = Literal["teacher", "baseline", "student"]
 STEPS = {step.name: step.entry for step in SCORING_STEPS if step.entry is not None}

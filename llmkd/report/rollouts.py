@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from llmkd.report.results import Results, RunRollouts
-from llmkd.text import ABSENT, Table, amount, fixed
+from llmkd.text import ABSENT, Table, amount
 
 HEADING = "Texts written during training"
 MEASURES = {
@@ -20,33 +20,25 @@ HEAD = [
     "texts",
     "tokens",
     "seconds of writing",
-    "of the training time",
-    "of writing, handing over weights",
+    "% of the training time",
+    "handing weights over, % of writing",
 ]
 
 
-def share(part: float | None, whole: float | None) -> float | None:
-    """A part of a whole; None where either is not known."""
-    return None if part is None or not whole else part / whole
-
-
 def rollout_numbers(run: RunRollouts) -> list[int | float | None]:
-    """A run's line of `HEAD` after its name; shares are from 0 to 1."""
-    shares = [share(run.seconds, run.of_seconds), share(run.weights_seconds, run.seconds)]
+    """A run's line of `HEAD` after its name; no time before it has ended."""
+    shares = [_percent(run.seconds, run.of_seconds), _percent(run.weights_seconds, run.seconds)]
     return [run.rounds, run.texts, run.tokens, run.seconds, *shares]
 
 
+def _percent(part: float | None, whole: float | None) -> float | None:
+    """A part of a whole; None where either is not known."""
+    return None if part is None or not whole else 100 * part / whole
+
+
 def rollout_table(rollouts: Mapping[str, RunRollouts]) -> Table:
-    """A line per run, with numbers as people read them; no time before a run has ended."""
-    lines = []
-    for name, run in rollouts.items():
-        *counts, of_training, of_writing = rollout_numbers(run)
-        lines.append([name, *map(amount, counts), _percent(of_training), _percent(of_writing)])
-    return [HEAD, *lines]
-
-
-def _percent(part: float | None) -> str:
-    return "" if part is None else f"{fixed(100 * part, 1)} %"
+    """A line per run, with numbers as people read them."""
+    return [HEAD, *([name, *map(amount, rollout_numbers(run))] for name, run in rollouts.items())]
 
 
 def own_kl(results: Results) -> dict[str, str]:
@@ -62,8 +54,8 @@ def in_words(rollouts: Mapping[str, RunRollouts]) -> str:
     )
     if any(run.shown for run in rollouts.values()):
         words += (
-            " A few prompts were continued again and again, by the same random numbers: there the student's weights alone make the "
-            "difference. Nobody was trained on these texts, and no number has them."
+            " A few prompts were continued again and again, by the same random numbers, so that the student's weights alone make the "
+            "difference. Nothing is trained on these texts, and no number counts them."
         )
     return words
 

@@ -18,6 +18,7 @@ from llmkd.report.files import GeneratedItem
 from llmkd.report.page.document import whole_page
 from llmkd.report.results import Results
 from tests.unit.report import example_results as example
+from tests.unit.report.example_rollouts import with_rollouts
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -48,7 +49,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def study() -> Results:
-    return example.study()
+    return with_rollouts(example.study(), EVIL)
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +304,25 @@ def test_many_items_and_models_stay_quick(browser: Browser, file: Path) -> None:
         print(f"\n[page] {took:.0f} ms to show ten items of 32 models")
         assert page.status() == "Items 101 to 110 of 200"
         assert took < 1000
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_texts_written_during_training_stand_side_by_side_line_by_line(
+    browser: Browser, file: Path, study: Results, width: int
+) -> None:
+    with Opened(browser, file, width=width) as page:
+        table = page.tab.locator("#rollouts table.samples").first
+        table.scroll_into_view_if_needed()
+        page.keep(f"rollouts-{width}")
+        boxes = [cell.bounding_box() for cell in table.locator("tbody tr").first.locator("th, td").all()]
+        assert len(boxes) == 4 and all(boxes)
+        tops, lefts = ([box[side] for box in boxes if box] for side in ("y", "x"))
+        assert len(set(tops)) == 1 and lefts == sorted(set(lefts))
+        shown = next(iter(study.rollouts.values())).shown
+        assert table.locator("tbody th").first.inner_text() == shown[0].prompts[0]  # its line breaks too
+        assert table.locator("tbody tr").first.locator("td").last.inner_text() == EVIL
+        assert page.tab.evaluate("document.documentElement.scrollWidth") == width
+        assert page.complaints == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

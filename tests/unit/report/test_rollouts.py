@@ -81,8 +81,8 @@ def test_rounds_stand_at_the_first_step_that_trains_on_them(folder: Folder) -> N
 
 def test_shares_are_of_the_training_and_of_the_writing(folder: Folder) -> None:
     rollouts = folder.results().rollouts
-    assert rollout_numbers(rollouts["on_policy-s0"]) == [4, 320, 4000, 16.0, 0.25, 0.25]
-    assert rollout_table(rollouts)[1] == ["on_policy-s0", "4", "320", "4,000", "16", "25.0 %", "25.0 %"]
+    assert rollout_numbers(rollouts["on_policy-s0"]) == [4, 320, 4000, 16.0, 25.0, 25.0]
+    assert rollout_table(rollouts)[1] == ["on_policy-s0", "4", "320", "4,000", "16", "25", "25"]
     assert rollout_table(rollouts)[2] == ["on_policy-s1", "4", "320", "4,000", "", "", ""]  # not known before its end
 
 
@@ -110,14 +110,14 @@ def test_every_form_of_the_report_has_it(folder: Folder) -> None:
     labels = [about["aria-label"] for about, _ in page.all("svg")]
     for measure in ("length", "ended", "repetition"):
         assert f"Written texts: {measure} by step" in labels
-    assert page.csv("rollouts")[1] == ["on_policy-s0", "4", "320", "4000", "16.0", "0.25", "0.25"]
+    assert page.csv("rollouts")[1] == ["on_policy-s0", "4", "320", "4000", "16.0", "25.0", "25.0"]
     assert page.csv("rollouts-length")[2] == ["11", "10.0", "10.0", "10.0"]
     assert "before step 21" in [text for _, text in page.all("th")] and f"{EVIL} 2" in [
         text for _, text in page.all("td")
     ]
     assert page.all("img") == []
     text = (folder.folder / "report.md").read_text()
-    assert f"## {HEADING}" in text and "| on_policy-s0 | 4 | 320 | 4,000 | 16 | 25.0 % | 25.0 % |" in text
+    assert f"## {HEADING}" in text and "| on_policy-s0 | 4 | 320 | 4,000 | 16 | 25 | 25 |" in text
     assert "### What on_policy-s0 wrote" in text and "<img" not in text
     assert "on_policy-s0" in json.loads((folder.folder / "results.json").read_text())["rollouts"]
 

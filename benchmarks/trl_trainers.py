@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import io
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,8 +76,8 @@ class TrlStep:
         make = self._distillation if self._distils else self._gkd
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            self._trainer: Any = make(student, teacher, settings, len(setting_up.rows) * world.size)
             self._give(setting_up)
+            self._trainer: Any = make(student, teacher, settings, len(setting_up.rows) * world.size)
             self._trainer.train()
         self._device = world.device
 
@@ -143,6 +144,53 @@ class TrlStep:
             teacher_model=teacher,
             args=DistillationConfig(beta=0.0, temperature=1.0, **settings),
             train_dataset=Dataset.from_list([{"prompt": "a"}] * rows),
+            processing_class=new_tokenizer(["a benchmark"], 300),
+        )
+
+
+class OnPolicy(TrlStep):
+    """GKDTrainer on texts that the student writes in each step (lmbda 1), by the symmetric Jensen-Shannon divergence.
+
+    A micro-batch gives the prompts; its completions only say how many tokens will be written of each, and count them.
+    """
+
+    terms = Terms(ce=0.0, divergence="jsd")
+
+    def __init__(self, *given: Any) -> None:
+        self.writing = 0.0
+        """Seconds spent so far on writing."""
+        self.written = torch.empty(0, dtype=torch.long)
+        """[B, P + N] the last step's prompts, padded on the left, and texts."""
+        super().__init__("trl/gkd", *given)
+
+    def _give(self, work: Work) -> None:
+        prompts, mask = _padded([row.prompt for row in work.rows], left=True)
+        self._longest = max(len(row.completion) for row in work.rows)
+        self._given = {**gkd_inputs(work), "prompts": prompts, "prompt_attention_mask": mask}
+
+    def _gkd(self, student: Any, teacher: Any, settings: dict[str, Any], rows: int) -> Any:
+        from trl.experimental.gkd import GKDConfig, GKDTrainer  # pyright: ignore[reportMissingImports]
+
+        step = self
+
+        class Timed(GKDTrainer):
+            """TRL's trainer, with a clock around its writing."""
+
+            @staticmethod
+            def generate_on_policy_outputs(*given: Any) -> Any:
+                began = time.perf_counter()
+                made = GKDTrainer.generate_on_policy_outputs(*given)
+                step.writing += time.perf_counter() - began
+                step.written = made[0]
+                return made
+
+        how = dict(lmbda=1.0, seq_kd=False, beta=0.5, temperature=1.0, max_new_tokens=self._longest, max_length=None)
+        return Timed(
+            model=student,
+            teacher_model=teacher,
+            args=GKDConfig(**how, **settings),
+            train_dataset=Dataset.from_list([{"labels": [0]}] * rows),
+            data_collator=lambda rows: self._given,
             processing_class=new_tokenizer(["a benchmark"], 300),
         )
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import tables, trl_trainers
+from benchmarks import rollouts, tables, trl_trainers
 from benchmarks.check import agrees, expected_losses
 from benchmarks.contestants import make_passes
 from benchmarks.measure import Memory
@@ -100,14 +102,8 @@ def test_the_papers_loss_is_ours_where_nothing_is_padded(models: tuple[Any, Any]
     assert theirs == pytest.approx(ours.item(), rel=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed (the extra `bench`)")
-@pytest.mark.parametrize("kind", ["trl/gkd", "trl/distillation"])
-def test_trls_trainers_compute_the_same_divergence(world: World, work: Work, kind: str) -> None:
-    student, teacher = (make_model(SIZE, n, torch.float32, CPU, seed=n) for n in (2, 4))
-    teacher.eval().requires_grad_(False)
-    (expected,) = expected_losses(world, student, teacher, work, [trl_trainers.KL_ALONE])
-    config = complete_ds_config(
+def trl_config() -> dict[str, Any]:
+    return complete_ds_config(
         {"zero_optimization": {"stage": 2}},
         world_size=1,
         micro_batch=SIZE.rows,
@@ -116,9 +112,36 @@ def test_trls_trainers_compute_the_same_divergence(world: World, work: Work, kin
         dtype="float32",
         nvme_path="/tmp",
     )
-    trainer = trl_trainers.TrlStep(kind, world, student, teacher, config, work)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed (the extra `bench`)")
+@pytest.mark.parametrize("kind", ["trl/gkd", "trl/distillation"])
+def test_trls_trainers_compute_the_same_divergence(world: World, work: Work, kind: str) -> None:
+    student, teacher = (make_model(SIZE, n, torch.float32, CPU, seed=n) for n in (2, 4))
+    teacher.eval().requires_grad_(False)
+    (expected,) = expected_losses(world, student, teacher, work, [trl_trainers.KL_ALONE])
+    trainer = trl_trainers.TrlStep(kind, world, student, teacher, trl_config(), work)
     with trainer.turn() as step:
         assert float(step(work)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed (the extra `bench`)")
+def test_trls_on_policy_step_has_the_divergence_of_what_it_wrote(world: World, work: Work) -> None:
+    student, teacher = (make_model(SIZE, n, torch.float32, CPU, seed=n) for n in (2, 4))
+    teacher.eval().requires_grad_(False)
+    rows = tuple(Row(row.prompt, (1,) * 5) for row in work.rows)
+    work = Work(as_batch(rows), rows, trained=5 * len(rows), attended=0)
+    trainer = trl_trainers.OnPolicy(world, student, teacher, trl_config(), work)
+    with trainer.turn() as step:
+        loss = float(step(work))
+    texts = [tuple(written[-5:].tolist()) for written in trainer.written]
+    assert len(set(texts)) == len(rows) and trainer.writing > 0
+    wrote = tuple(Row(row.prompt, text) for row, text in zip(rows, texts, strict=True))
+    made = Work(as_batch(wrote), wrote, trained=5 * len(rows), attended=0)
+    (expected,) = expected_losses(world, student, teacher, made, [trl_trainers.OnPolicy.terms])
+    assert loss == pytest.approx(expected, rel=1e-4)
 
 
 def test_trl_is_given_the_same_tokens(work: Work) -> None:
@@ -170,3 +193,28 @@ def test_results_replace_their_own_part_alone() -> None:
     assert twice == expected
     before = twice.replace("## Other\n\nkept\n\n", "") + "\n## Other\n\nkept\n"
     assert tables.put(before, "A training step", "small", "three") == before
+
+
+def test_a_benchmarked_run_writes_full_texts_of_the_prompts_that_trl_is_given(world: World, tmp_path: Path) -> None:
+    size = replace(SIZE, rows=4, longest=16, vocabulary=400)
+    recipe = rollouts.recipe_in(tmp_path, size, 2 * rollouts.STEPS).changed(
+        {"rollouts.backend": "hf", "rollouts.every": 5}
+    )
+    run = rollouts.LlmkdRun(world, recipe, tmp_path / "run")
+    turn = run.turn()
+    assert 0 < turn.weights < turn.writing < turn.whole and run.rollouts.spent.rounds == 2
+    table = pq.read_table(tmp_path / "run" / "rollouts" / "round-00000005.parquet").to_pylist()
+    for step in (5, 9):
+        written = [tuple(line["prompt"]) for line in table if line["step"] == step]
+        assert sorted(written) == sorted(row.prompt for row in run.work(step).rows) and len(set(written)) == size.rows
+    assert {len(line["text"]) for line in table} == {rollouts.WRITTEN} and not any(line["ended"] for line in table)
+
+
+def test_rollouts_are_judged_by_their_own_rounds() -> None:
+    trl, ours = [rollouts.Turn(8.0, 9.0, 4.0, 0.0)] * 3, [rollouts.Turn(4.0, 3.0, 1.0, 0.4)] * 3
+    said = rollouts.report({rollouts.TRL: trl, "llmkd, Hugging Face, every 10": ours}, tokens=800)
+    last = said.splitlines()[3].split("|")
+    assert [cell.strip() for cell in last[2:-1]] == [
+        "200 (200–200)", "0.400", "2.00 (2.00–2.00)", "3.00 (3.00–3.00)", "25.0%", "10.0%", "75.0%"
+    ]  # fmt: skip
+    assert "- met: tokens/s ≥ 1.5" in said and "- **not met**: weights ≤ 5 % of the time: 10.0%" in said

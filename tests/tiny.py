@@ -16,7 +16,6 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from llmkd.data.batches import IGNORE, collate
-from llmkd.data.formats import RowFormat
 from llmkd.data.order import Source
 from llmkd.data.packing import packed_rows
 from llmkd.data.rows import load_rows
@@ -127,7 +126,11 @@ def plain_run(
     tokenizer = models.load_tokenizer(teacher_folder)
     rows = load_rows(recipe.data.source, name=None, split="train", rows=recipe.data.rows)
     data = tokenize(
-        rows, tokenizer, row_format=RowFormat(), max_length=recipe.data.max_length, too_long=recipe.data.too_long
+        rows,
+        tokenizer,
+        row_format=recipe.data.row_format,
+        max_length=recipe.data.max_length,
+        too_long=recipe.data.too_long,
     )
     pairs = pairs_of(recipe, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     widths = student.config.hidden_size, teacher.config.hidden_size
@@ -196,7 +199,7 @@ def plain_round(
         wanted = schedule.wanted(step, numbers)
         for place, number, seed in zip(wanted.places, wanted.rows, wanted.seeds, strict=True):
             row = data[int(number)]
-            prompt = row["input_ids"][: row["trained"].index(True)]
+            prompt = row["input_ids"][: row["trained"].index(True) if True in row["trained"] else None]
             text = plain_text(how, prompt, int(seed), teacher, student, eos, recipe.data.max_length)
             trained = [False] * len(prompt) + [True] * len(text)
             rows[place] = {"input_ids": prompt + text, "trained": trained, "ended": text[-1] == eos}

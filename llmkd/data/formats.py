@@ -20,14 +20,18 @@ FORMATS = {
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "text": ("text",),
+    "prompts": ("prompt",),
 }
 """By format, the columns that each row must have."""
+GUESSED = tuple(name for name in FORMATS if name != "prompts")
+"""The formats that `auto` knows by their columns: rows of prompt and completion would be prompts, too."""
 FURTHER = {
     "prompt_completion": ("tools",),
     "messages": ("tools",),
     "sharegpt": ("system", "tools"),
     "alpaca": ("input",),
     "text": (),
+    "prompts": ("tools",),
 }
 """By format, the columns that are read where they are there."""
 COLUMNS = tuple(
@@ -84,7 +88,7 @@ class RowFormat:
     """What the chat template is told beside the chat, as JSON values."""
 
 
-def format_of(columns: Sequence[str], format: str = "auto", among: Sequence[str] = tuple(FORMATS)) -> str:
+def format_of(columns: Sequence[str], format: str = "auto", among: Sequence[str] = GUESSED) -> str:
     """The format of rows with these columns: the one named, or by `auto` the one of `among` that they fit.
 
     Raises InputError where a column is missing, and where the columns fit several formats.
@@ -125,6 +129,8 @@ def is_chat(row: Row, format: str, template: bool) -> bool:
     """Whether the row is written by a chat template; `template`: whether there is one, without which alpaca's rows are plain texts."""
     if format == "prompt_completion":
         return isinstance(row["prompt"], list) or isinstance(row["completion"], list)
+    if format == "prompts":
+        return isinstance(row["prompt"], list)
     return format in ("messages", "sharegpt") or (format == "alpaca" and template)
 
 

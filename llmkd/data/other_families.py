@@ -19,7 +19,7 @@ from llmkd.data.tokens import check_end_token, encoder
 from llmkd.errors import InputError
 
 FORMATS = {
-    "decoder": ("auto", "prompt_completion", "messages", "sharegpt", "alpaca", "text"),
+    "decoder": ("auto", "prompt_completion", "messages", "sharegpt", "alpaca", "text", "prompts"),
     "encoder": ("auto", "classification"),
     "encoder_decoder": ("auto", "prompt_completion", "alpaca"),
 }

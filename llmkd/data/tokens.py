@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from llmkd.data.formats import RowFormat, format_of, is_chat, texts_of, turns_of
 from llmkd.data.token_files import Columns, Encode, mapped_rows
-from llmkd.data.turns import THOUGHTS_END, Tools, Turn, check_options, has_answer, read_tools, rendered
+from llmkd.data.turns import THOUGHTS_END, Tools, Turn, check_options, has_answer, read_tools, read_turns, rendered
 from llmkd.errors import InputError
 
 PLACEHOLDER = "llmkd0message0here"
@@ -46,6 +46,8 @@ def encoder(columns: Sequence[str], tokenizer: Any, *, row_format: RowFormat, ma
     check_end_token(tokenizer)
     options = row_format.template_options
     check_options(tokenizer, options)
+    if format == "prompts":
+        return _prompt_encoder(tokenizer, options, too_long)
 
     def tokens(columns: Columns, numbers: list[int]) -> Columns:
         ids, trained = encoded(columns, tokenizer, numbers, format, options)
@@ -56,6 +58,44 @@ def encoder(columns: Sequence[str], tokenizer: Any, *, row_format: RowFormat, ma
         return dict(input_ids=ids, trained=trained, length=length, whole=whole, useful=useful, row=numbers)
 
     return tokens
+
+
+def _prompt_encoder(tokenizer: Any, options: Options, too_long: str) -> Encode:
+    """What makes tokens of prompts alone, up to where a model goes on. Raises InputError for prompts that are to be cut."""
+    if too_long == "truncate":
+        raise InputError("data.too_long: a prompt whose end is cut off asks for something else; write drop")
+
+    def tokens(columns: Columns, numbers: list[int]) -> Columns:
+        ids = []
+        for place, number in enumerate(numbers):
+            try:
+                prompt, tools = columns["prompt"][place], columns["tools"][place] if "tools" in columns else None
+                ids.append(_prompt(prompt, tools, tokenizer, options))
+            except InputError as error:
+                raise InputError(f"data row {number}: {error}") from error
+        length = [len(row) for row in ids]
+        return {
+            "input_ids": ids,
+            "trained": [[False] * len(row) for row in ids],
+            "length": length,
+            "whole": [count + 1 for count in length],  # at least one token is to be written
+            "useful": [bool(row) for row in ids],
+            "row": numbers,
+        }
+
+    return tokens
+
+
+def _prompt(prompt: object, tools: object, tokenizer: Any, options: Options) -> list[int]:
+    """The tokens of a text, or of a chat up to where the assistant is to answer."""
+    if isinstance(prompt, str):
+        return leading(tokenizer, [prompt])[0]
+    if not tokenizer.chat_template:
+        raise InputError("prompt is a list of turns, and the tokenizer has no chat template; give texts")
+    text = rendered(
+        read_turns(prompt), tokenizer=tokenizer, tools=read_tools(tools), options=options, add_generation_prompt=True
+    )
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def check_end_token(tokenizer: Any) -> int:

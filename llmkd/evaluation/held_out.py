@@ -51,7 +51,7 @@ def held_out_data(section: Generation | Classification, data: Data, rows: int | 
         changes |= {"source": section.source, "sources": (), "template_options": like.template_options}
         changes["columns"] = like.columns if section.columns is None else section.columns
         own = section.format if isinstance(section, Generation) else None
-        changes["format"] = own or ("auto" if like.format == "text" else like.format)
+        changes["format"] = own or ("auto" if like.format in ("text", "prompts") else like.format)
     return data.model_copy(update=changes)
 
 

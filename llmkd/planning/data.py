@@ -135,8 +135,11 @@ def _counts(source: SourceTokens, tokenizer: Any) -> list[Finding]:
     quarter, half, most = (int(q) for q in np.quantile(lengths, (0.25, 0.5, 1.0), method="nearest"))
     tokens = int(lengths.sum())
     spread = f"lengths {quarter} (quarter), {half} (half), {most} (longest)"
+    rows = Finding("ok", f"{name}: {len(data):,} rows of the format {format}, {tokens:,} tokens; {spread}")
+    if format == "prompts":
+        return [rows, Finding("ok", f"{name}: what is trained is written during training (section rollouts)")]
     findings = [
-        Finding("ok", f"{name}: {len(data):,} rows of the format {format}, {tokens:,} tokens; {spread}"),
+        rows,
         Finding(
             "ok" if trained else "warning", f"{name}: {trained:,} tokens are trained, {trained / tokens:.1%} of all"
         ),

@@ -13,7 +13,7 @@ from llmkd.recipe.section import NO_EFFECT, Section
 
 _OF_A_SOURCE = ("source", "name", "split", "rows", "records_seed", "format", "columns", "template_options")
 
-Format = Literal["auto", "prompt_completion", "messages", "sharegpt", "alpaca", "text", "classification"]
+Format = Literal["auto", "prompt_completion", "messages", "sharegpt", "alpaca", "text", "prompts", "classification"]
 
 
 class Validation(Section):
@@ -76,8 +76,9 @@ class Rows(Section):
     are trained. `sharegpt`: the same in a column conversations, of turns with from and value; a column system comes first. `alpaca`:
     columns instruction, output and perhaps input; the output is trained, as the answer in a chat, or, where the tokenizer has no chat
     template, after instruction and input with an empty line below each. A column tools of a chat is given to the template. `text`: every
-    token is trained. `classification` (encoders): columns text, or text_a and text_b, and label. Encoder-decoders read the prompt and
-    write the completion. Rows without anything to write are dropped and counted."""
+    token is trained. `prompts`: a column prompt alone, a text or a list of turns, which the student continues (section rollouts, share 1).
+    `classification` (encoders): columns text, or text_a and text_b, and label. Encoder-decoders read the prompt and write the completion.
+    Rows without anything to write are dropped and counted."""
     columns: dict[str, str] = {}
     """Other names of columns, the data's own -> the format's: `{question: prompt, answer: completion}`. All else goes by the new names."""
     template_options: dict[str, Any] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -204,8 +205,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _rollouts_are_possible(self) -> Recipe:
-        if self.rollouts is not None:
-            check_rollouts(self.rollouts, self.data, self.loss, self.teacher)
+        check_rollouts(self.rollouts, self.data, self.loss, self.teacher)
+        own = None if self.finetune is None else self.finetune.data or self.data
+        if own is not None and any(part.format == "prompts" for part in own.parts):
+            raise ValueError(
+                "finetune.data: prompts have no completion to fine-tune a teacher on; give rows that have one"
+            )
         return self
 
     @property
@@ -268,7 +273,7 @@ class Recipe(Section):
             if section and section["batch_tokens"] and f"{where}.batch_size" not in changes:
                 del section["batch_size"]  # it follows from the tokens
         for key, value in changes.items():
-            _put(values, key, value)
+            _put(values, key, deepcopy(value))  # another change may be of a key within it
         return _validated(values, "the changed recipe")
 
 

@@ -57,9 +57,21 @@ class Rollouts(Section):
         return self.share > 0
 
 
-def check_rollouts(rollouts: Rollouts, data: Data, loss: Loss, teacher: Teacher) -> None:
-    """Raise ValueError where a run can't train on written texts as it asks."""
-    if not rollouts.writes:
+def check_rollouts(rollouts: Rollouts | None, data: Data, loss: Loss, teacher: Teacher) -> None:
+    """Raise ValueError where a run can't train on written texts as it asks, and for prompts that nobody continues."""
+    if any(part.format == "prompts" for part in data.parts):
+        if rollouts is None or rollouts.share < 1:
+            raise ValueError(
+                "data.format: prompts have no completion to train on; add the section rollouts with a share of 1, or give rows with "
+                "completions"
+            )
+        if data.validation is not None and (
+            data.validation.source is None or data.validation.format in (None, "prompts")
+        ):
+            raise ValueError(
+                "data.validation: prompts have no completion to validate on; give a source of rows with completions and its format"
+            )
+    if rollouts is None or not rollouts.writes:
         return
     off = "or leave the section rollouts out"
     if loss.ce:

@@ -227,7 +227,8 @@ def stream(
     def look() -> str:
         first = first_rows(data)
         encoder(first.column_names, data.row_format)(first[:], list(range(len(first))))
-        return formats.format_of(first.column_names, data.format, other_families.FORMATS[job.family.kind][1:])
+        among = formats.GUESSED if job.family.kind == "decoder" else other_families.FORMATS[job.family.kind][1:]
+        return formats.format_of(first.column_names, data.format, among)
 
     # decided once: a later row may have columns that fit another format too
     row_format = replace(data.row_format, format=on_main(world, look))

@@ -38,9 +38,10 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         {"train.micro_batch_size": 2, "train.batch_size": 20}, truncated="drop", share=0.5, max_new_tokens=45
     ),
     "mixed": with_rollouts(by="mixed", alpha=0.4, every=2),
+    "prompts": with_rollouts({"data.source": "PROMPTS", "data.format": "prompts"}, every=2),
 }
 RANKS = {
-    1: {"strict": {}, "rounds": {"train.deepspeed": "zero2"}, "samples": {}, "greedy": {}, "mixed": {}},
+    1: {"strict": {}, "rounds": {"train.deepspeed": "zero2"}, "samples": {}, "greedy": {}, "mixed": {}, "prompts": {}},
     2: {
         "strict": {"train.deepspeed": "zero3"},
         "rounds": {"train.micro_batch_size": 2},
@@ -54,12 +55,19 @@ OBJECTIVES["staged"] = OBJECTIVES["sharded"] = OBJECTIVES["rounds"]
 OBJECTIVES["none"] = {}
 
 
+def changes_of(tiny: Path, ranks: int, name: str) -> dict[str, Any]:
+    changes = {**OBJECTIVES[name], **RANKS[ranks][name]}
+    return {key: str(tiny / "prompts.jsonl") if value == "PROMPTS" else value for key, value in changes.items()}
+
+
 @pytest.fixture(scope="module")
 def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every objective's run, on one rank and on two."""
     folder = tmp_path_factory.mktemp("rollouts")
+    rows = map(json.loads, (tiny / "rows.jsonl").read_text().splitlines())
+    (tiny / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
     for ranks, scenarios in RANKS.items():
-        changes = {name: {**OBJECTIVES[name], **how} for name, how in scenarios.items()}
+        changes = {name: changes_of(tiny, ranks, name) for name in scenarios}
         refused = run_on_ranks(ranks, tiny / "recipe.yaml", changes, folder / str(ranks))
         assert refused == {}
     return folder
@@ -69,7 +77,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_texts_and_student_are_those_of_a_plain_loop(
     tiny: Path, runs: Path, tmp_path: Path, ranks: int, name: str
 ) -> None:
-    recipe = load_recipe(tiny / "recipe.yaml").changed({**OBJECTIVES[name], **RANKS[ranks][name]})
+    recipe = load_recipe(tiny / "recipe.yaml").changed(changes_of(tiny, ranks, name))
     initial.initial_student(recipe, tiny / "teacher", tmp_path / "initial")
     weights, losses = plain_run(recipe, tiny / "teacher", tmp_path / "initial")
     run = runs / str(ranks) / name

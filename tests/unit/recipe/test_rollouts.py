@@ -1,0 +1,82 @@
+"""What a recipe with rollouts may not ask for, each with its cure; and prompts alone as rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmkd.data.formats import RowFormat
+from llmkd.data.rows import load_rows
+from llmkd.data.tokens import tokenize
+from llmkd.errors import InputError
+from llmkd.models.load import load_tokenizer
+from llmkd.recipe.recipe import load_recipe
+
+NEW = {"loss.ce": 0.0, "rollouts": {"max_new_tokens": 20}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"loss.ce": 1.0}, r"loss\.ce: the tokens of a text that the student wrote .* write loss\.ce: 0"),
+        (
+            {"teacher.placement": "cache"},
+            r"rollouts: a teacher with .*cache.* has read all rows .* write placement: replicated",
+        ),
+        ({"teacher.share_cache": True}, r"rollouts: a teacher with .*share_cache.* share_cache: false"),
+        ({"data.batching": "packed"}, r"data\.batching: packed sequences are laid out before .* write grouped"),
+        ({"data.streaming": True}, r"data\.streaming: prompts are taken from rows on disk; write streaming: false"),
+        ({"data.format": "text"}, r"data\.format: a text has no prompt to continue; give rows of prompt"),
+        (
+            {"rollouts.max_new_tokens": 64},
+            r"rollouts\.max_new_tokens: 64 tokens leave no room .*max_length 64; write a smaller",
+        ),
+        ({"rollouts.by": "mixed", "rollouts.backend": "vllm"}, r"rollouts\.backend: vLLM runs one model, .* write hf"),
+        ({"rollouts.alpha": 0.5}, r"rollouts\.alpha: it belongs to by: mixed"),
+        (
+            {"rollouts.share": 0.5, "data.format": "prompts"},
+            r"data\.format: prompts have no completion .* a share of 1",
+        ),
+        ({"rollouts": None, "data.format": "prompts"}, r"data\.format: prompts have no completion to train on"),
+        (
+            {"data.format": "prompts", "data.validation": {"share": 0.1}},
+            r"data\.validation: prompts have no completion to validate on; give a source",
+        ),
+    ],
+)
+def test_what_is_refused(tiny: Path, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        load_recipe(tiny / "recipe.yaml").changed({**NEW, **changes})
+
+
+def test_a_share_of_zero_asks_for_nothing(tiny: Path) -> None:
+    recipe = load_recipe(tiny / "recipe.yaml").changed({"rollouts": {"share": 0.0}, "data.batching": "packed"})
+    assert recipe.rollouts is not None and not recipe.rollouts.writes
+
+
+def test_prompts_are_rows_up_to_where_a_model_goes_on(tiny: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny / "teacher")
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    chat = [{"role": "user", "content": "red door"}]
+    texts, chats = tmp_path / "texts.jsonl", tmp_path / "chats.jsonl"
+    texts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ["red", "red " * 70, "blue house"]))
+    chats.write_text(json.dumps({"prompt": chat}) + "\n")
+    how: dict[str, Any] = {"row_format": RowFormat("prompts"), "max_length": 64, "too_long": "drop"}
+    rows = tokenize(load_rows(str(texts), name=None, split="train", rows=None), tokenizer, **how)
+    assert [tokenizer.decode(ids) for ids in rows["input_ids"]] == [
+        "red",
+        "blue house",
+    ]  # one leaves no room for a text
+    assert not any(any(trained) for trained in rows["trained"])
+    rows = tokenize(load_rows(str(chats), name=None, split="train", rows=None), tokenizer, **how)
+    assert [tokenizer.decode(ids) for ids in rows["input_ids"]] == ["<user>red door</><assistant>"]
+    with pytest.raises(
+        InputError, match=r"data\.too_long: a prompt whose end is cut off asks for something else; write drop"
+    ):
+        tokenize(
+            load_rows(str(texts), name=None, split="train", rows=None), tokenizer, **{**how, "too_long": "truncate"}
+        )

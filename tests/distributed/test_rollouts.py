@@ -73,6 +73,14 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("name", ["rounds", "staged", "sharded"])
+def test_what_is_written_after_the_fixed_prompts_is_the_same_on_two_ranks(runs: Path, name: str) -> None:
+    one, two = ((runs / run / "rollouts.jsonl").read_text().splitlines() for run in ("1/rounds", f"2/{name}"))
+    ours, theirs = ([json.loads(line) for line in lines] for lines in (one, two))
+    assert [line["samples"] for line in ours] == [line["samples"] for line in theirs]
+    assert [(line["step"], len(line["samples"]), line["texts"]) for line in ours] == [(0, 3, 14), (3, 3, 5)]
+
+
 @pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, names in RANKS.items() for name in names])
 def test_texts_and_student_are_those_of_a_plain_loop(
     tiny: Path, runs: Path, tmp_path: Path, ranks: int, name: str

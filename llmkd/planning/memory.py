@@ -22,6 +22,7 @@ from llmkd.losses.distance_sum import terms_of
 from llmkd.losses.divergences import with_parameters
 from llmkd.models.load import DTYPES
 from llmkd.planning.cache import cache_rows, cache_traffic
+from llmkd.planning.rollouts import rollout_rows
 from llmkd.planning.rows import GIB, OFFLOADED, PHASES, WIDE, Phase, Place, Row, block_activations, millions
 from llmkd.planning.shapes import Shapes, initial_student_config, shapes, teacher_config
 from llmkd.planning.stepping_stones import stone_rows
@@ -78,6 +79,7 @@ def plan(recipe: Recipe, ranks: int, config: PreTrainedConfig | None = None) -> 
         *student_rows(recipe, student, projectors, zero, ranks),
         *activation_rows(recipe, student, teacher, placed.pairs, ranks),
         *head_rows(recipe, student, teacher),
+        *rollout_rows(recipe, student, teacher),
     ]
 
 

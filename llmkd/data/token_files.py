@@ -40,8 +40,6 @@ Encode = Callable[[Columns, list[int]], Columns]
 `useful` (whether it has a token to train)."""
 
 SHARD_ROWS = 16_384
-BATCH_ROWS = 4096
-"""Rows that are written together."""
 VERIFIED = 8 * 2**30
 """Up to so many bytes the files' hashes are compared at each start; half a minute on a slow disk. Above, their sizes alone."""
 _TYPES = {
@@ -269,8 +267,6 @@ def _write_shard(folder: Path, rows: Dataset, encode: Encode, max_length: int, t
         remove_columns=part.column_names,
         features=Features({name: _TYPES[name] for name in names}),
         cache_file_name=str(file),
-        # whoever opens the file touches the beginning of each batch of rows: few batches, few pages
-        writer_batch_size=BATCH_ROWS,
         load_from_cache_file=False,
         new_fingerprint=f"{folder.name}-{number}",
     )

@@ -1,4 +1,4 @@
-"""What the writing of texts during training takes: a second copy of the student, the keys and values of the texts, and weights in memory."""
+"""What writing texts during training takes: a second copy of the student, the keys and values of the texts, and weights in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WRITING: tuple[Phase, ...] = ("writing",)
 
 
 def rollout_rows(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Row]:
-    """None where nothing is written. vLLM takes `rollouts.gpu_share` of the device, whatever is needed of it."""
+    """No rows where nothing is written. vLLM takes `rollouts.gpu_share` of the device, whatever is needed of it."""
     settings = recipe.rollouts
     if settings is None or not settings.writes:
         return []

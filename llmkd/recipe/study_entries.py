@@ -215,4 +215,5 @@ def entry_recipe(recipe: Recipe, entry: StudyEntry) -> Recipe:
     try:
         return recipe.changed({**recipe.matching.without_others(strategy), **changes, "seed": entry.seed})
     except InputError as error:  # what a key of the whole recipe asks for, and this student can't have
-        raise InputError(f"{entry.name}: {str(error).removeprefix('the changed recipe: ')}") from error
+        cure = "; or leave ce_only out of study.baselines" if entry.strategy == "ce_only" else ""
+        raise InputError(f"{entry.name}: {str(error).removeprefix('the changed recipe: ')}{cure}") from error

@@ -11,6 +11,7 @@ import yaml
 
 from llmkd import study as module
 from llmkd.distributed.launch import Ending
+from llmkd.errors import InputError
 from llmkd.files import read_lines
 from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.recipe.study_entries import entry_recipe, study_entries
@@ -79,6 +80,16 @@ def test_a_baseline_of_the_data_alone_writes_nothing(recipe: Recipe) -> None:
     recipes = {entry.name: entry_recipe(all_write, entry) for entry in study_entries(all_write) if entry.train}
     assert recipes["ce_only-s0"].rollouts is None and recipes["ce_only-s0"].loss.ce == 1
     assert recipes["none-s0"].rollouts == all_write.rollouts is not None
+
+
+def test_the_baseline_of_the_data_alone_can_not_learn_from_prompts(recipe: Recipe) -> None:
+    prompts = {"data.format": "prompts", "data.validation": None, "train.validate_every": 0}
+    study_of_prompts = recipe.changed({**WRITES, **prompts, "study.baselines": ["ce_only"], "study.variants": {}})
+    (entry,) = (entry for entry in study_entries(study_of_prompts) if entry.strategy == "ce_only")
+    with pytest.raises(
+        InputError, match="ce_only-s0: data.format: prompts have .*; or leave ce_only out of study.baselines"
+    ):
+        entry_recipe(study_of_prompts, entry)
 
 
 def test_one_key_of_the_section_may_differ_from_student_to_student(recipe: Recipe) -> None:

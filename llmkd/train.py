@@ -89,7 +89,7 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
     run.module.train()
     # a run that was killed while it was exported has nothing left to train
     left = () if keeping.is_over else run.batches()
-    for step, micro_batches in enumerate(meter.clock.timed(left), start=run.first + 1):
+    for step, micro_batches in enumerate(meter.clock.timed(left, run.writing_seconds), start=run.first + 1):
         # every step (all ranks: their counts are added up on the CPU)
         counts, asked_to_stop = _counts(world, micro_batches, stopping)
         this = steps.settings(step, counts, len(micro_batches))
@@ -126,7 +126,8 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
                 return False
         if done:
             break
-    spent = Spent(time.perf_counter() - began, validator.seconds, tokens, meter.clock.cost())
+    seconds = time.perf_counter() - began
+    spent = Spent(seconds, validator.seconds, run.writing_seconds(), tokens, meter.clock.cost())
     journal.close()
     # at the end: export (all ranks: weights are gathered one at a time; rank 0 writes)
     _finish(world, run, keeping, spent, last)
@@ -153,8 +154,14 @@ class Spent(NamedTuple):
 
     seconds: float
     of_validation: float
+    of_writing: float
     tokens: int
     of_a_step: dict[str, object] | None
+
+    @property
+    def of_training(self) -> float:
+        """Seconds of the steps alone."""
+        return self.seconds - self.of_validation - self.of_writing
 
 
 def _finish(world: World, run: PreparedRun, keeping: Keeping, spent: Spent, last: Interval | None) -> None:
@@ -179,7 +186,7 @@ def _finish(world: World, run: PreparedRun, keeping: Keeping, spent: Spent, last
         "validation_seconds": spent.of_validation,
         "step": spent.of_a_step,
         "tokens": spent.tokens,
-        "tokens_per_second": spent.tokens / (spent.seconds - spent.of_validation) if spent.tokens else None,
+        "tokens_per_second": spent.tokens / spent.of_training if spent.tokens else None,
         "memory_gib": peak_memory_gib() if last is None else last.memory_gib,  # a run of 0 steps has no interval
         "last": {} if last is None else last.values(),
         "sources": run.taken(steps),

@@ -153,6 +153,10 @@ class Rollouts:
         of_mine = [prompts[number].tolist() for number in mine], limits, [seeds[number] for number in mine]
         own = _attempted(writer, Asked(str(folder), *of_mine))
         every = gather(self.world, (mine, own))
+        if self.world.local_rank == 0:
+            self.weights.remove()  # all have read them
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         ids: dict[int, list[int]] = {}
         for numbers, result in every:
             if isinstance(result, str):

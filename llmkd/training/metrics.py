@@ -7,7 +7,7 @@ import operator
 import resource
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
@@ -107,12 +107,19 @@ class StepClock:
         event.record()
         return event, 0.0
 
-    def timed(self, steps: Iterable[Step]) -> Iterator[Step]:
-        """The same; a step begins when it is asked for, so that waiting for its rows is a part of it."""
-        self._begun = self._now()
-        for step in steps:
+    def timed(self, steps: Iterable[Step], apart: Callable[[], float] = lambda: 0.0) -> Iterator[Step]:
+        """The same; a step begins when it is asked for, so that waiting for its rows is a part of it.
+
+        `apart`: seconds so far of work that is no step's own; a step in front of which there was some begins after it.
+        """
+        iterator = iter(steps)
+        while True:
+            self._begun, before = self._now(), apart()
+            if (step := next(iterator, None)) is None:
+                return
+            if apart() > before:
+                self._begun = self._now()
             yield step
-            self._begun = self._now()
 
     def end(self) -> None:
         """The step that was last given has done its work, or on a GPU been told to."""

@@ -108,6 +108,10 @@ class PreparedRun:
         stream = self.source.stream
         return None if stream is None else stream.place.as_json()
 
+    def writing_seconds(self) -> float:
+        """What the writing of texts has taken since this start of the run."""
+        return 0.0 if self.source.rollouts is None else self.source.rollouts.spent.writing
+
     def validates(self, step: int) -> bool:
         """Whether the student is validated after this step, from 1."""
         return self.job.train.validates(step, self.steps)

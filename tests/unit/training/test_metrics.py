@@ -159,3 +159,23 @@ def test_an_intervals_rate_is_that_of_its_steps(world: Any, now: _Time) -> None:
     interval = meter.flush(Moving(), learning_rate=0.1, grad_norm=2.0)
     assert interval.seconds_per_step == 2.0
     assert interval.tokens_per_second == 2 * settings.counts.tokens / 4.0
+
+
+def test_what_is_no_steps_own_is_not_timed(now: _Time) -> None:
+    """Texts that are written before a step are not; waiting for rows is, in front of the other steps."""
+    apart = 0.0
+
+    def rows() -> Iterator[int]:
+        nonlocal apart
+        for number in range(4):
+            now.wall += 0.25
+            if number % 2:
+                now.wall += 100
+                apart += 100
+            yield number
+
+    clock = StepClock(torch.device("cpu"))
+    for _ in clock.timed(rows(), lambda: apart):
+        now.wall += 1
+        clock.end()
+    assert clock.read() == 2 * 1.25 + 2 * 1

@@ -146,6 +146,7 @@ class TrlRun:
 
     def __init__(self, world: World, like: LlmkdRun, recipe: Recipe) -> None:
         job = like.run.job
+        assert job.teacher is not None
         student, teacher = (
             AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (job.initial, job.teacher)
         )

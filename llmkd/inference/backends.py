@@ -17,6 +17,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from llmkd.errors import InputError
+from llmkd.inference.cache import roomy_cache
 from llmkd.inference.child import Say, quietly, say_share
 from llmkd.inference.choices import Draws, Mixed
 from llmkd.inference.sampling import Ids, Sampling
@@ -93,6 +94,8 @@ def continued(
         if how.temperature:
             choices.append(Draws([seeds[n] for n in batch], longest, how.temperature, how.top_p))
         given = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": longest, "logits_processor": choices}
+        if not answers and (cache := roomy_cache(model, width + longest)) is not None:
+            given["past_key_values"] = cache
         with torch.inference_mode():
             new = model.generate(**given)[:, 1 if answers else width :].tolist()
         texts |= {n: _ended(text[: limits[n]], how.stops) for n, text in zip(batch, new, strict=True)}

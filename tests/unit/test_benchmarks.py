@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import rollouts, tables, trl_trainers
 from benchmarks.check import agrees, expected_losses
-from benchmarks.contestants import make_passes
+from benchmarks.contestants import Terms, make_passes
 from benchmarks.measure import Memory
 from benchmarks.passes import HIDDEN_WEIGHT, Llmkd, Paper, Pass
 from benchmarks.shapes import PAD, Row, Size, Work, as_batch, labels, make_model, make_rows, make_work
@@ -140,7 +140,7 @@ def test_trls_on_policy_step_has_the_divergence_of_what_it_wrote(world: World, w
     assert len(set(texts)) == len(rows) and trainer.writing > 0
     wrote = tuple(Row(row.prompt, text) for row, text in zip(rows, texts, strict=True))
     made = Work(as_batch(wrote), wrote, trained=5 * len(rows), attended=0)
-    (expected,) = expected_losses(world, student, teacher, made, [trl_trainers.OnPolicy.terms])
+    (expected,) = expected_losses(world, student, teacher, made, [Terms(ce=0.0, divergence="jsd")])
     assert loss == pytest.approx(expected, rel=1e-4)
 
 

@@ -292,6 +292,7 @@ def main(repeat: int, write: bool, only: tuple[str, ...]) -> None:
         folder = Path(scratch)
         recipe = recipe_in(folder, SIZE, STEPS * (repeat + 1))
         taken = turns(contestants(world, recipe, folder, only), repeat)
+        gc.collect()  # the runs are over: their writers' processes end now, not with the interpreter
         said = facts(SIZE, f"python -W ignore -m benchmarks.rollouts {shlex.join(sys.argv[1:])}".strip(), load)
         said += "\n\n" + report(taken, STEPS * SIZE.rows * WRITTEN)
         print(said, flush=True)

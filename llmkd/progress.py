@@ -20,7 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 log = logging.getLogger("llmkd")
 SECONDS = 30.0
 """Between two lines in a file."""
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]"
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
 class Advance(Protocol):

@@ -223,5 +223,5 @@ class _Started(subprocess.Popen[bytes]):
     def send_signal(self, sig: int) -> None:
         if not self._group:
             super().send_signal(sig)
-        elif self.poll() is None:
+        elif self.poll() is None or sig == signal.SIGKILL:  # what it has started may live longer than it
             os.killpg(self.pid, sig)

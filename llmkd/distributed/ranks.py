@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -196,12 +196,7 @@ def on_each_node(world: World, work: Callable[[], Result]) -> tuple[list[Result]
     All get (the nodes' results, that of their own node), or the first InputError (all ranks take part).
     """
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(_attempted, work) if world.local_rank == 0 else None
-        while True:  # a collective every few seconds, so that no wait for one takes as long as its timeout
-            done = running is None or bool(wait([running], BEAT_SECONDS).done)
-            if sum_counts(world, [int(not done)]) == [0]:
-                break
-    attempt = None if running is None else running.result()
+        attempt = _waited_for(world, pool.submit(_attempted, work) if world.local_rank == 0 else None)
     if attempt is not None and attempt.failure is not None:
         gather(world, (None, f"rank {world.rank} {attempt.sentence}"))
         raise attempt.failure
@@ -213,6 +208,37 @@ def on_each_node(world: World, work: Callable[[], Result]) -> tuple[list[Result]
         answer for answer in reversed(answers[: world.rank + 1]) if answer is not None
     )  # ranks of a node follow each other
     return [result for result, _ in filter(None, answers)], own[0]
+
+
+def on_every_rank(world: World, thread: Executor, work: Callable[[], Result]) -> list[Result]:
+    """Run `work` on every rank, in a thread of the caller's, however much longer it takes on one than on the others.
+
+    All get all ranks' results, or the first InputError (all ranks take part).
+    """
+
+    def on_device() -> Result:
+        if world.device.type == "cuda":
+            torch.cuda.set_device(world.device)  # a thread begins on the first one
+        return work()
+
+    attempt = _waited_for(world, thread.submit(_attempted, on_device))
+    assert attempt is not None
+    failed = attempt.failure is not None
+    answers = gather(world, (attempt.result, f"rank {world.rank} {attempt.sentence}" if failed else attempt.sentence))
+    if attempt.failure is not None:
+        raise attempt.failure
+    for _, sentence in answers:
+        if sentence is not None:
+            raise InputError(sentence)
+    return [result for result, _ in answers]
+
+
+def _waited_for(world: World, running: Future[_Attempt] | None) -> _Attempt | None:
+    """What runs in a thread of this rank, if anything does, when that of all ranks has ended (all ranks take part)."""
+    while True:  # a collective every few seconds, so that no wait for one takes as long as its timeout
+        done = running is None or bool(wait([running], BEAT_SECONDS).done)
+        if sum_counts(world, [int(not done)]) == [0]:
+            return None if running is None else running.result()
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,19 @@ def rollout_rows(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Row]:
         return []
     size = DTYPES[recipe.train.dtype].itemsize
     texts, tokens = settings.batch_size, recipe.data.max_length
-    weights, name = student.parameters, "a copy of the student, writing"
-    models = [student]
+    models, rows = [student], []
     if settings.by == "mixed":
-        weights, name = weights + teacher.parameters, "copies of both models, writing"
         models.append(teacher)
+        wide = DTYPES[recipe.teacher.dtype].itemsize
+        how = f"{millions(teacher.parameters)} x {wide} B, beside the one that reads"
+        rows.append(Row("a whole teacher that writes", teacher.parameters * wide, how))
     cached = sum(2 * model.depth * model.keys for model in models)
     sent = student.parameters * size
     how = f"{millions(student.parameters)} x {size} B, one copy on a node, every {settings.every} step(s)"
+    copied = f"{millions(student.parameters)} x {size} B"
     return [
-        Row(name, weights * size, f"{millions(weights)} x {size} B", WRITING),
+        *rows,
+        Row("a copy of the student, writing", sent, copied, WRITING),
         Row(
             "keys and values of the texts",
             texts * tokens * cached * size,

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from llmkd.data.batches import TokenRow
 from llmkd.data.tokenized import Tokens
+from llmkd.errors import InputError
 from llmkd.rollouts.texts import Text
 
 FIXED = 3
@@ -25,6 +27,23 @@ def prompt_of(row: TokenRow) -> np.ndarray:
         return ids
     begins = np.flatnonzero(trained & ~np.concatenate([[False], trained[:-1]]))
     return ids[: begins[-1]]
+
+
+def check_prompts(tokens: Tokens) -> None:
+    """Raise InputError for a row that begins with what is trained and so asks nothing."""
+    for source, part in zip(tokens.sources, _first_trained(tokens), strict=True):
+        for place in np.flatnonzero(part):
+            row = tokens.row(source.first + int(place))
+            if not len(prompt_of(row)):
+                raise InputError(
+                    f"rollouts: row {row['row']} has no prompt, all of it is trained; give rows of prompt and completion, or chats"
+                )
+
+
+def _first_trained(tokens: Tokens) -> list[np.ndarray]:
+    """By source, [rows] whether a row's first token is trained."""
+    column = pc.list_element(tokens.rows.data.column("trained"), 0).to_numpy()
+    return [column[source.first : source.first + source.rows] for source in tokens.sources]
 
 
 def fixed_prompts(tokens: Tokens, longest: int) -> list[np.ndarray]:

@@ -6,11 +6,12 @@ The training loop knows nothing of it. A round is asked for when its first step 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 
 from llmkd.data.batches import Batch, TokenRow, ahead, collate
 from llmkd.data.tokenized import Tokens
-from llmkd.distributed.ranks import World, gather, on_main
+from llmkd.distributed.ranks import World, on_every_rank, on_main
 from llmkd.errors import InputError
 from llmkd.recipe.inputs import fingerprint
 from llmkd.rollouts.prompts import fixed_prompts, in_words, prompt_of
@@ -92,21 +93,24 @@ class Rollouts:
 
     def rows(self, *, start_step: int, steps: int) -> Iterator[list[Batch]]:
         """For each step from `start_step` on, this rank's micro-batches (all ranks take part wherever a round begins)."""
-        on_main(self.world, lambda: forget_rounds_after(self.folder, start_step))
+        # of a run without a checkpoint even the first: another student may have written it
+        on_main(self.world, lambda: forget_rounds_after(self.folder, start_step or -1))
         log_file = self.folder / "rollouts" / f"writer-{self.world.rank}.log"
-        with contextlib.closing(writer_of(self.writing, log_file, self.variables)) as writer:
+        writer = writer_of(self.writing, log_file, self.variables)
+        # one thread for the whole run: a process that it starts ends with it
+        with ThreadPoolExecutor(1) as thread, contextlib.closing(writer):
             step = start_step
             while step < steps:
                 steps_of_round = self.schedule.round_of(step)
-                texts = self._round(writer, steps_of_round, resumed_at=step)
+                texts = self._round(writer, thread, steps_of_round, resumed_at=step)
                 self.present.update(measures(texts))
                 last = min(steps_of_round.stop, steps)
-                yield from ahead(partial(self._batches, texts), step, last)
+                yield from ahead(functools.partial(self._batches, texts), step, last)
                 step = last
 
     # --- a round
 
-    def _round(self, writer: Writer, steps: range, resumed_at: int) -> list[Text]:
+    def _round(self, writer: Writer, thread: Executor, steps: range, resumed_at: int) -> list[Text]:
         """The round's texts, read or written. Raises InputError where a run that is resumed within a round has lost its file."""
         file = round_file(self.folder, steps.start)
         decides = fingerprint(self._decides())
@@ -118,11 +122,11 @@ class Rollouts:
                 f"{file}: it is gone, and the student that wrote it has been trained on since; put it back, or remove the checkpoints "
                 f"after step {steps.start}"
             )
-        return self._written(writer, steps, file, decides)
+        return self._written(writer, thread, steps, file, decides)
 
     def _decides(self) -> dict[str, Any]:
         """What decides a round's texts beside the weights."""
-        writing = {**vars(self.writing), "gpu_share": None, "batch_size": None}
+        writing = {**vars(self.writing), "gpu_share": None, "batch_size": None, "mixed_with": None}
         return {
             "writing": writing,
             "schedule": {**vars(self.schedule), "steps": None},
@@ -130,14 +134,14 @@ class Rollouts:
             "data": list(self.tokens.digests),
         }
 
-    def _written(self, writer: Writer, steps: range, file: Path, decides: str) -> list[Text]:
+    def _written(self, writer: Writer, thread: Executor, steps: range, file: Path, decides: str) -> list[Text]:
         began = time.perf_counter()
         wanted = [self._wanted(step) for step in steps]
         asked = [
             (one.step, *of_text) for one in wanted for of_text in zip(one.places, one.rows, one.seeds, strict=True)
         ]
         shown = fixed_prompts(self.tokens, self.writing.max_length) if self.schedule.shows(steps.start) else []
-        prompts = [*(self._prompt(int(row)) for _, _, row, _ in asked), *shown]
+        prompts = [*(prompt_of(self.tokens.row(int(row))) for _, _, row, _ in asked), *shown]
         seeds = [*(int(seed) for *_, seed in asked), *self.schedule.shown_seeds(len(shown))]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the writer is on the same device
@@ -151,17 +155,13 @@ class Rollouts:
         longest = self.writing.max_length
         limits = [min(self.writing.max_new_tokens, longest - len(prompts[number])) for number in mine]
         of_mine = [prompts[number].tolist() for number in mine], limits, [seeds[number] for number in mine]
-        own = _attempted(writer, Asked(str(folder), *of_mine))
-        every = gather(self.world, (mine, own))
+        asked_here = Asked(str(folder), *of_mine)
+        every = on_every_rank(self.world, thread, lambda: (mine, _attempted(writer, asked_here)))
         if self.world.local_rank == 0:
-            self.weights.remove()  # all have read them
+            self.weights.remove(folder)  # all have read them
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        ids: dict[int, list[int]] = {}
-        for numbers, result in every:
-            if isinstance(result, str):
-                raise InputError(result)
-            ids |= zip(numbers, result, strict=True)
+        ids = {number: text for numbers, result in every for number, text in zip(numbers, result, strict=True)}
         texts = [
             self._text(int(step), int(place), int(row), prompts[number], ids[number])
             for number, (step, place, row, _) in enumerate(asked)
@@ -186,19 +186,14 @@ class Rollouts:
 
     def _rows(self, step: int) -> np.ndarray:
         """The data's rows of a step's batch."""
-        length = self.tokens.window_steps(self.micro.batch_size)
-        window, place = divmod(step, length)
-        return self.tokens.window(window, batch_size=self.micro.batch_size, seed=self.micro.seed)[place]
+        window, place = divmod(step, self.tokens.window_steps(self.micro.batch_size))
+        return self._window(window)[place]
 
-    def _prompt(self, number: int) -> np.ndarray:
-        """The tokens of a row before its last completion. Raises InputError for a row that begins with it."""
-        row = self.tokens.row(number)
-        prompt = prompt_of(row)
-        if not len(prompt):
-            raise InputError(
-                f"rollouts: row {row['row']} has no prompt, all of it is trained; give rows of prompt and completion, or chats"
-            )
-        return prompt
+    @functools.cached_property
+    def _window(self) -> Callable[[int], np.ndarray]:
+        """The rows of a window's steps; those of the last two asked for are kept."""
+        how = {"batch_size": self.micro.batch_size, "seed": self.micro.seed}
+        return functools.lru_cache(maxsize=2)(functools.partial(self.tokens.window, **how))
 
     def _text(self, step: int, place: int, row: int, prompt: np.ndarray, ids: Sequence[int]) -> Text:
         """What was written, cut before a token that the teacher does not know."""
@@ -228,6 +223,7 @@ class Rollouts:
     def _batches(self, texts: Sequence[Text], step: int) -> list[Batch]:
         """This rank's micro-batches of a step: the data's rows with the texts in their places, the longest first."""
         rows: list[tuple[int, int, TokenRow | None]] = []
+        unused: list[tuple[int, int, TokenRow]] = []
         numbers = self._rows(step)
         written = {text.place: text for text in texts if text.step == step}
         lengths = self.tokens.lengths_of(numbers)
@@ -235,14 +231,12 @@ class Rollouts:
             text = written.get(place)
             if text is None:
                 rows.append((length, number, None))
-            elif not (text.is_empty or (self.drops_truncated and not text.ended)):
-                rows.append((len(text.prompt) + len(text.text), text.row, written_row(text)))
+            else:
+                row = len(text.prompt) + len(text.text), text.row, written_row(text)
+                (unused if text.is_empty or (self.drops_truncated and not text.ended) else rows).append(row)
         count = self.micro.accumulation * self.world.size
-        if len(rows) < count:
-            raise InputError(
-                f"rollouts: of the {len(numbers)} rows of step {step + 1} only {len(rows)} have a text to train on, and {count} "
-                "micro-batches need one each; write a larger max_new_tokens, or truncated: train, or a smaller share"
-            )
+        # a micro-batch needs a row: where there are too few, some are texts of which nothing is trained
+        rows += [(length, number, _untrained(row)) for length, number, row in unused[: max(0, count - len(rows))]]
         order = sorted(range(len(rows)), key=lambda place: -rows[place][0])  # stable
         # as even as can be: a text that is not trained on makes one micro-batch shorter
         parts = np.array_split(np.array(order), count)[self.world.rank :: self.world.size]
@@ -261,12 +255,12 @@ def written_row(text: Text) -> TokenRow:
     return {"input_ids": ids, "trained": np.arange(len(ids)) >= len(text.prompt), "length": len(ids), "row": text.row}
 
 
-def _attempted(writer: Writer, asked: Asked) -> list[list[int]] | str:
-    """The texts, or the sentence that all ranks are to end with."""
-    try:
-        return writer.write(asked) if asked.prompts else []
-    except InputError as error:
-        return str(error)
+def _untrained(row: TokenRow) -> TokenRow:
+    return {**row, "trained": np.zeros(len(row["input_ids"]), dtype=bool)}
+
+
+def _attempted(writer: Writer, asked: Asked) -> list[list[int]]:
+    return writer.write(asked) if asked.prompts else []
 
 
 def _as_values(texts: list[Text] | None) -> list[tuple[Any, ...]] | None:

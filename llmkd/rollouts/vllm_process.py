@@ -64,18 +64,20 @@ class Rounds:
 
     def _begun(self, weights: Path, prompt: Ids) -> VllmEngine | None:
         """An engine that has taken these weights in place; None where it can't."""
-        with tempfile.TemporaryDirectory(dir=weights.parent) as other:
-            self._write_random(weights, random := Path(other) / "random")
-            engine = VllmEngine(random, self._writing.dtype, **self._options)
-            try:
+        engine = None
+        try:
+            with tempfile.TemporaryDirectory(dir=weights) as other:  # which is removed when the round is written
+                self._write_random(weights, random := Path(other) / "random")
+                engine = VllmEngine(random, self._writing.dtype, **self._options)
                 for folder in (weights, random, weights):  # the first time may succeed where the next does not
                     engine.reload(folder)
-                problem = self._stale(engine, weights, prompt if len(prompt) > 1 else prompt * 3)
-            except Exception as error:  # whatever vLLM raises: it works without
-                problem = first_line(error)
+            problem = self._stale(engine, weights, prompt if len(prompt) > 1 else prompt * 3)
+        except Exception as error:  # whatever vLLM raises, or want of room: it works without
+            problem = first_line(error)
         if problem is None:
             return engine
-        engine.close()
+        if engine is not None:
+            engine.close()
         self._say(f"{NOTE}vLLM does not take weights in place here ({problem}); each round starts a fresh engine")
         return None
 
@@ -89,6 +91,9 @@ class Rounds:
         """How the engine differs from the model in the folder; None: it agrees."""
         model = writing_model(weights, self._writing.dtype, trust_remote_code=self._writing.trust_remote_code)
         theirs, ours = engine.log_probabilities(ids), log_probabilities(model, ids)
+        del model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # this process stays beside the training
         gap = sum(abs(a - b) for a, b in zip(theirs, ours, strict=True)) / len(ours)
         return f"a prompt's log-probabilities differ by {gap:.2g}" if gap > STALE else None
 

@@ -31,7 +31,7 @@ class Wanted:
     rows: np.ndarray
     """[n] the number of the row whose prompt it continues."""
     seeds: np.ndarray
-    """[n] uint64, what its tokens are drawn by."""
+    """[n] what its tokens are drawn by."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Schedule:
 
     def shown_seeds(self, count: int) -> list[int]:
         """What the texts of the fixed prompts are drawn by: the same in every round, so that the weights alone change them."""
-        return np.random.SeedSequence([self.seed, _SHOWN]).generate_state(max(1, count), np.uint64)[:count].tolist()
+        return _seeds([self.seed, _SHOWN], count).tolist()
 
     def wanted(self, step: int, rows: np.ndarray) -> Wanted:
         """The texts of a step (from 0), whose batch has these rows. The share of written rows is exact within one row at any step."""
@@ -70,5 +70,11 @@ class Schedule:
         chosen = np.arange(after - before)
         places = np.sort(permuted(chosen, len(rows), (self.seed, _PLACES, step)))
         prompts = rows[places[chosen - chosen % self.samples]]
-        seeds = np.random.SeedSequence([self.seed, _SEED, step]).generate_state(max(1, len(chosen)), np.uint64)
-        return Wanted(step, places, prompts, seeds[: len(chosen)])
+        return Wanted(step, places, prompts, _seeds([self.seed, _SEED, step], len(chosen)))
+
+
+def _seeds(key: list[int], count: int) -> np.ndarray:
+    """[count] int64, none negative: vLLM keeps seeds as such."""
+    return (np.random.SeedSequence(key).generate_state(max(1, count), np.uint64)[:count] >> np.uint64(1)).astype(
+        np.int64
+    )

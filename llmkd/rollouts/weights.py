@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,23 +32,33 @@ class Weights:
         state = whole_state(self.model, here=world.local_rank == 0)
 
         def write() -> str:
-            folder = self._place()
-            shutil.rmtree(folder, ignore_errors=True)
-            self.model.save_pretrained(folder, state_dict=state)
+            folder = self._new_folder()
+            try:
+                self.model.save_pretrained(folder, state_dict=state)
+            except BaseException:
+                self.remove(folder)
+                raise
             return str(folder)
 
         _, folder = on_each_node(world, write)
         return Path(folder)
 
-    def _place(self) -> Path:
-        """The folder: in memory where there is room for it, else in the run's own."""
-        size = SPARE * parameter_count(self.model) * next(self.model.parameters()).element_size()
-        name = hashlib.sha256(str(self.run.resolve()).encode()).hexdigest()[:16]
-        in_memory = MEMORY / f"llmkd-{os.getuid()}-{name}"
-        if in_memory.is_dir() or (MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > size):
-            return in_memory
-        return self.run / "rollouts" / "weights.tmp"
+    def _new_folder(self) -> Path:
+        """An empty folder of this user's alone, in memory where there is room for the weights, else in the run's own.
 
-    def remove(self) -> None:
-        """Remove what was written on this node."""
-        shutil.rmtree(self._place(), ignore_errors=True)
+        What killed starts of the same run left there is removed.
+        """
+        name = f"llmkd-{hashlib.sha256(str(self.run.resolve()).encode()).hexdigest()[:16]}-"
+        for place in (MEMORY, self.run / "rollouts"):
+            for leftover in place.glob(f"{name}*"):
+                if leftover.stat().st_uid == os.getuid():
+                    self.remove(leftover)
+        size = SPARE * parameter_count(self.model) * next(self.model.parameters()).element_size()
+        if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > size:
+            return Path(tempfile.mkdtemp(prefix=name, dir=MEMORY))
+        (self.run / "rollouts").mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=name, dir=self.run / "rollouts"))
+
+    def remove(self, folder: Path) -> None:
+        """Remove what was written."""
+        shutil.rmtree(folder, ignore_errors=True)

@@ -49,6 +49,9 @@ class Writing:
     mixed_with: str | None = None
     """The folder of a second model from whose distribution, too, tokens are drawn; hf alone."""
     mixed_share: float = 0.0
+    mixed_dtype: str = "float32"
+    mixed_trusts: bool = False
+    """As `trust_remote_code`, for the second model."""
     gpu_share: float | None = None
     """vLLM's share of the memory of a GPU that it has together with the training."""
 
@@ -110,22 +113,18 @@ class HuggingFaceWriter:
     def __init__(self, writing: Writing) -> None:
         self._writing = writing
         self._mixed: tuple[Any, float] | None = None
-        if writing.mixed_with is not None:
-            self._mixed = self._model(writing.mixed_with), writing.mixed_share
-
-    def _model(self, folder: str) -> Any:
-        trusted = self._writing.trust_remote_code
-        return writing_model(Path(folder), self._writing.dtype, trust_remote_code=trusted)
 
     def write(self, asked: Asked) -> list[Ids]:
+        how = self._writing
         try:
-            return continued(
-                self._model(asked.weights), asked.prompts, self._writing.sampling(asked), mixed=self._mixed
-            )
+            if self._mixed is None and how.mixed_with is not None:
+                other = writing_model(Path(how.mixed_with), how.mixed_dtype, trust_remote_code=how.mixed_trusts)
+                self._mixed = other, how.mixed_share
+            model = writing_model(Path(asked.weights), how.dtype, trust_remote_code=how.trust_remote_code)
+            return continued(model, asked.prompts, how.sampling(asked), mixed=self._mixed)
         except torch.OutOfMemoryError as error:
             raise InputError(
-                f"rollouts.batch_size: {self._writing.batch_size} texts at once do not fit on the GPU beside the training; write a "
-                "smaller number"
+                f"rollouts.batch_size: {how.batch_size} texts at once do not fit on the GPU beside the training; write a smaller number"
             ) from error
 
     def close(self) -> None:
@@ -146,7 +145,7 @@ class VllmWriter:
             code = self._started().do(asdict(asked), partial(_receive, texts), lambda share: None)
             if code is None:
                 return texts
-            self._child = None
+            self.close()  # what it had started may live on, with the memory that the next one needs
             if not last:
                 log.warning("rollouts: the process that writes texts ended with code %d; it is started again", code)
         raise InputError(

@@ -31,6 +31,7 @@ from llmkd.models import families, load
 from llmkd.models.parts import blocks
 from llmkd.recipe import recipe
 from llmkd.recipe.ds_config import completed_ds_config
+from llmkd.rollouts.prompts import check_prompts
 from llmkd.rollouts.source import Micro, Rollouts
 from llmkd.rollouts.wanted import Schedule
 from llmkd.rollouts.weights import Weights
@@ -228,10 +229,7 @@ def load_student(job: Job, ds_config: DsConfig, target_width: int | None, gather
         dtype=dtype,
         ds_config=ds_config,
         attention=attention,
-        # a copied or random student runs the code of its teacher
-        trust_remote_code=(
-            settings if settings.init == "checkpoint" and not job.makes_teacher else job.recipe.teacher
-        ).trust_remote_code,
+        trust_remote_code=_students_trust(job),
     )
     width = model.config.hidden_size
     target = target_width or width
@@ -251,6 +249,12 @@ def load_student(job: Job, ds_config: DsConfig, target_width: int | None, gather
     if job.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return module
+
+
+def _students_trust(job: Job) -> bool:
+    """Whether the student's own Python code may run; a copied or random student runs the code of its teacher."""
+    own = job.recipe.student.init == "checkpoint" and not job.makes_teacher
+    return (job.recipe.student if own else job.recipe.teacher).trust_remote_code
 
 
 def head_options(job: Job) -> dict[str, Any]:
@@ -286,7 +290,6 @@ def rollouts_of(
         return None
     assert job.teacher is not None, "the recipe's checks see to it"
     schedule = Schedule(settings.every, settings.share, settings.samples, job.seed, steps)
-    trusted = job.recipe.teacher.trust_remote_code or job.recipe.student.trust_remote_code
     per_round = round(settings.share * train.batch_size * settings.every) * settings.max_new_tokens
     backend, why = settings.backend, "as the recipe says"
     if settings.by == "mixed":
@@ -305,12 +308,15 @@ def rollouts_of(
         temperature=settings.temperature,
         top_p=settings.top_p,
         batch_size=settings.batch_size,
-        trust_remote_code=trusted,
+        trust_remote_code=_students_trust(job),
         mixed_with=str(job.teacher) if settings.by == "mixed" else None,
         mixed_share=settings.alpha if settings.by == "mixed" else 0.0,
+        mixed_dtype=job.recipe.teacher.dtype,
+        mixed_trusts=job.recipe.teacher.trust_remote_code,
         gpu_share=settings.gpu_share,
     )
-    known = load.load_config(job.teacher, trust_remote_code=trusted).vocab_size
+    known = load.load_config(job.teacher, trust_remote_code=job.recipe.teacher.trust_remote_code).vocab_size
+    on_main(world, lambda: check_prompts(tokens))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Rollouts(
         world,

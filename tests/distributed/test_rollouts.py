@@ -212,3 +212,43 @@ def test_a_share_of_zero_is_the_run_without_rollouts(tiny: Path, world: Any, tmp
     ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("with", "without"))
     assert all(ours[name].equal(theirs[name]) for name in theirs)
     assert not (tmp_path / "with" / "rollouts").exists()
+
+
+def test_a_step_none_of_whose_texts_is_trained_on_ends_nothing(tiny: Path, world: Any, tmp_path: Path) -> None:
+    changes = with_rollouts(
+        {"train.steps": 2, "train.warmup_steps": 0, "train.micro_batch_size": 1}, truncated="drop", max_new_tokens=3
+    )
+    assert train(world, jobs.distil_job(world, load_recipe(tiny / "recipe.yaml").changed(changes), tmp_path / "run"))
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["kl"] for line in logged] == [0.0, 0.0] and [line["rollouts"]["ended"] for line in logged] == [
+        0.0,
+        0.0,
+    ]
+
+
+def test_a_row_without_a_prompt_is_named_before_the_first_step(tiny: Path, world: Any, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((tiny / "rows.jsonl").read_text() + json.dumps({"prompt": "", "completion": "red"}) + "\n")
+    recipe = load_recipe(tiny / "recipe.yaml").changed(with_rollouts({"data.source": str(rows)}))
+    with pytest.raises(InputError, match="rollouts: row 40 has no prompt, all of it is trained"):
+        train(world, jobs.distil_job(world, recipe, tmp_path / "run"))
+    assert not (tmp_path / "run" / "rollouts").exists()
+
+
+def test_another_student_s_first_round_is_not_trained_on(
+    tiny: Path, world: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed before its first checkpoint may be started again as another one."""
+
+    def dies(*arguments: Any) -> None:
+        write_round(*arguments)
+        raise Killed
+
+    write_round = source.write_round
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "write_round", dies)
+        recipe = load_recipe(tiny / "recipe.yaml").changed({**LONG, "student.blocks": 2})
+        with pytest.raises(Killed):
+            train(world, jobs.distil_job(world, recipe, tmp_path / "run"))
+    assert run_long(tiny, world, tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)

@@ -45,3 +45,8 @@ def test_a_step_is_the_same_whatever_was_asked_before_and_differs_from_others() 
     other = schedule(share=0.5).wanted(6, rows)
     assert not set(one.seeds) & set(other.seeds) and list(one.places) != list(other.places)
     assert not set(one.seeds) & set(schedule(share=0.5, seed=4).wanted(5, rows).seeds)
+
+
+def test_seeds_are_such_as_every_backend_keeps() -> None:
+    seeds = np.concatenate([schedule().wanted(step, np.arange(64)).seeds for step in range(50)])
+    assert seeds.dtype == np.int64 and seeds.min() >= 0 and len(set(seeds.tolist())) == 3200

@@ -42,7 +42,7 @@ def check_prompts(tokens: Tokens) -> None:
 
 def _first_trained(tokens: Tokens) -> list[np.ndarray]:
     """By source, [rows] whether a row's first token is trained."""
-    column = pc.list_element(tokens.rows.data.column("trained"), 0).to_numpy()
+    column = pc.call_function("list_element", [tokens.rows.data.column("trained"), 0]).to_numpy()
     return [column[source.first : source.first + source.rows] for source in tokens.sources]
 
 

@@ -108,17 +108,14 @@ class StepClock:
         return event, 0.0
 
     def timed(self, steps: Iterable[Step], apart: Callable[[], float] = lambda: 0.0) -> Iterator[Step]:
-        """The same; a step begins when it is asked for, so that waiting for its rows is a part of it.
-
-        `apart`: seconds so far of work that is no step's own; a step in front of which there was some begins after it.
-        """
+        """The same; a step begins when it is asked for, so that waiting for its rows is a part of it, or after work that is no
+        step's own, whose seconds so far `apart` gives."""
         iterator = iter(steps)
         while True:
             self._begun, before = self._now(), apart()
             if (step := next(iterator, None)) is None:
                 return
-            if apart() > before:
-                self._begun = self._now()
+            self._begun = self._now() if apart() > before else self._begun
             yield step
 
     def end(self) -> None:

@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import signal
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets, disable_progress_bars
 
+from llmkd.data.arrays import is_saved, save
 from llmkd.errors import InputError
-from llmkd.files import read, sha256, sync, write_json_durably, write_text
+from llmkd.files import read, sha256, sync, write_json_durably
 from llmkd.processes import StoppedWaiting, die_with_parent, only_one_in
 from llmkd.progress import progress
 
@@ -41,7 +42,7 @@ Encode = Callable[[Columns, list[int]], Columns]
 
 SHARD_ROWS = 16_384
 VERIFIED = 8 * 2**30
-"""Up to so many bytes the files' hashes are compared at each start; half a minute on a slow disk. Above, their sizes alone."""
+"""Up to so many bytes the hashes of files with another time of change are compared at a start. Above, their sizes alone."""
 _TYPES = {
     **dict.fromkeys(("input_ids", "source_ids", "target_ids"), List(Value("int32"))),
     "trained": List(Value("bool")),
@@ -73,6 +74,8 @@ class Shard:
 
     file: str
     bytes: int
+    changed: int
+    """The file's time of change, in nanoseconds: where it is another, the content is compared."""
     sha256: str
     written: Written
 
@@ -156,7 +159,7 @@ def _damaged(files: TokenFiles) -> list[str]:
     """The files that are not what was written."""
     verified = sum(shard.bytes for shard in files.shards) <= VERIFIED
     shards = [shard.file for shard in files.shards if not _is_whole(files.folder, shard, verified=verified)]
-    return shards if _is_saved(files.folder / "lengths.npy") else [*shards, "lengths.npy"]
+    return shards if is_saved(files.folder / "lengths.npy") else [*shards, "lengths.npy"]
 
 
 def _shard(values: Mapping[str, Any]) -> Shard:
@@ -166,7 +169,10 @@ def _shard(values: Mapping[str, Any]) -> Shard:
 def _is_whole(folder: Path, shard: Shard, *, verified: bool = True) -> bool:
     file = folder / shard.file
     try:
-        return file.stat().st_size == shard.bytes and (not verified or sha256(file) == shard.sha256)
+        state = file.stat()
+        if state.st_size != shard.bytes:
+            return False
+        return state.st_mtime_ns == shard.changed or not verified or sha256(file) == shard.sha256
     except OSError:
         return False
 
@@ -211,7 +217,7 @@ def _made(
     files = TokenFiles(folder, tuple(shards))
     _check_some(files.total, max_length)
     lengths: Any = files.rows().data.column("length")
-    _save(folder / "lengths.npy", lengths.to_numpy().astype(np.int32))
+    save(folder / "lengths.npy", lengths.to_numpy().astype(np.int32))
     write_json_durably(
         folder / "tokens.json",
         {"identity": identity, **asdict(files.total), "shards": [asdict(shard) for shard in shards]},
@@ -273,7 +279,8 @@ def _write_shard(folder: Path, rows: Dataset, encode: Encode, max_length: int, t
     lengths: Any = tokens.data.column("length")  # not tokens["length"], which is read row by row
     written = Written(len(part), len(tokens), int(lengths.to_numpy().sum()), **dropped)
     sync(file)
-    shard = Shard(file.name, file.stat().st_size, sha256(file), written)
+    state = file.stat()
+    shard = Shard(file.name, state.st_size, state.st_mtime_ns, sha256(file), written)
     write_json_durably(file.with_suffix(".json"), asdict(shard))
     return shard
 
@@ -320,31 +327,3 @@ def _announce(total: Written, max_length: int, too_long: str) -> None:
             "data: %d of %d rows are used; %d longer than %d tokens (%s), %d with nothing to train (dropped)",
             total.rows, total.read, total.long, max_length, "truncated" if too_long == "truncate" else "dropped", total.useless,
         )  # fmt: skip
-
-
-def _save(file: Path, numbers: np.ndarray) -> None:
-    """Write an array completely or not at all, and its hash."""
-    tmp = file.with_name(f"{file.name}.tmp.npy")
-    np.save(tmp, numbers)
-    checksum = sha256(tmp)
-    os.replace(tmp, file)
-    write_text(file.with_suffix(".sha256"), checksum)
-
-
-def _is_saved(file: Path) -> bool:
-    """Whether an array's file is what was written."""
-    try:
-        return file.with_suffix(".sha256").read_text() == sha256(file)
-    except OSError:
-        return False
-
-
-def saved(folder: Path, name: str, make: Callable[[], Sequence[np.ndarray]], count: int) -> list[np.ndarray]:
-    """Arrays that belong to the tokens in `folder`, over their files; made where they are not there yet, or damaged."""
-    files = [folder / f"{name}-{number}.npy" for number in range(count)]
-    if not all(map(_is_saved, files)):
-        with only_one_in(folder, patience_seconds=float("inf")):  # of several nodes or runs
-            if not all(map(_is_saved, files)):
-                for file, numbers in zip(files, make(), strict=True):
-                    _save(file, numbers)
-    return [np.load(file, mmap_mode="r") for file in files]

@@ -15,7 +15,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from llmkd import hub
-from llmkd.data import formats, order, other_families, packing, records, token_files, turns
+from llmkd.data import arrays, formats, order, other_families, packing, records, token_files, turns
 from llmkd.data import rows as text_rows
 from llmkd.data import tokens as text_tokens
 from llmkd.data.batches import Batch, Family, TokenRow, collate_sequences
@@ -173,7 +173,7 @@ def packed(world: World, job: Job, tokens: Tokens) -> PackedTokens:
     def pack() -> list[PackedSource]:
         return [
             PackedSource(
-                *token_files.saved(
+                *arrays.saved(
                     folder,
                     f"sequences-{number}-{source.held_out}-{seed}-{code}",
                     functools.partial(packed_rows, lengths, number, source, seed, width),

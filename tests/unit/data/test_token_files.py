@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from llmkd.data import token_files
+from llmkd.data import arrays, token_files
 from llmkd.data.token_files import Columns, made, mapped_rows, opened
 from llmkd.errors import InputError
 
@@ -123,6 +123,19 @@ def test_a_damaged_shard_is_named_and_made_again(
     assert {int(line) for line in (tmp_path / "seen").read_text().splitlines()} == set(range(16, 24))
 
 
+def test_a_file_is_hashed_only_where_its_time_of_change_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores(monkeypatch, 1)
+    tokens(tmp_path / "store")
+    hashed: list[str] = []
+    whole = token_files.sha256
+    monkeypatch.setattr(token_files, "sha256", lambda file: hashed.append(file.name) or whole(file))
+    assert opened(tmp_path / "store") is not None and hashed == []
+    os.utime(tmp_path / "store" / "00003.arrow")  # as a copy has it
+    assert opened(tmp_path / "store") is not None and hashed == ["00003.arrow"]
+
+
 def test_the_first_row_that_can_t_be_tokenized_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cores(monkeypatch, 4)
 
@@ -149,17 +162,17 @@ def test_no_row_is_left(tmp_path: Path) -> None:
 def test_a_flipped_byte_of_an_array_is_noticed(tmp_path: Path, name: str) -> None:
     tokens(tmp_path)
     pairs = [np.arange(5), np.arange(7)]
-    token_files.saved(tmp_path, "pairs", lambda: pairs, count=2)
+    arrays.saved(tmp_path, "pairs", lambda: pairs, count=2)
     content = bytearray((tmp_path / name).read_bytes())
     content[-1] ^= 1
     (tmp_path / name).write_bytes(bytes(content))
     assert tokens(tmp_path) == expected()
-    again = token_files.saved(tmp_path, "pairs", lambda: pairs, count=2)
+    again = arrays.saved(tmp_path, "pairs", lambda: pairs, count=2)
     assert [numbers.tolist() for numbers in again] == [list(range(5)), list(range(7))]
     lengths = [row["length"] for row in expected()]
     files: Any = token_files.recorded(tmp_path)
     assert files.lengths().tolist() == lengths
-    assert token_files.saved(tmp_path, "pairs", lambda: pytest.fail("made again"), count=2)[1].tolist() == [*range(7)]
+    assert arrays.saved(tmp_path, "pairs", lambda: pytest.fail("made again"), count=2)[1].tolist() == [*range(7)]
 
 
 def _make(folder: Path, seen: Path) -> None:

@@ -23,7 +23,7 @@ from llmkd.inference.choices import Draws, Mixed
 from llmkd.inference.sampling import Ids, Sampling
 from llmkd.inference.vllm_engine import VllmEngine
 from llmkd.models.families import family
-from llmkd.models.load import load_model
+from llmkd.models.load import DTYPES, attention_implementation, load_config, load_model
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,10 @@ def by_hugging_face(
 def writing_model(folder: Path, dtype: str, *, trust_remote_code: bool) -> Any:
     """A folder's model, ready for `continued`. Raises InputError for one that writes no texts."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = load_model(
-        folder,
-        dtype=getattr(torch, dtype),
-        ds_config=None,
-        attention="auto",
-        trust_remote_code=trust_remote_code,
-    )
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    attention, _ = attention_implementation("auto", DTYPES[dtype], config)  # without a line in the log each time
+    how = {"dtype": DTYPES[dtype], "ds_config": None, "attention": attention, "trust_remote_code": trust_remote_code}
+    model: Any = load_model(folder, **how)
     if family(model.config).kind == "encoder":
         raise InputError(f"{folder}: an encoder writes no texts; give a decoder or an encoder-decoder")
     model.config.use_cache = True

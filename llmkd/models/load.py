@@ -204,7 +204,8 @@ def load_model(
     """
     shape = load_config(folder, trust_remote_code=trust_remote_code)
     name, why = attention_implementation(attention, dtype, shape)
-    log.info("%s: attention %s (%s)", folder, name, why)
+    if attention == "auto":
+        log.info("%s: attention %s (%s)", folder, name, why)
     part = shape if first_blocks is None else student_config(shape, range(first_blocks), {})
     try:
         with sharded_construction(ds_config), quiet_about_unused(first_blocks is not None):

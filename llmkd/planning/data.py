@@ -78,6 +78,9 @@ def data_findings(recipe: Recipe, sources: Sequence[SourceTokens], tokenizer: An
     if recipe.data.streaming:
         text = f"data: a stream; what is said of its rows is said of the first {len(sources[0].rows)}"
         findings.append(Finding("note", text))
+    if recipe.rollouts is not None and recipe.rollouts.writes:
+        text = f"rollouts: of each batch {recipe.rollouts.share:.0%} of the rows have their last completion written anew during training"
+        findings.append(Finding("note", f"{text}; what is said and shown of trained tokens is the data's own"))
     for source in sources:
         findings += [*_unread(source), *_template(source, tokenizer), *_counts(source, tokenizer)]
     lengths = [np.array(source.tokens["length"]) for source in sources]

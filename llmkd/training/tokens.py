@@ -50,11 +50,14 @@ def tokens_of(world: World, job: Job, tokenizer: Any, stopping: Stopping | None 
     holds a token that only one of the student and its teacher has, and where two nodes made different tokens.
     """
 
+    def asked() -> bool:
+        return stopping is not None and stopping.asked
+
     def make() -> tuple[list[str], list[str], str | None] | None:
         files: list[TokenFiles] = []
         for part in job.data.parts:
-            made = _made(job, part, tokenizer, lambda: stopping is not None and stopping.asked)
-            if made is None:
+            made = _made(job, part, tokenizer, asked)
+            if made is None or asked():  # all may have been made by then
                 return None
             files.append(made)
         for part, of_part in zip(job.data.parts, files, strict=True):

@@ -84,8 +84,7 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
     steps = Steps(world, job, run.steps, start_step=run.first)
     meter, journal = Meter.of_job(world, job), Journal(world, job, start_step=run.first, steps=run.steps)
     validator, keeping = Validator(world, run, steps), Keeping(world, run)
-    last: Interval | None = None
-    tokens, began = 0, time.perf_counter()
+    tokens, began, last = 0, time.perf_counter(), None
     run.module.train()
     # a run that was killed while it was exported has nothing left to train
     left = () if keeping.is_over else run.batches()
@@ -105,6 +104,8 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
             journal.write_validation(step, measured.values())
             keeping.note(step, measured)
         done = step == run.steps or keeping.is_over
+        # before a round of texts, which may take long to write: stop if asked to meanwhile (all ranks: one reduction)
+        asked_to_stop = asked_to_stop or (run.writes_after(step) and sum_counts(world, [int(stopping.asked)]) != [0])
         saves = done or asked_to_stop or (settings.save_every and step % settings.save_every == 0)
         # every log_every steps, at a save, where norms are reported, where DeepSpeed left the step out: log (all ranks: reductions)
         if step % settings.log_every == 0 or saves or this.report_norms or run.engine.skipped_steps:

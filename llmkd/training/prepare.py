@@ -99,8 +99,12 @@ class PreparedRun:
 
     def _is_end(self, step: int) -> bool:
         """Whether the next step's batches are to be asked for only when this step (from 1) is done."""
+        return self.validates(step) or self.writes_after(step)
+
+    def writes_after(self, step: int) -> bool:
+        """Whether texts are written after this step (from 1), for the next ones."""
         rollouts = self.source.rollouts
-        return self.validates(step) or (rollouts is not None and rollouts.schedule.ends_round(step - 1))
+        return rollouts is not None and rollouts.schedule.ends_round(step - 1)
 
     @property
     def place(self) -> dict[str, Any] | None:

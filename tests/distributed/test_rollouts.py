@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,27 @@ def test_stopped_between_rounds_or_within_one_and_resumed(
 ) -> None:
     assert not run_long(tiny, world, tmp_path / "run", AtStep(tmp_path / "run", step))
     assert (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").is_dir()
+    assert run_long(tiny, world, tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_signal_ends_the_run_before_another_round_is_written(
+    tiny: Path, world: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping, passes, loop = Stopping(), 0, sys.modules["llmkd.train"]
+    original = loop._train_on
+
+    def signalled(*arguments: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        stopping.asked = stopping.asked or passes == 5  # of two micro-batches in a step: in the round's last one
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_train_on", signalled)
+        assert not run_long(tiny, world, tmp_path / "run", stopping)
+    assert [file.name for file in (tmp_path / "run" / "rollouts").glob("*.parquet")] == ["round-00000000.parquet"]
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
     assert run_long(tiny, world, tmp_path / "run")
     assert_same_run(tmp_path / "run", whole)
 

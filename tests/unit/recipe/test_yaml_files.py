@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llmkd.errors import InputError
@@ -77,8 +77,10 @@ def test_what_no_recipe_holds_is_refused_at_once(text: str, sentence: str) -> No
         lambda part: st.lists(part, max_size=3),
     )
 )
+@example("\x85")
+@example("a\u2028b")
 def test_what_is_written_is_read_back(value: object) -> None:
-    text = yaml.dump({"key": value}, Dumper=RecipeDumper, allow_unicode=True)
+    text = yaml.dump({"key": value}, Dumper=RecipeDumper, sort_keys=False, width=120)  # as `dump_recipe` does
     read = parse_yaml(text, "f")["key"]
     assert read == value and repr(read) == repr(value)
 

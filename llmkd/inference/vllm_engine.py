@@ -43,24 +43,18 @@ class VllmEngine:
         from vllm import SamplingParams  # type: ignore[import-not-found]  # as above
 
         limits, seeds = how.of(len(prompts))
-        return self._generated(
-            prompts,
-            [
-                SamplingParams(
-                    temperature=how.temperature,
-                    top_p=how.top_p,
-                    seed=seed if how.temperature else None,  # its own stream, whatever shares the batch
-                    max_tokens=limit,
-                    stop_token_ids=list(how.stops),
-                    detokenize=False,
-                )
-                for limit, seed in zip(limits, seeds, strict=True)
-            ],
-        )
-
-    def _generated(self, prompts: Sequence[Ids], sampling: Any) -> list[Ids]:
-        outputs = self._outputs(prompts, sampling)
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        sampling = [
+            SamplingParams(
+                temperature=how.temperature,
+                top_p=how.top_p,
+                seed=seed if how.temperature else None,  # its own stream, whatever shares the batch
+                max_tokens=limit,
+                stop_token_ids=list(how.stops),
+                detokenize=False,
+            )
+            for limit, seed in zip(limits, seeds, strict=True)
+        ]
+        return [list(output.outputs[0].token_ids) for output in self._outputs(prompts, sampling)]
 
     def _outputs(self, prompts: Sequence[Ids], sampling: Any) -> Any:
         from vllm import TokensPrompt  # type: ignore[import-not-found]  # as above

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -27,6 +28,12 @@ def pytest_configure() -> None:
 
     whole = starting.environment
     starting.environment = lambda: {key: value for key, value in whole().items() if not key.startswith("PYTEST_")}
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now is no garbage, and takes most of the time of a search for some; DeepSpeed searches with each engine."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

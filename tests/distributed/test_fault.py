@@ -35,8 +35,8 @@ def _struck(tiny: Path, folder: Path, *, step: int, victim: int, by: signal.Sign
     when_at_step(process, folder, step)
     os.kill(ranks_of(process.pid)[victim], by)
     began = time.monotonic()
-    out, _ = process.communicate(timeout=300)
-    assert time.monotonic() - began < PATIENCE and process.returncode not in (0, 2), out
+    code, out = process.finish()
+    assert time.monotonic() - began < PATIENCE and code not in (0, 2), out
     assert not (folder / "model").exists()
     return out
 
@@ -54,8 +54,8 @@ def _finished(tiny: Path, world: Any, folder: Path, *, ranks: int) -> None:
         assert train(world, jobs.distil_job(world, load_recipe(tiny / "recipe.yaml").changed(OPTIONS), folder))
     else:
         process = start_training(tiny, folder, OPTIONS)
-        out, _ = process.communicate(timeout=300)
-        assert process.returncode == 0 and "resumed from" in out, out
+        code, out = process.finish()
+        assert code == 0 and "resumed from" in out, out
     assert [line["step"] for line in lines(folder)] == list(range(1, OPTIONS["train.steps"] + 1))
     whole = {**OPTIONS, "teacher.placement": "replicated"}
     recipe = load_recipe(tiny / "recipe.yaml").changed(whole)
@@ -78,7 +78,7 @@ def test_a_killed_launcher_takes_its_ranks_along_and_a_rerun_at_once_goes_on(
     when_at_step(process, folder, 3)
     ranks = ranks_of(process.pid)
     assert len(ranks) == 2
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     reached = lines(folder)[-1]["step"]
     assert isinstance(reached, int) and reached < OPTIONS["train.steps"] - 4
     out = _struck(

@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from llmkd.files import ROOT
 from llmkd.recipe.recipe import load_recipe
 from llmkd.train import train
 from llmkd.training import checkpoint, jobs
+from tests.distributed.command import Command
 from tests.distributed.runner import run_on_ranks
 from tests.unit.training.test_validation import logged as logged_validations
 
@@ -38,14 +37,10 @@ OPTIONS = {
 }
 
 
-def start_training(tiny: Path, folder: Path, options: dict[str, Any] | None = None) -> subprocess.Popen[str]:
+def start_training(tiny: Path, folder: Path, options: dict[str, Any] | None = None) -> Command:
     """`llmkd train` on two ranks."""
     sets = [part for key, value in (options or OPTIONS).items() for part in ("--set", f"{key}={value}")]
-    command = ["train", "--recipe", str(tiny / "recipe.yaml"), "--output", str(folder), "--ranks", "2", *sets]
-    code = "import sys; from llmkd.cli import main; main(sys.argv[1:])"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return Command("train", "--recipe", str(tiny / "recipe.yaml"), "--output", str(folder), "--ranks", "2", *sets)
 
 
 def lines(folder: Path) -> list[dict[str, object]]:
@@ -55,11 +50,11 @@ def lines(folder: Path) -> list[dict[str, object]]:
     return [line for line in logged if "validation" not in line]
 
 
-def when_at_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+def when_at_step(process: Command, folder: Path, step: int) -> None:
     """Wait until so many steps are logged."""
     deadline = time.monotonic() + 120
     while not any(line["step"] >= step for line in lines(folder)):  # type: ignore[operator]
-        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read() if process.stdout else ""
+        assert process.poll() is None and time.monotonic() < deadline, process.output()
         time.sleep(0.02)
 
 
@@ -78,11 +73,6 @@ def ranks_of(launcher: int) -> list[int]:
         if rank and parents.get(parents[number]) == launcher:
             found[int(rank[1])] = number
     return [found[rank] for rank in sorted(found)]
-
-
-def _finish(process: subprocess.Popen[str]) -> str:
-    out, _ = process.communicate(timeout=300)
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +98,8 @@ def test_stopped_killed_and_resumed_is_uninterrupted(tiny: Path, uninterrupted: 
     process = start_training(tiny, folder)
     when_at_step(process, folder, 6)
     process.send_signal(signal.SIGTERM)
-    out = _finish(process)
-    assert process.returncode == 0, out
+    code, out = process.finish()
+    assert code == 0, out
     assert "stopped by SIGTERM after step" in out and "the same command resumes from it" in out
     assert not (folder / "model").exists()
     stopped_at = checkpoint.whole(folder / "checkpoints")[-1].name
@@ -118,8 +108,8 @@ def test_stopped_killed_and_resumed_is_uninterrupted(tiny: Path, uninterrupted: 
     process = start_training(tiny, folder)
     when_at_step(process, folder, 16)
     os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
-    out = _finish(process)
-    assert process.returncode not in (0, 2) and f"resumed from {folder / 'checkpoints' / stopped_at}" in out, out
+    code, out = process.finish()
+    assert code not in (0, 2) and f"resumed from {folder / 'checkpoints' / stopped_at}" in out, out
     assert not (folder / "model").exists()
 
     half = folder / "checkpoints" / "step-00000999.tmp"  # what a kill in the middle of saving leaves

@@ -1,6 +1,6 @@
 """The servers that fork the tests' ranks: one for each rank, since ranks that are started by themselves hash their strings differently.
 
-The tests of `llmkd train`, of faults and of studies start their ranks as users do.
+The tests of studies start their ranks as users do, those of `llmkd train` and of faults too but for the imports (command.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from llmkd.starting import IMPORTS, Server
 MODULES = (
     *IMPORTS,
     "tests.distributed.runner",
+    "tests.distributed.command",
     "tests.distributed.teachers",
     # what a run of the tests' models imports as it goes
     "transformers.models.qwen3.modeling_qwen3",

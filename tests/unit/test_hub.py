@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -51,6 +52,7 @@ for work in (model, cached, rows, task, metric):
     except Exception as error:
         sentence = str(error)
     print(json.dumps([work.__name__, sentence, time.perf_counter() - started]))
+    hub.ANSWER_SECONDS = 1  # the first has waited as long as users do
 """
 
 
@@ -73,15 +75,15 @@ def test_nobody_waits_long_for_a_hub_out_of_reach(tiny: Path, tmp_path: Path) ->
     for name, (_, seconds) in answers.items():
         assert seconds < hub.ANSWER_SECONDS + 15, (name, seconds)  # of which a busy machine may need much
     assert answers["cached"][0] == str(cache / "snapshots" / "abc")
-    for name, start in (
-        ("model", "teacher.path: no folder 'no-one/model' here, and "),
-        ("rows", "data.source: 'no-one/rows' is not a file here, and "),
-        ("task", "reads the data set no-one/task, and "),
+    for name, waited, start in (
+        ("model", 5, "teacher.path: no folder 'no-one/model' here, and "),
+        ("rows", 1, "data.source: 'no-one/rows' is not a file here, and "),
+        ("task", 1, "reads the data set no-one/task, and "),
     ):
         sentence = answers[name][0]
-        assert sentence.startswith(
-            f"{start}https://huggingface.co can't be reached (no answer in 5 s), nor is it in the cache"
-        ), sentence
+        why = rf"(no answer in {waited} s|.*timed out)"  # whichever of the two clocks comes first
+        said = rf"{re.escape(start)}https://huggingface.co can't be reached \({why}\), nor is it in the cache"
+        assert re.match(said, sentence), sentence
         assert all(
             cure in sentence for cure in ("a local path", "HF_HUB_OFFLINE=1", "HF_ENDPOINT", "HF_HUB_ETAG_TIMEOUT")
         )

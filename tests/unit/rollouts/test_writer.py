@@ -78,8 +78,10 @@ def test_vllm_and_hugging_face_write_the_same_greedy_texts_in_every_round(
 
 
 def dying(monkeypatch: pytest.MonkeyPatch, folder: Path, deaths: int) -> VllmWriter:
-    """A writer whose process dies so often."""
-    monkeypatch.setattr(writer, "Child", lambda module, *rest: Child("tests.unit.rollouts.dying", *rest))
+    """A writer whose process dies so often; without vLLM's variables, so that it is forked."""
+    monkeypatch.setattr(
+        writer, "Child", lambda module, shared, file, variables: Child("tests.unit.rollouts.dying", shared, file)
+    )
     (folder / "starts").write_text("")
     return VllmWriter(replace(WRITING, mixed_with=f"{deaths} {folder / 'starts'}"), folder / "writer.log", {})
 

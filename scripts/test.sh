@@ -28,9 +28,23 @@ step() {
 
 step "lint" ruff check .
 step "format" ruff format --check .
-step "types" pyright --pythonpath "$(command -v python)"
 step "imports" lint-imports --no-cache --no-logo
+
+# The types take one core a minute and a half: they are checked beside the tests, and what is wrong is shown as soon as it is found.
+types=$(mktemp)
+set -m # a group of its own, which can be ended whole
+(
+  status=0
+  pyright --pythonpath "$(command -v python)" >"$types" 2>&1 || status=$?
+  cat "$types"
+  exit "$status"
+) &
+checking=$!
+set +m
+trap 'kill -- "-$checking" 2>/dev/null; rm -f "$types"' EXIT
+
 step "tests" python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@" # a later -n counts
+step "types" wait "$checking"
 
 if [[ $first_failure != 0 ]]; then
   llmkd_say "failed: ${failed[*]}"

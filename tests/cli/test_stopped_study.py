@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,14 @@ import yaml
 from llmkd.cli import main
 from llmkd.data.token_files import SHARD_ROWS
 from llmkd.errors import ANOTHER_FOLDER
-from llmkd.files import ROOT
 from llmkd.models.load import load_tokenizer
 from llmkd.recipe.recipe import load_recipe
 from llmkd.training.jobs import distil_job
 from llmkd.training.tokens import tokens_of
+from tests.distributed.command import Command
 from tests.tiny import recipe_values
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc; prctl is Linux's")
-MARK = "LLMKD_TEST_STUDY"
 SECONDS = 240  # far more than any wait takes: only a fault comes near
 
 
@@ -39,39 +36,23 @@ def wait_for(what: Callable[[], object]) -> None:
 
 
 class Studies:
-    """The processes of one test's commands, whoever started them: each inherits the mark in its environment."""
+    """The commands of one test, and the processes that they have started."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._started, self.value = folder, 0, uuid.uuid4().hex
+    def __init__(self) -> None:
+        self._started: list[Command] = []
 
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """A command, as a terminal starts it: the leader of a group; its output goes to a file of its own."""
-        self._started += 1
-        code = "import sys; from llmkd.cli import main; main(sys.argv[1:])"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), MARK: self.value}
-        with self._file().open("wb") as output:
-            return subprocess.Popen(
-                [sys.executable, "-c", code, *arguments], env=environment, stdout=output, stderr=output, process_group=0
-            )
+    def start(self, *arguments: str) -> Command:
+        """A command, as a terminal starts it."""
+        self._started.append(Command(*arguments))
+        return self._started[-1]
 
     def output(self) -> str:
         """Of the last command."""
-        return self._file().read_text()
-
-    def _file(self) -> Path:
-        return self._folder / f"output{self._started}"
+        return self._started[-1].output()
 
     def running(self, name: str = "") -> list[int]:
-        """The marked processes with this in their name."""
-        processes = []
-        for place in Path("/proc").glob("[0-9]*"):
-            try:
-                marked = f"{MARK}={self.value}".encode() in (place / "environ").read_bytes()
-                if marked and name in (place / "comm").read_text():
-                    processes.append(int(place.name))
-            except OSError:  # it has ended, or is another user's
-                continue
-        return processes
+        """The commands' processes with this in their name."""
+        return [process for command in self._started for process in command.running(name)]
 
     def workers(self) -> list[int]:
         """The processes that a rank has started; they are called as the rank is."""
@@ -84,16 +65,16 @@ class Studies:
         (process,) = self.running(name)
         os.kill(process, signal.SIGSTOP)
 
-    def kill(self, study: subprocess.Popen[bytes]) -> None:
+    def kill(self, study: Command) -> None:
         """Kill a study, and wait until no process of it is left."""
-        study.kill()
-        study.wait()
+        study.send_signal(signal.SIGKILL)
+        study.wait(SECONDS)
         wait_for(lambda: not self.running())
 
 
 @pytest.fixture
-def studies(tmp_path: Path) -> Iterator[Studies]:
-    started = Studies(tmp_path)
+def studies() -> Iterator[Studies]:
+    started = Studies()
     yield started
     for process in started.running():
         os.kill(process, signal.SIGKILL)

@@ -16,21 +16,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from llmkd import cli, forkserver, starting
-from llmkd.forkserver import Order
 from llmkd.processes import PARENT
-from tests.distributed.warm import warm_server
+from tests.distributed.warm import forked
 
 
 class Command:
-    """A command that has been started."""
+    """A command that has been started, as the leader of a session: whatever it starts, whoever of them is left, is of that session."""
 
     def __init__(self, *arguments: str) -> None:
         self._place = TemporaryDirectory(prefix="llmkd-command-")
         number, self._output = Path(self._place.name, "number"), Path(self._place.name, "output")
-        order = Order("tests.distributed.command", [str(number), *arguments], {}, os.getcwd(), "llmkd", group=False)
-        with open(os.devnull) as nothing, self._output.open("w") as output:
-            files = (nothing.fileno(), output.fileno(), output.fileno())
-            self._process = warm_server(0).start(order, files)
+        self._process = forked("tests.distributed.command", [str(number), *arguments], self._output)
         while not number.is_file():
             assert self.poll() is None, self.output()
             time.sleep(0.01)
@@ -43,6 +39,23 @@ class Command:
     def poll(self) -> int | None:
         """Its exit code, negative for the signal that ended it; None while it runs."""
         return self._process.poll()
+
+    def wait(self, timeout: float) -> int:
+        """The same, once it has ended."""
+        return self._process.wait(timeout)
+
+    def running(self, name: str = "") -> list[int]:
+        """The processes of its session, itself among them, with this in their name."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                about, _, numbers = (process / "stat").read_text().rpartition(")")
+            except OSError:  # it has ended
+                continue
+            state, _, _, session, *_ = numbers.split()
+            if int(session) == self.pid and state not in "ZX" and name in about.partition("(")[2]:
+                found.append(int(process.name))
+        return found
 
     def finish(self, timeout: float = 300) -> tuple[int, str]:
         """Wait for its end: (exit code, what was said)."""
@@ -91,6 +104,7 @@ class _Fork:
 def main() -> None:
     """Of the process of a command, and of its server's, and of whatever that forks."""
     number_file, *arguments = sys.argv[1:]
+    os.setsid()
     command = os.getpid()
     orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server = os.fork()

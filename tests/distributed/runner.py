@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import socket
 import sys
 from pathlib import Path
 from typing import Any
 
-from llmkd.forkserver import Order
 from llmkd.starting import Process
-from tests.distributed.warm import warm_server
+from tests.distributed.warm import forked, warm_server
 
 
 def run_on_ranks(
@@ -45,13 +43,20 @@ def start_ranks(ranks: int, module: str, tasks: Path, output: Path, *, nodes: in
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    processes: list[Process] = []
-    for rank, server in enumerate([warm_server(rank) for rank in range(ranks)]):
-        variables = {**size, "RANK": str(rank), "LOCAL_RANK": str(rank % local)}
-        order = Order(module, [str(tasks)], variables, os.getcwd(), f"llmkd rank {rank}", group=True)
-        with open(os.devnull) as nothing, (output / f"rank{rank}.log").open("w") as log:
-            processes.append(server.start(order, (nothing.fileno(), log.fileno(), log.fileno())))
-    return processes
+    for rank in range(ranks):  # all import at once
+        warm_server(rank)
+    return [
+        forked(
+            module,
+            [str(tasks)],
+            output / f"rank{rank}.log",
+            rank=rank,
+            variables={**size, "RANK": str(rank), "LOCAL_RANK": str(rank % local)},
+            name=f"llmkd rank {rank}",
+            group=True,
+        )
+        for rank in range(ranks)
+    ]
 
 
 def main() -> None:

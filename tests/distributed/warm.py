@@ -5,8 +5,13 @@ The tests of studies start their ranks as users do, those of `llmkd train` and o
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
 from llmkd import starting
-from llmkd.starting import IMPORTS, Server
+from llmkd.forkserver import Order
+from llmkd.starting import IMPORTS, Process, Server
 
 MODULES = (
     *IMPORTS,
@@ -15,6 +20,8 @@ MODULES = (
     "tests.distributed.teachers",
     # what a run of the tests' models imports as it goes
     "transformers.models.qwen3.modeling_qwen3",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
 )
 
 
@@ -26,6 +33,25 @@ def warm_server(rank: int) -> Server:
             server.close()
         _servers[rank] = server = Server(now, MODULES)
     return server
+
+
+def forked(
+    module: str,
+    arguments: list[str],
+    output: Path,
+    errors: Path | None = None,
+    *,
+    rank: int = 0,
+    variables: Mapping[str, str] | None = None,
+    name: str = "llmkd",
+    group: bool = False,
+) -> Process:
+    """The module's `main()` in a fork of a rank's server; what it says goes to the file `output`, its stderr to `errors` if given."""
+    order = Order(module, arguments, dict(variables or {}), os.getcwd(), name, group)
+    server = warm_server(rank)
+    output.write_text("")
+    with open(os.devnull) as nothing, output.open("a") as said, (errors or output).open("a") as wrong:
+        return server.start(order, (nothing.fileno(), said.fileno(), wrong.fileno()))
 
 
 _servers: dict[int, Server] = {}

@@ -2,79 +2,79 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-CODE = """
 from llmkd.distributed.ranks import LostRank, lost_rank, silent_ranks, start
-try:
-    start(3)
-except LostRank as error:
-    assert lost_rank(error) and silent_ranks() is None
-    print(error)
-"""
+from tests.distributed.warm import forked
+
+MODULE = "tests.unit.distributed.test_start"
 
 
-def _alone(port: int, **more: str) -> str:
+def main() -> None:
+    """Of a rank: what it says where nobody joins in so many seconds."""
+    try:
+        start(int(sys.argv[1]))
+    except LostRank as error:
+        assert lost_rank(error) and silent_ranks() is None
+        print(error)
+
+
+def _alone(port: int, output: Path, **more: str) -> str:
     """What rank 0 of four says that nobody joins."""
-    environment = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **more}
-    process = subprocess.run(
-        [sys.executable, "-c", CODE], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+    variables = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **more}
+    errors = output.with_suffix(".errors")
+    code = forked(MODULE, ["3"], output, errors, variables=variables).wait(300)
+    assert code == 0, errors.read_text()
+    return output.read_text()
 
 
 @pytest.mark.parametrize("in_use", [True, False])
-def test_ranks_that_do_not_meet_are_one_sentence(in_use: bool) -> None:
+def test_ranks_that_do_not_meet_are_one_sentence(in_use: bool, tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         port = other.getsockname()[1]
         if in_use:
             other.listen()
-            assert _alone(port).startswith(
+            assert _alone(port, tmp_path / "said").startswith(
                 f"another process of this machine uses port {port}: give the launcher another"
             )
             return
     start = f"the 4 ranks did not meet at 127.0.0.1:{port} within %d s (missing: 1-3): start a rank for each, see that every node"
-    sentence = _alone(port)
+    sentence = _alone(port, tmp_path / "said")
     assert sentence.startswith(start % 3) and sentence.count("\n") == 1
     assert (
         "reaches that address, and where nodes start that far apart set LLMKD_JOIN_SECONDS to more seconds" in sentence
     )
-    assert _alone(port, LLMKD_JOIN_SECONDS="1").startswith(start % 1)  # less than the recipe's timeout
+    assert _alone(port, tmp_path / "said", LLMKD_JOIN_SECONDS="1").startswith(
+        start % 1
+    )  # less than the recipe's timeout
 
 
-def test_the_ranks_that_are_missing_are_named() -> None:
+def test_the_ranks_that_are_missing_are_named(tmp_path: Path) -> None:
     """Long before the recipe's timeout of half an hour; rank 0 tells it first, so that the launcher ends the others."""
-    code = CODE.replace("start(3)", "start(1800)")
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         port = other.getsockname()[1]
-    environment = {**os.environ, "WORLD_SIZE": "5", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    variables = {"WORLD_SIZE": "5", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LLMKD_JOIN_SECONDS": "10"}
+    files = [tmp_path / rank for rank in "02"]
     began = time.monotonic()
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**environment, "RANK": str(rank), "LLMKD_JOIN_SECONDS": "25"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 2)
+        forked(MODULE, ["1800"], file, tmp_path / "errors", variables={**variables, "RANK": file.name})
+        for file in files
     ]
-    sentences = [rank.communicate(timeout=280)[0] for rank in ranks]
+    assert [rank.wait(280) for rank in ranks] == [0, 0]
     assert time.monotonic() - began < 250
-    assert "within 25 s (missing: 1, 3-4): start a rank for each" in sentences[0], sentences
+    sentences = [file.read_text() for file in files]
+    assert "within 10 s (missing: 1, 3-4): start a rank for each" in sentences[0], sentences
     assert sentences[1].startswith("the 5 ranks did not meet at "), sentences
 
 
-def test_a_rank_without_its_launchers_variables_is_refused() -> None:
-    code = "from llmkd.distributed.ranks import start\nstart(3)"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "WORLD_"))}
-    done = subprocess.run([sys.executable, "-c", code], env=environment | {"RANK": "0"}, capture_output=True, text=True)
-    assert "InputError: RANK is set and WORLD_SIZE and MASTER_ADDR and MASTER_PORT not: start with" in done.stderr
+def test_a_rank_without_its_launchers_variables_is_refused(tmp_path: Path) -> None:
+    assert forked(MODULE, ["3"], tmp_path / "said", variables={"RANK": "0"}).wait(300) == 1
+    said = (tmp_path / "said").read_text()
+    assert "InputError: RANK is set and WORLD_SIZE and MASTER_ADDR and MASTER_PORT not: start with" in said

@@ -46,6 +46,9 @@ def script() -> Iterator[ModuleType]:
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(SCRIPT.parent)  # as if it were run: it imports the file beside it
+        patch.setenv(
+            "HF_DATASETS_DISABLE_PROGRESS_BARS", "1"
+        )  # it does, and would leave it to the files after this one
         spec.loader.exec_module(module)
         yield module
 

@@ -25,7 +25,9 @@ os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="llmkd-tests-
 def pytest_configure() -> None:
     """Let the servers that fork ranks live as long as the session: pytest changes its own variables with each test, which no rank reads."""
     from llmkd import starting
+    from tests.distributed import warm
 
+    starting.IMPORTS = warm.MODULES
     whole = starting.environment
     starting.environment = lambda: {key: value for key, value in whole().items() if not key.startswith("PYTEST_")}
 

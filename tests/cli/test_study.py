@@ -19,6 +19,7 @@ from llmkd.recipe.study_entries import entry_recipe, study_entries
 from llmkd.study import study
 from llmkd.train import train
 from llmkd.training import jobs
+from tests.few_tasks import few_tasks
 from tests.tiny import recipe_values
 
 
@@ -165,8 +166,9 @@ def test_a_variant_is_a_student_with_keys_of_its_own(recipe_file: Path) -> None:
     ],
 )
 def test_what_would_stop_a_study_is_said_before_anything_is_written(
-    recipe_file: Path, tmp_path: Path, override: str, sentence: str
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, sentence: str
 ) -> None:
+    few_tasks(monkeypatch)
     with pytest.raises(InputError, match=sentence):
         study(load_recipe(recipe_file, [f"output={tmp_path}", override]))
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """The servers that fork the tests' ranks: one for each rank, since ranks that are started by themselves hash their strings differently.
 
+The first rank's is also the one that `llmkd.starting` asks in this process.
 The tests of studies start their ranks as users do, those of `llmkd train` and of faults too but for the imports (command.py).
 """
 
@@ -27,6 +28,8 @@ MODULES = (
 
 def warm_server(rank: int) -> Server:
     """The server that forks this rank, started where there is none for the environment as it is now."""
+    if rank == 0:
+        return starting.server()
     server, now = _servers.get(rank), starting.environment()
     if server is None or not server.fits(now):
         if server is not None:

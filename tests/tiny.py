@@ -132,6 +132,8 @@ def plain_run(
         max_length=recipe.data.max_length,
         too_long=recipe.data.too_long,
     )
+    if recipe.rollouts is not None and recipe.rollouts.before_training:
+        data = plain_by_teacher(recipe, data, teacher, tokenizer.eos_token_id)
     pairs = pairs_of(recipe, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     widths = student.config.hidden_size, teacher.config.hidden_size
     count = len(pairs) if recipe.matching.projects(*widths) else 0
@@ -151,7 +153,7 @@ def plain_run(
     written: dict[int, list[Any]] = {}
     for step in range(recipe.train.steps):
         rows = rows_of_step(data, recipe, step)
-        if recipe.rollouts is not None and recipe.rollouts.writes:
+        if recipe.rollouts is not None and recipe.rollouts.during_training:
             if step % recipe.rollouts.every == 0:
                 written = plain_round(recipe, step, data, teacher, student, tokenizer.eos_token_id)
             rows = written[step]
@@ -206,6 +208,26 @@ def plain_round(
         rows = [row for row in rows if row.get("ended", True) or how.truncated == "train"]
         by_step[step] = [row for row in rows if not row.get("ended") or sum(row["trained"]) > 1]  # not the empty ones
     return by_step
+
+
+def plain_by_teacher(recipe: Recipe, data: Dataset, teacher: Any, eos: int) -> Dataset:
+    """The rows with what the teacher writes in place of their completions, token by token."""
+    how = recipe.rollouts
+    assert how is not None and len(data) <= 1024
+    wanted = Schedule(1, how.share, 1, 0, 1).wanted(0, np.arange(len(data)))
+    seeds = dict(zip(wanted.rows.tolist(), wanted.seeds.tolist(), strict=True))
+    rows: list[dict[str, Any]] = []
+    for number, row in enumerate(map(dict, data)):
+        if number in seeds:
+            prompt = row["input_ids"][: row["trained"].index(True) if True in row["trained"] else None]
+            text = plain_text(how, prompt, seeds[number], None, teacher, eos, recipe.data.max_length)
+            ended = text[-1] == eos
+            if text == [eos] or (not ended and how.truncated == "drop"):
+                continue
+            row["input_ids"], row["length"] = prompt + text, len(prompt + text)
+            row["trained"] = [False] * len(prompt) + [True] * len(text)
+        rows.append(row)
+    return Dataset.from_list(rows, features=data.features)
 
 
 @torch.no_grad()

@@ -190,7 +190,7 @@ def _made(
     for leftover in folder.glob("tmp*"):
         leftover.unlink()
     count = -(-len(rows) // SHARD_ROWS)
-    missing = [number for number in range(count) if _recorded(folder, number) is None]
+    missing = [number for number in range(count) if recorded_shard(folder, number) is None]
     write = partial(_write_shard, folder, rows, encode, max_length, too_long)
     workers = min(len(os.sched_getaffinity(0)), len(missing))
     total = min(len(missing) * SHARD_ROWS, len(rows))
@@ -211,18 +211,31 @@ def _made(
                     f"{folder}: a process that made tokens was killed, most likely for want of memory; the same command goes on where it "
                     "stopped, with fewer processes if it may use fewer cores (taskset -c 0-3 ...)"
                 ) from error
-    shards = [shard for number in range(count) if (shard := _recorded(folder, number)) is not None]
+    shards = [shard for number in range(count) if (shard := recorded_shard(folder, number)) is not None]
     if len(shards) < count:
         return None
     files = TokenFiles(folder, tuple(shards))
     _check_some(files.total, max_length)
-    lengths: Any = files.rows().data.column("length")
-    save(folder / "lengths.npy", lengths.to_numpy().astype(np.int32))
-    write_json_durably(
-        folder / "tokens.json",
-        {"identity": identity, **asdict(files.total), "shards": [asdict(shard) for shard in shards]},
-    )
+    record(files, identity)
     return files
+
+
+def record(files: TokenFiles, identity: Mapping[str, Any]) -> None:
+    """Write down that all shards are there. `identity`: what decides them, as JSON."""
+    lengths: Any = files.rows().data.column("length")
+    save(files.folder / "lengths.npy", lengths.to_numpy().astype(np.int32))
+    write_json_durably(
+        files.folder / "tokens.json",
+        {"identity": identity, **asdict(files.total), "shards": [asdict(shard) for shard in files.shards]},
+    )
+
+
+def record_shard(file: Path, written: Written) -> Shard:
+    """Write down what a shard's file, which is in place, holds."""
+    state = file.stat()
+    shard = Shard(file.name, state.st_size, state.st_mtime_ns, sha256(file), written)
+    write_json_durably(file.with_suffix(".json"), asdict(shard))
+    return shard
 
 
 _write: Callable[[int], Shard]
@@ -245,7 +258,7 @@ def _next(number: int) -> Shard:
     return _write(number)
 
 
-def _recorded(folder: Path, number: int) -> Shard | None:
+def recorded_shard(folder: Path, number: int) -> Shard | None:
     """A shard that is there and whole."""
     try:
         shard = _shard(json.loads((folder / f"{number:05d}.json").read_text()))
@@ -279,10 +292,7 @@ def _write_shard(folder: Path, rows: Dataset, encode: Encode, max_length: int, t
     lengths: Any = tokens.data.column("length")  # not tokens["length"], which is read row by row
     written = Written(len(part), len(tokens), int(lengths.to_numpy().sum()), **dropped)
     sync(file)
-    state = file.stat()
-    shard = Shard(file.name, state.st_size, state.st_mtime_ns, sha256(file), written)
-    write_json_durably(file.with_suffix(".json"), asdict(shard))
-    return shard
+    return record_shard(file, written)
 
 
 def kept_rows(encoded: Columns, max_length: int, too_long: str, dropped: dict[str, int]) -> Columns:

@@ -85,6 +85,10 @@ class Tokens:
             folders=(*self.folders, *others.folders),
         )
 
+    def only(self, numbers: np.ndarray) -> Tokens:
+        """These rows alone, as one source without files of its own."""
+        return Tokens(self.rows.select(numbers), (self.lengths_of(numbers),), (Source(0, len(numbers)),))
+
     def batch(self, numbers: np.ndarray, *, collate: Callable[..., Batch], pad_id: int, packed: bool = False) -> Batch:
         """One micro-batch of these rows, padded, or if `packed` end to end."""
         rows = [self.row(number) for number in numbers]

@@ -79,7 +79,10 @@ def data_findings(recipe: Recipe, sources: Sequence[SourceTokens], tokenizer: An
         text = f"data: a stream; what is said of its rows is said of the first {len(sources[0].rows)}"
         findings.append(Finding("note", text))
     if recipe.rollouts is not None and recipe.rollouts.writes:
-        text = f"rollouts: of each batch {recipe.rollouts.share:.0%} of the rows have their last completion written anew during training"
+        share = f"{recipe.rollouts.share:.0%}"
+        text = f"rollouts: of each batch {share} of the rows have their last completion written anew during training"
+        if recipe.rollouts.before_training:
+            text = f"rollouts: the teacher writes the last completion of {share} of the rows, before training"
         findings.append(Finding("note", f"{text}; what is said and shown of trained tokens is the data's own"))
     for source in sources:
         findings += [*_unread(source), *_template(source, tokenizer), *_counts(source, tokenizer)]
@@ -140,7 +143,7 @@ def _counts(source: SourceTokens, tokenizer: Any) -> list[Finding]:
     spread = f"lengths {quarter} (quarter), {half} (half), {most} (longest)"
     rows = Finding("ok", f"{name}: {len(data):,} rows of the format {format}, {tokens:,} tokens; {spread}")
     if format == "prompts":
-        return [rows, Finding("ok", f"{name}: what is trained is written during training (section rollouts)")]
+        return [rows, Finding("ok", f"{name}: what is trained is written (section rollouts)")]
     findings = [
         rows,
         Finding(

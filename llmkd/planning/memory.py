@@ -23,7 +23,7 @@ from llmkd.losses.divergences import with_parameters
 from llmkd.models.load import DTYPES
 from llmkd.planning.cache import cache_rows, cache_traffic
 from llmkd.planning.rollouts import rollout_rows
-from llmkd.planning.rows import GIB, OFFLOADED, PHASES, WIDE, Phase, Place, Row, block_activations, millions
+from llmkd.planning.rows import BEFORE, GIB, OFFLOADED, PHASES, WIDE, Phase, Place, Row, block_activations, millions
 from llmkd.planning.shapes import Shapes, initial_student_config, shapes, teacher_config
 from llmkd.planning.stepping_stones import stone_rows
 from llmkd.planning.teacher import (
@@ -231,7 +231,8 @@ def peak(rows: Sequence[Row], place: Place = "device") -> tuple[int, str]:
     """The most bytes one rank holds in that place, and the phase it holds them in."""
     here = [row for row in rows if row.place == place]
     held = sum(row.bytes for row in here if "always" in row.phases)
-    totals = {phase: held + sum(row.bytes for row in here if phase in row.phases) for phase in PHASES}
+    starts: dict[Phase, int] = {**dict.fromkeys(PHASES, held), **dict.fromkeys(BEFORE, 0)}
+    totals = {phase: start + sum(row.bytes for row in here if phase in row.phases) for phase, start in starts.items()}
     phase = max(totals, key=lambda name: totals[name])
     return totals[phase], phase
 

@@ -10,10 +10,12 @@ from llmkd.planning.shapes import Shapes
 GIB = 2**30
 WIDE = 4
 """Bytes of a master weight, an Adam moment, an accumulated or a communicated gradient: fp32 (ds_configs/)."""
-Phase = Literal["always", "teacher forward", "head", "backward", "optimizer step", "writing"]
+Phase = Literal["always", "teacher forward", "head", "backward", "optimizer step", "writing", "before training"]
 Place = Literal["device", "host", "nvme", "disk"]
 Part = Literal["teacher weights", "teacher signals", "student"]
 PHASES: tuple[Phase, ...] = ("teacher forward", "head", "backward", "optimizer step", "writing")
+BEFORE: tuple[Phase, ...] = ("before training",)
+"""When nothing of what is always held in training is there yet."""
 FORWARD: tuple[Phase, ...] = ("teacher forward",)
 WAITING: tuple[Phase, ...] = ("teacher forward", "head")
 """While a teacher's state waits for the student to compare it."""

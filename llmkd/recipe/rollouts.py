@@ -16,13 +16,15 @@ class Rollouts(Section):
     """On-policy distillation: during training a model continues the prompts of the data's rows, and its texts are trained on in place of
     the rows' own completions. The teacher reads them like any row."""
 
-    by: Literal["student", "mixed"] = "student"
+    by: Literal["student", "mixed", "teacher"] = "student"
     """Who writes. `student`: the student as it is then (on-policy). `mixed`: each token is drawn from both, from (1 − alpha) of the
-    student's distribution and alpha of the teacher's (MiniLLM), which keeps a weak student's texts sensible; it takes the hf backend."""
+    student's distribution and alpha of the teacher's (MiniLLM), which keeps a weak student's texts sensible; it takes the hf backend.
+    `teacher`: the teacher, once, before training (sequence-level distillation); all students of a study read the same texts."""
     alpha: float = Field(default=0.2, gt=0, lt=1)
     """The teacher's part in `by: mixed`."""
     share: float = Field(default=1.0, ge=0, le=1)
-    """The share of each batch's rows whose completions are written; the others keep the data's (GKD's lambda)."""
+    """The share of each batch's rows whose completions are written; the others keep the data's (GKD's lambda). By the teacher: the share of
+    all rows."""
     every: int = Field(default=1, gt=0)
     """Steps for which texts are written at one time, by the student as it is before the first of them; 1 is strictly on-policy."""
     samples: int = Field(default=1, gt=0)
@@ -47,14 +49,26 @@ class Rollouts(Section):
     def _consistent(self) -> Rollouts:
         if self.by == "mixed" and self.backend == "vllm":
             raise ValueError("backend: vLLM runs one model, and by: mixed draws each token from two; write hf")
-        if self.alpha != type(self).model_fields["alpha"].default and self.by != "mixed":
-            raise ValueError("alpha: it belongs to by: mixed; write that, or leave alpha out")
+        for key, others in {"alpha": ("student", "teacher"), "every": ("teacher",), "samples": ("teacher",)}.items():
+            if getattr(self, key) != type(self).model_fields[key].default and self.by in others:
+                wanted = " or ".join(by for by in ("student", "mixed") if by not in others)
+                raise ValueError(f"{key}: it belongs to by: {wanted}; write that, or leave {key} out")
         return self
 
     @property
     def writes(self) -> bool:
         """Whether there are texts to write at all: at a share of 0 a run is the same as without the section."""
         return self.share > 0
+
+    @property
+    def before_training(self) -> bool:
+        """Whether they are written once, and are then rows like the data's own."""
+        return self.writes and self.by == "teacher"
+
+    @property
+    def during_training(self) -> bool:
+        """Whether they are written as the run goes."""
+        return self.writes and self.by != "teacher"
 
 
 def check_rollouts(rollouts: Rollouts | None, data: Data, loss: Loss, teacher: Teacher) -> None:
@@ -74,21 +88,8 @@ def check_rollouts(rollouts: Rollouts | None, data: Data, loss: Loss, teacher: T
     if rollouts is None or not rollouts.writes:
         return
     off = "or leave the section rollouts out"
-    if loss.ce:
-        raise ValueError(
-            "loss.ce: the tokens of a text that the student wrote are no answers to learn by heart; write loss.ce: 0 and let the "
-            f"teacher's distribution teach (loss.kl, e.g. with divergence: reverse_kl), {off}"
-        )
-    if not teacher.serving.has_weights:
-        raise ValueError(
-            f"rollouts: a teacher with {teacher.serving_name} has read all rows before training, and texts are written during it; write "
-            f"placement: replicated, zero3 or pipeline and share_cache: false, {off}"
-        )
-    if data.batching == "packed":
-        raise ValueError(
-            "data.batching: packed sequences are laid out before training, when nobody knows how long a text will be; write grouped, "
-            f"{off}"
-        )
+    if rollouts.during_training:
+        _check_during(rollouts, data, loss, teacher, off)
     if data.streaming:
         raise ValueError(f"data.streaming: prompts are taken from rows on disk; write streaming: false, {off}")
     if any(part.format == "text" for part in data.parts):
@@ -99,4 +100,24 @@ def check_rollouts(rollouts: Rollouts | None, data: Data, loss: Loss, teacher: T
         raise ValueError(
             f"rollouts.max_new_tokens: {rollouts.max_new_tokens} tokens leave no room for a prompt within data.max_length "
             f"{data.max_length}; write a smaller one, or a larger max_length"
+        )
+
+
+def _check_during(rollouts: Rollouts, data: Data, loss: Loss, teacher: Teacher, off: str) -> None:
+    """Raise ValueError where a run can't train on texts that are written as it goes."""
+    by_teacher = "write by: teacher, whose texts are written before training"
+    if loss.ce:
+        raise ValueError(
+            "loss.ce: the tokens of a text that the student wrote are no answers to learn by heart; write loss.ce: 0 and let the "
+            f"teacher's distribution teach (loss.kl, e.g. with divergence: reverse_kl), {by_teacher}, {off}"
+        )
+    if not teacher.serving.has_weights:
+        raise ValueError(
+            f"rollouts: a teacher with {teacher.serving_name} has read all rows before training, and texts are written during it; write "
+            f"placement: replicated, zero3 or pipeline and share_cache: false, {by_teacher}, {off}"
+        )
+    if data.batching == "packed":
+        raise ValueError(
+            "data.batching: packed sequences are laid out before training, when nobody knows how long a text will be; write grouped, "
+            f"{by_teacher}, {off}"
         )

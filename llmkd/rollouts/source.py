@@ -20,12 +20,14 @@ import torch
 
 from llmkd.data.batches import Batch, TokenRow, ahead, collate
 from llmkd.data.tokenized import Tokens
-from llmkd.distributed.ranks import World, on_every_rank, on_main
+from llmkd.distributed.ranks import World, on_main
 from llmkd.errors import InputError
 from llmkd.recipe.inputs import fingerprint
 from llmkd.rollouts.prompts import fixed_prompts, in_words, prompt_of
 from llmkd.rollouts.texts import (
+    KnownTokens,
     Text,
+    answered,
     forget_rounds_after,
     measures,
     note_round,
@@ -35,7 +37,7 @@ from llmkd.rollouts.texts import (
 )
 from llmkd.rollouts.wanted import Schedule, Wanted
 from llmkd.rollouts.weights import Weights
-from llmkd.rollouts.writer import Asked, Writer, Writing, writer_of
+from llmkd.rollouts.writer import Writer, Writing, writer_of, written_together
 
 log = logging.getLogger("llmkd")
 
@@ -83,10 +85,8 @@ class Rollouts:
     drops_truncated: bool
     tokenizer: Any
     """The student's, to show what it writes."""
-    known_tokens: int
-    """Ids from here on only the student has: a text is cut before one."""
-    foreign: frozenset[int] = frozenset()
-    """Further ids that only the student has."""
+    known: KnownTokens
+    """Those of the teacher: a text is cut before another."""
     spent: Spent = field(default_factory=Spent)
     present: dict[str, float] = field(default_factory=dict)
     """What the texts of the present round are like: `measures`."""
@@ -147,21 +147,11 @@ class Rollouts:
             torch.cuda.empty_cache()  # the writer is on the same device
         folder = self.weights.hand_over(self.world)
         handed = time.perf_counter() - began
-        # alike in length, so that no rank has all of the long ones
-        order = sorted(range(len(asked)), key=lambda number: (-len(prompts[number]), number))
-        mine = order[self.world.rank :: self.world.size]
-        if self.world.is_main:
-            mine += range(len(asked), len(prompts))
-        longest = self.writing.max_length
-        limits = [min(self.writing.max_new_tokens, longest - len(prompts[number])) for number in mine]
-        of_mine = [prompts[number].tolist() for number in mine], limits, [seeds[number] for number in mine]
-        asked_here = Asked(str(folder), *of_mine)
-        every = on_every_rank(self.world, thread, lambda: (mine, _attempted(writer, asked_here)))
+        ids = written_together(self.world, thread, writer, self.writing, folder, prompts, seeds)
         if self.world.local_rank == 0:
             self.weights.remove(folder)  # all have read them
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        ids = {number: text for numbers, result in every for number, text in zip(numbers, result, strict=True)}
         texts = [
             self._text(int(step), int(place), int(row), prompts[number], ids[number])
             for number, (step, place, row, _) in enumerate(asked)
@@ -196,12 +186,7 @@ class Rollouts:
         return functools.lru_cache(maxsize=2)(functools.partial(self.tokens.window, **how))
 
     def _text(self, step: int, place: int, row: int, prompt: np.ndarray, ids: Sequence[int]) -> Text:
-        """What was written, cut before a token that the teacher does not know."""
-        text = np.array(ids, dtype=np.int32)
-        foreign = (text >= self.known_tokens) | np.isin(text, sorted(self.foreign))
-        if foreign.any():
-            text = text[: int(foreign.argmax())]
-        ended = bool(len(text)) and int(text[-1]) in self.writing.stops
+        text, ended = self.known.cut(ids, self.writing.stops)
         return Text(step, place, row, prompt.astype(np.int32), text, ended)
 
     def _note(self, first: int, values: Mapping[str, float]) -> None:
@@ -251,16 +236,11 @@ class Rollouts:
 
 def written_row(text: Text) -> TokenRow:
     """A text as a row like any other, of which what was written is trained."""
-    ids = np.concatenate([text.prompt, text.text])
-    return {"input_ids": ids, "trained": np.arange(len(ids)) >= len(text.prompt), "length": len(ids), "row": text.row}
+    return {**answered(text.prompt, text.text), "row": text.row}
 
 
 def _untrained(row: TokenRow) -> TokenRow:
     return {**row, "trained": np.zeros(len(row["input_ids"]), dtype=bool)}
-
-
-def _attempted(writer: Writer, asked: Asked) -> list[list[int]]:
-    return writer.write(asked) if asked.prompts else []
 
 
 def _as_values(texts: list[Text] | None) -> list[tuple[Any, ...]] | None:

@@ -61,6 +61,30 @@ class Text:
         return len(self.text) <= int(self.ended)
 
 
+@dataclass(frozen=True)
+class KnownTokens:
+    """The tokens that teacher and student both have."""
+
+    count: int
+    """Ids from here on one of them lacks."""
+    foreign: frozenset[int] = frozenset()
+    """Further ids that one of them lacks."""
+
+    def cut(self, ids: Sequence[int], stops: Sequence[int]) -> tuple[np.ndarray, bool]:
+        """(a text [N] int32 before the first token that one of them lacks, whether it ends with one of `stops`)."""
+        text = np.array(ids, dtype=np.int32)
+        foreign = (text >= self.count) | np.isin(text, sorted(self.foreign))
+        if foreign.any():
+            text = text[: int(foreign.argmax())]
+        return text, bool(len(text)) and int(text[-1]) in stops
+
+
+def answered(prompt: np.ndarray, text: np.ndarray) -> dict[str, Any]:
+    """A prompt and its text as the tokens of a row, of which the text is trained."""
+    ids = np.concatenate([prompt, text]).astype(np.int32)
+    return {"input_ids": ids, "trained": np.arange(len(ids)) >= len(prompt), "length": len(ids)}
+
+
 def round_file(folder: Path, first: int) -> Path:
     """Where the round is kept that begins with this step (from 0). `folder`: the run's."""
     return folder / "rollouts" / f"round-{first:08d}.parquet"

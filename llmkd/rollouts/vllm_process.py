@@ -98,6 +98,22 @@ class Rounds:
         return f"a prompt's log-probabilities differ by {gap:.2g}" if gap > STALE else None
 
 
+class OneModel:
+    """Orders that are all of the same weights: one engine."""
+
+    def __init__(self, writing: Writing) -> None:
+        self._writing = writing
+        self._engine: VllmEngine | None = None
+
+    def write(self, asked: Asked) -> list[Ids]:
+        """The texts of an order."""
+        how = self._writing
+        if self._engine is None:
+            options = {"max_length": how.max_length, "trust_remote_code": how.trust_remote_code}
+            self._engine = VllmEngine(Path(asked.weights), how.dtype, **options)
+        return self._engine.continued(asked.prompts, how.sampling(asked))
+
+
 def log_probabilities(model: Any, ids: Ids) -> list[float]:
     """As `VllmEngine.log_probabilities`, by Hugging Face."""
     with torch.inference_mode():
@@ -122,7 +138,8 @@ def main() -> int:
     """The process."""
     shared, orders, say = listen()
     writing = Writing(**{**shared, "stops": tuple(shared["stops"])})
-    return serve(Rounds(writing, say).write, orders, say)
+    write = OneModel(writing).write if writing.same_weights else Rounds(writing, say).write
+    return serve(write, orders, say)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What writes texts for one rank: the student's weights and prompts in, token ids out.
+"""What writes texts for one rank: a model's weights and prompts in, token ids out.
 
 Hugging Face writes in the rank's own process. vLLM has one of its own, so that it finds the surroundings it needs, and a run outlives an
 engine that dies.
@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
+from llmkd.distributed.ranks import World, on_every_rank
 from llmkd.errors import InputError
 from llmkd.inference.backends import continued, writing_model
 from llmkd.inference.child import Child
@@ -54,6 +57,8 @@ class Writing:
     """As `trust_remote_code`, for the second model."""
     gpu_share: float | None = None
     """vLLM's share of the memory of a GPU that it has together with the training."""
+    same_weights: bool = False
+    """Whether all orders are of the same model, which then stays loaded."""
 
     def sampling(self, asked: Asked) -> Sampling:
         """How the texts of an order are drawn."""
@@ -71,10 +76,10 @@ class Writing:
 
 @dataclass(frozen=True)
 class Asked:
-    """What one rank wants of a round."""
+    """What one rank wants written."""
 
     weights: str
-    """The student's folder."""
+    """The model's folder."""
     prompts: list[Ids]
     limits: list[int]
     """Each text's most tokens."""
@@ -107,11 +112,35 @@ def writer_of(writing: Writing, log_file: Path, variables: Mapping[str, str]) ->
     return VllmWriter(writing, log_file, variables) if writing.backend == "vllm" else HuggingFaceWriter(writing)
 
 
+def written_together(
+    world: World,
+    thread: Executor,
+    writer: Writer,
+    writing: Writing,
+    weights: Path,
+    prompts: Sequence[np.ndarray],
+    seeds: Sequence[int],
+) -> list[Ids]:
+    """What is written after each prompt, each rank its share of them (all ranks take part).
+
+    seeds: each prompt's own. thread: of this rank, in which it writes; a process that a thread starts ends with it.
+    """
+    # alike in length, so that no rank has all of the long ones
+    order = sorted(range(len(prompts)), key=lambda number: (-len(prompts[number]), number))
+    mine = order[world.rank :: world.size]
+    limits = [min(writing.max_new_tokens, writing.max_length - len(prompts[number])) for number in mine]
+    asked = Asked(str(weights), [prompts[number].tolist() for number in mine], limits, [seeds[n] for n in mine])
+    every = on_every_rank(world, thread, lambda: (mine, writer.write(asked) if mine else []))
+    texts = {number: text for numbers, result in every for number, text in zip(numbers, result, strict=True)}
+    return [texts[number] for number in range(len(prompts))]
+
+
 class HuggingFaceWriter:
-    """Writes in this process. The student is loaded for each round, a second model once."""
+    """Writes in this process. The model is loaded for each order unless all are of the same one, a second model once."""
 
     def __init__(self, writing: Writing) -> None:
         self._writing = writing
+        self._kept: Any = None
         self._mixed: tuple[Any, float] | None = None
 
     def write(self, asked: Asked) -> list[Ids]:
@@ -120,7 +149,8 @@ class HuggingFaceWriter:
             if self._mixed is None and how.mixed_with is not None:
                 other = writing_model(Path(how.mixed_with), how.mixed_dtype, trust_remote_code=how.mixed_trusts)
                 self._mixed = other, how.mixed_share
-            model = writing_model(Path(asked.weights), how.dtype, trust_remote_code=how.trust_remote_code)
+            model = self._kept or writing_model(Path(asked.weights), how.dtype, trust_remote_code=how.trust_remote_code)
+            self._kept = model if how.same_weights else None
             return continued(model, asked.prompts, how.sampling(asked), mixed=self._mixed)
         except torch.OutOfMemoryError as error:
             raise InputError(
@@ -128,7 +158,7 @@ class HuggingFaceWriter:
             ) from error
 
     def close(self) -> None:
-        self._mixed = None
+        self._kept = self._mixed = None
 
 
 class VllmWriter:

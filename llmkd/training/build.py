@@ -15,27 +15,18 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from llmkd.data.batches import Batch, steps_per_epoch
-from llmkd.data.tokenized import Tokens
 from llmkd.distributed.compiled import check_asynchronous_io
 from llmkd.distributed.ds_configs import DsConfig, teacher_ds_config
 from llmkd.distributed.engines import parameter_count
 from llmkd.distributed.pipeline_group import PipelineGroup
-from llmkd.distributed.ranks import World, all_rows, on_main
+from llmkd.distributed.ranks import World, all_rows
 from llmkd.errors import InputError
-from llmkd.inference.backends import stop_ids
-from llmkd.inference.choose import WORTH_VLLM, choose_backend
-from llmkd.inference.vllm_setup import check_installed
 from llmkd.losses.distance_sum import AllRows
 from llmkd.losses.schedules import learning_rate
 from llmkd.models import families, load
 from llmkd.models.parts import blocks
 from llmkd.recipe import recipe
 from llmkd.recipe.ds_config import completed_ds_config
-from llmkd.rollouts.prompts import check_prompts
-from llmkd.rollouts.source import Micro, Rollouts
-from llmkd.rollouts.wanted import Schedule
-from llmkd.rollouts.weights import Weights
-from llmkd.rollouts.writer import Writing, writer_variables
 from llmkd.student.connectors import fit_connectors, make_connectors
 from llmkd.student.distiller import Distiller, make_projectors
 from llmkd.student.stepping_stones import SteppingStones
@@ -229,7 +220,7 @@ def load_student(job: Job, ds_config: DsConfig, target_width: int | None, gather
         dtype=dtype,
         ds_config=ds_config,
         attention=attention,
-        trust_remote_code=_students_trust(job),
+        trust_remote_code=students_trust(job),
     )
     width = model.config.hidden_size
     target = target_width or width
@@ -251,7 +242,7 @@ def load_student(job: Job, ds_config: DsConfig, target_width: int | None, gather
     return module
 
 
-def _students_trust(job: Job) -> bool:
+def students_trust(job: Job) -> bool:
     """Whether the student's own Python code may run; a copied or random student runs the code of its teacher."""
     own = job.recipe.student.init == "checkpoint" and not job.makes_teacher
     return (job.recipe.student if own else job.recipe.teacher).trust_remote_code
@@ -279,56 +270,3 @@ def fit_stones(
     connectors = student.module.stones.connectors
     steps = rows(start_step=0, steps=settings.connector_batches)
     fit_connectors(world, student, connectors, job.stones, *stack, teacher, steps)
-
-
-def rollouts_of(
-    world: World, job: Job, tokens: Tokens, student: Any, tokenizer: Any, *, accumulation: int, steps: int
-) -> Rollouts | None:
-    """The source of the batches of a job whose texts are written as it goes; None of any other. `student`: transformers' model."""
-    settings, train = job.recipe.rollouts, job.train
-    if settings is None or not settings.writes or job.makes_teacher:
-        return None
-    assert job.teacher is not None, "the recipe's checks see to it"
-    schedule = Schedule(settings.every, settings.share, settings.samples, job.seed, steps)
-    per_round = round(settings.share * train.batch_size * settings.every) * settings.max_new_tokens
-    backend, why = settings.backend, "as the recipe says"
-    if settings.by == "mixed":
-        backend, why = "hf", "each token is drawn from two models"
-    elif backend == "auto":
-        backend, why = on_main(world, lambda: choose_backend("auto", job.initial, per_round, WORTH_VLLM))
-    if backend == "vllm":
-        check_installed("rollouts.backend")
-    log.info("%s: rollouts by %s (%s)", job.title, backend, why)
-    writing = Writing(
-        backend=backend,
-        dtype=train.dtype,
-        max_new_tokens=settings.max_new_tokens,
-        max_length=job.data.max_length,
-        stops=stop_ids(job.initial, tokenizer),
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        batch_size=settings.batch_size,
-        trust_remote_code=_students_trust(job),
-        mixed_with=str(job.teacher) if settings.by == "mixed" else None,
-        mixed_share=settings.alpha if settings.by == "mixed" else 0.0,
-        mixed_dtype=job.recipe.teacher.dtype,
-        mixed_trusts=job.recipe.teacher.trust_remote_code,
-        gpu_share=settings.gpu_share,
-    )
-    known = load.load_config(job.teacher, trust_remote_code=job.recipe.teacher.trust_remote_code).vocab_size
-    on_main(world, lambda: check_prompts(tokens))
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return Rollouts(
-        world,
-        job.folder,
-        tokens,
-        schedule,
-        Micro(train.batch_size, accumulation, job.seed, pad_id),
-        writing,
-        Weights(student, job.folder),
-        writer_variables(world.device, world.local_rank),
-        drops_truncated=settings.truncated == "drop",
-        tokenizer=tokenizer,
-        known_tokens=known,
-        foreign=frozenset(job.further_tokens),
-    )

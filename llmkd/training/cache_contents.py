@@ -117,7 +117,7 @@ def normed_last(recipe: Recipe, depth: int) -> int | None:
 
 def _columns(recipes: Iterable[Recipe], teacher_vocabulary: int, top_k: int | None) -> int:
     """How many tokens both the teacher's head and a student's have. Raises InputError where students differ and a top k is kept."""
-    columns = {min(teacher_vocabulary, _student_vocabulary(recipe) or teacher_vocabulary) for recipe in recipes}
+    columns = {min(teacher_vocabulary, student_vocabulary(recipe) or teacher_vocabulary) for recipe in recipes}
     if top_k is not None and len(columns) > 1:
         raise InputError(
             f"cache.top_k: the study's students have {' and '.join(map(str, sorted(columns)))} of the teacher's tokens, and a cache holds "
@@ -126,7 +126,7 @@ def _columns(recipes: Iterable[Recipe], teacher_vocabulary: int, top_k: int | No
     return min(columns)
 
 
-def _student_vocabulary(recipe: Recipe) -> int | None:
+def student_vocabulary(recipe: Recipe) -> int | None:
     """The size of a student checkpoint's vocabulary; None for a copied or new student, which has the teacher's."""
     if recipe.student.init != "checkpoint":
         return None

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from llmkd.distributed.checksums import damage, damage_by_shares, write_checksums
 from llmkd.distributed.engines import whole_state
 from llmkd.distributed.ranks import World, barrier, on_main
 from llmkd.distributed.shards import load_shards, merge_shards
@@ -33,7 +34,6 @@ from llmkd.errors import ANOTHER_FOLDER, InputError
 from llmkd.files import sync, write_folder
 from llmkd.models.folders import copy_tokenizer
 from llmkd.recipe.inputs import input_text
-from llmkd.training.checksums import damage, damage_by_shares, write_checksums
 
 log = logging.getLogger("llmkd")
 

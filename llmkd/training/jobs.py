@@ -97,6 +97,7 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         student_config = load.load_config(checkpoint, trust_remote_code=recipe.student.trust_remote_code)
     pairs, stones, weights = check_student(recipe, family, teacher_config, student_config)
     further = {} if checkpoint is None else check_vocabularies(recipe, teacher, checkpoint)
+    written = recipe.rollouts is not None and recipe.rollouts.before_training
     ranks = {"ranks": world.size, "ranks_per_node": world.local_size}
     check_place(recipe, teacher_config, weights, **ranks, gpu=world.device.type == "cuda")
     job = Job(
@@ -116,7 +117,7 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         student_depths=depths_of(recipe, student_config),
         teacher_depths=families.depths(teacher_config),
         stones=stones,
-        further_tokens=further if weights.kl or weights.hidden or stones else {},
+        further_tokens=further if weights.kl or weights.hidden or stones or written else {},
     )
     on_main(world, lambda: finished(job))  # refuses a folder of another recipe
     return job

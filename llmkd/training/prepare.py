@@ -26,7 +26,8 @@ from llmkd.student.passes import StepSettings
 from llmkd.teachers.base import Signal, Teacher
 from llmkd.training import build, cache_contents, checkpoint, finite, initial, nearest, tokens
 from llmkd.training.jobs import Job
-from llmkd.training.validation_rows import RunRows, run_rows, validation_batches
+from llmkd.training.validation_rows import RunRows, validation_batches
+from llmkd.training.written_texts import rollouts_of, rows_of
 
 log = logging.getLogger("llmkd")
 
@@ -154,7 +155,7 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
     if resume is not None and resume.world_size != world.size:
         ds_config = on_other_ranks(ds_config)
     tokenizer = initial.job_tokenizer(world, job, resuming=resume is not None)
-    data = run_rows(world, job, tokenizer, stopping)
+    data = rows_of(world, job, tokenizer, stopping)
     checkpoint.check_rows(resume, data.training.digests)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     source = _source(world, job, data, tokenizer, pad_id, accumulation, resume)
@@ -187,7 +188,7 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
     if resume is None and module.stones is not None:
         build.fit_stones(world, job, student, teacher, source.rows)
     shared = dict(accumulation=accumulation, steps=steps)
-    if (rollouts := build.rollouts_of(world, job, data.training, module.model, tokenizer, **shared)) is not None:
+    if (rollouts := rollouts_of(world, job, data.training, module.model, tokenizer, **shared)) is not None:
         source = replace(source, rows=rollouts.rows, rollouts=rollouts)
     _announce(world, job, steps, accumulation, source.count)
     done = (0, ()) if resume is None else (resume.step, resume.validations)

@@ -36,6 +36,12 @@ class RunRows:
     validation: np.ndarray | None
     """Numbers in `all`; None where the recipe's data has no section `validation`."""
 
+    @staticmethod
+    def apart(training: Tokens, validation: Tokens) -> RunRows:
+        """Rows to train on and others to be validated on."""
+        first = len(training.rows)
+        return RunRows(training.followed_by(validation), training, np.arange(first, first + len(validation.rows)))
+
 
 def run_rows(world: World, job: Job, tokenizer: Any, stopping: Stopping | None = None) -> RunRows:
     """The job's rows (all ranks take part). Raises InputError where rows are both trained and validated on, or none is left to train on."""
@@ -49,7 +55,7 @@ def run_rows(world: World, job: Job, tokenizer: Any, stopping: Stopping | None =
             own = tokens_of(world, replace(job, data=apart), tokenizer, stopping)
         if job.data.streaming:
             return RunRows(own, rows, np.arange(len(own.rows)))
-        return RunRows(rows.followed_by(own), rows, np.arange(len(rows.rows), len(rows.rows) + len(own.rows)))
+        return RunRows.apart(rows, own)
     apart_by_share = divided(job.data, rows)
     held_out = apart_by_share.held_out
     some = permuted(np.arange(min(given.rows, len(held_out))), len(held_out), (given.seed,))

@@ -39,7 +39,7 @@ from llmkd.teachers.quantization import stored
 from llmkd.training import build, cache_contents, initial, jobs
 from llmkd.training.cache_progress import Plan, prepare
 from llmkd.training.tokens import StoppedTokenizing
-from llmkd.training.validation_rows import run_rows
+from llmkd.training.written_texts import rows_of
 
 log = logging.getLogger("llmkd")
 
@@ -67,7 +67,7 @@ def _cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool) -
     teacher = on_main(world, lambda: folders.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
     tokenizer = initial.job_tokenizer(world, job, resuming=False)
     try:
-        data = run_rows(world, job, tokenizer, stopping).all
+        data = rows_of(world, job, tokenizer, stopping).all
     except StoppedTokenizing:
         log.info("cache: stopped by %s while the rows were tokenized; the same command goes on", stopping.name)
         return False

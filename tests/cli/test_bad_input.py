@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, OPTConfig
 
 from llmkd import cli, starting
+from llmkd.distributed.checksums import write_checksums
 from llmkd.errors import InputError
 from llmkd.files import ROOT
 from llmkd.models import load, make
 from llmkd.recipe.recipe import load_recipe
 from llmkd.train import train
 from llmkd.training import build, jobs
-from llmkd.training.checksums import write_checksums
 from tests.distributed.runner import start_ranks
 
 

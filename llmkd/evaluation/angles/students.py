@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from llmkd.distributed.checksums import damage
 from llmkd.distributed.shards import saved_weights
 from llmkd.errors import InputError
 from llmkd.models.folders import resolve
@@ -24,7 +25,6 @@ from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.recipe.study_entries import entry_recipe, read_study
 from llmkd.student.distiller import make_projectors
 from llmkd.training import checkpoint
-from llmkd.training.checksums import damage
 
 log = logging.getLogger("llmkd")
 

@@ -87,6 +87,19 @@ def test_the_recipe_of_the_paper_is_planned_without_a_hub(recipe: Recipe, caplog
     assert "needed on device" in memory.plan_text(rows)
 
 
+def test_a_teacher_that_writes_before_training_is_whole_on_each_rank_and_gone_when_training_begins(
+    recipe: Recipe,
+) -> None:
+    section = {"by": "teacher", "max_new_tokens": 64, "batch_size": 16}
+    changed = recipe.changed({"rollouts": section, "data.max_length": 1024})
+    rows, without = memory.plan(changed, 8), memory.plan(changed.changed({"rollouts": None}), 8)
+    assert row(rows, "the whole teacher, writing").bytes == 8_190_735_360 * 2
+    kept = row(rows, "keys and values of the texts").bytes
+    assert kept == 16 * 1024 * (2 * 36 * 8 * 128) * 2
+    writing, training = 8_190_735_360 * 2 + kept, memory.peak(without)[0]
+    assert memory.peak(rows) == max((writing, "before training"), memory.peak(without)) and training > 0
+
+
 def test_without_a_hub_and_a_shape_the_error_names_the_key(recipe: Recipe) -> None:
     with pytest.raises(InputError, match=r"teacher\.architecture"):
         memory.plan(recipe.changed({"teacher.architecture": None}), 8)

@@ -36,6 +36,9 @@ NEW = {"loss.ce": 0.0, "rollouts": {"max_new_tokens": 20}}
         ),
         ({"rollouts.by": "mixed", "rollouts.backend": "vllm"}, r"rollouts\.backend: vLLM runs one model, .* write hf"),
         ({"rollouts.alpha": 0.5}, r"rollouts\.alpha: it belongs to by: mixed"),
+        ({"rollouts.by": "teacher", "rollouts.every": 4}, r"rollouts\.every: it belongs to by: student or mixed"),
+        ({"rollouts.by": "teacher", "rollouts.samples": 4}, r"rollouts\.samples: it belongs to by: student or mixed"),
+        ({"rollouts.by": "teacher", "data.streaming": True}, r"data\.streaming: prompts are taken from rows on disk"),
         (
             {"rollouts.share": 0.5, "data.format": "prompts"},
             r"data\.format: prompts have no completion .* a share of 1",
@@ -55,6 +58,16 @@ def test_what_is_refused(tiny: Path, changes: dict[str, Any], sentence: str) -> 
 def test_a_share_of_zero_asks_for_nothing(tiny: Path) -> None:
     recipe = load_recipe(tiny / "recipe.yaml").changed({"rollouts": {"share": 0.0}, "data.batching": "packed"})
     assert recipe.rollouts is not None and not recipe.rollouts.writes
+
+
+@pytest.mark.parametrize(
+    "changes", [{"loss.ce": 1.0}, {"teacher.placement": "cache"}, {"data.batching": "packed", "loss.ce": 1.0}]
+)
+def test_what_a_teacher_wrote_before_training_is_data_like_any(tiny: Path, changes: dict[str, Any]) -> None:
+    recipe = load_recipe(tiny / "recipe.yaml")
+    with pytest.raises(InputError, match="write by: teacher"):
+        recipe.changed({**NEW, **changes})
+    assert recipe.changed({**NEW, "rollouts.by": "teacher", **changes}).rollouts is not None
 
 
 def test_prompts_are_rows_up_to_where_a_model_goes_on(tiny: Path, tmp_path: Path) -> None:

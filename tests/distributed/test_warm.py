@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import sys
@@ -22,6 +23,7 @@ def main() -> None:
         "cuda": torch.cuda.is_initialized(),
         "group": torch.distributed.is_initialized(),
         "engine": "llmkd.train" in sys.modules,
+        "collects": gc.isenabled() and gc.get_freeze_count() > 100_000,
         "drawn": [random.random(), float(numpy.random.random()), float(torch.rand(1, dtype=torch.float64))],
         "hash": hash("a"),
     }
@@ -37,7 +39,7 @@ def test_a_forked_rank_begins_as_one_that_was_started(tmp_path: Path) -> None:
     assert len(found) == 4 and len({values.pop("hash") for values in found}) == 2, "each rank has a server of its own"
     draws = [values.pop("drawn") for values in found]
     assert all(len(set(values)) == 4 for values in zip(*draws, strict=True)), "no two ranks draw the same numbers"
-    assert found == [{"threads": 1, "cuda": False, "group": False, "engine": True}] * 4
+    assert found == [{"threads": 1, "cuda": False, "group": False, "engine": True, "collects": True}] * 4
     assert (tmp_path / "rank1.log").read_text() == "printed by a rank\n"
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from llmkd import starting
 from llmkd.errors import InputError
 from llmkd.evaluation import agreement, class_metrics, classification, generation, step
 from llmkd.evaluation.classification import classify
@@ -78,7 +79,10 @@ def test_classify_gives_the_scores_of_the_plain_model(tmp_path: Path, monkeypatc
     settings, data = Evaluation(batch_size=7), recipes["bert"].data
     out = tmp_path / "classifications"
     jobs = [(name, tmp_path / name / "teacher") for name in ENCODERS]
-    monkeypatch.setattr(step, "visible_devices", lambda: ["0", "1"])  # pretended: there is no GPU here
+    monkeypatch.setattr(step, "visible_devices", lambda: ["0", "1"])  # pretended: there is no GPU here,
+    monkeypatch.setattr(
+        starting, "READ_LATE", (*starting.READ_LATE, "CUDA_VISIBLE_DEVICES")
+    )  # so that processes may be forked
     files = classify([*jobs, ("gone", tmp_path / "nowhere")], settings, data, out)
     for name in ENCODERS:
         _check_scores(tmp_path / name, files[name])

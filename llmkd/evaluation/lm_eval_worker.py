@@ -12,16 +12,18 @@ import json
 import logging
 import math
 import os
+import random
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -31,7 +33,7 @@ from llmkd.evaluation.held_out import check_model_folder
 from llmkd.evaluation.lm_eval_tasks import problem, task_manager
 from llmkd.evaluation.results import LmEvalResult, TaskItem
 from llmkd.evaluation.step import Score, Step, explained, serve
-from llmkd.inference.child import Say
+from llmkd.inference.child import Say, say_share
 from llmkd.inference.vllm_setup import check_metadata, engine_options, on_cpu, vllm_environment
 from llmkd.models.families import kind
 from llmkd.models.load import load_config
@@ -62,7 +64,8 @@ def prepare(task: Task, say: Say) -> Score[LmEvalResult]:
     manager = task_manager(task.settings.tasks, task.include, trusted=task.settings.trust_include)
     faults = {name: fault for name in task.settings.tasks if (fault := problem(manager, name)) is not None}
     hub.stay_offline_if_out_of_reach()  # lm-eval asks it for each task's rows again
-    return partial(score, task=task, manager=manager, faults=faults, say=say)
+    build = cache(partial(built, settings=task.settings, manager=manager))
+    return partial(score, task=task, build=build, faults=faults, say=say)
 
 
 # --- Models
@@ -182,7 +185,7 @@ def command(model: LmEvalResult, task: Task, rows: int | str) -> str:
 
 
 def score(
-    model: LmEvalResult, task: Task, manager: Any, faults: Mapping[str, str], say: Say
+    model: LmEvalResult, task: Task, build: Callable[[str], Any], faults: Mapping[str, str], say: Say
 ) -> tuple[LmEvalResult, list[TaskItem]]:
     """One model's scores and items, task by task: what is wrong with a task or a model costs the others nothing."""
     rows = batch_rows(task.settings, model)
@@ -195,9 +198,10 @@ def score(
     except Exception as error:
         log.exception("%s", model.name)
         return replace(model, error=explained(error)), []
-    for name in wanted:
+    for done, name in enumerate(wanted):
+        say_share(say, done, len(wanted))
         try:
-            scored = _evaluate(loaded, name, task.settings, manager)
+            scored = _evaluate(loaded, build(name), task.settings)
             model = with_scores(model, scored)
             items += [
                 item for task_name, samples in scored["samples"].items() for item in task_items(task_name, samples)
@@ -208,22 +212,33 @@ def score(
     return replace(model, error="; ".join(errors) or None), items
 
 
-def _evaluate(model: Any, task: str, settings: Evaluation, manager: Any) -> dict[str, Any]:
+def built(name: str, settings: Evaluation, manager: Any) -> Any:
+    """A task, or a group's many, with rows and shots, as `lm_eval.simple_evaluate` would build it anew for each model."""
+    _seed(settings.seed)  # of a task that draws its rows
+    tasks = manager.load([name])
+    for task in tasks["tasks"].values():
+        shots = task.get_config("num_fewshot")
+        if shots is None or (settings.num_fewshot is not None and shots != 0):  # with 0 a task says that it has none
+            task.set_config(key="num_fewshot", value=settings.num_fewshot or 0)
+    return tasks
+
+
+def _evaluate(model: Any, tasks: Any, settings: Evaluation) -> dict[str, Any]:
+    """Not by `simple_evaluate`, which lists all installed packages for each model."""
     import lm_eval  # heavy; the parent imports this module too
 
-    seeds = dict.fromkeys(
-        ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), settings.seed
-    )
-    simple_evaluate: Any = lm_eval.simple_evaluate  # its decorator hides its signature
-    return simple_evaluate(
-        model=model,
-        tasks=[task],
-        task_manager=manager,
-        num_fewshot=settings.num_fewshot,
-        limit=settings.limit,
-        bootstrap_iters=BOOTSTRAP,
-        **seeds,
-    )
+    _seed(settings.seed)
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(seed=settings.seed)
+    evaluate: Any = lm_eval.evaluate  # its decorator hides its signature
+    return evaluate(lm=model, task_dict=tasks, limit=settings.limit, bootstrap_iters=BOOTSTRAP)
+
+
+def _seed(seed: int) -> None:
+    """Of all that lm-eval and its tasks draw from."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def with_scores(model: LmEvalResult, scored: Mapping[str, Any]) -> LmEvalResult:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +43,9 @@ METRICS: dict[str, Metric] = {
 
 Items = Sequence[tuple[str, Sequence[str]]]
 """(text, its references), one per item; how many references there are may differ."""
+
+SEEN = 2**14
+"""Texts whose scores are kept: students of one teacher write the same for two items of three."""
 
 
 def corpus_metrics(
@@ -100,13 +103,17 @@ class CorpusScore:
 
         chrF [18]: per n-gram order the text's, the nearest reference's and the matched.
         """
-        # An inner method of sacrebleu, because it has no public one that gives chrF's counts; the version is bounded.
-        counts = self._metric._extract_corpus_statistics([text], [[reference] for reference in references])[0]
-        return np.array(counts, dtype=int)
+        return np.array(self._counts(text, tuple(references)), dtype=int)
 
     def of(self, total: np.ndarray) -> float:
         """The score of items whose statistics have this sum."""
         return float(self._metric._compute_score_from_stats(total.tolist()).score)
+
+    @functools.cached_property
+    def _counts(self) -> Callable[[str, tuple[str, ...]], list[int]]:
+        # An inner method of sacrebleu, because it has no public one that gives chrF's counts; the version is bounded.
+        extract = self._metric._extract_corpus_statistics
+        return functools.lru_cache(SEEN)(lambda text, references: extract([text], [[r] for r in references])[0])
 
     @functools.cached_property
     def _metric(self) -> Any:
@@ -142,6 +149,11 @@ def _rouge() -> Any:
 
 def rouge_l(text: str, references: Sequence[str]) -> float:
     """F1 of the longest common subsequence of words, 0 to 1, with the reference where it is highest (Lin 2004, eq. 2-4)."""
+    return _rouge_l(text, tuple(references))
+
+
+@functools.lru_cache(SEEN)
+def _rouge_l(text: str, references: tuple[str, ...]) -> float:
     return max(_rouge().score(reference, text)["rougeL"].fmeasure for reference in references)
 
 

@@ -20,9 +20,11 @@ import pytest
 from llmkd.data import records
 from llmkd.errors import InputError
 from llmkd.evaluation import lm_eval_step, lm_eval_tasks, lm_eval_worker
+from llmkd.evaluation.results import LmEvalResult
 from llmkd.evaluation.step import model_hashes
 from llmkd.files import ROOT
 from llmkd.inference import choose, vllm_setup
+from llmkd.inference.child import PROGRESS
 from llmkd.inference.vllm_setup import vllm_version
 from llmkd.recipe.recipe import Evaluation
 from tests.distributed.warm import forked
@@ -466,6 +468,46 @@ def test_templates_of_tasks_have_no_way_to_python() -> None:
     assert utils.apply_template("{{a|regex_replace('x', 'y')}}\n", {"a": "xx"}) == "yy\n"
     with pytest.raises(SecurityError):
         utils.apply_template("{{ a.__class__.__mro__ }}", {"a": "x"})
+
+
+def test_a_template_is_compiled_once_whatever_rows_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jinja2 import Environment
+    from lm_eval import utils
+
+    lm_eval_tasks.task_manager(TASKS, str(ROOT / "eval"))
+    compiled: list[object] = []
+    real = Environment.compile
+    monkeypatch.setattr(Environment, "compile", lambda *given, **named: compiled.append(given) or real(*given, **named))
+    assert [utils.apply_template("<{{a}}> once", {"a": row}) for row in range(3)] == [
+        f"<{row}> once" for row in range(3)
+    ]
+    assert len(compiled) == 1
+
+
+def test_tasks_are_built_for_the_first_model_and_are_the_same_for_all(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The examples before each question are drawn from a seed: whoever was scored before, they are the same ones."""
+    shared = lm_eval_worker.Task(settings(num_fewshot=2, seed=3), str(ROOT / "eval"), False)
+    made: list[object] = []
+    real = records.examples
+    monkeypatch.setattr(records, "examples", lambda *given: made.append(given) or real(*given))
+
+    def scored(score: Any, name: str) -> tuple[LmEvalResult, list[Any]]:
+        return score(LmEvalResult(name=name, model=str(models[name]), fingerprint="", backend="hf"))
+
+    said: list[str] = []
+    score = lm_eval_worker.prepare(shared, said.append)
+    scored(score, "first")
+    before = len(made)
+    assert before > 0
+    after_another = scored(score, "last")
+    assert len(made) == before
+    shares = [line.removeprefix(PROGRESS) for line in said if line.startswith(PROGRESS)]
+    assert shares == ["0.0000", "0.3333", "0.6667"] * 2
+    alone, items = scored(lm_eval_worker.prepare(shared, said.append), "last")
+    assert alone.task_scores == after_another[0].task_scores and items == after_another[1]
+    assert all(item.prompt.count("=>") == 3 for item in items if item.task == "records_choice")
 
 
 def test_good_tasks_are_checked_without_a_word() -> None:

@@ -33,6 +33,8 @@ IMPORTS = (
     # what DeepSpeed imports when it makes an engine, and the journal when it starts
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch.utils.tensorboard",
+    # it sets a variable, which a study's look at its tasks would have in this process alone
+    "lm_eval",
 )
 # How the variables begin that a launcher sets for its ranks: with them a process of ours would wait for the other ranks.
 LAUNCHER_VARIABLES = tuple("RANK WORLD_SIZE MASTER_ LOCAL_ GROUP_ ROLE_ CROSS_ TORCHELASTIC_ ACCELERATE_".split())

@@ -263,6 +263,21 @@ def test_one_server_serves_until_the_environment_changes(tmp_path: Path, monkeyp
     assert starting.server() is not second
 
 
+@pytest.mark.slow
+def test_a_studys_own_imports_change_no_variable_of_the_servers() -> None:
+    """With another environment it would be started anew, and import it all again before the first step."""
+    code = (
+        "import importlib, os, sys\n"
+        "for module in sys.argv[1:]: importlib.import_module(module)\n"
+        "before = dict(os.environ)\n"
+        "import llmkd.study, lm_eval.tasks, lm_eval.api.metrics\n"
+        "print(sorted(os.environ.items() - before.items()))"
+    )
+    command = [sys.executable, "-c", code, *starting.IMPORTS]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
+    assert ran.stdout.splitlines()[-1] == "[]"
+
+
 def test_other_variables_than_a_launchers_take_an_interpreter_of_their_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -163,15 +163,19 @@ def run_teacher(task: Task, rows: list[int], batches: list[Batch]) -> TeacherOut
         for name, written in texts.items():
             check_items(written, len(asked), task.generations / f"{name}.jsonl")
     states = [final_states(model, batch) for batch in batches]
-    likelihoods = {}
-    for name, written in texts.items():
-        columns = model.config.vocab_size  # a text with tokens that the teacher lacks is refused by compare_model
-        prompt_and_text = {
-            item: (asked[item][1], text.token_ids)
-            for item, text in written.items()
-            if max(text.token_ids, default=0) < columns
+    columns = model.config.vocab_size  # a text with tokens that the teacher lacks is refused by compare_model
+    known = {
+        name: {
+            item: tuple(text.token_ids) for item, text in written.items() if max(text.token_ids, default=0) < columns
         }
-        likelihoods[name] = text_likelihoods(model, prompt_and_text, pad_id=held_out.pad_of(tokenizer))
+        for name, written in texts.items()
+    }
+    # students of one teacher often write the same text, which it reads once
+    different = sorted({text for written in known.values() for text in written.items()})
+    prompt_and_text = {number: (asked[item][1], list(ids)) for number, (item, ids) in enumerate(different)}
+    found = text_likelihoods(model, prompt_and_text, pad_id=held_out.pad_of(tokenizer))
+    of = {text: found[number] for number, text in enumerate(different)}
+    likelihoods = {name: {item: of[item, ids] for item, ids in written.items()} for name, written in known.items()}
     head, own_texts = whole_head(model), read_texts(task.generations, TEACHER)
     return TeacherOutputs(rows, batches, states, head, own_texts, likelihoods)
 

@@ -133,6 +133,28 @@ def test_numbers_are_those_of_whole_logits(found: dict[str, dict[str, Any]], fol
     assert metrics["likelihood"] == pytest.approx(total / count, rel=1e-4)
 
 
+def test_the_teacher_reads_a_text_once_whoever_wrote_it(
+    found: dict[str, dict[str, Any]], folder: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch)
+    for name in ("wider", "twin"):
+        shutil.copytree(folder / "wider", tmp_path / name)
+    shutil.copytree(folder / "generations", tmp_path / "generations")
+    shutil.copy(folder / "generations" / "wider.jsonl", tmp_path / "generations" / "twin.jsonl")
+    read: list[list[tuple[list[int], list[int]]]] = []
+    real = agreement.text_likelihoods
+
+    def noted(model: Any, texts: dict[int, tuple[list[int], list[int]]], **how: Any) -> dict[int, float]:
+        read.append(list(texts.values()))
+        return real(model, texts, **how)
+
+    monkeypatch.setattr(agreement, "text_likelihoods", noted)
+    together = run(tmp_path, tiny, ["wider", "twin"], tmp_path / "agreement")
+    for name in ("wider", "twin"):
+        assert together[name]["metrics"]["likelihood"] == pytest.approx(found["wider"]["metrics"]["likelihood"])
+    assert all(len(texts) == ITEMS for texts in read)
+
+
 def test_the_teacher_agrees_with_itself(found: dict[str, dict[str, Any]], folder: Path) -> None:
     metrics = found["same"]["metrics"]
     assert (metrics["kl"], metrics["top1"], metrics["token_agreement"]) == (0.0, 1.0, 1.0)

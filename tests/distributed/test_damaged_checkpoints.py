@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from llmkd.distributed import checksums
 from llmkd.distributed.shards import saved_weights
 from llmkd.errors import InputError
 from llmkd.recipe.recipe import load_recipe
 from llmkd.train import train
-from llmkd.training import checkpoint, checksums, jobs
+from llmkd.training import checkpoint, jobs
 from tests.distributed.runner import run_on_ranks
 from tests.distributed.test_resume import OPTIONS
 

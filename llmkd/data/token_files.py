@@ -16,10 +16,11 @@ import os
 import signal
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -200,12 +201,15 @@ def _made(
             ProcessPoolExecutor(workers, context, _begin, (write, os.getpid())) as pool,
             progress("tokenizing", total=total, unit="rows") as advance,
         ):
+            # never more than there are processes: what waits in the pool's queue can't be called back
+            left = iter(missing)
+            under_way = {pool.submit(_next, number) for number in islice(left, workers)}
             try:
-                for shard in pool.map(_next, missing):
-                    advance(shard.written.read)
-                    if asked():  # the shards under way are still finished
-                        pool.shutdown(cancel_futures=True)
-                        break
+                while under_way:
+                    done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                    advance(sum(shard.result().written.read for shard in done))
+                    if not asked():  # else those under way are the last
+                        under_way |= {pool.submit(_next, number) for number in islice(left, len(done))}
             except BrokenProcessPool as error:
                 raise InputError(
                     f"{folder}: a process that made tokens was killed, most likely for want of memory; the same command goes on where it "

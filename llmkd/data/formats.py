@@ -25,6 +25,8 @@ FORMATS = {
 """By format, the columns that each row must have."""
 GUESSED = tuple(name for name in FORMATS if name != "prompts")
 """The formats that `auto` knows by their columns: rows of prompt and completion would be prompts, too."""
+PROMPTS = "; for prompts alone, which are continued during training (section rollouts), write format: prompts"
+"""The end of a sentence about the formats that `auto` knows."""
 FURTHER = {
     "prompt_completion": ("tools",),
     "messages": ("tools",),
@@ -101,7 +103,7 @@ def format_of(columns: Sequence[str], format: str = "auto", among: Sequence[str]
         known = ", ".join(f"{' + '.join(FORMATS[name])} ({name})" for name in among)
         raise InputError(
             f"data.format: the columns {', '.join(columns)} are none of {known}; say by data.columns which is which, e.g. "
-            "{question: prompt, answer: completion}"
+            f"{{question: prompt, answer: completion}}{PROMPTS if tuple(among) == GUESSED else ''}"
         )
     if len(fitting) > 1:
         raise InputError(

@@ -252,6 +252,10 @@ def test_rows_that_cannot_be_told_are_named(row: dict[str, Any], sentence: str, 
             [{"question": "a", "answer": "b"}],
             r"are none of prompt \+ completion .*data.columns which is which, e.g. .question: prompt",
         ),
+        (
+            [{"prompt": "a"}],
+            r"columns prompt are none of .* for prompts alone, .* \(section rollouts\), write format: prompts",
+        ),
     ],
 )
 def test_columns_that_fit_several_formats_or_none(rows: list[dict[str, Any]], sentence: str, tmp_path: Path) -> None:

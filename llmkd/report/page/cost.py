@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from llmkd.report.cost import cost_in_words, cpu, of_students, wall
+from llmkd.report.cost import CPU_SECONDS, SECONDS, compared, cost_in_words, cpu, of_students, wall
 from llmkd.report.page import html, svg
 from llmkd.report.results import TrainingRun
 from llmkd.report.tables import COST_HEAD, cost_table, costs, run_state
 from llmkd.text import amount
 
+WITHIN = "the differences are within the spread"
 Drawn = Mapping[
     str, Mapping[str, tuple[float, Sequence[float]]]
 ]  # strategy -> run -> its cost, and the ends of its line, if it has one
@@ -20,12 +21,13 @@ def cost_section(runs: Sequence[TrainingRun]) -> list[html.Content]:
     """Time of a step and memory of every run, and in words whether the students differ."""
     if not runs:
         return [html.missing("No training run has begun yet.")]
+    unclear = {times.unit for times in compared(runs) if times.says_nothing}
     figures = [
-        html.figure(cost(f"cost-{name}", label, drawn), label)
-        for name, label, drawn in (
-            ("step", "seconds per step", of_students(runs, wall)),
-            ("cpu-step", "CPU seconds per step", of_students(runs, cpu)),
-            ("memory", "peak memory per rank, GiB", _memory(runs)),
+        html.figure(cost(f"cost-{name}", label, drawn, WITHIN if unit in unclear else ""), label)
+        for name, label, drawn, unit in (
+            ("cpu-step", "CPU seconds per step", of_students(runs, cpu), CPU_SECONDS),
+            ("step", "seconds per step", of_students(runs, wall), SECONDS),
+            ("memory", "peak memory per rank, GiB", _memory(runs), None),
         )
         if drawn
     ]
@@ -53,9 +55,13 @@ def _memory(runs: Sequence[TrainingRun]) -> Drawn:
 
 
 @svg.drawn
-def cost(name: str, label: str, drawn: Drawn) -> svg.Picture:
-    """One cost: a row per strategy with the median over its runs as a bar, and each run as a ring on the line between its ends."""
-    figure, ax = svg.axes(320, 22 * len(drawn) + 50, 108, 12, 6, 40)
+def cost(name: str, label: str, drawn: Drawn, note: str = "") -> svg.Picture:
+    """One cost: a row per strategy with the median over its runs as a bar, and each run as a ring on the line between its ends.
+
+    `note` stands above the bars.
+    """
+    figure, ax = svg.axes(320, 22 * len(drawn) + 66, 108, 12, 22, 40)
+    ax.text(0, 1.02, note, transform=ax.transAxes, size=svg.SMALL, color=svg.COLOUR["muted"])
     medians = {strategy: median(value for value, _ in spans.values()) for strategy, spans in drawn.items()}
     for place, (strategy, spans) in enumerate(drawn.items()):
         bar = {"color": svg.COLOUR["band"], "edgecolor": svg.COLOUR["accent"], "lw": 0.8}
@@ -78,6 +84,7 @@ def cost(name: str, label: str, drawn: Drawn) -> svg.Picture:
     ax.set_xlabel(label)
 
     words = f"Median over runs: {'; '.join(f'{strategy} {amount(value)}' for strategy, value in medians.items())}."
+    words += f" {note[0].upper()}{note[1:]}." if note else ""
     rows = tuple(
         (strategy, run, value, *ends) for strategy, spans in drawn.items() for run, (value, ends) in spans.items()
     )

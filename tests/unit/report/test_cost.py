@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from llmkd.report.cost import cost_in_words
-from llmkd.report.page.cost import cost_section
+from llmkd.report.cost import compared, cost_in_words
+from llmkd.report.page import html
+from llmkd.report.page.cost import WITHIN, cost_section
 from llmkd.report.results import StepTimes, TrainingRun
 from llmkd.report.write import report
+from tests.unit.report.page_reader import Page
 from tests.unit.report.study_folder import Folder, small_study
 
 
@@ -38,19 +40,50 @@ def test_runs_of_one_student_that_lie_apart_are_a_spread_too() -> None:
 
 
 def test_a_difference_above_the_spread_is_told_and_the_teacher_is_no_student() -> None:
-    words = cost_in_words([run(None, 0, 9.0, 4.0), run("ce_only", 0, 0.2, 0.01), run("random", 0, 0.4, 0.01)])
-    assert words.endswith("spans 0.02: this spread is smaller than the difference between the students.")
+    runs = [
+        run(None, 0, 9.0, 4.0),
+        *(run(name, seed, at, 0.01) for name, at in (("a", 0.2), ("b", 0.4)) for seed in (0, 1)),
+    ]
+    words = cost_in_words(runs)
+    assert words.endswith("up to 0 apart: this spread is smaller than the difference between the students.")
 
 
-def test_cpu_seconds_have_a_sentence_of_their_own() -> None:
-    """The wall clock was four times slower, the work was the same."""
-    cpu = {"cpu_seconds": 0.1, "cpu_quartiles": (0.09, 0.12)}
-    words = cost_in_words([run("ce_only", 0, 0.2, 0.01, **cpu), run("random", 0, 0.8, 0.01, **cpu)])
-    seconds, of_cpu = words.split("CPU seconds of rank 0 of a step: ")
-    assert "smaller than the difference" in seconds
-    assert (
-        of_cpu.startswith("from 0.1 (ce_only) to 0.1 (random), 0 apart; ") and "larger than the differences" in of_cpu
+def test_one_run_of_each_does_not_tell_how_the_machine_changed() -> None:
+    words = cost_in_words([run("ce_only", 0, 0.2, 0.01), run("random", 0, 0.4, 0.01)])
+    assert words.endswith(
+        "students. With one run of each, it is not known how the machine's own speed changed from run to run."
     )
+
+
+def on_cpu(seconds: float, low: float, high: float) -> dict[str, Any]:
+    return {"cpu_seconds": seconds, "cpu_quartiles": (low, high)}
+
+
+def test_a_machine_that_was_slower_in_one_run_is_not_a_students_cost() -> None:
+    """Each run's own steps are alike, and so is the work; the wall clock was four times slower in one."""
+    cpu = on_cpu(0.1, 0.09, 0.12)
+    words = cost_in_words([run("ce_only", 0, 0.2, 0.01, **cpu), run("random", 0, 0.8, 0.01, **cpu)])
+    of_cpu, seconds = words.split(" Seconds of a step: ")
+    assert of_cpu.startswith("CPU seconds of rank 0 of a step: from 0.1 (ce_only) to 0.1 (random), 0 apart; ")
+    assert "larger than the differences" in of_cpu
+    assert "the same CPU seconds took up to 4 times as long in one run as in another: this spread is larger" in seconds
+    assert seconds.endswith("The CPU seconds are what to compare.")
+
+
+def test_cpu_seconds_tell_students_apart_where_the_wall_clock_does_not() -> None:
+    runs = [run("a", 0, 0.3, 0.01, **on_cpu(0.1, 0.099, 0.101)), run("b", 0, 0.4, 0.01, **on_cpu(0.2, 0.199, 0.201))]
+    of_cpu, seconds = (times.says_nothing for times in compared(runs))
+    assert not of_cpu and seconds
+    steady = [run("a", 0, 0.2, 0.01, **on_cpu(0.1, 0.099, 0.101)), run("b", 0, 0.4, 0.01, **on_cpu(0.2, 0.199, 0.201))]
+    assert not any(times.says_nothing for times in compared(steady))
+
+
+def test_the_pictures_say_which_of_them_show_nothing() -> None:
+    runs = [run("a", 0, 0.3, 0.01, **on_cpu(0.1, 0.099, 0.101)), run("b", 0, 0.4, 0.01, **on_cpu(0.2, 0.199, 0.201))]
+    page = Page(html.join(cost_section(runs), ""))
+    assert [a["download"] for a, _ in page.all("a", "csv")][:2] == ["cost-cpu-step.csv", "cost-step.csv"]
+    of_cpu, of_wall = (text for _, text in page.all("svg"))
+    assert WITHIN not in of_cpu and WITHIN in of_wall
 
 
 def test_one_student_is_compared_with_none() -> None:

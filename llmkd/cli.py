@@ -22,6 +22,7 @@ from llmkd.recipe.options import SET, FiniteRange, OutputPath, train_options
 if TYPE_CHECKING:
     from llmkd.report.results import Results
 
+log = logging.getLogger("llmkd")
 STOPPED = "Stopped: all that is trained and scored so far is kept, and the same command goes on with the rest."
 BLOCKS = click.IntRange(1, 4096)
 RANKS = click.option(
@@ -110,7 +111,12 @@ def cache(recipe: str, output: Path | None, overrides: tuple[str, ...], ranks: i
     _launch(recipe, (*overrides, *path), ["--cache-only"], ranks)
 
 
+def _say_reading(recipe: str) -> None:
+    log.info("reading recipe %s; what is imported for it takes some seconds", recipe)
+
+
 def _launch(recipe: str, overrides: tuple[str, ...], options: list[str], ranks: int | None) -> None:
+    _say_reading(recipe)
     from llmkd.distributed.launch import launch
     from llmkd.recipe.ds_config import check_ds_configs
     from llmkd.recipe.recipe import load_recipe
@@ -138,8 +144,12 @@ def _ranks(asked: int | None) -> int:
 @RANKS
 def study(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None:
     """Train strategies x seeds and the baselines, evaluate and report. What is done is not done again."""
+    _say_reading(recipe)
+    import datasets
+
     from llmkd.recipe.recipe import load_recipe
 
+    datasets.disable_progress_bars()
     settings = load_recipe(recipe, overrides)
     starting.get_ready()  # its imports and those below take the same seconds
     from llmkd.study import Stopped

@@ -72,9 +72,8 @@ def _lines(work: str, total: float, unit: str, done: float, seconds: float) -> I
             return
         said, rate = now, (done - before) / (now - began)
         left = (total - done) / rate
-        log.info(
-            "%s: %s of %s %s, %s %s/s, %.0f s left", work, _short(done), _short(total), unit, _short(rate), unit, left
-        )
+        speed = f"{_short(rate)} {unit}/s" if rate >= 1 else f"{_short(1 / rate)} s each"
+        log.info("%s: %s of %s %s, %s, %.0f s left", work, _short(done), _short(total), unit, speed, left)
 
     yield advance
 

@@ -135,6 +135,11 @@ class Server:
         return all((self._set_by_imports or {}).get(key) == now.get(key) for key in changed)
 
     @property
+    def is_importing(self) -> bool:
+        """Whether its imports are not done yet: an order waits for them."""
+        return self._set_by_imports is None and not self.ended and not _is_readable(self._orders, 0)
+
+    @property
     def ended(self) -> bool:
         return self.process.poll() is not None
 

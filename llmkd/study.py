@@ -46,6 +46,7 @@ from llmkd.recipe.study_entries import (
     study_entries,
 )
 from llmkd.report.write import Report, report
+from llmkd.text import counted
 from llmkd.training import jobs
 from llmkd.training.build import accumulation_steps, total_steps
 from llmkd.training.checkpoint import check_same
@@ -71,6 +72,7 @@ def study(recipe: Recipe, ranks: int | None = None) -> Report:
     folder = recipe.folder
     ranks = ranks or recipe.study.ranks
     entries = study_entries(recipe)
+    log.info("study: checking what %d models need, before any is trained", len(entries))
     check(recipe, entries, ranks)
     with only_one_in(folder):
         return _study(recipe, entries, ranks)
@@ -89,12 +91,13 @@ def _study(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> Report:
         if entry.kind == "student" and not cached:
             _cache(recipe, ranks)
             cached = True
-        log.info("study %d/%d: training %s on %d ranks", number, len(trained), entry.name, ranks)
+        log.info("study %d/%d: training %s on %s", number, len(trained), entry.name, counted(ranks, "rank"))
         _launch(recipe, entry, ranks)
         if entry.kind == "teacher":
             _write_undistilled(recipe, entries)
     _write_undistilled(recipe, entries)
     mistakes = _score(recipe, entries)
+    log.info("study: writing the report")
     written = report(folder)
     if mistakes:
         raise InputError(f"{'; '.join(mistakes)} (the report of all else: {written.page})")

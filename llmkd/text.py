@@ -33,6 +33,11 @@ def _minus(number: str) -> str:
     return number.replace("-", "\N{MINUS SIGN}")
 
 
+def counted(count: int, one: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{count:,} {one}" if count == 1 else f"{count:,} {one}s"
+
+
 def listed(names: Sequence[str]) -> str:
     """`a, b and c`."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

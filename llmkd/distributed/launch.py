@@ -6,6 +6,7 @@ that launcher exits with code 1 after SIGTERM even when every rank has saved and
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 import time
@@ -15,7 +16,9 @@ from dataclasses import dataclass
 
 from llmkd import starting
 from llmkd.starting import Process
+from llmkd.text import counted
 
+log = logging.getLogger("llmkd")
 GRACE_SECONDS = 30
 
 
@@ -36,6 +39,9 @@ def launch(ranks: int, arguments: Sequence[str]) -> Ending:
         "MASTER_PORT": str(_free_port()),
     }
     starting.get_ready()
+    server = starting.running()
+    if server is None or server.is_importing:
+        log.info("starting %s, after the imports of torch, transformers and deepspeed", counted(ranks, "rank"))
     processes: list[Process] = []
     with _passing_signals(processes) as signals:
         for rank in range(ranks):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +32,7 @@ def task_manager(tasks: Sequence[str], include: str | None, *, trusted: bool = F
     """
     from lm_eval.tasks import TaskManager  # heavy; a study without tasks needs none of it
 
+    logging.getLogger("lm_eval.api.task").addFilter(_is_for_us)
     sandbox_templates()
     manager = TaskManager(include_path=include, include_defaults=False)
     if not all(task in manager.all_tasks for task in tasks):
@@ -42,6 +44,11 @@ def task_manager(tasks: Sequence[str], include: str | None, *, trusted: bool = F
             raise InputError(f"evaluation.tasks: lm-eval knows no task {task!r}, nor has {include} one{hint}")
     check_trust(manager, tasks, trusted=trusted)
     return manager
+
+
+def _is_for_us(record: logging.LogRecord) -> bool:
+    """Whether a line of lm-eval's is for who scores models: not how those who write a task may give it more arguments."""
+    return "--metadata" not in record.getMessage()
 
 
 # --- What would stop a task

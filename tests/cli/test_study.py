@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,23 @@ def recipe_file(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_study_is_run_once_and_reported(
-    recipe_file: Path, capfd: pytest.CaptureFixture[str], inside: list[Any]
+    recipe_file: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, inside: list[Any]
 ) -> None:
     """Trained by real launches. Each scoring step's own tests start its child as a study does."""
-    main(["study", str(recipe_file)])
+    with caplog.at_level(logging.INFO):
+        main(["study", str(recipe_file)])
     folder = recipe_file.parent / "runs" / "tiny"
-    out = capfd.readouterr().out
+    out, err = capfd.readouterr()
+    said = [
+        f"reading recipe {recipe_file}; what is imported for it takes some seconds",
+        "study: checking what 4 models need, before any is trained",
+        "study 1/2: training ce_only-s0 on 1 rank",
+        "study: writing the report",
+    ]
+    assert [line for line in caplog.messages if line in said] == said, "what is being done is said before it takes long"
+    assert "Generating" not in err and "metadata" not in caplog.text, (
+        "what libraries say to those who program with them"
+    )
     assert f"Report: {folder / 'report.html'}" in out and "all_to_one" in out
     entries = json.loads((folder / "study.json").read_text())["entries"]
     assert [e["name"] for e in entries] == ["teacher", "undistilled", "ce_only-s0", "all_to_one-s0"]
@@ -115,7 +127,7 @@ def test_a_step_that_can_not_be_done_costs_the_others_nothing(
         study(recipe)
     results = json.loads((folder / "results.json").read_text())
     assert any(metric["step"] == "lm-eval" for metric in results["metrics"])
-    assert all("generation not run" in why for why in results["problems"].values()) and results["problems"]
+    assert all("generation not yet" in why for why in results["problems"].values()) and results["problems"]
     changed = json.loads((folder / "study.json").read_text())["margins_history"]
     assert [line["margins"]["generation/bleu"] for line in changed] == [0.5, 2] and changed[-1]["results"] > 0
     assert any("margin" in note for note in results["notes"])

@@ -98,7 +98,7 @@ def test_what_was_done_before_counts_for_the_place_but_not_for_the_rate(
         clock.now += 40
         advance(0)  # no rate yet
         advance(10)
-    assert caplog.messages == ["cache: 60 of 100 rows, 0.25 rows/s, 160 s left"]
+    assert caplog.messages == ["cache: 60 of 100 rows, 4 s each, 160 s left"]
 
 
 @pytest.mark.parametrize(("after", "seconds"), [(5, 30.0), (500, math.inf)])

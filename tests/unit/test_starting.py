@@ -174,6 +174,16 @@ def _order(*arguments: str) -> Order:
 FILES = (0, 1, 2)
 
 
+def test_a_server_says_whether_it_still_imports() -> None:
+    server = _quick()
+    assert server.is_importing
+    while server.is_importing:
+        time.sleep(0.01)
+    assert not server.ended
+    server.kill()
+    assert not server.is_importing
+
+
 def test_a_killed_server_takes_its_processes_along_and_they_count_as_killed(tmp_path: Path) -> None:
     server, file = _quick(), tmp_path / "number"
     process, (number, parent) = _started(lambda: server.start(_order("sleep", str(file)), FILES), file)

@@ -1,9 +1,10 @@
-"""Provenance of a result: versions, hardware and commit, written beside every number that is published."""
+"""Provenance of a result: versions, hardware, memory and commit, written beside every number that is published."""
 
 from __future__ import annotations
 
 import os
 import platform
+import resource
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +31,13 @@ def hardware() -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory, 1), "gpus": gpus}
+
+
+def peak_memory_gib() -> float:
+    """The most memory this process has held: the GPU allocator's peak, or on a CPU machine the resident set's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _cpu() -> str:

@@ -42,7 +42,7 @@ from llmkd.distributed.ranks import (
 from llmkd.errors import InputError, storage_problem
 from llmkd.files import write_json
 from llmkd.processes import Stopping, end_with_parent, only_one_in
-from llmkd.provenance import commit, hardware, versions
+from llmkd.provenance import commit, hardware, peak_memory_gib, versions
 from llmkd.recipe.ds_config import check_ds_configs
 from llmkd.recipe.options import train_options
 from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
@@ -52,7 +52,7 @@ from llmkd.training import checkpoint, finite, initial, jobs, write_cache
 from llmkd.training.jobs import Job
 from llmkd.training.journal import Journal
 from llmkd.training.kept import Keeping
-from llmkd.training.metrics import Interval, Meter, peak_memory_gib
+from llmkd.training.metrics import Interval, Meter
 from llmkd.training.pairs import pair_names
 from llmkd.training.prepare import PreparedRun, prepare
 from llmkd.training.steps import Steps

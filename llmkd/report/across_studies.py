@@ -155,7 +155,7 @@ def _score_table(studies: Sequence[ComparedStudy], metrics: Sequence[Metric], lo
             row = study.results.row(name)
             if row is not None:
                 cells = [tables.score_cell(row, metric, longest) for metric in metrics]
-                lines.append([name, study.name, row.scored, *cells])
+                lines.append([name, study.name, row.scored(), *cells])
     return lines
 
 

@@ -15,6 +15,7 @@ from llmkd.evaluation.results import RESULT_CLASSES, GeneratedText, ScoredModel,
 from llmkd.files import read, read_lines
 from llmkd.recipe.study_entries import StudyEntry, read_study
 from llmkd.report.results import (
+    NOT_YET,
     Agreed,
     Curve,
     LayerMap,
@@ -52,7 +53,7 @@ def step_result(folder: Path, entry: StudyEntry, step: str) -> tuple[ScoredModel
     file = folder / entry.results[step]
     result = read_result(file, RESULT_CLASSES[step])
     if result is None:
-        return None, "unreadable result file" if file.is_file() else "not run"
+        return None, "unreadable result file" if file.is_file() else NOT_YET
     if result.error is None:
         return result, None
     return result if result.has_scores else None, f"failed: {result.error}"
@@ -186,7 +187,8 @@ def _lines(folder: Path, entry: StudyEntry) -> list[dict[str, Any]]:
 
 
 def _log_line(line: Mapping[str, Any]) -> LogLine:
-    parts = {part: line.get(part) for part in PARTS}
+    apart = line.get("not_in_loss", {})
+    parts = {part: line.get(part, apart.get(part)) for part in PARTS}
     parts |= {key: line[key] for key in ("temperature", "stones") if key in line}
     parts |= {f"weight of {part}": value for part, value in line.get("weights", {}).items()}
     norms = line.get("norms", {})
@@ -195,7 +197,7 @@ def _log_line(line: Mapping[str, Any]) -> LogLine:
     for stone, values in norms.get("stones", {}).items():
         by_name |= {f"{stone} {part}": value for part, value in values.items()}
     parts |= {f"norm of {name}": value for name, value in by_name.items()}
-    return LogLine(line["step"], _finite(parts), _finite(line.get("pairs", {})))
+    return LogLine(line["step"], _finite(parts), _finite(line.get("pairs", {})), tuple(apart))
 
 
 def _finite(values: Mapping[str, object]) -> dict[str, float | None]:
@@ -207,7 +209,7 @@ def _finite(values: Mapping[str, object]) -> dict[str, float | None]:
 def training_run(entry: StudyEntry, log: Sequence[LogLine], summary: Summary) -> TrainingRun:
     """What training a model cost; or how far it has come."""
     last = log[-1].step if log else None
-    state = "done" if summary.done else "not run" if last is None else "unfinished"
+    state = "done" if summary.done else "not yet" if last is None else "unfinished"
     last_step = last if summary.costs.get("steps") is None else summary.costs["steps"]
     step = StepTimes(**summary.step) if summary.step else None
     return TrainingRun(entry.name, entry.strategy, entry.seed, state, last_step, **summary.costs, step=step)

@@ -1,7 +1,7 @@
 """From the files of a study to the numbers of its report: `gather(folder)` reads them, of a half-done study too.
 
 A model has up to four steps: texts it generated, classified rows, lm-eval, and agreement with the teacher. A cell is a
-number only where models were scored; what failed or was not run is named in `problems` and enters no mean.
+number only where models were scored; what failed, or whose turn has not come, is named in `problems` and enters no mean.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ from typing import Any, Literal
 from llmkd.evaluation.angles.results import Matrix, When
 from llmkd.recipe.study_entries import StatedMargins
 
+NOT_YET = "not yet"
+"""Why there is no result of a model whose turn has not come."""
 Agreed = Mapping[str, Any]
 """Conditions shared by models, as their files give them (any JSON value); where models differ, a list of all values."""
 
@@ -60,10 +62,17 @@ class Row:
         """The first problem of a step, or of any; None where there is none."""
         return next((why for name, reasons in self.missing.items() if step in (None, name) for why in reasons), None)
 
-    @property
-    def scored(self) -> str:
-        """How many of the row's models have all their scores."""
-        return f"{self.models - len(self.problems)} of {self.models}"
+    def scored(self, step: str | None = None) -> str:
+        """How many of the row's models have all their scores, or all of one step's; what only waits for its turn is no failure."""
+        count = self.models - len(self.problems if step is None else self.missing.get(step, []))
+        if not self.waits(step):
+            return f"{count} of {self.models}"
+        return f"{count} of {self.models} so far" if count or self.cells else NOT_YET
+
+    def waits(self, step: str | None = None) -> bool:
+        """Whether models have no result of a step, or of any, and all of them only because their turn has not come."""
+        reasons = [why for name, own in self.missing.items() if step in (None, name) for why in own]
+        return bool(reasons) and all(why == NOT_YET for why in reasons)
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,7 @@ class TrainingRun:
     name: str
     strategy: str | None
     seed: int | None
-    state: Literal["done", "unfinished", "not run"]
+    state: Literal["done", "unfinished", "not yet"]
     last_step: int | None
     steps: int | None = None
     seconds: float | None = None
@@ -133,11 +142,13 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class LogLine:
-    """One line of a run's log: the parts of its loss, and each pair's distance by the pair's name."""
+    """One line of a run's log: the parts of its loss, and each pair's distance by the pair's name. A part that was not computed is None."""
 
     step: int
     parts: dict[str, float | None]
     pairs: dict[str, float | None] = field(default_factory=dict)
+    not_in_loss: tuple[str, ...] = ()
+    """The parts that were computed on the way and have no weight."""
 
 
 @dataclass(frozen=True)

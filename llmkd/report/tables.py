@@ -32,9 +32,11 @@ def markdown(table: Table) -> str:
 def score_table(results: Results, metrics: Sequence[Metric], longest: int = LONGEST_REASON) -> Table:
     """A line per strategy, baseline and teacher; without metrics, why there are none."""
     lines = [["model", "kind", "n", *([metric.label for metric in metrics] or ["scores"])]]
+    steps = {metric.step for metric in metrics}
+    of_step = next(iter(steps)) if len(steps) == 1 else None
     for row in results.rows:
         cells = [score_cell(row, metric, longest) for metric in metrics] or [_reason(row, None, longest)]
-        lines.append([row.name, row.kind, row.scored, *cells])
+        lines.append([row.name, row.kind, row.scored(of_step), *cells])
     return lines
 
 

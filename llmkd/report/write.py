@@ -108,8 +108,8 @@ def _scores(results: Results) -> list[str]:
         metrics = [metric for metric in results.metrics if metric.step == step]
         parts += [f"### {step}"] * (len(steps) > 1) + [tables.markdown(tables.score_table(results, metrics))]
     parts.append(
-        "Mean over seeds ± half the 95 % t-interval of that mean; n: models without a problem of models planned. The intervals hold "
-        "the differences between seeds, not the choice of test items. Every model's scores are in results.csv."
+        "Mean over seeds ± half the 95 % t-interval of that mean; n: models with all scores of the table, of those planned. The intervals "
+        "hold the differences between seeds, not the choice of test items. Every model's scores are in results.csv."
     )
     return parts
 

@@ -47,9 +47,11 @@ def check_loss(world: World, job: Job, model: nn.Module, step: int, interval: In
         return
     check_weights(world, job, model, step)
     problem = f"the loss is {interval.loss} at step {step}, though the student's weights are finite"
-    if math.isfinite(interval.ce) and job.teacher is not None:
+    ce = interval.ce if interval.ce is not None else (interval.not_in_loss or {}).get("ce")
+    if job.teacher is not None and (ce is None or math.isfinite(ce)):
+        own = "" if ce is None else " and so is its own cross-entropy"
         raise InputError(
-            f"{problem} and so is its own cross-entropy: the teacher's states or logits are not; look for a NaN in the weights of "
+            f"{problem}{own}: the teacher's states or logits are not; look for a NaN in the weights of "
             f"{job.recipe.teacher_path}, or write teacher.dtype: float32"
         )
     raise InputError(f"{problem}: its states overflow {job.train.dtype}; write train.dtype: float32, or {_cure(job)}")

@@ -20,12 +20,14 @@ log = logging.getLogger("llmkd")
 
 def line(step: int, steps: int, interval: Interval) -> str:
     """One readable line of a log interval; `metrics.jsonl` has each pair's distance too."""
-    text = f"step {step}/{steps} loss {interval.loss:.4f} ce {interval.ce:.4f} kl {interval.kl:.4f}"
-    if interval.pairs:
-        text += f" hidden {interval.hidden:.4f}"
+    text = f"step {step}/{steps} loss {interval.loss:.4f}"
+    text += "".join(f" {part} {value:.4f}" for part in PARTS if (value := getattr(interval, part)) is not None)
+    if interval.not_in_loss is not None:
+        text += f" (not in the loss: {' '.join(f'{part} {value:.4f}' for part, value in interval.not_in_loss.items())})"
     if interval.norms is not None:
         norms = interval.norms
-        text += " norms " + " ".join(f"{part}:{getattr(norms, part):.3g}" for part in PARTS)
+        text += " norms"
+        text += "".join(f" {part}:{norm:.3g}" for part in PARTS if (norm := getattr(norms, part)) is not None)
         for named in (norms.distances, norms.divergences):
             text += "".join(f" {name}:{norm:.3g}" for name, norm in (named or {}).items())
         for stone, parts in (norms.stones or {}).items():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
-import resource
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +13,8 @@ import torch
 from torch import Tensor
 
 from llmkd.distributed.ranks import World, highest, sum_tensor
-from llmkd.losses.objective import Divisors, Weights, means
+from llmkd.losses.objective import PARTS, Divisors, Weights, means
+from llmkd.provenance import peak_memory_gib
 from llmkd.student.passes import STONE_PARTS, PassResult, StepSettings, StoneSettings, StoneSums
 from llmkd.student.stepping_stones import shares
 from llmkd.training.jobs import Job
@@ -39,11 +37,11 @@ class Moving:
 
 @dataclass(frozen=True)
 class Norms:
-    """The norm of the gradient of each part of a step's loss over all ranks; distances and divergences where there are several."""
+    """Gradient norms of the parts of a step's loss over all ranks, None without a weight; of distances and divergences if several."""
 
-    ce: float
-    kl: float
-    hidden: float
+    ce: float | None
+    kl: float | None
+    hidden: float | None
     pairs: dict[str, float]
     distances: dict[str, float] | None = None
     divergences: dict[str, float] | None = None
@@ -53,12 +51,12 @@ class Norms:
 
 @dataclass(frozen=True)
 class Interval:
-    """The means of the steps between two log lines, over all ranks, and the state at their end."""
+    """The means of the steps between two log lines, over all ranks, and the state at their end. A part that was not computed is None."""
 
     loss: float
-    ce: float
-    kl: float
-    hidden: float
+    ce: float | None
+    kl: float | None
+    hidden: float | None
     pairs: dict[str, float]
     tokens_per_second: float
     seconds_per_step: float
@@ -72,6 +70,8 @@ class Interval:
     """The stones' weighted loss, which is in `loss`."""
     stone_parts: dict[str, float]
     """By `stones/PAIR/PART`."""
+    not_in_loss: dict[str, float] | None = None
+    """Parts that were computed on the way and have no weight."""
 
     def values(self) -> Values:
         """The names and numbers of a line of metrics.jsonl; what is None is left out."""
@@ -186,6 +186,7 @@ class Meter:
         self._weighted: Tensor | None = None
         self._squares: Tensor | None = None
         self._divisors = [0, 0, 0]
+        self._computed: set[str] = set()
         self._tokens = 0
         self._steps = 0
 
@@ -202,6 +203,8 @@ class Meter:
         # Not over a step in which the divergence weighs nothing any more: it was not computed.
         counts = (by.ce, by.kl if weights.kl > 0 else 0, by.hidden)
         self._divisors = [total + count for total, count in zip(self._divisors, counts, strict=True)]
+        is_computed = {"ce": settings.runs_head, "kl": weights.kl > 0, "hidden": bool(self._pairs)}
+        self._computed |= {part for part in PARTS if is_computed[part]}
         self._tokens += settings.counts.tokens
         self._steps += 1
         if settings.report_norms:
@@ -215,6 +218,8 @@ class Meter:
         totals = sum_tensor(self._world, torch.cat([self._weighted, self._sums])).tolist()
         by = Divisors(*(max(count, 1) for count in self._divisors))
         parts = means(totals[3:], totals[:3], by, self._weights)
+        own = {part: parts[part] for part in PARTS if part in self._computed}
+        apart = {part: own.pop(part) for part in list(own) if not getattr(self._weights, part)}
         # by.hidden counts positions x pairs; a pair's own mean is over the positions
         pairs = {name: d * len(self._pairs) / by.hidden for name, d in zip(self._pairs, totals[5:], strict=True)}
         norms = None if self._squares is None else self._norms(self._squares)
@@ -222,9 +227,9 @@ class Meter:
         seconds = self.clock.read()
         interval = Interval(
             loss=parts["loss"] + (stones or 0.0),
-            ce=parts["ce"],
-            kl=parts["kl"],
-            hidden=parts["hidden"],
+            ce=own.get("ce"),
+            kl=own.get("kl"),
+            hidden=own.get("hidden"),
             pairs=pairs,
             tokens_per_second=self._tokens / seconds,
             seconds_per_step=seconds / self._steps,
@@ -236,6 +241,7 @@ class Meter:
             norms=norms,
             stones=stones,
             stone_parts=stone_parts,
+            not_in_loss=apart or None,
         )
         self._reset()
         return interval
@@ -249,10 +255,11 @@ class Meter:
             {name: next(norms) for name in names} for names in (self._pairs, self._distances, self._divergences)
         )
         assert next(norms, None) is None
+        weights = self._weights
         return Norms(
-            ce=ce,
-            kl=kl,
-            hidden=sum(totals[2 : 2 + len(self._pairs)]) ** 0.5,
+            ce=ce if weights.ce else None,
+            kl=kl if weights.kl else None,
+            hidden=sum(totals[2 : 2 + len(self._pairs)]) ** 0.5 if weights.hidden else None,
             pairs=pairs,
             distances=distances or None,
             divergences=divergences or None,
@@ -340,11 +347,4 @@ def _plus(total: Tensor | None, value: Tensor) -> Tensor:
 def _total(values: Sequence[Tensor | None]) -> Tensor:
     """The sum of values that are all there, in their order."""
     assert values and all(value is not None for value in values)
-    return functools.reduce(operator.add, values)  # type: ignore[arg-type]
-
-
-def peak_memory_gib() -> float:
-    """The most memory this process has held: the GPU allocator's peak, or on a CPU machine the resident set's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return sum(values[1:], values[0])  # type: ignore[arg-type,return-value]

@@ -86,7 +86,7 @@ def numbers(line: dict[str, Any]) -> list[float]:
     norms = line.get("norms", {"pairs": {}})
     parts = [norms[part] for part in ("ce", "kl", "hidden") if part in norms]
     return [
-        *(line[key] for key in ("loss", "ce", "kl", "hidden")),
+        *(line[key] for key in ("loss", "ce", "kl", "hidden") if key in line),
         *line["pairs"].values(),
         *parts,
         *norms["pairs"].values(),

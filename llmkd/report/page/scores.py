@@ -115,7 +115,8 @@ def _score_cell(row: Row, metric: Metric, best: float | None, primary: str | Non
         half = f"± {numbers.half_width(score, metric)}"
         parts += [" ", html.tag("span", half, class_="half", data_value=repr(score.half_width))]
     if score.n < row.models:
-        parts += [" ", html.tag("span", f"n = {score.n} of {row.models}", class_="few")]
+        far = " so far" if row.waits(metric.step) else ""
+        parts += [" ", html.tag("span", f"n = {score.n} of {row.models}{far}", class_="few")]
     return html.tag("td", *parts, class_=f"number{main}", data_value=repr(score.mean))
 
 

@@ -13,7 +13,7 @@ from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING
 from llmkd.report.files import thinned
 from llmkd.report.page import html, svg
 from llmkd.report.results import Curve, LogLine, Results
-from llmkd.text import amount
+from llmkd.text import amount, listed
 
 LOG_LINES = 40  # of one run's curve that the page draws, evenly spaced
 MOST_BLOCKS = 12  # student blocks whose distances are drawn step by step
@@ -57,7 +57,8 @@ def training_section(results: Results) -> list[html.Content]:
         lines = logged(groups, lambda _, line, part=part: _part(line, part))
         if lines:
             name = f"curve-{re.sub('[^a-z0-9]+', '-', part)}"
-            figures.append(html.figure(curves(name, part, lines, list(groups), longest), part, f", {words}"))
+            picture = curves(name, part, lines, list(groups), longest)
+            figures.append(html.figure(picture, part, f", {words}{_beside_the_loss(groups, part, lines)}"))
     distances = logged(groups, lambda curve, line: by_block(curve, line) or None)
     if distances:
         end = distances_at_end("distance-end", distances, list(groups))
@@ -67,6 +68,18 @@ def training_section(results: Results) -> list[html.Content]:
         text += f" Of the {longest} logged steps {LOG_LINES} are drawn, evenly spaced, the last among them."
     parts = [html.paragraph(text), html.pictures(figures)]
     return [*parts, *(_by_step(distances) if distances else []), _without_distances(groups, bool(distances))]
+
+
+def _beside_the_loss(groups: Groups, part: str, lines: Iterable[str]) -> str:
+    """Which strategies do not learn from a part that a picture shows, as the end of its caption. `lines`: those that are drawn."""
+    apart = [
+        strategy
+        for strategy, runs in groups.items()
+        if any(part in line.not_in_loss for curve in runs.values() for line in curve.lines)
+    ]
+    unknown = [strategy for strategy in groups if part in PARTS and strategy not in set(lines)]
+    text = f"; measured, but not in the loss, of {listed(apart)}" if apart else ""
+    return f"{text}; not computed for {listed(unknown)}" if unknown else text
 
 
 def _without_distances(groups: Groups, drawn: bool) -> html.Content:

@@ -252,12 +252,12 @@ def _spoiled(text: str, random: Random) -> str:
 
 
 def partial(results: Results) -> Results:
-    """The same study stopped on the way: one strategy not run, another failed, no comparison, no map or curve of either."""
-    lost = {"reverse": "not run", "random": "failed: OutOfMemoryError: no room for 3 GiB on <device> & its neighbour"}
+    """The same study stopped on the way: one strategy not begun, another failed, no comparison, no map or curve of either."""
+    lost = {"reverse": "not yet", "random": "failed: OutOfMemoryError: no room for 3 GiB on <device> & its neighbour"}
     gone = [run.name for run in results.runs if run.strategy in lost]
     runs = []
     for run in results.runs:
-        state = "unfinished" if run.strategy == "random" else "not run"
+        state = "unfinished" if run.strategy == "random" else "not yet"
         runs.append(TrainingRun(run.name, run.strategy, run.seed, state, None) if run.name in gone else run)
     scored = results.scored - len(gone)
     return replace(
@@ -294,10 +294,10 @@ def nothing(results: Results) -> Results:
         hardware={},
         scored=0,
         primary=None,
-        rows=[without_scores(row, "not run") for row in results.rows],
+        rows=[without_scores(row, "not yet") for row in results.rows],
         runs=[],
         commit=None,
-        problems={row.name: "not run" for row in results.rows},
+        problems={row.name: "not yet" for row in results.rows},
         conclusion="This report is partial: nothing can be concluded, no model has a score.",
     )
 

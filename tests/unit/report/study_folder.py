@@ -69,7 +69,7 @@ class Folder:
         self.write(f"generations/{name}.json", {**found, "metrics": metrics or {}, **more})
 
     def students(self, scores: Mapping[str, Sequence[float | None]]) -> None:
-        """Plan and score strategies, a BLEU per seed; None is planned and not run."""
+        """Plan and score strategies, a BLEU per seed; None is planned and has not had its turn."""
         for strategy, values in scores.items():
             kind = "baseline" if strategy in ("ce_only", "undistilled") else "student"
             for seed, bleu in enumerate(values):

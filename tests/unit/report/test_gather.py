@@ -95,7 +95,7 @@ def test_one_failed_step_leaves_the_others_numbers(tmp_path: Path) -> None:
     study.score(name, 70.0)
     study.generated(name, None, error="vLLM did not start")
     results = study.results()
-    assert results.problems == {name: "generation failed: vLLM did not start; agreement not run"}
+    assert results.problems == {name: "generation failed: vLLM did not start; agreement not yet"}
     assert set(study.row("forward").cells) == {"say/bleu", "choose/acc"}
     assert results.scored == 0
 
@@ -118,7 +118,7 @@ def test_a_study_not_begun(tmp_path: Path) -> None:
     empty.entry("teacher", None, None, "teacher")
     empty.entry("student", "forward", 0)
     results = empty.results()
-    assert results.problems == {"teacher": "lm-eval not run", "forward-s0": "lm-eval not run"}
+    assert results.problems == {"teacher": "lm-eval not yet", "forward-s0": "lm-eval not yet"}
     assert (results.metrics, results.primary, results.comparisons, results.curves) == ([], None, [], {})
 
 
@@ -195,6 +195,14 @@ def test_curves_hold_what_a_run_steers_and_reports(study: Folder) -> None:
         "norm of forward_kl": None,
         "norm of 0<3 ce": 0.125,
     }
+
+
+def test_a_part_that_was_not_computed_is_unknown_and_one_without_a_weight_is_marked(study: Folder) -> None:
+    lines = [{"step": 1, "loss": 0.5, "kl": 0.5, "not_in_loss": {"ce": 3.0}}, {"step": 2, "loss": 3.0, "ce": 3.0}]
+    study.lines("students/none-s0/metrics.jsonl", lines)
+    first, second = study.results().curves["none-s0"].lines
+    assert first.parts == {"loss": 0.5, "ce": 3.0, "kl": 0.5, "hidden": None} and first.not_in_loss == ("ce",)
+    assert second.parts == {"loss": 3.0, "ce": 3.0, "kl": None, "hidden": None} and second.not_in_loss == ()
 
 
 def test_generations_side_by_side(tmp_path: Path) -> None:

@@ -141,6 +141,25 @@ def test_every_picture_has_its_numbers_as_table_and_csv(results: Results, read: 
         assert drawn == [line.parts["kl"] for line in results.curves[name].lines]
 
 
+def test_a_part_without_a_weight_is_not_shown_as_part_of_the_loss() -> None:
+    results = example.study(seeds=(0, 1), log_lines=60)
+    for name in ("ce_only-s0", "ce_only-s1"):
+        for line in results.curves[name].lines:
+            line.parts["kl"] = None
+    for name in ("forward-s0", "forward-s1"):
+        lines = results.curves[name].lines
+        results.curves[name] = replace(
+            results.curves[name], lines=[replace(line, not_in_loss=("ce",)) for line in lines]
+        )
+    read = Page(whole_page(results, [], ""))
+    head, *_ = read.csv("curve-kl")
+    assert "forward-s0" in head and "ce_only" not in head and "ce_only-s0" not in head
+    captions = [text for _, text in read.all("figcaption")]
+    (kl,) = [text for text in captions if text.startswith("kl, divergence")]
+    (ce,) = [text for text in captions if text.startswith("ce,")]
+    assert kl.endswith("; not computed for ce_only") and ce.endswith("; measured, but not in the loss, of forward")
+
+
 def test_what_only_some_runs_log_has_pictures_too() -> None:
     """A temperature that moves, and the norms of gradients, which few lines report."""
     results = example.study(seeds=(0, 1), log_lines=60)
@@ -246,7 +265,7 @@ def test_half_a_study_is_a_page_that_names_what_is_missing(results: Results, tex
     for name, why in half.problems.items():
         assert name in listed and why in listed
     cells = [text for _, text in read.all("td", "missing")]
-    assert cells.count("not run") == len(results.metrics)
+    assert cells.count("not yet") == len(results.metrics)
     assert sum(text.startswith("failed: OutOfMemoryError") for text in cells) == len(results.metrics)
     assert "recipe.yaml is not at hand" in read.text[0]
     for picture in ("scores-0", "curve-ce", "cost-step"):

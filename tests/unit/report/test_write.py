@@ -14,7 +14,7 @@ from llmkd.errors import InputError
 from llmkd.report import write
 from llmkd.report.tables import COLUMNS
 from llmkd.report.write import report, terminal_text
-from tests.unit.report.study_folder import Folder, small_study
+from tests.unit.report.study_folder import TWO_STEPS, Folder, small_study
 
 
 @pytest.fixture(autouse=True)
@@ -93,9 +93,30 @@ def test_scores_and_reasons_in_the_table(study: Folder) -> None:
     text = markdown(study)
     assert "| teacher | teacher | 1 of 1 | 90.0 | 0.990 |" in text
     assert "| forward | student | 1 of 2 | 70.0 (n=1) | 0.500 (n=1) |" in text
-    assert "| none | student | 0 of 2 | not run | not run |" in text
+    assert "| none | student | not yet | not yet | not yet |" in text
     assert f"- forward-s1: lm-eval failed: ValueError: {('long ' * 30).strip()}" in text
-    assert "- none-s0: lm-eval not run" in text
+    assert "- none-s0: lm-eval not yet" in text
+
+
+def test_a_model_whose_turn_has_not_come_is_no_failure(tmp_path: Path) -> None:
+    """Each table counts by its own step."""
+    study = Folder(tmp_path)
+    names = [study.entry("student", "forward", seed, steps=TWO_STEPS) for seed in (0, 1)]
+    for name in names:
+        study.generated(name, {"bleu": 50.0})
+    study.score(names[0], 70.0)
+    of_texts, of_tasks = markdown(study).split("### lm-eval")
+    assert (
+        "| forward | student | 2 of 2 | " in of_texts and "| forward | student | 1 of 2 so far | 70.0 (n=1)" in of_tasks
+    )
+    row = study.row("forward")
+    assert (row.scored("generation"), row.scored("lm-eval"), row.scored()) == (
+        "2 of 2",
+        "1 of 2 so far",
+        "1 of 2 so far",
+    )
+    study.score(names[1], None, error="ValueError: no")
+    assert study.row("forward").scored("lm-eval") == "1 of 2" and not study.row("forward").waits()
 
 
 def test_a_failure_stands_in_its_cells_and_never_a_zero(study: Folder) -> None:
@@ -177,7 +198,7 @@ def test_a_study_not_begun_has_a_report(tmp_path: Path) -> None:
     empty.entry("teacher", None, None, "teacher")
     empty.entry("student", "forward", 0)
     text = markdown(empty)
-    assert "| forward | student | 0 of 1 | not run |" in text
+    assert "| forward | student | not yet | not yet |" in text
     assert "No trained student" in text and "None yet" in text
 
 

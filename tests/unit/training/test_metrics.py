@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from llmkd.data.batches import Counts
-from llmkd.losses.objective import Change, Divisors, Weights, weights_of_step
+from llmkd.losses.objective import PARTS, Change, Divisors, Weights, weights_of_step
 from llmkd.student.passes import PassResult, StepSettings, StoneSettings, StoneSums, StoneWeights
-from llmkd.training import metrics
+from llmkd.training import journal, metrics
 from llmkd.training.metrics import WARM_UP, Meter, Moving, StepClock, StoneMeter
 from tests.passes import step_settings
 
@@ -49,8 +49,37 @@ def test_weights_that_stand_give_the_weighted_sum_of_the_means(world: Any) -> No
     for scale in (1.0, 3.0):
         meter.add(_settings(weights, Divisors(2, 3, 4)), _halves(scale, 2 * scale, 3 * scale))
     interval = meter.flush(Moving(), learning_rate=0.1, grad_norm=2.0)
+    assert interval.ce is not None and interval.kl is not None and interval.hidden is not None
     assert interval.loss == pytest.approx(0.5 * interval.ce + 2 * interval.kl + 3 * interval.hidden)
     assert interval.hidden == interval.pairs["0<1"] == pytest.approx(12 / 8)
+
+
+@pytest.mark.parametrize(
+    ("ce", "kl", "hidden", "pairs", "loss", "text"),
+    [
+        (1.0, 0.0, 0.0, [], 6.0, "loss 6.0000 ce 6.0000 grad"),
+        (0.0, 2.0, 0.0, [], 8.0, "loss 8.0000 kl 4.0000 (not in the loss: ce 6.0000) grad"),
+        (0.0, 0.0, 3.0, ["0<1"], 15.0, "loss 15.0000 hidden 5.0000 grad"),
+    ],
+)
+def test_what_is_not_in_the_loss_does_not_look_like_it(
+    world: Any, ce: float, kl: float, hidden: float, pairs: list[str], loss: float, text: str
+) -> None:
+    """A part that was not computed is absent; cross-entropy, which comes with a divergence for nothing, stands apart."""
+    weights = Weights(ce, kl, hidden, kl_positions="trained", hidden_positions="trained")
+    sums = (6.0 if ce or kl else 0.0, 4.0 if kl else 0.0, *(5.0 for _ in pairs))
+    meter = Meter(world, weights, pairs)
+    settings = _settings(weights, Divisors(1, 1, 1), scales=(ce, kl, hidden), report_norms=True)
+    squares = torch.ones(2 + len(pairs))
+    meter.add(settings, [PassResult(torch.zeros(()), torch.tensor(sums), squares)])
+    interval = meter.flush(Moving(), learning_rate=0.1, grad_norm=2.0)
+    values = interval.values()
+    computed = {part: value for part, value in values.items() if part in PARTS}
+    norms: Any = values.pop("norms")
+    assert computed.keys() == norms.keys() - {"pairs"} == {p for p, w in zip(PARTS, (ce, kl, hidden), strict=True) if w}
+    assert values["loss"] == loss and values.get("not_in_loss") == ({"ce": 6.0} if kl else None)
+    assert text in journal.line(1, 2, replace(interval, norms=None))
+    assert f"norms {next(iter(computed))}:1 grad" in journal.line(1, 2, interval)
 
 
 def test_norms_are_the_roots_of_the_last_steps_squares_and_named(world: Any) -> None:

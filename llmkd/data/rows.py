@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gzip
 import hashlib
 import json
@@ -16,9 +15,10 @@ from datasets import Dataset, Features, IterableDataset, Json, Value, load_datas
 
 from llmkd import hub
 from llmkd.data import records
+from llmkd.data.file_hashes import file_hash, keep
 from llmkd.data.formats import COLUMNS
 from llmkd.errors import InputError, first_line
-from llmkd.files import fetched_by, sha256
+from llmkd.files import fetched_by
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 JsonRow = dict[str, Any]
@@ -26,6 +26,8 @@ MOST_RECORDS = 10_000_000
 """Rows of the built-in task; they are made in memory."""
 TEXT_COLUMNS = tuple(column for column in COLUMNS if column != "label")
 """Columns of a CSV that stay text where all of their cells look like numbers or dates."""
+HASHES = "hashes"
+"""Beside the tokens, the folder of their sources' hashes."""
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 
 
@@ -95,22 +97,23 @@ def renamed(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
     return rows.rename_columns(dict(columns)) if columns else rows
 
 
-def source_contents(source: str, split: str) -> str | None:
-    """A hash of the local files that a source's rows come from; None for the built-in task and the hub."""
+def source_contents(source: str, split: str, hashes: Path | None = None) -> str | None:
+    """A hash of the local files that a source's rows come from; None for the built-in task and the hub.
+
+    `hashes`: the folder in which the files' own may be kept (`llmkd.data.file_hashes`).
+    """
     files = local_files(source, split)
     if not files:
         return None
     digest = hashlib.sha256()
     for file in files:
-        state = file.stat()
-        digest.update(f"{file.name} {_hash(file, state.st_size, state.st_mtime_ns)} ".encode())
+        digest.update(f"{file.name} {file_hash(file, hashes)} ".encode())
     return digest.hexdigest()[:16]
 
 
-@functools.cache
-def _hash(file: Path, size: int, changed: int) -> str:
-    """A file's hash, which several parts of a run ask for; computed again where its size or its time of change is another."""
-    return sha256(file)
+def keep_hashes(source: str, split: str, hashes: Path) -> None:
+    """Keep what is known of a source's local files for later starts (`llmkd.data.file_hashes`)."""
+    keep(local_files(source, split), hashes)
 
 
 def stream_contents(source: str, split: str) -> str | None:

@@ -18,13 +18,13 @@ from llmkd.data.token_files import opened
 from llmkd.data.tokenized import PackedSource, PackedTokens, Tokens
 from llmkd.data.tokens import tokenize
 from llmkd.data.turns import THOUGHTS, THOUGHTS_END
-from llmkd.models.vocabularies import check_rows
+from llmkd.models.vocabularies import ROWS_AT_ONCE, check_rows
 from llmkd.recipe.data import Rows
 from llmkd.recipe.recipe import Recipe
 from llmkd.text import figures
 from llmkd.training.build import total_steps
 from llmkd.training.jobs import read_rows
-from llmkd.training.tokens import first_rows, found, together, tokens_folder
+from llmkd.training.tokens import first_rows, found, together
 from llmkd.training.validation_rows import divided, held_out_count, held_out_rows
 
 EMPTY = f"{THOUGHTS}{THOUGHTS_END}"
@@ -86,7 +86,7 @@ def data_findings(recipe: Recipe, sources: Sequence[SourceTokens], tokenizer: An
         findings.append(Finding("note", f"{text}; what is said and shown of trained tokens is the data's own"))
     for source in sources:
         findings += [*_unread(source), *_template(source, tokenizer), *_counts(source, tokenizer)]
-    lengths = [np.array(source.tokens["length"]) for source in sources]
+    lengths = [lengths_of(source.tokens) for source in sources]
     tokens = divided(recipe.data, together(recipe.data, [source.tokens for source in sources], lengths))
     drawn = (
         tokens
@@ -136,25 +136,21 @@ def _counts(source: SourceTokens, tokenizer: Any) -> list[Finding]:
     """The rows, their tokens, and those of them that are trained."""
     data, name = source.tokens, source.name
     format = format_of(source.rows.column_names, source.part.format)
-    lengths = np.array(data["length"])
-    trained = sum(sum(row[1:]) for row in data["trained"])
+    lengths = lengths_of(data)
     quarter, half, most = (int(q) for q in np.quantile(lengths, (0.25, 0.5, 1.0), method="nearest"))
     tokens = int(lengths.sum())
     spread = f"lengths {quarter} (quarter), {half} (half), {most} (longest)"
     rows = Finding("ok", f"{name}: {len(data):,} rows of the format {format}, {tokens:,} tokens; {spread}")
     if format == "prompts":
         return [rows, Finding("ok", f"{name}: what is trained is written (section rollouts)")]
+    trained, lasts = trained_of(data)
     findings = [
         rows,
         Finding(
             "ok" if trained else "warning", f"{name}: {trained:,} tokens are trained, {trained / tokens:.1%} of all"
         ),
     ]
-    ends = [
-        [token for token, is_trained in zip(ids, marks, strict=True) if is_trained][-1]
-        for ids, marks in zip(data["input_ids"], data["trained"], strict=True)
-    ]
-    unended = sum(token != tokenizer.eos_token_id for token in ends)
+    unended = int((lasts != tokenizer.eos_token_id).sum())
     if unended:
         text = f"{name}: of {unended:,} rows the last trained token is not the end token (cut short, or a template's own end)"
         findings.append(Finding("note", text))
@@ -162,6 +158,28 @@ def _counts(source: SourceTokens, tokenizer: Any) -> list[Finding]:
         text = f"{name}: {len(source.rows) - len(data):,} of {len(source.rows):,} rows are left out, too long or with nothing to train"
         findings.append(Finding("note", text))
     return findings
+
+
+def lengths_of(tokens: Dataset) -> np.ndarray:
+    """[rows] tokens of each row."""
+    whole: Any = tokens.select_columns("length").with_format("arrow")[:]
+    return whole["length"].to_numpy()
+
+
+def trained_of(tokens: Dataset) -> tuple[int, np.ndarray]:
+    """(how many tokens are trained, by row the last trained one) of rows that all have one; a row's first token is read, not trained."""
+    count, lasts = 0, [np.empty(0, dtype=np.int32)]
+    tables: Any = tokens.select_columns(["input_ids", "trained", "length"]).with_format("arrow").iter(ROWS_AT_ONCE)
+    for part in tables:
+        ids, marks = (
+            part[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in ("input_ids", "trained")
+        )
+        lengths = part["length"].to_numpy()
+        ends = lengths.cumsum()
+        trained = np.flatnonzero(marks)
+        lasts.append(ids[trained[np.searchsorted(trained, ends) - 1]])
+        count += len(trained) - int(marks[ends - lengths].sum())
+    return count, np.concatenate(lasts)
 
 
 def packed(tokens: Tokens, width: int, weighed: bool) -> PackedTokens:
@@ -233,7 +251,7 @@ def _on_disk(recipe: Recipe, tokenizer: Any) -> Finding:
     files = found(recipe, Family("decoder"), tokenizer)
     there = [of_source for of_source in files if of_source is not None]
     mib = sum(shard.bytes for of_source in there for shard in of_source.shards) / MIB
-    where = f"tokens: kept in {tokens_folder(recipe, recipe.data)}, for all runs that have the same"
+    where = f"tokens: kept in {recipe.tokens_folder(recipe.data)}, for all runs that have the same"
     if not there:
         return Finding("ok", f"{where}; not made yet")
     which = (

@@ -327,3 +327,15 @@ class Stones(Section):
                     "write e.g. [[0, 3], [1, 7]]"
                 )
         return self
+
+
+def check_something_to_learn(loss: Loss, strategy: str, *, pairs: bool, stones: bool) -> None:
+    """Raise InputError where no part of the objective has a weight. `pairs`, `stones`: whether there are any."""
+    if loss.ce or loss.kl or (loss.hidden and pairs) or stones:
+        return
+    if loss.hidden:
+        raise InputError(
+            f"loss: ce and kl are 0, and strategy {strategy} matches no pair for loss.hidden to weigh, so there is nothing to learn from; "
+            "give ce or kl a weight, or write another matching.strategy"
+        )
+    raise InputError("loss: ce, kl and hidden are all 0, so there is nothing to learn from; give one of them a weight")

@@ -23,7 +23,7 @@ from llmkd.recipe.data import Data
 from llmkd.recipe.evaluation import Evaluation, Study
 from llmkd.recipe.messages import sentence
 from llmkd.recipe.models import Student, Teacher
-from llmkd.recipe.objective import Loss, Matching, Stones, within
+from llmkd.recipe.objective import Loss, Matching, Stones, check_something_to_learn, within
 from llmkd.recipe.rollouts import Rollouts, check_rollouts
 from llmkd.recipe.run import Cache, Finetune, Train, check_stream, check_validation, with_batch_size
 from llmkd.recipe.section import NO_EFFECT, Section
@@ -86,6 +86,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _options_are_read(self) -> Recipe:
         self.matching.check_options(tuple(dict.fromkeys((self.matching.strategy, *self.study_strategies))))
+        return self
+
+    @model_validator(mode="after")
+    def _has_something_to_learn(self) -> Recipe:
+        pairs, stones = self.matching.strategy != "none", self.stones is not None
+        check_something_to_learn(self.loss, self.matching.strategy, pairs=pairs, stones=stones)
         return self
 
     @model_validator(mode="after")
@@ -244,10 +250,9 @@ class Recipe(Section):
     def folder(self) -> Path:
         return Path(os.path.expanduser(self.output)) / self.name
 
-    @property
-    def tokens_folder(self) -> Path:
-        """Where rows are kept as tokens, for all recipes with this output; `data.tokens` puts them elsewhere."""
-        return Path(os.path.expanduser(self.output)) / "tokens"
+    def tokens_folder(self, data: Data) -> Path:
+        """Where these rows are kept as tokens, for all runs beside this one; `data.tokens` puts them elsewhere."""
+        return Path(os.path.expanduser(data.tokens or os.path.join(self.output, "tokens")))
 
     @property
     def cache_folder(self) -> Path:

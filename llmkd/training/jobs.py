@@ -5,6 +5,7 @@ A `Job` is all that the loop needs; there is one for distilling a student and on
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from datasets import Dataset
 
 from llmkd.data.batches import Family
 from llmkd.data.other_families import check_format, label_names
-from llmkd.data.rows import load_rows, source_contents, stream_contents
+from llmkd.data.rows import HASHES, load_rows, source_contents, stream_contents
 from llmkd.distributed.compiled import lacking_to_compile
 from llmkd.distributed.ds_configs import load_ds_config
 from llmkd.distributed.ranks import World, on_main
@@ -31,6 +32,7 @@ from llmkd.models.vocabularies import check_same_tokens
 from llmkd.recipe.data import Data, Rows
 from llmkd.recipe.inputs import finetune_inputs, fingerprint, training_inputs
 from llmkd.recipe.models import Student, Teacher
+from llmkd.recipe.objective import check_something_to_learn
 from llmkd.recipe.recipe import Recipe
 from llmkd.recipe.run import Train
 from llmkd.teachers import pipeline_stage as stage
@@ -180,15 +182,7 @@ def _weights(recipe: Recipe, pairs: Pairs, stones: Pairs) -> Weights:
         hidden_positions=recipe.matching.positions,
         pairs=recipe.matching.pair_weights if pairs else None,
     )
-    if not (weights.ce or weights.kl or weights.hidden or stones):
-        if recipe.loss.hidden:
-            raise InputError(
-                f"loss: ce and kl are 0, and strategy {recipe.matching.strategy} matches no pair for loss.hidden to weigh, so there is "
-                "nothing to learn from; give ce or kl a weight, or write another matching.strategy"
-            )
-        raise InputError(
-            "loss: ce, kl and hidden are all 0, so there is nothing to learn from; give one of them a weight"
-        )
+    check_something_to_learn(recipe.loss, recipe.matching.strategy, pairs=bool(pairs), stones=bool(stones))
     return weights
 
 
@@ -275,7 +269,7 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
 
 def student_inputs(recipe: Recipe) -> dict[str, Any]:
     """All that decides a student's weights: keys of the recipe, and hashes of the local files that it names."""
-    inputs = {**training_inputs(recipe), **_contents(recipe.train, recipe.data)}
+    inputs = {**training_inputs(recipe), **_contents(recipe, recipe.train, recipe.data)}
     for key, path in (("teacher.path", recipe.teacher.path), ("student.path", recipe.student.path)):
         if path is not None and Path(path).is_dir():
             inputs[f"{key}:contents"] = folders.folder_contents(Path(path))
@@ -286,22 +280,23 @@ def teacher_inputs(recipe: Recipe) -> dict[str, Any]:
     """As `student_inputs`, for the recipe's own teacher."""
     assert recipe.finetune is not None
     start = recipe.finetune.path
-    hashes = _contents(recipe.finetune.train, recipe.finetune.data or recipe.data)
+    hashes = _contents(recipe, recipe.finetune.train, recipe.finetune.data or recipe.data)
     if start is not None and Path(start).is_dir():
         hashes["path:contents"] = folders.folder_contents(Path(start))
     return {**finetune_inputs(recipe), **{f"finetune.{key}": value for key, value in hashes.items()}}
 
 
-def _contents(train: Train, data: Data) -> dict[str, str]:
+def _contents(recipe: Recipe, train: Train, data: Data) -> dict[str, str]:
     """Hashes of the local files that these sections name; what is on the hub is identified by its name alone."""
     hashes = {}
-    contents = stream_contents if data.streaming else source_contents
+    of_source = functools.partial(source_contents, hashes=recipe.tokens_folder(data) / HASHES)
+    contents = stream_contents if data.streaming else of_source
     for number, part in enumerate(data.parts):
         if (rows := contents(part.source, part.split)) is not None:
             hashes[f"data.sources.{number}:contents" if data.sources else "data.source:contents"] = rows
     held_out = data.held_out if train.chooses else None
     for number, part in enumerate(() if held_out is None else held_out.parts):
-        if (rows := source_contents(part.source, part.split)) is not None:
+        if (rows := of_source(part.source, part.split)) is not None:
             hashes[f"data.validation.{number}:contents" if number else "data.validation.source:contents"] = rows
     if train.deepspeed.endswith(".json"):
         hashes["train.deepspeed:contents"] = fingerprint(load_ds_config(train.deepspeed, ROOT / "ds_configs"))

@@ -21,7 +21,7 @@ from llmkd.data import tokens as text_tokens
 from llmkd.data.batches import Batch, Family, TokenRow, collate_sequences
 from llmkd.data.other_families import collate_for, encoder_for
 from llmkd.data.packing import packed_rows
-from llmkd.data.rows import first_streamed_rows, source_contents, streamed_rows
+from llmkd.data.rows import HASHES, first_streamed_rows, keep_hashes, source_contents, streamed_rows
 from llmkd.data.streams import Place, Share, Stream
 from llmkd.data.token_files import Columns, Encode, TokenFiles
 from llmkd.data.tokenized import PackedSource, PackedTokens, Tokens
@@ -60,8 +60,9 @@ def tokens_of(world: World, job: Job, tokenizer: Any, stopping: Stopping | None 
             if made is None or asked():  # all may have been made by then
                 return None
             files.append(made)
-        for part, of_part in zip(job.data.parts, files, strict=True):
-            check_rows(of_part.rows(), job.further_tokens, f"data.source ({part.source})")
+        if job.further_tokens:
+            for part, of_part in zip(job.data.parts, files, strict=True):
+                check_rows(of_part.rows(), job.further_tokens, f"data.source ({part.source})")
         return [str(of_part.folder) for of_part in files], [of_part.digest for of_part in files], hub.last_problem()
 
     results, own = on_each_node(world, make)
@@ -92,28 +93,30 @@ def _check_same(digests: list[list[str]]) -> None:
 
 def _made(job: Job, part: Rows, tokenizer: Any, asked: Callable[[], bool]) -> TokenFiles | None:
     """The tokens of one source (one rank of a node); None where it was asked to stop before they were there."""
-    identity = _identity(job.data, job.family, part, tokenizer)
+    folder = job.recipe.tokens_folder(job.data)
+    identity = _identity(job.data, folder, job.family, part, tokenizer)
     cut = {"max_length": job.data.max_length, "too_long": job.data.too_long}
 
     def source() -> Any:
         rows = read_rows(part)
         return rows, encoder_for(job.family, rows.column_names, tokenizer, row_format=part.row_format, **cut)
 
-    folder = tokens_folder(job.recipe, job.data) / fingerprint(identity)
-    return token_files.made(folder, source, identity=identity, asked=asked, **cut)
+    made = token_files.made(folder / fingerprint(identity), source, identity=identity, asked=asked, **cut)
+    keep_hashes(part.source, part.split, folder / HASHES)
+    return made
 
 
 def found(recipe: Recipe, family: Family, tokenizer: Any) -> list[TokenFiles | None]:
     """The tokens of each source of the recipe's data, None where they are not there yet. Nothing is written, and no hash compared."""
-    folder = tokens_folder(recipe, recipe.data)
-    identities = [_identity(recipe.data, family, part, tokenizer) for part in recipe.data.parts]
+    folder = recipe.tokens_folder(recipe.data)
+    identities = [_identity(recipe.data, folder, family, part, tokenizer) for part in recipe.data.parts]
     return [token_files.recorded(folder / fingerprint(identity)) for identity in identities]
 
 
-def _identity(data: Data, family: Family, part: Rows, tokenizer: Any) -> dict[str, Any]:
+def _identity(data: Data, folder: Path, family: Family, part: Rows, tokenizer: Any) -> dict[str, Any]:
     """All that decides the tokens of a source, as JSON."""
     keys = set(Rows.model_fields)
-    contents = source_contents(part.source, part.split)
+    contents = source_contents(part.source, part.split, folder / HASHES)
     if contents is not None:
         keys -= {"source", "split"}  # the same files elsewhere are the same rows
     elif part.source != "records":
@@ -139,11 +142,6 @@ def tokenizer_hash(tokenizer: Any) -> str:
     behaviour = tokenizer("a", add_special_tokens=True)["input_ids"]
     parts = [type(tokenizer).__name__, rules, tokenizer.chat_template, tokenizer.special_tokens_map, behaviour]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
-
-
-def tokens_folder(recipe: Recipe, data: Data) -> Path:
-    """Where the tokens of these rows lie, for all runs beside the recipe's."""
-    return recipe.tokens_folder if data.tokens is None else Path(data.tokens).expanduser()
 
 
 def together(data: Data, rows: Sequence[Dataset], lengths: Sequence[np.ndarray]) -> Tokens:

@@ -25,7 +25,7 @@ from llmkd.rollouts.writer import Writing, writer_of, writer_variables
 from llmkd.training.build import students_trust
 from llmkd.training.cache_contents import student_vocabulary
 from llmkd.training.jobs import Job
-from llmkd.training.tokens import StoppedTokenizing, tokens_folder
+from llmkd.training.tokens import StoppedTokenizing
 from llmkd.training.validation_rows import RunRows, run_rows
 
 log = logging.getLogger("llmkd")
@@ -50,7 +50,7 @@ def rows_of(world: World, job: Job, tokenizer: Any, stopping: Stopping | None = 
         same_weights=True,
         **_sampling(job, settings),
     )
-    place = tokens_folder(job.recipe, job.data)
+    place = job.recipe.tokens_folder(job.data)
     how = ByTeacher(
         teacher,
         on_main(world, lambda: folders.folder_contents(teacher, weights_alone=True)),

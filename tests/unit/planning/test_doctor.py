@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from datasets import Dataset, concatenate_datasets
 
 from llmkd.cli import main
 from llmkd.data.batches import batches, collate
@@ -68,6 +71,38 @@ def test_the_first_token_of_a_text_is_not_trained(place: Path) -> None:
     ids = tokenizer("red bird")["input_ids"]
     text = marked({"input_ids": ids, "trained": [True] * len(ids)}, tokenizer)
     assert text == f"{tokenizer.decode(ids[:1])}{OPEN}{tokenizer.decode(ids[1:])}{CLOSE}"
+
+
+def made_up(count: int) -> Dataset:
+    """Rows of 2 to 9 tokens, of which some are trained, the first perhaps among them."""
+    random = np.random.default_rng(0)
+    lengths = random.integers(2, 10, count)
+    offsets = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
+    trained = random.random(offsets[-1]) < 0.3
+    trained[offsets[1:] - random.integers(1, lengths)] = True
+    ids = random.integers(0, 50, offsets[-1]).astype(np.int32)
+    columns = {name: pa.ListArray.from_arrays(offsets, of) for name, of in (("input_ids", ids), ("trained", trained))}
+    return Dataset(pa.table({**columns, "length": lengths}))
+
+
+def test_trained_tokens_are_counted_by_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning_data, "ROWS_AT_ONCE", 7)
+    for rows in (made_up(50), made_up(50).select([40, 3, 11]), concatenate_datasets([made_up(5), made_up(20)])):
+        count, lasts = planning_data.trained_of(rows)
+        assert planning_data.lengths_of(rows).tolist() == list(rows["length"])
+        assert count == sum(sum(marks[1:]) for marks in rows["trained"])
+        each: list[Any] = list(rows)
+        assert lasts.tolist() == [
+            [token for token, is_trained in zip(row["input_ids"], row["trained"], strict=True) if is_trained][-1]
+            for row in each
+        ]
+
+
+def test_a_million_rows_take_seconds() -> None:
+    rows = made_up(1_000_000)
+    began = time.process_time()
+    count, lasts = planning_data.trained_of(rows)
+    assert time.process_time() - began < 5 and len(lasts) == 1_000_000 < count  # row by row: half a minute
 
 
 def test_the_share_of_padding_is_that_of_the_batches(place: Path) -> None:
@@ -205,8 +240,10 @@ def test_how_full_packed_sequences_are_is_what_a_run_says(
     own = {"output": str(place / "own")}  # without the tokens of other tests
     recipe = _mixture(place, **own, **{"data.batching": "packed", "data.validation": {"share": 0.25, "seed": 3}})
     (before,) = (what for what in _said(recipe, "ok") if what.startswith("tokens:"))
-    assert before == f"tokens: kept in {recipe.tokens_folder}, for all runs that have the same; not made yet"
-    assert not recipe.tokens_folder.exists()
+    assert (
+        before == f"tokens: kept in {recipe.tokens_folder(recipe.data)}, for all runs that have the same; not made yet"
+    )
+    assert not recipe.tokens_folder(recipe.data).exists()
     job = distil_job(world, recipe, recipe.folder)
     tokenizer = load.load_tokenizer(place / "teacher")
     with caplog.at_level("INFO", "llmkd"):
@@ -215,7 +252,7 @@ def test_how_full_packed_sequences_are_is_what_a_run_says(
     found = _said(recipe, "ok")
     assert said.replace(f"{job.title}:", "data:") in found
     (after,) = (what for what in found if what.startswith("tokens:"))
-    mib = sum(file.stat().st_size for file in recipe.tokens_folder.rglob("*.arrow")) / 2**20
+    mib = sum(file.stat().st_size for file in recipe.tokens_folder(recipe.data).rglob("*.arrow")) / 2**20
     assert after == before.replace("not made yet", f"there already, {mib:.1f} MiB")
     elsewhere = recipe.changed({"data.tokens": str(place / "elsewhere")})
     assert any(what.startswith(f"tokens: kept in {place / 'elsewhere'}, ") for what in _said(elsewhere, "ok"))
@@ -244,7 +281,7 @@ def test_tokens_that_are_there_are_read_and_not_made(
     assert made == all_rows
     run_rows(world, distil_job(world, recipe, recipe.folder), load.load_tokenizer(place / "teacher"))
     assert said() == before and made == []
-    file = next(recipe.tokens_folder.rglob("*.arrow"))
+    file = next(recipe.tokens_folder(recipe.data).rglob("*.arrow"))
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(bytes(content))

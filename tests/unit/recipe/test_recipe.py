@@ -509,6 +509,25 @@ def test_stones_are_off_unless_asked_for_and_then_decide_the_result(recipe: Path
     assert again is not None and again.pairs == ((0, 2), (1, 3))
 
 
+@pytest.mark.parametrize(
+    ("sets", "sentence"),
+    [
+        (["loss.hidden=0"], "loss: ce, kl and hidden are all 0, so there is nothing to learn from; give one"),
+        (
+            ["matching.strategy=none"],
+            "loss: ce and kl are 0, and strategy none matches no pair for loss.hidden to weigh",
+        ),
+    ],
+)
+def test_a_recipe_without_an_objective_is_refused(recipe: Path, sets: list[str], sentence: str) -> None:
+    silent = ["loss.ce=0", "loss.kl=0"]
+    with pytest.raises(InputError, match=sentence):
+        load_recipe(recipe, [*silent, *sets])
+    for learns in (["loss.ce=0.1"], ["loss.kl=0.1"], ["stones={}"]):
+        load_recipe(recipe, [*silent, *sets, *learns])
+    load_recipe(recipe, silent)  # the states are matched
+
+
 def test_a_map_is_measured_for_whatever_asks_for_it(recipe: Path) -> None:
     nearest = load_recipe(recipe, ["matching.strategy=nearest"])
     assert nearest.measures_map and not load_recipe(recipe).measures_map

@@ -11,12 +11,14 @@ waiting: the share of a run's steps that is spent waiting for batches, on the qu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +30,7 @@ from datasets import Dataset
 
 from benchmarks.start import first_step
 from benchmarks.tables import table
+from llmkd import starting
 from llmkd.data import records, token_files
 from llmkd.data.batches import Batch, Family
 from llmkd.data.formats import RowFormat
@@ -167,7 +170,7 @@ def once(folder: Path) -> str:
         file = folder / f"{strategy}.yaml"
         file.write_text(dump_recipe(recipe))
         assert launch(2, ["--recipe", str(file), "--output", str(folder / strategy)]).code == 0
-        for shard in recipe.tokens_folder.rglob("*.arrow"):
+        for shard in recipe.tokens_folder(recipe.data).rglob("*.arrow"):
             times.setdefault(shard, set()).add(shard.stat().st_mtime_ns)
     made = max(map(len, times.values()))
     folders = {shard.parent for shard in times}
@@ -175,28 +178,66 @@ def once(folder: Path) -> str:
     return f"5 students x 2 ranks, 20,000 rows: {len(times)} shards, each written {made} time(s)"
 
 
+@contextlib.contextmanager
+def most_held() -> Iterator[dict[str, int]]:
+    """Inside, the most KiB that a process forked by the server held at once: of its own, and of mapped files; looked at all the time."""
+    most, over = {"RssAnon": 0, "RssFile": 0}, threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.002):
+            if (server := starting.running()) is not None:
+                number = server.process.pid
+                for child in Path(f"/proc/{number}/task/{number}/children").read_text().split():
+                    with contextlib.suppress(OSError):  # it has ended
+                        lines = Path(f"/proc/{child}/status").read_text().splitlines()
+                        for name, _, value in (line.partition(":") for line in lines):
+                            if name in most:
+                                most[name] = max(most[name], int(value.split()[0]))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        over.set()
+        watcher.join()
+
+
 def start(folder: Path) -> str:
-    """Each launch once to make the tokens, then alternately; interpreters are forked by the server."""
+    """Each launch twice, to make the tokens and to know the source's hash, then alternately; ranks are forked by the server.
+
+    A rank's memory is what is its own: the pages of mapped files are the page cache's, shared by all ranks and given back when the machine
+    has no other.
+    """
     counts = (1_000, 10_000, 1_000_000)
     seconds: dict[int, list[float]] = {count: [] for count in counts}
-    memory: dict[int, list[float]] = {count: [] for count in counts}
-    for number in range(-1, REPEATS):
+    cpu: dict[int, list[float]] = {count: [] for count in counts}
+    own: dict[int, list[float]] = {count: [] for count in counts}
+    mapped: dict[int, list[float]] = {count: [] for count in counts}
+    for number in range(-2, REPEATS):
         for count in counts:
             recipe = small_recipe(folder, "start", written(folder, count))
             file, run = folder / f"{count}.yaml", folder / f"{count}-{number}"
             file.write_text(dump_recipe(recipe))
-            taken, _ = first_step(1, ["--recipe", str(file), "--output", str(run)], run)
+            with most_held() as most:
+                taken, spent = first_step(1, ["--recipe", str(file), "--output", str(run)], run)
             if number >= 0:
                 seconds[count].append(taken)
-                memory[count].append(json.loads((run / "summary.json").read_text())["memory_gib"])
-    middle = {count: statistics.median(seconds[count]) for count in counts}
-    peak = {count: statistics.median(memory[count]) for count in counts}
-    lines = [[f"{count:,}", f"{middle[count]:.1f}", f"{peak[count]:.3f}"] for count in counts]
-    return (
-        table(["rows, tokenized before", "s to step 1", "GiB of the rank"], lines)
-        + f"\n\n1,000,000 rows / 1,000: {middle[counts[-1]] / middle[counts[0]]:.2f} of the time; 1,000,000 / 10,000: "
-        f"{peak[counts[-1]] / peak[counts[1]]:.3f} of the memory"
+                cpu[count].append(spent)
+                own[count].append(most["RssAnon"] / 2**20)
+                mapped[count].append(most["RssFile"] / 2**20)
+    middle, busy, peak, pages = (
+        {count: statistics.median(of[count]) for count in counts} for of in (seconds, cpu, own, mapped)
     )
+    lines = [
+        [f"{count:,}", f"{middle[count]:.2f}", f"{busy[count]:.2f}", f"{peak[count]:.3f}", f"{pages[count]:.3f}"]
+        for count in counts
+    ]
+    few, some, many = counts
+    head = ["rows, tokenized before", "s to step 1", "CPU s", "GiB of its own", "GiB of mapped files' pages"]
+    time_said = f"{middle[many] / middle[few]:.2f} of the time, {busy[many] / busy[few]:.2f} of the CPU time"
+    memory_said = f"{peak[many] / peak[some]:.3f} of the memory of its own"
+    return f"{table(head, lines)}\n\n{many:,} rows / {few:,}: {time_said}; {many:,} / {some:,}: {memory_said}"
 
 
 def waiting(folder: Path) -> str:

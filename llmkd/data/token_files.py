@@ -11,26 +11,24 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
-import signal
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, List, Value, concatenate_datasets, disable_progress_bars
+from datasets import Dataset, Features, List, Value
+from datasets.table import MemoryMappedTable, concat_tables
 
+from llmkd.data import shard_workers
 from llmkd.data.arrays import is_saved, save
 from llmkd.errors import InputError
 from llmkd.files import read, sha256, sync, write_json_durably
-from llmkd.processes import StoppedWaiting, die_with_parent, only_one_in
+from llmkd.processes import StoppedWaiting, only_one_in
 from llmkd.progress import progress
 
 log = logging.getLogger("llmkd")
@@ -42,6 +40,8 @@ Encode = Callable[[Columns, list[int]], Columns]
 `useful` (whether it has a token to train)."""
 
 SHARD_ROWS = 16_384
+LOOKED_AT = 1000
+"""Rows whose lengths are told where none is short enough."""
 VERIFIED = 8 * 2**30
 """Up to so many bytes the hashes of files with another time of change are compared at a start. Above, their sizes alone."""
 _TYPES = {
@@ -101,8 +101,9 @@ class TokenFiles:
 
     def rows(self) -> Dataset:
         """All rows, over their files."""
-        parts = [Dataset.from_file(str(self.folder / shard.file)) for shard in self.shards if shard.written.rows]
-        return concatenate_datasets(parts)
+        files = [str(self.folder / shard.file) for shard in self.shards if shard.written.rows]
+        # as one data set at once: one for each file, put together, takes four times as long
+        return Dataset(concat_tables(list(map(MemoryMappedTable.from_file, files))), fingerprint=self.digest)
 
     def lengths(self) -> np.ndarray:
         """[rows] int32, over its file."""
@@ -195,21 +196,11 @@ def _made(
     write = partial(_write_shard, folder, rows, encode, max_length, too_long)
     workers = min(len(os.sched_getaffinity(0)), len(missing))
     total = min(len(missing) * SHARD_ROWS, len(rows))
-    context = multiprocessing.get_context("fork")  # neither the rows nor what encodes them need be sent
     if missing:
-        with (
-            ProcessPoolExecutor(workers, context, _begin, (write, os.getpid())) as pool,
-            progress("tokenizing", total=total, unit="rows") as advance,
-        ):
-            # never more than there are processes: what waits in the pool's queue can't be called back
-            left = iter(missing)
-            under_way = {pool.submit(_next, number) for number in islice(left, workers)}
+        with progress("tokenizing", total=total, unit="rows") as advance:
             try:
-                while under_way:
-                    done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-                    advance(sum(shard.result().written.read for shard in done))
-                    if not asked():  # else those under way are the last
-                        under_way |= {pool.submit(_next, number) for number in islice(left, len(done))}
+                for shard in shard_workers.written(write, missing, workers, asked):
+                    advance(shard.written.read)
             except BrokenProcessPool as error:
                 raise InputError(
                     f"{folder}: a process that made tokens was killed, most likely for want of memory; the same command goes on where it "
@@ -219,7 +210,7 @@ def _made(
     if len(shards) < count:
         return None
     files = TokenFiles(folder, tuple(shards))
-    _check_some(files.total, max_length)
+    _check_some(files.total, max_length, rows, encode)
     record(files, identity)
     return files
 
@@ -240,26 +231,6 @@ def record_shard(file: Path, written: Written) -> Shard:
     shard = Shard(file.name, state.st_size, state.st_mtime_ns, sha256(file), written)
     write_json_durably(file.with_suffix(".json"), asdict(shard))
     return shard
-
-
-_write: Callable[[int], Shard]
-"""In a worker: what it was started for."""
-
-
-def _begin(write: Callable[[int], Shard], parent: int) -> None:
-    global _write
-    die_with_parent()
-    if os.getppid() != parent:  # it ended before we asked
-        os._exit(1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's own would only take note
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    disable_progress_bars()  # of one shard; the whole has its own
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the threads
-    _write = write
-
-
-def _next(number: int) -> Shard:
-    return _write(number)
 
 
 def recorded_shard(folder: Path, number: int) -> Shard | None:
@@ -322,17 +293,31 @@ def mapped_rows(rows: Dataset, encode: Encode, *, max_length: int, too_long: str
         new_fingerprint=uuid.uuid4().hex,  # datasets' own would be a hash of all that `encode` holds
     )
     total = Written(read=len(rows), rows=len(tokens), tokens=0, **dropped)
-    _check_some(total, max_length)
+    _check_some(total, max_length, rows, encode)
     _announce(total, max_length, too_long)
     return tokens
 
 
-def _check_some(total: Written, max_length: int) -> None:
-    if total.rows == 0:
+def _check_some(total: Written, max_length: int, rows: Dataset, encode: Encode) -> None:
+    """Raise InputError where no row is left, with how long the first ones are."""
+    if total.rows:
+        return
+    first = rows[:LOOKED_AT]
+    lengths = sorted(encode(first, list(range(len(next(iter(first.values()))))))["whole"])
+    shortest, middle, longest = lengths[0], lengths[len(lengths) // 2], lengths[-1]
+    which = "the rows" if len(lengths) == len(rows) else f"the first {len(lengths):,} rows"
+    spread = f"{which} have {shortest:,} to {longest:,}, half of them up to {middle:,}"
+    said = f"no row has a token to train within {max_length:,} tokens; {spread}"
+    if longest <= max_length:
         raise InputError(
-            f"data.max_length: no row has a token to train within {max_length} tokens; write a larger max_length, or "
-            "look at the data"
+            f"data.max_length: {said}, so that none of these is too long: give rows with something to train"
         )
+    cure = (
+        f"{longest:,}, which is enough for all"
+        if middle <= max_length
+        else f"{middle:,}, enough for half, to {longest:,}, for all"
+    )
+    raise InputError(f"data.max_length: {said}; write {cure}")
 
 
 def _announce(total: Written, max_length: int, too_long: str) -> None:

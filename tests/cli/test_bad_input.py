@@ -136,7 +136,7 @@ def test_the_recipe_that_is_spoilt_below_is_good(place: Path, world: Any) -> Non
             {"data.rows": 5},
             "train.batch_size: 8 rows per step, but the data has only 5 (packed: sequences of rows); write a smaller batch, or",
         ),
-        ({"data.max_length": 2}, "data.max_length: no row has a token to train within 2 tokens; write a larger"),
+        ({"data.max_length": 2}, "data.max_length: no row has a token to train within 2 tokens; the rows have"),
         ({"data.max_length": 65}, "data.max_length: 65 tokens are more than the 64 positions of"),
         ({"train.deepspeed": "zero4"}, "train.deepspeed: no DeepSpeed configuration 'zero4'; write one of"),
         (

@@ -150,12 +150,25 @@ def test_the_first_row_that_can_t_be_tokenized_is_named(tmp_path: Path, monkeypa
     assert not (tmp_path / "tokens.json").exists()
 
 
-def test_no_row_is_left(tmp_path: Path) -> None:
+def test_no_row_has_something_to_train(tmp_path: Path) -> None:
     def useless(columns: Columns, numbers: list[int]) -> Columns:
         return {**encode(columns, numbers), "useful": [False] * len(numbers)}
 
-    with pytest.raises(InputError, match=r"data\.max_length: no row has a token to train within 9 tokens; write"):
-        tokens(tmp_path, useless)
+    said = r"data\.max_length: no row has a token to train within 11 tokens; the rows have 1 to 11, half of them up to 6, so that none"
+    with pytest.raises(InputError, match=said):
+        made(tmp_path, lambda: (text(), useless), identity={}, max_length=11, too_long="drop")
+
+
+def test_where_no_row_is_short_enough_their_lengths_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def long(columns: Columns, numbers: list[int]) -> Columns:
+        return {**encode(columns, numbers), "whole": [number + 20 for number in numbers]}
+
+    said = r"no row has a token to train within 9 tokens; the rows have 20 to 69, half of them up to 45; write 45, enough for half"
+    with pytest.raises(InputError, match=said):
+        tokens(tmp_path / "store", long)
+    monkeypatch.setattr(token_files, "LOOKED_AT", 11)
+    with pytest.raises(InputError, match="; the first 11 rows have 20 to 30, half of them up to 25; write 25, "):
+        mapped_rows(text(), long, **CUT)
 
 
 @pytest.mark.parametrize("name", ["lengths.npy", "pairs-1.npy"])
@@ -202,14 +215,15 @@ def test_processes_that_want_the_same_tokens_wait_for_the_one_that_makes_them(tm
     )
 
 
+@pytest.mark.parametrize("count", [1, 2])
 def test_asked_to_stop_it_finishes_the_shards_under_way_and_goes_on_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    cores(monkeypatch, 1)
+    cores(monkeypatch, count)
     how: dict[str, Any] = {"identity": {"of": "a test"}, **CUT}
     assert made(tmp_path / "store", lambda: (text(), watched(tmp_path / "seen")), **how, asked=lambda: True) is None
     first = {int(line) for line in (tmp_path / "seen").read_text().splitlines()}
-    assert first == set(range(token_files.SHARD_ROWS)), "what was queued behind it is left for the next call"
+    assert first == set(range(8 * count)), "one shard of each process, and none that had to wait for one"
     (tmp_path / "seen").unlink()
     assert tokens(tmp_path / "store", watched(tmp_path / "seen")) == expected()
     assert not first & {int(line) for line in (tmp_path / "seen").read_text().splitlines()}

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmkd.data import token_files
+from llmkd.data import file_hashes, token_files
 from llmkd.data import tokens as text_tokens
-from llmkd.data.batches import Batch
+from llmkd.data.batches import Batch, Family
 from llmkd.data.tokenized import Tokens
 from llmkd.errors import InputError
 from llmkd.models.load import load_tokenizer
@@ -63,11 +63,28 @@ def test_students_of_one_recipe_share_their_tokens(
     for strategy in ("forward", "reverse", "none"):
         trained(world, recipe, tmp_path / strategy, **{"matching.strategy": strategy})
     (folder,) = made
-    assert folder.parent == tmp_path / "runs" / "tokens" and [*folder.parent.iterdir()] == [folder]
+    assert folder.parent == tmp_path / "runs" / "tokens" and [*folder.parent.rglob("tokens.json")] == [
+        folder / "tokens.json"
+    ]
     first = tmp_path / "forward"
     moved = {"matching.strategy": "forward", "data.tokens": str(tmp_path / "elsewhere")}
     same_to_the_bit(first, trained(world, recipe, tmp_path / "again", **moved))
     assert len(made) == 2 and made[1].parent == tmp_path / "elsewhere" and made[1].name == folder.name
+
+
+def test_a_later_start_does_not_read_the_source(
+    recipe: Recipe, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither for the tokens nor for the run's inputs; a doctor's look does not either."""
+    source = tmp_path / "rows.jsonl"
+    shutil.copy(recipe.data.source, source)
+    monkeypatch.setattr(file_hashes, "RACY", -(10**18))  # as if it had been there for long
+    own = recipe.changed({"data.source": str(source)})
+    first = trained(world, own, tmp_path / "first")
+    monkeypatch.setattr(file_hashes, "_known", {})
+    monkeypatch.setattr(file_hashes, "sha256", lambda file: pytest.fail(f"{file} is read again"))
+    same_to_the_bit(first, trained(world, own, tmp_path / "second"))
+    assert all(tokens.found(own, Family("decoder"), load_tokenizer(Path(own.teacher_path))))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from llmkd.processes import stopping
 from llmkd.recipe.options import SET, FiniteRange, OutputPath, train_options
 
 if TYPE_CHECKING:
+    from llmkd.recipe.recipe import Recipe
     from llmkd.report.results import Results
 
 log = logging.getLogger("llmkd")
@@ -123,18 +124,24 @@ def _launch(recipe: str, overrides: tuple[str, ...], options: list[str], ranks: 
 
     settings = load_recipe(recipe, overrides)
     sets = [part for override in overrides for part in ("--set", override)]
-    processes = _ranks(ranks) or settings.study.ranks
+    processes = _ranks(ranks, _writing(settings)) or settings.study.ranks
     check_ds_configs(settings, processes)
     sys.exit(launch(processes, ["--recipe", recipe, *options, *sets]).code)
 
 
-def _ranks(asked: int | None) -> int:
-    """The ranks asked for, else one per GPU; 0 where there is neither."""
+def _writing(settings: Recipe) -> int:
+    """How many GPUs of a node write texts and train nothing."""
+    return 0 if settings.rollouts is None else len(settings.rollouts.devices or ())
+
+
+def _ranks(asked: int | None, writing: int) -> int:
+    """The ranks asked for, else one per GPU that is not among those for `writing` texts alone; 0 where there is neither."""
     import torch
 
-    gpus = torch.cuda.device_count()
+    gpus = max(0, torch.cuda.device_count() - writing)
     if asked and gpus and asked > gpus:
-        raise InputError(f"--ranks {asked}: this machine has {gpus} GPUs; write at most {gpus}")
+        own = f" beside {writing} that write (rollouts.devices)" if writing else ""
+        raise InputError(f"--ranks {asked}: this machine has {gpus} GPUs{own}; write at most {gpus}")
     return asked or gpus
 
 
@@ -157,7 +164,7 @@ def study(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None:
 
     with stopping(STOPPED, terminated=0):
         try:
-            available = _ranks(ranks)
+            available = _ranks(ranks, _writing(settings))
             _show(*run(settings, ranks or min(available or settings.study.ranks, settings.study.ranks)))
         except Stopped:
             click.echo(STOPPED, err=True)

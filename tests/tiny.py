@@ -161,7 +161,10 @@ def plain_run(
         if recipe.matching.redraw_every:
             depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
             pairs = in_order_random(*depths, recipe.seed, step // recipe.matching.redraw_every)
-        parts = plain_losses(recipe, teacher, student, projectors, pairs, batch)
+        if recipe.loss.own_divergence is None:
+            parts = plain_losses(recipe, teacher, student, projectors, pairs, batch)
+        else:
+            parts = plain_losses_of_two(recipe, teacher, student, projectors, pairs, rows, tokenizer.pad_token_id)
         loss = (
             recipe.loss.ce * parts["ce"]
             + recipe.loss.kl * parts["kl"]
@@ -214,7 +217,7 @@ def plain_by_teacher(recipe: Recipe, data: Dataset, teacher: Any, eos: int) -> D
     """The rows with what the teacher writes in place of their completions, token by token."""
     how = recipe.rollouts
     assert how is not None and len(data) <= 1024
-    wanted = Schedule(1, how.share, 1, 0, 1).wanted(0, np.arange(len(data)))
+    wanted = Schedule(1, how.teachers_share, 1, 0, 1).wanted(0, np.arange(len(data)))
     seeds = dict(zip(wanted.rows.tolist(), wanted.seeds.tolist(), strict=True))
     rows: list[dict[str, Any]] = []
     for number, row in enumerate(map(dict, data)):
@@ -302,6 +305,31 @@ def plain_losses(
     where = attended if recipe.matching.positions == "attended" else trained
     none = torch.zeros(())
     return {"ce": ce, "kl": kl, "hidden": torch.stack([h[where].mean() for h in hidden]).mean() if hidden else none}
+
+
+def plain_losses_of_two(
+    recipe: Recipe, teacher: Any, student: Any, projectors: Any, pairs: Any, rows: list[Any], pad_id: int
+) -> dict[str, torch.Tensor]:
+    """As `plain_losses`, of a step in which the student's own texts have a divergence of their own."""
+    kinds = (
+        ([row for row in rows if "ended" in row], recipe.loss.own_divergence),
+        (
+            [row for row in rows if "ended" not in row],
+            recipe.loss.divergence,
+        ),
+    )
+    means, trained, attended = [], [], []
+    for of_kind, divergence in kinds:
+        batch = collate(of_kind, pad_id=pad_id, packed=False)
+        loss = recipe.loss.model_copy(update={"divergence": divergence, "own_divergence": None})
+        means.append(plain_losses(recipe.model_copy(update={"loss": loss}), teacher, student, projectors, pairs, batch))
+        trained.append(int((batch.targets != IGNORE).sum()))
+        attended.append(int(batch.attended.sum()))
+    counts = {"ce": trained, "kl": trained, "hidden": attended if recipe.matching.positions == "attended" else trained}
+    return {
+        part: torch.stack([mean[part] * n for mean, n in zip(means, of, strict=True)]).sum() / sum(of)
+        for part, of in counts.items()
+    }
 
 
 def _state(model: Any, output: Any, block: int, recipe: Recipe) -> torch.Tensor:

@@ -75,6 +75,7 @@ class Batch:
     source_ids: Tensor | None = None  # [B, S] what an encoder-decoder's encoder reads; all else is then its decoder's
     source_attended: Tensor | None = None  # [B, S] bool, False at padding
     source_at: Tensor | None = None  # [K] flat positions of the source that are not padding
+    own: bool = False  # all rows are texts that the student wrote, where these have a divergence of their own
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on the device."""

@@ -22,13 +22,19 @@ class VllmEngine:
         max_length: int,
         trust_remote_code: bool,
         gpu_share: float | None = None,
+        tensor_parallel: int = 1,
     ) -> None:
-        """`gpu_share`: the share of the GPU's memory, where another process has the rest; the engine can then sleep."""
+        """`gpu_share`: the share of the GPU's memory, where another process has the rest; the engine can then sleep.
+
+        `tensor_parallel`: over how many of the process's GPUs the model is spread.
+        """
         from vllm import LLM  # type: ignore[import-not-found]  # optional, and takes seconds
 
         options = engine_options(dtype, max_length=max_length, seed=0)
         if gpu_share is not None and not on_cpu():
             options |= {"gpu_memory_utilization": gpu_share, "enable_sleep_mode": True}
+        if tensor_parallel > 1:
+            options["tensor_parallel_size"] = tensor_parallel
         self._engine: Any = LLM(
             model=str(folder),
             skip_tokenizer_init=True,

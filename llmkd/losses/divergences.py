@@ -12,6 +12,7 @@ These are the definitions, differentiable by autograd. `llmkd.losses.closed_form
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -193,24 +194,29 @@ PARAMETERS = tuple(dict.fromkeys(name for divergence in DIVERGENCES.values() for
 """The keys that any divergence reads."""
 
 
-def with_parameters(names: str | Mapping[str, float], values: Mapping[str, float | None]) -> Divergence:
+Mix = str | Mapping[str, float]
+"""The name of a divergence, or several with their weights."""
+
+
+def with_parameters(mix: Mix, values: Mapping[str, float | None], beside: Mix = MappingProxyType({})) -> Divergence:
     """The divergence of that name, or the sum of several by their weights, with these parameters; None stands for the usual value.
 
-    Raises InputError for a parameter that none of them reads.
+    beside: what else may read the parameters. Raises InputError for one that nothing reads.
     """
-    weights = {names: 1.0} if isinstance(names, str) else names
+    weights = {mix: 1.0} if isinstance(mix, str) else mix
     values = {key: value for key, value in values.items() if value is not None}
     for key in values:
-        if not any(key in parameters(DIVERGENCES[name]) for name in weights):
+        names = dict.fromkeys([*weights, *([beside] if isinstance(beside, str) else beside)])
+        if not any(key in parameters(DIVERGENCES[name]) for name in names):
             readers = [other for other in DIVERGENCES if key in parameters(DIVERGENCES[other])]
             raise InputError(
-                f"loss.{key}: {' and '.join(weights)} does not read it; leave it out, or write divergence: {' or '.join(readers)}"
+                f"loss.{key}: {' and '.join(names)} does not read it; leave it out, or write divergence: {' or '.join(readers)}"
             )
     parts = []
     for name, weight in weights.items():
         read = {key: value for key, value in values.items() if key in parameters(DIVERGENCES[name])}
         parts.append((partial(DIVERGENCES[name], **read) if read else DIVERGENCES[name], weight))
-    return parts[0][0] if isinstance(names, str) else partial(mixed, parts=tuple(parts))
+    return parts[0][0] if isinstance(mix, str) else partial(mixed, parts=tuple(parts))
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

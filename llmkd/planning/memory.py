@@ -19,7 +19,6 @@ from llmkd.files import ROOT
 from llmkd.losses.chunked_head import BUFFERS, rows_at_once
 from llmkd.losses.compiled_rows import reads_row_by_row
 from llmkd.losses.distance_sum import terms_of
-from llmkd.losses.divergences import with_parameters
 from llmkd.models.load import DTYPES
 from llmkd.planning.cache import cache_rows, cache_traffic
 from llmkd.planning.rollouts import rollout_rows
@@ -205,7 +204,7 @@ def head_rows(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Row]:
     if not _in_one_kernel(recipe):
         at_once = rows_at_once(chunk, student.vocabulary, "cuda")
         buffers = BUFFERS["kl" if recipe.loss.kl else "ce"]
-        if recipe.loss.kl and not isinstance(recipe.loss.divergence, str):
+        if recipe.loss.kl and max(len(recipe.loss.divergences), len(recipe.loss.own_divergences)) > 1:
             buffers += 4  # of a sum of divergences each but the last spoils copies, and their gradients are added up
         how = f"{buffers} x {at_once} tokens x {student.vocabulary:,} x {WIDE} B"
         held = buffers * at_once * student.vocabulary * WIDE
@@ -224,7 +223,8 @@ def _in_one_kernel(recipe: Recipe) -> bool:
     if not recipe.compiles_head or not recipe.loss.kl:
         return recipe.compiles_head
     is_top_k = recipe.teacher.placement == "cache" and recipe.cache.top_k is not None
-    return not is_top_k and reads_row_by_row(with_parameters(recipe.loss.divergence, recipe.loss.parameters))
+    mixes = (recipe.loss.divergence, *([] if recipe.loss.own_divergence is None else [recipe.loss.own_divergence]))
+    return not is_top_k and all(reads_row_by_row(recipe.loss.divergence_of(mix)) for mix in mixes)
 
 
 def peak(rows: Sequence[Row], place: Place = "device") -> tuple[int, str]:

@@ -17,11 +17,12 @@ def rollout_rows(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Row]:
     settings = recipe.rollouts
     if settings is None or not settings.writes:
         return []
-    if settings.before_training:
-        return _by_teacher(settings, recipe, teacher)
+    before = _by_teacher(settings, recipe, teacher) if settings.before_training and settings.devices is None else []
+    if not settings.during_training:
+        return before
     size = DTYPES[recipe.train.dtype].itemsize
     texts, tokens = settings.batch_size, recipe.data.max_length
-    models, rows = [student], []
+    models, rows = [student], before
     if settings.by == "mixed":
         models.append(teacher)
         wide = DTYPES[recipe.teacher.dtype].itemsize
@@ -31,11 +32,14 @@ def rollout_rows(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Row]:
     sent = student.parameters * size
     how = f"{millions(student.parameters)} x {size} B, one copy on a node, every {settings.every} step(s)"
     copied = f"{millions(student.parameters)} x {size} B"
+    handed = Row(f"weights handed over ({sent / GIB:.2f} GiB a round)", sent, how, WRITING, place="host")
+    if settings.devices is not None:  # what writes is on GPUs that no rank has
+        return [handed]
     return [
         *rows,
         Row("a copy of the student, writing", sent, copied, WRITING),
         _cache_row(texts, tokens, cached, size, WRITING),
-        Row(f"weights handed over ({sent / GIB:.2f} GiB a round)", sent, how, WRITING, place="host"),
+        handed,
     ]
 
 

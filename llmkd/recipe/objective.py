@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from llmkd.errors import InputError
 from llmkd.layer_map import OPTIONS, STRATEGIES
 from llmkd.losses.distance_sum import KNOWN, terms_of
-from llmkd.losses.divergences import DIVERGENCES, PARAMETERS, with_parameters
+from llmkd.losses.divergences import DIVERGENCES, PARAMETERS, Divergence, Mix, with_parameters
 from llmkd.losses.objective import Change
 from llmkd.recipe.section import NO_EFFECT, Positions, Section, check_name, check_weights
 
@@ -243,6 +243,9 @@ class Loss(Section):
     )
     """forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, tvd, akl or top_k; or several with their weights,
     {forward_kl: 0.5, reverse_kl: 0.5}."""
+    own_divergence: str | dict[str, float] | None = Field(default=None, examples=["skew_reverse_kl"])
+    """The divergence on texts that the student wrote (section rollouts), where it is another than `divergence`, with the same parameters.
+    DistiLLM-2's pair: divergence skew_kl, own_divergence skew_reverse_kl, rollouts.by both."""
     beta: float | None = Field(default=None, ge=0, le=1)
     """jsd: the teacher's share of the mixture; default: 0.5, which is symmetric."""
     skew: float | None = Field(default=None, ge=0, lt=1)
@@ -264,7 +267,14 @@ class Loss(Section):
     @model_validator(mode="after")
     def _known(self) -> Loss:
         check_weights("loss.divergence", self.divergences, DIVERGENCES)
-        with_parameters(self.divergence, self.parameters)
+        if self.own_divergence is not None:
+            check_weights("loss.own_divergence", self.own_divergences, DIVERGENCES)
+            if self.report_norms_every and len(self.divergences) + len(self.own_divergences) > 2:
+                raise ValueError(
+                    "loss.report_norms_every: it names each divergence of a sum, and the student's own texts have another; write 0, or one "
+                    "divergence each"
+                )
+        self.divergence_of(self.divergence)
         for part in ("ce", "kl", "hidden"):
             if self.schedules is not None and getattr(self.schedules, part) is not None and getattr(self, part) == 0:
                 raise ValueError(
@@ -286,6 +296,16 @@ class Loss(Section):
     def divergences(self) -> dict[str, float]:
         """Each divergence's weight in the divergence part."""
         return {self.divergence: 1.0} if isinstance(self.divergence, str) else self.divergence
+
+    @property
+    def own_divergences(self) -> dict[str, float]:
+        """Each divergence's weight on the student's own texts where they have another; else empty."""
+        own = self.own_divergence or {}
+        return {own: 1.0} if isinstance(own, str) else own
+
+    def divergence_of(self, mix: Mix) -> Divergence:
+        """This divergence, or the sum of several. Raises InputError for a parameter that none of the recipe's divergences reads."""
+        return with_parameters(mix, self.parameters, beside={**self.divergences, **self.own_divergences})
 
     @property
     def parameters(self) -> dict[str, float | None]:

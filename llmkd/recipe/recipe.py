@@ -211,7 +211,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _rollouts_are_possible(self) -> Recipe:
-        check_rollouts(self.rollouts, self.data, self.loss, self.teacher)
+        check_rollouts(self.rollouts, self.data, self.loss, self.teacher, self.train)
         own = None if self.finetune is None else self.finetune.data or self.data
         if own is not None and any(part.format == "prompts" for part in own.parts):
             raise ValueError(

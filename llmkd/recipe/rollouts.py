@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from llmkd.recipe.data import Data
 from llmkd.recipe.models import Teacher
 from llmkd.recipe.objective import Loss
+from llmkd.recipe.run import Train
 from llmkd.recipe.section import NO_EFFECT, Backend, Section
 
 
@@ -16,15 +17,16 @@ class Rollouts(Section):
     """On-policy distillation: during training a model continues the prompts of the data's rows, and its texts are trained on in place of
     the rows' own completions. The teacher reads them like any row."""
 
-    by: Literal["student", "mixed", "teacher"] = "student"
+    by: Literal["student", "mixed", "teacher", "both"] = "student"
     """Who writes. `student`: the student as it is then (on-policy). `mixed`: each token is drawn from both, from (1 − alpha) of the
     student's distribution and alpha of the teacher's (MiniLLM), which keeps a weak student's texts sensible; it takes the hf backend.
-    `teacher`: the teacher, once, before training (sequence-level distillation); all students of a study read the same texts."""
+    `teacher`: the teacher, once, before training (sequence-level distillation); all students of a study read the same texts. `both`: the
+    student writes its share of each batch, and the other rows have the teacher's texts (DistiLLM-2, with loss.own_divergence)."""
     alpha: float = Field(default=0.2, gt=0, lt=1)
     """The teacher's part in `by: mixed`."""
     share: float = Field(default=1.0, ge=0, le=1)
-    """The share of each batch's rows whose completions are written; the others keep the data's (GKD's lambda). By the teacher: the share of
-    all rows."""
+    """The share of each batch's rows whose completions are written; the others keep the data's (GKD's lambda). `by: teacher`: the share of
+    all rows. `by: both`: the student's share, below 1."""
     every: int = Field(default=1, gt=0)
     """Steps for which texts are written at one time, by the student as it is before the first of them; 1 is strictly on-policy."""
     samples: int = Field(default=1, gt=0)
@@ -42,6 +44,11 @@ class Rollouts(Section):
     Face."""
     gpu_share: Annotated[float, NO_EFFECT] = Field(default=0.3, gt=0, lt=1)
     """The share of a GPU's memory that vLLM has while it writes, beside what training keeps there; it lets go of it in between."""
+    devices: Annotated[tuple[int, ...] | None, NO_EFFECT] = Field(default=None, examples=[[4, 5, 6, 7]])
+    """GPUs of each node, as nvidia-smi numbers them, on which vLLM alone runs, while the ranks have the others; default: a rank's own GPU,
+    shared."""
+    tensor_parallel: Annotated[int, NO_EFFECT] = Field(default=1, gt=0)
+    """How many of `devices` hold one copy of the model that writes, for one that is too large for a single GPU."""
     batch_size: Annotated[int, NO_EFFECT] = Field(default=64, gt=0)
     """Prompts at once on the hf backend (vLLM batches by itself)."""
 
@@ -49,11 +56,34 @@ class Rollouts(Section):
     def _consistent(self) -> Rollouts:
         if self.by == "mixed" and self.backend == "vllm":
             raise ValueError("backend: vLLM runs one model, and by: mixed draws each token from two; write hf")
-        for key, others in {"alpha": ("student", "teacher"), "every": ("teacher",), "samples": ("teacher",)}.items():
-            if getattr(self, key) != type(self).model_fields[key].default and self.by in others:
-                wanted = " or ".join(by for by in ("student", "mixed") if by not in others)
-                raise ValueError(f"{key}: it belongs to by: {wanted}; write that, or leave {key} out")
+        if self.by == "mixed" or self.backend == "hf":
+            if self.devices is not None:
+                raise ValueError(
+                    "devices: they are for vLLM, which does not write here; write backend: vllm, or leave devices out"
+                )
+        if self.tensor_parallel > 1 and self.devices is None:
+            raise ValueError(
+                "tensor_parallel: only GPUs that no rank trains on can be joined; name them as devices, or write 1"
+            )
+        if self.devices is not None and (
+            not self.devices or len(set(self.devices)) < len(self.devices) or len(self.devices) % self.tensor_parallel
+        ):
+            raise ValueError(
+                f"devices: {list(self.devices)} are not whole groups of {self.tensor_parallel} different GPUs (tensor_parallel); write "
+                "e.g. [4, 5, 6, 7]"
+            )
+        during = ("student", "mixed", "both")
+        for key, whose in {"alpha": ("mixed",), "every": during, "samples": during}.items():
+            if getattr(self, key) != type(self).model_fields[key].default and self.by not in whose:
+                raise ValueError(f"{key}: it belongs to by: {' or '.join(whose)}; write that, or leave {key} out")
+        if self.by == "both" and self.share == 1:
+            raise ValueError("share: at 1 no row is left for the teacher's texts; write e.g. 0.5, or by: student")
         return self
+
+    @property
+    def engines(self) -> int | None:
+        """How many engines a node has on devices of their own; None where each rank writes on its own."""
+        return None if self.devices is None else len(self.devices) // self.tensor_parallel
 
     @property
     def writes(self) -> bool:
@@ -63,7 +93,12 @@ class Rollouts(Section):
     @property
     def before_training(self) -> bool:
         """Whether they are written once, and are then rows like the data's own."""
-        return self.writes and self.by == "teacher"
+        return self.writes and self.by in ("teacher", "both")
+
+    @property
+    def teachers_share(self) -> float:
+        """The share of all rows that the teacher writes before training."""
+        return 1.0 if self.by == "both" else self.share
 
     @property
     def during_training(self) -> bool:
@@ -71,10 +106,10 @@ class Rollouts(Section):
         return self.writes and self.by != "teacher"
 
 
-def check_rollouts(rollouts: Rollouts | None, data: Data, loss: Loss, teacher: Teacher) -> None:
+def check_rollouts(rollouts: Rollouts | None, data: Data, loss: Loss, teacher: Teacher, train: Train) -> None:
     """Raise ValueError where a run can't train on written texts as it asks, and for prompts that nobody continues."""
     if any(part.format == "prompts" for part in data.parts):
-        if rollouts is None or rollouts.share < 1:
+        if rollouts is None or (rollouts.share < 1 and rollouts.by != "both"):
             raise ValueError(
                 "data.format: prompts have no completion to train on; add the section rollouts with a share of 1, or give rows with "
                 "completions"
@@ -85,11 +120,18 @@ def check_rollouts(rollouts: Rollouts | None, data: Data, loss: Loss, teacher: T
             raise ValueError(
                 "data.validation: prompts have no completion to validate on; give a source of rows with completions and its format"
             )
+    if loss.own_divergence is not None and (rollouts is None or not rollouts.during_training):
+        raise ValueError(
+            "loss.own_divergence: it is for texts that the student writes, and it writes none; add the section rollouts (by: both or "
+            "student), or leave the key out"
+        )
     if rollouts is None or not rollouts.writes:
         return
     off = "or leave the section rollouts out"
     if rollouts.during_training:
         _check_during(rollouts, data, loss, teacher, off)
+        if loss.own_divergence is not None:
+            _check_apart(rollouts, train)
     if data.streaming:
         raise ValueError(f"data.streaming: prompts are taken from rows on disk; write streaming: false, {off}")
     if any(part.format == "text" for part in data.parts):
@@ -120,4 +162,15 @@ def _check_during(rollouts: Rollouts, data: Data, loss: Loss, teacher: Teacher, 
         raise ValueError(
             "data.batching: packed sequences are laid out before training, when nobody knows how long a text will be; write grouped, "
             f"{by_teacher}, {off}"
+        )
+
+
+def _check_apart(rollouts: Rollouts, train: Train) -> None:
+    """Raise ValueError where a step's written texts and its other rows do not each fill whole micro-batches."""
+    written = round(rollouts.share * train.batch_size, 6)
+    if written % train.micro_batch_size:
+        raise ValueError(
+            f"loss.own_divergence: the student's texts have micro-batches of their own, and {rollouts.share:g} of batch_size "
+            f"{train.batch_size} = {written:g} rows do not fill any of micro_batch_size {train.micro_batch_size}; write a share and a "
+            "micro_batch_size that divide the batch"
         )

@@ -23,6 +23,7 @@ CE_ONLY: Mapping[str, object] = {
     "loss.schedules": None,
     "stones": None,
     "rollouts": None,
+    "loss.own_divergence": None,
 }
 Kind = Literal["teacher", "baseline", "student"]
 STEPS = {step.name: step.entry for step in SCORING_STEPS if step.entry is not None}

@@ -64,10 +64,9 @@ class ByTeacher:
 
     def identity(self, tokens: str, held_out: Sequence[int]) -> dict[str, Any]:
         """All that decides the texts of a source, as JSON. `tokens`: a hash of its rows; `held_out`: what says which are not rewritten."""
-        writing = {**vars(self.writing), "gpu_share": None, "batch_size": None}
         return {
             "teacher": self.contents,
-            "writing": writing,
+            "writing": self.writing.decides(),
             "share": self.share,
             "drops_truncated": self.drops_truncated,
             "known": [self.known.count, *sorted(self.known.foreign)],

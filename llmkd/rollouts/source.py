@@ -11,9 +11,9 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,6 +51,8 @@ class Micro:
     seed: int
     """Of the order of the data's rows."""
     pad_id: int
+    apart: int | None = None
+    """How many rows a micro-batch has, where none has both texts that were written and others."""
 
 
 @dataclass
@@ -126,7 +128,7 @@ class Rollouts:
 
     def _decides(self) -> dict[str, Any]:
         """What decides a round's texts beside the weights."""
-        writing = {**vars(self.writing), "gpu_share": None, "batch_size": None, "mixed_with": None}
+        writing = {**self.writing.decides(), "mixed_with": None}
         return {
             "writing": writing,
             "schedule": {**vars(self.schedule), "steps": None},
@@ -207,31 +209,55 @@ class Rollouts:
 
     def _batches(self, texts: Sequence[Text], step: int) -> list[Batch]:
         """This rank's micro-batches of a step: the data's rows with the texts in their places, the longest first."""
-        rows: list[tuple[int, int, TokenRow | None]] = []
-        unused: list[tuple[int, int, TokenRow]] = []
+        others: list[_Row] = []
+        own: list[_Row] = []
+        unused: list[_Row] = []
         numbers = self._rows(step)
         written = {text.place: text for text in texts if text.step == step}
         lengths = self.tokens.lengths_of(numbers)
         for place, (number, length) in enumerate(zip(numbers.tolist(), lengths.tolist(), strict=True)):
             text = written.get(place)
             if text is None:
-                rows.append((length, number, None))
+                others.append(_Row(place, length, number, None))
             else:
-                row = len(text.prompt) + len(text.text), text.row, written_row(text)
-                (unused if text.is_empty or (self.drops_truncated and not text.ended) else rows).append(row)
+                row = _Row(place, len(text.prompt) + len(text.text), text.row, written_row(text))
+                (unused if text.is_empty or (self.drops_truncated and not text.ended) else own).append(row)
         count = self.micro.accumulation * self.world.size
-        # a micro-batch needs a row: where there are too few, some are texts of which nothing is trained
-        rows += [(length, number, _untrained(row)) for length, number, row in unused[: max(0, count - len(rows))]]
-        order = sorted(range(len(rows)), key=lambda place: -rows[place][0])  # stable
-        # as even as can be: a text that is not trained on makes one micro-batch shorter
-        parts = np.array_split(np.array(order), count)[self.world.rank :: self.world.size]
-        batches = []
-        for part in parts:
-            chosen = [rows[place] for place in part]
-            given = [self.tokens.row(number) if row is None else row for _, number, row in chosen]
-            batch = collate(given, pad_id=self.micro.pad_id, packed=False, numbers=[number for _, number, _ in chosen])
-            batches.append(batch.pinned() if torch.cuda.is_available() else batch)
-        return batches
+        if self.micro.apart is None:
+            parts = _parts([*others, *own], unused, count)
+        else:
+            of_own = len(written) // self.micro.apart  # the recipe's checks see to it that they fill them
+            parts = [*_parts(others, [], count - of_own), *_parts(own, unused, of_own)]
+        return [self._batch(part) for part in parts[self.world.rank :: self.world.size]]
+
+    def _batch(self, part: Sequence[_Row]) -> Batch:
+        given = [self.tokens.row(row.number) if row.tokens is None else row.tokens for row in part]
+        batch = collate(given, pad_id=self.micro.pad_id, packed=False, numbers=[row.number for row in part])
+        if self.micro.apart is not None:
+            batch = replace(batch, own=part[0].tokens is not None)
+        return batch.pinned() if torch.cuda.is_available() else batch
+
+
+class _Row(NamedTuple):
+    """A row of a step."""
+
+    place: int
+    length: int
+    number: int
+    """In the data: of the row, or of that whose prompt was continued."""
+    tokens: TokenRow | None
+    """What was written; None: the data's row."""
+
+
+def _parts(rows: Sequence[_Row], unused: Sequence[_Row], count: int) -> list[list[_Row]]:
+    """So many micro-batches of rows of similar length, as even as can be: a text that is not trained on makes one shorter.
+
+    A micro-batch needs a row: where there are too few, some are of `unused`, and nothing of these is trained.
+    """
+    fill = [row._replace(tokens=_untrained(row.tokens)) for row in unused if row.tokens is not None]
+    order = sorted([*rows, *fill[: max(0, count - len(rows))]], key=lambda row: (-row.length, row.place))
+    places = np.array_split(np.arange(len(order)), count) if count else []
+    return [[order[place] for place in part] for part in places]
 
 
 def written_row(text: Text) -> TokenRow:

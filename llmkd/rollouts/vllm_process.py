@@ -42,6 +42,7 @@ class Rounds:
             "max_length": writing.max_length,
             "trust_remote_code": writing.trust_remote_code,
             "gpu_share": writing.gpu_share,
+            "tensor_parallel": writing.tensor_parallel,
         }
         self._kept: VllmEngine | None = None
         self._in_place = True
@@ -109,8 +110,13 @@ class OneModel:
         """The texts of an order."""
         how = self._writing
         if self._engine is None:
-            options = {"max_length": how.max_length, "trust_remote_code": how.trust_remote_code}
-            self._engine = VllmEngine(Path(asked.weights), how.dtype, **options)
+            self._engine = VllmEngine(
+                Path(asked.weights),
+                how.dtype,
+                max_length=how.max_length,
+                trust_remote_code=how.trust_remote_code,
+                tensor_parallel=how.tensor_parallel,
+            )
         return self._engine.continued(asked.prompts, how.sampling(asked))
 
 

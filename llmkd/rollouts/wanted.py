@@ -7,6 +7,7 @@ written: their prompts are continued, each prompt `samples` times.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -14,8 +15,6 @@ from llmkd.data.order import permuted
 
 LOOKS = 20
 """At about so many rounds, evenly spaced, the fixed prompts are continued too: as often as anybody looks at, and no more."""
-WHOLE = 2**20
-"""What a share of 1 is, as a whole number: so no rounding adds up over a long run."""
 _PLACES, _SEED, _SHOWN = 7, 8, 9
 """What a number is drawn for: part of its key (1 to 6: llmkd.data)."""
 
@@ -65,8 +64,8 @@ class Schedule:
 
     def wanted(self, step: int, rows: np.ndarray) -> Wanted:
         """The texts of a step (from 0), whose batch has these rows. The share of written rows is exact within one row at any step."""
-        share = round(self.share * WHOLE)
-        before, after = (number * len(rows) * share // WHOLE for number in (step, step + 1))
+        share = Fraction(self.share).limit_denominator(10**6)  # so that no rounding adds up over a long run
+        before, after = (number * len(rows) * share.numerator // share.denominator for number in (step, step + 1))
         chosen = np.arange(after - before)
         places = np.sort(permuted(chosen, len(rows), (self.seed, _PLACES, step)))
         prompts = rows[places[chosen - chosen % self.samples]]

@@ -59,6 +59,15 @@ class Writing:
     """vLLM's share of the memory of a GPU that it has together with the training."""
     same_weights: bool = False
     """Whether all orders are of the same model, which then stays loaded."""
+    engines: int | None = None
+    """How many of a node's ranks write, where engines have devices of their own; None: all ranks do."""
+    tensor_parallel: int = 1
+    """How many devices of an engine's own hold one copy of the model."""
+
+    def decides(self) -> dict[str, Any]:
+        """What of it may change the texts."""
+        places = ("gpu_share", "batch_size", "engines", "tensor_parallel")
+        return {name: value for name, value in vars(self).items() if name not in places}
 
     def sampling(self, asked: Asked) -> Sampling:
         """How the texts of an order are drawn."""
@@ -86,12 +95,32 @@ class Asked:
     seeds: list[int]
 
 
-def writer_variables(device: torch.device, local_rank: int) -> dict[str, str]:
-    """The environment of a rank's writer beside the rank's own: its share of the cores, and the GPU that is the rank's."""
+def writer_variables(world: World, devices: Sequence[int] | None = None, tensor_parallel: int = 1) -> dict[str, str]:
+    """The environment of a rank's writer beside the rank's own: its share of the cores, and its GPUs.
+
+    devices: those of the node on which vLLM alone runs, as nvidia-smi numbers them; None: each rank's writer shares the rank's GPU.
+    Raises InputError where they can't be had.
+    """
     variables = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    if device.type == "cuda":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        variables["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank] if visible else str(local_rank)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    of_ranks = (visible.split(",") if visible else [str(rank) for rank in range(world.local_size)])[: world.local_size]
+    if devices is not None:
+        if world.device.type != "cuda":
+            raise InputError("rollouts.devices: there is no GPU here; leave the key out")
+        if trained := sorted({str(device) for device in devices} & set(of_ranks)):
+            raise InputError(
+                f"rollouts.devices: ranks train on GPU {', '.join(trained)}; name others, or start fewer ranks than the node's "
+                f"{world.local_size} (--ranks)"
+            )
+        if len(devices) // tensor_parallel > world.local_size:
+            raise InputError(
+                f"rollouts.devices: {len(devices) // tensor_parallel} engines are more than the node's {world.local_size} ranks, each of "
+                "which hands prompts to one at most; name fewer, or write a larger tensor_parallel"
+            )
+        mine = devices[world.local_rank * tensor_parallel :][:tensor_parallel]
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, mine))
+    elif world.device.type == "cuda":
+        variables["CUDA_VISIBLE_DEVICES"] = of_ranks[world.local_rank]
     return variables
 
 
@@ -121,13 +150,15 @@ def written_together(
     prompts: Sequence[np.ndarray],
     seeds: Sequence[int],
 ) -> list[Ids]:
-    """What is written after each prompt, each rank its share of them (all ranks take part).
+    """What is written after each prompt, each rank that has an engine its share of them (all ranks take part).
 
     seeds: each prompt's own. thread: of this rank, in which it writes; a process that a thread starts ends with it.
     """
     # alike in length, so that no rank has all of the long ones
     order = sorted(range(len(prompts)), key=lambda number: (-len(prompts[number]), number))
-    mine = order[world.rank :: world.size]
+    engines = writing.engines or world.local_size
+    writers = [rank for rank in range(world.size) if rank % world.local_size < engines]
+    mine = order[writers.index(world.rank) :: len(writers)] if world.rank in writers else []
     limits = [min(writing.max_new_tokens, writing.max_length - len(prompts[number])) for number in mine]
     asked = Asked(str(weights), [prompts[number].tolist() for number in mine], limits, [seeds[n] for n in mine])
     every = on_every_rank(world, thread, lambda: (mine, writer.write(asked) if mine else []))

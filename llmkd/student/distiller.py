@@ -67,6 +67,7 @@ class Distiller(nn.Module):
 
     def forward(self, batch: Batch, signal: Signal | None, settings: StepSettings, micro_batch: int = 0) -> PassResult:
         """The losses of a micro-batch, the one of this number in its step on this rank."""
+        settings = settings.on(batch)
         with (
             self._tail.recorded(settings.report_norms) as tail,
             watched(self._stone_blocks if settings.stones is not None else {}) as stone_states,

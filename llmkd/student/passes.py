@@ -8,12 +8,12 @@ module's output in tuples, lists and dicts alone: it would not see that a backwa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
 
-from llmkd.data.batches import Counts
+from llmkd.data.batches import Batch, Counts
 from llmkd.layer_map import Pairs
 from llmkd.losses.distance_sum import Term
 from llmkd.losses.divergences import Divergence, forward_kl
@@ -67,6 +67,8 @@ class StepSettings:
     """The distances of each pair."""
     divergence: Divergence
     temperature: float
+    own_divergence: Divergence | None = None
+    """On texts that the student wrote, where it is another."""
     sample_seeds: tuple[int, ...] = ()
     """By micro-batch, the seed of its sample of tokens; empty where all tokens are compared."""
     stones: StoneSettings | None = None
@@ -83,6 +85,11 @@ class StepSettings:
     """The number of the step, from 1."""
     counts: Counts = Counts(0, 0)
     """The tokens of the step's whole batch, over all ranks."""
+
+    def on(self, batch: Batch) -> StepSettings:
+        """With the divergence of this micro-batch."""
+        own = self.own_divergence if batch.own else None
+        return self if own is None else replace(self, divergence=own)
 
     @property
     def runs_head(self) -> bool:

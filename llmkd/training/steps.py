@@ -14,7 +14,7 @@ from llmkd.distributed.ranks import World, on_main, sum_tensor
 from llmkd.files import forget_after
 from llmkd.layer_map import Pairs
 from llmkd.losses.distance_sum import draw_seed, terms_of
-from llmkd.losses.divergences import forward_kl, with_parameters
+from llmkd.losses.divergences import forward_kl
 from llmkd.losses.objective import PARTS, Change, Divisors, divisors, scales, weights_of_step
 from llmkd.losses.schedules import dynamic_temperature
 from llmkd.recipe.objective import Schedule, Schedules
@@ -52,7 +52,8 @@ class Steps:
             self._temperature = settings.change
         self._report_every = 0 if job.makes_teacher else loss.report_norms_every
         self._terms = tuple(terms_of(mix) for mix in job.recipe.matching.mixes_of(len(job.pairs)))
-        self._divergence = with_parameters(loss.divergence, loss.parameters)
+        self._divergence = loss.divergence_of(loss.divergence)
+        self._own_divergence = None if loss.own_divergence is None else loss.divergence_of(loss.own_divergence)
 
     def settings(self, step: int, counts: Counts, micro_batches: int) -> StepSettings:
         """Of this step (from 1), whose batch has so many tokens and, on each rank, micro-batches."""
@@ -64,7 +65,7 @@ class Steps:
             terms = tuple(terms_of(mix) for mix in self._mixes(step))
         if self._divergences:
             mix = self._moved(job.recipe.loss.divergences, self._divergences, step)
-            divergence = with_parameters(mix, job.recipe.loss.parameters)
+            divergence = job.recipe.loss.divergence_of(mix)
         samples = range(micro_batches if job.recipe.matching.tokens is not None else 0)
         return StepSettings(
             weights=weights,
@@ -73,6 +74,7 @@ class Steps:
             pairs=self._pairs(step),
             terms=terms,
             divergence=divergence,
+            own_divergence=self._own_divergence,
             temperature=self._temperature_of(step),
             sample_seeds=tuple(draw_seed(job.seed, step, number, world.rank) for number in samples),
             stones=self._stones(step, trained=by.ce, compared=by.kl),

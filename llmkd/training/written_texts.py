@@ -43,24 +43,24 @@ def rows_of(world: World, job: Job, tokenizer: Any, stopping: Stopping | None = 
     teacher = on_main(world, lambda: folders.resolve(job.recipe.teacher_path, "teacher.path", section.revision))
     on_main(world, lambda: check_prompts(rows.training))
     writing = Writing(
-        backend=_backend(world, settings, teacher, settings.share * rows.training.count),
+        backend=_backend(world, settings, teacher, settings.teachers_share * rows.training.count),
         dtype=section.dtype,
         stops=stop_ids(teacher, tokenizer),
         trust_remote_code=section.trust_remote_code,
         same_weights=True,
-        **_sampling(job, settings),
+        **_section(job, settings),
     )
     place = job.recipe.tokens_folder(job.data)
     how = ByTeacher(
         teacher,
         on_main(world, lambda: folders.folder_contents(teacher, weights_alone=True)),
         writing,
-        settings.share,
+        settings.teachers_share,
         settings.truncated == "drop",
         known_tokens(job, teacher),
         place,
     )
-    variables = writer_variables(world.device, world.local_rank)
+    variables = writer_variables(world, settings.devices, settings.tensor_parallel)
     new_writer = functools.partial(writer_of, writing, place / f"writer-{world.rank}.log", variables)
     training = rewritten(world, rows.training, how, new_writer, lambda: stopping is not None and stopping.asked)
     if training is None:
@@ -81,6 +81,8 @@ def _backend(world: World, settings: Section, model: Path, texts: float) -> str:
     backend, why = settings.backend, "as the recipe says"
     if settings.by == "mixed":
         backend, why = "hf", "each token is drawn from two models"
+    elif settings.devices is not None:
+        backend, why = "vllm", "it has devices of its own"
     elif backend == "auto":
         tokens = texts * settings.max_new_tokens
         backend, why = on_main(world, lambda: choose_backend("auto", model, tokens, WORTH_VLLM))
@@ -90,9 +92,9 @@ def _backend(world: World, settings: Section, model: Path, texts: float) -> str:
     return backend
 
 
-def _sampling(job: Job, settings: Section) -> dict[str, Any]:
-    """What of a section `rollouts` says how texts are drawn."""
-    names = ("max_new_tokens", "temperature", "top_p", "batch_size")
+def _section(job: Job, settings: Section) -> dict[str, Any]:
+    """What of a section `rollouts` says how and where texts are written."""
+    names = ("max_new_tokens", "temperature", "top_p", "batch_size", "engines", "tensor_parallel")
     return {**{name: getattr(settings, name) for name in names}, "max_length": job.data.max_length}
 
 
@@ -114,20 +116,21 @@ def rollouts_of(
         mixed_share=settings.alpha if settings.by == "mixed" else 0.0,
         mixed_dtype=job.recipe.teacher.dtype,
         mixed_trusts=job.recipe.teacher.trust_remote_code,
-        gpu_share=settings.gpu_share,
-        **_sampling(job, settings),
+        gpu_share=settings.gpu_share if settings.devices is None else None,
+        **_section(job, settings),
     )
     on_main(world, lambda: check_prompts(tokens))
+    apart = None if job.recipe.loss.own_divergence is None else train.micro_batch_size
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Rollouts(
         world,
         job.folder,
         tokens,
         schedule,
-        Micro(train.batch_size, accumulation, job.seed, pad_id),
+        Micro(train.batch_size, accumulation, job.seed, pad_id, apart),
         writing,
         Weights(student, job.folder),
-        writer_variables(world.device, world.local_rank),
+        writer_variables(world, settings.devices, settings.tensor_parallel),
         drops_truncated=settings.truncated == "drop",
         tokenizer=tokenizer,
         known=known_tokens(job, job.teacher),

@@ -39,16 +39,31 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         {"train.micro_batch_size": 2, "train.batch_size": 20}, truncated="drop", share=0.5, max_new_tokens=45
     ),
     "mixed": with_rollouts(by="mixed", alpha=0.4, every=2),
+    "both": with_rollouts(
+        {"loss.divergence": "skew_kl", "loss.own_divergence": "skew_reverse_kl", "loss.skew": 0.2},
+        by="both",
+        share=0.5,
+        every=2,
+    ),
     "prompts": with_rollouts({"data.source": "PROMPTS", "data.format": "prompts"}, every=2),
 }
 RANKS = {
-    1: {"strict": {}, "rounds": {"train.deepspeed": "zero2"}, "samples": {}, "greedy": {}, "mixed": {}, "prompts": {}},
+    1: {
+        "strict": {},
+        "rounds": {"train.deepspeed": "zero2"},
+        "samples": {},
+        "greedy": {},
+        "mixed": {},
+        "prompts": {},
+        "both": {},
+    },
     2: {
         "strict": {"train.deepspeed": "zero3"},
         "rounds": {"train.micro_batch_size": 2},
         "dropped": {"train.deepspeed": "zero3"},
         "staged": {"teacher.placement": "pipeline"},
         "sharded": {"teacher.placement": "zero3"},
+        "both": {"teacher.placement": "pipeline", "train.micro_batch_size": 2},
         "none": {},
     },
 }
@@ -154,7 +169,7 @@ def test_killed_in_a_round_and_resumed(
 
     with monkeypatch.context() as patch:
         if where == "writing":
-            patch.setattr(source, "_attempted", at_round(source._attempted))
+            patch.setattr(source, "written_together", at_round(source.written_together))
         elif where == "publishing":
             patch.setattr(texts, "sync", at_round(texts.sync))  # the file has another name still
         else:

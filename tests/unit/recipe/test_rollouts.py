@@ -36,8 +36,37 @@ NEW = {"loss.ce": 0.0, "rollouts": {"max_new_tokens": 20}}
         ),
         ({"rollouts.by": "mixed", "rollouts.backend": "vllm"}, r"rollouts\.backend: vLLM runs one model, .* write hf"),
         ({"rollouts.alpha": 0.5}, r"rollouts\.alpha: it belongs to by: mixed"),
-        ({"rollouts.by": "teacher", "rollouts.every": 4}, r"rollouts\.every: it belongs to by: student or mixed"),
+        (
+            {"rollouts.by": "teacher", "rollouts.every": 4},
+            r"rollouts\.every: it belongs to by: student or mixed or both",
+        ),
         ({"rollouts.by": "teacher", "rollouts.samples": 4}, r"rollouts\.samples: it belongs to by: student or mixed"),
+        (
+            {"rollouts.devices": [4], "rollouts.by": "mixed"},
+            r"rollouts\.devices: they are for vLLM, which does not write",
+        ),
+        (
+            {"rollouts.devices": [4], "rollouts.backend": "hf"},
+            r"rollouts\.devices: they are for vLLM, which does not write",
+        ),
+        ({"rollouts.tensor_parallel": 2}, r"rollouts\.tensor_parallel: only GPUs that no rank trains on can be joined"),
+        (
+            {"rollouts.devices": [4, 5, 6], "rollouts.tensor_parallel": 2},
+            r"rollouts\.devices: \[4, 5, 6\] are not whole",
+        ),
+        ({"rollouts.devices": [4, 4]}, r"rollouts\.devices: \[4, 4\] are not whole groups of 1 different GPUs"),
+        ({"rollouts.by": "both"}, r"rollouts\.share: at 1 no row is left for the teacher's texts"),
+        ({"rollouts.by": "teacher", "loss.own_divergence": "jsd"}, r"loss\.own_divergence: .* writes none; add"),
+        ({"rollouts": None, "loss.own_divergence": "jsd"}, r"loss\.own_divergence: .* writes none; add the section"),
+        (
+            {"rollouts.share": 0.75, "loss.own_divergence": "jsd", "train.batch_size": 8, "train.micro_batch_size": 4},
+            r"loss\.own_divergence: .* 0\.75 of batch_size 8 = 6 rows do not fill any of micro_batch_size 4",
+        ),
+        ({"loss.own_divergence": "jsd", "loss.skew": 0.3}, r"loss\.skew: forward_kl and jsd does not read it"),
+        (
+            {"loss.own_divergence": {"jsd": 0.5, "tvd": 0.5}, "loss.report_norms_every": 1},
+            r"loss\.report_norms_every: it names each divergence of a sum",
+        ),
         ({"rollouts.by": "teacher", "data.streaming": True}, r"data\.streaming: prompts are taken from rows on disk"),
         (
             {"rollouts.share": 0.5, "data.format": "prompts"},

@@ -313,42 +313,6 @@ class Loss(Section):
         return {name: getattr(self, name) for name in PARAMETERS}
 
 
-class Stones(Section):
-    """Stepping stones (block-wise logit distillation): the student's lower blocks under the teacher's upper ones, beside its own loss."""
-
-    pairs: Literal["from_map"] | tuple[tuple[int, int], ...] = Field(
-        "from_map", examples=["from_map", [[0, 3], [1, 7]]]
-    )
-    """One stone per (student block, teacher block): the teacher continues after its block. `from_map`: the layer map's pairs."""
-    ce: float = Field(default=1.0, ge=0)
-    """Weight of the stones' cross-entropy; of n stones in the order of student blocks, the i-th counts 1/2^(n-i)."""
-    kl: float = Field(default=1.0, ge=0)
-    """Weight of the stones' divergence from the teacher, with loss.divergence, loss.temperature and loss.kl_positions."""
-    cross: float = Field(default=0.0, ge=0)
-    """Weight of the divergence of each stone and of the student from the stones' mean logits, which get no gradient."""
-    sample: Literal["all", "one"] = "all"
-    """`one`: a single stone per step, drawn in proportion to its share and with the weight of all; unbiased, and much cheaper."""
-    connector_batches: int = Field(default=4, gt=0)
-    """Batches on which the connectors are fitted before the first step."""
-    checkpoint: bool = True
-    """Keep only the inputs of the teacher's blocks, and run each again for its gradient. A zero3 teacher needs it."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Stones:
-        if not (self.ce or self.kl or self.cross):
-            raise ValueError("stones: ce, kl and cross are all 0; give one of them a weight, or leave out stones")
-        if self.sample == "one" and self.cross:
-            raise ValueError("stones.sample: the cross term needs every stone's logits; write all, or cross: 0")
-        if isinstance(self.pairs, tuple):
-            students = [student for student, _ in self.pairs]
-            if not students or len(set(students)) != len(students):
-                raise ValueError(
-                    f"stones.pairs: {[list(pair) for pair in self.pairs]} must hold at least one pair, and each student block once; "
-                    "write e.g. [[0, 3], [1, 7]]"
-                )
-        return self
-
-
 def check_something_to_learn(loss: Loss, strategy: str, *, pairs: bool, stones: bool) -> None:
     """Raise InputError where no part of the objective has a weight. `pairs`, `stones`: whether there are any."""
     if loss.ce or loss.kl or (loss.hidden and pairs) or stones:

@@ -23,10 +23,11 @@ from llmkd.recipe.data import Data
 from llmkd.recipe.evaluation import Evaluation, Study
 from llmkd.recipe.messages import sentence
 from llmkd.recipe.models import Student, Teacher
-from llmkd.recipe.objective import Loss, Matching, Stones, check_something_to_learn, within
+from llmkd.recipe.objective import Loss, Matching, check_something_to_learn, within
 from llmkd.recipe.rollouts import Rollouts, check_rollouts
 from llmkd.recipe.run import Cache, Finetune, Train, check_stream, check_validation, with_batch_size
 from llmkd.recipe.section import NO_EFFECT, Section
+from llmkd.recipe.stones import Stones
 from llmkd.recipe.yaml_files import RecipeDumper, find_recipe, parse_yaml, read_text
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -130,8 +131,14 @@ def _launch(recipe: str, overrides: tuple[str, ...], options: list[str], ranks: 
 
 
 def _writing(settings: Recipe) -> int:
-    """How many GPUs of a node write texts and train nothing."""
-    return 0 if settings.rollouts is None else len(settings.rollouts.devices or ())
+    """How many of the GPUs that are visible here write texts and train nothing."""
+    devices = settings.rollouts.devices or () if settings.rollouts is not None else ()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (
+        len(devices)
+        if not visible
+        else len({str(device) for device in devices} & set(visible.replace(" ", "").split(",")))
+    )
 
 
 def _ranks(asked: int | None, writing: int) -> int:

@@ -77,7 +77,7 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
     try:
         run = prepare(world, job, stopping)
     except StoppedTokenizing:
-        message = "%s: stopped by %s while its rows were tokenized; the same command goes on where it stopped"
+        message = "%s: stopped by %s before all its rows were there; the same command goes on where it stopped"
         log.info(message, job.title, stopping.name)
         return False
     job, settings = run.job, run.job.train

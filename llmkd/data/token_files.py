@@ -262,7 +262,7 @@ def _write_shard(folder: Path, rows: Dataset, encode: Encode, max_length: int, t
         features=Features({name: _TYPES[name] for name in names}),
         cache_file_name=str(file),
         load_from_cache_file=False,
-        new_fingerprint=f"{folder.name}-{number}",
+        new_fingerprint=f"llmkd-{number}",  # it is written into the file: the same rows are the same bytes
     )
     lengths: Any = tokens.data.column("length")  # not tokens["length"], which is read row by row
     written = Written(len(part), len(tokens), int(lengths.to_numpy().sum()), **dropped)

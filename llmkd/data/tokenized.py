@@ -87,7 +87,10 @@ class Tokens:
 
     def only(self, numbers: np.ndarray) -> Tokens:
         """These rows alone, as one source without files of its own."""
-        return Tokens(self.rows.select(numbers), (self.lengths_of(numbers),), (Source(0, len(numbers)),))
+        rows = self.rows.select(numbers).flatten_indices(
+            keep_in_memory=True
+        )  # else all that it is beside gets an index
+        return Tokens(rows, (self.lengths_of(numbers),), (Source(0, len(numbers)),))
 
     def batch(self, numbers: np.ndarray, *, collate: Callable[..., Batch], pad_id: int, packed: bool = False) -> Batch:
         """One micro-batch of these rows, padded, or if `packed` end to end."""

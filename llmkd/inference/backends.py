@@ -46,9 +46,9 @@ def by_hugging_face(
     return Continuations(texts, loaded - started, time.perf_counter() - loaded)
 
 
-def writing_model(folder: Path, dtype: str, *, trust_remote_code: bool) -> Any:
-    """A folder's model, ready for `continued`. Raises InputError for one that writes no texts."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def writing_model(folder: Path, dtype: str, *, trust_remote_code: bool, on_gpu: bool = True) -> Any:
+    """A folder's model, ready for `continued`, on a GPU if there is one. Raises InputError for one that writes no texts."""
+    device = torch.device("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
     config = load_config(folder, trust_remote_code=trust_remote_code)
     attention, _ = attention_implementation("auto", DTYPES[dtype], config)  # without a line in the log each time
     how = {"dtype": DTYPES[dtype], "ds_config": None, "attention": attention, "trust_remote_code": trust_remote_code}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -40,8 +40,8 @@ class Rollouts(Section):
     truncated: Literal["train", "drop"] = "train"
     """What is done with a text that has not ended within its tokens."""
     backend: Backend = "auto"
-    """What runs the student; `auto`: vLLM where it is installed and the texts of a round are enough to repay its start, else Hugging
-    Face."""
+    """What runs the model that writes; `auto`: vLLM where it is installed and enough is written at one time to repay its start, else
+    Hugging Face."""
     gpu_share: Annotated[float, NO_EFFECT] = Field(default=0.3, gt=0, lt=1)
     """The share of a GPU's memory that vLLM has while it writes, beside what training keeps there; it lets go of it in between."""
     devices: Annotated[tuple[int, ...] | None, NO_EFFECT] = Field(default=None, examples=[[4, 5, 6, 7]])
@@ -56,11 +56,8 @@ class Rollouts(Section):
     def _consistent(self) -> Rollouts:
         if self.by == "mixed" and self.backend == "vllm":
             raise ValueError("backend: vLLM runs one model, and by: mixed draws each token from two; write hf")
-        if self.by == "mixed" or self.backend == "hf":
-            if self.devices is not None:
-                raise ValueError(
-                    "devices: they are for vLLM, which does not write here; write backend: vllm, or leave devices out"
-                )
+        if self.devices is not None and self.backend != "vllm":
+            raise ValueError("devices: vLLM alone runs there; write backend: vllm too, or leave devices out")
         if self.tensor_parallel > 1 and self.devices is None:
             raise ValueError(
                 "tensor_parallel: only GPUs that no rank trains on can be joined; name them as devices, or write 1"
@@ -76,8 +73,11 @@ class Rollouts(Section):
         for key, whose in {"alpha": ("mixed",), "every": during, "samples": during}.items():
             if getattr(self, key) != type(self).model_fields[key].default and self.by not in whose:
                 raise ValueError(f"{key}: it belongs to by: {' or '.join(whose)}; write that, or leave {key} out")
-        if self.by == "both" and self.share == 1:
-            raise ValueError("share: at 1 no row is left for the teacher's texts; write e.g. 0.5, or by: student")
+        if self.by == "both" and self.share in (0, 1):
+            one, other = ("student", "teacher") if self.share else ("teacher", "student")
+            raise ValueError(
+                f"share: at {self.share:g} no text of a batch is the {other}'s; write e.g. 0.5, or by: {one} with a share of 1"
+            )
         return self
 
     @property
@@ -99,6 +99,12 @@ class Rollouts(Section):
     def teachers_share(self) -> float:
         """The share of all rows that the teacher writes before training."""
         return 1.0 if self.by == "both" else self.share
+
+    def of_teacher(self) -> dict[str, Any] | None:
+        """The section of a run that reads the teacher's texts alone, where there are any."""
+        during = ("every", "samples", "alpha")
+        given = self.model_dump(mode="json", exclude_unset=True, exclude=set(during))
+        return {**given, "by": "teacher", "share": self.teachers_share} if self.before_training else None
 
     @property
     def during_training(self) -> bool:
@@ -167,6 +173,10 @@ def _check_during(rollouts: Rollouts, data: Data, loss: Loss, teacher: Teacher, 
 
 def _check_apart(rollouts: Rollouts, train: Train) -> None:
     """Raise ValueError where a step's written texts and its other rows do not each fill whole micro-batches."""
+    if rollouts.share == 1:
+        raise ValueError(
+            "loss.own_divergence: at a rollouts.share of 1 all rows are the student's own; write it as loss.divergence"
+        )
     written = round(rollouts.share * train.batch_size, 6)
     if written % train.micro_batch_size:
         raise ValueError(

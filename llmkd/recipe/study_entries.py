@@ -22,7 +22,6 @@ CE_ONLY: Mapping[str, object] = {
     "loss.ce": 1.0,
     "loss.schedules": None,
     "stones": None,
-    "rollouts": None,
     "loss.own_divergence": None,
 }
 Kind = Literal["teacher", "baseline", "student"]
@@ -208,7 +207,8 @@ def entry_recipe(recipe: Recipe, entry: StudyEntry) -> Recipe:
     Raises InputError where no student of the study reads an option that the recipe gives, or this one can't have what it asks for.
     """
     assert entry.strategy is not None, entry
-    changes = dict(CE_ONLY if entry.strategy == "ce_only" else recipe.study.changes(entry.strategy))
+    ce_only = {**CE_ONLY, "rollouts": None if recipe.rollouts is None else recipe.rollouts.of_teacher()}
+    changes = dict(ce_only if entry.strategy == "ce_only" else recipe.study.changes(entry.strategy))
     if recipe.teacher.share_cache:
         changes["teacher.placement"] = "cache"
     recipe.matching.check_options(recipe.study_strategies)

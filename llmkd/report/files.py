@@ -176,7 +176,7 @@ def _own_kl(file: Path) -> str | None:
     rollouts, loss = recipe.get("rollouts") or {}, recipe.get("loss") or {}
     if rollouts.get("share") != 1 or not loss.get("kl"):
         return None
-    divergence = loss["divergence"]
+    divergence = loss.get("own_divergence") or loss["divergence"]
     if not isinstance(divergence, str):
         divergence = " + ".join(f"{weight} {name}" for name, weight in divergence.items())
     return f"{divergence} at temperature {loss['temperature']:g}"

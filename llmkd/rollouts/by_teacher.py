@@ -1,7 +1,7 @@
 """Sequence-level distillation (Kim & Rush, 1606.07947): before training the teacher writes the completions of the data's rows, once.
 
-What it wrote lies on disk as tokens do (`llmkd.data.token_files`), a shard of a thousand rows at a time, so that every student of a study,
-a cache and packing read it like any rows. A killed writing goes on at the first shard that is not whole.
+What it wrote lies on disk as tokens do (`llmkd.data.token_files`), a shard of some hundred rows at a time: every student of a study, a
+cache and packing read it like any rows. A killed writing goes on at the first shard that is not whole.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import functools
 import logging
 import os
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,10 +21,10 @@ from datasets import concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 
 from llmkd.data.batches import TokenRow
-from llmkd.data.order import Source
+from llmkd.data.order import Source, weighed
 from llmkd.data.token_files import TokenFiles, Written, opened, record, record_shard, recorded, recorded_shard
 from llmkd.data.tokenized import Tokens
-from llmkd.distributed.ranks import World, on_each_node, on_every_rank, sum_counts
+from llmkd.distributed.ranks import World, on_each_node, on_every_rank, on_main, sum_counts
 from llmkd.errors import InputError
 from llmkd.files import sync
 from llmkd.inference.sampling import Ids
@@ -39,7 +38,7 @@ from llmkd.rollouts.writer import Writer, Writing, written_together
 
 log = logging.getLogger("llmkd")
 
-SHARD_ROWS = 1024
+SHARD_ROWS = 256
 """What a killed writing loses at most."""
 SEED = 0
 """Of the texts and of which rows have them: not the run's, so that all students of a study read the same."""
@@ -61,6 +60,8 @@ class ByTeacher:
     """A text is cut before a token that student or teacher lacks."""
     place: Path
     """Where the tokens of written rows lie."""
+    by_rows: bool
+    """Whether the sources of a mixture weigh as many as they have rows."""
 
     def identity(self, tokens: str, held_out: Sequence[int]) -> dict[str, Any]:
         """All that decides the texts of a source, as JSON. `tokens`: a hash of its rows; `held_out`: what says which are not rewritten."""
@@ -72,6 +73,8 @@ class ByTeacher:
             "known": [self.known.count, *sorted(self.known.foreign)],
             "tokens": tokens,
             "held_out": [*held_out],
+            "shard_rows": SHARD_ROWS,
+            "format": 1,  # of what is made of a prompt and its text
         }
 
 
@@ -96,12 +99,12 @@ def rewritten(
             found.append(files)
     rows, lengths = [files.rows() for files in found], [files.lengths() for files in found]
     firsts = np.cumsum([0, *map(len, rows)]).tolist()
+    weights = weighed([*map(len, rows)]) if how.by_rows else [source.weight for source in tokens.sources]
     return Tokens(
         concatenate_datasets(rows),
         tuple(lengths),
         tuple(
-            Source(first, len(part), weight=source.weight)
-            for first, part, source in zip(firsts, rows, tokens.sources, strict=False)
+            Source(first, len(part), weight=weight) for first, part, weight in zip(firsts, rows, weights, strict=False)
         ),
         folders=tuple(files.folder for files in found),
         digests=tuple(files.digest for files in found),
@@ -166,9 +169,7 @@ class _Source:
         """Write the shards that a node lacks; False where a rank was asked to stop."""
         count = -(-len(self.rows) // SHARD_ROWS)
         schedule = Schedule(1, self.how.share, 1, SEED, count)
-        lacking, _ = on_each_node(
-            self.world, lambda: [number for number in range(count) if recorded_shard(self.folder, number) is None]
-        )
+        lacking, _ = on_each_node(self.world, lambda: self._lacking(count))
         missing = sorted(set[int]().union(*lacking))
         log.info(
             "rollouts: %s writes %.0f%% of %d rows by %s, before training",
@@ -185,9 +186,9 @@ class _Source:
                 seeds = wanted.seeds.tolist()
                 ids = written_together(self.world, thread, writer, self.how.writing, self.how.teacher, prompts, seeds)
                 written = dict(zip(wanted.places.tolist(), zip(prompts, ids, strict=True), strict=True))
-                on_each_node(self.world, functools.partial(self._publish, number, rows, written))
+                self._on_nodes(functools.partial(self._publish, number, rows, written))
                 advance(len(ids))
-        digests, _ = on_each_node(self.world, lambda: self._finish(count))
+        digests = self._on_nodes(functools.partial(self._finish, count))
         if len(set(digests)) > 1:
             raise InputError(
                 f"{self.folder}: the nodes hold other texts ({', '.join(digests)}); remove it on all of them, or put data.tokens into a "
@@ -195,8 +196,31 @@ class _Source:
             )
         return True
 
-    def _publish(self, number: int, rows: np.ndarray, written: Mapping[int, tuple[np.ndarray, Ids]]) -> None:
-        """Put a shard in place, completely or not at all. `written`: by place in `rows`, (prompt, text)."""
+    def _lacking(self, count: int) -> list[int]:
+        """The shards that this node lacks (one of its ranks); what a killed writing left of one is removed."""
+        for leftover in self.folder.glob("tmp-*"):
+            leftover.unlink()
+        return [number for number in range(count) if recorded_shard(self.folder, number) is None]
+
+    def _on_nodes(self, write: Callable[[str | None], str]) -> list[str]:
+        """Write the same on every node, one hash each (all ranks take part).
+
+        Rank 0 is first, so that nodes that share its folder find there what they would write: `write` gets the hash of what it has
+        written.
+        """
+        first = on_main(self.world, lambda: write(None))
+        nodes, _ = on_each_node(self.world, lambda: write(first))
+        return nodes
+
+    def _publish(
+        self, number: int, rows: np.ndarray, written: Mapping[int, tuple[np.ndarray, Ids]], first: str | None
+    ) -> str:
+        """Put a shard in place, completely or not at all; its hash. Nothing is done where the one there has the hash `first`.
+
+        `written`: by place in `rows`, (prompt, text).
+        """
+        if first is not None and (there := recorded_shard(self.folder, number)) is not None and there.sha256 == first:
+            return first
         kept: list[TokenRow] = []
         unended = left_out = 0
         for place, row in enumerate(map(self.tokens.row, rows)):
@@ -212,17 +236,19 @@ class _Source:
                 kept.append({**row, **answered(prompt, text)})
         tokens = sum(row["length"] for row in kept)
         file = self.folder / f"{number:05d}.arrow"
-        tmp = self.folder / f"tmp-{uuid.uuid4().hex}.arrow"  # another node that shares the folder writes the same
+        tmp = self.folder / f"tmp-{number}.arrow"
         with ArrowWriter(path=str(tmp), features=self.tokens.rows.features) as shard:
             for row in kept:
                 shard.write({**row})
             shard.finalize()
         sync(tmp)
         os.replace(tmp, file)
-        record_shard(file, Written(len(rows), len(kept), tokens, long=unended, useless=left_out))
+        return record_shard(file, Written(len(rows), len(kept), tokens, long=unended, useless=left_out)).sha256
 
-    def _finish(self, count: int) -> str:
-        """Record that all shards are there (one rank of a node); a hash of the content."""
+    def _finish(self, count: int, first: str | None) -> str:
+        """Record that all shards are there (one rank of a node); a hash of the content. Nothing is done where it is `first`."""
+        if first is not None and (there := recorded(self.folder)) is not None and there.digest == first:
+            return first
         shards = [shard for number in range(count) if (shard := recorded_shard(self.folder, number)) is not None]
         assert len(shards) == count, "a shard is missing"
         files = TokenFiles(self.folder, tuple(shards))

@@ -90,7 +90,10 @@ class Rounds:
 
     def _stale(self, engine: VllmEngine, weights: Path, ids: Ids) -> str | None:
         """How the engine differs from the model in the folder; None: it agrees."""
-        model = writing_model(weights, self._writing.dtype, trust_remote_code=self._writing.trust_remote_code)
+        how = self._writing
+        # a model that takes several GPUs has no room on one of them beside the engine
+        one = how.tensor_parallel == 1
+        model = writing_model(weights, how.dtype, trust_remote_code=how.trust_remote_code, on_gpu=one)
         theirs, ours = engine.log_probabilities(ids), log_probabilities(model, ids)
         del model
         if torch.cuda.is_available():

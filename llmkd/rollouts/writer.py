@@ -103,7 +103,9 @@ def writer_variables(world: World, devices: Sequence[int] | None = None, tensor_
     """
     variables = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    of_ranks = (visible.split(",") if visible else [str(rank) for rank in range(world.local_size)])[: world.local_size]
+    of_ranks = (
+        [name.strip() for name in visible.split(",")] if visible else [str(rank) for rank in range(world.local_size)]
+    )[: world.local_size]
     if devices is not None:
         if world.device.type != "cuda":
             raise InputError("rollouts.devices: there is no GPU here; leave the key out")
@@ -118,7 +120,10 @@ def writer_variables(world: World, devices: Sequence[int] | None = None, tensor_
                 "which hands prompts to one at most; name fewer, or write a larger tensor_parallel"
             )
         mine = devices[world.local_rank * tensor_parallel :][:tensor_parallel]
-        variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, mine))
+        variables |= {
+            "CUDA_VISIBLE_DEVICES": ",".join(map(str, mine)),
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        }  # nvidia-smi's
     elif world.device.type == "cuda":
         variables["CUDA_VISIBLE_DEVICES"] = of_ranks[world.local_rank]
     return variables
@@ -184,12 +189,16 @@ class HuggingFaceWriter:
             self._kept = model if how.same_weights else None
             return continued(model, asked.prompts, how.sampling(asked), mixed=self._mixed)
         except torch.OutOfMemoryError as error:
+            beside = "" if how.same_weights else " beside the training"
             raise InputError(
-                f"rollouts.batch_size: {how.batch_size} texts at once do not fit on the GPU beside the training; write a smaller number"
+                f"rollouts.batch_size: {how.batch_size} texts at once do not fit on the GPU{beside}; write a smaller number"
             ) from error
 
     def close(self) -> None:
         self._kept = self._mixed = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()  # a run's peak is its training's, whoever wrote before it
 
 
 class VllmWriter:
@@ -209,9 +218,13 @@ class VllmWriter:
             self.close()  # what it had started may live on, with the memory that the next one needs
             if not last:
                 log.warning("rollouts: the process that writes texts ended with code %d; it is started again", code)
+        cure = "a smaller rollouts.gpu_share takes less memory, and rollouts.backend: hf does without vLLM"
+        if self._writing.gpu_share is None:  # GPUs that nothing else uses
+            cure = "a larger rollouts.tensor_parallel spreads the model over more devices, and rollouts.backend: hf does without vLLM"
+        where = "where the texts ended" if self._writing.same_weights else "from the last checkpoint"
         raise InputError(
-            f"rollouts: the process that writes texts ended twice with code {code}, see {self._log_file}; the same command resumes from "
-            "the last checkpoint; a smaller rollouts.gpu_share takes less memory, and rollouts.backend: hf does without vLLM"
+            f"rollouts: the process that writes texts ended twice with code {code}, see {self._log_file}; the same command resumes "
+            f"{where}; {cure}"
         )
 
     def _started(self) -> Child:

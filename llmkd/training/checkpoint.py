@@ -181,7 +181,7 @@ def check_rows(saved: Saved | None, rows: Sequence[str]) -> None:
     if saved is not None and saved.rows and tuple(rows) != saved.rows:
         raise InputError(
             f"data: its tokens are not those that {saved.folder} was trained on (now {', '.join(rows)}, then {', '.join(saved.rows)}): a "
-            "data set of the hub has another revision, or packages have other versions; put them back, or remove "
+            "data set of the hub has another revision, packages or a teacher's texts are others; put them back, or remove "
             f"{saved.folder.parent} to begin again"
         )
 

@@ -34,9 +34,7 @@ def check_training(recipe: Recipe, family: Family) -> None:
     if family.kind == "decoder":
         return
     if recipe.rollouts is not None:
-        raise InputError(
-            f"rollouts: only a decoder continues prompts during training, and this is {kind}; leave the section out"
-        )
+        raise InputError(f"rollouts: only a decoder continues prompts, and this is {kind}; leave the section out")
     if recipe.teacher.serving.takes_decoders_only:
         key = "share_cache" if recipe.teacher.share_cache else "placement"
         cure = "false" if recipe.teacher.share_cache else "replicated or zero3"

@@ -69,7 +69,7 @@ def _cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool) -
     try:
         data = rows_of(world, job, tokenizer, stopping).all
     except StoppedTokenizing:
-        log.info("cache: stopped by %s while the rows were tokenized; the same command goes on", stopping.name)
+        log.info("cache: stopped by %s before all rows were there; the same command goes on", stopping.name)
         return False
     wanted = on_main(
         world,

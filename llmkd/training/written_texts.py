@@ -57,8 +57,9 @@ def rows_of(world: World, job: Job, tokenizer: Any, stopping: Stopping | None = 
         writing,
         settings.teachers_share,
         settings.truncated == "drop",
-        known_tokens(job, teacher),
+        on_main(world, lambda: known_tokens(job, teacher)),
         place,
+        by_rows=not any(job.data.weights),
     )
     variables = writer_variables(world, settings.devices, settings.tensor_parallel)
     new_writer = functools.partial(writer_of, writing, place / f"writer-{world.rank}.log", variables)
@@ -81,8 +82,6 @@ def _backend(world: World, settings: Section, model: Path, texts: float) -> str:
     backend, why = settings.backend, "as the recipe says"
     if settings.by == "mixed":
         backend, why = "hf", "each token is drawn from two models"
-    elif settings.devices is not None:
-        backend, why = "vllm", "it has devices of its own"
     elif backend == "auto":
         tokens = texts * settings.max_new_tokens
         backend, why = on_main(world, lambda: choose_backend("auto", model, tokens, WORTH_VLLM))
@@ -105,7 +104,8 @@ def rollouts_of(
     settings, train = job.recipe.rollouts, job.train
     if settings is None or not settings.during_training or job.makes_teacher:
         return None
-    assert job.teacher is not None, "the recipe's checks see to it"
+    teacher = job.teacher
+    assert teacher is not None, "the recipe's checks see to it"
     schedule = Schedule(settings.every, settings.share, settings.samples, job.seed, steps)
     writing = Writing(
         backend=_backend(world, settings, job.initial, round(settings.share * train.batch_size * settings.every)),
@@ -133,5 +133,5 @@ def rollouts_of(
         writer_variables(world, settings.devices, settings.tensor_parallel),
         drops_truncated=settings.truncated == "drop",
         tokenizer=tokenizer,
-        known=known_tokens(job, job.teacher),
+        known=on_main(world, lambda: known_tokens(job, teacher)),
     )

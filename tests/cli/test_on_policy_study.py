@@ -82,6 +82,18 @@ def test_a_baseline_of_the_data_alone_writes_nothing(recipe: Recipe) -> None:
     assert recipes["none-s0"].rollouts == all_write.rollouts is not None
 
 
+@pytest.mark.parametrize("by", ["teacher", "both"])
+def test_where_the_teacher_writes_the_rows_that_baseline_reads_them_too(recipe: Recipe, by: str) -> None:
+    written = {"by": by, "share": 0.5, "max_new_tokens": 8} | ({"every": 2} if by == "both" else {})
+    study_of_texts = recipe.changed(
+        {**WRITES, "rollouts": written, "study.baselines": ["ce_only"], "study.variants": {}}
+    )
+    (entry,) = (entry for entry in study_entries(study_of_texts) if entry.strategy == "ce_only")
+    section = entry_recipe(study_of_texts, entry).rollouts
+    assert section is not None and section.before_training and not section.during_training
+    assert section.share == (1.0 if by == "both" else 0.5) and section.max_new_tokens == 8
+
+
 def test_the_baseline_of_the_data_alone_can_not_learn_from_prompts(recipe: Recipe) -> None:
     prompts = {"data.format": "prompts", "data.validation": None, "train.validate_every": 0}
     study_of_prompts = recipe.changed({**WRITES, **prompts, "study.baselines": ["ce_only"], "study.variants": {}})

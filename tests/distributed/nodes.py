@@ -17,6 +17,7 @@ def main() -> None:
     from llmkd.recipe.recipe import load_recipe
     from llmkd.training import jobs
     from llmkd.training.tokens import tokens_of
+    from llmkd.training.written_texts import rows_of
 
     tasks = Path(sys.argv[1])
     ranks.quiet()
@@ -30,7 +31,8 @@ def main() -> None:
     def tokens(recipes: list[str]) -> Any:
         recipe = load_recipe(recipes[world.rank])
         job = jobs.distil_job(world, recipe, tasks.parent / "unused")
-        made = tokens_of(world, job, load_tokenizer(Path(recipe.teacher_path)))
+        make = tokens_of if recipe.rollouts is None else lambda *given: rows_of(*given).training
+        made = make(world, job, load_tokenizer(Path(recipe.teacher_path)))
         return {"digests": made.digests, "rows": made.count, "folders": [str(folder) for folder in made.folders]}
 
     work: dict[str, Callable[[], Any]] = {

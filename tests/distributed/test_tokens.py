@@ -76,6 +76,13 @@ def nodes(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str
             file = folder / f"{name}{node}.yaml"
             file.write_text(dump_recipe(recipe.changed(own)))
             files.append(str(file))
+    for name, places in {"written": ("node0", "node1"), "written_shared": ("shared", "shared")}.items():
+        tasks[name] = []
+        for node, place in enumerate(places):
+            changes = {"rollouts": {"by": "teacher", "max_new_tokens": 8}, "data.tokens": str(folder / place)}
+            file = folder / f"{name}{node}.yaml"
+            file.write_text(dump_recipe(recipe.changed(changes)))
+            tasks[name].append(str(file))
     (folder / "tasks.json").write_text(json.dumps(tasks))
     started = start_ranks(2, "tests.distributed.nodes", folder / "tasks.json", folder, nodes=2)
     assert [process.wait(timeout=300) for process in started] == [0, 0], (folder / "rank0.log").read_text()[-3000:]
@@ -101,3 +108,14 @@ def test_nodes_make_tokens_of_their_own_which_are_compared(nodes: list[dict[str,
     (digest,) = first["digests"]
     assert nodes[0]["other"].startswith("InputError: data.source: node 1 made other tokens of it than node 0 (")
     assert f", not {digest}); give all nodes the same files" in nodes[0]["other"]
+
+
+def test_a_teachers_texts_are_on_every_node_whether_they_share_a_folder_or_not(nodes: list[dict[str, Any]]) -> None:
+    apart, shared = ([ended[name] for ended in nodes] for name in ("written", "written_shared"))
+    assert len({tuple(of_node["digests"]) for of_node in (*apart, *shared)}) == 1
+    assert len({*apart[0]["folders"], *apart[1]["folders"]}) == 2 and shared[0]["folders"] == shared[1]["folders"]
+    assert all(of_node["rows"] == 40 for of_node in (*apart, *shared))
+    (place,) = shared[0]["folders"]
+    assert sorted(file.name for file in Path(place).iterdir() if file.suffix != ".lock") == [
+        "00000.arrow", "00000.json", "lengths.npy", "lengths.sha256", "tokens.json",
+    ]  # fmt: skip

@@ -15,6 +15,7 @@ from llmkd.errors import InputError
 from llmkd.models.load import load_tokenizer
 from llmkd.recipe.recipe import load_recipe
 
+VLLM = {"rollouts.backend": "vllm"}
 NEW = {"loss.ce": 0.0, "rollouts": {"max_new_tokens": 20}}
 
 
@@ -43,26 +44,34 @@ NEW = {"loss.ce": 0.0, "rollouts": {"max_new_tokens": 20}}
         ({"rollouts.by": "teacher", "rollouts.samples": 4}, r"rollouts\.samples: it belongs to by: student or mixed"),
         (
             {"rollouts.devices": [4], "rollouts.by": "mixed"},
-            r"rollouts\.devices: they are for vLLM, which does not write",
+            r"rollouts\.devices: vLLM alone runs there",
         ),
         (
             {"rollouts.devices": [4], "rollouts.backend": "hf"},
-            r"rollouts\.devices: they are for vLLM, which does not write",
+            r"rollouts\.devices: vLLM alone runs there",
         ),
         ({"rollouts.tensor_parallel": 2}, r"rollouts\.tensor_parallel: only GPUs that no rank trains on can be joined"),
         (
             {"rollouts.devices": [4, 5, 6], "rollouts.tensor_parallel": 2},
             r"rollouts\.devices: \[4, 5, 6\] are not whole",
         ),
-        ({"rollouts.devices": [4, 4]}, r"rollouts\.devices: \[4, 4\] are not whole groups of 1 different GPUs"),
-        ({"rollouts.by": "both"}, r"rollouts\.share: at 1 no row is left for the teacher's texts"),
+        ({**VLLM, "rollouts.devices": [4, 4]}, r"rollouts\.devices: \[4, 4\] are not whole groups of 1 different GPUs"),
+        ({"rollouts.by": "both"}, r"rollouts\.share: at 1 no text of a batch is the teacher's; .* or by: student"),
+        (
+            {"rollouts.by": "both", "rollouts.share": 0.0},
+            r"rollouts\.share: at 0 no text .* the student's; .* by: teacher",
+        ),
+        ({"loss.own_divergence": "jsd"}, r"loss\.own_divergence: at a rollouts\.share of 1 all rows are the student's"),
         ({"rollouts.by": "teacher", "loss.own_divergence": "jsd"}, r"loss\.own_divergence: .* writes none; add"),
         ({"rollouts": None, "loss.own_divergence": "jsd"}, r"loss\.own_divergence: .* writes none; add the section"),
         (
             {"rollouts.share": 0.75, "loss.own_divergence": "jsd", "train.batch_size": 8, "train.micro_batch_size": 4},
             r"loss\.own_divergence: .* 0\.75 of batch_size 8 = 6 rows do not fill any of micro_batch_size 4",
         ),
-        ({"loss.own_divergence": "jsd", "loss.skew": 0.3}, r"loss\.skew: forward_kl and jsd does not read it"),
+        (
+            {"loss.own_divergence": "jsd", "rollouts.share": 0.5, "loss.skew": 0.3},
+            r"loss\.skew: forward_kl and jsd does not read it",
+        ),
         (
             {"loss.own_divergence": {"jsd": 0.5, "tvd": 0.5}, "loss.report_norms_every": 1},
             r"loss\.report_norms_every: it names each divergence of a sum",

@@ -303,6 +303,6 @@ def test_a_signal_while_rows_are_tokenized_stops_the_run_before_anything_is_trai
     asked: Any = Asked()
     with caplog.at_level(logging.INFO):
         assert not train(world, jobs.distil_job(world, recipe, tmp_path / "run"), asked)
-    assert "run: stopped by SIGTERM while its rows were tokenized; the same command goes on" in caplog.text
+    assert "run: stopped by SIGTERM before all its rows were there; the same command goes on" in caplog.text
     assert not (tmp_path / "run").exists()
     trained(world, recipe, tmp_path / "run")

@@ -262,6 +262,11 @@ def plain_text(
     return text
 
 
+def logged_part(line: dict[str, Any], part: str) -> float | None:
+    """A part of the loss in a line of metrics.jsonl, with a weight in the loss or without; None where it was not computed."""
+    return line.get(part, line.get("not_in_loss", {}).get(part))
+
+
 def assert_same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:
     """The same tensors, each entry within `tolerance` times its tensor's largest."""
     assert ours.keys() == theirs.keys()

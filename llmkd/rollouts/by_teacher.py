@@ -198,6 +198,7 @@ class _Source:
 
     def _lacking(self, count: int) -> list[int]:
         """The shards that this node lacks (one of its ranks); what a killed writing left of one is removed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob("tmp-*"):
             leftover.unlink()
         return [number for number in range(count) if recorded_shard(self.folder, number) is None]

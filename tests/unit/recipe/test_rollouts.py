@@ -52,7 +52,7 @@ NEW = {"loss.ce": 0.0, "rollouts": {"max_new_tokens": 20}}
         ),
         ({"rollouts.tensor_parallel": 2}, r"rollouts\.tensor_parallel: only GPUs that no rank trains on can be joined"),
         (
-            {"rollouts.devices": [4, 5, 6], "rollouts.tensor_parallel": 2},
+            {**VLLM, "rollouts.devices": [4, 5, 6], "rollouts.tensor_parallel": 2},
             r"rollouts\.devices: \[4, 5, 6\] are not whole",
         ),
         ({**VLLM, "rollouts.devices": [4, 4]}, r"rollouts\.devices: \[4, 4\] are not whole groups of 1 different GPUs"),

@@ -77,6 +77,26 @@ def test_vllm_and_hugging_face_write_the_same_greedy_texts_in_every_round(
     assert ("does not take weights in place" in caplog.text) == tied
 
 
+@needs_vllm
+@pytest.mark.slow  # an engine starts
+def test_a_model_whose_texts_are_written_once_stays_loaded_and_writes_the_same_by_both(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = model_folder(tmp_path / "model", 0, tied=True)
+    how = replace(WRITING, same_weights=True)
+    by_vllm, by_hugging_face = (
+        writer_of(replace(how, backend=backend), tmp_path / "writer.log", {}) for backend in ("vllm", "hf")
+    )
+    with caplog.at_level(logging.WARNING, "llmkd"):
+        ours = [by_vllm.write(asked(folder)) for _ in "ab"]
+    theirs = by_hugging_face.write(asked(folder))
+    (tmp_path / "model" / "model.safetensors").unlink()  # it is not read again
+    assert ours == [theirs, theirs] == [theirs, by_hugging_face.write(asked(folder))]
+    by_vllm.close()
+    by_hugging_face.close()
+    assert "in place" not in caplog.text
+
+
 def dying(monkeypatch: pytest.MonkeyPatch, folder: Path, deaths: int) -> VllmWriter:
     """A writer whose process dies so often; without vLLM's variables, so that it is forked."""
     monkeypatch.setattr(

@@ -21,7 +21,7 @@ from llmkd.processes import stopping
 from llmkd.recipe.options import SET, FiniteRange, OutputPath, train_options
 
 if TYPE_CHECKING:
-    from llmkd.recipe.recipe import Recipe
+    from llmkd.recipe.rollouts import Rollouts
     from llmkd.report.results import Results
 
 log = logging.getLogger("llmkd")
@@ -125,26 +125,16 @@ def _launch(recipe: str, overrides: tuple[str, ...], options: list[str], ranks: 
 
     settings = load_recipe(recipe, overrides)
     sets = [part for override in overrides for part in ("--set", override)]
-    processes = _ranks(ranks, _writing(settings)) or settings.study.ranks
+    processes = _ranks(ranks, settings.rollouts) or settings.study.ranks
     check_ds_configs(settings, processes)
     sys.exit(launch(processes, ["--recipe", recipe, *options, *sets]).code)
 
 
-def _writing(settings: Recipe) -> int:
-    """How many of the GPUs that are visible here write texts and train nothing."""
-    devices = settings.rollouts.devices or () if settings.rollouts is not None else ()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (
-        len(devices)
-        if not visible
-        else len({str(device) for device in devices} & set(visible.replace(" ", "").split(",")))
-    )
-
-
-def _ranks(asked: int | None, writing: int) -> int:
-    """The ranks asked for, else one per GPU that is not among those for `writing` texts alone; 0 where there is neither."""
+def _ranks(asked: int | None, rollouts: Rollouts | None) -> int:
+    """The ranks asked for, else one per GPU on which not only texts are written; 0 where there is neither."""
     import torch
 
+    writing = 0 if rollouts is None else rollouts.gpus_among(os.environ.get("CUDA_VISIBLE_DEVICES"))
     gpus = max(0, torch.cuda.device_count() - writing)
     if asked and gpus and asked > gpus:
         own = f" beside {writing} that write (rollouts.devices)" if writing else ""
@@ -171,7 +161,7 @@ def study(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None:
 
     with stopping(STOPPED, terminated=0):
         try:
-            available = _ranks(ranks, _writing(settings))
+            available = _ranks(ranks, settings.rollouts)
             _show(*run(settings, ranks or min(available or settings.study.ranks, settings.study.ranks)))
         except Stopped:
             click.echo(STOPPED, err=True)

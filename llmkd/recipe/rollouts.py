@@ -85,6 +85,11 @@ class Rollouts(Section):
         """How many engines a node has on devices of their own; None where each rank writes on its own."""
         return None if self.devices is None else len(self.devices) // self.tensor_parallel
 
+    def gpus_among(self, visible: str | None) -> int:
+        """How many of the GPUs in CUDA_VISIBLE_DEVICES (all, where it is not set) are `devices`."""
+        named = {str(device) for device in self.devices or ()}
+        return len(named & set(visible.replace(" ", "").split(","))) if visible else len(named)
+
     @property
     def writes(self) -> bool:
         """Whether there are texts to write at all: at a share of 0 a run is the same as without the section."""

@@ -14,6 +14,7 @@ from llmkd.data.tokens import tokenize
 from llmkd.errors import InputError
 from llmkd.models.load import load_tokenizer
 from llmkd.recipe.recipe import load_recipe
+from llmkd.recipe.rollouts import Rollouts
 
 VLLM = {"rollouts.backend": "vllm"}
 NEW = {"loss.ce": 0.0, "rollouts": {"max_new_tokens": 20}}
@@ -106,6 +107,12 @@ def test_what_a_teacher_wrote_before_training_is_data_like_any(tiny: Path, chang
     with pytest.raises(InputError, match="write by: teacher"):
         recipe.changed({**NEW, **changes})
     assert recipe.changed({**NEW, "rollouts.by": "teacher", **changes}).rollouts is not None
+
+
+def test_devices_are_counted_among_the_visible_ones() -> None:
+    section = Rollouts.model_validate({"devices": (4, 5), "backend": "vllm"})
+    assert [section.gpus_among(visible) for visible in (None, "", "0,1", "0, 5", "3,4,5")] == [2, 2, 0, 1, 2]
+    assert Rollouts().gpus_among("0,1") == 0
 
 
 def test_prompts_are_rows_up_to_where_a_model_goes_on(tiny: Path, tmp_path: Path) -> None:

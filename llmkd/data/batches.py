@@ -166,7 +166,7 @@ def padded(rows: Sequence[Sequence[int] | np.ndarray], fill: int) -> tuple[Tenso
 
 def padded_batch(ids: Tensor, attended: Tensor, targets: Tensor, numbers: Sequence[int], **more: Tensor) -> Batch:
     """A Batch of rows padded on the right: ids [B, T], attended [B, T] bool, targets [B, T] (encoders: [B, 1], the classes)."""
-    return Batch(
+    batch = Batch(
         input_ids=ids,
         position_ids=torch.arange(ids.shape[1]).expand(ids.shape).contiguous(),
         attention_mask=attended.long(),
@@ -175,8 +175,8 @@ def padded_batch(ids: Tensor, attended: Tensor, targets: Tensor, numbers: Sequen
         trained_at=(targets.flatten() != IGNORE).nonzero().flatten(),
         attended_at=attended.flatten().nonzero().flatten(),
         rows=tuple(int(number) for number in numbers),
-        **more,
     )
+    return replace(batch, **more)
 
 
 def announced(

@@ -87,7 +87,7 @@ class Rollouts(Section):
 
     def gpus_among(self, visible: str | None) -> int:
         """How many of the GPUs in CUDA_VISIBLE_DEVICES (all, where it is not set) are `devices`."""
-        named = {str(device) for device in self.devices or ()}
+        named = {str(device) for device in self.devices or () if self.writes}
         return len(named & set(visible.replace(" ", "").split(","))) if visible else len(named)
 
     @property

@@ -113,6 +113,7 @@ def test_devices_are_counted_among_the_visible_ones() -> None:
     section = Rollouts.model_validate({"devices": (4, 5), "backend": "vllm"})
     assert [section.gpus_among(visible) for visible in (None, "", "0,1", "0, 5", "3,4,5")] == [2, 2, 0, 1, 2]
     assert Rollouts().gpus_among("0,1") == 0
+    assert section.model_copy(update={"share": 0.0}).gpus_among(None) == 0  # nothing is written
 
 
 def test_prompts_are_rows_up_to_where_a_model_goes_on(tiny: Path, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@
     sys.exit(serve(STEP))                                                # in the child
 
 `unscored` are the models' results before they are scored: name, model, and the fingerprint of all that decides the scores. A model
-whose result file has that fingerprint and no error is not scored again. Each device has its own process, and all take their models
-from one queue; where a process dies, only the model that it was scoring fails.
+whose result file has that fingerprint and no error is not scored again. Each device has its own process, and so have the cores that
+small models are spread over; all take their models from one queue. Where a process dies, only the model that it was scoring fails.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ from llmkd.progress import Advance, progress
 from llmkd.recipe.scoring_steps import ScoringStep
 
 log = logging.getLogger("llmkd")
+
+SMALL = 2**28
+"""Bytes of weights up to which models are scored beside each other on a CPU: a core works through them faster than cores share them."""
+BESIDE = 4
+"""Processes beside each other on a CPU, at most: each holds a model."""
 
 NOT_OF_THE_MODEL = ("llmkd.json", "README.md")  # in an exported folder, but without influence on its outputs
 
@@ -88,8 +93,8 @@ def run(
 ) -> dict[str, Path]:
     """Score the models that have no up-to-date result in `out`, a folder; the result files by name.
 
-    A model that can't be scored gets a file with `error` set, and is tried again at the next call. `devices`: by default all that this
-    process sees. Raises InputError where `step.prepare` does.
+    A model that can't be scored gets a file with `error` set, and is tried again at the next call. `devices`: by default `places`.
+    Raises InputError where `step.prepare` does.
     """
     files = {model.name: out / f"{model.name}.json" for model in unscored}
     todo = pending(unscored, out)
@@ -97,10 +102,10 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     (out / step.log_name).unlink(missing_ok=True)
     ordered = sorted(todo, key=lambda model: process(model).rank)
-    used = (visible_devices() if devices is None else devices)[: len(todo)]
+    used = (places(todo, process) if devices is None else devices)[: len(todo)]
     bar = progress(step.names.name, total=len(todo), unit="models", shown=bool(todo))
     with bar as advance, ThreadPoolExecutor(max(1, len(used))) as pool:
-        driver = _Driver(step, ordered, shared, out, process, advance)
+        driver = _Driver(step, ordered, shared, out, process, used.count("cpu"), advance)
         working = [pool.submit(driver.work, device) for device in used]
         try:
             for finished in as_completed(working):
@@ -121,11 +126,13 @@ class _Driver(Generic[S, R]):
         shared: S,
         out: Path,
         process: Callable[[R], Process],
+        on_cpu: int,
         advance: Advance,
     ) -> None:
         self._step, self._out, self._process = step, out, process
         values = TypeAdapter(step.shared).dump_python(shared, mode="json")
-        self._shared = {"out": str(out.resolve()), "shared": values}
+        threads = max(1, len(os.sched_getaffinity(0)) // on_cpu) if on_cpu > 1 else None
+        self._shared = {"out": str(out.resolve()), "shared": values, "threads": threads}
         self._queue = iter(enumerate(todo, start=1))
         self._count, self._lock, self._stopped = len(todo), Lock(), False
         self._children: list[Child] = []
@@ -187,6 +194,22 @@ class _Driver(Generic[S, R]):
             return started
 
 
+def places(models: Sequence[R], process: Callable[[R], Process]) -> list[str]:
+    """Where models are scored at the same time: each CUDA device; else `cpu`, for small models once per process that the cores carry.
+
+    A process takes two models at least, which repay its start. A model that wants a process of its own (vLLM's) has the CPU alone.
+    """
+    devices = visible_devices()
+    if devices != ["cpu"]:
+        return devices
+    small = all(process(model) == Process() and _bytes_of_weights(Path(model.model)) <= SMALL for model in models)
+    return ["cpu"] * (max(1, min(len(models) // 2, len(os.sched_getaffinity(0)), BESIDE)) if small else 1)
+
+
+def _bytes_of_weights(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 def visible_devices() -> list[str]:
     """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them; `cpu` where there is none."""
     import torch  # heavy, and needed by the parent alone: a child is given its device
@@ -202,6 +225,10 @@ def serve(step: Step[S, R]) -> int:
     """Score the models on stdin one after another; returns the exit code, 2 where `step.prepare` raises InputError."""
     received, orders, say = child.listen()
     out = Path(received["out"])
+    if received["threads"] is not None:
+        import torch  # heavy, and needed by some steps alone
+
+        torch.set_num_threads(min(received["threads"], torch.get_num_threads()))
     try:
         score = step.prepare(TypeAdapter(step.shared).validate_json(json.dumps(received["shared"])), say)
     except InputError as error:

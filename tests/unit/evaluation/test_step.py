@@ -15,7 +15,7 @@ import torch
 from llmkd.errors import InputError
 from llmkd.evaluation import step
 from llmkd.evaluation.results import ScoredModel
-from llmkd.evaluation.step import Process, run, visible_devices
+from llmkd.evaluation.step import BESIDE, SMALL, Process, places, run, serve, visible_devices
 from tests.unit.evaluation.pretend_step import STEP, Task
 
 WORDS = {"a": "one two three", "b": "slow one", "c": "", "d": "slow one two", "e": "one two three four"}
@@ -150,3 +150,60 @@ def test_the_devices_are_those_that_this_process_may_use(monkeypatch: pytest.Mon
     assert visible_devices() == ["3", "6"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert visible_devices() == ["cpu"] and os.environ["CUDA_VISIBLE_DEVICES"] == "3,6"
+
+
+def test_small_models_share_the_cores_of_a_machine_without_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    folders = [tmp_path / str(number) for number in range(20)]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+    unscored = [ScoredModel(name=folder.name, model=str(folder), fingerprint="") for folder in folders]
+
+    def processes_for(models: list[ScoredModel], process: Process) -> int:
+        assert set(found := places(models, lambda _: process)) == {"cpu"}
+        return len(found)
+
+    assert [processes_for(unscored[:count], Process()) for count in (1, 3, 4, 7, 20)] == [1, 1, 2, 3, BESIDE]
+    assert processes_for(unscored, Process(1, {"PRETEND_BACKEND": "vllm"})) == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
+    assert processes_for(unscored, Process()) == 2
+    os.truncate(folders[3] / "model.safetensors", SMALL + 1)
+    assert [processes_for(unscored[:count], Process()) for count in (3, 4, 20)] == [1, 1, 1]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert places(unscored, lambda _: Process()) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(("cores", "on_cpu", "threads"), [(8, 2, 4), (8, 1, None), (2, 2, 1), (1, 2, 1), (8, 0, None)])
+def test_processes_on_one_cpu_are_told_their_share_of_its_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, on_cpu: int, threads: int | None
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    told: list[Any] = []
+
+    def child(module: str, shared: Any, *_: Any) -> Any:
+        told.append(shared)
+        raise InputError("seen")
+
+    monkeypatch.setattr(step.child, "Child", child)
+    with pytest.raises(InputError, match="seen"):
+        scores(tmp_path, WORDS, devices=["cpu"] * on_cpu or ["0", "1"])
+    assert {shared["threads"] for shared in told} == {threads}
+
+
+@pytest.mark.parametrize(("told", "threads"), [(3, 3), (9, 5), (None, 5)])
+def test_a_process_starts_no_more_threads_than_it_is_told_or_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: int | None, threads: int
+) -> None:
+    (tmp_path / "processes").mkdir()
+    shared = {"factor": 2, "folder": str(tmp_path / "processes")}
+    monkeypatch.setattr(
+        step.child, "listen", lambda: ({"out": str(tmp_path), "shared": shared, "threads": told}, iter([]), print)
+    )
+    set_to = [5]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: set_to[-1])
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    assert serve(STEP) == 0 and set_to[-1] == threads

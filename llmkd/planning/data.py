@@ -21,6 +21,7 @@ from llmkd.data.turns import THOUGHTS, THOUGHTS_END
 from llmkd.models.vocabularies import ROWS_AT_ONCE, check_rows
 from llmkd.recipe.data import Rows
 from llmkd.recipe.recipe import Recipe
+from llmkd.recipe.run import Train
 from llmkd.text import figures
 from llmkd.training.build import total_steps
 from llmkd.training.jobs import read_rows
@@ -222,10 +223,13 @@ def _mixture(recipe: Recipe, drawn: Tokens | PackedTokens) -> list[Finding]:
 
 
 def _filled(recipe: Recipe, drawn: Tokens | PackedTokens) -> Finding:
-    """How much of the batches is tokens."""
+    """How much of the batches is tokens, and of packed ones how many a step has."""
     if isinstance(drawn, PackedTokens):
         shape = f"{drawn.count:,} sequences of {drawn.width:,} tokens"
-        return Finding("ok", f"data: {drawn.tokens.count:,} rows are packed into {shape}, {drawn.full:.1%} full")
+        filled = f"{drawn.tokens.count:,} rows are packed into {shape}, {drawn.full:.1%} full"
+        sequences = recipe.train.batch_size
+        step = f"a step takes {sequences:,} of them, {sequences * drawn.width:,} tokens at most"
+        return Finding("ok", f"data: {filled}; {step}")
     return Finding("ok", f"data: {_padding(recipe, drawn):.1%} of the places of a batch are padding (never counted)")
 
 
@@ -255,8 +259,17 @@ def _validation(recipe: Recipe, sources: Sequence[SourceTokens]) -> list[Finding
         text = f"validation: {count:,} rows of their own"
     text += f", {min(count, given.rows):,} of them are validated"
     if recipe.train.validate_every:
-        return [Finding("ok", f"{text} every {recipe.train.validate_every} steps")]
+        return [Finding("ok", f"{text} every {recipe.train.validate_every} steps"), *_chosen(recipe.train)]
     return [Finding("note", f"{text} when train.validate_every is set, which it is not")]
+
+
+def _chosen(train: Train) -> list[Finding]:
+    """Which validation decides what is exported, and when a run stops."""
+    best = f"{'highest' if train.keep_by == 'validation/agreement' else 'lowest'} {train.keep_by}"
+    texts = [f"the student of the step with the {best} is exported"] * (train.keep == "best")
+    if train.patience is not None:
+        texts.append(f"a run stops after {train.patience} validations in a row without a new {best}")
+    return [Finding("ok", f"validation: {'; '.join(texts)}")] if texts else []
 
 
 def _on_disk(recipe: Recipe, tokenizer: Any) -> Finding:

@@ -195,6 +195,25 @@ def test_rows_of_validation_are_counted(place: Path, tmp_path: Path) -> None:
         examine(recipe.changed({"data.validation": {"split": "test"}}))
 
 
+def test_the_rule_by_which_a_student_is_chosen_is_told(place: Path) -> None:
+    recipe = load_recipe(place / "recipe.yaml").changed({"data.validation": {"share": 0.25}, "train.validate_every": 5})
+
+    def rule(**changes: Any) -> list[str]:
+        said = _said(recipe.changed({f"train.{key}": value for key, value in changes.items()}), "ok")
+        return [what for what in said if "exported" in what or "stops" in what]
+
+    assert rule() == []
+    assert rule(keep="best") == ["validation: the student of the step with the lowest validation/ce is exported"]
+    assert rule(patience=3) == [
+        "validation: a run stops after 3 validations in a row without a new lowest validation/ce"
+    ]
+    (both,) = rule(keep="best", keep_by="validation/agreement", patience=2)
+    assert both == (
+        "validation: the student of the step with the highest validation/agreement is exported; "
+        "a run stops after 2 validations in a row without a new highest validation/agreement"
+    )
+
+
 def _mixture(place: Path, **changes: Any) -> Recipe:
     """The tiny rows three times as often as four texts of another format, whose column has another name."""
     texts = [{"document": "red green blue small large", "origin": "a book"}] * 4
@@ -250,7 +269,10 @@ def test_how_full_packed_sequences_are_is_what_a_run_says(
         packed(world, job, run_rows(world, job, tokenizer).training)
     (said,) = (r.getMessage() for r in caplog.records if "are packed into" in r.getMessage())
     found = _said(recipe, "ok")
-    assert said.replace(f"{job.title}:", "data:") in found
+    step = f"a step takes {recipe.train.batch_size} of them, {recipe.train.batch_size * 64} tokens at most"
+    assert f"{said.replace(f'{job.title}:', 'data:')}; {step}" in found
+    by_tokens = recipe.changed({"train.batch_tokens": 512})
+    assert any(what.endswith("a step takes 8 of them, 512 tokens at most") for what in _said(by_tokens, "ok"))
     (after,) = (what for what in found if what.startswith("tokens:"))
     mib = sum(file.stat().st_size for file in recipe.tokens_folder(recipe.data).rglob("*.arrow")) / 2**20
     assert after == before.replace("not made yet", f"there already, {mib:.1f} MiB")

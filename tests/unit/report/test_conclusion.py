@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from llmkd.report.write import report
 from tests.unit.report.study_folder import Folder
 
 BASE = (70.0, 72.0, 71.0, 69.0, 73.0)
@@ -232,6 +233,20 @@ def test_thoughts_that_were_not_scored_are_noted(tmp_path: Path) -> None:
         study.generated(name, {"bleu": 60.0}, **thoughts)
     expected = "Texts were scored without their thoughts (<think>…</think>), as no reference has any: 34 by forward-s0."
     assert expected in study.results().notes
+
+
+def test_the_rows_that_each_source_of_a_mixture_gave_are_noted(tmp_path: Path) -> None:
+    """Those of the longest run: a student that stopped early took fewer."""
+    study = Folder(tmp_path)
+    study.students({"none": FAR[:2], "forward": BASE[:2]})
+    assert not any("mixture" in note for note in study.results().notes)
+    study.write("students/none-s0/summary.json", {"sources": {"news": 30, "chats": 10}})
+    study.write("students/forward-s0/summary.json", {"sources": {"news": 1200, "chats": 400}})
+    expected = "Trained on a mixture; rows taken from each source: news 1,200 (75.0%), chats 400 (25.0%)."
+    assert expected in study.results().notes
+    report(tmp_path)
+    for form in ("report.md", "report.html"):
+        assert expected in (tmp_path / form).read_text()
 
 
 def test_what_was_not_alike_is_noted(tmp_path: Path) -> None:

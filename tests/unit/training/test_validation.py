@@ -21,7 +21,7 @@ from llmkd.processes import Stopping
 from llmkd.recipe.inputs import training_inputs
 from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.train import train
-from llmkd.training import jobs, prepare, write_cache
+from llmkd.training import jobs, prepare, validation, write_cache
 from llmkd.training.journal import validation_line
 from llmkd.training.metrics import WARM_UP
 from llmkd.training.validation import Validated, Validator
@@ -248,6 +248,29 @@ def test_the_last_validation_is_what_the_exported_student_scores(
     board = EventAccumulator(str(run / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("validation/kl")] == [2, 3]
     assert board.Scalars("validation/pairs/0<1")[-1].value == pytest.approx(last["pairs"]["0<1"])
+
+
+def test_a_validation_is_reduced_once(
+    recipe: Recipe, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many micro-batches and pairs it has; the counts are those of the same rows each time, and are added up once."""
+    reduced: list[tuple[str, int]] = []
+
+    def counted(name: str) -> None:
+        plain = getattr(validation, name)
+
+        def call(world: Any, values: Any) -> Any:
+            reduced.append((name, len(values)))
+            return plain(world, values)
+
+        monkeypatch.setattr(validation, name, call)
+
+    counted("sum_tensor")
+    counted("sum_counts")
+    assert train(world, jobs.distil_job(world, recipe, tmp_path / "run"))
+    assert len(logged(tmp_path / "run")) == 2
+    pairs = 3
+    assert reduced == [("sum_counts", 3), ("sum_tensor", 3 + pairs), ("sum_tensor", 3 + pairs)]
 
 
 def test_kl_is_forward_kl_at_temperature_1_whatever_is_trained(recipe: Recipe, world: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from benchmarks import rollouts, tables, trl_trainers
 from benchmarks.check import agrees, expected_losses
 from benchmarks.contestants import Terms, make_passes
+from benchmarks.data import fewest
 from benchmarks.measure import Memory
 from benchmarks.passes import HIDDEN_WEIGHT, Llmkd, Paper, Pass
 from benchmarks.shapes import PAD, Row, Size, Work, as_batch, labels, make_model, make_rows, make_work
@@ -218,3 +220,19 @@ def test_rollouts_are_judged_by_their_own_rounds() -> None:
         "200 (200–200)", "0.400", "2.00 (2.00–2.00)", "3.00 (3.00–3.00)", "25.0%", "10.0%", "75.0%"
     ]  # fmt: skip
     assert "- met: tokens/s ≥ 1.5" in said and "- **not met**: weights ≤ 5 % of the time: 10.0%" in said
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sequences"),
+    [
+        ([45] * 10, 5),
+        ([90, 38] * 4, 4),
+        ([60, 60, 34, 34, 34], 2),
+        ([100, 30, 30, 30], 2),
+        ([65, 65, 65, 63], 3),
+        ([128], 1),
+    ],
+)
+def test_no_packing_needs_fewer_sequences(lengths: list[int], sequences: int) -> None:
+    """Where tokens alone would need fewer: two rows of 45 leave 38 of 128 tokens empty."""
+    assert fewest(np.array(lengths), 128) == sequences

@@ -19,7 +19,8 @@ from transformers import GenerationConfig, LogitsProcessorList
 from llmkd.errors import InputError
 from llmkd.inference.cache import roomy_cache
 from llmkd.inference.child import Say, quietly, say_share
-from llmkd.inference.choices import Draws, Mixed
+from llmkd.inference.choices import Draws, Mixed, likeliest
+from llmkd.inference.decoding import Choose, decoded, runs_plainly
 from llmkd.inference.sampling import Ids, Sampling
 from llmkd.inference.vllm_engine import VllmEngine
 from llmkd.models.families import family
@@ -87,17 +88,27 @@ def continued(
         places = torch.arange(width, device=device)
         mask = (places < lengths if answers else places >= width - lengths).long()
         longest = max(limits[n] for n in batch)
-        choices = LogitsProcessorList([] if mixed is None else [Mixed(*mixed, mask)])
-        if how.temperature:
-            choices.append(Draws([seeds[n] for n in batch], longest, how.temperature, how.top_p))
-        given = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": longest, "logits_processor": choices}
-        if not answers and (cache := roomy_cache(model, width + longest)) is not None:
-            given["past_key_values"] = cache
-        with torch.inference_mode():
-            new = model.generate(**given)[:, 1 if answers else width :].tolist()
-        texts |= {n: _ended(text[: limits[n]], how.stops) for n, text in zip(batch, new, strict=True)}
+        other = None if mixed is None else Mixed(*mixed, mask)
+        draws = (
+            Draws([seeds[n] for n in batch], longest, how.temperature, how.top_p, device) if how.temperature else None
+        )
+        cache = None if answers else roomy_cache(model, width + longest)
+        if cache is not None and runs_plainly(model):
+            new = decoded(model, cache, ids, mask, [limits[n] for n in batch], how.stops, _choose(other, draws))
+        else:
+            choices = LogitsProcessorList([one for one in (other, draws) if one is not None])
+            given = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": longest, "logits_processor": choices}
+            with torch.inference_mode():
+                new = model.generate(**given, past_key_values=cache)[:, 1 if answers else width :]
+        texts |= {n: _ended(text[: limits[n]], how.stops) for n, text in zip(batch, new.tolist(), strict=True)}
         say_share(say, len(texts), len(prompts))
     return [texts[n] for n in range(len(prompts))]
+
+
+def _choose(other: Mixed | None, draws: Draws | None) -> Choose:
+    """How the next token is chosen: from the model's distribution or a mixture of it with another's, drawn or the likeliest."""
+    choose = likeliest if draws is None else draws.tokens
+    return choose if other is None else lambda ids, scores: choose(ids, other(ids, scores))
 
 
 def by_vllm(folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampling, say: Say = quietly) -> Continuations:

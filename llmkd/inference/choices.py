@@ -1,7 +1,7 @@
 """How each next token is chosen in Hugging Face's `generate`: drawn by a seed of each text's own, from one model or from two.
 
-`generate` itself draws a batch's tokens from one generator, so that a text depends on what it is batched with. These processors leave one
-token possible, which `generate`, told to take the likeliest, then takes.
+`generate` itself draws a batch's tokens from one generator, so that a text depends on what it is batched with. As a processor of its
+`Draws` leaves one token possible, which `generate`, told to take the likeliest, then takes.
 """
 
 from __future__ import annotations
@@ -21,22 +21,33 @@ class Draws(LogitsProcessor):
     `count`: the most tokens of a text.
     """
 
-    def __init__(self, seeds: Sequence[int], count: int, temperature: float, top_p: float) -> None:
+    def __init__(
+        self, seeds: Sequence[int], count: int, temperature: float, top_p: float, device: torch.device
+    ) -> None:
         uniform = np.stack([np.random.default_rng(int(seed)).random(count) for seed in seeds])
-        self._uniform = torch.from_numpy(uniform)
-        self._warpers: list[Any] = [TemperatureLogitsWarper(temperature)]
+        self._uniform = torch.from_numpy(uniform).to(device)
+        self._warpers: list[Any] = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
         if top_p < 1:
             self._warpers.append(TopPLogitsWarper(top_p))
         self._token = 0
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def tokens(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The next tokens [B] by their logits [B, V]."""
         for warper in self._warpers:
             scores = warper(input_ids, scores)
         cumulative = scores.double().softmax(-1).cumsum(-1)
-        at = self._uniform[:, self._token, None].to(scores.device) * cumulative[:, -1:]
+        at = self._uniform[:, self._token, None] * cumulative[:, -1:]
         self._token += 1
-        token = torch.searchsorted(cumulative, at, right=True).clamp(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+        return torch.searchsorted(cumulative, at, right=True)[:, 0].clamp(max=scores.shape[-1] - 1)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token = self.tokens(input_ids, scores)
+        return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
+
+
+def likeliest(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """The likeliest next tokens [B] by their logits [B, V]."""
+    return scores.argmax(-1)
 
 
 class Mixed(LogitsProcessor):

@@ -39,12 +39,14 @@ def test_states_are_those_of_the_growing_cache_and_are_never_moved() -> None:
     assert len(places) == 1 and ours.get_seq_length() == 9
 
 
-def test_texts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("plainly", [True, False])
+def test_texts_are_the_same(monkeypatch: pytest.MonkeyPatch, plainly: bool) -> None:
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(**SHAPE)).eval()
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
     how = Sampling(30, (1,), temperature=1.0)
     assert roomy_cache(model, 40) is not None
+    monkeypatch.setattr(backends, "runs_plainly", lambda model: plainly)
     ours = backends.continued(model, prompts, how)
     monkeypatch.setattr(backends, "roomy_cache", lambda model, room: None)
     assert ours == backends.continued(model, prompts, how)

@@ -19,6 +19,8 @@ from llmkd.distributed.ranks import World, sum_counts
 import deepspeed  # after llmkd.distributed.ranks, which sets the accelerator
 
 OFFLOADED = ("param", "optimizer")
+GATHERED = 2**26
+"""Weights of a sharded module that are whole at a time while all of them are read."""
 
 
 @contextlib.contextmanager
@@ -136,16 +138,45 @@ def overwrite(world: World, parameter: nn.Parameter, value: Tensor) -> None:
     deepspeed.utils.safe_set_local_fp32_param(parameter, filled[world.rank * size : (world.rank + 1) * size])
 
 
-def whole_state(module: nn.Module, *, here: bool) -> dict[str, Tensor]:
-    """The module's weights in host memory, gathered one at a time (all ranks take part), where they are wanted `here`; else nothing."""
-    state: dict[str, Tensor] = {}
+def whole_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter's name and present values on this rank's device (all ranks take part).
+
+    They are the parameter's own memory, good until the next is asked for: sharded ones are gathered some at a time.
+    """
+    group: list[tuple[str, nn.Parameter]] = []
+    size = 0
     for name, parameter in module.named_parameters():
-        with gathered([parameter]):
-            if here:
-                state[name] = parameter.detach().to("cpu", copy=True)
+        if group and size + full_shape(parameter).numel() > GATHERED:
+            yield from _whole(group)
+            group, size = [], 0
+        group.append((name, parameter))
+        size += full_shape(parameter).numel()
+    yield from _whole(group)
+
+
+def _whole(group: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+    with gathered(parameter for _, parameter in group):
+        yield from ((name, parameter.detach()) for name, parameter in group)
+
+
+def whole_state(module: nn.Module, *, here: bool) -> dict[str, Tensor]:
+    """The module's weights in host memory, gathered some at a time (all ranks take part), where they are wanted `here`; else nothing."""
+    state: dict[str, Tensor] = {}
+    for name, values in whole_tensors(module):
+        if here:
+            state[name] = values.to("cpu", copy=True)
     if here:
         persistent = module.state_dict().keys()
         state.update(
             {name: value.detach().to("cpu", copy=True) for name, value in module.named_buffers() if name in persistent}
         )
     return state
+
+
+def lent_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters whole on this rank's device, to read from until the next step (all ranks take part).
+
+    They are its own memory where it is whole there, copies where it is sharded.
+    """
+    sharded = {name for name, parameter in module.named_parameters() if hasattr(parameter, "ds_id")}
+    return {name: values.clone() if name in sharded else values for name, values in whole_tensors(module)}

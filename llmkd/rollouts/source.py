@@ -36,8 +36,8 @@ from llmkd.rollouts.texts import (
     write_round,
 )
 from llmkd.rollouts.wanted import Schedule, Wanted
-from llmkd.rollouts.weights import Weights
-from llmkd.rollouts.writer import Writer, Writing, writer_of, written_together
+from llmkd.rollouts.weights import Handing
+from llmkd.rollouts.writer import Writer, Writing, written_together
 
 log = logging.getLogger("llmkd")
 
@@ -80,10 +80,10 @@ class Rollouts:
     schedule: Schedule
     micro: Micro
     writing: Writing
-    weights: Weights
+    weights: Handing
     """The student's, as the writers read them."""
-    variables: dict[str, str]
-    """The environment of this rank's writer beside this process's."""
+    new_writer: Callable[[], Writer]
+    """Makes this rank's writer, which reads them."""
     drops_truncated: bool
     tokenizer: Any
     """The student's, to show what it writes."""
@@ -97,8 +97,7 @@ class Rollouts:
         """For each step from `start_step` on, this rank's micro-batches (all ranks take part wherever a round begins)."""
         # of a run without a checkpoint even the first: another student may have written it
         on_main(self.world, lambda: forget_rounds_after(self.folder, start_step or -1))
-        log_file = self.folder / "rollouts" / f"writer-{self.world.rank}.log"
-        writer = writer_of(self.writing, log_file, self.variables)
+        writer = self.new_writer()
         # one thread for the whole run: a process that it starts ends with it
         with ThreadPoolExecutor(1) as thread, contextlib.closing(writer):
             step = start_step
@@ -147,11 +146,9 @@ class Rollouts:
         seeds = [*(int(seed) for *_, seed in asked), *self.schedule.shown_seeds(len(shown))]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the writer is on the same device
-        folder = self.weights.hand_over(self.world)
-        handed = time.perf_counter() - began
-        ids = written_together(self.world, thread, writer, self.writing, folder, prompts, seeds)
-        if self.world.local_rank == 0:
-            self.weights.remove(folder)  # all have read them
+        with self.weights.handed_over(self.world) as folder:
+            handed = time.perf_counter() - began
+            ids = written_together(self.world, thread, writer, self.writing, folder, prompts, seeds)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         texts = [

@@ -1,16 +1,24 @@
-"""The student's weights on their way to the writers: a model folder on each node, in memory where there is room."""
+"""The student's weights on their way to the writers.
+
+A writer in another process reads a model folder, one on each node, in memory where there is room. One in the rank's own process has a model
+to which the student lends its weights.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from llmkd.distributed.engines import parameter_count, whole_state
+from torch import Tensor
+
+from llmkd.distributed.engines import lent_tensors, parameter_count, whole_state
 from llmkd.distributed.ranks import World, on_each_node
 
 MEMORY = Path("/dev/shm")
@@ -18,17 +26,75 @@ SPARE = 1.1
 """How much more room than the weights take must be free in memory."""
 
 
+class Handing(Protocol):
+    """One way for the student's weights to reach the writers."""
+
+    def handed_over(self, world: World) -> contextlib.AbstractContextManager[Path]:
+        """Inside, the writers can use the present weights, which are those of the model folder that is given (all ranks take part)."""
+        ...
+
+
+class Lent:
+    """A model in this process to which the student lends its weights while it writes; in between it has none.
+
+    Where the student is whole on each rank these are its own tensors and nothing is copied, where it is sharded whole copies.
+    """
+
+    def __init__(self, student: Any, folder: Path, load: Callable[[Path], Any]) -> None:
+        """`student`: transformers' model. `folder`: the one that it began as. `load`: reads a folder's model into host memory."""
+        self._student, self._folder, self._load = student, folder, load
+        self._tensors: dict[str, Tensor] = {}
+        self._model: Any = None
+
+    @contextlib.contextmanager
+    def handed_over(self, world: World) -> Iterator[Path]:
+        """As `Handing`."""
+        self._tensors = lent_tensors(self._student)
+        try:
+            yield self._folder
+        finally:
+            self._tensors = {}
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Any]:
+        """A model with the weights that are handed over; afterwards it holds none."""
+        if self._model is None:
+            self._model = self._load(self._folder)
+            _empty(self._model)
+            self._model.to(next(iter(self._tensors.values())).device)
+        try:
+            for name, parameter in self._model.named_parameters():
+                parameter.data = self._tensors[name].to(parameter.dtype)
+            yield self._model
+        finally:
+            _empty(self._model)
+
+
+def _empty(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)
+
+
 @dataclass(frozen=True)
-class Weights:
-    """A student whose weights are handed over."""
+class InFolder:
+    """A folder with the student's weights, for writers in processes of their own."""
 
     model: Any
     """transformers' model, sharded or not."""
     run: Path
     """The run's folder."""
 
-    def hand_over(self, world: World) -> Path:
-        """Write the present weights, one copy on each node, and tell where (all ranks take part)."""
+    @contextlib.contextmanager
+    def handed_over(self, world: World) -> Iterator[Path]:
+        """As `Handing`; afterwards the folder is gone."""
+        folder = self._written(world)
+        try:
+            yield folder
+        finally:
+            if world.local_rank == 0:
+                self.remove(folder)
+
+    def _written(self, world: World) -> Path:
         state = whole_state(self.model, here=world.local_rank == 0)
 
         def write() -> str:
@@ -43,21 +109,25 @@ class Weights:
         _, folder = on_each_node(world, write)
         return Path(folder)
 
+    @property
+    def prefix(self) -> str:
+        """What the names of this run's folders begin with."""
+        return f"llmkd-{hashlib.sha256(str(self.run.resolve()).encode()).hexdigest()[:16]}-"
+
     def _new_folder(self) -> Path:
         """An empty folder of this user's alone, in memory where there is room for the weights, else in the run's own.
 
         What killed starts of the same run left there is removed.
         """
-        name = f"llmkd-{hashlib.sha256(str(self.run.resolve()).encode()).hexdigest()[:16]}-"
         for place in (MEMORY, self.run / "rollouts"):
-            for leftover in place.glob(f"{name}*"):
+            for leftover in place.glob(f"{self.prefix}*"):
                 if leftover.stat().st_uid == os.getuid():
                     self.remove(leftover)
         size = SPARE * parameter_count(self.model) * next(self.model.parameters()).element_size()
         if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > size:
-            return Path(tempfile.mkdtemp(prefix=name, dir=MEMORY))
+            return Path(tempfile.mkdtemp(prefix=self.prefix, dir=MEMORY))
         (self.run / "rollouts").mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=name, dir=self.run / "rollouts"))
+        return Path(tempfile.mkdtemp(prefix=self.prefix, dir=self.run / "rollouts"))
 
     def remove(self, folder: Path) -> None:
         """Remove what was written."""

@@ -6,6 +6,7 @@ engine that dies.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from llmkd.inference.backends import continued, writing_model
 from llmkd.inference.child import Child
 from llmkd.inference.sampling import Ids, Sampling
 from llmkd.inference.vllm_setup import vllm_environment
+from llmkd.rollouts.weights import Lent
 
 log = logging.getLogger("llmkd")
 
@@ -58,7 +60,7 @@ class Writing:
     gpu_share: float | None = None
     """vLLM's share of the memory of a GPU that it has together with the training."""
     same_weights: bool = False
-    """Whether all orders are of the same model, which then stays loaded."""
+    """Whether all orders are of the same model."""
     engines: int | None = None
     """How many of a node's ranks write, where engines have devices of their own; None: all ranks do."""
     tensor_parallel: int = 1
@@ -141,9 +143,15 @@ class Writer(Protocol):
         ...
 
 
-def writer_of(writing: Writing, log_file: Path, variables: Mapping[str, str]) -> Writer:
-    """The writer of a backend; `log_file` and `variables` are for a process of its own, which vLLM has."""
-    return VllmWriter(writing, log_file, variables) if writing.backend == "vllm" else HuggingFaceWriter(writing)
+def writer_of(writing: Writing, log_file: Path, variables: Mapping[str, str], lent: Lent | None = None) -> Writer:
+    """The writer of a backend.
+
+    log_file, variables: for a process of its own, which vLLM has. lent: the model by which Hugging Face writes, where a student lends it
+    its weights.
+    """
+    if writing.backend == "vllm":
+        return VllmWriter(writing, log_file, variables)
+    return HuggingFaceWriter(writing, lent)
 
 
 def written_together(
@@ -172,11 +180,11 @@ def written_together(
 
 
 class HuggingFaceWriter:
-    """Writes in this process. The model is loaded for each order unless all are of the same one, a second model once."""
+    """Writes in this process, by a model that is loaded once: the one in the folder it is asked for, or one that is lent weights."""
 
-    def __init__(self, writing: Writing) -> None:
-        self._writing = writing
-        self._kept: Any = None
+    def __init__(self, writing: Writing, lent: Lent | None = None) -> None:
+        self._writing, self._lent = writing, lent
+        self._loaded: Any = None
         self._mixed: tuple[Any, float] | None = None
 
     def write(self, asked: Asked) -> list[Ids]:
@@ -185,17 +193,24 @@ class HuggingFaceWriter:
             if self._mixed is None and how.mixed_with is not None:
                 other = writing_model(Path(how.mixed_with), how.mixed_dtype, trust_remote_code=how.mixed_trusts)
                 self._mixed = other, how.mixed_share
-            model = self._kept or writing_model(Path(asked.weights), how.dtype, trust_remote_code=how.trust_remote_code)
-            self._kept = model if how.same_weights else None
-            return continued(model, asked.prompts, how.sampling(asked), mixed=self._mixed)
+            with self._model(asked) as model:
+                return continued(model, asked.prompts, how.sampling(asked), mixed=self._mixed)
         except torch.OutOfMemoryError as error:
-            beside = "" if how.same_weights else " beside the training"
+            beside = "" if self._lent is None else " beside the training"
             raise InputError(
                 f"rollouts.batch_size: {how.batch_size} texts at once do not fit on the GPU{beside}; write a smaller number"
             ) from error
 
+    def _model(self, asked: Asked) -> contextlib.AbstractContextManager[Any]:
+        if self._lent is not None:
+            return self._lent.writing()
+        if self._loaded is None:
+            how = self._writing
+            self._loaded = writing_model(Path(asked.weights), how.dtype, trust_remote_code=how.trust_remote_code)
+        return contextlib.nullcontext(self._loaded)
+
     def close(self) -> None:
-        self._kept = self._mixed = None
+        self._loaded = self._mixed = self._lent = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()  # a run's peak is its training's, whoever wrote before it

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmkd.data.tokenized import Tokens
 from llmkd.distributed.ranks import World, on_main
-from llmkd.inference.backends import stop_ids
+from llmkd.inference.backends import stop_ids, writing_model
 from llmkd.inference.choose import WORTH_VLLM, choose_backend
 from llmkd.inference.vllm_setup import check_installed
 from llmkd.models import folders, load
@@ -20,7 +20,7 @@ from llmkd.rollouts.prompts import check_prompts
 from llmkd.rollouts.source import Micro, Rollouts
 from llmkd.rollouts.texts import KnownTokens
 from llmkd.rollouts.wanted import Schedule
-from llmkd.rollouts.weights import Weights
+from llmkd.rollouts.weights import InFolder, Lent
 from llmkd.rollouts.writer import Writing, writer_of, writer_variables
 from llmkd.training.build import students_trust
 from llmkd.training.cache_contents import student_vocabulary
@@ -122,6 +122,9 @@ def rollouts_of(
     on_main(world, lambda: check_prompts(tokens))
     apart = None if job.recipe.loss.own_divergence is None else train.micro_batch_size
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    log_file = job.folder / "rollouts" / f"writer-{world.rank}.log"
+    variables = writer_variables(world, settings.devices, settings.tensor_parallel)
+    lent = None if writing.backend == "vllm" else _lent(job, student, writing)
     return Rollouts(
         world,
         job.folder,
@@ -129,9 +132,15 @@ def rollouts_of(
         schedule,
         Micro(train.batch_size, accumulation, job.seed, pad_id, apart),
         writing,
-        Weights(student, job.folder),
-        writer_variables(world, settings.devices, settings.tensor_parallel),
+        InFolder(student, job.folder) if lent is None else lent,
+        functools.partial(writer_of, writing, log_file, variables, lent),
         drops_truncated=settings.truncated == "drop",
         tokenizer=tokenizer,
         known=on_main(world, lambda: known_tokens(job, teacher)),
     )
+
+
+def _lent(job: Job, student: Any, writing: Writing) -> Lent:
+    """The model by which Hugging Face writes while `student` lends it its weights."""
+    how = {"trust_remote_code": writing.trust_remote_code, "on_gpu": False}
+    return Lent(student, job.initial, lambda folder: writing_model(folder, writing.dtype, **how))

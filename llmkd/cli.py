@@ -299,12 +299,15 @@ def plan(recipe: str, ranks: int, device_gib: float, overrides: tuple[str, ...])
     from llmkd.planning.memory import plan as rows
     from llmkd.planning.memory import plan_text
     from llmkd.planning.placements import compare, placements_text, stages_text
-    from llmkd.planning.shapes import teacher_config
+    from llmkd.planning.rollouts import engines_text
+    from llmkd.planning.shapes import initial_student_config, shapes, teacher_config
     from llmkd.recipe.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides)
     teacher = teacher_config(settings)
     click.echo(plan_text(rows(settings, ranks, teacher)))
+    if engines := engines_text(settings, shapes(initial_student_config(settings, teacher)), shapes(teacher)):
+        click.echo(f"\n{engines}")
     if settings.logits or (settings.loss.hidden and settings.matching.strategy != "none"):
         if settings.teacher.placed.is_staged:
             click.echo(f"\n{stages_text(settings, ranks, teacher)}")

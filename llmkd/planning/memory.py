@@ -78,7 +78,7 @@ def plan(recipe: Recipe, ranks: int, config: PreTrainedConfig | None = None) -> 
         *student_rows(recipe, student, projectors, zero, ranks),
         *activation_rows(recipe, student, teacher, placed.pairs, ranks),
         *head_rows(recipe, student, teacher),
-        *rollout_rows(recipe, student, teacher),
+        *rollout_rows(recipe, student, teacher, sharded=zero_stage(dict(zero)) == 3),
     ]
 
 

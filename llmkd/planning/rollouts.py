@@ -1,8 +1,9 @@
-"""What writing texts takes: during training a second copy of the student, the keys and values of the texts, and weights in memory; before
-it the whole teacher."""
+"""What writing texts takes: during training a copy of a student that is sharded or that vLLM writes by, the keys and values of the texts,
+and weights in memory; before it the whole teacher. On GPUs of their own engines take nothing of a rank's."""
 
 from __future__ import annotations
 
+from llmkd.inference.vllm_setup import GPU_SHARE
 from llmkd.models.load import DTYPES
 from llmkd.planning.rows import BEFORE, GIB, Phase, Row, millions
 from llmkd.planning.shapes import Shapes
@@ -12,8 +13,11 @@ from llmkd.recipe.rollouts import Rollouts
 WRITING: tuple[Phase, ...] = ("writing",)
 
 
-def rollout_rows(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Row]:
-    """No rows where nothing is written. vLLM takes `rollouts.gpu_share` of the device, whatever is needed of it."""
+def rollout_rows(recipe: Recipe, student: Shapes, teacher: Shapes, *, sharded: bool) -> list[Row]:
+    """No rows where nothing is written. vLLM takes `rollouts.gpu_share` of the device, whatever is needed of it.
+
+    `sharded`: whether a rank has only a part of the student's weights.
+    """
     settings = recipe.rollouts
     if settings is None or not settings.writes:
         return []
@@ -30,17 +34,43 @@ def rollout_rows(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Row]:
         rows.append(Row("a whole teacher that writes", teacher.parameters * wide, how))
     cached = sum(map(_per_token, models))
     sent = student.parameters * size
-    how = f"{millions(student.parameters)} x {size} B, one copy on a node, every {settings.every} step(s)"
     copied = f"{millions(student.parameters)} x {size} B"
-    handed = Row(f"weights handed over ({sent / GIB:.2f} GiB a round)", sent, how, WRITING, place="host")
+    lends = settings.backend == "hf" or settings.by == "mixed"
+    how = f"{copied}, one copy on a node, every {settings.every} step(s)"
+    handed = (
+        [] if lends else [Row(f"weights handed over ({sent / GIB:.2f} GiB a round)", sent, how, WRITING, place="host")]
+    )
     if settings.devices is not None:  # what writes is on GPUs that no rank has
-        return [handed]
-    return [
-        *rows,
-        Row("a copy of the student, writing", sent, copied, WRITING),
-        _cache_row(texts, tokens, cached, size, WRITING),
-        handed,
+        return handed
+    if sharded or not lends:
+        rows.append(Row("a copy of the student, writing", sent, copied, WRITING))
+    return [*rows, _cache_row(texts, tokens, cached, size, WRITING), *handed]
+
+
+def engines_text(recipe: Recipe, student: Shapes, teacher: Shapes) -> str | None:
+    """What runs on GPUs of which no rank has any (`rollouts.devices`), and what it holds there; None where there are none."""
+    settings = recipe.rollouts
+    if settings is None or not settings.writes or settings.devices is None:
+        return None
+    models: dict[str, tuple[Shapes, str]] = {}
+    if settings.before_training:
+        models["the teacher, before training"] = teacher, recipe.teacher.dtype
+    if settings.during_training:
+        models["the student, from the first round on"] = student, recipe.train.dtype
+    several = settings.tensor_parallel
+    numbers = ", ".join(map(str, settings.devices))
+    lines = [
+        f"GPUs {numbers} of each node (rollouts.devices) are vLLM's: {settings.engines} engine(s) of {several} GPU(s), no rank among them"
     ]
+    for who, (model, dtype) in models.items():
+        size = DTYPES[dtype].itemsize
+        share = model.parameters * size / several / GIB
+        kept = _per_token(model) * size / several / 2**20
+        lines.append(
+            f"  {who}: {share:.3f} GiB of weights on each ({millions(model.parameters)} x {size} B / {several}), and keys and values of "
+            f"{kept:.3f} MiB a token in what is left of {GPU_SHARE:.0%} of its memory"
+        )
+    return "\n".join(lines)
 
 
 def _by_teacher(settings: Rollouts, recipe: Recipe, teacher: Shapes) -> list[Row]:

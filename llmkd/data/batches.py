@@ -179,6 +179,19 @@ def padded_batch(ids: Tensor, attended: Tensor, targets: Tensor, numbers: Sequen
     return replace(batch, **more)
 
 
+def left_out(batch: Batch, places: Sequence[int]) -> Batch:
+    """The same padded batch, in which no token of the rows at these places counts: none is trained, none is compared."""
+    targets, attended = batch.targets.clone(), batch.attended.clone()
+    targets[places], attended[places] = IGNORE, False
+    return replace(
+        batch,
+        targets=targets,
+        attended=attended,
+        trained_at=(targets.flatten() != IGNORE).nonzero().flatten(),
+        attended_at=attended.flatten().nonzero().flatten(),
+    )
+
+
 def announced(
     steps: Iterable[tuple[list[Batch], bool]], announce: Callable[[list[Batch]], None]
 ) -> Iterator[list[Batch]]:

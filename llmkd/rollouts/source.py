@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from llmkd.data.batches import Batch, TokenRow, ahead, collate
+from llmkd.data.batches import Batch, TokenRow, ahead, collate, left_out
 from llmkd.data.tokenized import Tokens
 from llmkd.distributed.ranks import World, on_main
 from llmkd.errors import InputError
@@ -168,6 +168,13 @@ class Rollouts:
 
         on_main(self.world, publish)
         self._note(steps.start, values)
+        if texts and not any(map(self._is_used, texts)) and self.world.is_main:
+            log.warning(
+                "rollouts: none of the %d texts is trained on: each is empty or, with rollouts.truncated: drop, cut off at "
+                "rollouts.max_new_tokens (%d); write a larger number, or truncated: train",
+                len(texts),
+                self.writing.max_new_tokens,
+            )
         return texts
 
     def _wanted(self, step: int) -> Wanted:
@@ -218,7 +225,7 @@ class Rollouts:
                 others.append(_Row(place, length, number, None))
             else:
                 row = _Row(place, len(text.prompt) + len(text.text), text.row, written_row(text))
-                (unused if text.is_empty or (self.drops_truncated and not text.ended) else own).append(row)
+                (own if self._is_used(text) else unused).append(row)
         count = self.micro.accumulation * self.world.size
         if self.micro.apart is None:
             parts = _parts([*others, *own], unused, count)
@@ -227,9 +234,14 @@ class Rollouts:
             parts = [*_parts(others, [], count - of_own), *_parts(own, unused, of_own)]
         return [self._batch(part) for part in parts[self.world.rank :: self.world.size]]
 
+    def _is_used(self, text: Text) -> bool:
+        """Whether a text is trained on."""
+        return not text.is_empty and (text.ended or not self.drops_truncated)
+
     def _batch(self, part: Sequence[_Row]) -> Batch:
         given = [self.tokens.row(row.number) if row.tokens is None else row.tokens for row in part]
         batch = collate(given, pad_id=self.micro.pad_id, packed=False, numbers=[row.number for row in part])
+        batch = left_out(batch, [place for place, row in enumerate(part) if row.fills])
         if self.micro.apart is not None:
             batch = replace(batch, own=part[0].tokens is not None)
         return batch.pinned() if torch.cuda.is_available() else batch
@@ -244,14 +256,16 @@ class _Row(NamedTuple):
     """In the data: of the row, or of that whose prompt was continued."""
     tokens: TokenRow | None
     """What was written; None: the data's row."""
+    fills: bool = False
+    """Whether it only fills a micro-batch that would have no row: nothing of it counts."""
 
 
 def _parts(rows: Sequence[_Row], unused: Sequence[_Row], count: int) -> list[list[_Row]]:
     """So many micro-batches of rows of similar length, as even as can be: a text that is not trained on makes one shorter.
 
-    A micro-batch needs a row: where there are too few, some are of `unused`, and nothing of these is trained.
+    A micro-batch needs a row: where there are too few, some are of `unused`, and nothing of these counts.
     """
-    fill = [row._replace(tokens=_untrained(row.tokens)) for row in unused if row.tokens is not None]
+    fill = [row._replace(fills=True) for row in unused]
     order = sorted([*rows, *fill[: max(0, count - len(rows))]], key=lambda row: (-row.length, row.place))
     places = np.array_split(np.arange(len(order)), count) if count else []
     return [[order[place] for place in part] for part in places]
@@ -260,10 +274,6 @@ def _parts(rows: Sequence[_Row], unused: Sequence[_Row], count: int) -> list[lis
 def written_row(text: Text) -> TokenRow:
     """A text as a row like any other, of which what was written is trained."""
     return {**answered(text.prompt, text.text), "row": text.row}
-
-
-def _untrained(row: TokenRow) -> TokenRow:
-    return {**row, "trained": np.zeros(len(row["input_ids"]), dtype=bool)}
 
 
 def _as_values(texts: list[Text] | None) -> list[tuple[Any, ...]] | None:

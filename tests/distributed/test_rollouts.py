@@ -251,16 +251,48 @@ def test_a_share_of_zero_is_the_run_without_rollouts(tiny: Path, world: Any, tmp
     assert not (tmp_path / "with" / "rollouts").exists()
 
 
-def test_a_step_none_of_whose_texts_is_trained_on_ends_nothing(tiny: Path, world: Any, tmp_path: Path) -> None:
+def test_a_step_none_of_whose_texts_is_trained_on_changes_nothing(
+    tiny: Path, world: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And leaves the student as it is, at every distance and divergence, also where these look at each token."""
     changes = with_rollouts(
-        {"train.steps": 2, "train.warmup_steps": 0, "train.micro_batch_size": 1}, truncated="drop", max_new_tokens=3
+        {
+            "train.steps": 2,
+            "train.warmup_steps": 0,
+            "train.micro_batch_size": 1,
+            "train.weight_decay": 0.0,
+            "loss.kl_positions": "attended",
+        },
+        truncated="drop",
+        max_new_tokens=3,
     )
-    assert train(world, jobs.distil_job(world, load_recipe(tiny / "recipe.yaml").changed(changes), tmp_path / "run"))
-    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["kl"] for line in logged] == [0.0, 0.0] and [line["rollouts"]["ended"] for line in logged] == [
-        0.0,
-        0.0,
-    ]
+    run, recipe = tmp_path / "run", load_recipe(tiny / "recipe.yaml").changed(changes)
+    with caplog.at_level("WARNING", "llmkd"):
+        assert train(world, jobs.distil_job(world, recipe, run))
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [(line["kl"], line["hidden"], line["rollouts"]["ended"]) for line in logged]
+    assert found == [(0.0, 0.0, 0.0), (0.0, 0.0, 0.0)]
+    initial.initial_student(recipe, tiny / "teacher", tmp_path / "before")
+    weights, before = (load_file(file / "model.safetensors") for file in (run / "model", tmp_path / "before"))
+    assert_same_weights(weights, before, 0.0)
+    assert caplog.text.count("none of the 8 texts is trained on") == 2
+
+
+def test_dropped_texts_count_for_nothing_however_a_step_is_divided(tiny: Path, world: Any, tmp_path: Path) -> None:
+    """A micro-batch without a row of its own is filled up with a dropped one."""
+    weights = []
+    for size in (1, 8):
+        changes = with_rollouts(
+            {"train.steps": 2, "train.warmup_steps": 0, "train.micro_batch_size": size},
+            truncated="drop",
+            max_new_tokens=40,
+        )
+        run = tmp_path / str(size)
+        assert train(world, jobs.distil_job(world, load_recipe(tiny / "recipe.yaml").changed(changes), run))
+        ended = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["rollouts"]["ended"]
+        assert 0 < ended < 1
+        weights.append(load_file(run / "model" / "model.safetensors"))
+    assert_same_weights(*weights, 1e-5)
 
 
 def test_a_row_without_a_prompt_is_named_before_the_first_step(tiny: Path, world: Any, tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from llmkd.report import numbers
 from llmkd.report.files import GeneratedItem
-from llmkd.report.page import document
+from llmkd.report.page import document, svg
 from llmkd.report.page.document import packed, whole_page
 from llmkd.report.results import Cell, Results
 from tests.unit.report import example_results as example
@@ -55,11 +57,8 @@ def test_the_page_opens_with_the_answer(results: Results, read: Page) -> None:
     assert not read.all("p", "partial")
 
 
-def test_every_score_is_the_results(results: Results, read: Page) -> None:
-    table = [
-        values
-        for values in re.findall(r'<tr class="(?:teacher|baseline|student)">(.*)</tr>', whole_page(results, [], ""))
-    ]
+def test_every_score_is_the_results(results: Results, source: str, read: Page) -> None:
+    table = re.findall(r'<tr class="(?:teacher|baseline|student)">(.*)</tr>', source)
     found = {
         re.findall(r'<th scope="row">(\w+)</th>', line)[0]: [
             (float(mean), float(half) if half else None)
@@ -94,6 +93,7 @@ def test_the_best_below_the_teacher_is_marked_by_more_than_colour(results: Resul
     assert sorted(map(float, marked)) == sorted(wanted)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_nothing_is_best_where_all_tie_or_neither_end_is_better(results: Results) -> None:
     neither = replace(results.metrics[0], name="generation/length_ratio", label="length ratio", higher_is_better=None)
     tied = replace(results.metrics[0], name="generation/eos_rate", label="ended by itself")
@@ -141,6 +141,7 @@ def test_every_picture_has_its_numbers_as_table_and_csv(results: Results, read: 
         assert drawn == [line.parts["kl"] for line in results.curves[name].lines]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_part_without_a_weight_is_not_shown_as_part_of_the_loss() -> None:
     results = example.study(seeds=(0, 1), log_lines=60)
     for name in ("ce_only-s0", "ce_only-s1"):
@@ -160,6 +161,7 @@ def test_a_part_without_a_weight_is_not_shown_as_part_of_the_loss() -> None:
     assert kl.endswith("; not computed for ce_only") and ce.endswith("; measured, but not in the loss, of forward")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_only_some_runs_log_has_pictures_too() -> None:
     """A temperature that moves, and the norms of gradients, which few lines report."""
     results = example.study(seeds=(0, 1), log_lines=60)
@@ -177,6 +179,7 @@ def test_what_only_some_runs_log_has_pictures_too() -> None:
     assert head == ["step", "forward", "forward-s1"] and len(lines) == 40
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_whose_blocks_are_not_known_yet_are_named() -> None:
     """An encoder-decoder's log counts the decoder's blocks by themselves; which they are is known when the run has ended."""
     results = example.study(seeds=(0, 1))
@@ -189,6 +192,7 @@ def test_runs_whose_blocks_are_not_known_yet_are_named() -> None:
     assert "forward-s1" in read.csv("curve-hidden")[0]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_long_curve_is_thinned_with_a_note() -> None:
     results = example.study(seeds=(0, 1), log_lines=1000)
     read = Page(whole_page(results, [], ""))
@@ -202,7 +206,7 @@ def test_a_long_curve_is_thinned_with_a_note() -> None:
 # Safety
 
 
-def test_nothing_a_study_says_becomes_markup(results: Results, texts: list[GeneratedItem]) -> None:
+def test_nothing_a_study_says_becomes_markup(results: Results, texts: list[GeneratedItem], read: Page) -> None:
     evil = replace(
         example.study(("none", "forward", "reverse", EVIL, "random"), seeds=(0, 1, 2)),
         name=EVIL,
@@ -219,17 +223,14 @@ def test_nothing_a_study_says_becomes_markup(results: Results, texts: list[Gener
     evil.rows[-1] = example.without_scores(evil.rows[-1], EVIL)
     written = [replace(item, prompt=EVIL, references=[EVIL], outputs={**item.outputs, EVIL: EVIL}) for item in texts]
     source = whole_page(evil, written, EVIL)
-    read = Page(source)
-    assert len(read.all("script")) == 2 and not read.all("img") and source.count("<!--") == 0
-    assert not [name for _, attributes in read.tags for name in attributes if name.startswith("on")]
-    data = json.loads(read.all("script")[0][1])
+    found = Page(source)
+    assert len(found.all("script")) == 2 and not found.all("img") and source.count("<!--") == 0
+    assert not [name for _, attributes in found.tags for name in attributes if name.startswith("on")]
+    data = json.loads(found.all("script")[0][1])
     assert data["items"][0]["p"] == EVIL and EVIL in data["models"]
     assert [EVIL, 1, [None, None]] in data["items"][0]["t"]
-    assert EVIL in read.all("h1")[0][1] and EVIL in read.all("pre")[0][1] and EVIL in read.all("p", "answer")[0][1]
-    assert {tag for tag, _ in read.tags} == {tag for tag, _ in Page(whole_page(results, texts, "x")).tags} | {
-        "h3",
-        "ul",
-    }
+    assert EVIL in found.all("h1")[0][1] and EVIL in found.all("pre")[0][1] and EVIL in found.all("p", "answer")[0][1]
+    assert {tag for tag, _ in found.tags} == {tag for tag, _ in read.tags} | {"h3", "ul"}
 
 
 def test_only_the_pages_own_script_may_run(source: str, read: Page) -> None:
@@ -273,11 +274,11 @@ def test_half_a_study_is_a_page_that_names_what_is_missing(results: Results, tex
     assert "random" not in {line[0] for line in read.csv("cost-step")}
 
 
-def test_a_study_not_begun_has_no_picture(results: Results) -> None:
-    read = Page(whole_page(example.nothing(results), [], ""))
-    assert not read.all("svg") and not read.all("figure")
-    assert [text for _, text in read.all("h2")] == [text for _, text in Page(whole_page(results, [], "")).all("h2")]
-    assert len(read.all("p", "missing-part")) == 9  # one in each section, two in the last
+def test_a_study_not_begun_has_no_picture(results: Results, read: Page) -> None:
+    found = Page(whole_page(example.nothing(results), [], ""))
+    assert not found.all("svg") and not found.all("figure")
+    assert [text for _, text in found.all("h2")] == [text for _, text in read.all("h2")]
+    assert len(found.all("p", "missing-part")) == 9  # one in each section, two in the last
 
 
 def test_one_seed_has_no_interval() -> None:
@@ -294,8 +295,17 @@ def test_the_same_study_gives_the_same_bytes(results: Results, texts: list[Gener
     assert whole_page(results, texts, "name: quickstart\n") == source
 
 
-def test_a_whole_study_stays_small() -> None:
-    """Five strategies over five seeds and 200 items; then with every text of every model its own."""
+def test_a_whole_study_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five strategies over five seeds and 200 items; then with every text of every model its own, beside the same pictures."""
+    pictures: dict[str, Markup] = {}
+    inline = svg.inline
+
+    def drawn_once(figure: Figure, name: str, title: str, description: str) -> Markup:
+        if name not in pictures:
+            pictures[name] = inline(figure, name, title, description)
+        return pictures[name]
+
+    monkeypatch.setattr(svg, "inline", drawn_once)
     results = example.study(student_blocks=9, teacher_blocks=36, log_lines=1000)
     texts = example.generations(results)
     usual = len(whole_page(results, texts, "").encode())

@@ -122,6 +122,7 @@ def test_every_form_of_the_report_has_it(folder: Folder) -> None:
     assert "on_policy-s0" in json.loads((folder.folder / "results.json").read_text())["rollouts"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_divergence_on_its_own_text_is_beside_that_on_the_data(folder: Folder) -> None:
     page = Page(whole_page(folder.results(), [], ""))
     assert "On its own text and on the data" in [text for _, text in page.all("h3")]
@@ -135,6 +136,7 @@ def test_the_divergence_on_its_own_text_is_beside_that_on_the_data(folder: Folde
 
 
 @pytest.mark.parametrize("changed", [{"share": 0.5}, {"kl": 0.0}])
+@pytest.mark.usefixtures("undrawn")
 def test_a_divergence_that_is_not_of_own_texts_alone_is_not_called_so(
     folder: Folder, changed: dict[str, float]
 ) -> None:
@@ -153,5 +155,6 @@ def test_a_mixed_divergence_is_named_with_its_weights(folder: Folder) -> None:
     assert folder.results().rollouts["on_policy-s0"].own_kl == "0.5 forward_kl + 0.5 reverse_kl at temperature 1"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_study_without_written_texts_says_nothing_of_them() -> None:
     assert HEADING not in whole_page(study(seeds=(0,)), [], "")

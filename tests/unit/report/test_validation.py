@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from llmkd.report.page.document import whole_page
+from llmkd.report.page.validation import validation_part
 from llmkd.report.results import LogLine, Rule, RunValidations
 from llmkd.report.validation import exported, of_students, rule_in_words, validation_table
 from llmkd.report.write import report
@@ -111,12 +112,13 @@ def test_a_ring_marks_the_exported_step_of_each_finished_run() -> None:
     made = [LogLine(step, {"ce": 5.0 + step / 10}) for step in range(10, 1000, 10)]  # more than are drawn
     marked = {name: RunValidations(made, Rule(**BEST), kept=20) for name in runs}
     pages = [
-        Page(whole_page(replace(results, validations=found), [], ""))
+        Page("\n".join(map(str, validation_part(replace(results, validations=found)))))
         for found in (marked, {name: replace(run, rule=None) for name, run in marked.items()})
     ]
     with_rings, without = (len(page.all("use")) for page in pages)
     assert with_rings - without == len(runs)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_study_without_validation_says_nothing_of_it() -> None:
     assert "Validation while training" not in whole_page(study(seeds=(0,)), [], "")

@@ -21,6 +21,7 @@ from llmkd.data.packing import packed_rows
 from llmkd.data.rows import load_rows
 from llmkd.data.tokenized import PackedSource, PackedTokens, Tokens
 from llmkd.data.tokens import tokenize
+from llmkd.files import ROOT
 from llmkd.layer_map import EMBEDDING, in_order_random
 from llmkd.losses.schedules import learning_rate
 from llmkd.models import load as models
@@ -37,7 +38,7 @@ WORDS = "red green blue small large old new river house tree stone bird wind lig
 
 
 def make(folder: Path) -> None:
-    """Write teacher/, tied/ (a teacher whose head is its embeddings), rows.jsonl and recipe.yaml into the folder."""
+    """Write teacher/, tied/ (a teacher whose head is its embeddings), rows.jsonl, recipe.yaml and `zero_stages` into the folder."""
     draw = random.Random(0)
     rows = []
     for _ in range(40):
@@ -63,6 +64,20 @@ def make(folder: Path) -> None:
     config = Qwen3Config(**shape, **special, tie_word_embeddings=True)
     making.new_model(config, folder / "tied", seed=3, dtype=torch.float32, tokenizer=tokenizer.save_pretrained)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_values(folder)))
+    zero_stages(folder)
+
+
+def zero_stages(folder: Path) -> None:
+    """Write zero0.json to zero3.json: the DeepSpeed configuration `cpu` with each stage of ZeRO."""
+    cpu = json.loads((ROOT / "ds_configs" / "cpu.json").read_text())
+    for stage in range(4):
+        zero = {**cpu["zero_optimization"], "stage": stage}
+        (folder / f"zero{stage}.json").write_text(json.dumps({**cpu, "zero_optimization": zero}))
+
+
+def quick(folder: Path) -> dict[str, Any]:
+    """Changes for a run in this process that is about neither sharding nor accumulation, a third of the time; of a `zero_stages` folder."""
+    return {"train.deepspeed": str(folder / "zero1.json"), "train.micro_batch_size": 8}
 
 
 def tied_in_word(model: Path, folder: Path) -> Path:
@@ -74,7 +89,7 @@ def tied_in_word(model: Path, folder: Path) -> Path:
 
 
 def recipe_values(folder: Path) -> dict[str, Any]:
-    """The recipe of the tiny run; Adam's epsilon is large so that rounding noise is not blown up to whole steps."""
+    """The recipe of the tiny run; its last step has a rate too, and Adam's epsilon is large so that rounding noise is not blown up."""
     return {
         "name": "tiny",
         "output": str(folder / "runs"),
@@ -82,10 +97,11 @@ def recipe_values(folder: Path) -> dict[str, Any]:
         "student": {"blocks": 3},
         "data": {"source": str(folder / "rows.jsonl"), "max_length": 64},
         "train": {
-            "steps": 4,
+            "steps": 3,
             "batch_size": 8,
             "micro_batch_size": 4,
             "learning_rate": 0.003,
+            "final_learning_rate": 0.001,
             "epsilon": 1e-3,
             "weight_decay": 0.1,
             "warmup_steps": 2,

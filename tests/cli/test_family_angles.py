@@ -17,7 +17,7 @@ from tests.family_models import ENCODER_DECODERS, ENCODERS, family_recipe, new
 
 ROWS = 6
 NARROW = {"student.init": "random", "student.hidden_size": 24, "student.num_attention_heads": 3}
-STILL = {"train.learning_rate": 1e-12, "train.weight_decay": 0.0}
+STILL = {"train.learning_rate": 1e-12, "train.final_learning_rate": 0.0, "train.weight_decay": 0.0}
 
 
 def trained(world: Any, folder: Path, name: str, **changes: Any) -> Path:

@@ -67,7 +67,7 @@ def test_a_variant_that_writes_is_trained_scored_and_reported(
     assert [line["step"] for line in lines] == [0, 2] and all(len(line["samples"]) == 3 for line in lines)
     assert not (recipe.folder / "students" / "none-s0" / "rollouts.jsonl").exists()
     (written,) = results.rollouts.values()
-    assert (written.rounds, written.texts, written.own_kl) == (2, 32, "forward_kl at temperature 1")
+    assert (written.rounds, written.texts, written.own_kl) == (2, 24, "forward_kl at temperature 1")
     assert written.seconds and written.weights_seconds and written.of_seconds
     assert written.weights_seconds < written.seconds < written.of_seconds
     page = (recipe.folder / "report.html").read_text()

@@ -88,7 +88,12 @@ def plain_run(folder: Path, recipe: Any) -> tuple[dict[str, torch.Tensor], list[
         (ce + kl + beside).backward()
         nn.utils.clip_grad_norm_(parameters, settings.clip)
         rate = learning_rate(
-            step, peak=settings.learning_rate, final=0.0, warmup=0, total=settings.steps, shape=settings.schedule
+            step,
+            peak=settings.learning_rate,
+            final=settings.final_learning_rate,
+            warmup=0,
+            total=settings.steps,
+            shape=settings.schedule,
         )
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -16,6 +16,7 @@ from llmkd.recipe.recipe import load_recipe
 from llmkd.train import train
 from llmkd.training import jobs
 from tests.distributed.test_resume import lines, ranks_of, start_training, when_at_step
+from tests.tiny import quick
 
 OPTIONS: dict[str, Any] = {
     "matching.strategy": "reverse",
@@ -57,7 +58,7 @@ def _finished(tiny: Path, world: Any, folder: Path, *, ranks: int) -> None:
         code, out = process.finish()
         assert code == 0 and "resumed from" in out, out
     assert [line["step"] for line in lines(folder)] == list(range(1, OPTIONS["train.steps"] + 1))
-    whole = {**OPTIONS, "teacher.placement": "replicated"}
+    whole = {**OPTIONS, **quick(tiny), "teacher.placement": "replicated"}
     recipe = load_recipe(tiny / "recipe.yaml").changed(whole)
     assert train(world, jobs.distil_job(world, recipe, folder.parent / "uninterrupted"))
     ours, theirs = (load_file(f / "model" / "model.safetensors") for f in (folder, folder.parent / "uninterrupted"))

@@ -19,9 +19,10 @@ from llmkd.train import train
 from llmkd.training import jobs
 from tests.distributed.runner import run_on_ranks
 from tests.distributed.test_resume import lines
+from tests.tiny import quick
 
 STREAM = {"data.streaming": True, "data.shuffle_rows": 9}
-OPTIONS = {**STREAM, "train.micro_batch_size": 2, "train.steps": 14, "train.save_every": 3, "train.keep_checkpoints": 9}
+OPTIONS = {**STREAM, "train.micro_batch_size": 4, "train.steps": 11, "train.save_every": 3, "train.keep_checkpoints": 9}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def assert_same(folder: Path, uninterrupted: Path) -> None:
     logged = [
         [(line["step"], line["loss"], line["grad_norm"]) for line in lines(run)] for run in (folder, uninterrupted)
     ]
-    assert logged[0] == logged[1][-len(logged[0]) :] and len(logged[0]) < len(logged[1]) == 14
+    assert logged[0] == logged[1][-len(logged[0]) :] and len(logged[0]) < len(logged[1]) == 11
 
 
 def resumable(folder: Path, names: Any, target: Path, step: int) -> None:
@@ -83,7 +84,7 @@ def test_one_rank_resumed_is_uninterrupted(
     tiny: Path, world: Any, sources: dict[str, dict[str, Any]], tmp_path: Path, more: dict[str, Any]
 ) -> None:
     """Also where the first batches are read once before: by a measured map and by stepping stones."""
-    recipe = load_recipe(tiny / "recipe.yaml").changed({**sources["gzip"], **more})
+    recipe = load_recipe(tiny / "recipe.yaml").changed({**sources["gzip"], **quick(tiny), **more})
     assert train(world, jobs.distil_job(world, recipe, tmp_path / "whole"))
     resumable(tmp_path, ["whole"], tmp_path / "resumed", step=6)
     if (file := tmp_path / "whole" / "map.json").is_file():
@@ -97,7 +98,7 @@ def test_another_source_is_not_gone_on_with(tiny: Path, world: Any, tmp_path: Pa
     rows = tmp_path / "rows.jsonl"
     shutil.copy(values["data"]["source"], rows)
     recipe = load_recipe(tiny / "recipe.yaml").changed(
-        {**STREAM, "data.source": str(rows), "train.steps": 2, "train.warmup_steps": 0}
+        {**quick(tiny), **STREAM, "data.source": str(rows), "train.steps": 2, "train.warmup_steps": 0}
     )
     assert train(world, jobs.distil_job(world, recipe, tmp_path / "run"))
     rows.write_text(rows.read_text() + '{"prompt": "a", "completion": "b"}\n')

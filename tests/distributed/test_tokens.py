@@ -15,7 +15,7 @@ from llmkd.recipe.recipe import dump_recipe, load_recipe
 from llmkd.train import train
 from llmkd.training import jobs
 from tests.distributed.runner import run_on_ranks, start_ranks
-from tests.tiny import assert_same_weights
+from tests.tiny import assert_same_weights, quick
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -37,7 +37,7 @@ def test_who_made_the_tokens_changes_no_student(
         return {"data.tokens": str(tmp_path / name)}
 
     def on_one_rank(name: str, made: str) -> dict[str, torch.Tensor]:
-        assert train(world, jobs.distil_job(world, recipe.changed(tokens(made)), students / name))
+        assert train(world, jobs.distil_job(world, recipe.changed({**quick(tiny), **tokens(made)}), students / name))
         return weights(students / name)
 
     with monkeypatch.context() as patch:

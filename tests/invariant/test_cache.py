@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.runner import run_on_ranks
-from tests.tiny import assert_same_weights, logged_part
+from tests.tiny import assert_same_weights, logged_part, quick
 
 STRATEGIES = ("forward", "reverse", "all_to_one", "random", "in_order_random", "none")
 STUDY = {"study.strategies": list(STRATEGIES), "study.seeds": [0, 1], "matching.embedding": True}
@@ -23,6 +23,7 @@ NORMED = {
     "loss.temperature": 2.0,
 }
 PACKED = {"data.batching": "packed", "train.micro_batch_size": 2}
+IN_ZERO2 = ("reverse-s0", "all_to_one-s0", "random-s0", "none-s0")
 
 # What is computed, by a replicated teacher and from the cache of that name. (cache, recipe changes)
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -57,8 +58,12 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             for name, changes in CACHES.items()
         }
         tasks |= {name: {**RUNS[name][1], **_reading(folder, RUNS[name][0])} for name in names}
+        for name in IN_ZERO2:
+            if name in tasks:
+                tasks[name]["train.deepspeed"] = str(tiny / "zero2.json")
         if ranks == 1:
-            tasks |= {f"{name}-replicated": changes for name, (_, changes) in RUNS.items() if name != "top_k"}
+            online = {name: changes for name, (_, changes) in RUNS.items() if name != "top_k"}
+            tasks |= {f"{name}-replicated": {**changes, **quick(tiny)} for name, changes in online.items()}
         assert run_on_ranks(ranks, tiny / "recipe.yaml", tasks, folder) == {}
     return output
 

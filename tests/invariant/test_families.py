@@ -59,7 +59,12 @@ def plain_run(folder: Path, kind: str) -> dict[str, torch.Tensor]:
         (ce + kl + 3 * torch.stack(distances).mean()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, train.clip)
         rate = learning_rate(
-            step, peak=train.learning_rate, final=0.0, warmup=0, total=train.steps, shape=train.schedule
+            step,
+            peak=train.learning_rate,
+            final=train.final_learning_rate,
+            warmup=0,
+            total=train.steps,
+            shape=train.schedule,
         )
         for group in optimizer.param_groups:
             group["lr"] = rate

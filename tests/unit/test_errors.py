@@ -52,7 +52,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_loses_nothing(
     saved = torch.save
 
     def full(value: Any, file: Any, **options: Any) -> None:
-        saved(value, "/dev/full" if "step-00000004" in str(file) else file, **options)
+        saved(value, "/dev/full" if "step-00000003" in str(file) else file, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)

@@ -27,7 +27,8 @@ ROWS = 6
 def trained(world: Any, tiny: Path, folder: Path, **changes: Any) -> Path:
     """A training folder of the tiny recipe, held-out rows named in it."""
     held = {"evaluation.generation": {"source": str(tiny / "rows.jsonl"), "split": "train"}}
-    recipe = load_recipe(tiny / "recipe.yaml").changed({**held, "train.steps": 1, "train.warmup_steps": 0, **changes})
+    short = {"train.steps": 1, "train.warmup_steps": 0, "train.micro_batch_size": 8}
+    recipe = load_recipe(tiny / "recipe.yaml").changed({**held, **short, **changes})
     assert train(world, jobs.distil_job(world, recipe, folder))
     return folder
 
@@ -44,7 +45,7 @@ NARROW = {"student.init": "random", "student.hidden_size": 16, "student.head_dim
 @pytest.fixture(scope="module")
 def still(world: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A narrow random student whose training moved nothing, nor its projectors."""
-    rate = {"train.learning_rate": 1e-12, "train.weight_decay": 0.0}
+    rate = {"train.learning_rate": 1e-12, "train.final_learning_rate": 0.0, "train.weight_decay": 0.0}
     return trained(world, tiny, tmp_path_factory.mktemp("runs") / "still", **NARROW, **rate)
 
 

@@ -68,7 +68,7 @@ class After(Stopping):
 
 @pytest.fixture(scope="module")
 def recipe(tiny: Path) -> Recipe:
-    return load_recipe(tiny / "recipe.yaml").changed(WRITTEN)
+    return load_recipe(tiny / "recipe.yaml").changed({**WRITTEN, "train.deepspeed": str(tiny / "zero1.json")})
 
 
 @pytest.fixture(scope="module")

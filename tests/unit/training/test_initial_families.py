@@ -22,7 +22,7 @@ from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.train import train
 from llmkd.training import build, initial, jobs
 from tests.family_models import CLASSES, DECODERS, ENCODER_DECODERS, ENCODERS, family_recipe, new
-from tests.tiny import make, recipe_values
+from tests.tiny import make, quick, recipe_values, zero_stages
 
 FAST = ("opt", "bert", "t5")
 
@@ -64,7 +64,8 @@ def trained(world: Any, recipe: Recipe, folder: Path, monkeypatch: pytest.Monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(build, "load_student", kept)
-        assert train(world, jobs.distil_job(world, recipe, folder))
+        at_once = recipe.changed({"train.micro_batch_size": recipe.train.batch_size})
+        assert train(world, jobs.distil_job(world, at_once, folder))
     model = made[0].model
     with gathered(list(model.parameters())):
         return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -209,10 +210,11 @@ def test_a_sharded_teacher_teaches_what_a_whole_one_does(
     kind = "encoder" if name in ENCODERS else "encoder_decoder"
     shape = ENCODERS[name](4) if kind == "encoder" else ENCODER_DECODERS[name](4, 3)
     recipe = family_recipe(tmp_path, kind, new(shape, kind), **{"matching.strategy": "reverse"})
+    zero_stages(tmp_path)
     losses = []
     for placement in ("replicated", "zero3"):
         folder = tmp_path / placement
-        trained(world, recipe.changed({"teacher.placement": placement}), folder, monkeypatch)
+        trained(world, recipe.changed({**quick(tmp_path), "teacher.placement": placement}), folder, monkeypatch)
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses.append([(line["ce"], line["kl"], *line["pairs"].values()) for line in lines])
     assert len(losses[0]) == recipe.train.steps

@@ -23,7 +23,7 @@ from llmkd.train import train
 from llmkd.training import checkpoint, jobs, validation
 from llmkd.training.kept import Keeping, Noted, best_of, is_over
 from llmkd.training.validation_rows import run_rows
-from tests.tiny import load, plain_losses
+from tests.tiny import load, plain_losses, quick
 from tests.unit.training.test_validation import logged
 
 # By KL the student first gets better, then worse for two steps, then better and at the last step worse again.
@@ -45,7 +45,7 @@ class Killed(Exception):
 
 
 def run(world: Any, tiny: Path, folder: Path, changes: dict[str, Any] | None = None) -> Path:
-    recipe = load_recipe(tiny / "recipe.yaml").changed({**BEST, **(changes or {})})
+    recipe = load_recipe(tiny / "recipe.yaml").changed({**quick(tiny), **BEST, **(changes or {})})
     assert train(world, jobs.distil_job(world, recipe, folder))
     return folder
 
@@ -100,7 +100,9 @@ def test_the_export_is_the_student_that_scores_best(
     last = {"train.steps": best, "train.keep": "last", "train.keep_by": "validation/ce"}
     same_to_the_bit(uninterrupted / "model", run(world, tiny, tmp_path / "last", last) / "model")
     # and what they score in plain PyTorch
-    job = jobs.distil_job(world, load_recipe(tiny / "recipe.yaml").changed(BEST), tmp_path / "unused")
+    job = jobs.distil_job(
+        world, load_recipe(tiny / "recipe.yaml").changed({**quick(tiny), **BEST}), tmp_path / "unused"
+    )
     rows = run_rows(world, job, load_tokenizer(tiny / "teacher"))
     assert rows.validation is not None
     batch = rows.all.batch(rows.validation, collate=collate, pad_id=0)

@@ -25,13 +25,14 @@ from llmkd.train import train
 from llmkd.training import jobs, prepare, tokens
 from llmkd.training.tokens import tokenizer_hash, tokens_of
 from llmkd.training.validation_rows import run_rows
+from tests.tiny import quick
 
 
 @pytest.fixture
 def recipe(tiny: Path, tmp_path: Path) -> Recipe:
     """With an output, and so a folder of tokens, of its own."""
     return load_recipe(tiny / "recipe.yaml").changed(
-        {"output": str(tmp_path / "runs"), "train.steps": 2, "train.warmup_steps": 0}
+        {**quick(tiny), "output": str(tmp_path / "runs"), "train.steps": 2, "train.warmup_steps": 0}
     )
 
 
@@ -198,6 +199,7 @@ def test_validation_rows_are_in_no_packed_sequence(recipe: Recipe, world: Any, t
         "train.validate_every": 1,
         "data.batching": "packed",
         "train.batch_size": 4,
+        "train.micro_batch_size": 4,
     }
     job = jobs.distil_job(world, recipe.changed(held), Path("unused"))
     rows = run_rows(world, job, load_tokenizer(tiny / "teacher"))

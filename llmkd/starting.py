@@ -30,9 +30,7 @@ from llmkd.processes import parent_variable
 IMPORTS = (
     "llmkd.train",
     "llmkd.evaluation.generation",
-    # what DeepSpeed imports when it makes an engine, and the journal when it starts
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "torch.utils.tensorboard",
+    "torch.utils.tensorboard",  # by the journal when it starts
     # it sets a variable, which a study's look at its tasks would have in this process alone
     "lm_eval",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,6 +18,17 @@ from llmkd.distributed.ranks import World, sum_counts
 
 # isort: split
 import deepspeed  # after llmkd.distributed.ranks, which sets the accelerator
+
+# With an engine DeepSpeed imports its Muon optimizer, of which nothing here is run; but for torch's variable, all of torch's compiler would
+# be imported for a function of it, which takes a sixth of the time of all imports.
+_before = os.environ.get("TORCHDYNAMO_DISABLE")
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402
+
+if _before is None:
+    del os.environ["TORCHDYNAMO_DISABLE"]
+else:
+    os.environ["TORCHDYNAMO_DISABLE"] = _before
 
 OFFLOADED = ("param", "optimizer")
 GATHERED = 2**26

@@ -181,6 +181,8 @@ for name in MODULES:
     __import__(name)
     after = state()
     changed |= {f"{name}: {key}": [before[key], after[key]] for key in before if before[key] != after[key]}
+changed |= {"brought": name for name in ("torch._inductor.compile_fx",) if name in sys.modules}  # all of torch's compiler
+changed |= {"set": name for name in os.environ if name.startswith("TORCHDYNAMO")}
 print("CHANGED" + json.dumps(changed))
 """
 

@@ -32,7 +32,7 @@ def with_rollouts(changes: dict[str, Any] | None = None, **rollouts: Any) -> dic
 # What is computed: each is compared with a plain loop of its own.
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "strict": with_rollouts(),
-    "rounds": with_rollouts({"matching.strategy": "none"}, every=3, share=0.6),
+    "rounds": with_rollouts({"matching.strategy": "none", "train.steps": 4}, every=3, share=0.6),
     "samples": with_rollouts({"loss.kl": 0.0}, samples=3, temperature=0.7, top_p=0.8, every=2),
     "greedy": with_rollouts({"loss.divergence": "jsd", "train.deepspeed": "zero2"}, temperature=0.0),
     "dropped": with_rollouts(

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from llmkd.data.formats import RowFormat, check_names, check_option_names
+from llmkd.data.splits import may_overlap
 from llmkd.errors import InputError
 from llmkd.recipe.section import NO_EFFECT, Section
 
@@ -99,9 +100,10 @@ class Rows(Section):
         return RowFormat(self.format, self.columns, self.template_options)
 
 
-def _overlap(split: str, other: str) -> bool:
-    """Whether two splits have rows in common for certain: they are the same, or one is a slice of the other (`train[:5%]` of `train`)."""
-    return split == other or (split.partition("[")[0] == other.partition("[")[0] and "[" not in min(split, other))
+def _share_rows(one: Rows, other: Rows) -> bool:
+    """Whether two sources that are named alike may have a row in common, whatever each reads of it."""
+    named_alike = (one.source, one.name, one.records_seed) == (other.source, other.name, other.records_seed)
+    return named_alike and may_overlap(one.split, other.split)
 
 
 class MixtureSource(Rows):
@@ -197,13 +199,19 @@ class Data(Rows):
 
     @model_validator(mode="after")
     def _validation_is_apart(self) -> Data:
+        if self.validation is not None and self.validation.share is not None:
+            for number, part in enumerate(self.parts):
+                if any(_share_rows(part, earlier) for earlier in self.parts[:number]):
+                    raise ValueError(
+                        f"sources.{number}.source: {part.source!r} is there twice, and what validation.share holds out of the one would be "
+                        "trained on in the other; write it once, with the sum of the weights, or give validation a source of its own"
+                    )
         for part in () if self.held_out is None else self.held_out.parts:
             for other in self.parts:
-                same = (part.source, part.name, part.records_seed) == (other.source, other.name, other.records_seed)
-                if same and _overlap(part.split, other.split):
+                if _share_rows(part, other):
                     raise ValueError(
-                        f"validation.split: the split {part.split!r} of {part.source!r} is trained on (split {other.split!r}); write "
-                        "another split, or share: 0.05"
+                        f"validation.split: the split {part.split!r} of {part.source!r} is trained on, or a part of it (split "
+                        f"{other.split!r}); write another split, or slices that meet nowhere (train[5%:], train[:5%]), or share: 0.05"
                     )
         return self
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from datasets import Dataset
 
 from llmkd.data.batches import Batch
+from llmkd.data.file_hashes import file_hash
 from llmkd.data.order import permuted
 from llmkd.data.other_families import collate_for
 from llmkd.data.rows import local_files
@@ -23,6 +24,12 @@ from llmkd.processes import Stopping
 from llmkd.recipe.data import Data
 from llmkd.training.jobs import Job, read_rows
 from llmkd.training.tokens import no_tokens, tokens_of
+
+_SHARED = (
+    "and what data.validation.share holds out of the one is trained on in the other; write it once, with the sum of the weights, or give "
+    "data.validation a source of its own"
+)
+_HELD_OUT = "give a file of held-out rows as source, or write share: 0.05"
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,11 @@ def run_rows(world: World, job: Job, tokenizer: Any, stopping: Stopping | None =
     if apart is not None:
         with _named():
             own = tokens_of(world, replace(job, data=apart), tokenizer, stopping)
+        check_tokens_apart(job.data, rows.digests, own.digests)
         if job.data.streaming:
             return RunRows(own, rows, np.arange(len(own.rows)))
         return RunRows.apart(rows, own)
+    check_tokens_apart(job.data, rows.digests, ())
     apart_by_share = divided(job.data, rows)
     held_out = apart_by_share.held_out
     some = permuted(np.arange(min(given.rows, len(held_out))), len(held_out), (given.seed,))
@@ -127,17 +136,52 @@ def _named() -> Iterator[None]:
 
 
 def check_apart(data: Data) -> None:
-    """Raise InputError where a file is read for training and for validation: a file has no splits."""
+    """Raise InputError where a file, or a copy of it, is read for training and for validation: a file has no splits."""
+    share = data.validation is not None and data.validation.share is not None
+    if data.held_out is None and not share:
+        return
+    seen: dict[int, list[Path]] = {}
+    for file in _files(data):
+        of_size = seen.setdefault(file.stat().st_size, [])
+        same = _same_content(file, of_size) if share else None
+        if same is not None:
+            which = f"{file} is read twice" if file == same else f"{file} holds what {same} does"
+            raise InputError(f"data.sources: {which}, {_SHARED}")
+        of_size.append(file)
     if data.held_out is None:
         return
     with _named():
         validation = _files(data.held_out)
-    both = _files(data) & validation
-    if both:
-        raise InputError(
-            f"data.validation: {min(both)} is trained on too; give a file of held-out rows as source, or write share: 0.05"
-        )
+    for file in validation:
+        same = _same_content(file, seen.get(file.stat().st_size, []))
+        if same is not None:
+            which = (
+                f"{file} is trained on too" if file == same else f"{file} holds what {same} does, which is trained on"
+            )
+            raise InputError(f"data.validation: {which}; {_HELD_OUT}")
 
 
-def _files(data: Data) -> set[Path]:
-    return {file.resolve() for part in data.parts for file in local_files(part.source, part.split)}
+def _same_content(file: Path, others: Sequence[Path]) -> Path | None:
+    """The first of other files of one size that is this one or, to the byte, a copy of it."""
+    empty = not file.stat().st_size
+    return next((o for o in others if o == file or (not empty and file_hash(o) == file_hash(file))), None)
+
+
+def check_tokens_apart(data: Data, trained: Sequence[str], validated: Sequence[str]) -> None:
+    """Raise InputError where sources are the same rows as tokens, whatever their files, and one is trained on and the other validated.
+
+    `trained`, `validated`: the digests of the sources' tokens; none are validated where a share is.
+    """
+    names = [part.source for part in data.parts]
+    for place, digest in enumerate(trained if not validated else ()):
+        if digest in trained[:place]:
+            same = names[trained.index(digest)]
+            raise InputError(f"data.sources: {names[place]} has the rows of {same}, {_SHARED}")
+    for part, digest in zip(() if data.held_out is None else data.held_out.parts, validated, strict=True):
+        if digest in trained:
+            same = names[trained.index(digest)]
+            raise InputError(f"data.validation: {part.source} has the rows of {same}, which is trained on; {_HELD_OUT}")
+
+
+def _files(data: Data) -> list[Path]:
+    return [file.resolve() for part in data.parts for file in local_files(part.source, part.split)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import time
 from pathlib import Path
@@ -146,6 +147,53 @@ def test_rows_that_are_trained_on_are_refused(recipe: Recipe, world: Any, tiny: 
             run_rows(world, jobs.distil_job(world, same, Path("unused")), tokenizer)
 
 
+def test_a_copy_of_what_is_trained_on_is_refused(recipe: Recipe, world: Any, tiny: Path, tmp_path: Path) -> None:
+    tokenizer, rows = load_tokenizer(tiny / "teacher"), (tiny / "rows.jsonl").read_bytes()
+    (tmp_path / "copy.jsonl").write_bytes(rows)
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(rows))
+    for file, reason in (
+        ("copy.jsonl", r"copy.jsonl holds what .*rows.jsonl does, which is trained on"),
+        ("packed.jsonl.gz", r"packed.jsonl.gz has the rows of .*rows.jsonl, which is trained on"),
+    ):
+        copied = recipe.changed({"data.validation": {"source": str(tmp_path / file)}})
+        with pytest.raises(InputError, match=f"data.validation: .*{reason}; .* write share: 0.05"):
+            run_rows(world, jobs.distil_job(world, copied, Path("unused")), tokenizer)
+
+
+def test_a_share_of_rows_that_are_there_twice_is_refused(
+    recipe: Recipe, world: Any, tiny: Path, tmp_path: Path
+) -> None:
+    """Each copy would hold out other rows, so that all that is validated would be trained on."""
+    tokenizer, rows = load_tokenizer(tiny / "teacher"), (tiny / "rows.jsonl").read_bytes()
+    (tmp_path / "copy.jsonl").write_bytes(rows)
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(rows))
+    (tmp_path / "link.jsonl").symlink_to(tiny / "rows.jsonl")
+    cure = r"write it once, with the sum of the weights, or give data.validation a source of its own"
+
+    def twice(file: Path, **how: Any) -> Recipe:
+        sources = [{"source": str(tiny / "rows.jsonl")}, {"source": str(file), **how}]
+        return recipe.changed({"data.source": "records", "data.sources": sources})
+
+    for how in ({}, {"columns": {"completion": "text"}, "format": "text"}):
+        with pytest.raises(InputError, match=r"data.sources.1.source: .* is there twice.* write it once, with the sum"):
+            twice(tiny / "rows.jsonl", **how)
+    for file, reason in (
+        ("copy.jsonl", "copy.jsonl holds what .*rows.jsonl does"),
+        ("link.jsonl", "rows.jsonl is read twice"),
+        ("packed.jsonl.gz", "packed.jsonl.gz has the rows of .*rows.jsonl"),
+    ):
+        with pytest.raises(InputError, match=f"data.sources: .*{reason}, .*{cure}"):
+            run_rows(world, jobs.distil_job(world, twice(tmp_path / file), Path("unused")), tokenizer)
+
+
+def test_rows_may_be_trained_on_twice(recipe: Recipe, tiny: Path) -> None:
+    """Also where others are validated."""
+    sources = [{"source": str(tiny / "rows.jsonl")}] * 2
+    for apart in (None, {"source": "held_out.jsonl"}):
+        given = {"data.validation": apart, "train.validate_every": 2 if apart else 0}
+        assert len(recipe.changed({"data.source": "records", "data.sources": sources, **given}).data.parts) == 2
+
+
 def test_how_many_rows_are_trained_on(recipe: Recipe) -> None:
     assert trained_count(recipe.data, 40) == 32
     assert trained_count(recipe.changed({"data.validation": {"split": "test"}}).data, 40) == 40
@@ -165,11 +213,15 @@ def test_how_many_rows_are_trained_on(recipe: Recipe) -> None:
         ({"data.validation": {"split": "train"}}, r"data.validation.split: the split 'train' of .* is trained on"),
         (
             {"data.validation": {"split": "train[:5%]"}},
-            r"split: the split 'train\[:5%\]' of .* is trained on \(split 'train'\)",
+            r"split: the split 'train\[:5%\]' of .* is trained on, or a part of it \(split 'train'\)",
+        ),
+        (
+            {"data.split": "train[:50%]", "data.validation": {"split": "train[25%:75%]"}},
+            r"split: the split 'train\[25%:75%\]' of .* is trained on, or a part of it \(split 'train\[:50%\]'\)",
         ),
         (
             {"data.split": "train[:5%]", "data.validation": {"split": "train"}},
-            r"the split 'train' of .* is trained on \(split 'train\[:5%\]'\); write another split, or share",
+            r"the split 'train' of .* is trained on, or a part of it \(split 'train\[:5%\]'\); write another split, or",
         ),
         ({"train.validate_every": 0, "train.keep": "best"}, "train.validate_every: keep: best goes by validations"),
         ({"train.validate_every": 0, "train.patience": 3}, "train.validate_every: patience goes by validations"),

@@ -9,7 +9,16 @@ import pytest
 
 from llmkd.errors import InputError
 from llmkd.rollouts.source import prompt_of, written_row
-from llmkd.rollouts.texts import Text, forget_rounds_after, measures, read_round, repetition, round_file, write_round
+from llmkd.rollouts.texts import (
+    KnownTokens,
+    Text,
+    forget_rounds_after,
+    measures,
+    read_round,
+    repetition,
+    round_file,
+    write_round,
+)
 
 
 def text(*ids: int, ended: bool = True, step: int = 0) -> Text:
@@ -84,3 +93,19 @@ def test_the_prompt_ends_where_the_last_trained_stretch_begins() -> None:
     written = written_row(text(8, 9, 1))
     assert written["input_ids"].tolist() == [4, 5, 6, 8, 9, 1]
     assert written["trained"].tolist() == [False] * 3 + [True] * 3 and written["length"] == 6
+
+
+@pytest.mark.parametrize(
+    ("ids", "text", "ended"),
+    [
+        ([3, 4, 2], [3, 4, 2], True),
+        ([3, 4, 7], [3, 4, 7], False),
+        ([3, 10, 2], [3], False),  # the smaller vocabulary has ten tokens
+        ([3, 4, 5, 2], [3, 4], False),  # token 5 is another one in the other vocabulary
+        ([12, 2], [], False),
+        ([], [], False),
+    ],
+)
+def test_a_text_ends_before_a_token_that_one_model_lacks(ids: list[int], text: list[int], ended: bool) -> None:
+    cut, has_ended = KnownTokens(10, frozenset([5])).cut(ids, stops=[2])
+    assert (cut.tolist(), has_ended) == (text, ended) and cut.dtype == np.int32

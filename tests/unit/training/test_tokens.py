@@ -308,3 +308,20 @@ def test_a_signal_while_rows_are_tokenized_stops_the_run_before_anything_is_trai
     assert "run: stopped by SIGTERM before all its rows were there; the same command goes on" in caplog.text
     assert not (tmp_path / "run").exists()
     trained(world, recipe, tmp_path / "run")
+
+
+def test_another_revision_of_hub_data_is_other_tokens(
+    recipe: Recipe, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which rows a name at the hub stands for is what `datasets` has read: its fingerprint differs from revision to revision."""
+    own = recipe.changed({"data.source": "organisation/rows", "data.split": "train"})
+    read = tokens.read_rows(recipe.data.parts[0])
+    tokenizer = load_tokenizer(tiny / "teacher")
+    monkeypatch.setattr(tokens, "source_contents", lambda *_: None)
+
+    def identity(revision: str) -> dict[str, Any]:
+        read._fingerprint = revision
+        monkeypatch.setattr(tokens, "read_rows", lambda _: read)
+        return tokens._identity(own.data, tmp_path, Family("decoder"), own.data.parts[0], tokenizer)
+
+    assert identity("one") == identity("one") != identity("other")

@@ -1,0 +1,40 @@
+"""What a run's rank 0 shows while it trains."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmkd.recipe.recipe import load_recipe
+from llmkd.train import train
+from llmkd.training import jobs, journal
+from llmkd.training.journal import Journal
+
+
+def test_a_bar_moves_with_each_line_and_shows_loss_and_speed(
+    tiny: Path, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On rank 0 alone."""
+    shown: list[dict[str, Any]] = []
+    moved: list[tuple[float, str]] = []
+
+    @contextlib.contextmanager
+    def progress(work: str, **how: Any) -> Iterator[Any]:
+        shown.append({"work": work, **how})
+        yield lambda more, note: moved.append((more, note))
+
+    monkeypatch.setattr(journal, "progress", progress)
+    changes = {"train.steps": 5, "train.warmup_steps": 0, "train.log_every": 2}
+    job = jobs.distil_job(world, load_recipe(tiny / "recipe.yaml").changed(changes), tmp_path / "run")
+    assert train(world, job)
+    (bar,) = shown
+    assert (bar["work"], bar["total"], bar["done"], bar["unit"], bar["shown"]) == (job.title, 5, 0, "steps", True)
+    assert [more for more, _ in moved] == [2, 2, 1]
+    assert all(note.startswith("loss ") and note.endswith(" tok/s") for _, note in moved)
+    Journal(replace(world, rank=1, size=2), job, start_step=0, steps=5).close()
+    assert shown[1]["shown"] is False

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from llmkd.inference.sampling import Ids
 from llmkd.inference.vllm_engine import VllmEngine
 from llmkd.models.load import DTYPES, load_config
 from llmkd.models.make import new_model
+from llmkd.processes import only_one_in
 from llmkd.rollouts.writer import NOTE, TEXT, Asked, Writing
 
 STALE = 0.3
@@ -27,6 +28,10 @@ hundredths, a head with other weights several."""
 
 RANDOM = 718_281_828
 """Seed of the weights that an engine begins with; not one that a recipe would have, so that no student begins with the same."""
+
+
+WAITS = 600
+"""Seconds for which an engine waits for another one of its node that writes such weights."""
 
 
 class Rounds:
@@ -67,11 +72,10 @@ class Rounds:
         """An engine that has taken these weights in place; None where it can't."""
         engine = None
         try:
-            with tempfile.TemporaryDirectory(dir=weights) as other:  # which is removed when the round is written
-                self._write_random(weights, random := Path(other) / "random")
-                engine = VllmEngine(random, self._writing.dtype, **self._options)
-                for folder in (weights, random, weights):  # the first time may succeed where the next does not
-                    engine.reload(folder)
+            random = self._random(weights)
+            engine = VllmEngine(random, self._writing.dtype, **self._options)
+            for folder in (weights, random, weights):  # the first time may succeed where the next does not
+                engine.reload(folder)
             problem = self._stale(engine, weights, prompt if len(prompt) > 1 else prompt * 3)
         except Exception as error:  # whatever vLLM raises, or want of room: it works without
             problem = first_line(error)
@@ -82,11 +86,18 @@ class Rounds:
         self._say(f"{NOTE}vLLM does not take weights in place here ({problem}); each round starts a fresh engine")
         return None
 
-    def _write_random(self, weights: Path, folder: Path) -> None:
-        trusted = self._writing.trust_remote_code
-        config = load_config(weights, trust_remote_code=trusted)
-        dtype = DTYPES[self._writing.dtype]
-        new_model(config, folder, seed=RANDOM, dtype=dtype, tokenizer=lambda _: None, trust_remote_code=trusted)
+    def _random(self, weights: Path) -> Path:
+        """A model like the one in the folder, with random weights: one for all engines of a node, removed with the round's."""
+        folder, half = weights / "random", weights / "random.half"
+        with only_one_in(weights, WAITS):
+            if not folder.is_dir():
+                shutil.rmtree(half, ignore_errors=True)  # of an engine that was killed
+                trusted = self._writing.trust_remote_code
+                config = load_config(weights, trust_remote_code=trusted)
+                dtype = DTYPES[self._writing.dtype]
+                new_model(config, half, seed=RANDOM, dtype=dtype, tokenizer=lambda _: None, trust_remote_code=trusted)
+                half.rename(folder)
+        return folder
 
     def _stale(self, engine: VllmEngine, weights: Path, ids: Ids) -> str | None:
         """How the engine differs from the model in the folder; None: it agrees."""

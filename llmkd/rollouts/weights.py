@@ -22,8 +22,9 @@ from llmkd.distributed.engines import lent_tensors, parameter_count, whole_state
 from llmkd.distributed.ranks import World, on_each_node
 
 MEMORY = Path("/dev/shm")
-SPARE = 1.1
-"""How much more room than the weights take must be free in memory."""
+SPARE = 2.1
+"""How much more room than the weights take must be free in memory: in the first round a model with other weights lies beside them, by which
+vLLM's engines are tried (vllm_process.py)."""
 
 
 class Handing(Protocol):

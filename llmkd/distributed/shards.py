@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copyreg
 import os
 import pickle
 import shutil
@@ -16,22 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkd.distributed import unpickling
 from llmkd.distributed.engines import last_line
 from llmkd.errors import InputError
 from llmkd.processes import parent_variable
 
 # isort: split
-from deepspeed.runtime.fp16.loss_scaler import LossScaler  # after llmkd.distributed.engines, which sets the accelerator
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-# DeepSpeed reads checkpoints by torch.load(weights_only=False), which runs whatever code a file from elsewhere holds. torch's own switch
-# overrides that everywhere in this process and its children: tensors, numbers, texts and these three classes are all that is made.
-os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
-# Python 3.11.0 to 3.11.3 would pickle an enum's member as a call of getattr, which is not among them.
-copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # after what sets the accelerator
 
 
 def load_shards(engine: Any, folder: Path) -> None:
@@ -62,9 +52,9 @@ def merge_shards(shards: Path, whole: Path) -> None:
         return
     folders = ["--input_folder", str(shards), "--output_folder", str(whole)]
     workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]  # more would hold more of it in memory
-    program = (
+    program = (  # without this file's own imports, which would take longer than DeepSpeed's
         "from llmkd.processes import end_with_parent; end_with_parent(); "
-        f"import runpy, {__name__}; runpy.run_module('deepspeed.checkpoint.ds_to_universal', run_name='__main__')"
+        f"import runpy, {unpickling.__name__}; runpy.run_module('deepspeed.checkpoint.ds_to_universal', run_name='__main__')"
     )
     process = subprocess.run(
         [sys.executable, "-c", program, *folders, *workers, "--inject_missing_state"],

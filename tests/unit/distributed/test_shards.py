@@ -9,13 +9,13 @@ import pytest
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
-from llmkd.distributed import shards
+from llmkd.distributed import unpickling
 
 
 @pytest.mark.parametrize("stage", list(ZeroStageEnum))
 def test_a_stage_is_stored_by_its_value(stage: ZeroStageEnum) -> None:
     """Python 3.11.2 would store it as a call of getattr, which torch does not open."""
-    assert shards.__name__  # it tells pickle how
+    assert unpickling.__name__  # it tells pickle how
     assert copyreg.dispatch_table[ZeroStageEnum](stage) == (ZeroStageEnum, (stage.value,))  # type: ignore[arg-type]
     file = io.BytesIO()
     torch.save(stage, file)

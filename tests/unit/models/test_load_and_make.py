@@ -245,7 +245,7 @@ def test_no_pickle_is_ever_loaded(
         (tmp_path / "exploded").mkdir()
         monkeypatch.delenv(
             "TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False
-        )  # llmkd.distributed.shards forbids what follows
+        )  # llmkd.distributed.unpickling forbids what follows
         torch.load(folder / "pytorch_model.bin", weights_only=False)
 
 

@@ -10,10 +10,8 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedConfig
 
-from llmkd.data.batches import Family
 from llmkd.distributed.launch import launch
 from llmkd.errors import InputError
 from llmkd.evaluation import agreement, classification, generation, lm_eval_step
@@ -24,7 +22,7 @@ from llmkd.evaluation.lm_eval_step import check_tasks
 from llmkd.files import write_text
 from llmkd.models.families import depths, kind
 from llmkd.models.folders import resolve
-from llmkd.models.stored import read_config
+from llmkd.planning.run_checks import check_trained, student_shape
 from llmkd.processes import only_one_in
 from llmkd.recipe.ds_config import check_ds_configs
 from llmkd.recipe.recipe import Recipe, dump_recipe
@@ -224,7 +222,7 @@ def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
     family = jobs.teacher_family(recipe, teacher)
     _check_pair_weights(recipe, entries, teacher)
     if recipe.teacher.share_cache:
-        _check_trained(writing_recipe(recipe), family, teacher, ranks)
+        check_trained(writing_recipe(recipe), family, teacher, ranks)
     for entry in entries:
         if entry.train is None:
             continue
@@ -233,7 +231,7 @@ def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
         else:
             own = entry_recipe(recipe, entry)
             check_ds_configs(own, ranks)  # a variant may have another file
-            _check_trained(own, family, teacher, ranks)
+            check_trained(own, family, teacher, ranks)
             inputs = jobs.student_inputs(own)
         meta = recipe.folder / entry.model / "llmkd.json"
         if meta.is_file():
@@ -265,7 +263,7 @@ def _check_pair_weights(recipe: Recipe, entries: Sequence[StudyEntry], teacher: 
         if entry.kind != "student" or "matching.pair_weights" in recipe.study.changes(name):
             continue
         own = entry_recipe(recipe, entry).changed({"matching.pair_weights": None})
-        pairs = maps_of(own, depths_of(own, _student_shape(own, teacher)[0]), depths(teacher))
+        pairs = maps_of(own, depths_of(own, student_shape(own, teacher)[0]), depths(teacher))
         if pairs:  # where none is matched, no weight is read
             counts[name] = len(pairs)
     if len(set(counts.values())) > 1:
@@ -276,28 +274,3 @@ def _check_pair_weights(recipe: Recipe, entries: Sequence[StudyEntry], teacher: 
             f"matching.pair_weights: {listed}, and one list can't weigh them all; take it out, and write under study.variants a student "
             f"for each strategy with weights of its own, e.g. {example}"
         )
-
-
-def _student_shape(recipe: Recipe, teacher: PreTrainedConfig) -> tuple[PreTrainedConfig, Path | None]:
-    """(the configuration that a student starts from, its checkpoint's or the teacher's; the checkpoint)."""
-    if recipe.student.init != "checkpoint":
-        return teacher, None
-    trust = recipe.student.trust_remote_code
-    checkpoint, config = read_config(recipe.student.path or "", "student.path", trust_remote_code=trust)
-    return config, checkpoint
-
-
-def _check_trained(recipe: Recipe, family: Family, teacher: PreTrainedConfig, ranks: int) -> None:
-    """Raise InputError for a student that its training would refuse. `teacher`: the configuration, whether the model is there or not."""
-    student, checkpoint = _student_shape(recipe, teacher)
-    _, _, weights = jobs.check_student(recipe, family, teacher, student)
-    if checkpoint is not None and (tokenizer := _tokenizer_folder(recipe)) is not None:
-        jobs.check_vocabularies(recipe, tokenizer, checkpoint)
-    jobs.check_place(recipe, teacher, weights, ranks=ranks, ranks_per_node=ranks, gpu=torch.cuda.is_available())
-
-
-def _tokenizer_folder(recipe: Recipe) -> Path | None:
-    """The folder of the teacher, or of what it starts from; None where its tokenizer is still to be trained."""
-    if recipe.finetune is None:
-        return resolve(recipe.teacher.path or "", "teacher.path", recipe.teacher.revision)
-    return None if recipe.finetune.path is None else resolve(recipe.finetune.path, "finetune.path")

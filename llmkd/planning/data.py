@@ -19,14 +19,15 @@ from llmkd.data.tokenized import PackedSource, PackedTokens, Tokens
 from llmkd.data.tokens import tokenize
 from llmkd.data.turns import THOUGHTS, THOUGHTS_END
 from llmkd.models.vocabularies import ROWS_AT_ONCE, check_rows
-from llmkd.recipe.data import Rows
+from llmkd.planning.run_checks import check_length, check_prompted
+from llmkd.recipe.data import Data, Rows
 from llmkd.recipe.recipe import Recipe
 from llmkd.recipe.run import Train
 from llmkd.text import figures
 from llmkd.training.build import total_steps
 from llmkd.training.jobs import read_rows
 from llmkd.training.tokens import first_rows, found, together
-from llmkd.training.validation_rows import divided, held_out_count, held_out_rows
+from llmkd.training.validation_rows import check_apart, divided, held_out_count, named_validation
 
 EMPTY = f"{THOUGHTS}{THOUGHTS_END}"
 LOOKED_AT = 100
@@ -54,13 +55,14 @@ class SourceTokens:
     """input_ids, trained, length, row."""
 
 
-def tokenized(recipe: Recipe, tokenizer: Any, further: Mapping[int, str]) -> list[SourceTokens]:
+def tokenized(recipe: Recipe, data: Data, tokenizer: Any, further: Mapping[int, str]) -> list[SourceTokens]:
     """Each source's rows; a run's tokens of them where they are there. `further`: the tokens that only one of student and teacher has.
 
-    Raises InputError as a run would: for rows that can't be read or tokenized, and for one that holds such a token.
+    `data`: the recipe's, or its rows of validation. Raises InputError as a run would: for rows that can't be read or tokenized, and for one
+    that holds such a token.
     """
-    sources, data = [], recipe.data
-    files = [] if data.streaming else found(recipe, Family("decoder"), tokenizer)
+    sources = []
+    files = [] if data.streaming else found(recipe, data, Family("decoder"), tokenizer)
     whole = [None if of_part is None else opened(of_part.folder) for of_part in files]
     made = [of_part.rows() for of_part in whole if of_part is not None]
     for number, (name, part) in enumerate(zip(data.names, data.parts, strict=True)):
@@ -73,8 +75,20 @@ def tokenized(recipe: Recipe, tokenizer: Any, further: Mapping[int, str]) -> lis
     return sources
 
 
-def data_findings(recipe: Recipe, sources: Sequence[SourceTokens], tokenizer: Any) -> list[Finding]:
-    """What there is to say about the rows of a decoder's recipe, source after source, then about all of them."""
+def validated(recipe: Recipe, tokenizer: Any, further: Mapping[int, str]) -> list[SourceTokens]:
+    """As `tokenized`, the rows of validation that have a source or split of their own; none of a share."""
+    check_apart(recipe.data)
+    with named_validation():
+        return [] if recipe.data.held_out is None else tokenized(recipe, recipe.data.held_out, tokenizer, further)
+
+
+def data_findings(
+    recipe: Recipe, sources: Sequence[SourceTokens], apart: Sequence[SourceTokens], tokenizer: Any
+) -> list[Finding]:
+    """What there is to say about the rows of a decoder's recipe, source after source, then about all of them.
+
+    `apart`: the rows of validation of their own. Raises InputError where a run could not draw its batches from the rows.
+    """
     findings = []
     if recipe.data.streaming:
         text = f"data: a stream; what is said of its rows is said of the first {len(sources[0].rows)}"
@@ -89,9 +103,11 @@ def data_findings(recipe: Recipe, sources: Sequence[SourceTokens], tokenizer: An
         if recipe.data.batching == "grouped"
         else packed(tokens, recipe.data.max_length, any(recipe.data.weights))
     )
+    check_prompted(recipe, tokens)
+    check_length(recipe, drawn)
     if recipe.data.streaming:  # nothing is counted before training, or kept
-        return [*findings, _filled(recipe, drawn), *_validation(recipe, sources)]
-    findings += [*_mixture(recipe, drawn), _filled(recipe, drawn), *_validation(recipe, sources)]
+        return [*findings, _filled(recipe, drawn), *_validation(recipe, sources, apart)]
+    findings += [*_mixture(recipe, drawn), _filled(recipe, drawn), *_validation(recipe, sources, apart)]
     return [*findings, _on_disk(recipe, tokenizer)]
 
 
@@ -243,20 +259,20 @@ def _padding(recipe: Recipe, tokens: Tokens) -> float:
     return float(1 - micro.sum() / (width.sum() * recipe.train.micro_batch_size))
 
 
-def _validation(recipe: Recipe, sources: Sequence[SourceTokens]) -> list[Finding]:
+def _validation(recipe: Recipe, sources: Sequence[SourceTokens], apart: Sequence[SourceTokens]) -> list[Finding]:
     """The rows that are validated, where the recipe names some, and those that a share takes from training."""
     given = recipe.data.validation
     if given is None:
         return []
-    apart = held_out_rows(recipe.data)
-    if not apart:
-        assert given.share is not None
+    if given.share is not None:
         rows = [len(source.tokens) for source in sources]
         count = sum(held_out_count(of_source, given.share) for of_source in rows)
         text = f"validation: {count:,} of the {sum(rows):,} rows are held out and never trained on"
     else:
-        count = sum(len(rows_apart) for rows_apart in apart)
-        text = f"validation: {count:,} rows of their own"
+        count = sum(len(source.tokens) for source in apart)
+        unused = sum(len(source.rows) for source in apart) - count
+        left_out = f" ({unused:,} more are left out, too long or with nothing to train)" if unused else ""
+        text = f"validation: {count:,} rows of their own{left_out}"
     text += f", {min(count, given.rows):,} of them are validated"
     if recipe.train.validate_every:
         return [Finding("ok", f"{text} every {recipe.train.validate_every} steps"), *_chosen(recipe.train)]
@@ -274,7 +290,7 @@ def _chosen(train: Train) -> list[Finding]:
 
 def _on_disk(recipe: Recipe, tokenizer: Any) -> Finding:
     """Where a run keeps the tokens, and whether they are there already."""
-    files = found(recipe, Family("decoder"), tokenizer)
+    files = found(recipe, recipe.data, Family("decoder"), tokenizer)
     there = [of_source for of_source in files if of_source is not None]
     mib = sum(shard.bytes for of_source in there for shard in of_source.shards) / MIB
     where = f"tokens: kept in {recipe.tokens_folder(recipe.data)}, for all runs that have the same"

@@ -14,27 +14,32 @@ from pathlib import Path
 from typing import Any
 
 from llmkd import provenance
+from llmkd.data.batches import Family
 from llmkd.errors import InputError
 from llmkd.models.families import KIND_NAMES, kind
 from llmkd.models.folders import resolve
 from llmkd.models.load import load_config, load_tokenizer
 from llmkd.models.stored import read_config
 from llmkd.models.vocabularies import check_same_tokens
-from llmkd.planning.data import Finding, data_findings, tokenized
+from llmkd.planning.data import Finding, data_findings, tokenized, validated
+from llmkd.planning.run_checks import check_machine, student_shape
 from llmkd.recipe.recipe import Recipe
 from llmkd.training.checks import teacher_shape
 from llmkd.training.initial import teacher_tokenizer
+from llmkd.training.jobs import check_student
 
 OPEN, CLOSE = "⟦", "⟧"
 
 
 def examine(recipe: Recipe, rows: int = 2) -> tuple[list[Finding], dict[str, str]]:
     """(findings, the first `rows` rows of each source by name, trained tokens between ⟦ and ⟧). Raises InputError as a run would."""
-    teacher = kind(teacher_shape(recipe))
-    if teacher != "decoder":
+    teacher = teacher_shape(recipe)
+    if kind(teacher) != "decoder":
         raise InputError(
-            f"llmkd doctor looks at a decoder's rows, and this recipe's teacher is {KIND_NAMES[teacher]}; start the run itself"
+            f"llmkd doctor looks at a decoder's rows, and this recipe's teacher is {KIND_NAMES[kind(teacher)]}; start the run itself"
         )
+    check_student(recipe, Family("decoder"), teacher, student_shape(recipe, teacher)[0])
+    check_machine(recipe)
     folder, tokenizer = _start(recipe)
     findings = []
     further: dict[int, str] = {}
@@ -43,8 +48,10 @@ def examine(recipe: Recipe, rows: int = 2) -> tuple[list[Finding], dict[str, str
         student_findings, tokenizer, further = _student(recipe, folder, tokenizer)
         findings += student_findings
     compared = recipe.logits or (recipe.loss.hidden and recipe.matching.strategy != "none")
-    sources = tokenized(recipe, tokenizer, further if compared else {})
-    findings += [*data_findings(recipe, sources, tokenizer), *_machine(recipe)]
+    one_sided = further if compared else {}
+    sources = tokenized(recipe, recipe.data, tokenizer, one_sided)
+    apart = validated(recipe, tokenizer, one_sided)
+    findings += [*data_findings(recipe, sources, apart, tokenizer), *_machine(recipe)]
     shown = {
         f"{name} row {number}" if recipe.data.sources else f"row {number}": marked(source.tokens[number], tokenizer)
         for name, source in zip(recipe.data.names, sources, strict=True)

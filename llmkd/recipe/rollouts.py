@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from llmkd.errors import InputError
 from llmkd.recipe.data import Data
 from llmkd.recipe.models import Teacher
 from llmkd.recipe.objective import Loss
@@ -125,12 +126,11 @@ def check_rollouts(rollouts: Rollouts | None, data: Data, loss: Loss, teacher: T
                 "data.format: prompts have no completion to train on; add the section rollouts with a share of 1, or give rows with "
                 "completions"
             )
-        if data.validation is not None and (
-            data.validation.source is None or data.validation.format in (None, "prompts")
-        ):
-            raise ValueError(
-                "data.validation: prompts have no completion to validate on; give a source of rows with completions and its format"
-            )
+    validated = () if data.validation is None else (data.held_out or data).parts
+    if any(part.format == "prompts" for part in validated):
+        raise ValueError(
+            "data.validation: prompts have no completion to validate on; give a source of rows with completions and its format"
+        )
     if loss.own_divergence is not None and (rollouts is None or not rollouts.during_training):
         raise ValueError(
             "loss.own_divergence: it is for texts that the student writes, and it writes none; add the section rollouts (by: both or "
@@ -154,6 +154,12 @@ def check_rollouts(rollouts: Rollouts | None, data: Data, loss: Loss, teacher: T
             f"rollouts.max_new_tokens: {rollouts.max_new_tokens} tokens leave no room for a prompt within data.max_length "
             f"{data.max_length}; write a smaller one, or a larger max_length"
         )
+
+
+def check_writers(rollouts: Rollouts | None, *, gpu: bool) -> None:
+    """Raise InputError where texts are to be written on GPUs, and the ranks have none."""
+    if rollouts is not None and rollouts.writes and rollouts.devices is not None and not gpu:
+        raise InputError("rollouts.devices: there is no GPU here; leave the key out")
 
 
 def _check_during(rollouts: Rollouts, data: Data, loss: Loss, teacher: Teacher, off: str) -> None:

@@ -34,6 +34,7 @@ from llmkd.recipe.inputs import finetune_inputs, fingerprint, training_inputs
 from llmkd.recipe.models import Student, Teacher
 from llmkd.recipe.objective import check_something_to_learn
 from llmkd.recipe.recipe import Recipe
+from llmkd.recipe.rollouts import check_writers
 from llmkd.recipe.run import Train
 from llmkd.teachers import pipeline_stage as stage
 from llmkd.teachers.pipeline_schedule import stage_count
@@ -164,12 +165,18 @@ def check_place(recipe: Recipe, teacher: Any, weights: Weights, *, ranks: int, r
     if recipe.teacher.placed.is_staged and (weights.kl or weights.hidden):
         stage.check_pipelined(teacher)
         stage_count(recipe.teacher.stages, ranks, ranks_per_node, sum(families.depths(teacher)))
+    check_devices(recipe, gpu=gpu)
+
+
+def check_devices(recipe: Recipe, *, gpu: bool) -> None:
+    """Raise InputError where this machine has not what the recipe asks of it; `gpu`: whether ranks run on GPUs."""
     if recipe.teacher.offload_states and not gpu:
         raise InputError("teacher.offload_states: there is no GPU here whose memory it would spare; write false")
     if gpu and recipe.compiles_head and (lacking := lacking_to_compile()):
         raise InputError(
             f"train.compile: a kernel of the head's losses takes {lacking}, which is missing here; install it, or write none"
         )
+    check_writers(recipe.rollouts, gpu=gpu)
 
 
 def _weights(recipe: Recipe, pairs: Pairs, stones: Pairs) -> Weights:

@@ -106,10 +106,10 @@ def _made(job: Job, part: Rows, tokenizer: Any, asked: Callable[[], bool]) -> To
     return made
 
 
-def found(recipe: Recipe, family: Family, tokenizer: Any) -> list[TokenFiles | None]:
-    """The tokens of each source of the recipe's data, None where they are not there yet. Nothing is written, and no hash compared."""
-    folder = recipe.tokens_folder(recipe.data)
-    identities = [_identity(recipe.data, folder, family, part, tokenizer) for part in recipe.data.parts]
+def found(recipe: Recipe, data: Data, family: Family, tokenizer: Any) -> list[TokenFiles | None]:
+    """The tokens of each source of these rows, None where they are not there yet. Nothing is written, and no hash compared."""
+    folder = recipe.tokens_folder(data)
+    identities = [_identity(data, folder, family, part, tokenizer) for part in data.parts]
     return [token_files.recorded(folder / fingerprint(identity)) for identity in identities]
 
 

@@ -58,7 +58,7 @@ def run_rows(world: World, job: Job, tokenizer: Any, stopping: Stopping | None =
     if given is None:
         return RunRows(rows, rows, None)
     if apart is not None:
-        with _named():
+        with named_validation():
             own = tokens_of(world, replace(job, data=apart), tokenizer, stopping)
         check_tokens_apart(job.data, rows.digests, own.digests)
         if job.data.streaming:
@@ -90,10 +90,7 @@ def validation_batches(world: World, job: Job, rows: RunRows, pad_id: int) -> li
     if numbers is None or not job.train.validate_every:
         return []
     size, count = world.size * job.train.micro_batch_size, len(numbers)
-    if count < world.size:
-        raise InputError(
-            f"data.validation: {count} rows for {world.size} ranks, and each needs one; give more of them, or start fewer ranks"
-        )
+    check_row_for_each(count, world.size)
     rounds = min(-(-count // size), count // world.size)
     order = numbers[np.argsort(-rows.all.lengths_of(numbers), kind="stable")]
     collate, packed = collate_for(job.family), job.data.batching == "packed"
@@ -101,6 +98,14 @@ def validation_batches(world: World, job: Job, rows: RunRows, pad_id: int) -> li
         rows.all.batch(part, collate=collate, pad_id=pad_id, packed=packed)
         for part in np.array_split(order, rounds * world.size)[world.rank :: world.size]
     ]
+
+
+def check_row_for_each(rows: int, ranks: int) -> None:
+    """Raise InputError where ranks would have no row to validate."""
+    if rows < ranks:
+        raise InputError(
+            f"data.validation: {rows} rows for {ranks} ranks, and each needs one; give more of them, or start fewer ranks"
+        )
 
 
 def held_out_count(rows: int, share: float) -> int:
@@ -122,12 +127,12 @@ def trained_count(data: Data, rows: int) -> int:
 def held_out_rows(data: Data) -> list[Dataset]:
     """The rows of validation that are in a split or source of their own, as text, by source. Raises InputError where they can't be read."""
     check_apart(data)
-    with _named():
+    with named_validation():
         return [] if data.held_out is None else [read_rows(part) for part in data.held_out.parts]
 
 
 @contextlib.contextmanager
-def _named() -> Iterator[None]:
+def named_validation() -> Iterator[None]:
     """Inside, a mistake in the section data is one in data.validation."""
     try:
         yield
@@ -150,7 +155,7 @@ def check_apart(data: Data) -> None:
         of_size.append(file)
     if data.held_out is None:
         return
-    with _named():
+    with named_validation():
         validation = _files(data.held_out)
     for file in validation:
         same = _same_content(file, seen.get(file.stat().st_size, []))

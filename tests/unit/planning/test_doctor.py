@@ -29,6 +29,7 @@ from llmkd.planning.shapes import teacher_config
 from llmkd.planning.teacher import PlannedTeacher
 from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.training.jobs import distil_job, read_rows
+from llmkd.training.prepare import prepare
 from llmkd.training.tokens import packed
 from llmkd.training.validation_rows import run_rows
 from tests.tiny import in_memory
@@ -168,7 +169,8 @@ def test_empty_thoughts_that_are_trained_are_a_note(place: Path) -> None:
         for text in ("bird", "<think>wind</think>door")
     ]
     (place / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in said))
-    recipe = load_recipe(place / "recipe.yaml").changed({"data.source": str(place / "chats.jsonl")})
+    given = {"data.source": str(place / "chats.jsonl"), "train.batch_size": 1, "train.micro_batch_size": 1}
+    recipe = load_recipe(place / "recipe.yaml").changed(given)
     (note,) = (what for what in _said(recipe, "note") if "think" in what)
     assert (
         "1 of the first 2 rows have no thoughts, and the chat template writes <think></think>, which is trained" in note
@@ -188,11 +190,63 @@ def test_rows_of_validation_are_counted(place: Path, tmp_path: Path) -> None:
     held_out = "validation: 10 of the 40 rows are held out and never trained on, 8 of them are validated"
     assert f"{held_out} when train.validate_every is set, which it is not" in _said(recipe, "note")
     assert f"{held_out} every 5 steps" in _said(recipe.changed({"train.validate_every": 5}), "ok")
-    (tmp_path / "held.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    row = '{"prompt": "a", "completion": "b"}\n'
+    too_long = json.dumps({"prompt": "red", "completion": " bird" * 70}) + "\n"
+    (tmp_path / "held.jsonl").write_text(row)
     own = recipe.changed({"data.validation": {"source": str(tmp_path / "held.jsonl")}, "train.validate_every": 5})
     assert "validation: 1 rows of their own, 1 of them are validated every 5 steps" in _said(own, "ok")
+    (tmp_path / "held.jsonl").write_text(row * 2 + too_long)
+    left_out = "(1 more are left out, too long or with nothing to train)"
+    assert f"validation: 2 rows of their own {left_out}, 2 of them are validated every 5 steps" in _said(own, "ok")
+    (tmp_path / "held.jsonl").write_text(too_long)
+    with pytest.raises(InputError, match=r"^data\.validation\.max_length: no row has a token to train within 64"):
+        examine(own)
+    (tmp_path / "held.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(InputError, match=r"^data\.validation\.format: the columns prompt are none of"):
+        examine(own)
     with pytest.raises(InputError, match=r"data.validation: .* is trained on too"):
         examine(recipe.changed({"data.validation": {"split": "test"}}))
+
+
+ON_POLICY = {"loss.ce": 0.0, "rollouts": {"max_new_tokens": 8}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"train.batch_size": 64}, "train.batch_size: 64 rows per step, but the data has only 40"),
+        (
+            {"data.batching": "packed", "train.batch_size": 16},
+            r"train.batch_size: 16 rows .* \(packed: sequences of rows\)",
+        ),
+        ({"train.steps": None, "train.epochs": 1, "train.warmup_steps": 5}, "train.warmup_steps: "),
+        ({**ON_POLICY, "data.columns": {"completion": "text"}, "data.format": "auto"}, "rollouts: row 0 has no prompt"),
+        (
+            {**ON_POLICY, "rollouts.backend": "vllm", "rollouts.devices": [1]},
+            "rollouts.devices: there is no GPU here; leave the key out",
+        ),
+        ({"teacher.offload_states": True}, "teacher.offload_states: there is no GPU here"),
+        ({"matching.strategy": "explicit", "matching.pairs": [[0, 9]]}, r"pairs\[0\] is \[0, 9\]: 9 is not"),
+        ({"data.max_length": 65}, "data.max_length: 65 tokens are more than the 64 positions"),
+    ],
+)
+def test_what_a_run_refuses_is_refused(place: Path, world: Any, changes: dict[str, Any], sentence: str) -> None:
+    """With the run's own sentence."""
+    recipe = load_recipe(place / "recipe.yaml").changed(changes)
+    with pytest.raises(InputError, match=sentence) as said:
+        examine(recipe)
+    with pytest.raises(InputError) as of_run:
+        prepare(world, distil_job(world, recipe, place / "run"))
+    assert str(said.value) == str(of_run.value)
+
+
+def test_a_row_without_a_prompt_is_refused_where_prompts_are_continued(place: Path) -> None:
+    rows = [{"prompt": "red", "completion": " bird"}, {"prompt": "", "completion": "a bird"}]
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 8))
+    recipe = load_recipe(place / "recipe.yaml").changed({"data.source": str(place / "rows.jsonl")})
+    examine(recipe)
+    with pytest.raises(InputError, match="rollouts: row 1 has no prompt, all of it is trained"):
+        examine(recipe.changed(ON_POLICY))
 
 
 def test_the_rule_by_which_a_student_is_chosen_is_told(place: Path) -> None:
@@ -338,9 +392,10 @@ def test_the_shipped_mixture_is_checked_whole(
     shutil.copytree(tiny / "teacher", recipe.teacher_path)
     with pytest.raises(InputError, match=r"hellaswag\.jsonl.*scripts/fetch_choice_data\.py"):
         examine(recipe)
-    for part in recipe.data.sources:
+    for number, part in enumerate(recipe.data.sources):
         Path(part.source).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(tiny / "rows.jsonl", part.source)
+        lines = (tiny / "rows.jsonl").read_text().splitlines(keepends=True)
+        Path(part.source).write_text("".join(lines[number:] + lines[:number]))
     said = _said(recipe, "ok")
     assert any("in 100 steps of 8 sequences: hellaswag 75.0% (600 sequences" in what for what in said)
     assert any("validation: 2 of the 80 rows are held out" in what and "every 10 steps" in what for what in said)

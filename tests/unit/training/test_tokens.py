@@ -85,7 +85,7 @@ def test_a_later_start_does_not_read_the_source(
     monkeypatch.setattr(file_hashes, "_known", {})
     monkeypatch.setattr(file_hashes, "sha256", lambda file: pytest.fail(f"{file} is read again"))
     same_to_the_bit(first, trained(world, own, tmp_path / "second"))
-    assert all(tokens.found(own, Family("decoder"), load_tokenizer(Path(own.teacher_path))))
+    assert all(tokens.found(own, own.data, Family("decoder"), load_tokenizer(Path(own.teacher_path))))
 
 
 @pytest.mark.parametrize(

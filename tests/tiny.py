@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -134,10 +135,37 @@ def rows_of_step(data: Dataset, recipe: Recipe, step: int = 0) -> list[Any]:
     return [data[int(number)] for number in numbers]
 
 
-def plain_run(
-    recipe: Recipe, teacher_folder: Path, student_folder: Path
-) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-    """The recipe's run in plain PyTorch: one process, whole batches, whole logits, `output_hidden_states`; (weights, losses)."""
+PlainRun = tuple[dict[str, torch.Tensor], list[dict[str, float]]]
+SPREAD = {
+    "teacher": ("placement", "stages", "offload"),
+    "train": ("deepspeed", "micro_batch_size", "activation_checkpointing"),
+    "data": ("tokens",),
+}
+"""The keys that say how a run is spread, which a plain run does not read."""
+
+
+def plain_run(recipe: Recipe, teacher_folder: Path, student_folder: Path) -> PlainRun:
+    """The recipe's run in plain PyTorch: one process, whole batches, whole logits, `output_hidden_states`; (weights, losses).
+
+    Computed once for all that differ only in how they are spread.
+    """
+    values = recipe.model_dump(mode="json")
+    for section, keys in SPREAD.items():
+        for key in keys:
+            del values[section][key]
+    models = [
+        hashlib.sha256((f / "model.safetensors").read_bytes()).hexdigest() for f in (teacher_folder, student_folder)
+    ]
+    asked = json.dumps([values, models])
+    if asked not in _plain_runs:
+        _plain_runs[asked] = _plain_run(recipe, teacher_folder, student_folder)
+    return _plain_runs[asked]
+
+
+_plain_runs: dict[str, PlainRun] = {}
+
+
+def _plain_run(recipe: Recipe, teacher_folder: Path, student_folder: Path) -> PlainRun:
     teacher, student = load(teacher_folder).eval(), load(student_folder).train()
     tokenizer = models.load_tokenizer(teacher_folder)
     rows = load_rows(recipe.data.source, name=None, split="train", rows=recipe.data.rows)

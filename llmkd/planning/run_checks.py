@@ -13,6 +13,7 @@ from llmkd.inference.vllm_setup import check_installed
 from llmkd.models.folders import resolve
 from llmkd.models.stored import read_config
 from llmkd.recipe.recipe import Recipe
+from llmkd.recipe.rollouts import check_written
 from llmkd.rollouts.prompts import check_prompts
 from llmkd.training import jobs
 from llmkd.training.build import rate_of_step, total_steps
@@ -58,4 +59,6 @@ def check_prompted(recipe: Recipe, tokens: Tokens) -> None:
 
 def check_length(recipe: Recipe, drawn: Tokens | PackedTokens) -> None:
     """Raise InputError where there are too few rows or sequences for a batch, or steps for the schedule; a stream's are not counted."""
-    rate_of_step(recipe.train, total_steps(recipe.train, None if recipe.data.streaming else drawn.count))
+    steps = total_steps(recipe.train, None if recipe.data.streaming else drawn.count)
+    rate_of_step(recipe.train, steps)
+    check_written(recipe.rollouts, recipe.train, steps)

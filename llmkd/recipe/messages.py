@@ -9,7 +9,7 @@ from typing import Any, get_origin
 import yaml
 from pydantic import ValidationError
 
-from llmkd.recipe.section import Section
+from llmkd.recipe.section import InPlaceOf, Section
 
 
 def sentence(error: ValidationError, values: dict[str, Any], recipe: type[Section]) -> str:
@@ -31,7 +31,7 @@ def sentence(error: ValidationError, values: dict[str, Any], recipe: type[Sectio
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}")
     if kind == "missing":
-        return f"key {key!r} is missing; add it"
+        return f"key {key!r} is missing; add it{_in_its_place(location, recipe)}"
     if kind == "value_error":  # a validator's own sentence, which starts with its key, whole or from the section on
         return message if not location or message.startswith(str(location[0])) else f"{key}.{message}"
     if kind in ("model_type", "model_attributes_type"):
@@ -39,6 +39,13 @@ def sentence(error: ValidationError, values: dict[str, Any], recipe: type[Sectio
         return f"{key}: a section is a mapping of keys (got {problem['input']!r}); write at least one of {known}"
     cure = "; write it in quotes" if kind == "string_type" else ""
     return f"{key}: {message[0].lower()}{message[1:]} (got {problem['input']!r}){cure}"
+
+
+def _in_its_place(location: Sequence[Any], recipe: type[Section]) -> str:
+    """The key that may be given for a missing one, as the end of a sentence."""
+    section = section_at(location[:-1], recipe)
+    marks = [] if section is None else section.model_fields[location[-1]].metadata
+    return "".join(f", or {mark.where} {mark.other}" for mark in marks if isinstance(mark, InPlaceOf))
 
 
 def _examples(location: Sequence[Any], recipe: type[Section]) -> list[str]:

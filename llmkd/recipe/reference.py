@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from llmkd.recipe.recipe import Recipe
-from llmkd.recipe.section import NO_EFFECT, Section
+from llmkd.recipe.section import NO_EFFECT, InPlaceOf, Section
 
 HEAD = """# Recipes: every key
 
@@ -80,7 +80,8 @@ def _row(section: type[Section], key: str, field: FieldInfo) -> str:
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
-        return "**required**"
+        others = [mark for mark in field.metadata if isinstance(mark, InPlaceOf)]
+        return ", or ".join(["**required**", *(f"`{mark.other}` {mark.where}" for mark in others)])
     value = field.get_default(call_default_factory=True)
     if value is None or value is PydanticUndefined:
         return "–"

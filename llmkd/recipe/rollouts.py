@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -31,7 +32,7 @@ class Rollouts(Section):
     every: int = Field(default=1, gt=0)
     """Steps for which texts are written at one time, by the student as it is before the first of them; 1 is strictly on-policy."""
     samples: int = Field(default=1, gt=0)
-    """How many texts are written of each prompt; a batch then has as many fewer prompts."""
+    """How many texts are written of each prompt; a batch then has as many fewer prompts. It divides the texts of a step."""
     max_new_tokens: int = Field(default=128, gt=0)
     """Longest text in tokens; with its prompt it has at most data.max_length."""
     temperature: float = Field(default=1.0, ge=0)
@@ -74,6 +75,11 @@ class Rollouts(Section):
         for key, whose in {"alpha": ("mixed",), "every": during, "samples": during}.items():
             if getattr(self, key) != type(self).model_fields[key].default and self.by not in whose:
                 raise ValueError(f"{key}: it belongs to by: {' or '.join(whose)}; write that, or leave {key} out")
+        if self.samples > 1 and not self.temperature:
+            raise ValueError(
+                f"temperature: at 0, always the likeliest token, the {self.samples} samples of a prompt are one text; write a temperature "
+                "above 0, or samples: 1"
+            )
         if self.by == "both" and self.share in (0, 1):
             one, other = ("student", "teacher") if self.share else ("teacher", "student")
             raise ValueError(
@@ -141,6 +147,11 @@ def check_rollouts(rollouts: Rollouts | None, data: Data, loss: Loss, teacher: T
     off = "or leave the section rollouts out"
     if rollouts.during_training:
         _check_during(rollouts, data, loss, teacher, off)
+        _check_samples(rollouts, train)
+        try:
+            check_written(rollouts, train, train.steps or 0)
+        except InputError as error:
+            raise ValueError(str(error)) from error
         if loss.own_divergence is not None:
             _check_apart(rollouts, train)
     if data.streaming:
@@ -180,6 +191,33 @@ def _check_during(rollouts: Rollouts, data: Data, loss: Loss, teacher: Teacher, 
             "data.batching: packed sequences are laid out before training, when nobody knows how long a text will be; write grouped, "
             f"{by_teacher}, {off}"
         )
+
+
+def _check_samples(rollouts: Rollouts, train: Train) -> None:
+    """Raise ValueError where a step's written texts are not whole groups of `samples` of one prompt."""
+    written = round(rollouts.share * train.batch_size, 6)
+    if rollouts.samples > 1 and written % rollouts.samples:
+        raise ValueError(
+            f"rollouts.samples: {rollouts.share:g} of batch_size {train.batch_size} = {written:g} texts a step are no whole groups of "
+            f"{rollouts.samples} of a prompt; write a share and samples that divide the batch"
+        )
+
+
+def check_written(rollouts: Rollouts | None, train: Train, steps: int) -> None:
+    """Raise InputError where a run of so many steps would not write a single text, though texts are asked for."""
+    if rollouts is None or not rollouts.during_training or not steps:
+        return
+    if not written_until(steps, train.batch_size, rollouts.share):
+        raise InputError(
+            f"rollouts.share: {rollouts.share:g} of {steps} steps of {train.batch_size} rows is less than one text; write a larger share, "
+            "or leave the section rollouts out"
+        )
+
+
+def written_until(step: int, rows: int, share: float) -> int:
+    """How many texts are written in the steps before this one (from 0), of so many rows each: the share, exact within one text."""
+    exact = Fraction(share).limit_denominator(10**6)  # so that no rounding adds up over a long run
+    return step * rows * exact.numerator // exact.denominator
 
 
 def _check_apart(rollouts: Rollouts, train: Train) -> None:

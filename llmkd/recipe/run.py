@@ -11,7 +11,8 @@ from llmkd.errors import InputError
 from llmkd.recipe.data import Data
 from llmkd.recipe.models import Architecture
 from llmkd.recipe.placements import WithWeights
-from llmkd.recipe.section import NO_EFFECT, Dtype, Section
+from llmkd.recipe.section import NO_EFFECT, Dtype, InPlaceOf, Section
+from llmkd.text import counted
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -23,7 +24,7 @@ class Train(Section):
     """Optimizer steps."""
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the data, in place of `steps`."""
-    batch_size: int = Field(gt=0)
+    batch_size: Annotated[int, InPlaceOf("batch_tokens", "where rows are packed")] = Field(gt=0)
     """Rows per optimizer step, over all ranks and accumulation steps; where rows are packed, sequences of data.max_length tokens."""
     batch_tokens: int | None = Field(default=None, gt=0)
     """In place of batch_size, where rows are packed: tokens per optimizer step, a multiple of data.max_length."""
@@ -81,6 +82,19 @@ class Train(Section):
         """Whether validations decide what is exported."""
         return self.keep == "best" or self.patience is not None
 
+    @property
+    def batch_text(self) -> str:
+        """How large a step's batch is, beginning with the key that says so."""
+        if self.batch_tokens is None:
+            return f"batch_size: {self.batch_size} rows"
+        return f"batch_tokens: {self.batch_tokens} tokens ({counted(self.batch_size, 'sequence')})"
+
+    def batch_multiple(self, of: int) -> str:
+        """What a batch is written as that is a multiple of so many rows or sequences."""
+        if self.batch_tokens is None:
+            return f"a multiple of {of}"
+        return f"a multiple of {of * self.batch_tokens // self.batch_size} ({counted(of, 'sequence')})"
+
     def validates(self, step: int, last: int) -> bool:
         """Whether a step (from 1) of so many is validated."""
         return self.validate_every > 0 and (step % self.validate_every == 0 or step == last)
@@ -108,7 +122,8 @@ class Train(Section):
             raise ValueError("keep_by: nothing is chosen by it; write keep: best, or a patience, or leave keep_by out")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
-                f"batch_size: {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}; write one"
+                f"{self.batch_text} are no multiple of micro_batch_size {self.micro_batch_size}; write "
+                f"{self.batch_multiple(self.micro_batch_size)}"
             )
         return self
 
@@ -119,9 +134,13 @@ def with_batch_size(train: Any, data: Any, where: str) -> Any:
     Raises InputError for tokens that are no whole number of sequences; what else may be wrong with the values is left to the sections.
     """
     tokens = train.get("batch_tokens") if isinstance(train, Mapping) else None
-    if not isinstance(tokens, int) or not isinstance(data, Mapping):
+    if tokens is None or not isinstance(data, Mapping):
         return train
     length = data.get("max_length", Data.model_fields["max_length"].default)
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise InputError(
+            f"{where}.batch_tokens: {tokens!r} is no number of tokens; write a multiple of data.max_length {length}, without quotes"
+        )
     if data.get("batching") != "packed":
         raise InputError(
             f"{where}.batch_tokens: rows that are not packed have no fixed number of tokens; write data.batching: packed, or batch_size in "

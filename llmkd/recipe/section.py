@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -19,6 +20,14 @@ SMALLEST, LARGEST = 1e-30, 1e30
 """Of the numbers that training computes with; float32 holds a little more."""
 NO_EFFECT = "no effect on the result"
 """Marks a key on which a run's result does not depend, `Annotated[int, NO_EFFECT]`: it may differ when the run is resumed."""
+
+
+@dataclass(frozen=True)
+class InPlaceOf:
+    """Marks a required key for which another may be given: `Annotated[int, InPlaceOf("batch_tokens", "where rows are packed")]`."""
+
+    other: str
+    where: str
 
 
 class Section(BaseModel):

@@ -7,11 +7,11 @@ written: their prompts are continued, each prompt `samples` times.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 
 from llmkd.data.order import permuted
+from llmkd.recipe.rollouts import written_until
 
 LOOKS = 20
 """At about so many rounds, evenly spaced, the fixed prompts are continued too: as often as anybody looks at, and no more."""
@@ -64,8 +64,7 @@ class Schedule:
 
     def wanted(self, step: int, rows: np.ndarray) -> Wanted:
         """The texts of a step (from 0), whose batch has these rows. The share of written rows is exact within one row at any step."""
-        share = Fraction(self.share).limit_denominator(10**6)  # so that no rounding adds up over a long run
-        before, after = (number * len(rows) * share.numerator // share.denominator for number in (step, step + 1))
+        before, after = (written_until(number, len(rows), self.share) for number in (step, step + 1))
         chosen = np.arange(after - before)
         places = np.sort(permuted(chosen, len(rows), (self.seed, _PLACES, step)))
         prompts = rows[places[chosen - chosen % self.samples]]

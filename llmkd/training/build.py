@@ -46,8 +46,8 @@ def accumulation_steps(train: recipe.Train, world_size: int) -> int:
     if train.batch_size % together:
         fitting = [n for n in range(1, train.batch_size + 1) if train.batch_size % (n * train.micro_batch_size) == 0]
         raise InputError(
-            f"train.batch_size: {train.batch_size} rows can't be shared by {world_size} ranks x micro_batch_size {train.micro_batch_size}; "
-            f"write a multiple of {together}, or use {' or '.join(map(str, fitting))} ranks"
+            f"train.{train.batch_text} can't be shared by {world_size} ranks x micro_batch_size {train.micro_batch_size}; "
+            f"write {train.batch_multiple(together)}, or use {' or '.join(map(str, fitting))} ranks"
         )
     return train.batch_size // together
 
@@ -57,6 +57,10 @@ def total_steps(train: recipe.Train, rows: int | None) -> int:
     if rows is None:
         assert train.steps is not None
         return train.steps
+    if rows < train.batch_size and train.batch_tokens is not None:
+        raise InputError(
+            f"train.{train.batch_text} per step, but the rows fill only {rows}; write fewer tokens, or give more rows"
+        )
     per_epoch = steps_per_epoch(rows, train.batch_size)
     return train.steps if train.steps is not None else math.ceil((train.epochs or 0) * per_epoch)
 

@@ -20,6 +20,7 @@ from llmkd.distributed.ranks import World
 from llmkd.errors import InputError
 from llmkd.processes import Stopping
 from llmkd.recipe.recipe import dump_recipe
+from llmkd.recipe.rollouts import check_written
 from llmkd.rollouts.source import Rollouts
 from llmkd.student.distiller import Distiller
 from llmkd.student.passes import StepSettings
@@ -161,6 +162,8 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
     source = _source(world, job, data, tokenizer, pad_id, accumulation, resume)
     steps = build.total_steps(settings, source.count)
     rate = build.rate_of_step(settings, steps)
+    if not job.makes_teacher:
+        check_written(job.recipe.rollouts, settings, steps)
     cached = cache_contents.open_teacher(world, job, tokenizer, data.all)
     initial.write_initial(world, job, tokenizer, resuming=resume is not None)  # the first thing written
     validation = validation_batches(world, job, data, pad_id)

@@ -33,7 +33,7 @@ def with_rollouts(changes: dict[str, Any] | None = None, **rollouts: Any) -> dic
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "strict": with_rollouts(),
     "rounds": with_rollouts({"matching.strategy": "none", "train.steps": 4}, every=3, share=0.6),
-    "samples": with_rollouts({"loss.kl": 0.0}, samples=3, temperature=0.7, top_p=0.8, every=2),
+    "samples": with_rollouts({"loss.kl": 0.0}, samples=4, temperature=0.7, top_p=0.8, every=2),
     "greedy": with_rollouts({"loss.divergence": "jsd", "train.deepspeed": "zero2"}, temperature=0.0),
     "dropped": with_rollouts(
         {"train.micro_batch_size": 2, "train.batch_size": 20}, truncated="drop", share=0.5, max_new_tokens=45

@@ -225,6 +225,10 @@ ON_POLICY = {"loss.ce": 0.0, "rollouts": {"max_new_tokens": 8}}
             {**ON_POLICY, "rollouts.backend": "vllm", "rollouts.devices": [1]},
             "rollouts.devices: there is no GPU here; leave the key out",
         ),
+        (
+            {**ON_POLICY, "rollouts.share": 0.02, "train.steps": None, "train.epochs": 1, "train.warmup_steps": 0},
+            "rollouts.share: 0.02 of 5 steps of 8 rows is less than one text",
+        ),
         ({"teacher.offload_states": True}, "teacher.offload_states: there is no GPU here"),
         ({"matching.strategy": "explicit", "matching.pairs": [[0, 9]]}, r"pairs\[0\] is \[0, 9\]: 9 is not"),
         ({"data.max_length": 65}, "data.max_length: 65 tokens are more than the 64 positions"),

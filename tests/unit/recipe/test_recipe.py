@@ -16,6 +16,7 @@ from llmkd.recipe.inputs import fingerprint, input_text, training_inputs
 from llmkd.recipe.placements import PLACEMENTS, PlacementName, WithWeights
 from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
 from llmkd.recipe.study_entries import entry_recipe, study_entries
+from llmkd.training.build import accumulation_steps, total_steps
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -254,7 +255,10 @@ def test_file_that_is_no_text_and_missing_file(tmp_path: Path) -> None:
         (["train=5"], "train: a section is a mapping of keys (got 5); write at least one of steps, epochs"),
         (["student="], "student: a section is a mapping of keys (got None); write at least one of init"),
         (["train.epochs=1"], "train.steps: give exactly one of steps and epochs"),
-        (["train.batch_size=7"], "train.batch_size: 7 is not a multiple of micro_batch_size 4; write one"),
+        (
+            ["train.batch_size=7"],
+            "train.batch_size: 7 rows are no multiple of micro_batch_size 4; write a multiple of 4",
+        ),
         (["teacher.offload=cpu"], "teacher.offload: only a zero3 teacher can be offloaded; write placement: zero3"),
         (["student.blocks="], "student.blocks: not given; write how many blocks the student has"),
         (["student.init=checkpoint"], "student.path: init checkpoint needs one; write the HF folder"),
@@ -280,7 +284,7 @@ def test_file_that_is_no_text_and_missing_file(tmp_path: Path) -> None:
         ([f"finetune={FINETUNE}", "teacher.path=", "finetune.data.source=records"], "finetune.data.rows: the built-in"),
         (
             [f"finetune={FINETUNE}", "teacher.path=", "finetune.train.batch_size=9"],
-            "finetune.train.batch_size: 9 is not a",
+            "finetune.train.batch_size: 9 rows are no multiple",
         ),
     ],
 )
@@ -645,17 +649,21 @@ def test_every_placement_has_its_capabilities_and_a_cache_is_written_by_one_with
 PACKED: dict[str, Any] = {"data.batching": "packed", "data.max_length": 128}
 
 
-def test_tokens_of_a_step_are_whole_sequences(tmp_path: Path) -> None:
-    recipe = load_recipe("quickstart")
+@pytest.fixture
+def sizeless(tmp_path: Path) -> Path:
+    """The quickstart without train.batch_size."""
+    values = load_recipe("quickstart").model_dump(mode="json")
+    del values["train"]["batch_size"]
+    (tmp_path / "recipe.json").write_text(json.dumps(values))
+    return tmp_path / "recipe.json"
+
+
+def test_tokens_of_a_step_are_whole_sequences(sizeless: Path) -> None:
+    recipe, packing = load_recipe("quickstart"), ["data.batching=packed", "data.max_length=128"]
     packed = recipe.changed({**PACKED, "train.batch_size": 64, "train.batch_tokens": 8192})
     assert packed.train.batch_size == 64 and packed.changed({"seed": 1}).train.batch_tokens == 8192
     assert packed.changed({"data.max_length": 256}).train.batch_size == 32
-    values = recipe.model_dump(mode="json")
-    del values["train"]["batch_size"]
-    values["train"]["batch_tokens"] = 4096
-    values["data"] |= {"batching": "packed", "max_length": 128}
-    (tmp_path / "recipe.json").write_text(json.dumps(values))
-    assert load_recipe(tmp_path / "recipe.json").train.batch_size == 32
+    assert load_recipe(sizeless, ["train.batch_tokens=4096", *packing]).train.batch_size == 32
 
 
 @pytest.mark.parametrize(
@@ -664,11 +672,34 @@ def test_tokens_of_a_step_are_whole_sequences(tmp_path: Path) -> None:
         ({"train.batch_tokens": 8192}, r"train\.batch_tokens: rows that are not packed .*; write data\.batching: packed"),
         ({**PACKED, "train.batch_tokens": 8000}, r"train\.batch_tokens: 8000 is no whole number of sequences of data\.max_length 128"),
         ({**PACKED, "train.batch_tokens": 8192, "train.batch_size": 32}, r"8192 tokens are 64 sequences of 128, .* says 32; give"),
+        ({**PACKED, "train.batch_tokens": "8192"}, r"train\.batch_tokens: '8192' is no number of tokens; write a multiple of"),
+        ({**PACKED, "train.batch_tokens": 0}, r"train\.batch_tokens: 0 is no number of tokens"),
+        ({**PACKED, "train.batch_tokens": 128}, r"tokens: 128 tokens \(1 sequence\) are no multiple .* a multiple of 1024 \(8 seq"),
+        ({**PACKED, "finetune.data": None, "finetune.train.batch_tokens": 8000}, r"finetune\.train\.batch_tokens: 8000 is no whole"),
     ],
 )  # fmt: skip
-def test_tokens_of_a_step_that_can_t_be(changes: dict[str, Any], sentence: str) -> None:
+def test_tokens_of_a_step_that_can_t_be(sizeless: Path, changes: dict[str, Any], sentence: str) -> None:
+    """Said in the key that was written."""
     with pytest.raises(InputError, match=sentence):
-        load_recipe("quickstart").changed(changes)
+        load_recipe(sizeless, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+
+
+def test_a_step_without_a_size_names_both_keys(sizeless: Path) -> None:
+    missing = r"key 'train\.batch_size' is missing; add it, or where rows are packed batch_tokens$"
+    with pytest.raises(InputError, match=missing):
+        load_recipe(sizeless)
+
+
+def test_a_batch_in_tokens_is_refused_in_tokens() -> None:
+    train = load_recipe("quickstart").changed({**PACKED, "train.batch_size": 64, "train.batch_tokens": 8192}).train
+    with pytest.raises(
+        InputError, match=r"^train\.batch_tokens: 8192 tokens \(64 sequences\) can't be shared by 3 ranks"
+    ):
+        accumulation_steps(train, 3)
+    with pytest.raises(
+        InputError, match=r"^train\.batch_tokens: 8192 tokens \(64 sequences\) per step, .* fill only 63"
+    ):
+        total_steps(train, 63)
 
 
 def test_a_mixture_has_its_sources_and_nothing_beside_them() -> None:

@@ -57,6 +57,27 @@ NEW = {"loss.ce": 0.0, "rollouts": {"max_new_tokens": 20}}
             r"rollouts\.devices: \[4, 5, 6\] are not whole",
         ),
         ({**VLLM, "rollouts.devices": [4, 4]}, r"rollouts\.devices: \[4, 4\] are not whole groups of 1 different GPUs"),
+        (
+            {"rollouts.temperature": 0.0, "rollouts.samples": 2},
+            r"rollouts\.temperature: at 0, .* the 2 samples of a prompt are one",
+        ),
+        ({"rollouts.samples": 3}, r"rollouts\.samples: 1 of batch_size 8 = 8 texts a step are no whole groups of 3"),
+        (
+            {"rollouts.samples": 2, "rollouts.share": 0.3},
+            r"rollouts\.samples: 0\.3 of batch_size 8 = 2\.4 texts a step are no",
+        ),
+        (
+            {"rollouts.share": 0.001},
+            r"rollouts\.share: 0\.001 of 3 steps of 8 rows is less than one text; write a larger",
+        ),
+        (
+            {"rollouts.share": 1e-9, "train.steps": 10**6},
+            r"rollouts\.share: 1e-09 of 1000000 steps of 8 rows is less than one",
+        ),
+        (
+            {"data.validation": {"source": "b.jsonl", "format": "prompts"}},
+            r"data\.validation: prompts have no completion",
+        ),
         ({"rollouts.by": "both"}, r"rollouts\.share: at 1 no text of a batch is the teacher's; .* or by: student"),
         (
             {"rollouts.by": "both", "rollouts.share": 0.0},
@@ -92,6 +113,14 @@ NEW = {"loss.ce": 0.0, "rollouts": {"max_new_tokens": 20}}
 def test_what_is_refused(tiny: Path, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         load_recipe(tiny / "recipe.yaml").changed({**NEW, **changes})
+
+
+def test_samples_and_shares_that_fill_whole_groups(tiny: Path) -> None:
+    recipe = load_recipe(tiny / "recipe.yaml").changed({**NEW, "rollouts.samples": 4})
+    assert recipe.changed({"rollouts.share": 0.5}).rollouts is not None
+    assert (
+        recipe.changed({"rollouts.samples": 1, "rollouts.share": 0.04}).rollouts is not None
+    )  # one text in 4 steps of 8
 
 
 def test_a_share_of_zero_asks_for_nothing(tiny: Path) -> None:

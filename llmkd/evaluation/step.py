@@ -202,12 +202,15 @@ def places(models: Sequence[R], process: Callable[[R], Process]) -> list[str]:
     devices = visible_devices()
     if devices != ["cpu"]:
         return devices
-    small = all(process(model) == Process() and _bytes_of_weights(Path(model.model)) <= SMALL for model in models)
+    small = all(process(model) == Process() and _is_small(model) for model in models)
     return ["cpu"] * (max(1, min(len(models) // 2, len(os.sched_getaffinity(0)), BESIDE)) if small else 1)
 
 
-def _bytes_of_weights(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+def _is_small(result: StepResult) -> bool:
+    """Whether what is scored is one model of few weights; of a result about several (angles) that is not known."""
+    if not isinstance(result, ScoredModel):
+        return False
+    return sum(file.stat().st_size for file in Path(result.model).glob("*.safetensors")) <= SMALL
 
 
 def visible_devices() -> list[str]:

@@ -147,6 +147,13 @@ def prepare(world: World, job: Job, stopping: Stopping | None = None) -> Prepare
         raise
 
 
+def _length(job: Job, rows: int | None) -> tuple[int, Callable[[int], float]]:
+    """(the run's steps, the learning rate of each). Raises InputError where they are too few for what the recipe asks."""
+    steps = build.total_steps(job.train, rows)
+    check_written(None if job.makes_teacher else job.recipe.rollouts, job.train, steps)
+    return steps, build.rate_of_step(job.train, steps)
+
+
 def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: Stopping | None) -> PreparedRun:
     settings = job.train
     accumulation = build.accumulation_steps(settings, world.size)
@@ -160,10 +167,7 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
     checkpoint.check_rows(resume, data.training.digests)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     source = _source(world, job, data, tokenizer, pad_id, accumulation, resume)
-    steps = build.total_steps(settings, source.count)
-    rate = build.rate_of_step(settings, steps)
-    if not job.makes_teacher:
-        check_written(job.recipe.rollouts, settings, steps)
+    steps, rate = _length(job, source.count)
     cached = cache_contents.open_teacher(world, job, tokenizer, data.all)
     initial.write_initial(world, job, tokenizer, resuming=resume is not None)  # the first thing written
     validation = validation_batches(world, job, data, pad_id)

@@ -23,6 +23,7 @@ from llmkd.files import write_text
 from llmkd.models.families import depths, kind
 from llmkd.models.folders import resolve
 from llmkd.planning.run_checks import check_trained, student_shape
+from llmkd.planning.study_rows import StudyRows
 from llmkd.processes import only_one_in
 from llmkd.recipe.ds_config import check_ds_configs
 from llmkd.recipe.recipe import Recipe, dump_recipe
@@ -46,13 +47,10 @@ from llmkd.recipe.study_entries import (
 from llmkd.report.write import Report, report
 from llmkd.text import counted
 from llmkd.training import jobs
-from llmkd.training.build import accumulation_steps, total_steps
 from llmkd.training.checkpoint import check_same
 from llmkd.training.checks import teacher_shape
 from llmkd.training.initial import initial_student
 from llmkd.training.pairs import depths_of, maps_of
-from llmkd.training.tokens import first_rows
-from llmkd.training.validation_rows import held_out_rows, trained_count
 from llmkd.training.write_cache import writing_recipe
 
 log = logging.getLogger("llmkd")
@@ -208,18 +206,12 @@ def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
     _check_scores(recipe)
     teacher = teacher_shape(recipe)
     check_evaluation(recipe, kind(teacher))
-    runs = [(recipe.train, recipe.data)]
-    if recipe.finetune is not None:
-        runs.append((recipe.finetune.train, recipe.finetune.data or recipe.data))
-    for train, data in runs:
-        accumulation_steps(train, ranks)
-        if data.streaming:
-            first_rows(data)
-        else:
-            total_steps(train, sum(trained_count(data, len(jobs.read_rows(part))) for part in data.parts))
-        held_out_rows(data)
     check_ds_configs(recipe, ranks)
     family = jobs.teacher_family(recipe, teacher)
+    rows = StudyRows(family)
+    rows.check_student(recipe, ranks)
+    if recipe.finetune is not None:
+        rows.check_teacher(recipe, ranks)
     _check_pair_weights(recipe, entries, teacher)
     if recipe.teacher.share_cache:
         check_trained(writing_recipe(recipe), family, teacher, ranks)
@@ -232,6 +224,7 @@ def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
             own = entry_recipe(recipe, entry)
             check_ds_configs(own, ranks)  # a variant may have another file
             check_trained(own, family, teacher, ranks)
+            rows.check_student(own, ranks)
             inputs = jobs.student_inputs(own)
         meta = recipe.folder / entry.model / "llmkd.json"
         if meta.is_file():

@@ -210,7 +210,7 @@ def _made(
     if len(shards) < count:
         return None
     files = TokenFiles(folder, tuple(shards))
-    _check_some(files.total, max_length, rows, encode)
+    check_some(files.total, max_length, rows, encode)
     record(files, identity)
     return files
 
@@ -293,12 +293,12 @@ def mapped_rows(rows: Dataset, encode: Encode, *, max_length: int, too_long: str
         new_fingerprint=uuid.uuid4().hex,  # datasets' own would be a hash of all that `encode` holds
     )
     total = Written(read=len(rows), rows=len(tokens), tokens=0, **dropped)
-    _check_some(total, max_length, rows, encode)
+    check_some(total, max_length, rows, encode)
     _announce(total, max_length, too_long)
     return tokens
 
 
-def _check_some(total: Written, max_length: int, rows: Dataset, encode: Encode) -> None:
+def check_some(total: Written, max_length: int, rows: Dataset, encode: Encode) -> None:
     """Raise InputError where no row is left, with how long the first ones are."""
     if total.rows:
         return

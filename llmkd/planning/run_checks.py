@@ -35,6 +35,7 @@ def check_trained(recipe: Recipe, family: Family, teacher: PreTrainedConfig, ran
     if checkpoint is not None and (tokenizer := tokenizer_folder(recipe)) is not None:
         jobs.check_vocabularies(recipe, tokenizer, checkpoint)
     jobs.check_place(recipe, teacher, weights, ranks=ranks, ranks_per_node=ranks, gpu=torch.cuda.is_available())
+    check_machine(recipe)
 
 
 def tokenizer_folder(recipe: Recipe) -> Path | None:

@@ -14,6 +14,9 @@ from llmkd.recipe.objective import Loss
 from llmkd.recipe.run import Train
 from llmkd.recipe.section import NO_EFFECT, Backend, Section
 
+_OFF = "or leave the section rollouts out"
+TEXTS = f"data.format: a text has no prompt to continue; give rows of prompt and completion or chats, {_OFF}"
+
 
 class Rollouts(Section):
     """On-policy distillation: during training a model continues the prompts of the data's rows, and its texts are trained on in place of
@@ -144,7 +147,7 @@ def check_rollouts(rollouts: Rollouts | None, data: Data, loss: Loss, teacher: T
         )
     if rollouts is None or not rollouts.writes:
         return
-    off = "or leave the section rollouts out"
+    off = _OFF
     if rollouts.during_training:
         _check_during(rollouts, data, loss, teacher, off)
         _check_samples(rollouts, train)
@@ -157,9 +160,7 @@ def check_rollouts(rollouts: Rollouts | None, data: Data, loss: Loss, teacher: T
     if data.streaming:
         raise ValueError(f"data.streaming: prompts are taken from rows on disk; write streaming: false, {off}")
     if any(part.format == "text" for part in data.parts):
-        raise ValueError(
-            f"data.format: a text has no prompt to continue; give rows of prompt and completion or chats, {off}"
-        )
+        raise ValueError(TEXTS)
     if rollouts.max_new_tokens >= data.max_length:
         raise ValueError(
             f"rollouts.max_new_tokens: {rollouts.max_new_tokens} tokens leave no room for a prompt within data.max_length "

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 
 from llmkd.data.batches import Batch
 from llmkd.data.file_hashes import file_hash
@@ -22,7 +21,7 @@ from llmkd.distributed.ranks import World, on_main
 from llmkd.errors import InputError
 from llmkd.processes import Stopping
 from llmkd.recipe.data import Data
-from llmkd.training.jobs import Job, read_rows
+from llmkd.training.jobs import Job
 from llmkd.training.tokens import no_tokens, tokens_of
 
 _SHARED = (
@@ -122,13 +121,6 @@ def trained_count(data: Data, rows: int) -> int:
     """How many of a section's rows are trained on."""
     share = None if data.validation is None else data.validation.share
     return rows if share is None else rows - held_out_count(rows, share)
-
-
-def held_out_rows(data: Data) -> list[Dataset]:
-    """The rows of validation that are in a split or source of their own, as text, by source. Raises InputError where they can't be read."""
-    check_apart(data)
-    with named_validation():
-        return [] if data.held_out is None else [read_rows(part) for part in data.held_out.parts]
 
 
 @contextlib.contextmanager

@@ -14,16 +14,23 @@ from tests.distributed.warm import forked, warm_server
 
 
 def run_on_ranks(
-    ranks: int, recipe: Path, scenarios: dict[str, dict[str, Any]], output: Path, *, timeout: int = 600
+    ranks: int,
+    recipe: Path,
+    scenarios: dict[str, dict[str, Any]],
+    output: Path,
+    *,
+    timeout: int = 600,
+    module: str = "tests.distributed.runner",
 ) -> dict[str, str]:
     """Run every scenario (name -> recipe changes) on `ranks` gloo ranks into `output/<name>`; name -> error of those refused.
 
-    A scenario with the change `only` = "cache" writes the recipe's cache and trains nothing.
+    A scenario with the change `only` = "cache" writes the recipe's cache and trains nothing. `module`: another with a `main()` like this
+    one's.
     """
     output.mkdir(parents=True, exist_ok=True)
     tasks = output / "tasks.json"
     tasks.write_text(json.dumps({"recipe": str(recipe), "scenarios": scenarios, "output": str(output)}))
-    codes = [process.wait(timeout=timeout) for process in start_ranks(ranks, "tests.distributed.runner", tasks, output)]
+    codes = [process.wait(timeout=timeout) for process in start_ranks(ranks, module, tasks, output)]
     assert codes == [0] * ranks, "\n".join((output / f"rank{rank}.log").read_text()[-3000:] for rank in range(ranks))
     return json.loads((output / "refused.json").read_text())
 

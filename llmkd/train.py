@@ -27,6 +27,7 @@ import transformers
 
 from llmkd import __version__
 from llmkd.data.batches import Batch, Counts
+from llmkd.distributed.engines import backward
 from llmkd.distributed.ranks import (
     World,
     barrier,
@@ -145,7 +146,7 @@ def _counts(world: World, micro_batches: Sequence[Batch], stopping: Stopping) ->
 def _train_on(run: PreparedRun, batch: Batch, settings: StepSettings, micro_batch: int) -> PassResult:
     """One micro-batch: the teacher's pass, the student's, the backward pass; after the step's last one the optimizer's step."""
     result: PassResult = run.engine(batch, run.signal(batch, settings), settings, micro_batch)
-    run.engine.backward(result.loss, scale_wrt_gas=False)  # the sums are already divided by the whole batch's counts
+    backward(run.engine, result.loss)  # the sums are already divided by the whole batch's counts
     run.engine.step()
     return result._replace(loss=result.loss.detach())
 

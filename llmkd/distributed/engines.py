@@ -79,6 +79,13 @@ def engine(
     return engine
 
 
+def backward(engine: Any, loss: Tensor) -> None:
+    """The backward pass of a loss that is divided already by all that it is to be divided by."""
+    # The engine divides what comes back into its own output by the accumulation steps, unless a hook on the loss has told it before that
+    # this is done. At stage 0 both hooks would be on one tensor, the engine's first.
+    engine.backward(loss * 1, scale_wrt_gas=False)
+
+
 def frozen_engine(module: nn.Module, config: DsConfig) -> Any:
     """A DeepSpeed engine that only runs `module` forward: shards, no optimizer, no gradients."""
     engine, *_ = deepspeed.initialize(model=module.requires_grad_(False), config=config)

@@ -192,7 +192,8 @@ def _finish(world: World, run: PreparedRun, keeping: Keeping, spent: Spent, last
         "memory_gib": peak_memory_gib() if last is None else last.memory_gib,  # a run of 0 steps has no interval
         "last": {} if last is None else last.values(),
         "sources": run.taken(steps),
-        "rollouts": {**run.writing},
+        "rollouts": {**run.writing(spent.seconds)},
+        "teachers_texts": {**run.source.teachers_texts},
         "versions": versions("torch", "deepspeed", "transformers"),
         "hardware": hardware(),
         "commit": commit(),

@@ -34,7 +34,18 @@ SHOWN_ROUNDS = 3  # whose texts are side by side: the first, the middle and the 
 PARTS = ("loss", "ce", "kl", "hidden")
 ROUNDS = ("length", "ended", "repetition")
 MEASURED = ("ce", "perplexity", "kl", "agreement")
-SUMMARY = ("pairs", "versions", "hardware", "commit", "validation", "kept", "sources", "step", "rollouts")
+SUMMARY = (
+    "pairs",
+    "versions",
+    "hardware",
+    "commit",
+    "validation",
+    "kept",
+    "sources",
+    "step",
+    "rollouts",
+    "teachers_texts",
+)
 Value = TypeVar("Value")
 
 
@@ -100,6 +111,8 @@ class Summary:
     sources: dict[str, int] = field(default_factory=dict)
     rollouts: Agreed = field(default_factory=dict)
     """The seconds that its texts took; empty where none were written."""
+    teachers_texts: Agreed = field(default_factory=dict)
+    """The fields of a TeachersTexts; empty where the teacher wrote nothing before training."""
 
 
 def read_summary(training: Path) -> Summary:

@@ -29,7 +29,7 @@ from llmkd.report.files import (
     step_result,
     training_run,
 )
-from llmkd.report.results import Agreed, Cell, Metric, Results, Row
+from llmkd.report.results import Agreed, Cell, Metric, Results, Row, TeachersTexts
 from llmkd.report.significance import half_width
 
 LOWER_IS_BETTER = re.compile(r"perplexity|bits_per_byte|brier|^ter$")  # lm-eval's, where the file does not say
@@ -112,6 +112,7 @@ def _without_comparisons(folder: Path, study: StudyFile, outcomes: Sequence[Outc
             for entry in trained
             if (found := read_rollouts(folder, entry, summaries[entry.name])) is not None
         },
+        teachers_texts=_each_once(TeachersTexts(**s.teachers_texts) for s in summaries.values() if s.teachers_texts),
         angles=study_angles(folder, study.entries),
         backends=_backends(outcomes),
         conditions={step: _conditions(outcomes, step) for step in STEPS},
@@ -121,6 +122,10 @@ def _without_comparisons(folder: Path, study: StudyFile, outcomes: Sequence[Outc
         sources=max((s.sources for s in summaries.values()), key=lambda counts: sum(counts.values()), default={}),
         commit=", ".join(dict.fromkeys(s.commit for s in summaries.values() if s.commit)) or None,
     )
+
+
+def _each_once(texts: Iterable[TeachersTexts]) -> list[TeachersTexts]:
+    return list(dict.fromkeys(texts))
 
 
 def _metrics(outcomes: Sequence[Outcome]) -> list[Metric]:

@@ -223,6 +223,21 @@ class RunRollouts:
 
 
 @dataclass(frozen=True)
+class TeachersTexts:
+    """What a teacher wrote before training, which all students of a study read."""
+
+    texts: int
+    tokens: int
+    unended: int
+    """Texts that were cut at their most tokens."""
+    empty: int
+    left_out: int
+    """Texts that are not trained on."""
+    seconds: float
+    """By the clock, whichever run had them written."""
+
+
+@dataclass(frozen=True)
 class Average:
     """The mean over `n` students, with half the 95 % interval where they are two or more and differ."""
 
@@ -319,6 +334,8 @@ class Results:
     notes: list[str] = field(default_factory=list)
     validations: dict[str, RunValidations] = field(default_factory=dict)
     rollouts: dict[str, RunRollouts] = field(default_factory=dict)
+    teachers_texts: list[TeachersTexts] = field(default_factory=list)
+    """Each once, where several students read the same."""
 
     def metric(self, name: str | None) -> Metric | None:
         """A metric by its name; None where no model has it."""

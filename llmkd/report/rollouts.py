@@ -8,6 +8,7 @@ from llmkd.report.results import Results, RunRollouts
 from llmkd.text import ABSENT, Table, amount
 
 HEADING = "Texts written during training"
+BEFORE = "Texts written before training"
 MEASURES = {
     "length": "mean tokens of a text",
     "ended": "share of texts that ended by themselves",
@@ -39,6 +40,16 @@ def _percent(part: float | None, whole: float | None) -> float | None:
 def rollout_table(rollouts: Mapping[str, RunRollouts]) -> Table:
     """A line per run, with numbers as people read them."""
     return [HEAD, *([name, *map(amount, rollout_numbers(run))] for name, run in rollouts.items())]
+
+
+def of_teacher(results: Results) -> str:
+    """What the teacher wrote before training, in a sentence each; empty where it wrote nothing."""
+    return " ".join(
+        f"Before training the teacher wrote {amount(wrote.texts)} texts of {amount(wrote.tokens)} tokens in {amount(wrote.seconds)} s: "
+        f"{amount(wrote.unended)} did not end within their tokens, {amount(wrote.empty)} were empty, "
+        f"{amount(wrote.left_out)} were left out."
+        for wrote in results.teachers_texts
+    )
 
 
 def own_kl(results: Results) -> dict[str, str]:

@@ -79,6 +79,8 @@ def _markdown(results: Results, recipe: str) -> str:
     if validations := of_students(results):
         parts += ["## Validation while training", escaped(rule_in_words(validations))]
         parts.append(tables.markdown(validation_table(validations)))
+    if results.teachers_texts:
+        parts += [f"## {rollouts.BEFORE}", escaped(rollouts.of_teacher(results))]
     if results.rollouts:
         parts += [f"## {rollouts.HEADING}", escaped(rollouts.in_words(results.rollouts))]
         parts.append(tables.markdown(rollouts.rollout_table(results.rollouts)))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from llmkd.data.token_files import TokenFiles, Written, opened, record, record_s
 from llmkd.data.tokenized import Tokens
 from llmkd.distributed.ranks import World, on_each_node, on_every_rank, on_main, sum_counts
 from llmkd.errors import InputError
-from llmkd.files import sync
+from llmkd.files import sync, write_json_durably
 from llmkd.inference.sampling import Ids
 from llmkd.processes import StoppedWaiting, only_one_in
 from llmkd.progress import progress
@@ -40,8 +42,32 @@ log = logging.getLogger("llmkd")
 
 SHARD_ROWS = 256
 """What a killed writing loses at most."""
+WROTE = ".texts.json"
+"""Ends the name of the file beside a shard that says what was written for it, in numbers."""
 SEED = 0
 """Of the texts and of which rows have them: not the run's, so that all students of a study read the same."""
+
+
+@dataclass(frozen=True)
+class Wrote:
+    """What a teacher wrote for some rows, in numbers."""
+
+    texts: int
+    tokens: int
+    """Of the texts alone."""
+    unended: int
+    """Texts that were cut at their most tokens."""
+    empty: int
+    left_out: int
+    """Texts that are not trained on."""
+    seconds: float
+    """By the clock, all ranks at once."""
+
+
+def teachers_texts(folders: Sequence[Path]) -> dict[str, float]:
+    """What a teacher wrote of the tokens in these folders, whichever run had it written; empty where it wrote nothing."""
+    parts = [json.loads(file.read_text()) for folder in folders for file in sorted(folder.glob(f"*{WROTE}"))]
+    return {name: sum(part[name] for part in parts) for name in Wrote.__dataclass_fields__} if parts else {}
 
 
 @dataclass(frozen=True)
@@ -184,9 +210,11 @@ class _Source:
                 wanted = schedule.wanted(number, rows)
                 prompts = [prompt_of(self.tokens.row(row)) for row in wanted.rows]
                 seeds = wanted.seeds.tolist()
+                began = time.perf_counter()
                 ids = written_together(self.world, thread, writer, self.how.writing, self.how.teacher, prompts, seeds)
                 written = dict(zip(wanted.places.tolist(), zip(prompts, ids, strict=True), strict=True))
-                self._on_nodes(functools.partial(self._publish, number, rows, written))
+                seconds = time.perf_counter() - began
+                self._on_nodes(functools.partial(self._publish, number, rows, written, seconds))
                 advance(len(ids))
         digests = self._on_nodes(functools.partial(self._finish, count))
         if len(set(digests)) > 1:
@@ -214,16 +242,21 @@ class _Source:
         return nodes
 
     def _publish(
-        self, number: int, rows: np.ndarray, written: Mapping[int, tuple[np.ndarray, Ids]], first: str | None
+        self,
+        number: int,
+        rows: np.ndarray,
+        written: Mapping[int, tuple[np.ndarray, Ids]],
+        seconds: float,
+        first: str | None,
     ) -> str:
         """Put a shard in place, completely or not at all; its hash. Nothing is done where the one there has the hash `first`.
 
-        `written`: by place in `rows`, (prompt, text).
+        `written`: by place in `rows`, (prompt, text). `seconds`: what they took.
         """
         if first is not None and (there := recorded_shard(self.folder, number)) is not None and there.sha256 == first:
             return first
         kept: list[TokenRow] = []
-        unended = left_out = 0
+        unended = empty = left_out = of_texts = 0
         for place, row in enumerate(map(self.tokens.row, rows)):
             if place not in written:
                 kept.append(row)
@@ -231,7 +264,9 @@ class _Source:
             prompt, ids = written[place]
             text, ended = self.how.known.cut(ids, self.how.writing.stops)
             unended += not ended
-            if len(text) <= int(ended) or (self.how.drops_truncated and not ended):
+            is_empty = len(text) <= int(ended)
+            empty, of_texts = empty + is_empty, of_texts + len(text)
+            if is_empty or (self.how.drops_truncated and not ended):
                 left_out += 1
             else:
                 kept.append({**row, **answered(prompt, text)})
@@ -244,6 +279,9 @@ class _Source:
             shard.finalize()
         sync(tmp)
         os.replace(tmp, file)
+        # before the shard counts as written: where the one is, the other is too
+        wrote = Wrote(len(written), of_texts, unended, empty, left_out, seconds)
+        write_json_durably(file.with_suffix(WROTE), asdict(wrote))
         return record_shard(file, Written(len(rows), len(kept), tokens, long=unended, useless=left_out)).sha256
 
     def _finish(self, count: int, first: str | None) -> str:
@@ -253,7 +291,7 @@ class _Source:
         shards = [shard for number in range(count) if (shard := recorded_shard(self.folder, number)) is not None]
         assert len(shards) == count, "a shard is missing"
         files = TokenFiles(self.folder, tuple(shards))
-        total, most = files.total, self.how.writing.max_new_tokens
+        total, most, wrote = files.total, self.how.writing.max_new_tokens, teachers_texts([self.folder])
         if total.rows == 0:
             raise InputError(
                 f"rollouts: nothing is left of what the teacher wrote: {total.long} of its texts did not end within {most} tokens, and the "
@@ -261,7 +299,8 @@ class _Source:
             )
         record(files, self.identity)
         log.info(
-            "rollouts: %d rows of %d tokens with the teacher's texts, %d not ended within %d tokens, %d left out; %s",
-            total.rows, total.tokens, total.long, most, total.useless, self.folder,
+            "rollouts: %d rows of %d tokens with the teacher's texts, %d not ended within %d tokens, %d empty, %d left out, "
+            "written in %.0f s; %s",
+            total.rows, total.tokens, total.long, most, wrote["empty"], total.useless, wrote["seconds"], self.folder,
         )  # fmt: skip
         return files.digest

@@ -66,6 +66,13 @@ class Spent:
     rounds: int = 0
     texts: int = 0
     tokens: int = 0
+    began: float = field(default_factory=time.perf_counter, repr=False)
+    """By the clock, when there was nothing spent yet."""
+
+    def told(self, seconds: float) -> dict[str, float]:
+        """As summary.json has it. `seconds`: what this start of the run took, of which `share` is the part that writing took."""
+        spent = {name: value for name, value in vars(self).items() if name != "began"}
+        return {**spent, "share": self.writing / seconds if seconds else 0.0}
 
 
 @dataclass(frozen=True)
@@ -204,9 +211,10 @@ class Rollouts:
         if not self.world.is_main:
             return
         log.info(
-            "rollouts for step %d: %d texts of %.0f tokens, %.0f%% ended, %d empty, repetition %.2f, %.1f s (weights %.1f s)",
+            "rollouts for step %d: %d texts of %.0f tokens, %.0f%% ended, %d empty, repetition %.2f, %.1f s (weights %.1f s); "
+            "writing is %.0f%% of the run's time so far",
             first + 1, values["texts"], values["length"], 100 * values["ended"], values["empty"], values["repetition"],
-            values["seconds"], values["weights_seconds"],
+            values["seconds"], values["weights_seconds"], 100 * self.spent.writing / (time.perf_counter() - self.spent.began),
         )  # fmt: skip
 
     # --- a step

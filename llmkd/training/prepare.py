@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from llmkd.errors import InputError
 from llmkd.processes import Stopping
 from llmkd.recipe.recipe import dump_recipe
 from llmkd.recipe.rollouts import check_written
+from llmkd.rollouts.by_teacher import teachers_texts
 from llmkd.rollouts.source import Rollouts
 from llmkd.student.distiller import Distiller
 from llmkd.student.passes import StepSettings
@@ -49,6 +50,8 @@ class RowSource:
     """Where `rows` come from if they are streamed."""
     rollouts: Rollouts | None = None
     """Where they come from if texts are written as the run goes."""
+    teachers_texts: Mapping[str, float] = field(default_factory=dict)
+    """What the teacher wrote of them before training, in numbers; empty where it wrote nothing."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,9 @@ class PreparedRun:
         """What the texts that the last of `batches` come from are like, in numbers; empty where none are written."""
         return {} if self.source.rollouts is None else self.source.rollouts.present
 
-    @property
-    def writing(self) -> Mapping[str, float]:
-        """What the texts of this start of the run took, in seconds; empty where none are written."""
-        return {} if self.source.rollouts is None else vars(self.source.rollouts.spent)
+    def writing(self, seconds: float) -> Mapping[str, float]:
+        """What the texts of this start of the run, which took so many seconds, took of it; empty where none are written."""
+        return {} if self.source.rollouts is None else self.source.rollouts.spent.told(seconds)
 
     def batches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each step still to do, announced to the teacher ahead."""
@@ -233,7 +235,9 @@ def _source(
     shared = dict(accumulation=accumulation, rank=world.rank, world_size=world.size, make=make)
     rows = functools.partial(batches, drawn, seed=job.seed, batch_size=job.train.batch_size, **shared)
     mixed = drawn.sources if len(drawn.sources) > 1 else ()
-    return RowSource(rows, drawn.count, mixed, data.training.digests)
+    return RowSource(
+        rows, drawn.count, mixed, data.training.digests, teachers_texts=teachers_texts(data.training.folders)
+    )
 
 
 def _announce(world: World, job: Job, steps: int, accumulation: int, rows: int | None) -> None:

@@ -73,6 +73,10 @@ def whole_page(results: Results, generations: Sequence[GeneratedItem], recipe: s
         "angles": ("Angles between teacher blocks", angle_section(results.angles)),
         "intervals": ("Scores with their intervals", interval_section(results)),
         "training": ("Training", [*training_section(results), *validation_part(results)]),
+        "teachers-texts": (
+            rollouts.BEFORE,
+            [html.paragraph(rollouts.of_teacher(results))] if results.teachers_texts else [],
+        ),
         "rollouts": (rollouts.HEADING, rollout_section(results)),
         "cost": ("Cost", cost_section(results.runs)),
         "generations": ("Generated texts", _generation_section(results, generations)),

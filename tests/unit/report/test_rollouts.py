@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmkd.report.page.document import whole_page
-from llmkd.report.results import LogLine
+from llmkd.report.results import LogLine, TeachersTexts
 from llmkd.report.rollouts import rollout_numbers, rollout_table, shown_runs, side_by_side
 from llmkd.report.write import report
 from tests.unit.report.example_results import study
@@ -158,3 +158,20 @@ def test_a_mixed_divergence_is_named_with_its_weights(folder: Folder) -> None:
 @pytest.mark.usefixtures("undrawn")
 def test_a_study_without_written_texts_says_nothing_of_them() -> None:
     assert HEADING not in whole_page(study(seeds=(0,)), [], "")
+
+
+def test_what_the_teacher_wrote_before_training_is_said_once(folder: Folder, tmp_path: Path) -> None:
+    assert folder.results().teachers_texts == []
+    wrote = {"texts": 200, "tokens": 4321, "unended": 3, "empty": 1, "left_out": 4, "seconds": 12.3}
+    for name in ("on_policy-s0", "none-s0"):
+        made: dict[str, Any] = {"seconds": 64.0, "teachers_texts": wrote}
+        folder.write(f"students/{name}/summary.json", made)
+    results = folder.results()
+    assert results.teachers_texts == [TeachersTexts(**wrote)] and results.to_json()["teachers_texts"] == [wrote]
+    sentence = (
+        "Before training the teacher wrote 200 texts of 4,321 tokens in 12.3 s: 3 did not end within their tokens, 1 were empty, "
+        "4 were left out."
+    )
+    assert whole_page(results, [], "").count(sentence) == 1
+    report(tmp_path)
+    assert (tmp_path / "report.md").read_text().replace("\\", "").count(sentence) == 1

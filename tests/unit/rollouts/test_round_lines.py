@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,16 @@ def test_the_summary_has_what_the_texts_took(whole: Path) -> None:
     )
     assert spent["weights"] == pytest.approx(sum(line["weights_seconds"] for line in lines))
     assert (spent["rounds"], spent["texts"]) == (2, 48)
+    assert spent["share"] == pytest.approx(spent["writing"] / summary["seconds"]) and "began" not in spent
+
+
+def test_each_round_s_line_says_what_share_of_the_time_is_writing(
+    tiny: Path, world: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "llmkd"):
+        run(tiny, world, tmp_path / "run")
+    shares = re.findall(r"rollouts for step \d+: .*; writing is (\d+)% of the run's time so far", caplog.text)
+    assert len(shares) == 2 and all(0 < int(share) <= 100 for share in shares) and int(shares[1]) < 100
 
 
 @pytest.mark.parametrize("died", ["publishing", "training"])

@@ -88,6 +88,27 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def wait_for_group(group: int, seconds: float) -> list[int]:
+    """Wait until all processes of a group have ended; the numbers of those that live on after so many seconds (Linux; else none)."""
+    began = time.monotonic()
+    while (left := _members(group)) and time.monotonic() < began + seconds:
+        time.sleep(0.05)
+    return left
+
+
+def _members(group: int) -> list[int]:
+    """The numbers of a group's processes, but for those that have ended and that nobody has asked about."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, _, its_group = (
+                file.read_text().rpartition(")")[2].split()[:3]
+            )  # man 5 proc; the name may have spaces
+            if int(its_group) == group and state not in "ZX":
+                found.append(int(file.parent.name))
+    return found
+
+
 class StoppedWaiting(Exception):
     """A signal came while another process's folder was waited for."""
 

@@ -8,6 +8,7 @@ shared, orders, say = listen()                                                  
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -15,14 +16,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llmkd import starting
+from llmkd import processes, starting
 from llmkd.errors import InputError
-from llmkd.processes import end_with_parent
 
 REFUSAL = "input error: "  # begins the child's last line when it can't follow its orders
 DONE = "\x1edone: "  # begins the last line about an order; the control character is in no model's name
 
 PROGRESS = "\x1eprogress: "  # begins a line that says how much of the order is done
+GROUP = "\x1egroup: "  # begins the first line, with the number of the process group
+
+ENDING = 60.0
+"""Seconds that a killed group of processes is waited for: one that holds memory of a GPU may take some."""
+
+log = logging.getLogger("llmkd")
 
 Say = Callable[[str], None]
 
@@ -42,6 +48,7 @@ class Child:
         self._orders, self._lines = os.fdopen(orders, "w"), os.fdopen(lines)
         # Sent with the first order: a child reads only after its imports, which may take long.
         self._unsent = [shared]
+        self._group: int | None = None
 
     def do(self, order: object, say: Say, moved: Callable[[float], None]) -> int | None:
         """Send an order and wait until it is done; `say` gets each line that the child prints meanwhile, `moved` the share that is done.
@@ -52,6 +59,9 @@ class Child:
             self._send(value)
         self._unsent = []
         for line in map(str.rstrip, self._lines):
+            if line.startswith(GROUP):
+                self._group = int(line.removeprefix(GROUP))
+                continue
             if line.startswith(REFUSAL):
                 raise InputError(line.removeprefix(REFUSAL))
             if line.startswith(PROGRESS):
@@ -70,10 +80,17 @@ class Child:
         self._lines.close()
 
     def kill(self) -> None:
-        """End it at once, and whatever it has started."""
+        """End it at once, and whatever it has started, and wait until all of it has ended, so that what comes next has its memory."""
         with suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGKILL)
         self._process.wait()
+        if self._group is None:  # it has done nothing yet, and started nothing
+            return
+        if left := processes.wait_for_group(self._group, ENDING):
+            log.warning(
+                "processes %s have not ended %.0f s after they were killed; what they hold of a GPU's memory is missing to what comes next",
+                ", ".join(map(str, left)), ENDING,
+            )  # fmt: skip
 
     def _send(self, value: object) -> None:
         with suppress(BrokenPipeError):  # it has died: `do` returns its exit code
@@ -95,10 +112,11 @@ def listen() -> tuple[Any, Iterator[Any], Say]:
 
     From now on stdin is empty for everybody else, and what is written to stdout, by libraries in C too, goes where stderr goes.
     """
-    end_with_parent()
+    processes.end_with_parent()
     received, sent = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.dup2(2, 1)
     values = map(json.loads, received)
+    print(f"{GROUP}{os.getpgrp()}", file=sent, flush=True)
     return next(values), values, lambda line: print(line, file=sent, flush=True)

@@ -86,6 +86,17 @@ def vllm_environment(cache: Path | None = None) -> dict[str, str]:
     return {name: os.environ.get(name) or value for name, value in wanted.items()}
 
 
+def allocator_variables() -> dict[str, str]:
+    """The settings of torch's allocator, where there are any, as an engine that sleeps bears them: its own allocator ends the process where
+    segments are expandable."""
+    names = [name for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF") if name in os.environ]
+    parts = {name: os.environ[name].split(",") for name in names}
+    return {
+        name: ",".join(part for part in of_name if not part.strip().startswith("expandable_segments"))
+        for name, of_name in parts.items()
+    }
+
+
 def engine_options(dtype: str, *, max_length: int, seed: int) -> dict[str, Any]:
     """Keywords for `vllm.LLM`, and for lm-eval's vllm model."""
     options: dict[str, Any] = {"dtype": dtype, "max_model_len": max_length, "seed": seed}

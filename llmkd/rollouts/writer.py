@@ -25,7 +25,7 @@ from llmkd.errors import InputError
 from llmkd.inference.backends import continued, writing_model
 from llmkd.inference.child import Child
 from llmkd.inference.sampling import Ids, Sampling
-from llmkd.inference.vllm_setup import vllm_environment
+from llmkd.inference.vllm_setup import allocator_variables, vllm_environment
 from llmkd.rollouts.weights import Lent
 
 log = logging.getLogger("llmkd")
@@ -111,6 +111,11 @@ def writer_variables(world: World, devices: Sequence[int] | None = None, tensor_
     if devices is not None:
         if world.device.type != "cuda":
             raise InputError("rollouts.devices: there is no GPU here; leave the key out")
+        if named := [name for name in visible.split(",") if visible and not name.strip().isdecimal()]:
+            raise InputError(
+                f"rollouts.devices: CUDA_VISIBLE_DEVICES has names ({named[0].strip()}), and nobody knows which of the numbers in devices "
+                "they are; write numbers into it, as nvidia-smi has them, or leave devices out"
+            )
         if trained := sorted({str(device) for device in devices} & set(of_ranks)):
             raise InputError(
                 f"rollouts.devices: ranks train on GPU {', '.join(trained)}; name others, or start fewer ranks than the node's "
@@ -221,7 +226,8 @@ class VllmWriter:
 
     def __init__(self, writing: Writing, log_file: Path, variables: Mapping[str, str]) -> None:
         self._writing, self._log_file = writing, log_file
-        self._variables = {**variables, **vllm_environment()}
+        sleeps = writing.gpu_share is not None
+        self.variables = {**variables, **vllm_environment(), **(allocator_variables() if sleeps else {})}
         self._child: Child | None = None
 
     def write(self, asked: Asked) -> list[Ids]:
@@ -245,7 +251,7 @@ class VllmWriter:
     def _started(self) -> Child:
         if self._child is None:
             self._log_file.parent.mkdir(parents=True, exist_ok=True)
-            self._child = Child("llmkd.rollouts.vllm_process", asdict(self._writing), self._log_file, self._variables)
+            self._child = Child("llmkd.rollouts.vllm_process", asdict(self._writing), self._log_file, self.variables)
         return self._child
 
     def close(self) -> None:

@@ -176,13 +176,21 @@ def load(world: World, engine: Any, saved: Saved) -> None:
         shutil.rmtree(tmp)
 
 
-def check_rows(saved: Saved | None, rows: Sequence[str]) -> None:
-    """Raise InputError where a resumed run's tokens (`rows`: a hash of each source's) are not those that it was trained on."""
+def check_rows(saved: Saved | None, rows: Sequence[str], texts: Sequence[Path] = ()) -> None:
+    """Raise InputError where a resumed run's tokens (`rows`: a hash of each source's) are not those that it was trained on.
+
+    `texts`: the folders of tokens that a teacher wrote.
+    """
     if saved is not None and saved.rows and tuple(rows) != saved.rows:
+        why = "a data set of the hub has another revision, or packages are others; put them back"
+        if texts:
+            why = (
+                "the teacher's texts are others, as those are that vLLM draws again in place of a damaged or lost file; put a copy of the "
+                f"old files into {', '.join(map(str, texts))}"
+            )
         raise InputError(
-            f"data: its tokens are not those that {saved.folder} was trained on (now {', '.join(rows)}, then {', '.join(saved.rows)}): a "
-            "data set of the hub has another revision, packages or a teacher's texts are others; put them back, or remove "
-            f"{saved.folder.parent} to begin again"
+            f"data: its tokens are not those that {saved.folder} was trained on (now {', '.join(rows)}, then {', '.join(saved.rows)}): "
+            f"{why}, or remove {saved.folder.parent} to begin again"
         )
 
 

@@ -73,6 +73,20 @@ def test_one_rank_and_two_write_the_same_files(runs: Path) -> None:
     assert len(one) == 2 + len(SCENARIOS) and one == two  # the data's own rows, and prompts alone
 
 
+@pytest.mark.parametrize("name", ["all", "part", "dropped"])
+def test_the_summary_has_what_the_teacher_wrote_in_numbers(tiny: Path, runs: Path, name: str) -> None:
+    """As the shard itself has it, the texts that were left out among them."""
+    recipe = recipe_of(tiny, runs, name)
+    assert recipe.rollouts is not None
+    one, two = (
+        json.loads((runs / ranks / name / "summary.json").read_text())["teachers_texts"] for ranks in ("1", "2")
+    )
+    assert one.pop("seconds") > 0 and two.pop("seconds") > 0 and one == two
+    assert one["texts"] == round(40 * recipe.rollouts.share)
+    assert 0 < one["unended"] <= one["texts"] and one["tokens"] <= one["texts"] * recipe.rollouts.max_new_tokens
+    assert one["left_out"] == one["empty"] + (one["unended"] if recipe.rollouts.truncated == "drop" else 0)
+
+
 class Spy:
     """Counts the orders of a writer, and may end the process's work at one of them."""
 
@@ -141,6 +155,22 @@ def test_a_damaged_shard_is_written_again(
     with caplog.at_level(logging.WARNING, "llmkd"):
         again = rows_of(world, recipe, tiny).training
     assert orders["orders"] == [10] and again.digests == whole.digests and "00002.arrow: not what was" in caplog.text
+
+
+def test_a_resumed_run_whose_damaged_texts_come_back_as_others_is_told_the_cure(
+    tiny: Path, world: Any, tmp_path: Path, orders: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM's may."""
+    recipe = recipe_of(tiny, tmp_path, "all")
+    shard = rows_of(world, recipe, tiny).training.folders[0] / "00002.arrow"
+    stopped = Stopping()
+    stopped.asked, stopped.name = True, "SIGTERM"
+    assert not train(world, jobs.distil_job(world, recipe, tmp_path / "run"), stopped)
+    shard.write_bytes(shard.read_bytes()[:-1])
+    monkeypatch.setattr(Spy, "write", lambda self, asked: [[7, 8] for _ in asked.prompts])
+    cure = rf"the teacher's texts are others, .*; put a copy of the old files into {shard.parent}, or remove .*/run/checkpoints"
+    with pytest.raises(InputError, match=cure):
+        train(world, jobs.distil_job(world, recipe, tmp_path / "run"))
 
 
 def test_students_of_every_seed_and_map_read_the_same_texts(

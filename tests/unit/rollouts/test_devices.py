@@ -15,7 +15,7 @@ import torch
 from llmkd.distributed.ranks import World
 from llmkd.errors import InputError
 from llmkd.rollouts import writer
-from llmkd.rollouts.writer import Asked, Writing, writer_variables, written_together
+from llmkd.rollouts.writer import Asked, VllmWriter, Writing, writer_variables, written_together
 
 WRITING = Writing("vllm", "float32", 8, 64, (1,), 0.0, 1.0, 8, trust_remote_code=False)
 
@@ -55,6 +55,24 @@ def test_what_can_not_be_had_is_named(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(InputError, match=sentence):
         writer_variables(here, devices, parallel)
+
+
+def test_gpus_by_other_names_are_shared_but_none_is_told_from_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f6a, MIG-41b2")
+    assert [gpus(world(rank, local=2)) for rank in range(2)] == ["GPU-8f6a", "MIG-41b2"]
+    with pytest.raises(
+        InputError, match=r"rollouts\.devices: CUDA_VISIBLE_DEVICES has names \(GPU-8f6a\).* write numbers into it"
+    ):
+        writer_variables(world(0, local=1), (1,))
+
+
+def test_an_engine_that_sleeps_has_no_expandable_segments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64, expandable_segments:True")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    for gpu_share, expected in ((0.3, "max_split_size_mb:64"), (None, None)):
+        found = VllmWriter(replace(WRITING, gpu_share=gpu_share), tmp_path / "log", {})
+        assert found.variables.get("PYTORCH_CUDA_ALLOC_CONF") == expected
+        assert "PYTORCH_ALLOC_CONF" not in found.variables
 
 
 class Echo:

@@ -112,7 +112,7 @@ class Summary:
     rollouts: Agreed = field(default_factory=dict)
     """The seconds that its texts took; empty where none were written."""
     teachers_texts: Agreed = field(default_factory=dict)
-    """The fields of a TeachersTexts; empty where the teacher wrote nothing before training."""
+    """The fields of a `Wrote`; empty where the teacher wrote nothing before training."""
 
 
 def read_summary(training: Path) -> Summary:

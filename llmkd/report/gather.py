@@ -29,8 +29,9 @@ from llmkd.report.files import (
     step_result,
     training_run,
 )
-from llmkd.report.results import Agreed, Cell, Metric, Results, Row, TeachersTexts
+from llmkd.report.results import Agreed, Cell, Metric, Results, Row
 from llmkd.report.significance import half_width
+from llmkd.rollouts.texts import Wrote
 
 LOWER_IS_BETTER = re.compile(r"perplexity|bits_per_byte|brier|^ter$")  # lm-eval's, where the file does not say
 OF_100 = ("bleu", "chrf", "ter")  # lm-eval's metrics that go from 0 to 100
@@ -112,7 +113,7 @@ def _without_comparisons(folder: Path, study: StudyFile, outcomes: Sequence[Outc
             for entry in trained
             if (found := read_rollouts(folder, entry, summaries[entry.name])) is not None
         },
-        teachers_texts=_each_once(TeachersTexts(**s.teachers_texts) for s in summaries.values() if s.teachers_texts),
+        teachers_texts=_each_once(Wrote(**s.teachers_texts) for s in summaries.values() if s.teachers_texts),
         angles=study_angles(folder, study.entries),
         backends=_backends(outcomes),
         conditions={step: _conditions(outcomes, step) for step in STEPS},
@@ -124,7 +125,7 @@ def _without_comparisons(folder: Path, study: StudyFile, outcomes: Sequence[Outc
     )
 
 
-def _each_once(texts: Iterable[TeachersTexts]) -> list[TeachersTexts]:
+def _each_once(texts: Iterable[Wrote]) -> list[Wrote]:
     return list(dict.fromkeys(texts))
 
 

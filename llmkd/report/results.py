@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from llmkd.evaluation.angles.results import Matrix, When
 from llmkd.recipe.study_entries import StatedMargins
+from llmkd.rollouts.texts import Wrote
 
 NOT_YET = "not yet"
 """Why there is no result of a model whose turn has not come."""
@@ -223,21 +224,6 @@ class RunRollouts:
 
 
 @dataclass(frozen=True)
-class TeachersTexts:
-    """What a teacher wrote before training, which all students of a study read."""
-
-    texts: int
-    tokens: int
-    unended: int
-    """Texts that were cut at their most tokens."""
-    empty: int
-    left_out: int
-    """Texts that are not trained on."""
-    seconds: float
-    """By the clock, whichever run had them written."""
-
-
-@dataclass(frozen=True)
 class Average:
     """The mean over `n` students, with half the 95 % interval where they are two or more and differ."""
 
@@ -334,8 +320,8 @@ class Results:
     notes: list[str] = field(default_factory=list)
     validations: dict[str, RunValidations] = field(default_factory=dict)
     rollouts: dict[str, RunRollouts] = field(default_factory=dict)
-    teachers_texts: list[TeachersTexts] = field(default_factory=list)
-    """Each once, where several students read the same."""
+    teachers_texts: list[Wrote] = field(default_factory=list)
+    """What a teacher wrote before training, each once where several students read the same."""
 
     def metric(self, name: str | None) -> Metric | None:
         """A metric by its name; None where no model has it."""

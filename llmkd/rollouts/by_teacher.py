@@ -34,7 +34,7 @@ from llmkd.processes import StoppedWaiting, only_one_in
 from llmkd.progress import progress
 from llmkd.recipe.inputs import fingerprint
 from llmkd.rollouts.prompts import prompt_of
-from llmkd.rollouts.texts import KnownTokens, answered
+from llmkd.rollouts.texts import KnownTokens, Wrote, answered
 from llmkd.rollouts.wanted import Schedule
 from llmkd.rollouts.writer import Writer, Writing, written_together
 
@@ -46,22 +46,6 @@ WROTE = ".texts.json"
 """Ends the name of the file beside a shard that says what was written for it, in numbers."""
 SEED = 0
 """Of the texts and of which rows have them: not the run's, so that all students of a study read the same."""
-
-
-@dataclass(frozen=True)
-class Wrote:
-    """What a teacher wrote for some rows, in numbers."""
-
-    texts: int
-    tokens: int
-    """Of the texts alone."""
-    unended: int
-    """Texts that were cut at their most tokens."""
-    empty: int
-    left_out: int
-    """Texts that are not trained on."""
-    seconds: float
-    """By the clock, all ranks at once."""
 
 
 def teachers_texts(folders: Sequence[Path]) -> dict[str, float]:

@@ -62,6 +62,22 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Wrote:
+    """What a teacher wrote for some rows, in numbers."""
+
+    texts: int
+    tokens: int
+    """Of the texts alone."""
+    unended: int
+    """Texts that were cut at their most tokens."""
+    empty: int
+    left_out: int
+    """Texts that are not trained on."""
+    seconds: float
+    """By the clock, all ranks at once."""
+
+
+@dataclass(frozen=True)
 class KnownTokens:
     """The tokens that teacher and student both have."""
 

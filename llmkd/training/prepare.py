@@ -166,8 +166,7 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
         ds_config = on_other_ranks(ds_config)
     tokenizer = initial.job_tokenizer(world, job, resuming=resume is not None)
     data = rows_of(world, job, tokenizer, stopping)
-    by_teacher = [folder for folder in data.training.folders if teachers_texts([folder])]
-    checkpoint.check_rows(resume, data.training.digests, by_teacher)
+    checkpoint.check_rows(resume, data.training.digests, [f for f in data.training.folders if teachers_texts([f])])
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     source = _source(world, job, data, tokenizer, pad_id, accumulation, resume)
     steps, rate = _length(job, source.count)

@@ -157,15 +157,26 @@ def test_a_damaged_shard_is_written_again(
     assert orders["orders"] == [10] and again.digests == whole.digests and "00002.arrow: not what was" in caplog.text
 
 
+class InTraining(Stopping):
+    """A signal that comes when a step is logged."""
+
+    name = "SIGTERM"
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+
+    @property
+    def asked(self) -> bool:  # type: ignore[override]
+        return (self._run / "metrics.jsonl").is_file()
+
+
 def test_a_resumed_run_whose_damaged_texts_come_back_as_others_is_told_the_cure(
     tiny: Path, world: Any, tmp_path: Path, orders: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As vLLM's may."""
     recipe = recipe_of(tiny, tmp_path, "all")
     shard = rows_of(world, recipe, tiny).training.folders[0] / "00002.arrow"
-    stopped = Stopping()
-    stopped.asked, stopped.name = True, "SIGTERM"
-    assert not train(world, jobs.distil_job(world, recipe, tmp_path / "run"), stopped)
+    assert not train(world, jobs.distil_job(world, recipe, tmp_path / "run"), InTraining(tmp_path / "run"))
     shard.write_bytes(shard.read_bytes()[:-1])
     monkeypatch.setattr(Spy, "write", lambda self, asked: [[7, 8] for _ in asked.prompts])
     cure = rf"the teacher's texts are others, .*; put a copy of the old files into {shard.parent}, or remove .*/run/checkpoints"

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from llmkd.report.page.document import whole_page
-from llmkd.report.results import LogLine, TeachersTexts
+from llmkd.report.results import LogLine
 from llmkd.report.rollouts import rollout_numbers, rollout_table, shown_runs, side_by_side
 from llmkd.report.write import report
+from llmkd.rollouts.texts import Wrote
 from tests.unit.report.example_results import study
 from tests.unit.report.page_reader import Page
 from tests.unit.report.study_folder import Folder
@@ -167,7 +168,7 @@ def test_what_the_teacher_wrote_before_training_is_said_once(folder: Folder, tmp
         made: dict[str, Any] = {"seconds": 64.0, "teachers_texts": wrote}
         folder.write(f"students/{name}/summary.json", made)
     results = folder.results()
-    assert results.teachers_texts == [TeachersTexts(**wrote)] and results.to_json()["teachers_texts"] == [wrote]
+    assert results.teachers_texts == [Wrote(**wrote)] and results.to_json()["teachers_texts"] == [wrote]
     sentence = (
         "Before training the teacher wrote 200 texts of 4,321 tokens in 12.3 s: 3 did not end within their tokens, 1 were empty, "
         "4 were left out."

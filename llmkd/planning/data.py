@@ -93,7 +93,6 @@ def data_findings(
     if recipe.data.streaming:
         text = f"data: a stream; what is said of its rows is said of the first {len(sources[0].rows)}"
         findings.append(Finding("note", text))
-    findings += _rollouts(recipe)
     for source in sources:
         findings += [*_unread(source), *_template(source, tokenizer), *_counts(source, tokenizer)]
     lengths = [lengths_of(source.tokens) for source in sources]
@@ -109,24 +108,6 @@ def data_findings(
         return [*findings, _filled(recipe, drawn), *_validation(recipe, sources, apart)]
     findings += [*_mixture(recipe, drawn), _filled(recipe, drawn), *_validation(recipe, sources, apart)]
     return [*findings, _on_disk(recipe, tokenizer)]
-
-
-def _rollouts(recipe: Recipe) -> list[Finding]:
-    """Who writes which completions."""
-    settings, texts = recipe.rollouts, []
-    if settings is not None and settings.before_training:
-        texts.append(
-            f"the teacher writes the last completion of {settings.teachers_share:.0%} of the rows, before training"
-        )
-    if settings is not None and settings.during_training:
-        texts.append(
-            f"of each batch {settings.share:.0%} of the rows have their last completion written anew during training"
-        )
-    if not texts:
-        return []
-    return [
-        Finding("note", f"rollouts: {'; '.join(texts)}; what is said and shown of trained tokens is the data's own")
-    ]
 
 
 def _unread(source: SourceTokens) -> list[Finding]:

@@ -23,10 +23,12 @@ from llmkd.models.stored import read_config
 from llmkd.models.vocabularies import check_same_tokens
 from llmkd.planning.data import Finding, data_findings, tokenized, validated
 from llmkd.planning.run_checks import check_machine, student_shape
+from llmkd.planning.written import writing_text
 from llmkd.recipe.recipe import Recipe
 from llmkd.training.checks import teacher_shape
 from llmkd.training.initial import teacher_tokenizer
 from llmkd.training.jobs import check_student
+from llmkd.training.validation_rows import trained_count
 
 OPEN, CLOSE = "⟦", "⟧"
 
@@ -51,7 +53,14 @@ def examine(recipe: Recipe, rows: int = 2) -> tuple[list[Finding], dict[str, str
     one_sided = further if compared else {}
     sources = tokenized(recipe, recipe.data, tokenizer, one_sided)
     apart = validated(recipe, tokenizer, one_sided)
-    findings += [*data_findings(recipe, sources, apart, tokenizer), *_machine(recipe)]
+    findings += data_findings(recipe, sources, apart, tokenizer)
+    if (
+        written := writing_text(
+            recipe, folder, sum(trained_count(recipe.data, len(source.tokens)) for source in sources)
+        )
+    ) is not None:
+        findings.append(Finding("note", written))
+    findings += _machine(recipe)
     shown = {
         f"{name} row {number}" if recipe.data.sources else f"row {number}": marked(source.tokens[number], tokenizer)
         for name, source in zip(recipe.data.names, sources, strict=True)

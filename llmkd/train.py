@@ -128,8 +128,7 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
                 return False
         if done:
             break
-    seconds = time.perf_counter() - began
-    spent = Spent(seconds, validator.seconds, run.writing_seconds(), tokens, meter.clock.cost())
+    spent = _spent(time.perf_counter() - began, run, validator, meter, tokens)
     journal.close()
     # at the end: export (all ranks: weights are gathered one at a time; rank 0 writes)
     _finish(world, run, keeping, spent, last)
@@ -145,7 +144,9 @@ def _counts(world: World, micro_batches: Sequence[Batch], stopping: Stopping) ->
 
 def _train_on(run: PreparedRun, batch: Batch, settings: StepSettings, micro_batch: int) -> PassResult:
     """One micro-batch: the teacher's pass, the student's, the backward pass; after the step's last one the optimizer's step."""
-    result: PassResult = run.engine(batch, run.signal(batch, settings), settings, micro_batch)
+    with run.teacher_clock.timed():
+        signal = run.signal(batch, settings)
+    result: PassResult = run.engine(batch, signal, settings, micro_batch)
     backward(run.engine, result.loss)  # the sums are already divided by the whole batch's counts
     run.engine.step()
     return result._replace(loss=result.loss.detach())
@@ -157,6 +158,7 @@ class Spent(NamedTuple):
     seconds: float
     of_validation: float
     of_writing: float
+    of_teacher: float
     tokens: int
     of_a_step: dict[str, object] | None
 
@@ -164,6 +166,11 @@ class Spent(NamedTuple):
     def of_training(self) -> float:
         """Seconds of the steps alone."""
         return self.seconds - self.of_validation - self.of_writing
+
+
+def _spent(seconds: float, run: PreparedRun, validator: Validator, meter: Meter, tokens: int) -> Spent:
+    of_parts = validator.seconds, run.writing_seconds(), run.teacher_clock.seconds
+    return Spent(seconds, *of_parts, tokens, meter.clock.cost())
 
 
 def _finish(world: World, run: PreparedRun, keeping: Keeping, spent: Spent, last: Interval | None) -> None:
@@ -186,6 +193,7 @@ def _finish(world: World, run: PreparedRun, keeping: Keeping, spent: Spent, last
         "resumed_from_step": run.first,
         "seconds": spent.seconds,
         "validation_seconds": spent.of_validation,
+        "teacher_seconds": spent.of_teacher,
         "step": spent.of_a_step,
         "tokens": spent.tokens,
         "tokens_per_second": spent.tokens / spent.of_training if spent.tokens else None,

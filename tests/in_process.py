@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmkd.errors import InputError
-from llmkd.evaluation.step import serve
+from llmkd.evaluation import step
 from llmkd.inference import child
+
+
+@contextlib.contextmanager
+def one_after_another() -> Iterator[None]:
+    """Inside, models are scored by one process, also where the cores would carry more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "BESIDE", 1)
+        yield
 
 
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
@@ -30,7 +40,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             lines: list[str] = []
             with monkeypatch.context() as patch:
                 patch.setattr(child, "listen", lambda: (self._shared, iter([order]), lines.append))
-                code = serve(self._step)
+                code = step.serve(self._step)
             if lines[-1].startswith(child.REFUSAL):
                 raise InputError(lines[-1].removeprefix(child.REFUSAL))
             return code or None
@@ -40,6 +50,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         def kill(self) -> None: ...
 
     monkeypatch.setattr(child, "Child", InProcess)
+    monkeypatch.setattr(step, "BESIDE", 1)  # one after another, as this process can
     return orders
 
 
@@ -57,4 +68,5 @@ def stopped_at_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def kill(self) -> None: ...
 
     monkeypatch.setattr(child, "Child", Stopped)
+    monkeypatch.setattr(step, "BESIDE", 1)
     return asked

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 
 import torch
 
-from llmkd.distributed.ranks import World
-
 
 class DeviceClock:
     """Adds up the time of what is done inside `timed`.
@@ -18,8 +16,8 @@ class DeviceClock:
     On a GPU the device works on after the program has gone on: there the time is that between two marks in its queue of work.
     """
 
-    def __init__(self, world: World) -> None:
-        self._on_gpu = world.device.type == "cuda"
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
         self._marks: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._seconds = 0.0
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from llmkd.report.results import StepTimes, TrainingRun
+from llmkd.report.runs import StepTimes, TrainingRun
 from llmkd.text import amount, listed
 
 CPU_SECONDS, SECONDS = "CPU seconds of rank 0", "Seconds"

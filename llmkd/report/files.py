@@ -14,19 +14,8 @@ import yaml
 from llmkd.evaluation.results import RESULT_CLASSES, GeneratedText, ScoredModel, Scores, read_items, read_result
 from llmkd.files import read, read_lines
 from llmkd.recipe.study_entries import StudyEntry, read_study
-from llmkd.report.results import (
-    NOT_YET,
-    Agreed,
-    Curve,
-    LayerMap,
-    LogLine,
-    Rule,
-    RunRollouts,
-    RunValidations,
-    ShownTexts,
-    StepTimes,
-    TrainingRun,
-)
+from llmkd.report.results import NOT_YET, Agreed, LayerMap
+from llmkd.report.runs import Curve, LogLine, Rule, RunRollouts, RunValidations, ShownTexts, StepTimes, TrainingRun
 
 COSTS = ("steps", "seconds", "tokens", "tokens_per_second", "memory_gib", "world_size", "resumed_from_step")
 CURVE_POINTS = 200  # of one run; a longer curve is thinned
@@ -45,6 +34,8 @@ SUMMARY = (
     "step",
     "rollouts",
     "teachers_texts",
+    "teacher_seconds",
+    "validation_seconds",
 )
 Value = TypeVar("Value")
 
@@ -111,6 +102,8 @@ class Summary:
     sources: dict[str, int] = field(default_factory=dict)
     rollouts: Agreed = field(default_factory=dict)
     """The seconds that its texts took; empty where none were written."""
+    teacher_seconds: float | None = None
+    validation_seconds: float | None = None
     teachers_texts: Agreed = field(default_factory=dict)
     """The fields of a `Wrote`; empty where the teacher wrote nothing before training."""
 
@@ -174,6 +167,8 @@ def read_rollouts(folder: Path, entry: StudyEntry, summary: Summary) -> RunRollo
         shown=[_shown(line) for line in thinned(shown, SHOWN_ROUNDS)],
         seconds=summary.rollouts.get("writing"),
         weights_seconds=summary.rollouts.get("weights"),
+        teacher_seconds=summary.teacher_seconds,
+        validation_seconds=summary.validation_seconds,
         of_seconds=summary.costs.get("seconds") if summary.rollouts else None,
     )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llmkd.report.results import Results, RunRollouts
+from llmkd.report.results import Results
+from llmkd.report.runs import RunRollouts
 from llmkd.text import ABSENT, Table, amount
 
 HEADING = "Texts written during training"
@@ -21,15 +22,18 @@ HEAD = [
     "texts",
     "tokens",
     "seconds of writing",
-    "% of the training time",
+    "writing, % of the time",
+    "teacher, % of the time",
+    "student, % of the time",
     "handing weights over, % of writing",
 ]
 
 
 def rollout_numbers(run: RunRollouts) -> list[int | float | None]:
     """A run's line of `HEAD` after its name; no time before it has ended."""
-    shares = [_percent(run.seconds, run.of_seconds), _percent(run.weights_seconds, run.seconds)]
-    return [run.rounds, run.texts, run.tokens, run.seconds, *shares]
+    parts = (run.seconds, run.teacher_seconds, run.student_seconds)
+    shares = [_percent(part, run.of_seconds) for part in parts]
+    return [run.rounds, run.texts, run.tokens, run.seconds, *shares, _percent(run.weights_seconds, run.seconds)]
 
 
 def _percent(part: float | None, whole: float | None) -> float | None:
@@ -61,7 +65,7 @@ def in_words(rollouts: Mapping[str, RunRollouts]) -> str:
     """How the numbers are to be read."""
     words = (
         "A round is what a student wrote at one time, for the steps until the next round. Times are those of a run's last part, known when "
-        "it has ended."
+        "it has ended; what is left of its time beside writing, teacher and student was validation."
     )
     if any(run.shown for run in rollouts.values()):
         words += (

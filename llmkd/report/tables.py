@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from llmkd.report import cost, numbers
-from llmkd.report.results import Comparison, Metric, Results, Row, TrainingRun
+from llmkd.report.results import Comparison, Metric, Results, Row
+from llmkd.report.runs import TrainingRun
 from llmkd.text import ABSENT, Table, aligned, amount, escaped, shortened
 
 LONGEST_REASON = 60  # characters of a failure inside a table; the whole sentence stands below it

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from llmkd.report.results import LogLine, Results, Rule, RunValidations
+from llmkd.report.results import Results
+from llmkd.report.runs import LogLine, Rule, RunValidations
 from llmkd.text import Table, amount
 
 MEASURES = {

@@ -14,6 +14,7 @@ import torch
 from llmkd.data.batches import Batch, announced, batches
 from llmkd.data.order import Source, counts
 from llmkd.data.streams import Stream
+from llmkd.distributed.clocks import DeviceClock
 from llmkd.distributed.ds_configs import on_other_ranks
 from llmkd.distributed.engines import engine
 from llmkd.distributed.ranks import World
@@ -75,6 +76,11 @@ class PreparedRun:
     """How many rows these are, over all ranks."""
     validations: tuple[tuple[int, float], ...] = ()
     """The validations of the steps that are done: each one's step, and what validations are compared by."""
+
+    @functools.cached_property
+    def teacher_clock(self) -> DeviceClock:
+        """How long the steps have had the teacher's signals made, or waited for them."""
+        return DeviceClock(self.engine.device)
 
     def taken(self, step: int) -> dict[str, int]:
         """How many rows (packed: sequences) of each source the steps up to this one were trained on; empty with a single source."""

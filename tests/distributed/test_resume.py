@@ -167,7 +167,7 @@ def test_every_stage_is_resumed_on_another_number_of_ranks(tiny: Path, tmp_path:
     for stage, dtype in ((0, "float32"), *((s, d) for s in (1, 2, 3) for d in ("float32", "bfloat16"))):
         config = tiny / f"zero{stage}.json"
         changes = {"train.deepspeed": str(config), "train.dtype": dtype, "train.steps": 8, "train.save_every": 4}
-        scenarios[f"{stage}-{dtype}"] = {**OPTIONS, **changes}
+        scenarios[f"{stage}-{dtype}"] = {**OPTIONS, **changes, "train.micro_batch_size": 2}
     assert run_on_ranks(2, tiny / "recipe.yaml", scenarios, tmp_path / "two") == {}
     for name in scenarios:
         saved = Path(name) / "checkpoints" / "step-00000004"

@@ -7,7 +7,7 @@ from statistics import median
 
 from llmkd.report.cost import CPU_SECONDS, SECONDS, compared, cost_in_words, cpu, of_students, wall
 from llmkd.report.page import html, svg
-from llmkd.report.results import TrainingRun
+from llmkd.report.runs import TrainingRun
 from llmkd.report.tables import COST_HEAD, cost_table, costs, run_state
 from llmkd.text import amount
 

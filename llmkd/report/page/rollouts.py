@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmkd.report.page import html
 from llmkd.report.page.training import Groups, Lines, curves, logged
-from llmkd.report.results import Curve, LogLine, Results
+from llmkd.report.results import Results
 from llmkd.report.rollouts import (
     HEAD,
     MEASURES,
@@ -15,6 +15,7 @@ from llmkd.report.rollouts import (
     shown_runs,
     side_by_side,
 )
+from llmkd.report.runs import Curve, LogLine
 
 OWN, DATA = "own text", "data"
 

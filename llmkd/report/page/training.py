@@ -12,7 +12,8 @@ from markupsafe import Markup
 from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING
 from llmkd.report.files import thinned
 from llmkd.report.page import html, svg
-from llmkd.report.results import Curve, LogLine, Results
+from llmkd.report.results import Results
+from llmkd.report.runs import Curve, LogLine
 from llmkd.text import amount, listed
 
 LOG_LINES = 40  # of one run's curve that the page draws, evenly spaced

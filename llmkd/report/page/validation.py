@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from llmkd.report.page import html
 from llmkd.report.page.training import Groups, curves, logged
-from llmkd.report.results import Curve, Results
+from llmkd.report.results import Results
+from llmkd.report.runs import Curve
 from llmkd.report.validation import (
     HEAD,
     exported,

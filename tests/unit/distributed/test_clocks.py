@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
 from llmkd.distributed.clocks import DeviceClock
-from llmkd.distributed.ranks import World
 
 
-def test_on_a_cpu_time_is_that_of_what_is_inside(world: World) -> None:
-    clock = DeviceClock(world)
+def test_on_a_cpu_time_is_that_of_what_is_inside() -> None:
+    clock = DeviceClock(torch.device("cpu"))
     began = time.perf_counter()
     for _ in range(2):
         with clock.timed():
@@ -50,10 +47,9 @@ class Mark:
         return 3.0 * (other.number - self.number)
 
 
-def test_on_a_gpu_nothing_waits_until_the_time_is_asked_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_nothing_waits_until_the_time_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Mark)
-    pretended: Any = replace(world, device=torch.device("cuda"))
-    clock = DeviceClock(pretended)
+    clock = DeviceClock(torch.device("cuda"))
     for number in range(4):
         Mark.done = 2 * number  # the device is one part behind
         with clock.timed():

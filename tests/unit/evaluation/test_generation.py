@@ -26,7 +26,7 @@ from llmkd.models import load, make
 from llmkd.recipe.evaluation import Generation
 from llmkd.recipe.recipe import Data, Evaluation
 from tests import tiny
-from tests.in_process import in_process, stopped_at_once
+from tests.in_process import in_process, one_after_another, stopped_at_once
 
 ITEMS, NEW = 24, 24
 TEMPLATE = (
@@ -132,7 +132,7 @@ def stopping() -> Iterator[None]:
 def killed_and_resumed(jobs: list[tuple[str, Path]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All models by Hugging Face, in a run that is interrupted after the first model, and in a second one."""
     out = tmp_path_factory.mktemp("hf")
-    with stopping(), pytest.raises(KeyboardInterrupt):
+    with stopping(), one_after_another(), pytest.raises(KeyboardInterrupt):
         generation.generate(jobs, settings(batch_size=7), Data(rows=10), out)
     there = sorted(file.name for file in out.glob("*.json*"))
     before = (out / "trained.json").stat().st_mtime_ns

@@ -356,7 +356,8 @@ def test_killed_after_the_first_result_it_goes_on_with_the_rest(
     killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert killed.returncode == -signal.SIGKILL
     done = {file: file.stat().st_mtime_ns for file in tmp_path.glob("m?.json")}
-    assert [file.name for file in done] == ["m0.json"]
+    names = {file.name for file in done}
+    assert "m0.json" in names and names <= {"m0.json", "m1.json"}  # two at a time, on two cores or more
     in_process(monkeypatch)
     files = lm_eval_step.evaluate([(f"m{number}", models["first"]) for number in range(4)], asked, tmp_path)
     assert {file: file.stat().st_mtime_ns for file in done} == done

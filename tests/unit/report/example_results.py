@@ -19,18 +19,8 @@ from typing import Any
 from llmkd.data import records
 from llmkd.layer_map import RULES, layer_map
 from llmkd.report.files import GeneratedItem
-from llmkd.report.results import (
-    Cell,
-    Comparison,
-    Curve,
-    LayerMap,
-    LogLine,
-    Metric,
-    Results,
-    Row,
-    StepTimes,
-    TrainingRun,
-)
+from llmkd.report.results import Cell, Comparison, LayerMap, Metric, Results, Row
+from llmkd.report.runs import Curve, LogLine, StepTimes, TrainingRun
 
 STRATEGIES = ("none", "forward", "reverse", "all_to_one", "random")
 STUDENT_BLOCKS, TEACHER_BLOCKS = 3, 12

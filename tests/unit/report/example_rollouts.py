@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llmkd.report.results import LogLine, Results, RunRollouts, RunValidations, ShownTexts
+from llmkd.report.results import Results
+from llmkd.report.runs import LogLine, RunRollouts, RunValidations, ShownTexts
 
 WRITERS = ("reverse", "random")
 STEPS = range(1, 41)

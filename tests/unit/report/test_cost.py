@@ -10,7 +10,7 @@ import pytest
 from llmkd.report.cost import compared, cost_in_words
 from llmkd.report.page import html
 from llmkd.report.page.cost import WITHIN, cost_section
-from llmkd.report.results import StepTimes, TrainingRun
+from llmkd.report.runs import StepTimes, TrainingRun
 from llmkd.report.write import report
 from tests.unit.report.page_reader import Page
 from tests.unit.report.study_folder import Folder, small_study

@@ -18,7 +18,8 @@ from llmkd.report.files import Summary, curve
 from llmkd.report.page import score_plots, svg, training
 from llmkd.report.page.cost import cost
 from llmkd.report.page.svg import Picture
-from llmkd.report.results import Cell, Curve, LayerMap, LogLine, Row
+from llmkd.report.results import Cell, LayerMap, Row
+from llmkd.report.runs import Curve, LogLine
 from tests.unit.report.example_results import study, without_scores
 from tests.unit.report.page_reader import Page
 

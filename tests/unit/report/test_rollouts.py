@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from llmkd.report.page.document import whole_page
-from llmkd.report.results import LogLine
 from llmkd.report.rollouts import rollout_numbers, rollout_table, shown_runs, side_by_side
+from llmkd.report.runs import LogLine
 from llmkd.report.write import report
 from llmkd.rollouts.texts import Wrote
 from tests.unit.report.example_results import study
@@ -63,7 +63,8 @@ def folder(tmp_path: Path) -> Folder:
         made.lines(f"students/{name}/metrics.jsonl", metrics([0.5, 0.25, 0.2, 0.125], [0.75, 0.6, 0.5, 0.5]))
         made.write(f"students/{name}/recipe.yaml", recipe())
     spent = {"weights": 4.0, "writing": 16.0, "rounds": 4, "texts": 320, "tokens": 4000}
-    made.write("students/on_policy-s0/summary.json", {"seconds": 64.0, "rollouts": spent})
+    times = {"seconds": 64.0, "teacher_seconds": 8.0, "validation_seconds": 8.0}
+    made.write("students/on_policy-s0/summary.json", {**times, "rollouts": spent})
     made.entry("student", "none", 0)
     made.lines("students/none-s0/metrics.jsonl", metrics([0.5], [0.5]))
     return made
@@ -82,9 +83,19 @@ def test_rounds_stand_at_the_first_step_that_trains_on_them(folder: Folder) -> N
 
 def test_shares_are_of_the_training_and_of_the_writing(folder: Folder) -> None:
     rollouts = folder.results().rollouts
-    assert rollout_numbers(rollouts["on_policy-s0"]) == [4, 320, 4000, 16.0, 25.0, 25.0]
-    assert rollout_table(rollouts)[1] == ["on_policy-s0", "4", "320", "4,000", "16", "25", "25"]
-    assert rollout_table(rollouts)[2] == ["on_policy-s1", "4", "320", "4,000", "", "", ""]  # not known before its end
+    assert rollout_numbers(rollouts["on_policy-s0"]) == [4, 320, 4000, 16.0, 25.0, 12.5, 50.0, 25.0]
+    assert rollout_table(rollouts)[1] == ["on_policy-s0", "4", "320", "4,000", "16", "25", "12.5", "50", "25"]
+    assert rollout_table(rollouts)[2] == [
+        "on_policy-s1",
+        "4",
+        "320",
+        "4,000",
+        "",
+        "",
+        "",
+        "",
+        "",
+    ]  # not known before its end
 
 
 def test_texts_of_the_first_the_middle_and_the_last_round_are_side_by_side(folder: Folder) -> None:
@@ -111,14 +122,14 @@ def test_every_form_of_the_report_has_it(folder: Folder) -> None:
     labels = [about["aria-label"] for about, _ in page.all("svg")]
     for measure in ("length", "ended", "repetition"):
         assert f"Written texts: {measure} by step" in labels
-    assert page.csv("rollouts")[1] == ["on_policy-s0", "4", "320", "4000", "16.0", "25.0", "25.0"]
+    assert page.csv("rollouts")[1] == ["on_policy-s0", "4", "320", "4000", "16.0", "25.0", "12.5", "50.0", "25.0"]
     assert page.csv("rollouts-length")[2] == ["11", "10.0", "10.0", "10.0"]
     assert "before step 21" in [text for _, text in page.all("th")] and f"{EVIL} 2" in [
         text for _, text in page.all("td")
     ]
     assert page.all("img") == []
     text = (folder.folder / "report.md").read_text()
-    assert f"## {HEADING}" in text and "| on_policy-s0 | 4 | 320 | 4,000 | 16 | 25 | 25 |" in text
+    assert f"## {HEADING}" in text and "| on_policy-s0 | 4 | 320 | 4,000 | 16 | 25 | 12.5 | 50 | 25 |" in text
     assert "### What on_policy-s0 wrote" in text and "<img" not in text
     assert "on_policy-s0" in json.loads((folder.folder / "results.json").read_text())["rollouts"]
 

@@ -14,7 +14,7 @@ from llmkd.recipe.recipe import load_recipe
 from llmkd.recipe.study_entries import StudyEntry
 from llmkd.report.files import Summary, curve, depth, layer_maps
 from llmkd.report.page import training
-from llmkd.report.results import LogLine
+from llmkd.report.runs import LogLine
 from llmkd.training import pairs as recipe_map
 from tests.family_models import DECODERS, ENCODER_DECODERS, ENCODERS
 

@@ -11,7 +11,7 @@ import pytest
 
 from llmkd.report.page.document import whole_page
 from llmkd.report.page.validation import validation_part
-from llmkd.report.results import LogLine, Rule, RunValidations
+from llmkd.report.runs import LogLine, Rule, RunValidations
 from llmkd.report.validation import exported, of_students, rule_in_words, validation_table
 from llmkd.report.write import report
 from tests.unit.report.example_results import study

@@ -109,8 +109,6 @@ def writer_variables(world: World, devices: Sequence[int] | None = None, tensor_
         [name.strip() for name in visible.split(",")] if visible else [str(rank) for rank in range(world.local_size)]
     )[: world.local_size]
     if devices is not None:
-        if world.device.type != "cuda":
-            raise InputError("rollouts.devices: there is no GPU here; leave the key out")
         if named := [name for name in visible.split(",") if visible and not name.strip().isdecimal()]:
             raise InputError(
                 f"rollouts.devices: CUDA_VISIBLE_DEVICES has names ({named[0].strip()}), and nobody knows which of the numbers in devices "

@@ -44,7 +44,6 @@ def test_each_writer_shares_its_ranks_gpu_or_has_those_named(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("here", "devices", "parallel", "sentence"),
     [
-        (world(0, local=2, device="cpu"), (4,), 1, r"rollouts\.devices: there is no GPU here"),
         (world(0, local=4), (3, 4), 1, r"rollouts\.devices: ranks train on GPU 3; name others, or start fewer ranks"),
         (world(0, local=1), (4, 5, 6, 7), 2, r"rollouts\.devices: 2 engines are more than the node's 1 ranks"),
     ],

@@ -292,7 +292,8 @@ def test_dropped_texts_count_for_nothing_however_a_step_is_divided(tiny: Path, w
         ended = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["rollouts"]["ended"]
         assert 0 < ended < 1
         weights.append(load_file(run / "model" / "model.safetensors"))
-    assert_same_weights(*weights, 1e-5)
+    ours, theirs = weights
+    assert_same_weights(ours, theirs, 1e-5)
 
 
 def test_a_row_without_a_prompt_is_named_before_the_first_step(tiny: Path, world: Any, tmp_path: Path) -> None:

@@ -117,5 +117,5 @@ def test_a_teachers_texts_are_on_every_node_whether_they_share_a_folder_or_not(n
     assert all(of_node["rows"] == 40 for of_node in (*apart, *shared))
     (place,) = shared[0]["folders"]
     assert sorted(file.name for file in Path(place).iterdir() if file.suffix != ".lock") == [
-        "00000.arrow", "00000.json", "lengths.npy", "lengths.sha256", "tokens.json",
+        "00000.arrow", "00000.json", "00000.texts.json", "lengths.npy", "lengths.sha256", "tokens.json",
     ]  # fmt: skip

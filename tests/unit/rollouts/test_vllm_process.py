@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from llmkd.inference.backends import writing_model
 from llmkd.models.make import new_model
+from llmkd.processes import only_one_in
 from llmkd.rollouts import vllm_process
 from llmkd.rollouts.vllm_process import Rounds, log_probabilities
 from llmkd.rollouts.writer import Asked, Writing
@@ -63,7 +65,7 @@ def weights(tiny: Path, tmp_path: Path) -> Path:
 def test_the_engines_of_a_node_share_the_model_that_they_begin_with(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the same time or one after another; what a killed one left half written is written again."""
+    """What a killed one left half written is written again."""
     made: list[Path] = []
 
     def noted(config: Any, folder: Path, **how: Any) -> None:
@@ -75,9 +77,7 @@ def test_the_engines_of_a_node_share_the_model_that_they_begin_with(
     (weights / "random.half").mkdir()
     (weights / "random.half" / "config.json").write_text("{")
     rounds = [Rounds(WRITING, print) for _ in range(3)]
-    with ThreadPoolExecutor(2) as pool:
-        engines = list(pool.map(lambda each: each._begun(weights, [4, 5, 6]), rounds[:2]))
-    engines.append(rounds[2]._begun(weights, [4, 5, 6]))
+    engines = [each._begun(weights, [4, 5, 6]) for each in rounds]
     assert len(made) == 1 and not made[0].exists()
     assert [engine is not None and vars(engine)["began_with"] for engine in engines] == [weights / "random"] * 3
     drawn, student = (
@@ -85,6 +85,15 @@ def test_the_engines_of_a_node_share_the_model_that_they_begin_with(
         for folder in (weights / "random", weights)
     )
     assert not any(torch.equal(drawn[name], student[name]) for name in drawn if drawn[name].dim() > 1)
+
+
+def test_an_engine_waits_for_the_one_that_writes_that_model(weights: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with only_one_in(weights):
+            waiting = pool.submit(Rounds(WRITING, print)._random, weights)
+            time.sleep(0.3)
+            assert not waiting.done() and not (weights / "random.half").exists()
+        assert (waiting.result(60) / "config.json").is_file()
 
 
 def test_an_engine_that_keeps_its_weights_is_found_out(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -305,8 +305,9 @@ def plan(recipe: str, ranks: int, device_gib: float, overrides: tuple[str, ...])
 
     settings = load_recipe(recipe, overrides)
     teacher = teacher_config(settings)
-    click.echo(plan_text(rows(settings, ranks, teacher)))
-    if engines := engines_text(settings, shapes(initial_student_config(settings, teacher)), shapes(teacher)):
+    planned, student = rows(settings, ranks, teacher), shapes(initial_student_config(settings, teacher))
+    click.echo(plan_text(planned))
+    if engines := engines_text(settings, student, shapes(teacher), planned, device_gib):
         click.echo(f"\n{engines}")
     if settings.logits or (settings.loss.hidden and settings.matching.strategy != "none"):
         if settings.teacher.placed.is_staged:

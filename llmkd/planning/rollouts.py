@@ -3,6 +3,9 @@ and weights in memory; before it the whole teacher. On GPUs of their own engines
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from llmkd.inference.vllm_setup import GPU_SHARE
 from llmkd.models.load import DTYPES
 from llmkd.planning.rows import BEFORE, GIB, Phase, Row, millions
@@ -47,11 +50,38 @@ def rollout_rows(recipe: Recipe, student: Shapes, teacher: Shapes, *, sharded: b
     return [*rows, _cache_row(texts, tokens, cached, size, WRITING), *handed]
 
 
-def engines_text(recipe: Recipe, student: Shapes, teacher: Shapes) -> str | None:
-    """What runs on GPUs of which no rank has any (`rollouts.devices`), and what it holds there; None where there are none."""
+def engines_text(
+    recipe: Recipe, student: Shapes, teacher: Shapes, rows: Sequence[Row], device_gib: float
+) -> str | None:
+    """What vLLM holds: of each rank's GPU beside the training, or on GPUs of its own (`rollouts.devices`); None where it does not write.
+
+    rows: what a rank holds. device_gib: the memory of its GPU.
+    """
     settings = recipe.rollouts
-    if settings is None or not settings.writes or settings.devices is None:
+    if settings is None or not settings.writes:
         return None
+    if settings.devices is not None:
+        return _on_gpus_of_its_own(settings, recipe, student, teacher)
+    if not settings.during_training or settings.backend == "hf" or settings.by == "mixed":
+        return None
+    share, weights = settings.gpu_share * device_gib, student.parameters * DTYPES[recipe.train.dtype].itemsize / GIB
+    kept = sum(row.bytes for row in rows if row.place == "device" and "always" in row.phases) / GIB
+    who = "vLLM, where it writes" if settings.backend == "auto" else "vLLM, writing"
+    text = (
+        f"{who}: {share:.3f} GiB (rollouts.gpu_share {settings.gpu_share:g} of {device_gib:g} GiB), {weights:.3f} of them weights, beside "
+        f"{kept:.3f} GiB that the training keeps there: "
+    )
+    most = math.floor(100 * (1 - kept / device_gib)) / 100
+    if share + kept > device_gib:
+        cure = f"write a gpu_share of {most:.2f} at most" if most * device_gib > weights else "shard more"
+        return f"{text}together too much; {cure}, or name GPUs of its own (rollouts.devices)"
+    if share <= weights:
+        return f"{text}no room for keys and values; write a larger gpu_share, {most:.2f} at most"
+    return f"{text}together they fit"
+
+
+def _on_gpus_of_its_own(settings: Rollouts, recipe: Recipe, student: Shapes, teacher: Shapes) -> str:
+    assert settings.devices is not None
     models: dict[str, tuple[Shapes, str]] = {}
     if settings.before_training:
         models["the teacher, before training"] = teacher, recipe.teacher.dtype

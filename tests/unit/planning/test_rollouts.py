@@ -8,7 +8,7 @@ import pytest
 from transformers import Qwen3Config
 
 from llmkd.planning import rollouts, shapes
-from llmkd.planning.rows import GIB
+from llmkd.planning.rows import GIB, Row
 from llmkd.recipe.recipe import Recipe
 
 STUDENT, TEACHER = (
@@ -51,8 +51,8 @@ def test_a_student_that_lends_its_weights_is_copied_only_where_it_is_sharded() -
 @pytest.mark.parametrize("by", ["student", "teacher", "both"])
 def test_what_engines_hold_on_gpus_of_their_own_is_said(by: str) -> None:
     section = {"by": by, "share": 0.5, "backend": "vllm"}
-    assert rollouts.engines_text(recipe(**section), STUDENT, TEACHER) is None
-    text = rollouts.engines_text(recipe(**section, devices=(4, 5, 6, 7), tensor_parallel=2), STUDENT, TEACHER)
+    own = recipe(**section, devices=(4, 5, 6, 7), tensor_parallel=2)
+    text = rollouts.engines_text(own, STUDENT, TEACHER, [], 80)
     assert text is not None and text.startswith(
         "GPUs 4, 5, 6, 7 of each node (rollouts.devices) are vLLM's: 2 engine(s) of 2 GPU(s)"
     )
@@ -60,3 +60,32 @@ def test_what_engines_hold_on_gpus_of_their_own_is_said(by: str) -> None:
         said = f"{who}, " in text
         assert said == (by in (who.removeprefix("the "), "both"))
         assert (f"{model.parameters * size / 2 / GIB:.3f} GiB of weights on each" in text) == said
+
+
+KEEPS = [
+    Row("weights", 30 * GIB, ""),
+    Row("for a moment", 50 * GIB, "", ("backward",)),
+    Row("resting", 9 * GIB, "", place="host"),
+]
+
+
+@pytest.mark.parametrize(
+    ("section", "device", "ends"),
+    [
+        ({"gpu_share": 0.5}, 80, "beside 30.000 GiB that the training keeps there: together they fit"),
+        ({"gpu_share": 0.625}, 80, "together they fit"),
+        ({"gpu_share": 0.7}, 80, "together too much; write a gpu_share of 0.62 at most, or name GPUs of its own (rollouts.devices)"),
+        ({"gpu_share": 0.5}, 30, "together too much; shard more, or name GPUs of its own (rollouts.devices)"),
+        ({"gpu_share": 1e-9}, 80, "no room for keys and values; write a larger gpu_share, 0.62 at most"),
+        ({"backend": "hf"}, 80, None),
+        ({"by": "teacher"}, 80, None),  # nothing else is there yet
+        ({"by": "mixed", "backend": "auto"}, 80, None),
+    ],
+)  # fmt: skip
+def test_what_an_engine_holds_beside_the_training_is_said(
+    section: dict[str, Any], device: float, ends: str | None
+) -> None:
+    text = rollouts.engines_text(recipe(**{"backend": "vllm", **section}), STUDENT, TEACHER, KEEPS, device)
+    assert (text is None) if ends is None else (text is not None and text.endswith(ends))
+    if ends is not None:
+        assert text is not None and f"{section['gpu_share'] * device:.3f} GiB (rollouts.gpu_share" in text

@@ -187,6 +187,6 @@ def family_recipe(folder: Path, kind: str, teacher: Any, **changes: Any) -> Reci
     values["student"] = {"blocks": 2}
     values["data"]["max_length"] = 56
     values["matching"] = {"embedding": True}
-    values["train"] |= {"steps": 2, "warmup_steps": 0}
+    values["train"] |= {"steps": 2, "warmup_steps": 0, "final_learning_rate": 0.0}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
     return load_recipe(folder / "recipe.yaml").changed(changes)

@@ -86,7 +86,5 @@ def test_two_ranks_with_everything_sharded_are_plain_pytorch(tmp_path: Path, nam
     for scenario in SCENARIOS:
         again = CLASSES[kind].from_pretrained(tmp_path / "two" / scenario / "model")
         for key, parameter in again.named_parameters():
-            change, size = (parameter.detach() - expected[key]).abs(), max(1.0, expected[key].abs().max().item())
-            # AdamW's step is as large for a small gradient as for a large one: a few weights show the rounding of theirs
-            assert change.max() <= 4e-6 * size, (scenario, key, change.max())
-            assert change.median() <= 2e-7 * size, (scenario, key, change.median())
+            change = (parameter.detach() - expected[key]).abs().max()
+            assert change <= 1e-6 * max(1.0, expected[key].abs().max()), (scenario, key, change)

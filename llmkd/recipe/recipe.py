@@ -240,7 +240,7 @@ class Recipe(Section):
     def compiles_head(self) -> bool:
         """Whether a GPU makes one kernel of the head's losses. A sum of divergences whose weights change would be compiled at each step."""
         schedules = self.loss.schedules
-        return self.train.compile == "head" and not (schedules is not None and schedules.divergences)
+        return self.train.head_kernel == "compiled" and not (schedules is not None and schedules.divergences)
 
     @property
     def logits(self) -> bool:

@@ -52,8 +52,8 @@ class Train(Section):
     """Compute each block's activations again in the backward pass instead of keeping them: less memory, more time."""
     head_chunk: int | None = Field(default=None, gt=0)
     """Tokens whose logits exist at one time; unset: 1024 on a CPU, 4096 on a GPU."""
-    compile: Literal["head", "none"] = "head"
-    """On a GPU: `head` makes one kernel of the head's losses, for which PyTorch needs Triton and a C compiler; `none` makes none."""
+    head_kernel: Literal["compiled", "none"] = "compiled"
+    """On a GPU: `compiled` makes one kernel of the head's losses, for which PyTorch needs Triton and a C compiler; `none` makes none."""
     deepspeed: str = "zero3"
     """A name in ds_configs/, or the path of a DeepSpeed JSON of your own; `"auto"` in it stands for the recipe's value."""
     validate_every: int = Field(default=0, ge=0)

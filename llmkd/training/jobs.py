@@ -174,7 +174,7 @@ def check_devices(recipe: Recipe, *, gpu: bool) -> None:
         raise InputError("teacher.offload_states: there is no GPU here whose memory it would spare; write false")
     if gpu and recipe.compiles_head and (lacking := lacking_to_compile()):
         raise InputError(
-            f"train.compile: a kernel of the head's losses takes {lacking}, which is missing here; install it, or write none"
+            f"train.head_kernel: a kernel of the head's losses takes {lacking}, which is missing here; install it, or write none"
         )
     check_writers(recipe.rollouts, gpu=gpu)
 

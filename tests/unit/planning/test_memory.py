@@ -324,7 +324,7 @@ def test_the_head_takes_what_is_planned(
             chunk=chunk,
         )
     shape = replace(shapes.shapes(Qwen3Config(**SMALL)), vocabulary=vocabulary, head=vocabulary * width)
-    changes = {"train.head_chunk": chunk, "train.compile": "none", "loss.kl": 0.0 if divergence is None else 1.0}
+    changes = {"train.head_chunk": chunk, "train.head_kernel": "none", "loss.kl": 0.0 if divergence is None else 1.0}
     planned = sum(r.bytes for r in memory.head_rows(recipe.changed(changes), shape, shape) if "head" in r.phases)
     if divergence == "akl":  # sorts the teacher's probabilities: the order in 64 bits, and four tensors of the sorted
         planned += 32 * vocabulary * (8 + 4 * 4)

@@ -296,8 +296,7 @@ def angles(run: Path, recipe: str | None, rows: int | None, overrides: tuple[str
 @SET
 def plan(recipe: str, ranks: int, device_gib: float, overrides: tuple[str, ...]) -> None:
     """Show the memory a run needs on each rank, and other placements."""
-    from llmkd.planning.memory import plan as rows
-    from llmkd.planning.memory import plan_text
+    from llmkd.planning import memory
     from llmkd.planning.placements import compare, placements_text, stages_text
     from llmkd.planning.rollouts import engines_text
     from llmkd.planning.shapes import initial_student_config, shapes, teacher_config
@@ -305,8 +304,8 @@ def plan(recipe: str, ranks: int, device_gib: float, overrides: tuple[str, ...])
 
     settings = load_recipe(recipe, overrides)
     teacher = teacher_config(settings)
-    planned, student = rows(settings, ranks, teacher), shapes(initial_student_config(settings, teacher))
-    click.echo(plan_text(planned))
+    planned, student = memory.plan(settings, ranks, teacher), shapes(initial_student_config(settings, teacher))
+    click.echo(memory.plan_text(planned, memory.planned_wire(settings, ranks, teacher)))
     if engines := engines_text(settings, student, shapes(teacher), planned, device_gib):
         click.echo(f"\n{engines}")
     if settings.logits or (settings.loss.hidden and settings.matching.strategy != "none"):

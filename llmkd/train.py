@@ -83,18 +83,18 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
         return False
     job, settings = run.job, run.job.train
     steps = Steps(world, job, run.steps, start_step=run.first)
-    meter, journal = Meter.of_job(world, job), Journal(world, job, start_step=run.first, steps=run.steps)
+    meter, journal = Meter.of_job(world, job, run.clock), Journal(world, job, start_step=run.first, steps=run.steps)
     validator, keeping = Validator(world, run, steps), Keeping(world, run)
     tokens, began, last = 0, time.perf_counter(), None
     run.module.train()
     # a run that was killed while it was exported has nothing left to train
     left = () if keeping.is_over else run.batches()
-    for step, micro_batches in enumerate(meter.clock.timed(left, run.writing_seconds), start=run.first + 1):
+    for step, micro_batches in enumerate(run.clock.timed(left, run.writing_seconds), start=run.first + 1):
         # every step (all ranks: their counts are added up on the CPU)
         counts, asked_to_stop = _counts(world, micro_batches, stopping)
         this = steps.settings(step, counts, len(micro_batches))
         run.set_rate(step)
-        results = [_train_on(run, batch.to(world.device), this, number) for number, batch in enumerate(micro_batches)]
+        results = [_train_on(run, batch, this, number) for number, batch in enumerate(micro_batches)]
         # at the steps of a dynamic temperature (all ranks: one reduction)
         steps.follow(this, results)
         meter.add(this, results)
@@ -128,7 +128,7 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
                 return False
         if done:
             break
-    spent = _spent(time.perf_counter() - began, run, validator, meter, tokens)
+    spent = _spent(time.perf_counter() - began, run, validator, tokens)
     journal.close()
     # at the end: export (all ranks: weights are gathered one at a time; rank 0 writes)
     _finish(world, run, keeping, spent, last)
@@ -144,10 +144,16 @@ def _counts(world: World, micro_batches: Sequence[Batch], stopping: Stopping) ->
 
 def _train_on(run: PreparedRun, batch: Batch, settings: StepSettings, micro_batch: int) -> PassResult:
     """One micro-batch: the teacher's pass, the student's, the backward pass; after the step's last one the optimizer's step."""
-    with run.teacher_clock.timed():
-        signal = run.signal(batch, settings)
+    clock = run.clock
+    clock.part("data")
+    batch = batch.to(run.engine.device)
+    clock.part("teacher")
+    signal = run.signal(batch, settings)
+    clock.part("forward")
     result: PassResult = run.engine(batch, signal, settings, micro_batch)
+    clock.part("backward")
     backward(run.engine, result.loss)  # the sums are already divided by the whole batch's counts
+    clock.part("optimizer")
     run.engine.step()
     return result._replace(loss=result.loss.detach())
 
@@ -158,8 +164,8 @@ class Spent(NamedTuple):
     seconds: float
     of_validation: float
     of_writing: float
-    of_teacher: float
     tokens: int
+    by_part: dict[str, float]
     of_a_step: dict[str, object] | None
 
     @property
@@ -168,9 +174,9 @@ class Spent(NamedTuple):
         return self.seconds - self.of_validation - self.of_writing
 
 
-def _spent(seconds: float, run: PreparedRun, validator: Validator, meter: Meter, tokens: int) -> Spent:
-    of_parts = validator.seconds, run.writing_seconds(), run.teacher_clock.seconds
-    return Spent(seconds, *of_parts, tokens, meter.clock.cost())
+def _spent(seconds: float, run: PreparedRun, validator: Validator, tokens: int) -> Spent:
+    of_others = validator.seconds, run.writing_seconds()
+    return Spent(seconds, *of_others, tokens, {**run.clock.parts()}, run.clock.cost())
 
 
 def _finish(world: World, run: PreparedRun, keeping: Keeping, spent: Spent, last: Interval | None) -> None:
@@ -193,7 +199,8 @@ def _finish(world: World, run: PreparedRun, keeping: Keeping, spent: Spent, last
         "resumed_from_step": run.first,
         "seconds": spent.seconds,
         "validation_seconds": spent.of_validation,
-        "teacher_seconds": spent.of_teacher,
+        "teacher_seconds": spent.by_part.get("teacher", 0.0) + spent.by_part.get("wire", 0.0),
+        "seconds_by_part": spent.by_part,
         "step": spent.of_a_step,
         "tokens": spent.tokens,
         "tokens_per_second": spent.tokens / spent.of_training if spent.tokens else None,

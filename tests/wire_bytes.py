@@ -26,18 +26,19 @@ class WireBytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _count(self, name: str, args: Any) -> None:
-        first = _bytes(args[0])
+        first = bytes_of(args[0])
         if "recv" in name:
             self.received += first
         elif "send" in name:
             self.sent += first
         elif "allgather" in name:  # (outputs, inputs, ...)
-            self.gathered += first - _bytes(args[1])
+            self.gathered += first - bytes_of(args[1])
         elif "broadcast" in name:  # DeepSpeed compares the ranks' parameter orders while it records them
             assert all(not t.is_floating_point() for t in tree_leaves(args[0])), "weights are gathered, not broadcast"
         else:
             raise AssertionError(f"{name} is not counted")
 
 
-def _bytes(values: Any) -> int:
+def bytes_of(values: Any) -> int:
+    """Of all tensors in a value."""
     return sum(value.nbytes for value in tree_leaves(values) if isinstance(value, Tensor))

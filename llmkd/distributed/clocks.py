@@ -1,52 +1,163 @@
-"""How long the device worked on a part of the program, without waiting for it there."""
+"""The time of a run's steps and of their parts, taken without waiting for the device."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from torch import nn
+
+Part = Literal["data", "teacher", "wire", "forward", "head", "backward", "optimizer"]
+"""Of a step: waiting for its rows and for the other ranks' counts of them; the teacher's pass; waiting for states from other ranks of a
+pipeline; the student's forward pass; its head, both models' logits and their gradients; the backward pass; the optimizer's step. What
+ZeRO sends and gathers is in the part that it is for."""
+WARM_UP = 3
+"""Steps at the start of a run that its cost leaves out: they compile, allocate and import."""
+Step = TypeVar("Step")
 
 
-class DeviceClock:
-    """Adds up the time of what is done inside `timed`.
+class _Mark(NamedTuple):
+    """A change from one part to the next."""
 
-    On a GPU the device works on after the program has gone on: there the time is that between two marks in its queue of work.
+    event: Any
+    """What the device comes by on a GPU; else the time."""
+    cpu_seconds: float
+    """Of this process, on a CPU."""
+    begins: Part | None
+    """None: a step ends here."""
+
+
+class StepClock:
+    """Takes the time of every step and divides it among its parts; what stands between two steps (validation, logs, saving) has none.
+
+    On a GPU the device works on after the program has gone on. There the time is that between two marks in its queue of work: what it
+    waits for in a part is that part's.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._marks: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._seconds = 0.0
+        self._gpu = device.type == "cuda"
+        self._marks: deque[_Mark] = deque()  # not read yet; the first begins what is read next
+        self._part: Part | None = None
+        self._parts: dict[Part, float] = {}
+        self._seconds, self._cpu_seconds = array("d"), array("d")  # of each step
+        self._this, self._this_cpu = 0.0, 0.0  # of the step that is being read
+        self._read_steps, self._read_parts = 0, dict[Part, float]()  # at the last call of `read`
+
+    def timed(self, steps: Iterable[Step], apart: Callable[[], float] = lambda: 0.0) -> Iterator[Step]:
+        """The same; a step begins when it is asked for, so that waiting for its rows is a part of it, or after work that is no
+        step's own, whose seconds so far `apart` gives."""
+        iterator = iter(steps)
+        while True:
+            before = apart()
+            self._begin()
+            if (step := next(iterator, None)) is None:
+                self._forget()
+                return
+            if apart() > before:
+                self._forget()
+                self._begin()
+            yield step
+
+    def part(self, part: Part) -> None:
+        """From here on the step's time is this part's; outside of a step this does nothing."""
+        if self._part is not None and part != self._part:
+            self._mark(part)
 
     @contextlib.contextmanager
-    def timed(self) -> Iterator[None]:
-        """Inside is what counts."""
-        if not self._on_gpu:
-            began = time.perf_counter()
+    def inside(self, part: Part) -> Iterator[None]:
+        """Inside, the step's time is this part's; then again that of the part before."""
+        before = self._part
+        self.part(part)
+        try:
             yield
-            self._seconds += time.perf_counter() - began
-            return
-        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        before.record()
-        yield
-        after.record()
-        self._marks.append((before, after))
-        while (
-            self._marks and self._marks[0][1].query()
-        ):  # the device has come by: no more marks are kept than it has before it
-            self._read()
+        finally:
+            if before is not None:
+                self.part(before)
 
-    @property
-    def seconds(self) -> float:
-        """All so far; waits for the device."""
-        while self._marks:
-            self._marks[0][1].synchronize()
-            self._read()
-        return self._seconds
+    def around(self, module: nn.Module, part: Part) -> None:
+        """Let the forward passes of a module be this part of a step; to be called before an engine has the module."""
+        before: list[Part | None] = []
 
-    def _read(self) -> None:
-        before, after = self._marks.popleft()
-        self._seconds += before.elapsed_time(after) / 1000
+        def enter(*_: object) -> None:
+            before.append(self._part)
+            self.part(part)
+
+        def leave(*_: object) -> None:
+            if (outer := before.pop()) is not None:
+                self.part(outer)
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave, always_call=True)
+
+    def end(self) -> None:
+        """The step that was last given has done its work, or on a GPU been told to."""
+        self._mark(None)
+
+    def read(self) -> tuple[float, dict[Part, float]]:
+        """(seconds of the steps since the last call, the same by part); on a GPU they are waited for."""
+        self._collect(wait=True)
+        seconds = sum(self._seconds[self._read_steps :])
+        parts = {part: total - self._read_parts.get(part, 0.0) for part, total in self._parts.items()}
+        self._read_steps, self._read_parts = len(self._seconds), dict(self._parts)
+        return seconds, parts
+
+    def parts(self) -> dict[Part, float]:
+        """The seconds of all steps so far by part; on a GPU they are waited for."""
+        self._collect(wait=True)
+        return dict(self._parts)
+
+    def cost(self) -> dict[str, object] | None:
+        """Median and quartiles of this start's steps, on a CPU of this process' CPU seconds too; None where all are of the first ones."""
+        self._collect(wait=True)
+        steps = len(self._seconds) - WARM_UP
+        if steps <= 0:
+            return None
+        low, median, high = np.quantile(self._seconds[WARM_UP:], (0.25, 0.5, 0.75)).tolist()
+        cost: dict[str, object] = {"steps": steps, "median_seconds": median, "quartiles": [low, high]}
+        if not self._gpu:
+            low, median, high = np.quantile(self._cpu_seconds[WARM_UP:], (0.25, 0.5, 0.75)).tolist()
+            cost |= {"cpu_seconds": median, "cpu_quartiles": [low, high]}
+        return cost
+
+    def _begin(self) -> None:
+        self._mark("data")
+
+    def _forget(self) -> None:
+        """The step that has begun was none, or begins anew."""
+        self._marks.pop()
+        self._part = None
+
+    def _mark(self, begins: Part | None) -> None:
+        self._collect(wait=False)
+        if self._gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(_Mark(event, 0.0, begins))
+        else:
+            self._marks.append(_Mark(time.perf_counter(), time.process_time(), begins))
+        self._part = begins
+
+    def _collect(self, *, wait: bool) -> None:
+        """Read the marks that the device has come by, so that no more are kept than it has before it. `wait`: all of them."""
+        while len(self._marks) > 1:
+            (begun, cpu_begun, part), (ended, cpu_ended, following) = self._marks[0], self._marks[1]
+            if self._gpu and wait:
+                ended.synchronize()
+            elif self._gpu and not ended.query():
+                return
+            self._marks.popleft()
+            if part is None:  # between two steps
+                continue
+            seconds = begun.elapsed_time(ended) / 1000 if self._gpu else ended - begun
+            self._parts[part] = self._parts.get(part, 0.0) + seconds
+            self._this, self._this_cpu = self._this + seconds, self._this_cpu + cpu_ended - cpu_begun
+            if following is None:
+                self._seconds.append(self._this)
+                self._cpu_seconds.append(self._this_cpu)
+                self._this = self._this_cpu = 0.0

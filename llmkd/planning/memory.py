@@ -33,6 +33,7 @@ from llmkd.planning.teacher import (
     sharded_traffic,
     weight_rows,
 )
+from llmkd.planning.wire import student_wire, wire_text
 from llmkd.recipe.placements import PlacementName
 from llmkd.recipe.recipe import Recipe
 from llmkd.training.build import accumulation_steps
@@ -69,8 +70,7 @@ def plan(recipe: Recipe, ranks: int, config: PreTrainedConfig | None = None) -> 
     config = config or teacher_config(recipe)
     placed = PlannedTeacher(recipe, config, ranks)
     teacher, student = shapes(config), shapes(initial_student_config(recipe, config))
-    projectors = projected_parameters(recipe, student, teacher, placed.pairs)
-    projectors += len(placed.stones) * student.hidden * teacher.hidden
+    projectors = projected_parameters(placed, student, teacher)
     zero = load_ds_config(recipe.train.deepspeed, ROOT / "ds_configs")
     return [
         *(PLACED[recipe.teacher.placement].rows(placed) if placed.pairs or recipe.logits else ()),
@@ -115,8 +115,9 @@ def student_rows(recipe: Recipe, shape: Shapes, projectors: int, zero: Mapping[s
     bucket = int(options.get("reduce_bucket_size", 0))
     if bucket:
         when: Phase = "always" if stage == 3 else "backward"  # stage 3 makes it once, at the start
-        how = f"reduce_bucket_size {millions(bucket)} x 4 B"
-        rows.append(Row("gradients under reduction", bucket * WIDE, how, (when,)))
+        copies = 2 if stage in (1, 2) and options.get("overlap_comm") else 1  # one is filled while the other is sent
+        how = f"{'2 x ' if copies > 1 else ''}reduce_bucket_size {millions(bucket)} x 4 B"
+        rows.append(Row("gradients under reduction", copies * bucket * WIDE, how, (when,)))
     largest = max(shape.largest_block, shape.embedding, shape.head)
     if stage == 3:
         live = min(max(int(options.get("stage3_max_live_parameters", 10**9)), largest), trained)
@@ -154,11 +155,21 @@ def activation_rows(
     return [*rows, *distance_rows(recipe, student, teacher, pairs, ranks)]
 
 
-def projected_parameters(recipe: Recipe, student: Shapes, teacher: Shapes, pairs: Sequence[tuple[int, int]]) -> int:
-    """How many numbers the pairs' projectors have."""
-    if not recipe.matching.projects(student.hidden, teacher.hidden):
-        return 0
-    return (len(pairs) - len(recipe.matching.unprojected(len(pairs)))) * student.hidden * teacher.hidden
+def projected_parameters(placed: PlannedTeacher, student: Shapes, teacher: Shapes) -> int:
+    """How many numbers the projectors of pairs and stones have."""
+    matching, pairs = placed.recipe.matching, len(placed.pairs)
+    projects = matching.projects(student.hidden, teacher.hidden)
+    projectors = (pairs - len(matching.unprojected(pairs)) if projects else 0) + len(placed.stones)
+    return projectors * student.hidden * teacher.hidden
+
+
+def planned_wire(recipe: Recipe, ranks: int, config: PreTrainedConfig) -> str:
+    """What a rank sends for the student in an optimizer step, as a table; nothing on one rank. `config`: the teacher's."""
+    placed = PlannedTeacher(recipe, config, ranks)
+    teacher, student = shapes(config), shapes(initial_student_config(recipe, config))
+    trained = student.parameters + projected_parameters(placed, student, teacher)
+    sent = student_wire(recipe, trained, load_ds_config(recipe.train.deepspeed, ROOT / "ds_configs"), ranks)
+    return wire_text(sent, recipe, ranks) if sent else ""
 
 
 def distance_rows(
@@ -237,8 +248,8 @@ def peak(rows: Sequence[Row], place: Place = "device") -> tuple[int, str]:
     return totals[phase], phase
 
 
-def plan_text(rows: Sequence[Row]) -> str:
-    """The rows as a table, in GiB of one rank, with each phase's total and the heaviest."""
+def plan_text(rows: Sequence[Row], wire: str = "") -> str:
+    """The rows as a table, in GiB of one rank, with the heaviest phase's total; then the table of what is sent, if any."""
     width = max(len(row.what) for row in rows)
     lines = [f"{'one rank holds':<{width}}  {'GiB':>9}  {'where':<6}  {'when':<22}  how it is counted"]
     lines += [
@@ -253,4 +264,4 @@ def plan_text(rows: Sequence[Row]) -> str:
     lines.append(
         "Not counted: CUDA context, NCCL buffers, fragmentation, attention workspace. Leave a tenth of the device free."
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", wire] if wire else [])])

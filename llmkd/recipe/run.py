@@ -72,6 +72,9 @@ class Train(Section):
     """How many of the newest checkpoints are kept."""
     log_every: Annotated[int, NO_EFFECT] = Field(default=10, gt=0)
     """Steps between lines of the log and of metrics.jsonl."""
+    profile_steps: Annotated[int, NO_EFFECT] = Field(default=0, ge=0)
+    """Steps, after the first three of a start, that each rank records with torch's profiler in traces/ of the run's folder, for
+    chrome://tracing or Perfetto; 0: none."""
     timeout_seconds: Annotated[int, NO_EFFECT] = Field(default=1800, gt=0, le=10**7)
     """How long a rank waits for another before the run ends."""
     wandb: Annotated[str | None, NO_EFFECT] = None

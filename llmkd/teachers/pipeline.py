@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkd.data.batches import Batch
+from llmkd.distributed.clocks import StepClock
 from llmkd.distributed.pipeline_group import PendingTransfer, PipelineGroup
 from llmkd.layer_map import EMBEDDING, OtherState, State
 from llmkd.models.parts import decoder_options
@@ -63,6 +64,7 @@ class PipelineTeacher:
 
     `body`: this member's stage (`llmkd.teachers.pipeline_stage.load_stage`). `head`: the teacher's head [V, H], whole, because the loss
     is computed beside the student; None where no divergence needs it, and then no final state is sent.
+    `clock`: of the steps that it is for.
     """
 
     blocks = None
@@ -79,6 +81,7 @@ class PipelineTeacher:
         width: int,
         dtype: torch.dtype,
         device: torch.device,
+        clock: StepClock,
     ) -> None:
         self._body: Any = body
         self._group, self._head = group, head
@@ -93,7 +96,7 @@ class PipelineTeacher:
             modules[EMBEDDING] = self._body.embed_tokens
         self._capture: Any = Capture(modules, dict)
         self._inputs: dict[int, Inputs] = {}  # by item, as long as this member needs them
-        self._rounds = 0
+        self._rounds, self._clock = 0, clock
         self._turns: deque[Turn] = deque()  # announced and not yet finished
         self._tick = 0
         self._arriving: dict[int, dict[State, PendingTransfer | Tensor]] = {}  # by item, states here or on their way
@@ -131,7 +134,7 @@ class PipelineTeacher:
             self._run_until(last_tick(turn.mine[0], self._group.size))
         else:
             self.finish()
-        states: Any = {name: _arrived(state) for name, state in self._arriving.pop(item, {}).items()}
+        states: Any = {name: self._arrived(state) for name, state in self._arriving.pop(item, {}).items()}
         final = states.pop(OtherState.FINAL, None)
         if final is not None and self._normed in self._uses:
             states[self._normed] = final
@@ -188,7 +191,7 @@ class PipelineTeacher:
         if me == 0:
             entering = {"input_ids": inputs.input_ids.long()}
         else:
-            entering = {"inputs_embeds": _arrived(self._arriving[item].pop(OtherState.NEXT))}
+            entering = {"inputs_embeds": self._arrived(self._arriving[item].pop(OtherState.NEXT))}
             if not self._arriving[item]:
                 del self._arriving[item]
         positions = None if inputs.position_ids is None else inputs.position_ids.long()
@@ -205,7 +208,14 @@ class PipelineTeacher:
         """Wait for the sends of all but the last few ticks, and release their tensors."""
         while len(self._leaving) > ticks:
             for transfer in self._leaving.popleft():
-                transfer.wait()
+                self._arrived(transfer)
+
+    def _arrived(self, state: PendingTransfer | Tensor) -> Tensor:
+        """The state, after it has been waited for if it was on its way."""
+        if isinstance(state, Tensor):
+            return state
+        with self._clock.inside("wire"):
+            return state.wait()
 
 
 def _inputs(batch: Batch) -> Inputs:
@@ -216,7 +226,3 @@ def _inputs(batch: Batch) -> Inputs:
 
 def _on(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def _arrived(state: PendingTransfer | Tensor) -> Tensor:
-    return state.wait() if isinstance(state, PendingTransfer) else state

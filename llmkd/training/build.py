@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from llmkd.data.batches import Batch, steps_per_epoch
+from llmkd.distributed.clocks import StepClock
 from llmkd.distributed.compiled import check_asynchronous_io
 from llmkd.distributed.ds_configs import DsConfig, teacher_ds_config
 from llmkd.distributed.engines import parameter_count
@@ -102,10 +103,10 @@ def demand_of(job: Job) -> Demand:
     )
 
 
-def load_teacher(world: World, job: Job, demand: Demand | None = None) -> Teacher:
+def load_teacher(world: World, job: Job, demand: Demand | None = None, *, clock: StepClock | None = None) -> Teacher:
     """The job's teacher in its placement, which must have weights: llmkd.training.cache_contents opens a cached teacher.
 
-    `demand`: what the teacher must give; default: what the job's student needs.
+    `demand`: what the teacher must give; default: what the job's student needs. `clock`: of the steps that it is for.
     """
     demand = demand or demand_of(job)
     settings = job.recipe.teacher
@@ -122,7 +123,7 @@ def load_teacher(world: World, job: Job, demand: Demand | None = None) -> Teache
     part = load.student_config(config, range(needed), {})
     demand = replace(demand, normed_last=demand.normed_last and needed == depth)
     if group is not None:
-        return _pipelined(world, job, job.teacher, demand, group, part)
+        return _pipelined(world, job, job.teacher, demand, group, part, clock or StepClock(world.device))
     return _resident(world, job, job.teacher, demand, part, first_blocks=needed if needed < depth else None)
 
 
@@ -173,7 +174,7 @@ def _sharded_config(job: Job, part: PreTrainedConfig) -> DsConfig:
 
 
 def _pipelined(
-    world: World, job: Job, folder: Path, demand: Demand, group: PipelineGroup, part: PreTrainedConfig
+    world: World, job: Job, folder: Path, demand: Demand, group: PipelineGroup, part: PreTrainedConfig, clock: StepClock
 ) -> PipelineTeacher:
     """This rank's stage of the teacher, and the head where the divergence asks for it; `part` as in `_resident`."""
     settings = job.recipe.teacher
@@ -199,6 +200,7 @@ def _pipelined(
         width=part.hidden_size,
         dtype=dtype,
         device=world.device,
+        clock=clock,
     )
 
 

@@ -16,6 +16,8 @@ from llmkd.training.jobs import Job
 from llmkd.training.metrics import Interval, Values
 
 log = logging.getLogger("llmkd")
+LEAST_SHARE = 0.005
+"""Of a step's time, below which the log does not name a part of it; metrics.jsonl has all."""
 
 
 def line(step: int, steps: int, interval: Interval) -> str:
@@ -37,7 +39,9 @@ def line(step: int, steps: int, interval: Interval) -> str:
     if interval.stones is not None:
         text += f" stones {interval.stones:.4f}"
     text += f" grad {interval.grad_norm:.3f} lr {interval.learning_rate:.2e}"
-    return text + f" {interval.tokens_per_second:,.0f} tok/s {interval.memory_gib:.2f} GiB"
+    text += f" {interval.tokens_per_second:,.0f} tok/s {interval.memory_gib:.2f} GiB"
+    shares = {part: seconds / interval.seconds_per_step for part, seconds in interval.seconds_by_part.items()}
+    return text + "".join(f" {part}:{share:.0%}" for part, share in shares.items() if share >= LEAST_SHARE)
 
 
 def validation_line(step: int, steps: int, values: Values) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from llmkd.distributed.clocks import StepClock
 from llmkd.distributed.ranks import World, highest, sum_tensor
 from llmkd.losses.objective import PARTS, Divisors, Weights, means
 from llmkd.provenance import peak_memory_gib
@@ -22,9 +20,6 @@ from llmkd.training.pairs import pair_names
 
 Values: TypeAlias = "dict[str, float | Values]"
 """Numbers by name, as they stand in a line of metrics.jsonl."""
-Step = TypeVar("Step")
-WARM_UP = 3
-"""Steps at the start of a run that its cost leaves out: they compile, allocate and import."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +55,8 @@ class Interval:
     pairs: dict[str, float]
     tokens_per_second: float
     seconds_per_step: float
+    seconds_by_part: dict[str, float]
+    """The same by part of a step (llmkd.distributed.clocks), on this rank."""
     memory_gib: float
     learning_rate: float
     grad_norm: float
@@ -87,64 +84,6 @@ def _present(values: Mapping[str, Any]) -> Values:
     }
 
 
-class StepClock:
-    """Takes the time of every step, without what stands between two: validation, logs, saving.
-
-    On a GPU it is the device's time, between events in its stream; nothing waits for them before `read`.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._gpu = device.type == "cuda"
-        self._unread: list[tuple[tuple[Any, float], tuple[Any, float]]] = []
-        self._seconds, self._cpu_seconds = array("d"), array("d")
-        self._begun = self._now()
-
-    def _now(self) -> tuple[Any, float]:
-        """(an event or seconds, CPU seconds of this process)."""
-        if not self._gpu:
-            return time.perf_counter(), time.process_time()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event, 0.0
-
-    def timed(self, steps: Iterable[Step], apart: Callable[[], float] = lambda: 0.0) -> Iterator[Step]:
-        """The same; a step begins when it is asked for, so that waiting for its rows is a part of it, or after work that is no
-        step's own, whose seconds so far `apart` gives."""
-        iterator = iter(steps)
-        while True:
-            self._begun, before = self._now(), apart()
-            if (step := next(iterator, None)) is None:
-                return
-            self._begun = self._now() if apart() > before else self._begun
-            yield step
-
-    def end(self) -> None:
-        """The step that was last given has done its work, or on a GPU been told to."""
-        self._unread.append((self._begun, self._now()))
-
-    def read(self) -> float:
-        """The seconds of the steps since the last call; on a GPU they are waited for."""
-        if self._gpu and self._unread:
-            self._unread[-1][1][0].synchronize()
-        for (begun, cpu_begun), (ended, cpu_ended) in self._unread:
-            self._seconds.append(begun.elapsed_time(ended) / 1000 if self._gpu else ended - begun)
-            self._cpu_seconds.append(cpu_ended - cpu_begun)
-        count, self._unread = len(self._unread), []
-        return sum(self._seconds[len(self._seconds) - count :])
-
-    def cost(self) -> dict[str, object] | None:
-        """Median and quartiles of this start's steps, on a CPU of this process' CPU seconds too; None where all are of the first ones."""
-        steps = len(self._seconds) - WARM_UP
-        if steps <= 0:
-            return None
-        low, median, high = np.quantile(self._seconds[WARM_UP:], (0.25, 0.5, 0.75)).tolist()
-        cost: dict[str, object] = {"steps": steps, "median_seconds": median, "quartiles": [low, high]}
-        if not self._gpu:
-            low, median, high = np.quantile(self._cpu_seconds[WARM_UP:], (0.25, 0.5, 0.75)).tolist()
-            cost |= {"cpu_seconds": median, "cpu_quartiles": [low, high]}
-        return cost
-
-
 class Meter:
     """Adds up a run's sums between two log lines. Nothing is read from the device until `flush`."""
 
@@ -157,20 +96,21 @@ class Meter:
         distances: Sequence[str] = (),
         divergences: Sequence[str] = (),
         stones: StoneMeter | None = None,
+        clock: StepClock | None = None,
     ) -> None:
-        """`distances` and `divergences`: the names of all distances and divergences in the loss."""
+        """`distances` and `divergences`: the names of all distances and divergences in the loss. `clock`: the one of the run."""
         self._world = world
         self._weights = weights
         self._pairs = tuple(pairs)
         self._distances = tuple(distances) if len(distances) > 1 and pairs else ()
         self._divergences = tuple(divergences) if len(divergences) > 1 else ()
         self._stones = stones
-        self.clock = StepClock(world.device)
+        self.clock = clock or StepClock(world.device)
         self._reset()
 
     @classmethod
-    def of_job(cls, world: World, job: Job) -> Meter:
-        """The meter of a job's run."""
+    def of_job(cls, world: World, job: Job, clock: StepClock) -> Meter:
+        """The meter of a job's run, whose steps this clock times."""
         recipe = job.recipe
         return cls(
             world,
@@ -179,6 +119,7 @@ class Meter:
             distances=recipe.matching.distances,
             divergences=list(recipe.loss.divergences),
             stones=StoneMeter(world, job.stones) if job.stones else None,
+            clock=clock,
         )
 
     def _reset(self) -> None:
@@ -224,7 +165,7 @@ class Meter:
         pairs = {name: d * len(self._pairs) / by.hidden for name, d in zip(self._pairs, totals[5:], strict=True)}
         norms = None if self._squares is None else self._norms(self._squares)
         stones, stone_parts = (None, {}) if self._stones is None else self._stones.means()
-        seconds = self.clock.read()
+        seconds, by_part = self.clock.read()
         interval = Interval(
             loss=parts["loss"] + (stones or 0.0),
             ce=own.get("ce"),
@@ -233,6 +174,7 @@ class Meter:
             pairs=pairs,
             tokens_per_second=self._tokens / seconds,
             seconds_per_step=seconds / self._steps,
+            seconds_by_part={part: of_part / self._steps for part, of_part in by_part.items()},
             memory_gib=highest(self._world, peak_memory_gib()),
             learning_rate=learning_rate,
             grad_norm=grad_norm,

@@ -14,10 +14,11 @@ import torch
 from llmkd.data.batches import Batch, announced, batches
 from llmkd.data.order import Source, counts
 from llmkd.data.streams import Stream
-from llmkd.distributed.clocks import DeviceClock
+from llmkd.distributed.clocks import StepClock
 from llmkd.distributed.ds_configs import on_other_ranks
 from llmkd.distributed.engines import engine
 from llmkd.distributed.ranks import World
+from llmkd.distributed.traces import traced
 from llmkd.errors import InputError
 from llmkd.processes import Stopping
 from llmkd.recipe.recipe import dump_recipe
@@ -70,17 +71,14 @@ class PreparedRun:
     first: int
     """Steps that are done already."""
     steps: int
+    clock: StepClock
+    """Of its steps."""
     validation: Sequence[Batch] = ()
     """This rank's micro-batches of the rows it is validated on; as many as every other rank's."""
     validation_rows: int = 0
     """How many rows these are, over all ranks."""
     validations: tuple[tuple[int, float], ...] = ()
     """The validations of the steps that are done: each one's step, and what validations are compared by."""
-
-    @functools.cached_property
-    def teacher_clock(self) -> DeviceClock:
-        """How long the steps have had the teacher's signals made, or waited for them."""
-        return DeviceClock(self.engine.device)
 
     def taken(self, step: int) -> dict[str, int]:
         """How many rows (packed: sequences) of each source the steps up to this one were trained on; empty with a single source."""
@@ -105,7 +103,9 @@ class PreparedRun:
             numbered = enumerate(steps, start=self.first + 1)
             steps = announced(((batches, self._is_end(step)) for step, batches in numbered), self.teacher.expect)
         stream = self.source.stream
-        return steps if stream is None else stream.followed(steps)
+        steps = steps if stream is None else stream.followed(steps)
+        count, file = self.job.train.profile_steps, f"rank-{self.engine.global_rank}.json.gz"
+        return traced(steps, count, self.job.folder / "traces" / file) if count else steps
 
     def _is_end(self, step: int) -> bool:
         """Whether the next step's batches are to be asked for only when this step (from 1) is done."""
@@ -182,7 +182,9 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
     if job.recipe.measures_map and not job.makes_teacher:
         job = nearest.settled(world, job, source.rows, resuming=resume is not None)
     module = build.load_student(job, ds_config, build.teacher_width(job), build.rows_of_all_ranks(world, job))
-    teacher = cached or (build.load_teacher(world, job) if job.teacher is not None else None)
+    clock = StepClock(world.device)
+    clock.around(module.loss_head, "head")
+    teacher = cached or (build.load_teacher(world, job, clock=clock) if job.teacher is not None else None)
     student = engine(
         module,
         ds_config,
@@ -217,6 +219,7 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
         rate,
         done[0],
         steps,
+        clock,
         validation,
         held_out,
         done[1],

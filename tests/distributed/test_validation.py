@@ -110,6 +110,14 @@ def test_invariant_11_on_one_rank(forgetful: Path, world: Any, tmp_path: Path) -
     same_to_the_bit(*(tmp_path / f"zero3_zero3_redrawn_stones_{name}" for name in ("looking", "not")))
 
 
+def test_a_pipelines_time_on_the_wire_is_a_part_of_its_own(two_ranks: Path) -> None:
+    parts = {
+        name: json.loads((two_ranks / f"{name}_not" / "summary.json").read_text())["seconds_by_part"] for name in PLACES
+    }
+    assert {name for name in PLACES if parts[name].get("wire", 0.0) > 0} == {"zero3_pipeline_sampled_packed"}
+    assert all(of_run["teacher"] > 0 for of_run in parts.values())
+
+
 def test_placements_agree_on_every_number(two_ranks: Path) -> None:
     """The students differ by rounding alone, and so does what is measured of them."""
     first, cached = (logged(two_ranks / f"{name}_looking") for name in ("zero0_replicated", "zero2_cached"))

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from llmkd.training.metrics import WARM_UP, StepClock
+from llmkd.distributed.clocks import WARM_UP, StepClock
 
 pytestmark = pytest.mark.gpu
 

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -383,8 +384,9 @@ def test_each_pairs_distances_and_projector_are_counted(recipe: Recipe) -> None:
     assert rows[0].bytes == tokens * size * 3 * wide.hidden
     projectors = make_projectors(3, 24, 32, bias=False, seed=0, without=changed.matching.unprojected(3))
     assert projectors is not None and sum(p.numel() for p in projectors.parameters()) == 2 * 24 * 32
-    assert memory.projected_parameters(changed, narrow, wide, pairs) == 2 * narrow.hidden * wide.hidden
-    assert memory.projected_parameters(changed, wide, wide, pairs) == 0
+    placed: Any = SimpleNamespace(recipe=changed, pairs=pairs, stones=())
+    assert memory.projected_parameters(placed, narrow, wide) == 2 * narrow.hidden * wide.hidden
+    assert memory.projected_parameters(placed, wide, wide) == 0
 
 
 def test_a_pipeline_of_qwen3_8b_sends_a_tenth_of_zero3_s_bytes_at_most() -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from llmkd.data.batches import Counts
+from llmkd.distributed import clocks
 from llmkd.losses.objective import PARTS, Change, Divisors, Weights, weights_of_step
 from llmkd.student.passes import PassResult, StepSettings, StoneSettings, StoneSums, StoneWeights
-from llmkd.training import journal, metrics
-from llmkd.training.metrics import WARM_UP, Meter, Moving, StepClock, StoneMeter
+from llmkd.training import journal
+from llmkd.training.metrics import Meter, Moving, StoneMeter
 from tests.passes import step_settings
 
 
@@ -26,6 +27,12 @@ def _halves(*sums: float) -> list[PassResult]:
     return [PassResult(torch.zeros(()), part * torch.tensor(sums)) for part in (0.25, 0.75)]
 
 
+def _add(meter: Meter, settings: StepSettings, results: list[PassResult]) -> None:
+    """A step of these results."""
+    for _ in meter.clock.timed([0]):
+        meter.add(settings, results)
+
+
 def test_an_interval_whose_weights_move(world: Any) -> None:
     """loss is the weighted sum of each step's own sums; a part's mean leaves out the steps in which it was not worked out."""
     start = Weights(ce=1.0, kl=2.0, hidden=3.0, kl_positions="trained", hidden_positions="trained", pairs=(1.0, 0.5))
@@ -34,7 +41,7 @@ def test_an_interval_whose_weights_move(world: Any) -> None:
     for step, (kl, kl_weight, hidden_weight) in enumerate([(8.0, 2.0, 3.0), (4.0, 1.0, 4.0), (0.0, 0.0, 5.0)]):
         weights = weights_of_step(start, changes, step, 3)
         assert (weights.ce, weights.kl, weights.hidden) == (1.0, kl_weight, hidden_weight)
-        meter.add(_settings(weights, Divisors(ce=2, kl=2, hidden=4)), _halves(6.0, kl, 2.0, 12.0))
+        _add(meter, _settings(weights, Divisors(ce=2, kl=2, hidden=4)), _halves(6.0, kl, 2.0, 12.0))
     interval = meter.flush(Moving(), learning_rate=0.1, grad_norm=2.0)
     hidden = 2.0 + 0.5 * 12
     assert interval.ce == pytest.approx(18 / 6) and interval.kl == pytest.approx(12 / 4)
@@ -47,7 +54,7 @@ def test_weights_that_stand_give_the_weighted_sum_of_the_means(world: Any) -> No
     weights = Weights(ce=0.5, kl=2.0, hidden=3.0, kl_positions="trained", hidden_positions="trained")
     meter = Meter(world, weights, ["0<1"])
     for scale in (1.0, 3.0):
-        meter.add(_settings(weights, Divisors(2, 3, 4)), _halves(scale, 2 * scale, 3 * scale))
+        _add(meter, _settings(weights, Divisors(2, 3, 4)), _halves(scale, 2 * scale, 3 * scale))
     interval = meter.flush(Moving(), learning_rate=0.1, grad_norm=2.0)
     assert interval.ce is not None and interval.kl is not None and interval.hidden is not None
     assert interval.loss == pytest.approx(0.5 * interval.ce + 2 * interval.kl + 3 * interval.hidden)
@@ -71,7 +78,7 @@ def test_what_is_not_in_the_loss_does_not_look_like_it(
     meter = Meter(world, weights, pairs)
     settings = _settings(weights, Divisors(1, 1, 1), scales=(ce, kl, hidden), report_norms=True)
     squares = torch.ones(2 + len(pairs))
-    meter.add(settings, [PassResult(torch.zeros(()), torch.tensor(sums), squares)])
+    _add(meter, settings, [PassResult(torch.zeros(()), torch.tensor(sums), squares)])
     interval = meter.flush(Moving(), learning_rate=0.1, grad_norm=2.0)
     values = interval.values()
     computed = {part: value for part, value in values.items() if part in PARTS}
@@ -99,7 +106,7 @@ def test_norms_are_the_roots_of_the_last_steps_squares_and_named(world: Any) -> 
             squares=squares if report else None,
             stones=StoneSums(torch.ones(3, 3).double(), of_stones if report else None),
         )
-        meter.add(settings, [result, result])
+        _add(meter, settings, [result, result])
         values = meter.flush(Moving(weights={"ce": 0.5}), learning_rate=0.1, grad_norm=2.0).values()
         assert ("norms" in values) == report and values["weights"] == {"ce": 0.5} and "temperature" not in values
         if report:
@@ -115,96 +122,23 @@ def test_norms_are_the_roots_of_the_last_steps_squares_and_named(world: Any) -> 
             }
 
 
-class _Time:
-    """A clock that is moved by hand."""
-
-    def __init__(self) -> None:
-        self.wall = self.cpu = 100.0
-
-    def perf_counter(self) -> float:
-        return self.wall
-
-    def process_time(self) -> float:
-        return self.cpu
-
-
-@pytest.fixture
-def now(monkeypatch: pytest.MonkeyPatch) -> _Time:
-    time = _Time()
-    monkeypatch.setattr(metrics, "time", time)
-    return time
-
-
-def _run(clock: StepClock, now: _Time, steps: list[tuple[float, float, float]]) -> None:
-    """Steps of (seconds of waiting for rows, seconds of work, seconds of what comes after it); half of the work is on the CPU."""
-
-    def rows() -> Iterator[tuple[float, float]]:
-        for waiting, work, after in steps:
-            now.wall += waiting
-            yield work, after
-
-    for work, after in clock.timed(rows()):
-        now.wall += work
-        now.cpu += work / 2
-        clock.end()
-        now.wall += after
-        now.cpu += after
-
-
-def test_a_steps_time_is_its_own(now: _Time) -> None:
-    """Waiting for rows is a part of it; validation, logs and saving are not."""
-    clock = StepClock(torch.device("cpu"))
-    now.wall += 50  # what is prepared before the first step
-    _run(clock, now, [(0.25, 1.0, 30.0), (0.0, 2.0, 0.0)])
-    assert clock.read() == 3.25
-    _run(clock, now, [(0.0, 4.0, 9.0)])
-    assert clock.read() == 4.0  # since the last call
-
-
-def test_a_runs_cost_is_the_median_step_after_the_first_ones(now: _Time) -> None:
-    clock = StepClock(torch.device("cpu"))
-    _run(clock, now, [(0.0, 60.0, 0.0)] * WARM_UP)
-    clock.read()
-    assert clock.cost() is None
-    _run(clock, now, [(0.0, work, 5.0) for work in (1.0, 2.0, 3.0, 4.0, 500.0)])
-    clock.read()
-    assert clock.cost() == {
-        "steps": 5,
-        "median_seconds": 3.0,
-        "quartiles": [2.0, 4.0],
-        "cpu_seconds": 1.5,
-        "cpu_quartiles": [1.0, 2.0],
-    }
-
-
-def test_an_intervals_rate_is_that_of_its_steps(world: Any, now: _Time) -> None:
+def test_an_intervals_rate_is_that_of_its_steps(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its log line tells the parts of a step that are not next to nothing."""
+    now = 100.0
+    monkeypatch.setattr(clocks, "time", SimpleNamespace(perf_counter=lambda: now, process_time=lambda: now))
     weights = Weights(ce=1.0, kl=1.0, hidden=1.0, kl_positions="trained", hidden_positions="trained")
     meter = Meter(world, weights, ["0<1"])
     settings = _settings(weights, Divisors(2, 3, 4))
     for _ in meter.clock.timed(range(2)):
-        now.wall += 2.0
+        now += 0.005
+        meter.clock.part("teacher")
+        now += 0.495
+        meter.clock.part("backward")
+        now += 1.5
         meter.add(settings, _halves(1.0, 2.0, 3.0))
-        now.wall += 60.0  # it validates
+        now += 60.0  # it validates
     interval = meter.flush(Moving(), learning_rate=0.1, grad_norm=2.0)
-    assert interval.seconds_per_step == 2.0
-    assert interval.tokens_per_second == 2 * settings.counts.tokens / 4.0
-
-
-def test_what_is_no_steps_own_is_not_timed(now: _Time) -> None:
-    """Texts that are written before a step are not; waiting for rows is, in front of the other steps."""
-    apart = 0.0
-
-    def rows() -> Iterator[int]:
-        nonlocal apart
-        for number in range(4):
-            now.wall += 0.25
-            if number % 2:
-                now.wall += 100
-                apart += 100
-            yield number
-
-    clock = StepClock(torch.device("cpu"))
-    for _ in clock.timed(rows(), lambda: apart):
-        now.wall += 1
-        clock.end()
-    assert clock.read() == 2 * 1.25 + 2 * 1
+    assert interval.seconds_per_step == pytest.approx(2.0)
+    assert interval.seconds_by_part == pytest.approx({"data": 0.005, "teacher": 0.495, "backward": 1.5})
+    assert interval.tokens_per_second == pytest.approx(2 * settings.counts.tokens / 4.0)
+    assert journal.line(1, 2, interval).endswith(" GiB teacher:25% backward:75%")

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llmkd.data.batches import IGNORE, Batch, announced, collate
 from llmkd.data.other_families import collate_for
+from llmkd.distributed.clocks import WARM_UP
 from llmkd.errors import InputError
 from llmkd.models.load import load_tokenizer
 from llmkd.processes import Stopping
@@ -24,7 +25,6 @@ from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.train import train
 from llmkd.training import jobs, prepare, validation, write_cache
 from llmkd.training.journal import validation_line
-from llmkd.training.metrics import WARM_UP
 from llmkd.training.validation import Validated, Validator
 from llmkd.training.validation_rows import RunRows, held_out_count, run_rows, trained_count, validation_batches
 from tests.family_models import CLASSES, ENCODER_DECODERS, ENCODERS, family_recipe, new

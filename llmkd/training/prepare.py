@@ -211,18 +211,7 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
     done = (0, ()) if resume is None else (resume.step, resume.validations)
     held_out = 0 if data.validation is None else len(data.validation)
     return PreparedRun(
-        job,
-        student,
-        module,
-        teacher,
-        source,
-        rate,
-        done[0],
-        steps,
-        clock,
-        validation,
-        held_out,
-        done[1],
+        job, student, module, teacher, source, rate, done[0], steps, clock, validation, held_out, done[1]
     )
 
 

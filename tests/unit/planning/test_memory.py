@@ -53,7 +53,9 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
 
     monkeypatch.setattr(shapes, "hf_hub_download", unreachable)
     monkeypatch.setattr(shapes, "try_to_load_from_cache", lambda *args, **options: None)
-    return load_recipe("recipes/qwen3_8b_to_9_blocks.yaml").changed({"teacher.placement": "zero3"})
+    return load_recipe("recipes/qwen3_8b_to_9_blocks.yaml").changed(
+        {"teacher.placement": "zero3", "train.deepspeed": "zero3"}
+    )
 
 
 def row(rows: list[Row], what: str) -> Row:

@@ -63,6 +63,7 @@ def start(timeout_seconds: int = 1800) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
+        _let_segments_grow()
         torch.cuda.set_device(device)
     _share_cores()
     if not dist.is_initialized():
@@ -110,6 +111,13 @@ def print_mistake(sentence: str, patience_seconds: float = 3) -> None:
     except dist.DistError:  # the other side did not come here in time: the mistake is not a common one
         if rank != 0:
             print(sentence, file=sys.stderr, flush=True)
+
+
+def _let_segments_grow() -> None:
+    """Have PyTorch enlarge what it has of a GPU's memory in place of asking for more pieces, unless the user says how: micro-batches of
+    many lengths would leave gaps between the pieces. It is read when CUDA starts."""
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _share_cores() -> None:

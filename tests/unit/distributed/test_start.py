@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from llmkd.distributed import ranks
 from llmkd.distributed.ranks import LostRank, lost_rank, silent_ranks, start
 from tests.distributed.warm import forked
 
@@ -78,3 +80,17 @@ def test_a_rank_without_its_launchers_variables_is_refused(tmp_path: Path) -> No
     assert forked(MODULE, ["3"], tmp_path / "said", variables={"RANK": "0"}).wait(300) == 1
     said = (tmp_path / "said").read_text()
     assert "InputError: RANK is set and WORLD_SIZE and MASTER_ADDR and MASTER_PORT not: start with" in said
+
+
+@pytest.mark.parametrize("said", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_a_gpus_memory_is_one_that_grows_unless_the_user_says_how(
+    monkeypatch: pytest.MonkeyPatch, said: str | None
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if said is not None:
+        monkeypatch.setenv(said, "max_split_size_mb:64")
+    ranks._let_segments_grow()
+    found = {name: os.environ.pop(name, None) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")}
+    expected = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if said is None else {said: "max_split_size_mb:64"}
+    assert {name: value for name, value in found.items() if value is not None} == expected

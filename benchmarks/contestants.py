@@ -16,6 +16,7 @@ from benchmarks.shapes import Work
 from llmkd.distributed.engines import engine
 from llmkd.layer_map import Pairs, layer_map
 from llmkd.losses.divergences import DIVERGENCES
+from llmkd.models.parts import blocks
 
 STRATEGIES = ("none", "forward", "reverse", "all_to_one", "random")
 MATCHED = STRATEGIES[1:]
@@ -134,7 +135,15 @@ def share_engine(
 ) -> list[SharedEngine]:
     """Put the passes under one engine. The learning rate is 0, so that every step's loss can be checked against the first's."""
     module = Passes(student, {name: passing for name, (_, passing) in passes.items()})
-    made = engine(module, ds_config, learning_rate=0.0, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0)
+    made = engine(
+        module,
+        ds_config,
+        blocks=blocks(student),
+        learning_rate=0.0,
+        betas=(0.9, 0.999),
+        epsilon=1e-8,
+        weight_decay=0.0,
+    )
     made.train()
     return [SharedEngine(name, terms, passing, made, teacher) for name, (terms, passing) in passes.items()]
 

@@ -134,22 +134,18 @@ def zero_stage(config: DsConfig) -> int:
     return 0 if stage == AUTO else int(stage)
 
 
-def teacher_ds_config(
-    micro_batch: int, dtype: str, offload: str, *, block: int, parameter: int, nvme_path: str = ""
-) -> DsConfig:
-    """ZeRO-3 for a frozen teacher: parameters only, and never more of them gathered than one block, or its embeddings alone.
+def teacher_ds_config(micro_batch: int, dtype: str, offload: str, *, block: int, nvme_path: str = "") -> DsConfig:
+    """ZeRO-3 for a frozen teacher: parameters only, and never more of them gathered than two blocks, or its embeddings alone.
 
-    `block` and `parameter`: weights of the largest block and of the largest parameter in one. DeepSpeed gathers a module's parameters
-    before it runs, lets them go after, and meanwhile fetches ahead until as many are there as `stage3_max_live_parameters` says,
-    which the last one fetched may exceed; so the limit is a block less its largest parameter. Its defaults (1e9 live, 5e7 ahead)
-    would hold a whole 1B teacher on every rank.
+    `block`: weights of the largest block. DeepSpeed gathers a block before it runs (`engines.gather_whole`), lets it go after, and
+    meanwhile fetches the next one, in one message. Beside embeddings that are smaller than two blocks it fetches a part of the first,
+    and may exceed `stage3_max_live_parameters` by a parameter. Its defaults (1e9 live, 5e7 ahead) would hold a whole 1B teacher.
     """
-    ahead = max(block - parameter, 1)
     zero: DsConfig = {
         "stage": 3,
-        "stage3_max_live_parameters": ahead,
+        "stage3_max_live_parameters": 2 * block,
         "stage3_max_reuse_distance": 0,
-        "stage3_prefetch_bucket_size": ahead,
+        "stage3_prefetch_bucket_size": block,
         "stage3_param_persistence_threshold": 0,
     }
     config: DsConfig = {

@@ -18,6 +18,7 @@ from llmkd.distributed.ranks import World, sum_counts
 
 # isort: split
 import deepspeed  # after llmkd.distributed.ranks, which sets the accelerator
+from deepspeed.utils import set_z3_leaf_module
 
 # With an engine DeepSpeed imports its Muon optimizer, of which nothing here is run; but for torch's variable, all of torch's compiler would
 # be imported for a function of it, which takes a sixth of the time of all imports.
@@ -52,12 +53,13 @@ def engine(
     module: nn.Module,
     config: DsConfig,
     *,
+    blocks: Iterable[nn.Module] = (),
     learning_rate: float,
     betas: tuple[float, float],
     epsilon: float,
     weight_decay: float,
 ) -> Any:
-    """A DeepSpeed engine that trains `module` with AdamW; vectors (norms, biases) do not decay."""
+    """A DeepSpeed engine that trains `module` with AdamW; vectors (norms, biases) do not decay. `blocks`: see `gather_whole`."""
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {
@@ -75,8 +77,24 @@ def engine(
         optimizer = torch.optim.AdamW(groups, fused=True, **options)
     if "nvme" in (config.get("zero_optimization", {}).get(f"offload_{part}", {}).get("device") for part in OFFLOADED):
         check_asynchronous_io("train.deepspeed")
+    gather_whole(blocks, config)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     return engine
+
+
+def gather_whole(blocks: Iterable[nn.Module], config: DsConfig) -> None:
+    """Have a ZeRO-3 engine of `config`, which is still to be made, gather each of these blocks at once, not linear map by linear map.
+
+    They become DeepSpeed's leaf modules: a block's gradients, too, are shared out together, when its backward pass is done. For that,
+    a gradient must come to its output, and its input must be a positional argument. Blocks of other packages than transformers may
+    not be called so, and weights that rest on NVMe come through a few buffers, one parameter each: these are gathered as before.
+    """
+    offloaded = config.get("zero_optimization", {}).get("offload_param") or {}
+    if zero_stage(config) != 3 or offloaded.get("device") == "nvme":
+        return
+    for block in blocks:
+        if type(block).__module__.startswith("transformers."):
+            set_z3_leaf_module(block, True)
 
 
 def backward(engine: Any, loss: Tensor) -> None:
@@ -86,8 +104,9 @@ def backward(engine: Any, loss: Tensor) -> None:
     engine.backward(loss * 1, scale_wrt_gas=False)
 
 
-def frozen_engine(module: nn.Module, config: DsConfig) -> Any:
-    """A DeepSpeed engine that only runs `module` forward: shards, no optimizer, no gradients."""
+def frozen_engine(module: nn.Module, config: DsConfig, blocks: Iterable[nn.Module] = ()) -> Any:
+    """A DeepSpeed engine that only runs `module` forward: shards, no optimizer, no gradients. `blocks`: see `gather_whole`."""
+    gather_whole(blocks, config)
     engine, *_ = deepspeed.initialize(model=module.requires_grad_(False), config=config)
     engine.eval()
     return engine

@@ -103,15 +103,17 @@ class PlannedTeacher:
 
 
 def weight_rows(teacher: PlannedTeacher) -> list[Row]:
-    """The weights of a teacher that a rank runs whole, or gathers block by block, and the states it hands to the student."""
+    """The weights of a teacher that a rank runs whole, or gathers a block ahead, and the states it hands to the student."""
     settings, size, shape = teacher.recipe.teacher, teacher.size, teacher.run()
     if settings.placed.is_sharded:
         shard = -(-shape.parameters // teacher.ranks)
         how = f"{millions(shape.parameters)} / {teacher.ranks} ranks x {size} B"
         place = OFFLOADED[settings.offload]
         rows = [Row("teacher weights, shard", shard * size, how, place=place, part="teacher weights")]
-        gathered = max(shape.largest_block, shape.embedding)
-        how = f"the larger of embeddings ({millions(shape.embedding)}) and one block ({millions(shape.largest_block)}), x {size} B"
+        blocks = min(shape.depth, 1 if settings.offload == "nvme" else 2)  # from a drive none is fetched ahead
+        gathered = max(blocks * shape.largest_block, shape.embedding)
+        which = f"{blocks} block{'s'[: blocks - 1]} (of {millions(shape.largest_block)})"
+        how = f"the larger of embeddings ({millions(shape.embedding)}) and {which}, x {size} B"
         rows.append(Row("teacher, gathered", gathered * size, how, FORWARD))
         if shape.head:
             how = f"{millions(shape.head)} x {size} B"

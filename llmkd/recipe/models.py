@@ -71,7 +71,7 @@ class Teacher(Section):
     trust_remote_code: bool = False
     """Run the model repository's own Python code. Leave it off unless you trust its authors."""
     placement: PlacementName = "replicated"
-    """`replicated`: a whole teacher on each rank. `zero3`: sharded over the ranks, one block gathered at a time. `pipeline`: each rank
+    """`replicated`: a whole teacher on each rank. `zero3`: sharded over the ranks, gathered block by block. `pipeline`: each rank
     holds some blocks, and states are sent to the rank that owns the micro-batch. `cache`: no teacher is loaded; its states were written
     once by `llmkd cache` and are read from disk. [placements.md](placements.md) helps to choose."""
     stages: Annotated[int | None, NO_EFFECT] = Field(default=None, gt=0)

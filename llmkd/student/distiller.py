@@ -98,6 +98,9 @@ class Distiller(nn.Module):
         else:  # the head is not gathered either
             result = HeadResult.of_nothing(final.device, len(reported))
         loss, distances = result.loss, matching.distances
+        if not settings.runs_head:
+            # A block whose output gets no gradient would not be gathered for its backward pass under ZeRO-3: this is a gradient of zeros.
+            loss = loss + final[:, :0].float().sum()
         if distances:
             weights = settings.weights.of_pairs(len(distances))
             weighted = [distance * weight for distance, weight in zip(distances, weights, strict=True)]

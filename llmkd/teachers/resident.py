@@ -47,7 +47,7 @@ class ResidentTeacher:
         self.blocks = blocks(model)
         self._upper = UpperBlocks(model, stones, recompute=checkpointed) if stones else None
         body = Body(model)
-        self._body = body if ds_config is None else frozen_engine(body, ds_config)
+        self._body = body if ds_config is None else frozen_engine(body, ds_config, self.blocks)
         new: Callable[[], Any] = dict if offload_to is None else lambda: OffloadedStates(self._taken, offload_to)
         self._capture = Capture({}, new, lambda block: block in self._taken)
         for block in set(uses):

@@ -168,7 +168,6 @@ def _sharded_config(job: Job, part: PreTrainedConfig) -> DsConfig:
         settings.dtype,
         settings.offload,
         block=max(parameter_count(block) for block in stack),
-        parameter=max(parameter.numel() for parameter in stack.parameters()),
         nvme_path=str(job.folder / "nvme" / "teacher"),
     )
 

@@ -20,6 +20,7 @@ from llmkd.distributed.engines import engine
 from llmkd.distributed.ranks import World
 from llmkd.distributed.traces import traced
 from llmkd.errors import InputError
+from llmkd.models.parts import blocks
 from llmkd.processes import Stopping
 from llmkd.recipe.recipe import dump_recipe
 from llmkd.recipe.rollouts import check_written
@@ -188,6 +189,7 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
     student = engine(
         module,
         ds_config,
+        blocks=blocks(module.model),
         learning_rate=settings.learning_rate,
         betas=settings.betas,
         epsilon=settings.epsilon,

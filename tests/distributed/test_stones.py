@@ -307,11 +307,8 @@ def test_an_overwritten_weight_is_what_the_optimizer_goes_on_from(world: Any, st
 def test_a_sharded_teacher_lends_one_block_at_a_time(tiny: Path, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the stones' passes, forward and for the gradient; nothing stays gathered."""
     counted: Any = model_parts.blocks(models.without_weights(models.load_config(tiny / "teacher")))
-    block, largest = (
-        sum(p.numel() for p in counted[0].parameters()),
-        max(p.numel() for p in counted.parameters()),
-    )
-    ds = ds_configs.teacher_ds_config(2, "float32", "none", block=block, parameter=largest)
+    block = sum(p.numel() for p in counted[0].parameters())
+    ds = ds_configs.teacher_ds_config(2, "float32", "none", block=block)
     model: Any = models.load_causal_lm(tiny / "teacher", dtype=torch.float32, ds_config=ds, attention="sdpa")
     held: list[int] = []
     call = upper.functional_call

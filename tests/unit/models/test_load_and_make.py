@@ -529,7 +529,7 @@ def test_weights_that_do_not_fill_the_model_are_refused(
     """transformers would make up what is missing and warn."""
     folder = variant(folders("qwen3"), tmp_path / "model")
     expected = spoil(folder)
-    ds_config = teacher_ds_config(1, "float32", "none", block=1, parameter=1) if sharded else None
+    ds_config = teacher_ds_config(1, "float32", "none", block=1) if sharded else None
     with pytest.raises(InputError) as caught:
         load.load_causal_lm(folder, dtype=torch.float32, ds_config=ds_config, attention="sdpa")
     assert expected in str(caught.value)
@@ -577,7 +577,7 @@ def test_attention_that_the_model_or_the_machine_lacks(folders: Callable[[str], 
 def test_sharded_bf16_model_keeps_its_rotary_frequencies(folders: Callable[[str], Path], world: Any, kind: str) -> None:
     plain, sharded = (
         load.load_causal_lm(folders(kind), dtype=torch.bfloat16, ds_config=ds_config, attention="sdpa")
-        for ds_config in (None, teacher_ds_config(1, "bfloat16", "none", block=1, parameter=1))
+        for ds_config in (None, teacher_ds_config(1, "bfloat16", "none", block=1))
     )
     theirs = dict(plain.named_buffers())
     names = [name for name, _ in sharded.named_buffers() if name.endswith("inv_freq")]

@@ -7,6 +7,7 @@ step do not depend on the number of ranks or on accumulation.
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,13 +60,28 @@ class Counts(NamedTuple):
         return self.attended / max(self.source, 1)
 
 
+class Packed(NamedTuple):
+    """Where documents stand end to end in the rows of a batch [B, T]; a row's padding counts as one more of them."""
+
+    positions: Tensor  # [B, T], counted from 0 in each document
+    starts: Tensor  # [D + 1] int32, the flat position where each document begins, and the end of the last
+    longest: int  # the most tokens of a document
+
+    @staticmethod
+    def of(starts: Tensor, rows: int) -> Packed:
+        """Documents that begin there (a tensor on the CPU), in so many rows of one length."""
+        lengths = starts.diff()
+        positions = torch.arange(int(starts[-1])) - starts[:-1].long().repeat_interleave(lengths)
+        return Packed(positions.view(rows, -1), starts, int(lengths.max()))
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch. Positions are those of states: `targets[b, t]` is the token that position t must predict."""
 
     input_ids: Tensor  # [B, T]
     position_ids: Tensor  # [B, T], counted from 0 in each row (packed: in each document)
-    attention_mask: Tensor | None  # [B, T]; None when packed, where position_ids keep documents apart
+    attention_mask: Tensor | None  # [B, T]; None when packed
     targets: Tensor  # [B, T], IGNORE where the next token is not trained
     attended: Tensor  # [B, T] bool, False at padding
     trained_at: Tensor  # [N] flat positions with a target
@@ -76,6 +92,8 @@ class Batch:
     source_attended: Tensor | None = None  # [B, S] bool, False at padding
     source_at: Tensor | None = None  # [K] flat positions of the source that are not padding
     own: bool = False  # all rows are texts that the student wrote, where these have a divergence of their own
+    starts: Tensor | None = None  # see `packed`
+    longest: int = 0
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on the device."""
@@ -86,6 +104,11 @@ class Batch:
         """The same batch in memory from which a copy to a GPU goes on beside the host's work."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{k: v.pin_memory() for k, v in parts.items() if isinstance(v, Tensor)})
+
+    @property
+    def packed(self) -> Packed | None:
+        """Its documents; None where each row is one."""
+        return None if self.starts is None else Packed(self.position_ids, self.starts, self.longest)
 
     @property
     def counts(self) -> Counts:
@@ -131,14 +154,15 @@ def collate_sequences(
     """
     lengths = [[len(row["input_ids"]) for row in rows] for rows in sequences]
     used = torch.tensor([sum(of_rows) for of_rows in lengths])
-    positions = [[*map(np.arange, of_rows), np.arange(width - sum(of_rows))] for of_rows in lengths]
+    documents = [n for of_rows in lengths for n in (*of_rows, width - sum(of_rows)) if n]
+    packed = Packed.of(torch.tensor([0, *itertools.accumulate(documents)], dtype=torch.int32), len(sequences))
     ids, targets = (
         torch.from_numpy(np.stack([_filled([part(row) for row in rows], width, fill) for rows in sequences]))
         for part, fill in ((operator.itemgetter("input_ids"), pad_id), (_targets, IGNORE))
     )
     batch = padded_batch(ids, torch.arange(width)[None] < used[:, None], targets, numbers)
-    position_ids = torch.from_numpy(np.stack([np.concatenate(parts) for parts in positions]))
-    return replace(batch, position_ids=position_ids, attention_mask=None)
+    where = {"position_ids": packed.positions, "starts": packed.starts, "longest": packed.longest}
+    return replace(batch, **where, attention_mask=None)
 
 
 def _targets(row: TokenRow) -> np.ndarray:

@@ -23,6 +23,7 @@ from transformers.initialization import no_init_weights
 from llmkd.distributed.ds_configs import DsConfig
 from llmkd.distributed.engines import sharded_construction
 from llmkd.errors import InputError, first_line, reason
+from llmkd.models import varlen
 from llmkd.models.families import (
     AUTO_CLASSES,
     by_stack,
@@ -153,22 +154,19 @@ def check_copied_config(
 
 
 def attention_implementation(setting: str, dtype: torch.dtype, config: PreTrainedConfig) -> tuple[str, str]:
-    """(name for transformers, why): flash_attention_2 when it is installed, there is a GPU and the model is in half precision; else sdpa,
-    or eager for a model that lacks it (GPT-OSS)."""
+    """(name for transformers, why): under `auto` varlen (llmkd.models.varlen) where the model can have it; else flash_attention_2 where it
+    is installed, there is a GPU and the model is in half precision; else sdpa, or eager for a model that lacks it (GPT-OSS)."""
     if setting != "auto":
         return setting, "as the recipe says"
     of = model_class(config)
+    lacking = "the model's code is its folder's own" if of is None else varlen.lacking(config, dtype)
+    if lacking is None:
+        return varlen.NAME, "packed rows need no mask"
     if _flash_attention() and dtype != torch.float32 and getattr(of, "_supports_flash_attn", True):
         return "flash_attention_2", "flash-attn is installed and there is a GPU"
     if not getattr(of, "_supports_sdpa", True):
         return "eager", f"transformers has no sdpa for a {config.model_type!r} model"
-    if not _flash_attention():
-        return "sdpa", "no GPU" if not torch.cuda.is_available() else "flash-attn is not installed"
-    return "sdpa", (
-        "flash-attn does not compute in float32"
-        if dtype == torch.float32
-        else f"transformers has no flash-attn for a {config.model_type!r} model"
-    )
+    return "sdpa", f"no varlen: {lacking}"
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:

@@ -41,6 +41,8 @@ class ModelType:
     kind: Kind = "decoder"
     packs: bool = False
     """It keeps packed documents apart by their position ids."""
+    varlen: bool = False
+    """Its attention can be `varlen` (llmkd.models.varlen): what the model is given of the documents reaches its attention."""
     takes_masks: bool = False
     """It takes ready masks, one for each kind of its blocks."""
     has_stages: bool = False
@@ -104,7 +106,7 @@ def _t5_tail(model: Any) -> list[Step]:
     return [model.decoder.final_layer_norm, model.decoder.dropout, functools.partial(scaled, model)]
 
 
-_LLAMA = ModelType(packs=True, has_stages=True, ends=("model.norm",))
+_LLAMA = ModelType(packs=True, varlen=True, has_stages=True, ends=("model.norm",))
 _ROBERTA = ModelType(
     kind="encoder",
     ends=("classifier.dense",),
@@ -147,8 +149,8 @@ MODEL_TYPES: dict[str, ModelType] = {
     ),
     "gemma": replace(_LLAMA, has_stages=False),
     "gemma3_text": replace(_LLAMA, has_stages=False),
-    "gpt2": ModelType(packs=True, ends=("transformer.ln_f",), starts={"transformer.wpe": Nothing}),
-    "gpt_neox": ModelType(packs=True, ends=("gpt_neox.final_layer_norm",)),
+    "gpt2": ModelType(packs=True, varlen=True, ends=("transformer.ln_f",), starts={"transformer.wpe": Nothing}),
+    "gpt_neox": ModelType(packs=True, varlen=True, ends=("gpt_neox.final_layer_norm",)),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "mt5": _T5,
@@ -158,14 +160,14 @@ MODEL_TYPES: dict[str, ModelType] = {
         starts={"model.decoder.embed_positions": Nothing, "model.decoder.project_in": lambda: None},
         widths={"intermediate_size": ("ffn_dim",)},
     ),
-    "phi": ModelType(packs=True, ends=("model.final_layernorm",)),
+    "phi": ModelType(packs=True, varlen=True, ends=("model.final_layernorm",)),
     "phi3": _LLAMA,
     "qwen2": replace(_LLAMA, takes_masks=True),
     "qwen3": replace(_LLAMA, takes_masks=True),
     "qwen3_moe": replace(_LLAMA, has_stages=False),
     "roberta": _ROBERTA,
     "smollm3": replace(_LLAMA, takes_masks=True),
-    "stablelm": _LLAMA,
+    "stablelm": replace(_LLAMA, varlen=False),
     "t5": _T5,
     "xlm-roberta": _ROBERTA,
 }

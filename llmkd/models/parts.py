@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmkd.data.batches import Batch, Kind
+from llmkd.data.batches import Batch, Kind, Packed
 from llmkd.errors import InputError
 from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING
+from llmkd.models import varlen
 from llmkd.models.families import check_logits, depths, kind, model_type
 from llmkd.models.model_types import scaled
 
@@ -196,18 +197,18 @@ class Body(nn.Module):
 
 
 def _run_decoder(model: PreTrainedModel, batch: Batch, opened: Tensor | None) -> Tensor:
-    options = decoder_options(model.config, batch.position_ids if batch.attention_mask is None else None)
-    return backbone(model)(**_read(batch, opened), **options).last_hidden_state
+    return backbone(model)(**_read(batch, opened), **decoder_options(model.config, batch.packed)).last_hidden_state
 
 
-def decoder_options(config: Any, packed_positions: Tensor | None) -> dict[str, Any]:
-    """What a decoder is given beside its tokens: packed rows their positions [B, T], padded ones (None) nothing.
+def decoder_options(config: Any, packed: Packed | None) -> dict[str, Any]:
+    """What a decoder is given beside its tokens: packed rows their documents, padded ones (None) nothing.
 
     Padding stands behind a row's tokens, and no token looks ahead: no mask is needed, and attention is at its fastest without one. Some
     models are told so, because they would look for packed rows in the positions, which waits for the device.
     """
-    if packed_positions is not None:
-        return {"position_ids": packed_positions, "use_cache": False}
+    if packed is not None:
+        apart = varlen.options(packed) if config._attn_implementation == varlen.NAME else {}
+        return {"position_ids": packed.positions, **apart, "use_cache": False}
     causal_by_itself = config._attn_implementation != "eager"  # eager attention hides what is ahead by a mask alone
     if causal_by_itself and model_type(config).takes_masks and set(config.layer_types) == {"full_attention"}:
         return {"attention_mask": {"full_attention": None}, "use_cache": False}

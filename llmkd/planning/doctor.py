@@ -18,7 +18,7 @@ from llmkd.data.batches import Family
 from llmkd.errors import InputError
 from llmkd.models.families import KIND_NAMES, kind
 from llmkd.models.folders import resolve
-from llmkd.models.load import load_config, load_tokenizer
+from llmkd.models.load import DTYPES, attention_implementation, load_config, load_tokenizer
 from llmkd.models.stored import read_config
 from llmkd.models.vocabularies import check_same_tokens
 from llmkd.planning.data import Finding, data_findings, tokenized, validated
@@ -60,7 +60,7 @@ def examine(recipe: Recipe, rows: int = 2) -> tuple[list[Finding], dict[str, str
         )
     ) is not None:
         findings.append(Finding("note", written))
-    findings += _machine(recipe)
+    findings += [*_masked(recipe, teacher), *_machine(recipe)]
     shown = {
         f"{name} row {number}" if recipe.data.sources else f"row {number}": marked(source.tokens[number], tokenizer)
         for name, source in zip(recipe.data.names, sources, strict=True)
@@ -124,6 +124,23 @@ def _student(recipe: Recipe, teacher: Path, tokenizer: Any) -> tuple[list[Findin
     return [*findings, *_ends(folder, their_tokenizer, "student")], their_tokenizer, further
 
 
+def _masked(recipe: Recipe, teacher: Any) -> list[Finding]:
+    """Whether packed rows are attended under masks, by the teacher (its configuration is given) or the student."""
+    if recipe.data.batching != "packed":
+        return []
+    student = student_shape(recipe, teacher)[0]
+    found = []
+    for who, shape, section, dtype in (
+        ("teacher", teacher, recipe.teacher, recipe.teacher.dtype),
+        ("student", student, recipe.student, recipe.train.dtype),
+    ):
+        attention, why = attention_implementation(section.attention, DTYPES[dtype], shape)
+        if attention in ("sdpa", "eager"):
+            text = f"{who}: attention to packed rows is computed over the whole sequence, masked ({attention}: {why})"
+            found.append(Finding("note", text))
+    return found
+
+
 def _machine(recipe: Recipe) -> list[Finding]:
     """This machine, its packages, and what the recipe needs that is not installed."""
     here = provenance.hardware()
@@ -133,9 +150,6 @@ def _machine(recipe: Recipe) -> list[Finding]:
         Finding("ok", f"machine: {here['cpu']}, {here['cores']} cores, {here['memory_gib']} GiB, {gpus}"),
         Finding("ok", "installed: " + ", ".join(f"{name} {number}" for name, number in packages.items())),
     ]
-    if here["gpus"] and "flash-attn" not in packages and recipe.data.batching == "packed":
-        text = "packed rows without flash-attn: attention is computed over the whole pack, masked"
-        findings.append(Finding("note", text))
     if "offload" in recipe.train.deepspeed and shutil.which("c++") is None:
         text = "an offloaded optimizer is compiled on first use: install a C++ compiler (g++)"
         findings.append(Finding("warning", text))

@@ -201,6 +201,6 @@ def pipeline_traffic(teacher: PlannedTeacher) -> tuple[int, str]:
     """States from stage to stage and to the micro-batch's owner, and the inputs that every member gets."""
     shape, parts, sent = teacher.pipeline()
     states = states_per_item(sent, len(parts))
-    announced = ANNOUNCED_BYTES * (2 if teacher.recipe.data.batching == "packed" else 1) * (len(parts) - 1)
+    announced = ANNOUNCED_BYTES * (len(parts) - 1)
     note = f"{states:g} states per micro-batch, {len(parts)} stages"
     return round(teacher.rounds * teacher.tokens * (states * shape.hidden * teacher.size + announced)), note

@@ -83,8 +83,8 @@ class Teacher(Section):
     dtype: Dtype = "bfloat16"
     """The teacher's dtype."""
     attention: Attention = "auto"
-    """The teacher's attention implementation; `auto`: flash_attention_2 where it is installed, there is a GPU and the model is in half
-    precision, else sdpa or eager."""
+    """The teacher's attention implementation; `auto`: varlen, which keeps packed rows apart without a mask, where the model and the GPU
+    can have it; else flash_attention_2 where it is installed, there is a GPU and the model is in half precision; else sdpa or eager."""
     offload_states: Annotated[bool, NO_EFFECT] = False
     """Keep the teacher's states in pinned host memory until the student's block needs them; useful where that is late (strategy
     `reverse`: the student's first block takes the teacher's last state)."""

@@ -11,12 +11,12 @@ import contextlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from llmkd.data.batches import Batch
+from llmkd.data.batches import Batch, Packed
 from llmkd.distributed.clocks import StepClock
 from llmkd.distributed.pipeline_group import PendingTransfer, PipelineGroup
 from llmkd.layer_map import EMBEDDING, OtherState, State
@@ -28,7 +28,7 @@ TICKS_IN_FLIGHT = 1
 """Ticks whose sends may still be under way while a stage goes on; those of older ticks are waited for and their tensors released."""
 
 ANNOUNCED_BYTES = 4
-"""Per token: its id in 32 bits; in packed rows as many for its position."""
+"""Per token: its id in 32 bits. Packed rows add as many for each document."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,25 @@ class Inputs:
     """What a stage needs of a micro-batch, small enough to be sent to all members."""
 
     input_ids: Tensor  # [B, T] int32
-    # [B, T] int32, of packed rows; others count from 0 and need no mask (`parts.final_state`)
-    position_ids: Tensor | None
+    starts: Tensor | None  # of packed rows, as `Packed.starts`
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.input_ids, self.position_ids) if t is not None)
+        return self.input_ids.nbytes + (0 if self.starts is None else self.starts.nbytes)
 
-    def on(self, device: torch.device) -> Inputs:
+    def on(self, device: torch.device) -> Entering:
         """The same on the device; the copy to a GPU goes on while the host does."""
-        positions = self.position_ids
-        return Inputs(_on(self.input_ids, device), None if positions is None else _on(positions, device))
+        if self.starts is None:
+            return Entering(_on(self.input_ids, device), None)
+        positions, starts, longest = Packed.of(self.starts, len(self.input_ids))
+        return Entering(_on(self.input_ids, device), Packed(_on(positions, device), _on(starts, device), longest))
+
+
+class Entering(NamedTuple):
+    """What a stage reads of a micro-batch, on its device."""
+
+    input_ids: Tensor  # [B, T] int32
+    packed: Packed | None
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ class PipelineTeacher:
         if EMBEDDING in self._here:
             modules[EMBEDDING] = self._body.embed_tokens
         self._capture: Any = Capture(modules, dict)
-        self._inputs: dict[int, Inputs] = {}  # by item, as long as this member needs them
+        self._inputs: dict[int, Entering] = {}  # by item, as long as this member needs them
         self._rounds, self._clock = 0, clock
         self._turns: deque[Turn] = deque()  # announced and not yet finished
         self._tick = 0
@@ -194,13 +202,12 @@ class PipelineTeacher:
             entering = {"inputs_embeds": self._arrived(self._arriving[item].pop(OtherState.NEXT))}
             if not self._arriving[item]:
                 del self._arriving[item]
-        positions = None if inputs.position_ids is None else inputs.position_ids.long()
-        output = self._body(**entering, **decoder_options(self._body.config, positions)).last_hidden_state
+        output = self._body(**entering, **decoder_options(self._body.config, inputs.packed)).last_hidden_state
         states = self._capture.collect()
         states[OtherState.FINAL if me == self._group.size - 1 else OtherState.NEXT] = output
         return states
 
-    def _empty_state(self, inputs: Inputs) -> Tensor:
+    def _empty_state(self, inputs: Entering) -> Tensor:
         """An empty state [B, T, H] to receive into."""
         return torch.empty(*inputs.input_ids.shape, self._width, dtype=self._dtype, device=self._device)
 
@@ -219,9 +226,7 @@ class PipelineTeacher:
 
 
 def _inputs(batch: Batch) -> Inputs:
-    packed = batch.attention_mask is None
-    positions = batch.position_ids.to("cpu", torch.int32) if packed else None
-    return Inputs(batch.input_ids.to("cpu", torch.int32), positions)
+    return Inputs(batch.input_ids.to("cpu", torch.int32), None if batch.starts is None else batch.starts.cpu())
 
 
 def _on(tensor: Tensor, device: torch.device) -> Tensor:

@@ -539,12 +539,18 @@ def test_attention_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIGS["qwen3"]()
     assert load.attention_implementation("eager", torch.bfloat16, config) == ("eager", "as the recipe says")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert load.attention_implementation("auto", torch.bfloat16, config) == ("sdpa", "no GPU")
+    assert load.attention_implementation("auto", torch.float32, config) == ("varlen", "packed rows need no mask")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert load.attention_implementation("auto", torch.bfloat16, config) == ("sdpa", "flash-attn is not installed")
+    why = "no varlen: this GPU is older than compute capability 8.0"
+    assert load.attention_implementation("auto", torch.bfloat16, config) == ("sdpa", why)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert load.attention_implementation("auto", torch.bfloat16, config)[0] == "flash_attention_2"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert load.attention_implementation("auto", torch.bfloat16, config)[0] == "varlen"
+    why = "no varlen: FlashAttention does not compute in float32"
+    assert load.attention_implementation("auto", torch.float32, config) == ("sdpa", why)
     bloom = hf.BloomConfig()
     assert load.attention_implementation("auto", torch.bfloat16, bloom) == (
         "eager",

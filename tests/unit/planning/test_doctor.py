@@ -310,6 +310,15 @@ def test_template_options_of_one_source_are_named_with_it(place: Path) -> None:
     assert warning.startswith("data (texts): data.template_options are for chats")
 
 
+def test_packed_rows_that_are_attended_under_masks_are_told(place: Path) -> None:
+    recipe = _mixture(place, **{"data.batching": "packed", "student.attention": "sdpa"})
+    found = [what for what in _said(recipe, "note") if "masked" in what]
+    assert found == [
+        "student: attention to packed rows is computed over the whole sequence, masked (sdpa: as the recipe says)"
+    ]
+    assert not any("masked" in what for what in _said(recipe.changed({"data.batching": "grouped"}), "note"))
+
+
 def test_how_full_packed_sequences_are_is_what_a_run_says(
     place: Path, world: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -36,7 +36,7 @@ def _rows(*lengths: int) -> list[dict[str, Any]]:
 
 
 def _load(folder: Path, part: range) -> Any:
-    return stage.load_stage(folder, part, dtype=torch.float32, attention="sdpa", device=CPU)
+    return stage.load_stage(folder, part, dtype=torch.float32, attention="auto", device=CPU)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -45,12 +45,13 @@ def test_stages_one_after_the_other_are_the_whole_model(kind: str, tmp_path: Pat
     model = new(KINDS[kind]())
     model.save_pretrained(tmp_path)
     bodies = [_load(tmp_path, part) for part in (range(0, 1), range(1, 3), range(3, 4))]
+    model.set_attn_implementation(load.attention_implementation("auto", torch.float32, model.config)[0])
     states: dict[int, torch.Tensor] = {}
     for number, block in enumerate(parts.blocks(model)):
         block.register_forward_hook(lambda module, args, output, n=number: states.update({n: output_state(output)}))
     for packed in (False, True):
         batch = collate(_rows(5, 1, 9), pad_id=0, packed=packed)
-        common = dict(attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False)
+        common = parts.decoder_options(model.config, batch.packed)
         final = parts.backbone(model)(input_ids=batch.input_ids, **common).last_hidden_state
         state = bodies[0](input_ids=batch.input_ids, **common).last_hidden_state
         assert torch.equal(state, states[0])

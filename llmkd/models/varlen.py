@@ -6,6 +6,7 @@ by document. Rows that are not packed, and generation, are `sdpa` to it. Importi
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -78,14 +79,13 @@ def attention(
         )
     assert dropout == 0.0, "see `lacking`"
     window = None if sliding_window is None or sliding_window >= max_length_q else sliding_window
-    rows = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]  # [B * T, heads, size]
+    q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))  # [B * T, heads, size]
     if query.is_cuda:
-        flat = varlen_attn(
-            *rows, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
-            scale=scaling, window_size=(-1 if window is None else window - 1, 0), enable_gqa=True,
-        )  # fmt: skip
+        limits: Any = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        left = -1 if window is None else window - 1
+        flat: Any = varlen_attn(q, k, v, *limits, scale=scaling, window_size=(left, 0), enable_gqa=True)
     else:
-        flat = _one_by_one(*rows, cu_seq_lens_q, scaling, window)
+        flat = _one_by_one(q, k, v, cu_seq_lens_q, scaling, window)  # type: ignore[call-arg]
     return flat.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
@@ -94,10 +94,9 @@ def _one_by_one(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scaling: float | None, window: int | None
 ) -> Tensor:
     """Attention [N, heads, size] of each document by itself."""
-    begins = starts.tolist()
-    lengths = [end - begin for begin, end in zip(begins, begins[1:], strict=False)]
-    documents = zip(*(states.split(lengths) for states in (query, key, value)), strict=True)
-    return torch.cat([_of_document(*states, scaling, window) for states in documents])
+    lengths = [end - begin for begin, end in itertools.pairwise(starts.tolist())]
+    documents = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+    return torch.cat([_of_document(q, k, v, scaling, window) for q, k, v in documents])
 
 
 def _of_document(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:

@@ -158,6 +158,7 @@ def test_padded_rows_and_generation_are_sdpa() -> None:
     rows = [{"input_ids": list(range(2, 2 + n)), "trained": [True] * n} for n in (9, 4, 6)]
     batch = collate(rows, pad_id=0, packed=False)
     assert torch.equal(parts.final_state(ours, batch), parts.final_state(sdpa, batch))
+    assert batch.attention_mask is not None
     left = batch.attention_mask.flip(1)
     ids = batch.input_ids.flip(1)
     wrote = [

@@ -348,9 +348,12 @@ def plain_losses(
     kl = per_token.mean().float()
     hidden = []
     for number, (i, j) in enumerate(pairs):
-        ours = _state(student, s, i, recipe)
+        ours, theirs = _state(student, s, i, recipe), _state(teacher, t, j, recipe)
+        if recipe.matching.compare == "differences" and number:
+            ours = ours - _state(student, s, pairs[number - 1][0], recipe)
+            theirs = theirs - _state(teacher, t, pairs[number - 1][1], recipe)
         ours = ours if projectors is None else projectors[number](ours)
-        hidden.append((F.normalize(ours, dim=-1) - F.normalize(_state(teacher, t, j, recipe), dim=-1)).pow(2).sum(-1))
+        hidden.append((F.normalize(ours, dim=-1) - F.normalize(theirs, dim=-1)).pow(2).sum(-1))
     where = attended if recipe.matching.positions == "attended" else trained
     none = torch.zeros(())
     return {"ce": ce, "kl": kl, "hidden": torch.stack([h[where].mean() for h in hidden]).mean() if hidden else none}

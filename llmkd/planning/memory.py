@@ -190,6 +190,11 @@ def distance_rows(
     shown = "[B, T, H]" if matching.tokens is None else f"[{tokens}, H]"
     how = f"{through + beside} x {shown} x {size} B, of {len(pairs)} pairs"
     rows = [Row("gradients of the distances", widths * tokens * size, how, ("head", "backward"))]
+    if matching.compare == "differences":
+        whole = recipe.train.micro_batch_size * recipe.data.max_length
+        theirs = 2 * teacher.hidden * DTYPES[recipe.teacher.dtype].itemsize
+        how = "the teacher's state of the pair before, and both models' differences [B, T, H]"
+        rows.append(Row("differences of states", whole * (theirs + student.hidden * size), how, ("head",)))
     if of_set := max(sum(term.of_set for term in terms) for terms in sums):
         copies = SET_COPIES + (MIX_COPIES if of_set > 1 else 0)
         together = tokens * (ranks if matching.scope == "batch" else 1)

@@ -48,6 +48,9 @@ class Matching(Section):
     """`attended`: compare every token that is not padding. `trained`: only those whose next token is trained."""
     final_state: Literal["raw", "normed"] = "raw"
     """Compare the last blocks' outputs before (`raw`) or after (`normed`) the final norm; the layer-selection paper's Qwen3 code: after."""
+    compare: Literal["states", "differences"] = "states"
+    """`differences`: compare what each model has added to its state since the pair before, in place of the state. The first pair (of an
+    encoder-decoder that of either stack) has none before it: its states are compared; with `embedding: true` it is the embeddings'."""
     embedding: bool = False
     """Compare the embeddings' outputs too, as the layer-selection paper does for BERT, BART and T5, but not for Qwen3."""
     projector: Literal["if_needed", "always"] = "if_needed"
@@ -72,6 +75,10 @@ class Matching(Section):
         if self.projector == "always" and all(term.width_free for term in terms):
             raise ValueError(
                 f"matching.projector: {' and '.join(self.distances)} compares states as they are; add another distance, or leave it out"
+            )
+        if self.compare == "differences" and self.final_state == "normed":
+            raise ValueError(
+                "matching.final_state: a normed state less a raw one is nothing that blocks have added; write raw, or compare: states"
             )
         if self.pair_weights is not None and not (min(self.pair_weights, default=0) >= 0 and any(self.pair_weights)):
             raise ValueError(

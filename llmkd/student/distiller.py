@@ -31,7 +31,8 @@ class Distiller(nn.Module):
     """A student that computes its own losses from a batch and the teacher's signal. It keeps nothing from one pass to the next.
 
     student_blocks: the student block of each pair, EMBEDDING for the embeddings. `projectors`: for each pair a Linear(H_s -> H_t), or
-    nn.Identity where all its distances compare states of any widths. `tokens`: how many positions of a micro-batch each pair compares
+    nn.Identity where all its distances compare states of any widths. `differences`: compare what each pair's states add to those of the
+    pair before. `tokens`: how many positions of a micro-batch each pair compares
     (None: all). `all_rows`: gathers the rows of all ranks, where a set-level distance is over all of them. `chunk`, `compiled`: see
     `llmkd.losses.chunked_head.head_losses`.
     """
@@ -45,6 +46,7 @@ class Distiller(nn.Module):
         chunk: int,
         compiled: bool = False,
         projectors: nn.ModuleList | None = None,
+        differences: bool = False,
         tokens: int | None = None,
         all_rows: AllRows | None = None,
         stones: SteppingStones | None = None,
@@ -56,6 +58,7 @@ class Distiller(nn.Module):
         self.loss_head = LossHead(head(model), head_bias(model), chunk=chunk, compiled=compiled)
         self._student_blocks = list(student_blocks)
         self._sampling = Sampling(encoder_blocks(model), tokens, all_rows)
+        self._firsts = self._first_pairs() if differences else None
         stack = blocks(model)
         self._stone_blocks = {} if stones is None else {block: stack[block] for block, _ in stones.pairs}
         # A decoder's normed last state is its final state, which `forward` has anyway; hooks take the others.
@@ -123,12 +126,23 @@ class Distiller(nn.Module):
         assert not student_blocks or (signal is not None and student_blocks == self._student_blocks)
         places = self._sampling.places(batch, settings, micro_batch)
         self._matching = Matching(
-            signal, settings, places, all_rows=self._sampling.all_rows, projectors=self.projectors, tail=tail
+            signal,
+            settings,
+            places,
+            all_rows=self._sampling.all_rows,
+            projectors=self.projectors,
+            tail=tail,
+            firsts=self._firsts,
         )
         try:
             yield self._matching
         finally:
             self._matching = None
+
+    def _first_pairs(self) -> set[int]:
+        """The first pair of each stack."""
+        in_encoder = [block in self._sampling.source_blocks for block in self._student_blocks]
+        return {number for number, side in enumerate(in_encoder) if side not in in_encoder[:number]}
 
     def _match(self, block: int, state: Tensor) -> None:
         """Compare the state with the teacher's, for each pair of this block.
@@ -138,9 +152,10 @@ class Distiller(nn.Module):
         """
         for number, student_block in enumerate(self._student_blocks):
             if student_block == block:
-                projected = state if self.projectors is None else self.projectors[number](state)
+                compared = state if self._matching is None else self._matching.compared(number, state)
+                projected = compared if self.projectors is None else self.projectors[number](compared)
                 if self._matching is not None:
-                    self._matching.compare(number, state, projected)
+                    self._matching.compare(number, compared, projected)
 
 
 def _squares(tail: TailPass, final: Tensor, gradients: Sequence[Tensor | None], matching: Matching) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,16 +76,28 @@ class Matching:
         all_rows: AllRows | None,
         projectors: nn.ModuleList | None,
         tail: TailPass | None,
+        firsts: Collection[int] | None = None,
     ) -> None:
+        """`firsts`: where differences are compared, the pairs that have none before them."""
         self._signal, self._settings, self._places = signal, settings, places
         self._all_rows, self._projectors, self._tail = all_rows, projectors, tail
+        self._firsts = firsts
+        self._ours: Tensor | None = None  # of the pair before, where differences are compared
+        self._theirs: Tensor | None = None
         self._is_trained = torch.is_grad_enabled()
         self._sums: dict[int, Tensor] = {}
         self._squares: dict[int, Tensor] = {}
         self._squares_of_kinds: dict[Distance, Tensor] = {}
 
+    def compared(self, number: int, state: Tensor) -> Tensor:
+        """What is compared of a pair's state [B, T, H_s]: the state itself, or what it adds to that of the pair before."""
+        if self._firsts is None:
+            return state
+        before, self._ours = self._ours, state
+        return state if number in self._firsts or before is None else state - before
+
     def compare(self, number: int, state: Tensor, projected: Tensor) -> None:
-        """Compare a pair's state [B, T, H_s], and its projection, with the teacher's state, which is then released."""
+        """Compare what is `compared` of a pair [B, T, H_s], and its projection, with the teacher's, which is then released."""
         if not self._settings.pairs:  # nothing is compared in this pass
             return
         if self._is_trained and not torch.is_grad_enabled():
@@ -96,6 +108,9 @@ class Matching:
             )
         assert self._signal is not None
         theirs = self._signal.take(self._settings.pairs[number][1])
+        if self._firsts is not None:
+            before, self._theirs = self._theirs, theirs
+            theirs = theirs if number in self._firsts or before is None else theirs - before
         terms = self._settings.terms[number]
         self._sums[number] = self._distance(number, terms, theirs, state, projected) * self._places[number].weight
         if self._tail is not None:

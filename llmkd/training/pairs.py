@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -90,7 +91,24 @@ def through_stacks(recipe: Recipe, maps: Sequence[Pairs], encoders: tuple[int, i
         if recipe.matching.embedding and pairs:
             counted.append((embedding, embedding))
         counted += [(s + student, t + teacher) for s, t in pairs]
+        if recipe.matching.compare == "differences":
+            _check_differences(pairs)
     return tuple(counted)
+
+
+def _check_differences(pairs: Pairs) -> None:
+    """Raise InputError where blocks of a stack that are matched one after another have nothing between them."""
+    for before, pair in itertools.pairwise(pairs):
+        names = " and ".join(f"{student}<{teacher}" for student, teacher in (before, pair))
+        if before[0] >= pair[0]:
+            raise InputError(
+                f"matching.compare: differences lie between one student block and the next that is matched, and the pairs {names} do not "
+                "go upwards; write each student block once, in order, or compare: states"
+            )
+        if before[1] == pair[1]:
+            raise InputError(
+                f"matching.compare: from pair to pair of {names} the teacher's state stays the same; write states, or another strategy"
+            )
 
 
 def _checked_lists(recipe: Recipe, pairs: Pairs, encoders: tuple[int, int] | None = None) -> Pairs:

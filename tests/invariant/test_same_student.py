@@ -48,6 +48,13 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "matching.redraw_every": 2,
         "loss.divergence": {"forward_kl": 0.5, "reverse_kl": 0.5},
     },
+    "differences": {"matching.compare": "differences", "matching.embedding": True},
+    "differences_projected": {
+        "matching.compare": "differences",
+        "matching.strategy": "reverse",
+        "matching.projector": "always",
+        "matching.positions": "trained",
+    },
     # nothing is asked of the head, nor of the teacher's later blocks
     "hidden_only": {"matching.strategy": "all_to_one", "loss.ce": 0.0, "loss.kl": 0.0},
     "tied": {
@@ -77,6 +84,8 @@ ONE_RANK: dict[str, tuple[str, dict[str, Any]]] = {
     "akl_zero0": ("akl", {"train.deepspeed": "zero0"}),
     "hidden_only_zero2": ("hidden_only", {"train.deepspeed": "zero2"}),
     "projected": ("projected", {}),
+    "differences_checkpointed": ("differences", {"train.activation_checkpointing": True}),
+    "differences_projected_packed": ("differences_projected", {"data.batching": "packed", "train.micro_batch_size": 8}),
     "redrawn_zero2": ("redrawn", {"train.deepspeed": "zero2"}),
     "tied": ("tied", {}),
 }
@@ -96,6 +105,8 @@ TWO_RANKS: dict[str, tuple[str, dict[str, Any]]] = {
     "packed_accumulated": ("reverse_normed_all", {"data.batching": "packed", "train.micro_batch_size": 2}),
     "narrow_checkpointed": ("narrow_random", {"train.activation_checkpointing": True, "train.micro_batch_size": 2}),
     "logits_only": ("logits_only", {"teacher.placement": "zero3", "train.deepspeed": "zero2"}),
+    "differences": ("differences", {"teacher.placement": "zero3", "train.micro_batch_size": 2}),
+    "differences_projected": ("differences_projected", {"train.deepspeed": "zero2"}),
     "akl": ("akl", {"train.micro_batch_size": 2, "train.deepspeed": "zero2"}),
     "hidden_only": ("hidden_only", {"teacher.placement": "zero3"}),
     "tied": ("tied", {"teacher.placement": "zero3"}),

@@ -42,7 +42,11 @@ def _run(tiny: Path, folder: Path, mix: Any, report: bool = False, **changes: An
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     pairs = changes.pop("pairs", ((0, 4), (1, 1), (2, 5)))
     scales = changes.pop("scales", (1.0, 1.0, 3.0))
-    structure = {key: changes.pop(key) for key in ("projectors", "tokens", "all_rows", "normed_last") if key in changes}
+    structure = {
+        key: changes.pop(key)
+        for key in ("projectors", "tokens", "all_rows", "normed_last", "differences")
+        if key in changes
+    }
     module = distiller(student, pairs, **structure)
     distance = terms_of(mix) if isinstance(mix, dict) else mix
     settings = step_settings(pairs, scales, distance=distance, sample_seeds=(3,), report_norms=report, **changes)
@@ -258,3 +262,39 @@ def test_the_teachers_cross_entropy_is_measured_when_asked_for(tiny: Path, copie
         settings = step_settings((), kl_positions=kl_positions, temperature=3.0, teacher_ce=True)
         torch.testing.assert_close(module(batch, source.signals(batch), settings).teacher_ce, expected)
         assert module(batch, source.signals(batch), step_settings()).teacher_ce is None
+
+
+@pytest.mark.parametrize("mix", [{"mse": 1.0}, {"cosine": 1.0, "cka": 0.5}])
+def test_differences_are_what_lies_between_two_pairs(tiny: Path, copied: Path, mix: dict[str, float]) -> None:
+    """Against whole states in float64: sums, every gradient, and the norms, which are those of what is compared."""
+    pairs, scales = ((0, 4), (1, 1), (2, 5)), (0.0, 0.0, 1.0)
+    options: dict[str, Any] = dict(pairs=pairs, scales=scales, dtype=torch.float64, differences=True)
+    _, sums, grads, squares = _run(tiny, copied, mix, report=True, **options)
+
+    batch, student, teacher = _batch(), _load(copied).double(), _load(tiny / "teacher").double()
+    states: dict[str, dict[int, torch.Tensor]] = {"student": {}, "teacher": {}}
+    for name, model in (("student", student), ("teacher", teacher)):
+        for number, block in enumerate(parts.blocks(model)):
+            block.register_forward_hook(functools.partial(_hold, states[name], number))
+        model(input_ids=batch.input_ids, position_ids=batch.position_ids)
+    ours = [states["student"][0], *(states["student"][j] - states["student"][j - 1] for j in (1, 2))]
+    theirs = [states["teacher"][4], *(states["teacher"][i] - states["teacher"][h] for h, i in ((4, 1), (1, 5)))]
+    at = batch.attended_at
+    values = [plain(mix, o.flatten(0, 1)[at], t.detach().flatten(0, 1)[at]) for o, t in zip(ours, theirs, strict=True)]
+    torch.testing.assert_close(sums[2:], torch.stack(values).detach())
+    total = torch.stack(values).sum()
+    named = dict(student.named_parameters())
+    expected = torch.autograd.grad(total, [*named.values()], retain_graph=True, allow_unused=True)
+    for name, gradient in zip(named, expected, strict=True):
+        if gradient is not None and "lm_head" not in name:
+            torch.testing.assert_close(grads[f"model.{name}"], gradient)
+    for number, difference in enumerate(ours):
+        (slope,) = torch.autograd.grad(values[number], difference, retain_graph=True)
+        torch.testing.assert_close(squares[2 + number], slope.square().sum())
+
+
+def test_differences_of_a_model_from_itself_are_none(tiny: Path) -> None:
+    pairs = tuple((block, block) for block in range(6))
+    options: dict[str, Any] = dict(pairs=pairs, scales=(0.0, 0.0, 1.0), differences=True)
+    _, sums, grads, _ = _run(tiny, tiny / "teacher", {"mse": 1.0, "cosine": 1.0}, **options)
+    assert sums[2:].abs().max() < 1e-5 and max(g.abs().max() for g in grads.values()) < 1e-5

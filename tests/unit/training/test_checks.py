@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from llmkd.models.model_types import types_with
 from llmkd.planning import doctor, memory
 from llmkd.recipe.inputs import finetune_inputs, training_inputs
 from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
-from llmkd.train import Stopping
+from llmkd.train import Stopping, train
 from llmkd.training import checks, jobs, write_cache
 from llmkd.training import pairs as recipe_map
 from tests.family_models import DECODERS, ENCODER_DECODERS, ENCODERS, family_recipe, new
@@ -434,3 +435,34 @@ def test_each_redraw_of_the_two_stacks_is_drawn_apart(tiny: Path) -> None:
         assert all(0 <= t < 8 for _, t in first[1:]) and all(8 <= t < 17 for _, t in second[1:])
     alike = (recipe_map.maps_of(recipe, (3, 3), (9, 9), draw) for draw in range(20))
     assert sum([t for _, t in p[1:4]] == [t - 9 for _, t in p[5:]] for p in alike) < 5  # 1 in 84 by chance
+
+
+@pytest.mark.parametrize(
+    ("pairs", "sentence"),
+    [
+        ([[0, 1], [1, 1]], "from pair to pair of 0<1 and 1<1 the teacher's state stays the same"),
+        ([[0, 1], [0, 2]], "the pairs 0<1 and 0<2 do not go upwards"),
+        ([[1, 1], [0, 2]], "the pairs 1<1 and 0<2 do not go upwards"),
+    ],
+)
+def test_a_map_without_differences_is_refused(tiny: Path, pairs: list[list[int]], sentence: str) -> None:
+    changes = {"matching.strategy": "explicit", "matching.pairs": pairs, "matching.compare": "differences"}
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        recipe_map.maps_of(two_stacks(tiny, **changes), (3,), (6,))
+    in_each_stack = two_stacks(tiny, **{**changes, "matching.pairs": [[0, 1], [1, 2]]})
+    assert len(recipe_map.maps_of(in_each_stack, (3, 3), (6, 6))) == 4
+
+
+def test_differences_from_normed_states_and_through_checkpointed_projectors_are_refused(
+    tiny: Path, tmp_path: Path, world: Any
+) -> None:
+    with pytest.raises(InputError, match=r"matching\.final_state: a normed state less a raw one"):
+        two_stacks(tiny, **{"matching.compare": "differences", "matching.final_state": "normed"})
+    changes = {
+        "matching.compare": "differences",
+        "matching.projector": "always",
+        "train.activation_checkpointing": True,
+    }
+    with pytest.raises(InputError, match=r"train\.activation_checkpointing: not with matching\.compare: differences"):
+        train(world, jobs.distil_job(world, two_stacks(tiny, **changes), tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llmkd.errors import InputError
-from llmkd.evaluation import step
+from llmkd.evaluation import places, step
 from llmkd.inference import child
 
 
@@ -20,7 +20,7 @@ from llmkd.inference import child
 def one_after_another() -> Iterator[None]:
     """Inside, models are scored by one process, also where the cores would carry more."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "BESIDE", 1)
+        patch.setattr(places, "BESIDE", 1)
         yield
 
 
@@ -50,7 +50,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         def kill(self) -> None: ...
 
     monkeypatch.setattr(child, "Child", InProcess)
-    monkeypatch.setattr(step, "BESIDE", 1)  # one after another, as this process can
+    monkeypatch.setattr(places, "BESIDE", 1)  # one after another, as this process can
     return orders
 
 
@@ -68,5 +68,5 @@ def stopped_at_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def kill(self) -> None: ...
 
     monkeypatch.setattr(child, "Child", Stopped)
-    monkeypatch.setattr(step, "BESIDE", 1)
+    monkeypatch.setattr(places, "BESIDE", 1)
     return asked

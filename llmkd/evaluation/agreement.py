@@ -29,6 +29,7 @@ from llmkd.data.batches import IGNORE, Batch, Family
 from llmkd.data.other_families import collate_for
 from llmkd.errors import InputError
 from llmkd.evaluation import held_out
+from llmkd.evaluation.places import weight_bytes
 from llmkd.evaluation.results import AGREEMENT_METRICS, AgreementResult, ComparedItem, GeneratedText, Scores, read_items
 from llmkd.evaluation.step import Jobs, Score, Step, before_scoring, explained, model_hashes, pending, run, serve
 from llmkd.files import digest, file_hashes
@@ -100,7 +101,13 @@ def agree(
     ]
     students = [student.name for student in pending(unscored, out)]
     task = Task(teacher, settings, data, generations, students, trust_remote_code)
-    return run(STEP, unscored, task, out)
+    return run(STEP, unscored, task, out, weights=lambda student: _weights(student, teacher))
+
+
+def _weights(student: AgreementResult, teacher: Path) -> int:
+    """The teacher's and the student's: both are loaded by the same process, one after the other, and the teacher's head stays."""
+    assert student.dtype is not None
+    return weight_bytes([teacher, Path(student.model)], student.dtype)
 
 
 def _text_hashes(generations: Path, name: str) -> list[str]:

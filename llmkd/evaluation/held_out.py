@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from datasets import Dataset
 
 from llmkd.data import records
@@ -21,6 +20,7 @@ from llmkd.errors import InputError
 from llmkd.files import file_hashes
 from llmkd.models.families import KIND_NAMES, family
 from llmkd.models.load import DTYPES, load_config, load_model, load_tokenizer
+from llmkd.models.spread import all_devices, placed
 from llmkd.recipe.evaluation import Classification, Generation
 from llmkd.recipe.recipe import Data, Evaluation, Recipe
 
@@ -133,11 +133,11 @@ def batches_of(
 
 
 def load_to_run(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> Any:
-    """A folder's model for inference, on this process's GPU if it has one. Raises InputError where the folder holds none."""
+    """A folder's model for inference, on all GPUs of this process if it has any. Raises InputError where the folder holds none."""
     check_model_folder(folder)
     options: Any = {"ds_config": None, "attention": "auto", "trust_remote_code": trust_remote_code}
     model: Any = load_model(folder, dtype=DTYPES[dtype], **options)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return placed(model, all_devices())
 
 
 def check_model_folder(folder: Path) -> None:

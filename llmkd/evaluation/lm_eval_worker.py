@@ -37,6 +37,7 @@ from llmkd.inference.child import Say, say_share
 from llmkd.inference.vllm_setup import check_metadata, engine_options, on_cpu, vllm_environment
 from llmkd.models.families import kind
 from llmkd.models.load import load_config
+from llmkd.models.spread import all_devices, placed
 from llmkd.recipe.recipe import Evaluation
 from llmkd.recipe.scoring_steps import LM_EVAL
 
@@ -100,13 +101,13 @@ def _load(model: LmEvalResult, task: Task, rows: int | str) -> Any:
 
 
 def _load_hf(folder: Path, settings: Evaluation, rows: int | str, trust: bool) -> Any:
-    """lm-eval's HF backend around a model loaded here: on one device, without accelerate."""
+    """lm-eval's HF backend around a model loaded here, on all GPUs of this process."""
     from lm_eval.models.huggingface import HFLM  # heavy; the parent imports this module too
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     dtype = getattr(torch, settings.dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = placed(model, all_devices())
     model.generation_config = plain_decoding(model, tokenizer)
     backend: Any = HFLM
     return backend(pretrained=model, tokenizer=tokenizer, batch_size=rows, max_length=settings.max_length)
@@ -157,6 +158,8 @@ def _load_vllm(folder: Path, settings: Evaluation, rows: int | str, trust: bool)
 
 def _vllm_options(settings: Evaluation) -> Mapping[str, Any]:
     options = engine_options(settings.dtype, max_length=settings.max_length or 0, seed=settings.seed)
+    if (count := len(all_devices())) > 1:
+        options["tensor_parallel_size"] = count
     return {name: value for name, value in options.items() if value or name != "max_model_len"}  # none: the model's own
 
 
@@ -171,7 +174,9 @@ def command(model: LmEvalResult, task: Task, rows: int | str) -> str:
     else:
         model_args = {"pretrained": model.model, "dtype": settings.dtype}
         model_args |= {} if settings.max_length is None else {"max_length": settings.max_length}
-        device = ["--device", "cuda" if torch.cuda.is_available() else "cpu"]
+        spread = len(all_devices()) > 1  # lm-eval's own way to do so
+        model_args |= {"parallelize": True} if spread else {}
+        device = [] if spread else ["--device", all_devices()[0].type]
     parts = [*start, "--model", model.backend, "--model_args", ",".join(f"{k}={v}" for k, v in model_args.items())]
     parts += [*device, "--batch_size", str(rows), "--tasks", ",".join(settings.tasks)]
     parts += ["--include_path", task.include] if task.include is not None else []

@@ -6,7 +6,8 @@
 
 `unscored` are the models' results before they are scored: name, model, and the fingerprint of all that decides the scores. A model
 whose result file has that fingerprint and no error is not scored again. Each device has its own process, and so have the cores that
-small models are spread over; all take their models from one queue. Where a process dies, only the model that it was scoring fails.
+small models are spread over; all take their models from one queue. Models that need several devices come first, each on a group of
+them; where none of these is left, a group is parted among the others. Where a process dies, only the model that it was scoring fails.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import TypeAdapter
 
 from llmkd.errors import InputError
+from llmkd.evaluation import places
 from llmkd.evaluation.results import Item, ScoredModel, StepResult, read_result
 from llmkd.files import digest, file_hashes, write_text
 from llmkd.inference import child
@@ -34,11 +36,6 @@ from llmkd.progress import Advance, progress
 from llmkd.recipe.scoring_steps import ScoringStep
 
 log = logging.getLogger("llmkd")
-
-SMALL = 2**28
-"""Bytes of weights up to which models are scored beside each other on a CPU: a core works through them faster than cores share them."""
-BESIDE = 4
-"""Processes beside each other on a CPU, at most: each holds a model."""
 
 NOT_OF_THE_MODEL = ("llmkd.json", "README.md")  # in an exported folder, but without influence on its outputs
 
@@ -82,6 +79,12 @@ def before_scoring(kind: type[M], name: str, folder: Path, decides: Sequence[str
     return kind(name=name, model=str(folder), fingerprint=digest([*decides, *model_hashes(folder)]), **values)
 
 
+def own_weights(model: StepResult) -> int:
+    """The bytes of the one model that is scored."""
+    assert isinstance(model, ScoredModel) and model.dtype is not None
+    return places.weight_bytes([Path(model.model)], model.dtype)
+
+
 def run(
     step: Step[S, R],
     unscored: Sequence[R],
@@ -89,31 +92,57 @@ def run(
     out: Path,
     *,
     process: Callable[[R], Process] = lambda _: Process(),
+    weights: Callable[[R], int] = own_weights,
     devices: Sequence[str] | None = None,
 ) -> dict[str, Path]:
     """Score the models that have no up-to-date result in `out`, a folder; the result files by name.
 
-    A model that can't be scored gets a file with `error` set, and is tried again at the next call. `devices`: by default `places`.
-    Raises InputError where `step.prepare` does.
+    A model that can't be scored gets a file with `error` set, and is tried again at the next call. `weights`: the bytes of all that a
+    model's process holds on its devices. `devices`: by default all that are there. Raises InputError where `step.prepare` does.
     """
     files = {model.name: out / f"{model.name}.json" for model in unscored}
     todo = pending(unscored, out)
     log.info("%s: %d of %d models are up to date", step.names.name, len(unscored) - len(todo), len(unscored))
     out.mkdir(parents=True, exist_ok=True)
     (out / step.log_name).unlink(missing_ok=True)
-    ordered = sorted(todo, key=lambda model: process(model).rank)
-    used = (places(todo, process) if devices is None else devices)[: len(todo)]
+    used = _devices(todo, process) if devices is None else devices
+    sizes = _sizes(todo, weights, len(used), out)
+    todo = sorted((model for model in todo if model.name in sizes), key=lambda model: process(model).rank)
+    if max(sizes.values(), default=1) == 1:
+        used = used[: len(todo)]
     bar = progress(step.names.name, total=len(todo), unit="models", shown=bool(todo))
     with bar as advance, ThreadPoolExecutor(max(1, len(used))) as pool:
-        driver = _Driver(step, ordered, shared, out, process, used.count("cpu"), advance)
-        working = [pool.submit(driver.work, device) for device in used]
+        driver = _Driver(step, todo, sizes, shared, out, process, used.count("cpu"), advance)
+        working = {pool.submit(driver.work, group, size) for group, size in driver.parted(used, None)}
         try:
-            for finished in as_completed(working):
-                finished.result()
+            while working:
+                finished, working = wait(working, return_when=FIRST_COMPLETED)
+                for free, size in (lane.result() for lane in finished):
+                    working |= {pool.submit(driver.work, *lane) for lane in driver.parted(free, size)}
         except BaseException:  # a refusal, or we are stopped: leave no process behind
             driver.stop()
             raise
     return files
+
+
+def _devices(models: Sequence[StepResult], process: Callable[[Any], Process]) -> list[str]:
+    """All CUDA devices; else `cpu`, for small models once per process that the cores carry. A model that wants a process of its own
+    (vLLM's) has the CPU alone."""
+    found = places.visible_devices()
+    shares_cores = found == ["cpu"] and all(process(model) == Process() for model in models)
+    return found * places.side_by_side(models) if shares_cores else found
+
+
+def _sizes(todo: Sequence[R], weights: Callable[[R], int], count: int, out: Path) -> dict[str, int]:
+    """By name over how many devices each model is spread; one for which there are too few gets that error, and is left out."""
+    card, sizes = places.card_bytes(), {}
+    for model in todo:
+        try:
+            sizes[model.name] = 1 if card is None else places.devices_for(model, weights(model), count, card)
+        except InputError as error:
+            log.warning("%s: %s", model.name, error)
+            _write(out, replace(model, error=str(error)), [])
+    return sizes
 
 
 class _Driver(Generic[S, R]):
@@ -123,6 +152,7 @@ class _Driver(Generic[S, R]):
         self,
         step: Step[S, R],
         todo: Sequence[R],
+        sizes: Mapping[str, int],
         shared: S,
         out: Path,
         process: Callable[[R], Process],
@@ -133,16 +163,31 @@ class _Driver(Generic[S, R]):
         values = TypeAdapter(step.shared).dump_python(shared, mode="json")
         threads = max(1, len(os.sched_getaffinity(0)) // on_cpu) if on_cpu > 1 else None
         self._shared = {"out": str(out.resolve()), "shared": values, "threads": threads}
-        self._queue = iter(enumerate(todo, start=1))
+        ordered = list(enumerate(sorted(todo, key=lambda model: -sizes[model.name]), start=1))
+        self._queues = {
+            size: iter([(number, model) for number, model in ordered if sizes[model.name] == size])
+            for size in sorted(set(sizes.values()), reverse=True)
+        }
         self._count, self._lock, self._stopped = len(todo), Lock(), False
         self._children: list[Child] = []
         self._advance, self._shares = advance, [0.0] * (len(todo) + 1)
 
-    def work(self, device: str) -> None:
-        """Score models of the queue on a device until none is left."""
+    def parted(self, devices: Sequence[str], before: int | None) -> list[tuple[list[str], int]]:
+        """The devices in groups, and the size of the models that each takes next; `before`: the size they took before, None at the start.
+
+        Those too few for a group of the largest models left go on to the next smaller ones.
+        """
+        lanes: list[tuple[list[str], int]] = []
+        for size in (size for size in self._queues if before is None or size < before):
+            whole, devices = places.groups(devices, size)
+            lanes += [(group, size) for group in whole]
+        return lanes
+
+    def work(self, devices: list[str], size: int) -> tuple[list[str], int]:
+        """Score models of that size on a group of as many devices until none is left; the devices, free again, and the size."""
         running: Child | None = None
-        wanted = Process()
-        while (taken := self._take()) is not None:
+        wanted, device = Process(), ",".join(devices)
+        while (taken := self._take(size)) is not None:
             number, model = taken
             before, wanted = wanted, self._process(model)
             if running is not None and (wanted != before or before.alone):
@@ -150,7 +195,7 @@ class _Driver(Generic[S, R]):
                 running = None
             running = running or self._start(wanted, device)
             if running is None:
-                return
+                return [], size
             order = {"label": f"{number}/{self._count} {model.name}", "model": model.to_json()}
             code = running.do(order, self._say, partial(self._moved, number))
             self._moved(number, 1.0)
@@ -161,6 +206,7 @@ class _Driver(Generic[S, R]):
                     _write(self._out, replace(model, error=error), [])
         if running is not None:
             running.close()
+        return devices, size
 
     def _say(self, line: str) -> None:
         log.info("%s: %s", self._step.names.name, line)
@@ -178,9 +224,9 @@ class _Driver(Generic[S, R]):
             for process in self._children:
                 process.kill()
 
-    def _take(self) -> tuple[int, R] | None:
+    def _take(self, size: int) -> tuple[int, R] | None:
         with self._lock:
-            return None if self._stopped else next(self._queue, None)
+            return None if self._stopped else next(self._queues[size], None)
 
     def _start(self, wanted: Process, device: str) -> Child | None:
         """A process on the device; None where all were stopped."""
@@ -192,33 +238,6 @@ class _Driver(Generic[S, R]):
             started = child.Child(self._step.names.module, self._shared, log_file, {**wanted.variables, **place})
             self._children.append(started)
             return started
-
-
-def places(models: Sequence[R], process: Callable[[R], Process]) -> list[str]:
-    """Where models are scored at the same time: each CUDA device; else `cpu`, for small models once per process that the cores carry.
-
-    A process takes two models at least, which repay its start. A model that wants a process of its own (vLLM's) has the CPU alone.
-    """
-    devices = visible_devices()
-    if devices != ["cpu"]:
-        return devices
-    small = all(process(model) == Process() and _is_small(model) for model in models)
-    return ["cpu"] * (max(1, min(len(models) // 2, len(os.sched_getaffinity(0)), BESIDE)) if small else 1)
-
-
-def _is_small(result: StepResult) -> bool:
-    """Whether what is scored is one model of few weights; of a result about several (angles) that is not known."""
-    if not isinstance(result, ScoredModel):
-        return False
-    return sum(file.stat().st_size for file in Path(result.model).glob("*.safetensors")) <= SMALL
-
-
-def visible_devices() -> list[str]:
-    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them; `cpu` where there is none."""
-    import torch  # heavy, and needed by the parent alone: a child is given its device
-
-    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (named.split(",") if named else [str(number) for number in range(count)])[:count] or ["cpu"]
 
 
 # --- The child

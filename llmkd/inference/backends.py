@@ -25,6 +25,7 @@ from llmkd.inference.sampling import Ids, Sampling
 from llmkd.inference.vllm_engine import VllmEngine
 from llmkd.models.families import family
 from llmkd.models.load import DTYPES, attention_implementation, load_config, load_model
+from llmkd.models.spread import all_devices, placed
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,21 @@ class Continuations:
 def by_hugging_face(
     folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampling, say: Say = quietly
 ) -> Continuations:
-    """Continue prompts by one model, which is loaded for it."""
+    """Continue prompts by one model, which is loaded for it, on all GPUs of this process."""
     started = time.perf_counter()
-    model = writing_model(folder, dtype, trust_remote_code=how.trust_remote_code)
+    model = writing_model(folder, dtype, trust_remote_code=how.trust_remote_code, devices=all_devices())
     loaded = time.perf_counter()
     texts = continued(model, prompts, how, say)
     return Continuations(texts, loaded - started, time.perf_counter() - loaded)
 
 
-def writing_model(folder: Path, dtype: str, *, trust_remote_code: bool, on_gpu: bool = True) -> Any:
-    """A folder's model, ready for `continued`, on a GPU if there is one. Raises InputError for one that writes no texts."""
-    device = torch.device("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
+def writing_model(
+    folder: Path, dtype: str, *, trust_remote_code: bool, devices: Sequence[torch.device] | None = None
+) -> Any:
+    """A folder's model, ready for `continued`, on these devices; by default on the process's own GPU if there is one.
+
+    Raises InputError for a model that writes no texts.
+    """
     config = load_config(folder, trust_remote_code=trust_remote_code)
     attention, _ = attention_implementation("auto", DTYPES[dtype], config)  # without a line in the log each time
     how = {"dtype": DTYPES[dtype], "ds_config": None, "attention": attention, "trust_remote_code": trust_remote_code}
@@ -57,7 +62,7 @@ def writing_model(folder: Path, dtype: str, *, trust_remote_code: bool, on_gpu: 
     if family(model.config).kind == "encoder":
         raise InputError(f"{folder}: an encoder writes no texts; give a decoder or an encoder-decoder")
     model.config.use_cache = True
-    return model.to(device).eval()
+    return placed(model, devices or [torch.device("cuda" if torch.cuda.is_available() else "cpu")])
 
 
 def continued(
@@ -112,10 +117,16 @@ def _choose(other: Mixed | None, draws: Draws | None) -> Choose:
 
 
 def by_vllm(folder: Path, prompts: Sequence[Ids], dtype: str, how: Sampling, say: Say = quietly) -> Continuations:
-    """Continue all prompts by one call of vLLM's engine, which is silent. The process needs `vllm_environment` from its start."""
+    """Continue all prompts by one call of vLLM's engine, which is silent, over all GPUs of this process; it needs `vllm_environment`."""
     started = time.perf_counter()
     longest = max(map(len, prompts)) + how.max_new_tokens
-    engine = VllmEngine(folder, dtype, max_length=longest, trust_remote_code=how.trust_remote_code)
+    engine = VllmEngine(
+        folder,
+        dtype,
+        max_length=longest,
+        trust_remote_code=how.trust_remote_code,
+        tensor_parallel=len(all_devices()),
+    )
     loaded = time.perf_counter()
     try:
         texts = engine.continued(prompts, how)

@@ -103,8 +103,8 @@ class Rounds:
         """How the engine differs from the model in the folder; None: it agrees."""
         how = self._writing
         # a model that takes several GPUs has no room on one of them beside the engine
-        one = how.tensor_parallel == 1
-        model = writing_model(weights, how.dtype, trust_remote_code=how.trust_remote_code, on_gpu=one)
+        place = None if how.tensor_parallel == 1 else [torch.device("cpu")]
+        model = writing_model(weights, how.dtype, trust_remote_code=how.trust_remote_code, devices=place)
         theirs, ours = engine.log_probabilities(ids), log_probabilities(model, ids)
         del model
         if torch.cuda.is_available():

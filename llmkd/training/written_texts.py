@@ -7,6 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmkd.data.tokenized import Tokens
 from llmkd.distributed.ranks import World, on_main
 from llmkd.inference.backends import stop_ids, writing_model
@@ -142,5 +144,5 @@ def rollouts_of(
 
 def _lent(job: Job, student: Any, writing: Writing) -> Lent:
     """The model by which Hugging Face writes while `student` lends it its weights."""
-    how = {"trust_remote_code": writing.trust_remote_code, "on_gpu": False}
+    how = {"trust_remote_code": writing.trust_remote_code, "devices": [torch.device("cpu")]}
     return Lent(student, job.initial, lambda folder: writing_model(folder, writing.dtype, **how))

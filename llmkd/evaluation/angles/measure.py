@@ -28,6 +28,7 @@ from llmkd.evaluation.angles.results import AngleResult, MeasuredAngles, StackAn
 from llmkd.evaluation.angles.states import STACKS, StudentObserver, TeacherStates, observe
 from llmkd.evaluation.angles.students import TrainedStudent, drawn_projectors, students_of, trained_projectors
 from llmkd.evaluation.held_out import batches_of, classification_data, held_out_data, held_out_section, load_to_run
+from llmkd.evaluation.places import weight_bytes
 from llmkd.evaluation.results import Item
 from llmkd.evaluation.step import Score, Step, model_hashes, run, serve
 from llmkd.files import digest
@@ -94,7 +95,13 @@ def angles(
     ]
     out = folder / ANGLES.folder
     task = Task(teacher, rows, {student.name: student for student in students}, out)
-    return run(STEP, unscored, task, out)
+    return run(STEP, unscored, task, out, weights=lambda result: _weights(task.students[result.name], teacher))
+
+
+def _weights(student: TrainedStudent, teacher: Path) -> int:
+    """The teacher's and those of the student before and after its training."""
+    after = student.train / "model"
+    return weight_bytes([teacher, after, after], student.recipe.evaluation.dtype)
 
 
 def _settings(recipe: Recipe) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """A scoring step without models, for the tests of the driver: `python -m tests.unit.evaluation.pretend_step`.
 
-A model's folder is a file of words: `die` ends the process, `fail` raises, `slow` takes a while, `halfway` says so; each else is counted.
+A model's folder is a file of words: `die` ends the process, `fail` raises, `slow` takes a while, `halfway` says so, `where` becomes
+the devices that the process sees; each else is counted.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def score(model: ScoredModel, task: Task, say: Say) -> tuple[ScoredModel, list[G
         os._exit(7)
     if "fail" in words:
         raise ValueError("it\nfails")
+    words = [os.environ.get("CUDA_VISIBLE_DEVICES", "") if word == "where" else word for word in words]
     items = [GeneratedText(item=n, prompt=word, references=[], text=word) for n, word in enumerate(words)]
     return replace(model, metrics={"words": float(task.factor * len(words))}), items
 

@@ -331,7 +331,7 @@ def test_bits_per_byte_of_a_text_file_and_a_fault_in_one_task(
 KILLED = """
 import logging, os, signal, sys
 from pathlib import Path
-from llmkd.evaluation import step
+from llmkd.evaluation import places
 from llmkd.evaluation.lm_eval_step import evaluate
 from llmkd.recipe.recipe import Evaluation
 
@@ -342,7 +342,7 @@ class KillAfterTheFirst(logging.Handler):
 
 logging.getLogger("llmkd").addHandler(KillAfterTheFirst())
 logging.getLogger("llmkd").setLevel(logging.INFO)
-step.BESIDE = 1  # one model after another
+places.BESIDE = 1  # one model after another
 jobs = [(f"m{number}", Path(sys.argv[1])) for number in range(4)]
 evaluate(jobs, Evaluation.model_validate_json(sys.argv[2]), Path(sys.argv[3]))
 """

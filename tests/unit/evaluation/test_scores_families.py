@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from llmkd import starting
 from llmkd.errors import InputError
-from llmkd.evaluation import agreement, class_metrics, classification, generation, step
+from llmkd.evaluation import agreement, class_metrics, classification, generation, places
 from llmkd.evaluation.classification import classify
 from llmkd.evaluation.held_out import Prompt, batches_of, check_evaluation, encoded, held_out_data
 from llmkd.evaluation.results import AgreementResult, ClassificationResult, LmEvalResult
@@ -79,7 +79,7 @@ def test_classify_gives_the_scores_of_the_plain_model(tmp_path: Path, monkeypatc
     settings, data = Evaluation(batch_size=7), recipes["bert"].data
     out = tmp_path / "classifications"
     jobs = [(name, tmp_path / name / "teacher") for name in ENCODERS]
-    monkeypatch.setattr(step, "visible_devices", lambda: ["0", "1"])  # pretended: there is no GPU here,
+    monkeypatch.setattr(places, "visible_devices", lambda: ["0", "1"])  # pretended: there is no GPU here,
     monkeypatch.setattr(
         starting, "READ_LATE", (*starting.READ_LATE, "CUDA_VISIBLE_DEVICES")
     )  # so that processes may be forked

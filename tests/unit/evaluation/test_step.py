@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from llmkd.errors import InputError
-from llmkd.evaluation import step
+from llmkd.evaluation import places, step
+from llmkd.evaluation.places import BESIDE, SMALL, visible_devices
 from llmkd.evaluation.results import ScoredModel
-from llmkd.evaluation.step import BESIDE, SMALL, Process, places, run, serve, visible_devices
+from llmkd.evaluation.step import Process, run, serve
 from tests.unit.evaluation.pretend_step import STEP, Task
 
 WORDS = {"a": "one two three", "b": "slow one", "c": "", "d": "slow one two", "e": "one two three four"}
@@ -61,6 +63,75 @@ def test_two_devices_give_the_same_results_as_one(tmp_path: Path) -> None:
     assert [json.loads(line)["text"] for line in (folders[1] / "out" / "a.jsonl").read_text().splitlines()] == [
         "one", "two", "three"
     ]  # fmt: skip
+
+
+SIZES = {"small": 50, "pair": 110, "four": 200, "huge": 5 * 60 + 1}
+
+
+def weights_of(model: ScoredModel) -> int:
+    return SIZES[model.name.rstrip("0123456789")]
+
+
+def test_large_models_are_spread_over_groups_of_devices_and_small_ones_take_all_that_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On five cards of 100 bytes, of which weights take 60 at most; the same scores as where one card holds each."""
+    names = ["small0", "pair1", "four2", "pair3", "huge4", "small5"]
+    words = {name: "slow where" for name in names}
+    monkeypatch.setattr(places, "card_bytes", lambda: 100)
+    scored = scores(tmp_path, words, devices=list("01234"), weights=weights_of)
+    too_large = scored.pop("huge4")
+    assert "which need 6 GPUs" in too_large["error"] and "and 5 are here" in too_large["error"]
+    seen = {
+        name: json.loads((tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()[1])["text"] for name in scored
+    }
+    assert seen["four2"] == "0,1,2,3" and {seen["pair1"], seen["pair3"]} <= {"0,1", "2,3"}
+    assert {seen["small0"], seen["small5"]} <= set("01234")
+    assert {name: result["metrics"] for name, result in scored.items()} == dict.fromkeys(scored, {"words": 4})
+    assert all(result["error"] is None for result in scored.values())
+
+
+def test_devices_are_parted_without_waiting_for_each_other(tmp_path: Path) -> None:
+    sizes = {"a": 4, "b": 2, "c": 1}
+    unscored = [ScoredModel(name=name) for name in sizes]
+    driver = step._Driver(STEP, unscored, sizes, Task(1, tmp_path), tmp_path, lambda _: Process(), 0, lambda _: None)
+    assert driver.parted("0123456", None) == [(["0", "1", "2", "3"], 4), (["4", "5"], 2), (["6"], 1)]
+    assert driver.parted("0123", 4) == [(["0", "1"], 2), (["2", "3"], 2)]
+    assert driver.parted("01", 2) == [(["0"], 1), (["1"], 1)] and driver.parted("0", 1) == []
+
+
+@pytest.mark.parametrize(
+    ("weights", "count", "card", "backend", "devices"),
+    [
+        (60, 4, 100, "hf", 1), (61, 4, 100, "hf", 2), (121, 4, 100, "hf", 3), (121, 4, 100, "vllm", 4),
+        (10**9, 1, None, "vllm", 1), (240, 4, 100, "hf", 4),
+    ],
+)  # fmt: skip
+def test_a_model_has_as_many_devices_as_its_weights_need(
+    tmp_path: Path, weights: int, count: int, card: int | None, backend: str, devices: int
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 12, "num_key_value_heads": 4}))
+    model = ScoredModel(name="m", model=str(tmp_path), backend=backend)
+    assert places.devices_for(model, weights, count, card) == devices
+
+
+def test_a_model_that_fits_nowhere_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 12, "num_key_value_heads": 2}))
+    model = ScoredModel(name="m", model=str(tmp_path), backend="vllm")
+    with pytest.raises(
+        InputError, match=r"needs 4 GPUs, and vLLM can't share its 12 and 2 attention and key-value heads"
+    ):
+        places.devices_for(model, 200, 8, 100)
+    sentence = r"holds 60\.0 GiB of weights, which need 2 GPUs of 80\.0 GiB \(at most 0\.6 of each\), and 1 is here; use a machine"
+    with pytest.raises(InputError, match=sentence):
+        places.devices_for(ScoredModel(name="m", backend="hf"), 60 * 2**30, 1, 80 * 2**30)
+
+
+def test_weights_are_counted_in_the_dtype_in_which_they_are_scored(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    assert places.weight_bytes([tmp_path], "bfloat16") == 2 * 22
+    assert places.weight_bytes([tmp_path] * 2, "float32") == 8 * 22
+    assert places.weight_bytes([tmp_path.parent], "float32") == 0  # no model
 
 
 def test_a_process_that_dies_costs_its_own_model_alone(tmp_path: Path) -> None:
@@ -163,7 +234,7 @@ def test_small_models_share_the_cores_of_a_machine_without_gpus(
     unscored = [ScoredModel(name=folder.name, model=str(folder), fingerprint="") for folder in folders]
 
     def processes_for(models: list[ScoredModel], process: Process) -> int:
-        assert set(found := places(models, lambda _: process)) == {"cpu"}
+        assert set(found := step._devices(models, lambda _: process)) == {"cpu"}
         return len(found)
 
     assert [processes_for(unscored[:count], Process()) for count in (1, 3, 4, 7, 20)] == [1, 1, 2, 3, BESIDE]
@@ -174,7 +245,7 @@ def test_small_models_share_the_cores_of_a_machine_without_gpus(
     assert [processes_for(unscored[:count], Process()) for count in (3, 4, 20)] == [1, 1, 1]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert places(unscored, lambda _: Process()) == ["0", "1", "2"]
+    assert step._devices(unscored, lambda _: Process()) == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize(("cores", "on_cpu", "threads"), [(8, 2, 4), (8, 1, None), (2, 2, 1), (1, 2, 1), (8, 0, None)])

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from llmkd.data.formats import check_names
 from llmkd.errors import InputError
 from llmkd.layer_map import STRATEGIES
-from llmkd.recipe.section import SEEDS_END, Backend, Dtype, Section, check_name
+from llmkd.recipe.run import Train
+from llmkd.recipe.section import SEEDS_END, Backend, Dtype, Section, TakenFrom, check_name
 
 _VARIED = ("student", "matching", "loss", "train", "stones", "rollouts")
 
@@ -96,8 +97,8 @@ class Evaluation(Section):
     """Items of each lm-eval task; default: all."""
     batch_size: int | Literal["auto"] = "auto"
     """Rows at once."""
-    dtype: Dtype = "float32"
-    """The models' dtype while they are scored."""
+    dtype: Annotated[Dtype, TakenFrom("train.dtype")] = "float32"
+    """The models' dtype while they are scored, the same for all models of a study."""
     num_fewshot: int | None = Field(default=None, ge=0)
     """Examples before each question; default: each task's own number."""
     seed: int = Field(default=0, ge=0, lt=SEEDS_END)
@@ -124,6 +125,18 @@ class Evaluation(Section):
                 "angles_rows: the held-out rows are those of evaluation.generation, of encoders evaluation.classification; add that section"
             )
         return self
+
+
+def with_scoring_dtype(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values with `evaluation.dtype` written out: where it is left out, models are scored in the dtype of their training.
+
+    What may be wrong with the values is left to the sections.
+    """
+    train, evaluation = values.get("train"), values.get("evaluation") or {}
+    if not isinstance(train, Mapping) or not isinstance(evaluation, Mapping) or "dtype" in evaluation:
+        return values
+    dtype = train.get("dtype", Train.model_fields["dtype"].default)
+    return {**values, "evaluation": {**evaluation, "dtype": dtype}} if dtype in get_args(Dtype) else values
 
 
 class Margin(Section):

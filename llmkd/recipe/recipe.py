@@ -20,7 +20,7 @@ from llmkd.errors import InputError
 from llmkd.layer_map import STRATEGIES
 from llmkd.losses.distance_sum import KNOWN
 from llmkd.recipe.data import Data
-from llmkd.recipe.evaluation import Evaluation, Study
+from llmkd.recipe.evaluation import Evaluation, Study, with_scoring_dtype
 from llmkd.recipe.messages import sentence
 from llmkd.recipe.models import Student, Teacher
 from llmkd.recipe.objective import Loss, Matching, check_something_to_learn, within
@@ -339,7 +339,7 @@ def _with_batch_sizes(values: dict[str, Any]) -> dict[str, Any]:
 
 def _validated(values: dict[str, Any], where: str) -> Recipe:
     try:
-        values = _with_batch_sizes(values)
+        values = with_scoring_dtype(_with_batch_sizes(values))
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     try:

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from llmkd.recipe.recipe import Recipe
-from llmkd.recipe.section import NO_EFFECT, InPlaceOf, Section
+from llmkd.recipe.section import NO_EFFECT, InPlaceOf, Section, TakenFrom
 
 HEAD = """# Recipes: every key
 
@@ -82,6 +82,8 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         others = [mark for mark in field.metadata if isinstance(mark, InPlaceOf)]
         return ", or ".join(["**required**", *(f"`{mark.other}` {mark.where}" for mark in others)])
+    if taken := [mark.key for mark in field.metadata if isinstance(mark, TakenFrom)]:
+        return f"that of `{taken[0]}`"
     value = field.get_default(call_default_factory=True)
     if value is None or value is PydanticUndefined:
         return "–"

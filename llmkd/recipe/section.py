@@ -30,6 +30,13 @@ class InPlaceOf:
     where: str
 
 
+@dataclass(frozen=True)
+class TakenFrom:
+    """Marks a key that has another one's value where it is left out: `Annotated[Dtype, TakenFrom("train.dtype")]`."""
+
+    key: str
+
+
 class Section(BaseModel):
     """A part of the recipe: immutable; an unknown key or a value of another type is an error. Below each field stands its meaning."""
 

@@ -232,3 +232,36 @@ def test_agreement_of_encoder_decoders_is_that_of_their_logits(tmp_path: Path, n
         ]
         expected = logits.double().log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum().item()
         assert outputs.likelihoods["one"][item] == pytest.approx(expected, rel=1e-4)
+
+
+def test_scores_are_the_same_on_one_device_and_on_four(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts, and the agreement with the teacher, by processes of which each is given a device, pretended here."""
+    monkeypatch.setattr(
+        starting, "READ_LATE", (*starting.READ_LATE, "CUDA_VISIBLE_DEVICES")
+    )  # so that they may be forked
+    models = [
+        (name, tiny / folder)
+        for name, folder in (("teacher", "teacher"), ("a", "tied"), ("b", "tied"), ("c", "teacher"))
+    ]
+    rows = str(tiny / "rows.jsonl")
+    asked = Generation(source=rows, items=4, max_new_tokens=5, backend="hf", batch_size=3)
+    settings, data = Evaluation(generation=asked, agreement_rows=5), Data(source=rows, max_length=64)
+    scored: list[dict[str, Any]] = []
+    for devices in (["0"], ["0", "1", "2", "3"]):
+        monkeypatch.setattr(places, "visible_devices", lambda devices=devices: devices)
+        out = tmp_path / str(len(devices))
+        generation.generate(models, settings, data, out / "generations")
+        agreement.agree(models[1:], tiny / "teacher", settings, data, out / "generations", out / "agreement")
+        files = sorted(file for file in out.rglob("*.json*"))
+        values = {
+            str(file.relative_to(out)): [json.loads(line) for line in file.read_text().splitlines()]
+            for file in files
+            if file.suffix == ".jsonl"
+        }
+        results = {str(file.relative_to(out)): json.loads(file.read_text()) for file in files if file.suffix == ".json"}
+        assert all(result["error"] is None and result["dtype"] == "float32" for result in results.values())
+        scored.append(values | {name: result["metrics"] for name, result in results.items()})
+    assert scored[0] == scored[1] and len(scored[0]) == 2 * (4 + 3)
+    assert len({json.dumps(scored[0][f"generations/{name}.jsonl"]) for name in ("teacher", "a")}) == 2

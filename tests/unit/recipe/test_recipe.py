@@ -772,3 +772,17 @@ def test_what_a_stream_can_not_do_is_refused(recipe: Path, overrides: list[str],
 def test_a_streams_validation_is_no_stream(recipe: Path) -> None:
     apart = load_recipe(recipe, [STREAM, "data.validation.source=b.jsonl"]).data.held_out
     assert apart is not None and not apart.streaming and apart.rows == 256
+
+
+def test_models_are_scored_in_the_dtype_of_the_training_unless_the_recipe_names_one(tmp_path: Path) -> None:
+    """And all of a study's models in one, whatever a variant is trained in."""
+    file = tmp_path / "recipe.yaml"
+    train = {key: value for key, value in SMALL["train"].items() if key != "dtype"}
+    file.write_text(yaml.safe_dump({**SMALL, "train": train}))
+    assert load_recipe(file).evaluation.dtype == "bfloat16"  # train.dtype's own default
+    assert load_recipe(file, ["train.dtype=float32"]).evaluation.dtype == "float32"
+    assert load_recipe(file, ["evaluation.dtype=float32"]).evaluation.dtype == "float32"
+    assert load_recipe(file).changed({"train.dtype": "float32"}).evaluation.dtype == "bfloat16"
+    with pytest.raises(InputError, match=r"train\.dtype: input should be 'float32' or 'bfloat16'"):
+        load_recipe(file, ["train.dtype=half"])
+    assert load_recipe("quickstart").evaluation.dtype == load_recipe("quickstart").train.dtype == "float32"

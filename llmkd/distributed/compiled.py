@@ -15,6 +15,7 @@ from llmkd.errors import InputError
 
 # isort: split
 import deepspeed
+import torch
 
 log = logging.getLogger("llmkd")
 STALE_SECONDS = 600
@@ -34,12 +35,22 @@ def check_cpu_adam() -> None:
 
 def check_asynchronous_io(key: str) -> None:
     """Compile (once per machine) or load what reads and writes NVMe. Raises InputError where that is not possible."""
+    what = f"{key}: nvme needs DeepSpeed's asynchronous I/O, which"
+    if torch.cuda.is_available() and torch.version.cuda is not None and not _cuda_toolkit():
+        raise InputError(
+            f"{what} beside a GPU is compiled with the CUDA toolkit, and there is none at CUDA_HOME; install the toolkit of CUDA "
+            f"{torch.version.cuda} and set CUDA_HOME to its folder, or write cpu"
+        )
     packages = "libaio and a C++ compiler (Debian: apt-get install libaio-dev g++ ninja-build)"
-    _check(
-        deepspeed.ops.op_builder.AsyncIOBuilder(),
-        f"{key}: nvme needs DeepSpeed's asynchronous I/O, which",
-        f"install {packages}, or write cpu",
-    )
+    _check(deepspeed.ops.op_builder.AsyncIOBuilder(), what, f"install {packages}, or write cpu")
+
+
+def _cuda_toolkit() -> bool:
+    """Whether the CUDA toolkit is where torch's compilations look for it."""
+    # here: it brings setuptools, which changes sys.path, and only offloaded runs need it
+    from torch.utils import cpp_extension
+
+    return cpp_extension.CUDA_HOME is not None and Path(cpp_extension.CUDA_HOME, "include").is_dir()
 
 
 def _check(builder: Any, what: str, cure: str) -> None:

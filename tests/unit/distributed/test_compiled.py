@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils import cpp_extension
 
 from llmkd.distributed import compiled
 from llmkd.errors import InputError
@@ -113,6 +115,31 @@ def test_a_lock_that_is_released_is_waited_for(root: Path, monkeypatch: pytest.M
     )
     compiled.check_cpu_adam()
     assert loaded == [60.0]
+
+
+def test_asynchronous_io_beside_a_gpu_asks_for_the_toolkit_and_for_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it DeepSpeed fails on a path of None, which libaio does not cure."""
+    monkeypatch.setenv("CXX", "true")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    asked: list[str] = []
+    builder = compiled.deepspeed.ops.op_builder.AsyncIOBuilder
+    monkeypatch.setattr(builder, "load", lambda self, verbose: asked.append(self.name))
+    sentence = r"^teacher\.offload: nvme needs .* CUDA toolkit, and there is none at CUDA_HOME; install the toolkit of CUDA 13\.0 and set"
+    for home in (None, str(tmp_path / "nowhere")):
+        monkeypatch.setattr(cpp_extension, "CUDA_HOME", home)
+        with pytest.raises(InputError, match=sentence) as refusal:
+            compiled.check_asynchronous_io("teacher.offload")
+        assert "libaio" not in str(refusal.value) and asked == []
+    (tmp_path / "include").mkdir()
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    compiled.check_asynchronous_io("teacher.offload")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # on a CPU it needs no toolkit
+    compiled.check_asynchronous_io("teacher.offload")
+    assert asked == ["async_io"] * 2
 
 
 def test_what_a_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import contextlib
 import logging
 import os
 import time
+import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,19 +28,9 @@ import transformers
 
 from llmkd import __version__
 from llmkd.data.batches import Batch, Counts
+from llmkd.distributed.ending import end_lost, leave, lost_rank, print_mistake, start_watch
 from llmkd.distributed.engines import backward
-from llmkd.distributed.ranks import (
-    World,
-    barrier,
-    lost_rank,
-    on_main,
-    print_mistake,
-    quiet,
-    silent_ranks,
-    start,
-    stop,
-    sum_counts,
-)
+from llmkd.distributed.ranks import World, barrier, on_main, quiet, start, stop, sum_counts
 from llmkd.errors import InputError, storage_problem
 from llmkd.files import write_json
 from llmkd.processes import Stopping, end_with_parent, only_one_in
@@ -266,6 +257,7 @@ def command(
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     world = start(settings.train.timeout_seconds)
+    start_watch(world.timeout)
     logging.basicConfig(
         level=logging.INFO if world.is_main else logging.ERROR,
         format="%(asctime)s %(message)s",
@@ -291,38 +283,17 @@ def main() -> None:
     except (InputError, click.ClickException) as error:
         sentence = error.format_message() if isinstance(error, click.ClickException) else str(error)
         print_mistake(f"Error: {sentence}")
-        _leave(2)
+        leave(2)
     except click.exceptions.Abort:
-        _leave(130)
+        leave(130)
     except Exception as error:
         if (problem := storage_problem(error)) is not None:
             print_mistake(f"Error: {problem}")
-            _leave(2)
-        if not isinstance(error, RuntimeError) or not lost_rank(error):
-            raise
-        print(
-            f"Error: rank {os.environ.get('RANK', '0')}: {str(error).splitlines()[0]}{_silent()}. "
-            "The same command resumes from the last checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
-        _leave(1)
-
-
-def _silent() -> str:
-    """Which ranks no longer answer, as the end of a sentence; nothing where the ranks never met."""
-    ranks = silent_ranks()
-    if ranks is None:
-        return ""
-    return "; silent ranks: " + (", ".join(map(str, ranks)) or "none, so one was too slow: see train.timeout_seconds")
-
-
-def _leave(code: int) -> None:
-    """Exit at once: the process group's threads may still run, and the interpreter's own exit would abort on them."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+            leave(2)
+        if isinstance(error, RuntimeError) and lost_rank(error):
+            end_lost(error)
+        traceback.print_exc()
+        leave(1)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ code when it is read is seen to in `llmkd.distributed.shards`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from llmkd.distributed.ranks import World, gather, on_main
+from llmkd.distributed.ranks import World, on_every_rank, on_main
 from llmkd.files import read, sha256, write_json_durably
 
 FILE = "checksums.json"
@@ -20,7 +21,9 @@ FILE = "checksums.json"
 def write_checksums(world: World, folder: Path) -> None:
     """Hash all files of the folder and write down the sums (all ranks take part)."""
     names = on_main(world, lambda: sorted(_names(folder)))
-    shares = gather(world, {name: sha256(folder / name) for name in names[world.rank :: world.size]})
+    with ThreadPoolExecutor(1) as thread:
+        own = names[world.rank :: world.size]
+        shares = on_every_rank(world, thread, lambda: {name: sha256(folder / name) for name in own})
     if world.is_main:
         write_json_durably(folder / FILE, {name: value for share in shares for name, value in share.items()})
 
@@ -38,7 +41,9 @@ def damage(folder: Path, only: Iterable[str] | None = None) -> str | None:
 def damage_by_shares(world: World, folder: Path) -> str | None:
     """`damage` of all files, each rank reading its share (all ranks take part)."""
     sums = on_main(world, lambda: read(folder / FILE))
-    faults = gather(world, _first_fault(folder, sums, sorted(sums)[world.rank :: world.size]))
+    with ThreadPoolExecutor(1) as thread:
+        own = sorted(sums)[world.rank :: world.size]
+        faults = on_every_rank(world, thread, lambda: _first_fault(folder, sums, own))
     return next((fault for fault in faults if fault is not None), None)
 
 

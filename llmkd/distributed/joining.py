@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -18,8 +19,37 @@ JOINED = "llmkd/joined"
 """Start of the store's keys by which each rank says that it is there."""
 
 
+WATCHDOG_SECONDS = 120
+"""By which NCCL's own watchdog waits longer than a rank does: it ends a process without a word."""
+
+
 class LostRank(RuntimeError):
     """A rank waited for another that is gone, or that did not answer in time."""
+
+
+def patience(backend: str, timeout: timedelta) -> timedelta:
+    """How long an operation of a group may take, where ranks wait for each other for `timeout`."""
+    return timeout + timedelta(seconds=WATCHDOG_SECONDS) if backend == "nccl" else timeout
+
+
+def gloo_interface(nccl: str, present: Sequence[str]) -> str | None:
+    """The network interface that gloo is to use where NCCL_SOCKET_IFNAME names NCCL's; None where that only names those not to use.
+
+    NCCL takes beginnings of names, `eth,ib`, or after `=` whole ones; gloo takes whole ones. `present`: this machine's.
+    """
+    if nccl.startswith("^"):
+        return None
+    names = [name.partition(":")[0] for name in nccl.removeprefix("=").split(",")]
+    whole = [name for name in names if name in present]
+    begun = [one for name in names for one in present if one.startswith(name)]
+    return next(iter(whole if nccl.startswith("=") else begun), None)
+
+
+def _share_interface() -> None:
+    """Let gloo use the interface that NCCL was told to use: the deepspeed launcher passes NCCL's variables to other nodes, not gloo's."""
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (nccl := os.environ.get("NCCL_SOCKET_IFNAME")):
+        if found := gloo_interface(nccl, [name for _, name in socket.if_nameindex()]):
+            os.environ["GLOO_SOCKET_IFNAME"] = found
 
 
 def join(backend: str, timeout: timedelta, device: torch.device | None) -> None:
@@ -29,6 +59,7 @@ def join(backend: str, timeout: timedelta, device: torch.device | None) -> None:
         raise InputError(
             f"RANK is set and {' and '.join(missing)} not: start with llmkd train, deepspeed or torchrun, or unset RANK"
         )
+    _share_interface()
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     seconds = min(int(os.environ.get(JOIN_VARIABLE) or JOIN_SECONDS), int(timeout.total_seconds()))
@@ -47,7 +78,8 @@ def join(backend: str, timeout: timedelta, device: torch.device | None) -> None:
         absent = _absent(store, size, seconds if rank == 0 else seconds + 10)  # rank 0 tells it first
         if not absent:
             store.set_timeout(timeout)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device)
+            about = {"rank": rank, "world_size": size, "timeout": patience(backend, timeout), "device_id": device}
+            dist.init_process_group(backend, store=store, **about)
             return
         reason = f"missing: {absent}"
         cause: Exception | None = None

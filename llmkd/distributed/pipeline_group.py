@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llmkd.distributed.joining import LostRank
+from llmkd.distributed.joining import LostRank, patience
 from llmkd.distributed.ranks import World
 
 
@@ -44,7 +44,7 @@ class PipelineGroup:
         self._control: Any = None
         for first in range(0, world.size, size):  # every rank takes part in creating every group
             ranks = list(range(first, first + size))
-            group = dist.new_group(ranks, timeout=world.timeout)
+            group = dist.new_group(ranks, timeout=patience(dist.get_backend(), world.timeout))
             control = dist.new_group(ranks, timeout=world.timeout, backend="gloo")
             if world.rank in ranks:
                 self._ranks, self._group, self._control = ranks, group, control

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-import threading
-import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
@@ -17,7 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from llmkd.distributed.joining import LostRank, join
+from llmkd.distributed.ending import end_watch
+from llmkd.distributed.joining import join, patience
 from llmkd.errors import InputError, storage_problem
 
 os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
@@ -29,9 +27,7 @@ import torch.distributed as dist  # noqa: E402
 
 Result = TypeVar("Result")
 BEAT_SECONDS = 5
-"""Between two collectives of ranks that wait for long work of one."""
-PRINTED = "llmkd/printed"
-"""The store's key by which rank 0 tells the others that it has printed their common mistake."""
+"""Between two collectives of ranks that wait for long work of one, at most."""
 
 
 @dataclass(frozen=True)
@@ -74,43 +70,20 @@ def start(timeout_seconds: int = 1800) -> World:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend=dist.get_backend(), auto_mpi_discovery=False, timeout=timeout, verbose=False
-        )
+        backend = dist.get_backend()
+        # DeepSpeed makes its groups without a timeout, which on NCCL is ten minutes then, whatever the recipe says
+        dist.distributed_c10d.default_pg_nccl_timeout = patience("nccl", timeout)
+        limit = patience(backend, timeout)
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=limit, verbose=False)
     control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, control, _local_size(), timeout)
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group, at the end of all work (all ranks take part where they have a watch)."""
+    end_watch()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def print_mistake(sentence: str, patience_seconds: float = 3) -> None:
-    """Print the mistake that ends this rank, once: rank 0 prints it, another rank only where rank 0 did not make it too.
-
-    A launcher ends all ranks when the first one exits. So each other rank waits until rank 0 has printed, and rank 0 exits only when the
-    others have noticed that.
-    """
-    patience = timedelta(seconds=patience_seconds)
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if size == 1:
-        if os.environ.get("RANK", "0") == "0":
-            print(sentence, file=sys.stderr, flush=True)
-        return
-    store = dist.distributed_c10d._get_default_store()
-    try:
-        if rank == 0:
-            store.set(PRINTED, "yes")
-            print(sentence, file=sys.stderr, flush=True)
-            store.wait([f"{PRINTED}/{other}" for other in range(1, size)], patience)
-        else:
-            store.wait([PRINTED], patience)
-            store.set(f"{PRINTED}/{rank}", "noticed")
-    except dist.DistError:  # the other side did not come here in time: the mistake is not a common one
-        if rank != 0:
-            print(sentence, file=sys.stderr, flush=True)
 
 
 def _let_segments_grow() -> None:
@@ -185,8 +158,12 @@ def highest(world: World, value: float) -> float:
 
 
 def on_main(world: World, work: Callable[[], Result]) -> Result:
-    """Run `work` on rank 0 while the others wait, and give every rank its result (or its InputError)."""
-    attempt = _attempted(work) if world.is_main else _Attempt()
+    """Run `work` on rank 0 while the others wait, however long it takes, and give every rank its result (or its InputError)."""
+    if world.size == 1:
+        attempt = _attempted(work)
+    else:
+        with ThreadPoolExecutor(1) as pool:
+            attempt = _waited_for(world, pool.submit(_attempted, work) if world.is_main else None) or _Attempt()
     failed = attempt.failure is not None
     answer: list[Any] = [attempt.result, f"rank 0 {attempt.sentence}" if failed else attempt.sentence]
     dist.broadcast_object_list(answer, src=0, group=world.control)
@@ -243,8 +220,9 @@ def on_every_rank(world: World, thread: Executor, work: Callable[[], Result]) ->
 
 def _waited_for(world: World, running: Future[_Attempt] | None) -> _Attempt | None:
     """What runs in a thread of this rank, if anything does, when that of all ranks has ended (all ranks take part)."""
+    beat = min(BEAT_SECONDS, world.timeout.total_seconds() / 3)
     while True:  # a collective every few seconds, so that no wait for one takes as long as its timeout
-        done = running is None or bool(wait([running], BEAT_SECONDS).done)
+        done = running is None or bool(wait([running], beat).done)
         if sum_counts(world, [int(not done)]) == [0]:
             return None if running is None else running.result()
 
@@ -269,54 +247,6 @@ def _attempted(work: Callable[[], Any]) -> _Attempt:
         problem = storage_problem(error)
         failed = f"failed: {type(error).__name__}: {error}"
         return _Attempt(sentence=problem or failed, failure=None if problem else error)
-
-
-def lost_rank(error: BaseException) -> bool:
-    """Whether an error means that other ranks no longer answer."""
-    message = str(
-        error
-    ).lower()  # gloo raises plain RuntimeErrors, and after a timeout speaks of a "pair closure" without its name
-    return isinstance(error, LostRank | dist.DistError) or "gloo" in message or "pair closure" in message
-
-
-def silent_ranks(patience_seconds: float = 3) -> list[int] | None:
-    """The ranks that do not answer a roll call after a failed wait: most likely the ones that caused the failure.
-
-    This rank's connections are closed first: ranks that wait for this one then fail at once, and answer too. None where the ranks never
-    met.
-    """
-    if not dist.is_initialized():
-        return None
-    rank, size = dist.get_rank(), dist.get_world_size()
-    store = dist.distributed_c10d._get_default_store()
-
-    def call() -> list[int]:
-        deadline = time.monotonic() + patience_seconds
-        silent = []
-        try:
-            store.set(f"llmkd/answers/{rank}", "yes")
-            dist.destroy_process_group()
-            for other in set(range(size)) - {rank}:
-                left = max(deadline - time.monotonic(), 0.05)
-                try:
-                    store.wait([f"llmkd/answers/{other}"], timedelta(seconds=left))
-                except dist.DistStoreError:  # not in time
-                    silent.append(other)
-        except dist.DistNetworkError:  # rank 0, which holds the store, is gone, and nobody else can be asked
-            return [0]
-        return silent
-
-    # a rank 0 that hangs takes questions and never answers, whatever timeout the store was given
-    return _within(2 * patience_seconds, call, otherwise=[0])
-
-
-def _within(seconds: float, work: Callable[[], Result], otherwise: Result) -> Result:
-    """The result of `work`, or `otherwise` where it takes longer; it then goes on in a thread that ends with the process."""
-    results: list[Result] = []
-    thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return results[0] if results else otherwise
 
 
 def quiet() -> None:

@@ -11,13 +11,12 @@ from pathlib import Path
 from llmkd.errors import InputError
 from llmkd.evaluation.results import ScoredModel, StepResult
 from llmkd.inference.choose import parameters
-from llmkd.recipe.section import Dtype
 
 SMALL = 2**28
 """Bytes of weights up to which models are scored beside each other on a CPU: a core works through them faster than cores share them."""
 BESIDE = 4
 """Processes beside each other on a CPU, at most: each holds a model."""
-ITEM: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
+ITEM = {"float32": 4, "bfloat16": 2}
 """Bytes of a weight; by name, since each scoring process would import torch for its own."""
 FULL = 0.6
 """Of a GPU's memory, what weights may take of it; the rest is for keys and values, states and logits."""
@@ -51,7 +50,7 @@ def _is_small(result: StepResult) -> bool:
     return sum(file.stat().st_size for file in Path(result.model).glob("*.safetensors")) <= SMALL
 
 
-def weight_bytes(folders: Sequence[Path], dtype: Dtype) -> int:
+def weight_bytes(folders: Sequence[Path], dtype: str) -> int:
     """What models take on a device in that dtype, all of them at once; nothing for one that can't be read (loading reports it)."""
     total = 0
     for folder in folders:
@@ -69,9 +68,10 @@ def devices_for(model: StepResult, weights: int, count: int, card: int | None) -
     """
     if card is None or weights <= FULL * card:
         return 1
-    by_vllm = isinstance(model, ScoredModel) and model.backend == "vllm"
     needed = math.ceil(weights / (FULL * card))
-    if by_vllm:  # which gives each device as many heads as the others
+    if (
+        isinstance(model, ScoredModel) and model.backend == "vllm"
+    ):  # which gives each device as many heads as the others
         needed = 2 ** math.ceil(math.log2(needed))
         heads = _heads(Path(model.model))
         if any(number % needed for number in heads):

@@ -71,15 +71,17 @@ def save(
         (tmp / "state.json").write_text(json.dumps(state, indent=1))
     barrier(world)
     write_checksums(world, tmp)
-    if world.is_main:
-        _sync(tmp)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(tmp, final)
-        for old in whole(folder)[:-keep]:  # a half-removed one must not look whole
-            os.replace(old, old.with_name(f"{old.name}.old.tmp"))
-        _remove_leftovers(folder)
-    barrier(world)
+    on_main(world, lambda: _publish(tmp, final, keep))
     return final
+
+
+def _publish(tmp: Path, final: Path, keep: int) -> None:
+    _sync(tmp)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(tmp, final)
+    for old in whole(final.parent)[:-keep]:  # a half-removed one must not look whole
+        os.replace(old, old.with_name(f"{old.name}.old.tmp"))
+    _remove_leftovers(final.parent)
 
 
 def whole(folder: Path) -> list[Path]:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from llmkd.distributed import ranks
-from llmkd.distributed.ranks import LostRank, lost_rank, silent_ranks, start
+from llmkd.distributed.ending import lost_rank, silent_ranks
+from llmkd.distributed.joining import LostRank
+from llmkd.distributed.ranks import start
 from tests.distributed.warm import forked
 
 MODULE = "tests.unit.distributed.test_start"

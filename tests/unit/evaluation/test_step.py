@@ -94,7 +94,9 @@ def test_large_models_are_spread_over_groups_of_devices_and_small_ones_take_all_
 def test_devices_are_parted_without_waiting_for_each_other(tmp_path: Path) -> None:
     sizes = {"a": 4, "b": 2, "c": 1}
     unscored = [ScoredModel(name=name) for name in sizes]
-    driver = step._Driver(STEP, unscored, sizes, Task(1, tmp_path), tmp_path, lambda _: Process(), 0, lambda _: None)
+    driver = step._Driver(
+        STEP, unscored, sizes, Task(1, tmp_path), tmp_path, lambda _: Process(), 0, lambda count, note="": None
+    )
     assert driver.parted("0123456", None) == [(["0", "1", "2", "3"], 4), (["4", "5"], 2), (["6"], 1)]
     assert driver.parted("0123", 4) == [(["0", "1"], 2), (["2", "3"], 2)]
     assert driver.parted("01", 2) == [(["0"], 1), (["1"], 1)] and driver.parted("0", 1) == []

@@ -352,6 +352,10 @@ def plain_losses(
         if recipe.matching.compare == "differences" and number:
             ours = ours - _state(student, s, pairs[number - 1][0], recipe)
             theirs = theirs - _state(teacher, t, pairs[number - 1][1], recipe)
+        if recipe.matching.distance == "logit_lens":
+            read = [m.lm_head(m.model.norm(state)) for m, state in ((student, ours), (teacher, theirs))]
+            hidden.append(definitions.divergence("jsd", *read, 1.0).view(ours.shape[:2]).float())
+            continue
         ours = ours if projectors is None else projectors[number](ours)
         hidden.append((F.normalize(ours, dim=-1) - F.normalize(theirs, dim=-1)).pow(2).sum(-1))
     where = attended if recipe.matching.positions == "attended" else trained

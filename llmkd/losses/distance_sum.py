@@ -18,11 +18,14 @@ from torch import Tensor
 from llmkd.losses.chunked_head import rows_at_once
 from llmkd.losses.closed_forms import CLOSED_DISTANCES, ClosedDistance
 from llmkd.losses.distances import DISTANCES, Distance
+from llmkd.losses.divergences import logit_lens
 from llmkd.losses.set_distances import SET_DISTANCES, WIDTH_FREE
 
 AllRows = Callable[[Tensor], tuple[Tensor, int]]
 """[n, H] -> every rank's rows [N, H] under one another, and where this rank's begin."""
-KNOWN: dict[str, Distance] = {**DISTANCES, **SET_DISTANCES}
+READ: dict[str, Distance] = {"logit_lens": logit_lens}
+"""Compare what the models' heads read from two states; `llmkd.student.lens` reads."""
+KNOWN: dict[str, Distance] = {**DISTANCES, **SET_DISTANCES, **READ}
 """By the recipe's `matching.distance`."""
 
 
@@ -35,12 +38,20 @@ class Term:
     of_set: bool = False
     width_free: bool = False
     """It compares states of two widths as they are; no projector stands between."""
+    of_readings: bool = False
+    """It compares logits that are read from the states."""
 
 
 def terms_of(weights: Mapping[str, float]) -> tuple[Term, ...]:
     """The terms of distances by name, each with its weight."""
     return tuple(
-        Term(KNOWN[name], weight, of_set=name in SET_DISTANCES, width_free=name in WIDTH_FREE)
+        Term(
+            KNOWN[name],
+            weight,
+            of_set=name in SET_DISTANCES,
+            width_free=name in WIDTH_FREE or name in READ,
+            of_readings=name in READ,
+        )
         for name, weight in weights.items()
     )
 

@@ -56,6 +56,14 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, temperature: float, *, b
     return (beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)) * temperature**2
 
 
+def logit_lens(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Symmetric Jensen-Shannon divergence of what two heads read from states within the models, `[..., V]` x 2 -> `[...]`.
+
+    DistillLens (arXiv 2602.13567) compares such readings by a symmetric divergence.
+    """
+    return jsd(student_logits, teacher_logits, 1.0, beta=0.5)
+
+
 def skew_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float, *, skew: float) -> Tensor:
     """`temperature² · KL(p ‖ λp + (1-λ)q)`, `[N, V]` x 2 -> `[N]`: forward KL with bounded gradients; λ = 0 is forward KL.
 

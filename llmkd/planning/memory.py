@@ -190,6 +190,13 @@ def distance_rows(
     shown = "[B, T, H]" if matching.tokens is None else f"[{tokens}, H]"
     how = f"{through + beside} x {shown} x {size} B, of {len(pairs)} pairs"
     rows = [Row("gradients of the distances", widths * tokens * size, how, ("head", "backward"))]
+    if matching.reads_logits:
+        whole = recipe.train.micro_batch_size * recipe.data.max_length
+        theirs = sum("logit_lens" in mix for mix in matching.mixes_of(len(pairs))) * teacher.hidden
+        read = 2 * student.hidden * size + teacher.hidden * DTYPES[recipe.teacher.dtype].itemsize
+        how = "the teacher's states of their pairs, kept, and of one pair what the heads read [B, T, H]"
+        held = whole * (theirs * DTYPES[recipe.teacher.dtype].itemsize + read)
+        rows.append(Row("states for the logit lens", held, how, ("head",)))
     if matching.compare == "differences":
         whole = recipe.train.micro_batch_size * recipe.data.max_length
         theirs = 2 * teacher.hidden * DTYPES[recipe.teacher.dtype].itemsize
@@ -206,20 +213,20 @@ def distance_rows(
 
 def head_rows(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Row]:
     """The chunked head: its logits, and the gradient of its weight, which exists whole."""
-    if not (recipe.loss.ce or recipe.loss.kl):
+    if not (recipe.loss.ce or recipe.logits):
         return []
     size = DTYPES[recipe.train.dtype].itemsize
     tokens = recipe.train.micro_batch_size * recipe.data.max_length
     chunk = min(recipe.train.tokens_at_once(gpu=True), tokens)
     logits, how = chunk * student.vocabulary * size, f"{chunk} tokens x {student.vocabulary:,} x {size} B"
-    if recipe.loss.kl:
+    if recipe.logits:
         theirs = DTYPES[recipe.teacher.dtype].itemsize
         shared = min(student.vocabulary, teacher.vocabulary)
         logits, how = logits + chunk * shared * theirs, f"{how}, the teacher's x {shared:,} x {theirs} B"
     rows = [Row("logits of a chunk", logits, how, ("head",))]
     if not _in_one_kernel(recipe):
         at_once = rows_at_once(chunk, student.vocabulary, "cuda")
-        buffers = BUFFERS["kl" if recipe.loss.kl else "ce"]
+        buffers = BUFFERS["kl" if recipe.logits else "ce"]
         if recipe.loss.kl and max(len(recipe.loss.divergences), len(recipe.loss.own_divergences)) > 1:
             buffers += 4  # of a sum of divergences each but the last spoils copies, and their gradients are added up
         how = f"{buffers} x {at_once} tokens x {student.vocabulary:,} x {WIDE} B"

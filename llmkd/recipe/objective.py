@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from llmkd.errors import InputError
 from llmkd.layer_map import OPTIONS, STRATEGIES
-from llmkd.losses.distance_sum import KNOWN, terms_of
+from llmkd.losses.distance_sum import KNOWN, READ, terms_of
 from llmkd.losses.divergences import DIVERGENCES, PARAMETERS, Divergence, Mix, with_parameters
 from llmkd.losses.objective import Change
 from llmkd.recipe.section import NO_EFFECT, Positions, Section, check_name, check_weights
@@ -36,8 +36,8 @@ class Matching(Section):
     distance: str | dict[str, float] | tuple[str | dict[str, float], ...] = Field(
         default="normalized_mse", examples=["procrustes", {"procrustes": 1.0, "mse": 0.1}]
     )
-    """mse, normalized_mse, cosine, standardized_mse, cka, procrustes or gram; or several with their weights, {procrustes: 1.0, mse: 0.1};
-    or a list of these, one for each pair in the map's order (the embeddings' first)."""
+    """mse, normalized_mse, cosine, standardized_mse, cka, procrustes, gram or logit_lens; or several with their weights,
+    {procrustes: 1.0, mse: 0.1}; or a list of these, one for each pair in the map's order (the embeddings' first)."""
     pair_weights: tuple[float, ...] | None = None
     """Weight of each pair in the hidden loss, in the map's order (the embeddings' first); default: 1 each."""
     tokens: int | None = Field(default=None, gt=1)
@@ -76,6 +76,9 @@ class Matching(Section):
             raise ValueError(
                 f"matching.projector: {' and '.join(self.distances)} compares states as they are; add another distance, or leave it out"
             )
+        if self.reads_logits and (self.final_state == "normed" or self.compare == "differences"):
+            key, value = ("final_state", "raw") if self.final_state == "normed" else ("compare", "states")
+            raise ValueError(f"matching.{key}: logit_lens reads states as blocks give them; write {value}")
         if self.compare == "differences" and self.final_state == "normed":
             raise ValueError(
                 "matching.final_state: a normed state less a raw one is nothing that blocks have added; write raw, or compare: states"
@@ -116,6 +119,11 @@ class Matching(Section):
         """`distance` in its one form, weights by name: a single mix for all pairs, or one per pair where the recipe lists them."""
         mixes = self.distance if isinstance(self.distance, tuple) else (self.distance,)
         return tuple({mix: 1.0} if isinstance(mix, str) else mix for mix in mixes)
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether a distance compares what the heads read from states."""
+        return any(name in READ for name in self.distances)
 
     @property
     def distances(self) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from llmkd.recipe.objective import Loss, Matching, check_something_to_learn, wit
 from llmkd.recipe.rollouts import Rollouts, check_rollouts
 from llmkd.recipe.run import Cache, Finetune, Train, check_stream, check_validation, with_batch_size
 from llmkd.recipe.section import NO_EFFECT, Section
-from llmkd.recipe.stones import Stones
+from llmkd.recipe.stones import Stones, check_lens, check_stones
 from llmkd.recipe.yaml_files import RecipeDumper, find_recipe, parse_yaml, read_text
 
 
@@ -164,23 +164,9 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _stones_have_a_teacher(self) -> Recipe:
-        if self.stones is None:
-            return self
-        if not self.teacher.serving.runs_upper_blocks:
-            raise ValueError(
-                "stones: they run the teacher's upper blocks on the student's states, which is not possible with "
-                f"{self.teacher.serving_name}; write teacher.placement: replicated or zero3, or leave out stones"
-            )
-        if self.teacher.placed.is_sharded and not self.stones.checkpoint:
-            raise ValueError(
-                "stones.checkpoint: a zero3 teacher's blocks are released between the passes; write true, or placement: replicated"
-            )
-        if self.stones.pairs == "from_map" and self.matching.redraw_every:
-            raise ValueError(
-                "stones.pairs: a connector is trained for one teacher block, and a redrawn map (matching.redraw_every) would change it; "
-                "write the stones, e.g. [[0, 3], [1, 7]], or redraw_every: 0"
-            )
+    def _upper_blocks_are_there(self) -> Recipe:
+        check_stones(self.stones, self.teacher, self.matching)
+        check_lens(self.matching, self.loss, self.teacher)
         return self
 
     @model_validator(mode="after")
@@ -245,7 +231,7 @@ class Recipe(Section):
     @property
     def logits(self) -> bool:
         """Whether the teacher's logits are needed."""
-        return self.loss.kl > 0 or self.stones is not None
+        return self.loss.kl > 0 or self.stones is not None or (self.loss.hidden > 0 and self.matching.reads_logits)
 
     @property
     def folder(self) -> Path:

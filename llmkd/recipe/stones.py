@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from llmkd.recipe.models import Teacher
+from llmkd.recipe.objective import Loss, Matching
 from llmkd.recipe.section import Section
 
 
@@ -43,3 +45,38 @@ class Stones(Section):
                     "write e.g. [[0, 3], [1, 7]]"
                 )
         return self
+
+
+def check_stones(stones: Stones | None, teacher: Teacher, matching: Matching) -> None:
+    """Raise ValueError for stones that the recipe's teacher or map can't have."""
+    if stones is None:
+        return
+    if not teacher.serving.runs_upper_blocks:
+        raise ValueError(
+            "stones: they run the teacher's upper blocks on the student's states, which is not possible with "
+            f"{teacher.serving_name}; write teacher.placement: replicated or zero3, or leave out stones"
+        )
+    if teacher.placed.is_sharded and not stones.checkpoint:
+        raise ValueError(
+            "stones.checkpoint: a zero3 teacher's blocks are released between the passes; write true, or placement: replicated"
+        )
+    if stones.pairs == "from_map" and matching.redraw_every:
+        raise ValueError(
+            "stones.pairs: a connector is trained for one teacher block, and a redrawn map (matching.redraw_every) would change it; "
+            "write the stones, e.g. [[0, 3], [1, 7]], or redraw_every: 0"
+        )
+
+
+def check_lens(matching: Matching, loss: Loss, teacher: Teacher) -> None:
+    """Raise ValueError for a distance logit_lens that the recipe's teacher can't be read by, or whose gradient is to be reported."""
+    if not matching.reads_logits or not loss.hidden or matching.strategy == "none":
+        return
+    if not teacher.serving.runs_upper_blocks:
+        raise ValueError(
+            "matching.distance: logit_lens reads the teacher's states through its final norm and head, which is not possible with "
+            f"{teacher.serving_name}; write teacher.placement: replicated or zero3, or another distance"
+        )
+    if loss.report_norms_every:
+        raise ValueError(
+            "loss.report_norms_every: the gradient of logit_lens is not measured; write 0, or another distance"
+        )

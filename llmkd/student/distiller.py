@@ -20,6 +20,7 @@ from llmkd.models.families import kind
 from llmkd.models.parts import blocks, encoder_blocks, final_state, head, head_bias, on_state
 from llmkd.student.connectors import watched
 from llmkd.student.gradient_norms import Tail, TailPass
+from llmkd.student.lens import with_readings
 from llmkd.student.loss_head import HeadResult, LossHead, reported_terms
 from llmkd.student.matching import Matching, Sampling
 from llmkd.student.passes import PassResult, StepSettings
@@ -79,10 +80,11 @@ class Distiller(nn.Module):
             final = final_state(self.model, batch)
             if self._final_block is not None:
                 self._match(self._final_block, final)
+        # Before the head's own loss, which takes the teacher's final state away.
+        distances = with_readings(matching.distances, matching.kept, self.model, self.loss_head, batch, signal)
         terms = Terms(*settings.scales[:2], settings.divergence, settings.temperature)
         stones = None
         if self.stones is not None and settings.stones is not None:
-            # Before the head's loss, which takes the teacher's final state away.
             assert signal is not None
             head = self.loss_head
             stones = self.stones(final, batch, signal, settings, states=stone_states, head=head, tail=tail)
@@ -100,7 +102,7 @@ class Distiller(nn.Module):
             )
         else:  # the head is not gathered either
             result = HeadResult.of_nothing(final.device, len(reported))
-        loss, distances = result.loss, matching.distances
+        loss = result.loss
         if not settings.runs_head:
             # A block whose output gets no gradient would not be gathered for its backward pass under ZeRO-3: this is a gradient of zeros.
             loss = loss + final[:, :0].float().sum()

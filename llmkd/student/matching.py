@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,20 @@ class Sampling:
         return Places(*sampled(at, self.tokens, settings.sample_seeds[micro_batch]), together, weight)
 
 
+class Kept(NamedTuple):
+    """A pair whose states are read after the pass."""
+
+    number: int
+    weight: float
+    """Of the sum over its positions."""
+    ours: Tensor
+    """[B, T, H_s]"""
+    theirs: Tensor
+    """[B, T, H_t]"""
+    at: Tensor
+    """[N], flat positions."""
+
+
 class Matching:
     """The pairs of one pass. It lives as long as the student's forward pass; `tail` is given where norms are reported."""
 
@@ -85,6 +100,7 @@ class Matching:
         self._ours: Tensor | None = None  # of the pair before, where differences are compared
         self._theirs: Tensor | None = None
         self._is_trained = torch.is_grad_enabled()
+        self.kept: list[Kept] = []
         self._sums: dict[int, Tensor] = {}
         self._squares: dict[int, Tensor] = {}
         self._squares_of_kinds: dict[Distance, Tensor] = {}
@@ -111,8 +127,13 @@ class Matching:
         if self._firsts is not None:
             before, self._theirs = self._theirs, theirs
             theirs = theirs if number in self._firsts or before is None else theirs - before
-        terms = self._settings.terms[number]
-        self._sums[number] = self._distance(number, terms, theirs, state, projected) * self._places[number].weight
+        terms, places = self._settings.terms[number], self._places[number]
+        for term in terms:
+            if term.of_readings:
+                weight = term.weight * places.factor * places.weight
+                self.kept.append(Kept(number, weight, state, theirs, places.at))
+        terms = [term for term in terms if not term.of_readings]
+        self._sums[number] = self._distance(number, terms, theirs, state, projected) * places.weight
         if self._tail is not None:
             self._note_squares(self._tail, number, state, theirs)
 
@@ -141,7 +162,7 @@ class Matching:
             for ours, some in ((state, as_it_is), (projected, through))
             if some
         ]
-        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        return sum(parts[1:], parts[0]) if parts else state.new_zeros((), dtype=torch.float32)
 
     def _note_squares(self, tail: TailPass, number: int, state: Tensor, theirs: Tensor) -> None:
         settings, projector = self._settings, None if self._projectors is None else self._projectors[number]

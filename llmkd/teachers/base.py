@@ -16,9 +16,19 @@ from llmkd.losses.chunked_head import TopK
 from llmkd.models.parts import output_state
 
 Head = Callable[[], contextlib.AbstractContextManager[tuple[Tensor, Tensor | None]]]
-Upper = Callable[[int, Tensor, Batch], Tensor]
-"""(block, state in place of its output, batch) -> the final state, with a gradient to the state:
-llmkd.teachers.upper_blocks.UpperBlocks."""
+
+
+class Upper(Protocol):
+    """The teacher from after one of its blocks on: llmkd.teachers.upper_blocks.UpperBlocks."""
+
+    @property
+    def last(self) -> int:
+        """The number of its last block."""
+        ...
+
+    def __call__(self, block: int, state: Tensor, batch: Batch, /) -> Tensor:
+        """The final state that follows this state [B, T, H] in place of the block's output, with a gradient to the state."""
+        ...
 
 
 class States(Protocol):
@@ -33,7 +43,8 @@ class Signal:
     """The mapped blocks' states and the final state of one micro-batch. A state is released when its last pair has taken it.
 
     `final` [B, T, H] and `head` are None where no logits are needed; `top_k` (tensors [B, T, K]) takes their place where that is all a
-    cache holds of the distribution. `upper` runs the teacher's upper blocks, where there are stones.
+    cache holds of the distribution. `upper` runs the teacher's upper blocks, where there are stones or
+    states are read.
     """
 
     def __init__(

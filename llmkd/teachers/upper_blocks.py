@@ -49,6 +49,8 @@ class UpperBlocks:
     """
 
     def __init__(self, model: PreTrainedModel, starts: Iterable[int], *, recompute: bool) -> None:
+        self.last = len(blocks(model)) - 1
+        """The number of its last block, after which only the way to the final state is left."""
         self._shells = {start: _shell(model, start, recompute) for start in set(starts)}
 
     def __call__(self, block: int, state: Tensor, batch: Batch) -> Tensor:

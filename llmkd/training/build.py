@@ -95,11 +95,12 @@ def demand_of(job: Job) -> Demand:
     ]  # as the student's blocks take them
     if job.redraws:  # any block may be drawn
         blocks = [*(block for block in blocks if block < 0), *range(sum(job.teacher_depths))]
+    reads = bool(job.pairs) and job.recipe.matching.reads_logits
     return Demand(
         tuple(blocks),
-        logits=job.weights.kl > 0 or bool(job.stones),
+        logits=job.weights.kl > 0 or bool(job.stones) or reads,
         normed_last=job.recipe.matching.final_state == "normed",
-        stones=tuple(block for _, block in job.stones),
+        stones=(*(block for _, block in job.stones), *[sum(job.teacher_depths) - 1] * reads),
     )
 
 

@@ -7,10 +7,12 @@ from transformers import PreTrainedConfig
 from llmkd.data.batches import Family
 from llmkd.data.other_families import check_format
 from llmkd.errors import InputError
+from llmkd.layer_map import Pairs
 from llmkd.models.architectures import new_config
-from llmkd.models.families import KIND_NAMES
+from llmkd.models.families import KIND_NAMES, check_logits, model_type
 from llmkd.models.stored import read_config
 from llmkd.recipe.recipe import Recipe
+from llmkd.teachers.upper_blocks import check_upper
 
 
 def teacher_shape(recipe: Recipe) -> PreTrainedConfig:
@@ -59,6 +61,21 @@ def _check_encoder(recipe: Recipe) -> None:
         )
     if recipe.matching.positions != "attended":
         raise InputError("matching.positions: no token of an encoder's text is trained, its class is; write attended")
+
+
+def check_upper_blocks(
+    recipe: Recipe, teacher: PreTrainedConfig, student: PreTrainedConfig, *, pairs: Pairs, stones: Pairs
+) -> None:
+    """Raise InputError for models that stones, or a distance that reads states, have not been shown to work with."""
+    if stones:
+        check_upper(teacher)
+    for config in (teacher, student) if pairs and recipe.matching.reads_logits else ():
+        check_logits(config)
+        row = model_type(config)
+        if row.kind != "decoder" or row.ends is None:
+            raise InputError(
+                f"matching.distance: logit_lens has not been shown to read a {config.model_type!r} model's states; write another distance"
+            )
 
 
 def check_same_classes(teacher: Family, student: Family) -> None:

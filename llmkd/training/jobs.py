@@ -38,7 +38,6 @@ from llmkd.recipe.rollouts import check_writers
 from llmkd.recipe.run import Train
 from llmkd.teachers import pipeline_stage as stage
 from llmkd.teachers.pipeline_schedule import stage_count
-from llmkd.teachers.upper_blocks import check_upper
 from llmkd.training import checks
 from llmkd.training.checkpoint import check_same
 from llmkd.training.pairs import depths_of, encoders_of, maps_of, stones_of
@@ -144,8 +143,7 @@ def check_student(recipe: Recipe, family: Family, teacher: Any, student: Any) ->
     depths, student_depths = families.depths(teacher), depths_of(recipe, student)
     pairs = maps_of(recipe, student_depths, depths)
     stones = stones_of(recipe, student_depths[0], depths[0])
-    if stones:
-        check_upper(teacher)
+    checks.check_upper_blocks(recipe, teacher, student, pairs=pairs, stones=stones)
     weights = _weights(recipe, pairs, stones)
     _check_redraws(recipe, teacher, student)
     if not checkpoint:

@@ -55,6 +55,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "matching.projector": "always",
         "matching.positions": "trained",
     },
+    "lens": {"matching.distance": "logit_lens"},
+    "lens_alone": {"matching.distance": "logit_lens", "matching.positions": "trained", "loss.ce": 0.0, "loss.kl": 0.0},
     # nothing is asked of the head, nor of the teacher's later blocks
     "hidden_only": {"matching.strategy": "all_to_one", "loss.ce": 0.0, "loss.kl": 0.0},
     "tied": {
@@ -86,6 +88,11 @@ ONE_RANK: dict[str, tuple[str, dict[str, Any]]] = {
     "projected": ("projected", {}),
     "differences_checkpointed": ("differences", {"train.activation_checkpointing": True}),
     "differences_projected_packed": ("differences_projected", {"data.batching": "packed", "train.micro_batch_size": 8}),
+    "lens_checkpointed": ("lens", {"train.activation_checkpointing": True}),
+    "lens_alone_packed": (
+        "lens_alone",
+        {"data.batching": "packed", "train.deepspeed": "zero0", "train.micro_batch_size": 8},
+    ),
     "redrawn_zero2": ("redrawn", {"train.deepspeed": "zero2"}),
     "tied": ("tied", {}),
 }
@@ -107,6 +114,8 @@ TWO_RANKS: dict[str, tuple[str, dict[str, Any]]] = {
     "logits_only": ("logits_only", {"teacher.placement": "zero3", "train.deepspeed": "zero2"}),
     "differences": ("differences", {"teacher.placement": "zero3", "train.micro_batch_size": 2}),
     "differences_projected": ("differences_projected", {"train.deepspeed": "zero2"}),
+    "lens": ("lens", {"teacher.placement": "zero3", "train.micro_batch_size": 2}),
+    "lens_alone": ("lens_alone", {}),
     "akl": ("akl", {"train.micro_batch_size": 2, "train.deepspeed": "zero2"}),
     "hidden_only": ("hidden_only", {"teacher.placement": "zero3"}),
     "tied": ("tied", {"teacher.placement": "zero3"}),

@@ -11,13 +11,14 @@ import torch
 
 from llmkd.data.batches import Batch, collate
 from llmkd.errors import InputError
-from llmkd.losses.distance_sum import terms_of
+from llmkd.losses.distance_sum import sampled, terms_of
 from llmkd.losses.divergences import DIVERGENCES, with_parameters
 from llmkd.losses.set_distances import WIDTH_FREE
 from llmkd.models import make, parts
 from llmkd.models.load import load_causal_lm
 from llmkd.student.distiller import make_projectors
 from llmkd.teachers.resident import ResidentTeacher
+from tests import definitions
 from tests.passes import distiller, step_settings
 from tests.unit.losses.test_distance_sum import plain
 
@@ -51,9 +52,8 @@ def _run(tiny: Path, folder: Path, mix: Any, report: bool = False, **changes: An
     distance = terms_of(mix) if isinstance(mix, dict) else mix
     settings = step_settings(pairs, scales, distance=distance, sample_seeds=(3,), report_norms=report, **changes)
     normed = bool(structure.get("normed_last"))
-    source = ResidentTeacher(
-        _load(tiny / "teacher").to(dtype), [t for _, t in pairs], normed_last=normed, ds_config=None
-    )
+    teacher = _load(tiny / "teacher").to(dtype)
+    source = ResidentTeacher(teacher, [t for _, t in pairs], normed_last=normed, ds_config=None, stones=[5])
     batch = _batch()
     loss, sums, squares, *_ = module(batch, source.signals(batch), settings)
     loss.backward()
@@ -298,3 +298,36 @@ def test_differences_of_a_model_from_itself_are_none(tiny: Path) -> None:
     options: dict[str, Any] = dict(pairs=pairs, scales=(0.0, 0.0, 1.0), differences=True)
     _, sums, grads, _ = _run(tiny, tiny / "teacher", {"mse": 1.0, "cosine": 1.0}, **options)
     assert sums[2:].abs().max() < 1e-5 and max(g.abs().max() for g in grads.values()) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [None, 7])
+def test_logit_lens_is_what_both_heads_read(tiny: Path, copied: Path, tokens: int | None) -> None:
+    """Against whole logits in float64, beside another distance; the head and the final norm learn too."""
+    pairs, scales, mix = ((0, 4), (1, 1), (2, 5)), (0.0, 0.0, 1.0), {"logit_lens": 2.0, "mse": 0.5}
+    options: dict[str, Any] = dict(pairs=pairs, scales=scales, dtype=torch.float64, tokens=tokens)
+    _, sums, grads, _ = _run(tiny, copied, mix, **options)
+
+    batch, student, teacher = _batch(), _load(copied).double(), _load(tiny / "teacher").double()
+    states: dict[str, dict[int, torch.Tensor]] = {"student": {}, "teacher": {}}
+    for name, model in (("student", student), ("teacher", teacher)):
+        for number, block in enumerate(parts.blocks(model)):
+            block.register_forward_hook(functools.partial(_hold, states[name], number))
+        model(input_ids=batch.input_ids, position_ids=batch.position_ids)
+    at, factor = sampled(batch.attended_at, tokens, 3)
+    values = []
+    for i, j in pairs:
+        ours, theirs = states["student"][i].flatten(0, 1)[at], states["teacher"][j].detach().flatten(0, 1)[at]
+        read = [model.lm_head(model.model.norm(state)) for model, state in ((student, ours), (teacher, theirs))]
+        divergence = definitions.divergence("jsd", *read, 1.0).sum()
+        values.append(factor * (2.0 * divergence + 0.5 * (ours - theirs).square().mean(-1).sum()))
+    torch.testing.assert_close(sums[2:], torch.stack(values).detach())
+    named = dict(student.named_parameters())
+    expected = torch.autograd.grad(torch.stack(values).sum(), [*named.values()])
+    for name, gradient in zip(named, expected, strict=True):
+        torch.testing.assert_close(grads[f"model.{name}"], gradient, msg=name)
+
+
+def test_a_model_reads_its_own_states_as_its_teacher_does(tiny: Path) -> None:
+    pairs = tuple((block, block) for block in range(6))
+    _, sums, grads, _ = _run(tiny, tiny / "teacher", {"logit_lens": 1.0}, pairs=pairs, scales=(0.0, 0.0, 1.0))
+    assert sums[2:].abs().max() < 1e-4 and max(g.abs().max() for g in grads.values()) < 1e-4

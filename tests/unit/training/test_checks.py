@@ -466,3 +466,30 @@ def test_differences_from_normed_states_and_through_checkpointed_projectors_are_
     with pytest.raises(InputError, match=r"train\.activation_checkpointing: not with matching\.compare: differences"):
         train(world, jobs.distil_job(world, two_stacks(tiny, **changes), tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"teacher.placement": "pipeline"}, "logit_lens reads the teacher's states through its final norm and head"),
+        ({"loss.report_norms_every": 2}, "loss.report_norms_every: the gradient of logit_lens is not measured"),
+        (
+            {"matching.final_state": "normed"},
+            "matching.final_state: logit_lens reads states as blocks give them; write raw",
+        ),
+        (
+            {"matching.compare": "differences"},
+            "matching.compare: logit_lens reads states as blocks give them; write states",
+        ),
+    ],
+)
+def test_what_a_logit_lens_cannot_read_is_refused(tiny: Path, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        two_stacks(tiny, **{"matching.distance": "logit_lens", **changes})
+
+
+def test_a_logit_lens_is_for_decoders(tmp_path: Path, world: Any) -> None:
+    recipe = family_recipe(tmp_path, "encoder", new(ENCODERS["bert"](4), "encoder"))
+    recipe = recipe.changed({"matching.distance": "logit_lens"})
+    with pytest.raises(InputError, match="logit_lens has not been shown to read a"):
+        jobs.distil_job(world, recipe, tmp_path / "run")

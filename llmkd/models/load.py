@@ -162,7 +162,11 @@ def attention_implementation(setting: str, dtype: torch.dtype, config: PreTraine
     lacking = "the model's code is its folder's own" if of is None else varlen.lacking(config, dtype)
     if lacking is None:
         return varlen.NAME, "packed rows need no mask"
-    if _flash_attention() and dtype != torch.float32 and getattr(of, "_supports_flash_attn", True):
+    row = model_type(config)
+    apart = (
+        row.varlen or not row.packs
+    )  # else flash-attn would let the documents of a batch of packed rows see each other
+    if _flash_attention() and dtype != torch.float32 and getattr(of, "_supports_flash_attn", True) and apart:
         return "flash_attention_2", "flash-attn is installed and there is a GPU"
     if not getattr(of, "_supports_sdpa", True):
         return "eager", f"transformers has no sdpa for a {config.model_type!r} model"

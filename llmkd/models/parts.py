@@ -207,8 +207,7 @@ def decoder_options(config: Any, packed: Packed | None) -> dict[str, Any]:
     models are told so, because they would look for packed rows in the positions, which waits for the device.
     """
     if packed is not None:
-        apart = varlen.options(packed) if config._attn_implementation == varlen.NAME else {}
-        return {"position_ids": packed.positions, **apart, "use_cache": False}
+        return {**varlen.options(config, packed), "use_cache": False}
     causal_by_itself = config._attn_implementation != "eager"  # eager attention hides what is ahead by a mask alone
     if causal_by_itself and model_type(config).takes_masks and set(config.layer_types) == {"full_attention"}:
         return {"attention_mask": {"full_attention": None}, "use_cache": False}

@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from llmkd.data.batches import Packed
 from llmkd.models.families import model_type
 
-NAME = "varlen"
+NAME, FLASH = "varlen", "flash_attention_2"
 HEAD_MULTIPLE, LARGEST_HEAD, OLDEST_GPU = 8, 256, (8, 0)
 """What FlashAttention asks of a head's size and of a GPU."""
 
@@ -43,16 +43,17 @@ def lacking(config: Any, dtype: torch.dtype) -> str | None:
     return None
 
 
-def options(packed: Packed) -> dict[str, Any]:
-    """What a model whose attention is `varlen` is given for its packed rows."""
-    return {
-        "cu_seq_lens_q": packed.starts,
-        "cu_seq_lens_k": packed.starts,
-        "max_length_q": packed.longest,
-        "max_length_k": packed.longest,
-        # transformers takes a mask of four dimensions for a ready one, and makes none
-        "attention_mask": packed.positions.new_empty(0, 0, 0, 0),
-    }
+def options(config: Any, packed: Packed) -> dict[str, Any]:
+    """What a model is given so that its attention keeps packed documents apart: their positions, and where they begin to an attention that
+    takes it. transformers' own flash_attention_2 does, and with several rows in a batch it looks nowhere else."""
+    name = config._attn_implementation
+    if name not in (NAME, FLASH) or not model_type(config).varlen:
+        return {"position_ids": packed.positions}
+    # transformers takes a mask of four dimensions for a ready one, and makes none
+    ready = {"attention_mask": packed.positions.new_empty(0, 0, 0, 0)} if name == NAME else {}
+    begins, longest = packed.starts, packed.longest
+    limits = {"cu_seq_lens_q": begins, "cu_seq_lens_k": begins, "max_length_q": longest, "max_length_k": longest}
+    return {"position_ids": packed.positions, **limits, **ready}
 
 
 def attention(

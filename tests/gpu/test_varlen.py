@@ -73,7 +73,9 @@ def test_it_is_attention_under_a_mask_to_bf16s_rounding(
             whole = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.1)[0]
             whole = whole.transpose(0, 1).unflatten(0, (rows, width))
         else:
-            options: Any = varlen.options(packed)
+            config = Qwen3Config(head_dim=SIZE)
+            config._attn_implementation = varlen.NAME
+            options: Any = varlen.options(config, packed)
             whole, _ = varlen.attention(torch.nn.Module(), *states, scaling=0.1, sliding_window=window, **options)
         assert whole.shape == (rows, width, HEADS, SIZE)
         torch.manual_seed(2)

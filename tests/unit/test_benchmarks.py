@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import rollouts, tables, trl_trainers
+from benchmarks import attention, rollouts, tables, trl_trainers
 from benchmarks.check import agrees, expected_losses
 from benchmarks.contestants import Terms, make_passes
 from benchmarks.data import fewest
@@ -236,3 +236,10 @@ def test_rollouts_are_judged_by_their_own_rounds() -> None:
 def test_no_packing_needs_fewer_sequences(lengths: list[int], sequences: int) -> None:
     """Where tokens alone would need fewer: two rows of 45 leave 38 of 128 tokens empty."""
     assert fewest(np.array(lengths), 128) == sequences
+
+
+def test_padding_is_what_a_runs_micro_batches_have() -> None:
+    """Rows of one length that needs none; of two lengths, which are not mixed within a step."""
+    assert attention.padding(np.full(64, 16), batch_size=8, micro_batch_size=4) == 0
+    assert attention.padding(np.full(64, 12), batch_size=8, micro_batch_size=4) == pytest.approx(1 - 12 / 16)
+    assert attention.padding(np.array([8, 64] * 64), batch_size=8, micro_batch_size=4) == 0

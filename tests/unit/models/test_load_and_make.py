@@ -551,6 +551,8 @@ def test_attention_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load.attention_implementation("auto", torch.bfloat16, config)[0] == "varlen"
     why = "no varlen: FlashAttention does not compute in float32"
     assert load.attention_implementation("auto", torch.float32, config) == ("sdpa", why)
+    assert load.attention_implementation("auto", torch.bfloat16, CONFIGS["gpt2"]())[0] == "flash_attention_2"
+    assert load.attention_implementation("auto", torch.bfloat16, CONFIGS["stablelm"]())[0] == "sdpa"
     bloom = hf.BloomConfig()
     assert load.attention_implementation("auto", torch.bfloat16, bloom) == (
         "eager",

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llmkd.data.batches import Batch, collate, collate_sequences
+from llmkd.data.batches import Batch, Packed, collate, collate_sequences
 from llmkd.models import parts, varlen
 from llmkd.models.load import attention_implementation
 from llmkd.models.model_types import types_with
@@ -74,6 +74,13 @@ def _batch(sequences: Sequence[Sequence[int]], width: int) -> Batch:
 BATCH = ([5, 1, 9, 4], [11, 8, 2]), 24
 
 
+def _given(attention: str, packed: Packed, kind: str = "qwen3") -> dict[str, Any]:
+    """What the attention of a model of this kind is given of its documents."""
+    config = CONFIGS[kind]()
+    config._attn_implementation = attention
+    return varlen.options(config, packed)
+
+
 class Seen(TorchDispatchMode):
     """The most elements of a tensor that was made, and the reads whose result the host waits for."""
 
@@ -124,7 +131,7 @@ def test_in_float32_it_is_attention_under_a_mask(window: int | None) -> None:
 
     ours, theirs = states(), states()
     found, _ = varlen.attention(
-        torch.nn.Module(), *ours, scaling=0.3, sliding_window=window, **varlen.options(packed)
+        torch.nn.Module(), *ours, scaling=0.3, sliding_window=window, **_given(varlen.NAME, packed)
     )  # fmt: skip
     flat = [states.transpose(0, 1).flatten(1, 2)[None] for states in theirs]
     expected = F.scaled_dot_product_attention(*flat, attn_mask=mask, scale=0.3, enable_gqa=True)
@@ -151,6 +158,18 @@ def test_no_mask_is_made_and_nothing_is_read(name: str) -> None:
     assert sdpa.largest >= 512 * 512 and sdpa.reads
     assert ours.largest < 512 * 512 / 2
     assert not ours.reads or "moe" in name  # the router of experts reads which it chose
+
+
+def test_flash_attention_is_told_where_documents_begin() -> None:
+    """Given so, it lays the rows of a batch end to end itself; from positions it would find documents in a batch of one row alone."""
+    packed = _batch(*BATCH).packed
+    assert packed is not None
+    given = _given("flash_attention_2", packed)
+    assert given["cu_seq_lens_q"] is given["cu_seq_lens_k"] is packed.starts and "attention_mask" not in given
+    assert packed.starts.tolist() == [0, 5, 6, 15, 19, 24, 35, 43, 45, 48]
+    assert given["max_length_q"] == given["max_length_k"] == 11
+    assert given.keys() - _given("sdpa", packed).keys() == {name for name in given if name != "position_ids"}
+    assert _given("flash_attention_2", packed, "stablelm").keys() == {"position_ids"}
 
 
 def test_padded_rows_and_generation_are_sdpa() -> None:

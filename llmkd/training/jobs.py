@@ -170,7 +170,7 @@ def check_devices(recipe: Recipe, *, gpu: bool) -> None:
     """Raise InputError where this machine has not what the recipe asks of it; `gpu`: whether ranks run on GPUs."""
     if recipe.teacher.offload_states and not gpu:
         raise InputError("teacher.offload_states: there is no GPU here whose memory it would spare; write false")
-    if gpu and recipe.compiles_head and (lacking := lacking_to_compile()):
+    if gpu and recipe.head_kernel != "none" and (lacking := lacking_to_compile()):
         raise InputError(
             f"train.head_kernel: a kernel of the head's losses takes {lacking}, which is missing here; install it, or write none"
         )

@@ -175,7 +175,10 @@ def state():
         "group": torch.distributed.is_initialized(),
     }
 
+import importlib.util
 changed = {}
+if importlib.util.find_spec("triton") is None:
+    MODULES.remove("llmkd.losses.triton_rows")  # imported where a recipe asks for it and a GPU brings Triton
 for name in MODULES:
     before = state()
     __import__(name)

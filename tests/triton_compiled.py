@@ -25,17 +25,17 @@ VERSIONS: dict[str, dict[str, Any]] = {
     "stored": {"PARTS": (), "LOGITS": False, "ONE_SOFTMAX": True, "K": 64},
 }
 POINTERS = {
-    **{"student": "*bf16", "teacher": "*bf16", "targets": "*i64", "compared": "*u8", "losses": "*fp32", "ids": "*i64"},
-    "stored": ("*fp32", "*fp32"),
+    **{"student": "*bf16", "teacher": "*bf16", "targets": "*i64", "compared": "*u8", "losses": "*fp32"},
+    "likeliest": ("*i64", "*fp32", "*fp32"),
 }
 NUMBERS = {"columns": "i32", "shared": "i32", "k": "i32", "scales": ("fp32",) * 3, "temperature": "fp32"}
 
 
 def compiled(version: dict[str, Any]) -> dict[str, int]:
     """Of one version: its loads of 16 bytes, its other loads, its spilt bytes."""
-    sums = {name: ("fp32",) * len(version["PARTS"]) for name in ("weights", "parameters")}
+    mix = {"mix": (("fp32",) * len(version["PARTS"]),) * 2}
     constants = version | {"BLOCK": triton_rows.BLOCK}
-    signature = POINTERS | NUMBERS | sums | dict.fromkeys(constants, "constexpr")
+    signature = POINTERS | NUMBERS | mix | dict.fromkeys(constants, "constexpr")
     whole = [
         name for name in (*POINTERS, "columns", "shared") if name != "stored"
     ]  # multiples of 16, as torch's tensors begin

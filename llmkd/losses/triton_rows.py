@@ -18,13 +18,11 @@ from torch import Tensor
 
 from llmkd.losses.head_inputs import IGNORED, Terms, TopK
 from llmkd.losses.head_kernels import Part, triton_parts
+from llmkd.losses.triton_terms import LEAST, TINY, column_terms, log_ratio, needs_mean
 
 BLOCK, WARPS = 2048, 4
 """Columns that a program works on at a time, and by how many warps."""
 NO_TARGET = tl.constexpr(IGNORED)
-LEAST = tl.constexpr(torch.finfo(torch.float32).min)
-"""In place of -inf, so that 0 times it is 0."""
-TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 UNREACHED = tl.constexpr(1e12)
 """As in `llmkd.losses.closed_forms`: what is above it has a column that one side alone shuts out."""
 
@@ -53,13 +51,12 @@ def losses_by_triton(
     losses = torch.empty(rows, 2, dtype=torch.float32, device=ours.device)
     assert all(part.is_contiguous() for part in (ours, teacher, targets, compared))
     _rows[(rows,)](  # pyright: ignore[reportIndexIssue]
-        *(ours, teacher, targets, compared.view(torch.uint8), losses, ours if ids is None else ids.contiguous()),
-        tuple(part.contiguous() for part in stored),
+        *(ours, teacher, targets, compared.view(torch.uint8), losses),
+        tuple(part.contiguous() for part in (ours if ids is None else ids, *stored)),
         *(columns, shared, k),
-        (terms.ce_scale, terms.kl_scale, top_k.weight),
-        terms.temperature,
-        tuple(part.weight for part in parts),
-        tuple(part.parameter for part in parts),
+        (float(terms.ce_scale), float(terms.kl_scale), top_k.weight),
+        float(terms.temperature),
+        (tuple(part.weight for part in parts), tuple(part.parameter for part in parts)),
         PARTS=tuple(part.name for part in parts),
         LOGITS=isinstance(theirs, Tensor),
         ONE_SOFTMAX=terms.temperature == 1 and shared == columns,
@@ -78,15 +75,13 @@ def _rows(
     targets,
     compared,
     losses,
-    ids,
-    stored,
+    likeliest,
     columns,
     shared,
     k,
     scales,
     temperature,
-    weights,
-    parameters,
+    mix,
     PARTS: tl.constexpr,
     LOGITS: tl.constexpr,
     ONE_SOFTMAX: tl.constexpr,
@@ -100,17 +95,15 @@ def _rows(
     scored, sharpness = target != NO_TARGET, tl.div_rn(1.0, temperature)
     z_target = tl.load(student + tl.where(scored, target, 0)).to(tl.float32)
     ce_factor = tl.where(scored, scales[0], 0.0)
-    kl_factor = tl.where(
-        counted, scales[1] * temperature, 0.0
-    )  # temperature² of the value; the logits' division takes one
+    kl_factor = tl.where(counted, scales[1] * temperature, 0.0)  # temperature², over that of the logits
     if K:
         at = row * k + tl.arange(0, K)
         out = (tl.arange(0, K) < k) & counted
-        tokens = tl.load(ids + at, mask=out, other=0)
+        tokens = tl.load(likeliest[0] + at, mask=out, other=0)
         z_out = _take_out(student, tokens, out)
         t_out = _take_out(teacher, tokens, out) if LOGITS else z_out
-
-    z, q, p = _first_pass(student, teacher, columns, shared, sharpness, LOGITS, K, ONE_SOFTMAX, BLOCK)
+    sides = (student, teacher, columns, shared, sharpness)
+    z, q, p = _first_pass(sides, LOGITS, K, ONE_SOFTMAX, BLOCK)
     q_rest, p_rest = q, p
     if K:
         z, q = _with_more(z[0], z[1], z_out), _with_more(q[0], q[1], z_out * sharpness)
@@ -118,37 +111,20 @@ def _rows(
     totals = (_log_total(z), _log_total(q), _log_total(p))
     tl.store(losses, tl.where(scored, totals[0] - z_target, 0.0))
 
-    mean = _second_pass(student, teacher, shared, sharpness, totals, weights, parameters, PARTS, BLOCK)
+    mean = _second_pass(sides, totals, mix, PARTS, BLOCK)
     value, q_factor = 0.0, 0.0
     if K:
         log_q = _log_probability(z_out * sharpness, totals[1])
-        log_p, p_of_rest = _of_teacher(t_out * sharpness, totals[2], p_rest, stored, row, at, out, LOGITS)
-        values, slope_out = _terms(log_q, log_p, weights, parameters, PARTS)
-        mean += tl.sum(slope_out, 0) if _needs_mean(PARTS) else 0.0
+        log_p, p_of_rest = _of_teacher(t_out * sharpness, totals[2], p_rest, likeliest, row, at, out, LOGITS)
+        values, slope_out = column_terms(log_q, log_p, mix, PARTS)
+        mean += tl.sum(slope_out, 0) if needs_mean(PARTS) else 0.0
         value, q_factor, own_slope = _top_k(log_q, log_p, q_rest[1], _mass(q_rest, totals[1]), p_of_rest, scales[2])
         value += tl.sum(values, 0)
         slope_out += own_slope - tl.exp(log_q) * mean
     factors = (ce_factor, kl_factor, q_factor - mean)
-    value += _last_pass(
-        student,
-        teacher,
-        columns,
-        shared,
-        target,
-        factors,
-        sharpness,
-        totals,
-        weights,
-        parameters,
-        PARTS,
-        LOGITS,
-        K,
-        BLOCK,
-    )
+    value += _last_pass(sides, totals, mix, target, factors, PARTS, LOGITS, K, BLOCK)
     if K:
-        gradient = kl_factor * slope_out + ce_factor * (
-            tl.exp(z_out - totals[0]) - tl.where(tokens == target, 1.0, 0.0)
-        )
+        gradient = ce_factor * _ce_slope(z_out, totals[0], tokens, target) + kl_factor * slope_out
         tl.debug_barrier()  # after all that the last pass wrote
         tl.store(student + tokens, gradient.to(student.dtype.element_ty), mask=out)
     value = tl.where(value > UNREACHED, float("inf"), value) * temperature * temperature
@@ -156,21 +132,12 @@ def _rows(
 
 
 @triton.jit
-def _first_pass(
-    student,
-    teacher,
-    columns,
-    shared,
-    sharpness,
-    LOGITS: tl.constexpr,
-    K: tl.constexpr,
-    ONE_SOFTMAX: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _first_pass(sides, LOGITS: tl.constexpr, K: tl.constexpr, ONE_SOFTMAX: tl.constexpr, BLOCK: tl.constexpr):
     """(maximum, sum of exp(logit - maximum)) of three softmaxes: the student's, and both models' in the divergence.
 
     There the student has a softmax of its own where the temperature is not 1, or the columns are fewer.
     """
+    student, teacher, columns, shared, sharpness = sides
     z_top, z_sum = tl.full((), LEAST, tl.float32), tl.full((), 0.0, tl.float32)
     q_top, q_sum, p_top, p_sum = z_top, z_sum, z_top, z_sum
     for start in range(0, columns, BLOCK):
@@ -187,49 +154,36 @@ def _first_pass(
 
 
 @triton.jit
-def _second_pass(
-    student, teacher, shared, sharpness, totals, weights, parameters, PARTS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _second_pass(sides, totals, mix, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """The mean under q of d, where a gradient needs it."""
+    student, teacher, _, shared, sharpness = sides
     mean = tl.full((), 0.0, tl.float32)
-    if _needs_mean(PARTS):
+    if needs_mean(PARTS):
         for start in range(0, shared, BLOCK):
             at = start + tl.arange(0, BLOCK)
             log_q = _log_probability(_logits(student, at, shared) * sharpness, totals[1])
             log_p = _log_probability(_logits(teacher, at, shared) * sharpness, totals[2])
-            mean += tl.sum(_terms(log_q, log_p, weights, parameters, PARTS)[1], 0)
+            mean += tl.sum(column_terms(log_q, log_p, mix, PARTS)[1], 0)
     return mean
 
 
 @triton.jit
 def _last_pass(
-    student,
-    teacher,
-    columns,
-    shared,
-    target,
-    factors,
-    sharpness,
-    totals,
-    weights,
-    parameters,
-    PARTS: tl.constexpr,
-    LOGITS: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
+    sides, totals, mix, target, factors, PARTS: tl.constexpr, LOGITS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The value. factors: of cross-entropy's gradient, of the divergence's, and of q within the latter."""
+    student, teacher, columns, shared, sharpness = sides
     value = tl.full((), 0.0, tl.float32)
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         z = _logits(student, at, columns)
-        gradient = factors[0] * (tl.exp(z - totals[0]) - tl.where(at == target, 1.0, 0.0))  # no column is NO_TARGET
+        gradient = factors[0] * _ce_slope(z, totals[0], at, target)
         if LOGITS or K:
             log_q = _log_probability(tl.where(at < shared, z, -float("inf")) * sharpness, totals[1])
             slope = tl.exp(log_q) * factors[2]
             if LOGITS:
                 log_p = _log_probability(_logits(teacher, at, shared) * sharpness, totals[2])
-                values, slopes = _terms(log_q, log_p, weights, parameters, PARTS)
+                values, slopes = column_terms(log_q, log_p, mix, PARTS)
                 value += tl.sum(values, 0)
                 slope += slopes
             gradient += factors[1] * slope
@@ -238,12 +192,12 @@ def _last_pass(
 
 
 @triton.jit
-def _of_teacher(t_out, log_p_total, p_rest, stored, row, at, out, LOGITS: tl.constexpr):
+def _of_teacher(t_out, log_p_total, p_rest, likeliest, row, at, out, LOGITS: tl.constexpr):
     """(log p of the tokens that were taken out, p of the rest)."""
     if LOGITS:
         log_p, rest = _log_probability(t_out, log_p_total), _mass(p_rest, log_p_total)
     else:
-        log_p, rest = tl.load(stored[0] + at, mask=out, other=LEAST), tl.load(stored[1] + row)
+        log_p, rest = tl.load(likeliest[1] + at, mask=out, other=LEAST), tl.load(likeliest[2] + row)
     return log_p, rest
 
 
@@ -252,8 +206,8 @@ def _top_k(log_q, log_p, q_rest_sum, q_rest, p_rest, weight):
     """(value, q's factor in the slope of the rest, slope of the tokens that were taken out), as `closed_forms.buckets` has them."""
     q, p = tl.exp(log_q), tl.exp(log_p)
     ratio = tl.div_rn(p_rest, tl.maximum(q_rest, TINY))
-    log_ratio = tl.where(q_rest_sum == 0.0, -LEAST, _log_ratio(ratio))  # 0: the student shuts all of the rest out
-    return weight * (tl.sum(p * (log_p - log_q), 0) + p_rest * log_ratio), weight * (1 - ratio), weight * (q - p)
+    log_of_it = tl.where(q_rest_sum == 0.0, -LEAST, log_ratio(ratio))  # 0: the student shuts all of the rest out
+    return weight * (tl.sum(p * (log_p - log_q), 0) + p_rest * log_of_it), weight * (1 - ratio), weight * (q - p)
 
 
 @triton.jit
@@ -290,62 +244,12 @@ def _mass(sums, log_total):
 
 
 @triton.jit
+def _ce_slope(logits, log_total, at, target):
+    return tl.exp(logits - log_total) - tl.where(
+        at == target, 1.0, 0.0
+    )  # none where there is no target: no column has its number
+
+
+@triton.jit
 def _log_probability(logits, log_total):
     return tl.maximum(logits - log_total, LEAST)
-
-
-@triton.jit
-def _terms(log_q, log_p, weights, parameters, PARTS: tl.constexpr):
-    """Of each column its (term of the value, slope q·d), added up over the divergences of the sum."""
-    q, p = tl.exp(log_q), tl.exp(log_p)
-    value, slope = tl.zeros_like(q), tl.zeros_like(q)
-    for part in tl.static_range(len(PARTS)):
-        if PARTS[part] == "forward_kl":  # d = 1 - p/q, whose mean is 0
-            own_value, own_slope = p * (log_p - log_q), q - p
-        elif PARTS[part] == "reverse_kl":
-            own_value = q * (log_q - log_p)
-            own_slope = own_value
-        elif PARTS[part] == "jsd":
-            own_value, own_slope = _jsd(q, p, parameters[part])
-        elif PARTS[part] == "skew_kl":
-            own_value, own_slope = _skew_kl(q, p, parameters[part])
-        elif PARTS[part] == "skew_reverse_kl":
-            own_value, own_slope = _skew_reverse_kl(q, p, parameters[part])
-        else:
-            tl.static_assert(PARTS[part] == "tvd")
-            own_value, own_slope = tl.abs(q - p) / 2, tl.where(q > p, q, tl.where(q < p, -q, 0.0)) / 2
-        value += weights[part] * own_value
-        slope += weights[part] * own_slope
-    return value, slope
-
-
-@triton.jit
-def _jsd(q, p, beta):
-    mixture = tl.maximum(q + beta * (p - q), TINY)
-    slope = (1 - beta) * q * _log_ratio(tl.div_rn(q, mixture))
-    return beta * p * _log_ratio(tl.div_rn(p, mixture)) + slope, slope
-
-
-@triton.jit
-def _skew_kl(q, p, skew):
-    ratio = tl.div_rn(p, tl.maximum(q + skew * (p - q), TINY))
-    return p * _log_ratio(ratio), (skew - 1) * q * (ratio - 1)
-
-
-@triton.jit
-def _skew_reverse_kl(q, p, skew):
-    ratio = tl.div_rn(q, tl.maximum(p + skew * (q - p), TINY))
-    value = q * _log_ratio(ratio)
-    return value, value - skew * q * (ratio - 1)
-
-
-@triton.jit
-def _log_ratio(ratio):
-    """The logarithm; a ratio of 0 belongs to a probability of 0, and 0 times any finite number adds nothing."""
-    return tl.log(tl.maximum(ratio, TINY))
-
-
-@triton.constexpr_function
-def _needs_mean(parts):
-    """Whether a gradient takes the mean of the slopes: forward KL's is 0, and `top_k` has its own gradient."""
-    return any(part != "forward_kl" for part in parts)

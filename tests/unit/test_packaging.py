@@ -178,7 +178,7 @@ def state():
 import importlib.util
 changed = {}
 if importlib.util.find_spec("triton") is None:
-    MODULES.remove("llmkd.losses.triton_rows")  # imported where a recipe asks for it and a GPU brings Triton
+    MODULES = [name for name in MODULES if "triton" not in name]  # imported where a recipe asks for them and a GPU brings Triton
 for name in MODULES:
     before = state()
     __import__(name)

@@ -18,7 +18,6 @@ import contextlib
 import logging
 import os
 import time
-import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -292,7 +291,7 @@ def main() -> None:
             leave(2)
         if isinstance(error, RuntimeError) and lost_rank(error):
             end_lost(error)
-        traceback.print_exc()
+        sys.excepthook(type(error), error, error.__traceback__)
         leave(1)
 
 

@@ -2,6 +2,7 @@
 
 python -m benchmarks.step --size small                    (one process; a table in a few minutes)
 python -m benchmarks.step --size tiny --ranks 2 --profile
+python -m benchmarks.step --blocks plain --blocks compiled --blocks liger    (one after another, each in a process of its own)
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from typing import Any
 import click
 import torch
 import transformers
+from transformers import Qwen3Config
 
 from benchmarks import tables, trl_trainers
+from benchmarks.block_forms import FORMS, alone
 from benchmarks.check import agrees, expected_losses
 from benchmarks.contestants import Contestant, SharedEngine, Terms, chosen, make_passes, share_engine
 from benchmarks.measure import Memory, bytes_up_to_backward, mean_loss, memory, rounds
@@ -32,7 +35,10 @@ from llmkd.distributed.ranks import World, quiet, start, stop
 from llmkd.errors import InputError
 from llmkd.files import ROOT
 from llmkd.layer_map import forward
+from llmkd.models.compiled_blocks import compile_blocks
+from llmkd.models.liger import check_liger, use_kernels
 from llmkd.models.load import DTYPES
+from llmkd.models.parts import blocks as blocks_of
 from llmkd.provenance import commit, hardware, versions
 
 SECTION = "A training step"
@@ -45,8 +51,19 @@ class Benchmark:
     """Models, micro-batches and contestants of one run. `problems` says who could not take part, or whose loss is another."""
 
     def __init__(
-        self, world: World, size: Size, dtype: torch.dtype, ds_name: str, only: tuple[str, ...], memory_rows: int
+        self,
+        world: World,
+        size: Size,
+        dtype: torch.dtype,
+        ds_name: str,
+        only: tuple[str, ...],
+        memory_rows: int,
+        blocks: str = "plain",
     ) -> None:
+        self._compiles = "compiled" in blocks
+        if "liger" in blocks:
+            check_liger([Qwen3Config()], gpu=world.device.type == "cuda")
+            use_kernels("liger", [Qwen3Config()])
         self.world, self.size, self.dtype = world, size, dtype
         self.works = make_work(size, rank=world.rank, ranks=world.size, count=BATCHES, device=world.device)
         self.ds_config = complete_ds_config(
@@ -77,6 +94,8 @@ class Benchmark:
         given = [terms for terms, _ in passes.values() if terms is not None]
         alone = [trl_trainers.KL_ALONE]
         self._expected = dict(zip(map(repr, [*given, *alone]), self._expect(student, [*given, *alone]), strict=True))
+        for model in (student, self.teacher):
+            self._compile(model)  # by now the losses that the plain blocks give are known
         shared = share_engine(student, self.teacher, passes, self.ds_config) if passes else []
         self.counted: list[SharedEngine] = [c for c in shared if c.name.startswith("pairs/")]
         self.contestants: list[Contestant] = [c for c in shared if not c.name.startswith("pairs/")]
@@ -84,6 +103,10 @@ class Benchmark:
 
     def _model(self, blocks: int, *, seed: int) -> Any:
         return make_model(self.size, blocks, self.dtype, self.world.device, seed=seed)
+
+    def _compile(self, model: Any) -> None:
+        if self._compiles:
+            compile_blocks(blocks_of(model))
 
     def _expect(self, student: Any, terms: list[Terms]) -> list[float]:
         return expected_losses(self.world, student, self.teacher, self.works[0], terms)
@@ -94,6 +117,7 @@ class Benchmark:
             return
         for kind in kinds:
             student = self._model(self.size.student_blocks, seed=2)
+            self._compile(student)
             self.contestants.append(
                 trl_trainers.TrlStep(kind, self.world, student, self.teacher, self.ds_config, self.works[0])
             )
@@ -223,12 +247,22 @@ def facts(bench: Benchmark, command: str, ds_name: str) -> str:
     "--trace", type=click.Path(path_type=Path), help="With --profile: the folder for torch.profiler's traces."
 )
 @click.option("--peak-tflops", type=float, help="The hardware's peak per rank; prints the share that is used (MFU).")
+@click.option(
+    "--blocks",
+    type=click.Choice(FORMS),
+    multiple=True,
+    default=("plain",),
+    show_default=True,
+    help="How everybody's blocks are computed: as train.compile and train.kernels say it.",
+)
 @click.option("--write", is_flag=True, help="Put the tables into benchmarks/RESULTS.md.")
 def main(
     ranks: int, size: str, tokens: int | None, repeat: int, only: tuple[str, ...], ds_name: str, dtype: str,
-    memory_rows: int, profiled: bool, trace: Path | None, peak_tflops: float | None, write: bool,
+    memory_rows: int, profiled: bool, trace: Path | None, peak_tflops: float | None, blocks: tuple[str, ...], write: bool,
 ) -> None:  # fmt: skip
     """Time a training step of llmkd and of its alternatives side by side, and count the bytes it makes."""
+    if len(blocks) > 1:
+        sys.exit(max(alone(sys.argv[1:], form) for form in blocks))
     if ranks > 1 and "RANK" not in os.environ:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "benchmarks.step"]
         os.execv(sys.executable, [sys.executable, *launcher, *sys.argv[1:]])
@@ -236,7 +270,7 @@ def main(
     transformers.utils.logging.set_verbosity_error()
     world = start()
     try:
-        bench = Benchmark(world, sized(SIZES[size], tokens), DTYPES[dtype], ds_name, only, memory_rows)
+        bench = Benchmark(world, sized(SIZES[size], tokens), DTYPES[dtype], ds_name, only, memory_rows, *blocks)
         said = [facts(bench, f"python -m benchmarks.step {shlex.join(sys.argv[1:])}", ds_name)]
         _tell(
             world,
@@ -271,7 +305,8 @@ def main(
             report = "\n\n".join(said)
             print(report, flush=True)
             if write:
-                _write(f"{size}, {world.size} {'rank' if world.size == 1 else 'ranks'}, {ds_name}", report)
+                how = "".join(f", {form} blocks" for form in blocks if form != "plain")
+                _write(f"{size}, {world.size} {'rank' if world.size == 1 else 'ranks'}, {ds_name}{how}", report)
         failed = any("its loss is" in problem for problem in bench.problems)
         del bench
         gc.collect()

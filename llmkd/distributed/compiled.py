@@ -91,8 +91,11 @@ def _wait_for_others(root: Path, name: str) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def lacking_to_compile() -> str | None:
-    """What torch.compile needs for a GPU and does not find on this machine; None where nothing is missing."""
+def lacking_to_compile(*, gpu: bool = True) -> str | None:
+    """What torch.compile needs for a GPU, or a CPU, and does not find on this machine; None where nothing is missing."""
+    if not gpu:
+        compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+        return None if any(map(shutil.which, compilers)) else "a C++ compiler (Debian: apt-get install g++)"
     if importlib.util.find_spec("triton") is None:
         return "Triton (pip install triton)"
     compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]

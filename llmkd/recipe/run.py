@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from llmkd.errors import InputError
-from llmkd.losses.head_kernels import HeadKernel
 from llmkd.recipe.data import Data
 from llmkd.recipe.models import Architecture
 from llmkd.recipe.placements import WithWeights
@@ -53,9 +52,13 @@ class Train(Section):
     """Compute each block's activations again in the backward pass instead of keeping them: less memory, more time."""
     head_chunk: int | None = Field(default=None, gt=0)
     """Tokens whose logits exist at one time; unset: 1024 on a CPU, 4096 on a GPU."""
-    head_kernel: HeadKernel = "compiled"
-    """On a GPU: one kernel for all that follows the head's products, `compiled` by torch.compile or written in `triton`, both of which need
-    Triton and a C compiler; `none`: an operation at a time, as on a CPU, and as for divergences that a kernel does not take in."""
+    head_kernel: Literal["compiled", "none"] = "compiled"
+    """On a GPU: `compiled` makes one kernel of the head's losses, for which PyTorch needs Triton and a C compiler; `none` makes none."""
+    compile: Literal["blocks", "none"] = "none"
+    """`blocks` compiles what each block of student and teacher computes, in the first step: a minute or more. PyTorch needs Triton and a C
+    compiler for it, without a GPU a C++ compiler. Results differ by rounding."""
+    kernels: Literal["liger", "none"] = "none"
+    """`liger` takes liger-kernel's norms, rotary embeddings and gated MLPs for student and teacher, on GPUs. Results differ by rounding."""
     deepspeed: str = "zero3"
     """A name in ds_configs/, or the path of a DeepSpeed JSON of your own; `"auto"` in it stands for the recipe's value."""
     validate_every: int = Field(default=0, ge=0)

@@ -25,6 +25,8 @@ from llmkd.errors import InputError
 from llmkd.losses.distance_sum import AllRows
 from llmkd.losses.schedules import learning_rate
 from llmkd.models import families, load
+from llmkd.models.compiled_blocks import compile_blocks
+from llmkd.models.liger import check_liger, use_kernels
 from llmkd.models.parts import blocks
 from llmkd.recipe import recipe
 from llmkd.recipe.ds_config import completed_ds_config
@@ -113,6 +115,7 @@ def load_teacher(world: World, job: Job, demand: Demand | None = None, *, clock:
     settings = job.recipe.teacher
     assert job.teacher is not None and settings.placed.has_weights
     config = load.load_config(job.teacher, trust_remote_code=settings.trust_remote_code)
+    _use_kernels(job, config)
     depth = sum(families.depths(config))
     needed = demand.first_blocks(depth) if job.family.kind == "decoder" else depth  # other families are loaded whole
     group = None
@@ -146,6 +149,7 @@ def _resident(
         model = load.without_head(model)
     if ds_config is None:
         cast(nn.Module, model).to(world.device)  # a student is placed by its engine
+    _compile(job, blocks(model))
     return ResidentTeacher(
         model,
         demand.blocks,
@@ -190,6 +194,7 @@ def _pipelined(
         device=world.device,
         trust_remote_code=trusted,
     )
+    _compile(job, cast(Any, body).layers)
     return PipelineTeacher(
         body,
         stages,
@@ -221,6 +226,7 @@ def load_student(job: Job, ds_config: DsConfig, target_width: int | None, gather
     dtype = load.DTYPES[job.train.dtype]
     settings, matching = job.recipe.student, job.recipe.matching
     attention = job.recipe.teacher.attention if job.makes_teacher else settings.attention
+    _use_kernels(job, load.load_config(job.initial, trust_remote_code=students_trust(job)))
     model = load.load_model(
         job.initial,
         dtype=dtype,
@@ -252,7 +258,21 @@ def load_student(job: Job, ds_config: DsConfig, target_width: int | None, gather
     )
     if job.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _compile(job, blocks(model))
     return module
+
+
+def _use_kernels(job: Job, config: PreTrainedConfig) -> None:
+    """Have the model of this configuration, which is loaded next, made of the parts that the job asks for."""
+    if job.train.kernels == "liger":
+        check_liger([config], gpu=torch.cuda.is_available())
+    use_kernels(job.train.kernels, [config])
+
+
+def _compile(job: Job, stack: Iterable[nn.Module]) -> None:
+    """Compile these blocks where the job asks for it."""
+    if job.train.compile == "blocks":
+        compile_blocks(stack)
 
 
 def students_trust(job: Job) -> bool:
@@ -262,9 +282,9 @@ def students_trust(job: Job) -> bool:
 
 
 def head_options(job: Job) -> dict[str, Any]:
-    """How the head's losses are computed on this machine: how many tokens at a time, and by which kernel."""
+    """How the head's losses are computed on this machine: how many tokens at a time, and whether as one kernel."""
     gpu = torch.cuda.is_available()
-    return {"chunk": job.train.tokens_at_once(gpu=gpu), "kernel": job.recipe.head_kernel if gpu else "none"}
+    return {"chunk": job.train.tokens_at_once(gpu=gpu), "compiled": gpu and job.recipe.compiles_head}
 
 
 def make_stones(job: Job, student_width: int, teacher_width: int) -> SteppingStones:

@@ -6,12 +6,17 @@ from transformers import PreTrainedConfig
 
 from llmkd.data.batches import Family
 from llmkd.data.other_families import check_format
+from llmkd.distributed.compiled import lacking_to_compile
+from llmkd.distributed.ds_configs import load_ds_config, zero_stage
 from llmkd.errors import InputError
+from llmkd.files import ROOT
 from llmkd.layer_map import Pairs
 from llmkd.models.architectures import new_config
 from llmkd.models.families import KIND_NAMES, check_logits, model_type
+from llmkd.models.liger import check_liger
 from llmkd.models.stored import read_config
 from llmkd.recipe.recipe import Recipe
+from llmkd.recipe.run import Train
 from llmkd.teachers.upper_blocks import check_upper
 
 
@@ -22,6 +27,34 @@ def teacher_shape(recipe: Recipe) -> PreTrainedConfig:
         return new_config(recipe.finetune.architecture.model_dump())
     trust = recipe.teacher.trust_remote_code
     return read_config(*recipe.teacher_start, recipe.teacher.revision, trust_remote_code=trust)[1]
+
+
+def check_kernels(recipe: Recipe, *, gpu: bool) -> None:
+    """Raise InputError where this machine can't compile what the recipe asks for, or lacks a package; `gpu`: whether ranks run on GPUs."""
+    if gpu and recipe.compiles_head and (lacking := lacking_to_compile()):
+        raise InputError(
+            f"train.head_kernel: a kernel of the head's losses takes {lacking}, which is missing here; install it, or write none"
+        )
+    trainings = [recipe.train, *([] if recipe.finetune is None else [recipe.finetune.train])]
+    for train in trainings:
+        if train.compile == "blocks":
+            _check_compiled_blocks(recipe, train, gpu=gpu)
+        if train.kernels == "liger":
+            check_liger([], gpu=gpu)
+
+
+def _check_compiled_blocks(recipe: Recipe, train: Train, *, gpu: bool) -> None:
+    if lacking := lacking_to_compile(gpu=gpu):
+        raise InputError(
+            f"train.compile: compiled blocks take {lacking}, which is missing here; install it, or write none"
+        )
+    config = load_ds_config(train.deepspeed, ROOT / "ds_configs")
+    rests = (config.get("zero_optimization", {}).get("offload_param") or {}).get("device")
+    if "nvme" in (recipe.teacher.offload, rests if zero_stage(config) == 3 else None):
+        raise InputError(
+            "train.compile: from NVMe a block's weights are gathered map by map, and each map would end a graph; write none, or offload "
+            "to the cpu"
+        )
 
 
 def check_training(recipe: Recipe, family: Family) -> None:

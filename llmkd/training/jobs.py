@@ -17,7 +17,6 @@ from datasets import Dataset
 from llmkd.data.batches import Family
 from llmkd.data.other_families import check_format, label_names
 from llmkd.data.rows import HASHES, load_rows, source_contents, stream_contents
-from llmkd.distributed.compiled import lacking_to_compile
 from llmkd.distributed.ds_configs import load_ds_config
 from llmkd.distributed.ranks import World, on_main
 from llmkd.errors import InputError
@@ -170,10 +169,7 @@ def check_devices(recipe: Recipe, *, gpu: bool) -> None:
     """Raise InputError where this machine has not what the recipe asks of it; `gpu`: whether ranks run on GPUs."""
     if recipe.teacher.offload_states and not gpu:
         raise InputError("teacher.offload_states: there is no GPU here whose memory it would spare; write false")
-    if gpu and recipe.head_kernel != "none" and (lacking := lacking_to_compile()):
-        raise InputError(
-            f"train.head_kernel: a kernel of the head's losses takes {lacking}, which is missing here; install it, or write none"
-        )
+    checks.check_kernels(recipe, gpu=gpu)
     check_writers(recipe.rollouts, gpu=gpu)
 
 

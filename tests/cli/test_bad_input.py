@@ -144,6 +144,10 @@ def test_the_recipe_that_is_spoilt_below_is_good(place: Path, world: Any) -> Non
             "teacher.offload_states: there is no GPU here whose memory it would spare; write false",
         ),
         (
+            {"train.kernels": "liger"},
+            "train.kernels: Liger's kernels run on GPUs alone, and there is none here; write none",
+        ),
+        (
             {"teacher.attention": "flash_attention_2"},
             "teacher.attention: flash_attention_2 needs a GPU and the package",
         ),

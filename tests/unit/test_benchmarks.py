@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import attention, rollouts, tables, trl_trainers
+from benchmarks import attention, block_forms, rollouts, tables, trl_trainers
 from benchmarks.check import agrees, expected_losses
 from benchmarks.contestants import Terms, make_passes
 from benchmarks.data import fewest
@@ -23,7 +24,7 @@ from benchmarks.shapes import PAD, Row, Size, Work, as_batch, labels, make_model
 from llmkd.distributed.ds_configs import complete_ds_config
 from llmkd.distributed.ranks import World
 from llmkd.layer_map import forward
-from llmkd.losses.head_inputs import IGNORED
+from llmkd.losses.chunked_head import IGNORED
 from llmkd.teachers.resident import ResidentTeacher
 from tests.passes import distiller, step_settings
 
@@ -243,3 +244,16 @@ def test_padding_is_what_a_runs_micro_batches_have() -> None:
     assert attention.padding(np.full(64, 16), batch_size=8, micro_batch_size=4) == 0
     assert attention.padding(np.full(64, 12), batch_size=8, micro_batch_size=4) == pytest.approx(1 - 12 / 16)
     assert attention.padding(np.array([8, 64] * 64), batch_size=8, micro_batch_size=4) == 0
+
+
+def test_each_form_of_blocks_is_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str]) -> Any:
+        commands.append(command[3:])
+        return SimpleNamespace(returncode=len(commands) - 1)
+
+    monkeypatch.setattr(block_forms.subprocess, "run", run)
+    arguments = ["--blocks", "plain", "--size", "tiny", "--blocks=liger", "--only", "trl"]
+    assert [block_forms.alone(arguments, form) for form in ("plain", "liger")] == [0, 1]
+    assert commands == [["--size", "tiny", "--only", "trl", "--blocks", form] for form in ("plain", "liger")]

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from llmkd.data.batches import Family, Kind
 from llmkd.errors import InputError
 from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING, forward
 from llmkd.models import families, make
 from llmkd.models.architectures import new_config
+from llmkd.models.compiled_blocks import compile_blocks
 from llmkd.models.model_types import types_with
 from llmkd.planning import doctor, memory
 from llmkd.recipe.inputs import finetune_inputs, training_inputs
@@ -493,3 +495,44 @@ def test_a_logit_lens_is_for_decoders(tmp_path: Path, world: Any) -> None:
     recipe = recipe.changed({"matching.distance": "logit_lens"})
     with pytest.raises(InputError, match="logit_lens has not been shown to read a"):
         jobs.distil_job(world, recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "lacks", "sentence"),
+    [
+        (
+            {},
+            True,
+            r"^train\.compile: compiled blocks take a C\+\+ compiler .*, which is missing here; install it, or write none$",
+        ),
+        (
+            {"teacher.placement": "zero3", "teacher.offload": "nvme"},
+            False,
+            r"^train\.compile: from NVMe .*; write none, or off",
+        ),
+        (
+            {"train.deepspeed": "zero3_offload_nvme"},
+            False,
+            r"^train\.compile: from NVMe .*; write none, or offload to the cpu$",
+        ),
+    ],
+)
+def test_blocks_that_can_not_be_compiled_are_refused(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], lacks: bool, sentence: str
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None if lacks else name)
+    monkeypatch.delenv("CXX", raising=False)
+    recipe = load_recipe(tiny / "recipe.yaml")
+    checks.check_kernels(recipe.changed(changes), gpu=False)  # nothing is compiled
+    with pytest.raises(InputError, match=sentence):
+        checks.check_kernels(recipe.changed({**changes, "train.compile": "blocks"}), gpu=False)
+    if not lacks:
+        checks.check_kernels(recipe.changed({"train.deepspeed": "zero2", "train.compile": "blocks"}), gpu=False)
+
+
+def test_a_model_s_own_blocks_are_not_compiled() -> None:
+    class Block(nn.Module):
+        pass
+
+    with pytest.raises(InputError, match=r"^train\.compile: Block is a model's own code, .*; write none$"):
+        compile_blocks([Block()])

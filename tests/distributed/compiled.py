@@ -1,0 +1,45 @@
+"""Training runs that count the graphs of their compiled blocks. A graph is run as PyTorch's own operations: no compiler is needed."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from typing import Any
+
+import torch
+import torch._dynamo as dynamo
+from torch._dynamo.utils import counters
+
+import llmkd.train  # noqa: F401  (what is changed below)
+from llmkd.distributed.ranks import World
+from llmkd.training import checks
+from llmkd.training.jobs import Job
+from tests.distributed import runner
+
+
+def main() -> None:
+    """As `runner.main`; each run writes how many graphs there were after each of its steps' micro-batches into graphs-RANK.json."""
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    checks.lacking_to_compile = lambda **options: None  # type: ignore[assignment]
+    loop: Any = sys.modules["llmkd.train"]
+    prepare = loop.prepare
+
+    def prepared(world: World, job: Job, *given: Any) -> Any:
+        dynamo.reset()
+        counters.clear()
+        run = prepare(world, job, *given)
+        graphs: list[dict[str, int]] = []
+        step = run.engine.step
+
+        def noting() -> None:
+            step()
+            breaks = sum(counters["graph_break"].values())
+            graphs.append({"graphs": counters["stats"]["unique_graphs"], "breaks": breaks})
+            (job.folder / f"graphs-{world.rank}.json").write_text(json.dumps(graphs))
+
+        run.engine.step = noting
+        return run
+
+    loop.prepare = prepared
+    runner.main()

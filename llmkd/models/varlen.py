@@ -6,6 +6,7 @@ by document. Rows that are not packed, and generation, are `sdpa` to it. Importi
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from typing import Any
 
@@ -34,6 +35,8 @@ def lacking(config: Any, dtype: torch.dtype) -> str | None:
     if not torch.cuda.is_available():
         return None
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
+        return f"torch {torch.__version__} is too old for it; 2.12 has all that it takes"
     if dtype == torch.float32:
         return "FlashAttention does not compute in float32"
     if torch.cuda.get_device_capability() < OLDEST_GPU:

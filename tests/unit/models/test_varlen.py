@@ -229,3 +229,13 @@ def test_one_document_longer_than_a_window_makes_no_mask_of_its_length() -> None
     with Seen() as seen:
         parts.final_state(ours, _batch([[512]], 512)).sum().backward()
     assert seen.largest < 512 * 512 / 2
+
+
+def test_on_a_gpu_it_takes_a_torch_that_has_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 2.11 it had no heads that share keys and values."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    config = hf.Qwen3Config(**SMALL, head_dim=8)
+    assert varlen.lacking(config, torch.bfloat16) is None
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, *, scale=None, window_size=(-1, -1): query)
+    assert "is too old for it; 2.12" in str(varlen.lacking(config, torch.bfloat16))

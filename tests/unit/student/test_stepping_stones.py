@@ -189,10 +189,14 @@ def test_values_and_gradients_are_those_of_plain_autograd(
     assert sums.tolist() == [0, 0]
     moved = 0
     for ours, theirs in zip(found, expected, strict=True):
-        assert (ours is None) == (theirs is None)
-        if ours is not None and theirs is not None:
-            torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-11)
-            moved += bool(theirs.abs().max() > 1e-6)
+        if (
+            theirs is None
+        ):  # above the stones only the gradient of zeros comes that ZeRO-3 needs where the head is not run
+            assert ours is None or not ours.any()
+            continue
+        assert ours is not None
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-11)
+        moved += bool(theirs.abs().max() > 1e-6)
     assert moved > 10
     logged = _logged(world, (settings, result))
     assert logged["stones"] == pytest.approx(expected_loss.item(), rel=1e-10)

@@ -18,6 +18,7 @@ from benchmarks import attention, block_forms, rollouts, tables, trl_trainers
 from benchmarks.check import agrees, expected_losses
 from benchmarks.contestants import Terms, make_passes
 from benchmarks.data import fewest
+from benchmarks.head_counts import Moved
 from benchmarks.measure import Memory
 from benchmarks.passes import HIDDEN_WEIGHT, Llmkd, Paper, Pass
 from benchmarks.shapes import PAD, Row, Size, Work, as_batch, labels, make_model, make_rows, make_work
@@ -257,3 +258,20 @@ def test_each_form_of_blocks_is_run_alone(monkeypatch: pytest.MonkeyPatch) -> No
     arguments = ["--blocks", "plain", "--size", "tiny", "--blocks=liger", "--only", "trl"]
     assert [block_forms.alone(arguments, form) for form in ("plain", "liger")] == [0, 1]
     assert commands == [["--size", "tiny", "--only", "trl", "--blocks", form] for form in ("plain", "liger")]
+
+
+def test_what_an_operation_moves() -> None:
+    """Each tensor that is read or written, once; of an index's target what it picks; products and views are not counted."""
+    wide, narrow, ids = torch.zeros(4, 1000), torch.ones(4, 1), torch.zeros(4, 3, dtype=torch.long)
+    for work, expected in (
+        (lambda: wide + narrow, 4 * (2 * 4000 + 4)),
+        (lambda: wide.mul_(narrow), 4 * (2 * 4000 + 4)),
+        (lambda: wide.copy_(narrow), 4 * (4000 + 4)),
+        (lambda: torch.exp(wide, out=wide), 4 * 2 * 4000),
+        (lambda: wide.gather(-1, ids), 4 * 2 * 12 + 8 * 12),
+        (lambda: wide[:2].expand(2, 1000), 0),
+        (lambda: wide @ wide.T, 0),
+    ):
+        with Moved() as moved:
+            work()
+        assert (moved.bytes, moved.launches) == (expected, int(expected > 0))

@@ -334,6 +334,26 @@ def test_the_head_takes_what_is_planned(
     assert 0.85 * planned < made.peak <= planned * 1.02, (made.peak, planned)
 
 
+def test_only_what_the_chosen_kernel_takes_in_needs_no_logits_in_fp32(recipe: Recipe) -> None:
+    shape = shapes.shapes(Qwen3Config(**SMALL))
+    sizes = {
+        (kernel, divergence): "logits at work" in [row.what for row in memory.head_rows(changed, shape, shape)]
+        for kernel in ("compiled", "triton", "none")
+        for divergence in ("tvd", "top_k", "akl")
+        for changed in [recipe.changed({"train.head_kernel": kernel, "loss.divergence": divergence})]
+    }
+    in_one_kernel = {of for of, at_work in sizes.items() if not at_work}
+    assert in_one_kernel == {("compiled", "tvd"), ("triton", "tvd"), ("triton", "top_k")}
+
+
+def test_a_sum_whose_weights_change_is_compiled_by_triton_alone(recipe: Recipe) -> None:
+    """torch.compile would do so at each step; Triton's kernel takes the weights as numbers."""
+    for kernel, runs in (("compiled", "none"), ("triton", "triton"), ("none", "none")):
+        fixed = {"train.head_kernel": kernel, "loss.divergence": {"tvd": 1.0, "jsd": 1.0}}
+        assert recipe.changed(fixed).head_kernel == kernel
+        assert recipe.changed(fixed | {"loss.schedules.divergences": {"tvd": {"final": 0.0}}}).head_kernel == runs
+
+
 @pytest.mark.parametrize(
     ("name", "ranks", "device_gib", "placement"),
     [

@@ -30,7 +30,7 @@ HIDDEN_WEIGHT = 3.0
 GPU = torch.cuda.is_available()
 CHUNK = 4096 if GPU else 1024
 """Tokens whose logits exist at one time, the recipe's default."""
-HEAD: dict[str, Any] = {"chunk": CHUNK, "compiled": GPU}
+HEAD: dict[str, Any] = {"chunk": CHUNK, "kernel": "compiled" if GPU else "none"}
 """How llmkd computes the head's losses: on a GPU as one kernel, the recipe's default."""
 
 

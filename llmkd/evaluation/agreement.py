@@ -34,7 +34,7 @@ from llmkd.evaluation.results import AGREEMENT_METRICS, AgreementResult, Compare
 from llmkd.evaluation.step import Jobs, Score, Step, before_scoring, explained, model_hashes, pending, run, serve
 from llmkd.files import digest, file_hashes
 from llmkd.inference.child import Say
-from llmkd.losses.chunked_head import TeacherHead
+from llmkd.losses.head_inputs import TeacherHead
 from llmkd.losses.head_scores import head_scores
 from llmkd.models.families import family
 from llmkd.models.load import load_config, load_tokenizer

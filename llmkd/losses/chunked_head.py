@@ -7,52 +7,22 @@ the student's logits' place. Pure tensors: what is sharded is gathered by the ca
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmkd.losses.closed_forms import buckets, closed_form, infinite_where_blocked
-from llmkd.losses.compiled_rows import IGNORED, compiled_rows, reads_row_by_row, with_any_number_of_rows
-from llmkd.losses.divergences import Divergence, top_k_masses
+from llmkd.losses.compiled_rows import losses_compiled
+from llmkd.losses.head_inputs import IGNORED, TeacherHead, Terms, TopK
+from llmkd.losses.head_kernels import HeadKernel, takes_in
 
 ELEMENTS_AT_ONCE = {"cpu": 2**20, "cuda": 2**23}
 """Logits worked on in one go: few enough for the buffers to stay in a CPU's cache, enough for a GPU not to wait for its next kernel."""
 BUFFERS = {"ce": 2, "kl": 5}
 """How many tensors of so many logits, in fp32, cross-entropy takes alone and with a divergence."""
-
-
-@dataclass(frozen=True)
-class TeacherHead:
-    """The teacher's side at the same positions: final states [N, H_t], head weight [V_t, H_t] and bias [V_t] or None."""
-
-    states: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class TopK:
-    """The teacher's K likeliest tokens in place of its head: ids and log-probabilities [N, K], normalised over the first `columns`."""
-
-    ids: Tensor
-    log_probabilities: Tensor
-    columns: int
-
-    def at(self, rows: slice | Tensor) -> TopK:
-        """The same at some of the positions."""
-        return TopK(self.ids[rows], self.log_probabilities[rows], self.columns)
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What is summed over the positions, and the factor of each sum in the loss."""
-
-    ce_scale: float
-    kl_scale: float
-    divergence: Divergence
-    temperature: float
+InOneKernel = Callable[[Tensor, Any, Tensor, Tensor, Terms], tuple[Tensor, Tensor]]
 
 
 def head_losses(
@@ -65,7 +35,7 @@ def head_losses(
     terms: Terms,
     *,
     chunk: int,
-    compiled: bool = False,
+    kernel: HeadKernel = "none",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, cross-entropy sum, divergence sum) of N positions; the loss = ce_scale * CE + kl_scale * KL carries the gradient.
 
@@ -74,11 +44,11 @@ def head_losses(
     with -inf. Products run in the states' dtype, everything after them in fp32 (float64 stays). The divergences of
     `llmkd.losses.divergences` take their gradients from `llmkd.losses.closed_forms`, any other from autograd. Where the teacher is a
     `TopK`, the divergence is forward KL with all other tokens in one bucket, whatever `terms` names (`top_k_masses`).
-    `compiled`: run what follows the products as one kernel (`llmkd.losses.compiled_rows`), where the divergence and the dtype allow it.
+    `kernel`: run what follows the products as that one, where it takes in the divergence and the dtype (`llmkd.losses.head_kernels`).
     """
     teacher = None if terms.kl_scale == 0 else teacher
-    compiled = compiled and not isinstance(teacher, TopK) and (teacher is None or reads_row_by_row(terms.divergence))
-    return _HeadLosses.apply(states, weight, bias, teacher, targets, compared, terms, chunk, compiled)  # type: ignore[no-any-return, no-untyped-call]
+    in_one = _in_one_kernel(kernel, teacher, terms, states.dtype)
+    return _HeadLosses.apply(states, weight, bias, teacher, targets, compared, terms, chunk, in_one)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _HeadLosses(torch.autograd.Function):
@@ -93,10 +63,10 @@ class _HeadLosses(torch.autograd.Function):
         compared: Tensor,
         terms: Terms,
         chunk: int,
-        compiled: bool,
+        in_one: InOneKernel | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         needs_states, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        work = _Workspace(states, weight, teacher, chunk, buffered=not compiled)
+        work = _Workspace(states, weight, teacher, chunk, buffered=in_one is None)
         ce_sum, kl_sum = (torch.zeros((), dtype=work.wide, device=states.device) for _ in range(2))
         grad_states = torch.empty_like(states) if needs_states else None
         grad_weight: Tensor | None = None
@@ -112,9 +82,8 @@ class _HeadLosses(torch.autograd.Function):
                 theirs, shared = _kept(teacher.states[part], compared[part]), work.shared
                 bias_t = None if teacher.bias is None else teacher.bias[:shared]
                 teacher_logits = _product(theirs, teacher.weight[:shared], bias_t, work.teacher)
-            if compiled:
-                assert not isinstance(teacher_logits, TopK)
-                ce, kl = _losses_compiled(student_logits, teacher_logits, targets[part], compared[part], terms)
+            if in_one is not None:
+                ce, kl = in_one(student_logits, teacher_logits, targets[part], compared[part], terms)
                 if grad_bias is not None:
                     grad_bias += student_logits.sum(0, dtype=work.wide)
             else:
@@ -171,18 +140,18 @@ def rows_at_once(chunk: int, vocabulary: int, device: str) -> int:
     return max(1, min(chunk, ELEMENTS_AT_ONCE[device] // vocabulary))
 
 
-def _losses_compiled(
-    ours: Tensor, theirs: Tensor | None, targets: Tensor, compared: Tensor, terms: Terms
-) -> tuple[Tensor, Tensor]:
-    """As `_losses`, as one kernel over the whole chunk."""
+def _in_one_kernel(
+    kernel: HeadKernel, teacher: TeacherHead | TopK | None, terms: Terms, dtype: torch.dtype
+) -> InOneKernel | None:
+    """What does `_losses` of a whole chunk as that kernel; None where it is done an operation at a time."""
+    divergence = None if teacher is None else terms.divergence
+    if not takes_in(kernel, divergence, stored_top_k=isinstance(teacher, TopK), dtype=dtype):
+        return None
+    if kernel == "compiled":
+        return losses_compiled
+    from llmkd.losses.triton_rows import losses_by_triton  # Triton is not there where nothing asks for it
 
-    def number(value: float) -> Tensor:  # on the device, where another value is no reason to compile again
-        return torch.full((), value, dtype=torch.float64, device=ours.device)
-
-    temperature = None if terms.temperature == 1 else number(terms.temperature)
-    with_any_number_of_rows(ours, theirs, targets, compared)
-    rows = compiled_rows(terms.divergence)
-    return rows(ours, theirs, targets, compared, number(terms.ce_scale), number(terms.kl_scale), temperature)
+    return losses_by_triton
 
 
 def _losses(
@@ -257,9 +226,8 @@ def _compared_top_k(logits: Tensor, theirs: TopK, temperature: float, work: _Wor
     """As `_compared`, for a teacher's top k."""
     q, log_total = _softmax(logits.div_(temperature), out=work.buffer(4, *logits.shape))
     log_q = _less(work.buffer(2, *logits.shape).copy_(logits), log_total)
-    log_p, log_rest = top_k_masses(theirs.log_probabilities.to(q.dtype), logits.shape[1], temperature)
-    p, log_p = log_p.exp(), log_p.clamp(min=torch.finfo(log_p.dtype).min)  # 0 times it is 0, as in `_less`
-    value, gradient = buckets(q, log_q, theirs.ids.long(), p, log_p, log_rest.exp())
+    p, log_p, p_rest = theirs.masses(logits.shape[1], temperature, q.dtype)
+    value, gradient = buckets(q, log_q, theirs.ids.long(), p, log_p, p_rest)
     return infinite_where_blocked(value) * temperature**2, gradient.mul_(temperature)
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from llmkd.losses import divergences
 from llmkd.losses.closed_forms import Form, closed_form, infinite_where_blocked
 from llmkd.losses.divergences import Divergence
+from llmkd.losses.head_inputs import IGNORED, Terms
 
-IGNORED = -100
 ROW_BY_ROW = (
     divergences.forward_kl,
     divergences.reverse_kl,
@@ -42,6 +42,20 @@ def reads_row_by_row(divergence: Divergence) -> bool:
         parts = divergence.keywords.get("parts")
         return divergence.func in ROW_BY_ROW if parts is None else all(reads_row_by_row(part) for part, _ in parts)
     return divergence in ROW_BY_ROW
+
+
+def losses_compiled(
+    ours: Tensor, theirs: Tensor | None, targets: Tensor, compared: Tensor, terms: Terms
+) -> tuple[Tensor, Tensor]:
+    """`rows_in_place` of these terms, compiled."""
+
+    def number(value: float) -> Tensor:  # on the device, where another value is no reason to compile again
+        return torch.full((), value, dtype=torch.float64, device=ours.device)
+
+    temperature = None if terms.temperature == 1 else number(terms.temperature)
+    with_any_number_of_rows(ours, theirs, targets, compared)
+    rows = compiled_rows(terms.divergence)
+    return rows(ours, theirs, targets, compared, number(terms.ce_scale), number(terms.kl_scale), temperature)
 
 
 def rows_in_place(

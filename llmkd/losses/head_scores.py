@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmkd.losses.chunked_head import TeacherHead, TopK, rows_at_once
-from llmkd.losses.compiled_rows import IGNORED
+from llmkd.losses.chunked_head import rows_at_once
 from llmkd.losses.divergences import forward_kl, stored_top_k_kl
+from llmkd.losses.head_inputs import IGNORED, TeacherHead, TopK
 
 
 class HeadScores(NamedTuple):

@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig
 from llmkd.distributed.ds_configs import load_ds_config, zero_stage
 from llmkd.files import ROOT
 from llmkd.losses.chunked_head import BUFFERS, rows_at_once
-from llmkd.losses.compiled_rows import reads_row_by_row
 from llmkd.losses.distance_sum import terms_of
+from llmkd.losses.head_kernels import takes_in
 from llmkd.models.load import DTYPES
 from llmkd.planning.cache import cache_rows, cache_traffic
 from llmkd.planning.rollouts import rollout_rows
@@ -243,11 +243,11 @@ def head_rows(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Row]:
 
 def _in_one_kernel(recipe: Recipe) -> bool:
     """Whether a GPU works on the logits in one kernel, which holds fp32 to itself."""
-    if not recipe.compiles_head or not recipe.loss.kl:
-        return recipe.compiles_head
-    is_top_k = recipe.teacher.placement == "cache" and recipe.cache.top_k is not None
+    if not recipe.loss.kl:
+        return takes_in(recipe.head_kernel, None)
+    stored = recipe.teacher.placement == "cache" and recipe.cache.top_k is not None
     mixes = (recipe.loss.divergence, *([] if recipe.loss.own_divergence is None else [recipe.loss.own_divergence]))
-    return not is_top_k and all(reads_row_by_row(recipe.loss.divergence_of(mix)) for mix in mixes)
+    return all(takes_in(recipe.head_kernel, recipe.loss.divergence_of(mix), stored_top_k=stored) for mix in mixes)
 
 
 def peak(rows: Sequence[Row], place: Place = "device") -> tuple[int, str]:

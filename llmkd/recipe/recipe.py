@@ -25,7 +25,7 @@ from llmkd.recipe.messages import sentence
 from llmkd.recipe.models import Student, Teacher
 from llmkd.recipe.objective import Loss, Matching, check_something_to_learn, within
 from llmkd.recipe.rollouts import Rollouts, check_rollouts
-from llmkd.recipe.run import Cache, Finetune, Train, check_stream, check_validation, with_batch_size
+from llmkd.recipe.run import Cache, Finetune, HeadKernel, Train, check_stream, check_validation, with_batch_size
 from llmkd.recipe.section import NO_EFFECT, Section
 from llmkd.recipe.stones import Stones, check_lens, check_stones
 from llmkd.recipe.yaml_files import RecipeDumper, find_recipe, parse_yaml, read_text
@@ -223,10 +223,10 @@ class Recipe(Section):
         return STRATEGIES[self.matching.strategy].is_measured and (self.loss.hidden > 0 or of_stones)
 
     @property
-    def compiles_head(self) -> bool:
-        """Whether a GPU makes one kernel of the head's losses. A sum of divergences whose weights change would be compiled at each step."""
-        schedules = self.loss.schedules
-        return self.train.head_kernel == "compiled" and not (schedules is not None and schedules.divergences)
+    def head_kernel(self) -> HeadKernel:
+        """What a GPU runs for the head's losses. A sum of divergences whose weights change would be compiled anew at each step."""
+        changing = self.loss.schedules is not None and self.loss.schedules.divergences
+        return "none" if changing and self.train.head_kernel == "compiled" else self.train.head_kernel
 
     @property
     def logits(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from llmkd.errors import InputError
+from llmkd.losses.head_kernels import HeadKernel
 from llmkd.recipe.data import Data
 from llmkd.recipe.models import Architecture
 from llmkd.recipe.placements import WithWeights
@@ -52,8 +53,9 @@ class Train(Section):
     """Compute each block's activations again in the backward pass instead of keeping them: less memory, more time."""
     head_chunk: int | None = Field(default=None, gt=0)
     """Tokens whose logits exist at one time; unset: 1024 on a CPU, 4096 on a GPU."""
-    head_kernel: Literal["compiled", "none"] = "compiled"
-    """On a GPU: `compiled` makes one kernel of the head's losses, for which PyTorch needs Triton and a C compiler; `none` makes none."""
+    head_kernel: HeadKernel = "compiled"
+    """On a GPU: one kernel for all that follows the head's products, `compiled` by torch.compile or written in `triton`, both of which need
+    Triton and a C compiler; `none`: an operation at a time, as on a CPU, and as for divergences that a kernel does not take in."""
     compile: Literal["blocks", "none"] = "none"
     """`blocks` compiles what each block of student and teacher computes, in the first step: a minute or more. PyTorch needs Triton and a C
     compiler for it, without a GPU a C++ compiler. Results differ by rounding."""

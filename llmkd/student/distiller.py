@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmkd.data.batches import Batch
-from llmkd.losses.chunked_head import Terms
 from llmkd.losses.distance_sum import AllRows
+from llmkd.losses.head_inputs import Terms
+from llmkd.losses.head_kernels import HeadKernel
 from llmkd.models.families import kind
 from llmkd.models.parts import blocks, encoder_blocks, final_state, head, head_bias, on_state
 from llmkd.student.connectors import watched
@@ -34,7 +35,7 @@ class Distiller(nn.Module):
     student_blocks: the student block of each pair, EMBEDDING for the embeddings. `projectors`: for each pair a Linear(H_s -> H_t), or
     nn.Identity where all its distances compare states of any widths. `differences`: compare what each pair's states add to those of the
     pair before. `tokens`: how many positions of a micro-batch each pair compares
-    (None: all). `all_rows`: gathers the rows of all ranks, where a set-level distance is over all of them. `chunk`, `compiled`: see
+    (None: all). `all_rows`: gathers the rows of all ranks, where a set-level distance is over all of them. `chunk`, `kernel`: see
     `llmkd.losses.chunked_head.head_losses`.
     """
 
@@ -45,7 +46,7 @@ class Distiller(nn.Module):
         *,
         normed_last: bool,
         chunk: int,
-        compiled: bool = False,
+        kernel: HeadKernel = "none",
         projectors: nn.ModuleList | None = None,
         differences: bool = False,
         tokens: int | None = None,
@@ -56,7 +57,7 @@ class Distiller(nn.Module):
         self.model = model
         self.projectors = projectors
         self.stones = stones
-        self.loss_head = LossHead(head(model), head_bias(model), chunk=chunk, compiled=compiled)
+        self.loss_head = LossHead(head(model), head_bias(model), chunk=chunk, kernel=kernel)
         self._student_blocks = list(student_blocks)
         self._sampling = Sampling(encoder_blocks(model), tokens, all_rows)
         self._firsts = self._first_pairs() if differences else None

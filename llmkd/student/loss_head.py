@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from llmkd.data.batches import Batch
-from llmkd.losses.chunked_head import TeacherHead, Terms, TopK, head_losses
+from llmkd.losses.chunked_head import head_losses
 from llmkd.losses.distance_sum import small_pass
 from llmkd.losses.divergences import parts_of
+from llmkd.losses.head_inputs import TeacherHead, Terms, TopK
+from llmkd.losses.head_kernels import HeadKernel
 from llmkd.losses.head_scores import head_scores
 from llmkd.teachers.base import Signal
 
@@ -43,14 +45,14 @@ class LossHead(nn.Module):
     It owns the head's parameters (shared with the model), so that ZeRO-3 gathers them for it. BART's bias is no parameter.
     """
 
-    def __init__(self, head: nn.Linear, bias: Tensor | None, *, chunk: int, compiled: bool = False) -> None:
+    def __init__(self, head: nn.Linear, bias: Tensor | None, *, chunk: int, kernel: HeadKernel = "none") -> None:
         super().__init__()
         self.weight = head.weight
         if bias is head.bias:
             self.bias = bias
         else:
             self.register_buffer("bias", bias, persistent=False)
-        self._chunk, self._compiled = chunk, compiled
+        self._chunk, self._kernel = chunk, kernel
 
     def forward(
         self,
@@ -111,7 +113,7 @@ class LossHead(nn.Module):
         )
 
     def _losses(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return head_losses(*inputs, chunk=self._chunk, compiled=self._compiled)
+        return head_losses(*inputs, chunk=self._chunk, kernel=self._kernel)
 
     def _teacher_ce(self, batch: Batch, signal: Signal | None, terms: Terms) -> Tensor:
         assert signal is not None and signal.final is not None and signal.head is not None

@@ -36,7 +36,9 @@ import torch
 from torch import Tensor, nn
 
 from llmkd.data.batches import Batch
-from llmkd.losses.chunked_head import IGNORED, TeacherHead, Terms, head_losses
+from llmkd.losses.chunked_head import head_losses
+from llmkd.losses.head_inputs import IGNORED, TeacherHead, Terms
+from llmkd.losses.head_kernels import HeadKernel
 from llmkd.student.gradient_norms import TailPass, before_projector, square
 from llmkd.student.loss_head import LossHead
 from llmkd.student.passes import STONE_PARTS, StepSettings, StoneSums, StoneWeights
@@ -98,13 +100,13 @@ class SteppingStones(nn.Module):
     """
 
     def __init__(
-        self, pairs: Sequence[tuple[int, int]], connectors: nn.ModuleList, *, chunk: int, compiled: bool = False
+        self, pairs: Sequence[tuple[int, int]], connectors: nn.ModuleList, *, chunk: int, kernel: HeadKernel = "none"
     ) -> None:
         super().__init__()
         assert len(pairs) == len(connectors) > 0
         self.connectors = connectors
         self.pairs = tuple(pairs)
-        self._chunk, self._compiled = chunk, compiled
+        self._chunk, self._kernel = chunk, kernel
 
     def forward(
         self,
@@ -191,7 +193,7 @@ class SteppingStones(nn.Module):
             teacher = TeacherHead(theirs.flatten(0, 1)[at], *this.head)
             compared = everywhere if kl_scale else ~everywhere
             return head_losses(
-                ours, *this.head, teacher, targets, compared, terms, chunk=self._chunk, compiled=self._compiled
+                ours, *this.head, teacher, targets, compared, terms, chunk=self._chunk, kernel=self._kernel
             )
 
         ce_scale, kl_scale = this.scales

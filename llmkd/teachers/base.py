@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmkd.data.batches import Batch
 from llmkd.layer_map import EMBEDDING
-from llmkd.losses.chunked_head import TopK
+from llmkd.losses.head_inputs import TopK
 from llmkd.models.parts import output_state
 
 Head = Callable[[], contextlib.AbstractContextManager[tuple[Tensor, Tensor | None]]]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmkd.data.batches import Batch
 from llmkd.layer_map import OtherState
-from llmkd.losses.chunked_head import TopK
+from llmkd.losses.head_inputs import TopK
 from llmkd.teachers import cache_files
 from llmkd.teachers.base import Signal
 from llmkd.teachers.cache_files import IDS, LOG_PROBABILITIES, OFFSETS, Manifest, Shard, state_name

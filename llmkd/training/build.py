@@ -282,9 +282,9 @@ def students_trust(job: Job) -> bool:
 
 
 def head_options(job: Job) -> dict[str, Any]:
-    """How the head's losses are computed on this machine: how many tokens at a time, and whether as one kernel."""
+    """How the head's losses are computed on this machine: how many tokens at a time, and by which kernel."""
     gpu = torch.cuda.is_available()
-    return {"chunk": job.train.tokens_at_once(gpu=gpu), "compiled": gpu and job.recipe.compiles_head}
+    return {"chunk": job.train.tokens_at_once(gpu=gpu), "kernel": job.recipe.head_kernel if gpu else "none"}
 
 
 def make_stones(job: Job, student_width: int, teacher_width: int) -> SteppingStones:

@@ -31,7 +31,7 @@ def teacher_shape(recipe: Recipe) -> PreTrainedConfig:
 
 def check_kernels(recipe: Recipe, *, gpu: bool) -> None:
     """Raise InputError where this machine can't compile what the recipe asks for, or lacks a package; `gpu`: whether ranks run on GPUs."""
-    if gpu and recipe.compiles_head and (lacking := lacking_to_compile()):
+    if gpu and recipe.head_kernel != "none" and (lacking := lacking_to_compile()):
         raise InputError(
             f"train.head_kernel: a kernel of the head's losses takes {lacking}, which is missing here; install it, or write none"
         )

@@ -25,7 +25,7 @@ from benchmarks.shapes import PAD, Row, Size, Work, as_batch, labels, make_model
 from llmkd.distributed.ds_configs import complete_ds_config
 from llmkd.distributed.ranks import World
 from llmkd.layer_map import forward
-from llmkd.losses.chunked_head import IGNORED
+from llmkd.losses.head_inputs import IGNORED
 from llmkd.teachers.resident import ResidentTeacher
 from tests.passes import distiller, step_settings
 

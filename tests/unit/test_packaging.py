@@ -175,7 +175,10 @@ def state():
         "group": torch.distributed.is_initialized(),
     }
 
+import importlib.util
 changed = {}
+if importlib.util.find_spec("triton") is None:
+    MODULES = [name for name in MODULES if "triton" not in name]  # imported where a recipe asks for them and a GPU brings Triton
 for name in MODULES:
     before = state()
     __import__(name)

@@ -10,8 +10,8 @@ import pytest
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 PROGRAMS = {"lint": "ruff", "imports": "lint-imports", "types": "pyright", "tests": "python"}
 
-# What the real one leaves for the scripts that source it: strict mode and the speaker.
-ENVIRONMENT = "llmkd_say() { printf '%s\\n' \"$*\" >&2; }\nset -euo pipefail\n"
+# What the real one leaves for the scripts that source it: strict mode, the speaker and what a test needs besides.
+ENVIRONMENT = "llmkd_say() { printf '%s\\n' \"$*\" >&2; }\nllmkd_add_triton() { :; }\nset -euo pipefail\n"
 
 
 def run_with(folder: Path, statuses: dict[str, int]) -> subprocess.CompletedProcess[str]:

@@ -137,6 +137,7 @@ def test_nothing_that_changes_numbers_is_left_to_a_default(config: dict[str, Any
         "zero_optimization.reduce_bucket_size",
         "zero_optimization.offload_optimizer.device",
     }
+    assert config["timers"]["throughput"] == {"enabled": False}  # they would wait for the device at every micro-batch
     if config["zero_optimization"]["stage"] == 3:
         assert stated >= {
             "zero_optimization.stage3_param_persistence_threshold",

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmkd.losses import chunked_head, compiled_rows
-from llmkd.losses.chunked_head import TeacherHead, Terms, TopK, head_losses
+from llmkd.losses.chunked_head import head_losses
 from llmkd.losses.divergences import DIVERGENCES, with_parameters
+from llmkd.losses.head_inputs import TeacherHead, Terms, TopK
 from tests import definitions
 from tests.tensor_bytes import TensorBytes
 
@@ -67,7 +68,7 @@ def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "for one kernel":
         monkeypatch.setattr(compiled_rows, "_compile", _not_compiled)
         monkeypatch.setattr(compiled_rows, "_COMPILED", {})
-        monkeypatch.setattr(chunked_head, "head_losses", functools.partial(head_losses, compiled=True))
+        monkeypatch.setattr(chunked_head, "head_losses", functools.partial(head_losses, kernel="compiled"))
 
 
 def _not_compiled(form: Any) -> Any:

@@ -9,7 +9,7 @@ from torch.distributions import Categorical, kl_divergence
 from torch.nn import functional as F
 
 from llmkd.errors import InputError
-from llmkd.losses.chunked_head import Terms, TopK, head_losses
+from llmkd.losses.chunked_head import head_losses
 from llmkd.losses.closed_forms import CLOSED_FORMS, closed_form
 from llmkd.losses.divergences import (
     DIVERGENCES,
@@ -25,6 +25,7 @@ from llmkd.losses.divergences import (
     tvd,
     with_parameters,
 )
+from llmkd.losses.head_inputs import Terms, TopK
 from tests import definitions
 
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES.keys())

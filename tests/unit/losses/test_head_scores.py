@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmkd.losses.chunked_head import TeacherHead, TopK
 from llmkd.losses.divergences import DIVERGENCES, top_k
+from llmkd.losses.head_inputs import TeacherHead, TopK
 from llmkd.losses.head_scores import head_scores
 
 

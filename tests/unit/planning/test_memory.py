@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 from llmkd.errors import InputError
 from llmkd.files import ROOT
 from llmkd.losses import chunked_head
-from llmkd.losses.chunked_head import TeacherHead, Terms, head_losses
+from llmkd.losses.chunked_head import head_losses
 from llmkd.losses.distance_sum import distance_sum, terms_of
 from llmkd.losses.divergences import DIVERGENCES
+from llmkd.losses.head_inputs import TeacherHead, Terms
 from llmkd.models.architectures import new_config
 from llmkd.models.parts import blocks
 from llmkd.planning import memory, shapes

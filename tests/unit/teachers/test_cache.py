@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 
 from llmkd.data.batches import Batch, collate
 from llmkd.errors import InputError
-from llmkd.losses.chunked_head import Terms, TopK, head_losses
+from llmkd.losses.chunked_head import head_losses
 from llmkd.losses.divergences import DIVERGENCES
+from llmkd.losses.head_inputs import Terms, TopK
 from llmkd.models import load as models
 from llmkd.models import parts
 from llmkd.planning import cache, memory

@@ -103,7 +103,7 @@ class StepClock:
         """(seconds of the steps since the last call, the same by part); on a GPU they are waited for."""
         self._collect(wait=True)
         seconds = sum(self._seconds[self._read_steps :])
-        parts = {part: total - self._read_parts.get(part, 0.0) for part, total in self._parts.items()}
+        parts: dict[Part, float] = {p: total - self._read_parts.get(p, 0.0) for p, total in self._parts.items()}
         self._read_steps, self._read_parts = len(self._seconds), dict(self._parts)
         return seconds, parts
 

@@ -52,7 +52,8 @@ class LossHead(nn.Module):
             self.bias = bias
         else:
             self.register_buffer("bias", bias, persistent=False)
-        self._chunk, self._kernel = chunk, kernel
+        self._chunk = chunk
+        self._kernel: HeadKernel = kernel
 
     def forward(
         self,

@@ -106,7 +106,8 @@ class SteppingStones(nn.Module):
         assert len(pairs) == len(connectors) > 0
         self.connectors = connectors
         self.pairs = tuple(pairs)
-        self._chunk, self._kernel = chunk, kernel
+        self._chunk = chunk
+        self._kernel: HeadKernel = kernel
 
     def forward(
         self,

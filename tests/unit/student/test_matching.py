@@ -317,8 +317,8 @@ def test_logit_lens_is_what_both_heads_read(tiny: Path, copied: Path, tokens: in
     values = []
     for i, j in pairs:
         ours, theirs = states["student"][i].flatten(0, 1)[at], states["teacher"][j].detach().flatten(0, 1)[at]
-        read = [model.lm_head(model.model.norm(state)) for model, state in ((student, ours), (teacher, theirs))]
-        divergence = definitions.divergence("jsd", *read, 1.0).sum()
+        ours_read, theirs_read = student.lm_head(student.model.norm(ours)), teacher.lm_head(teacher.model.norm(theirs))
+        divergence = definitions.divergence("jsd", ours_read, theirs_read, 1.0).sum()
         values.append(factor * (2.0 * divergence + 0.5 * (ours - theirs).square().mean(-1).sum()))
     torch.testing.assert_close(sums[2:], torch.stack(values).detach())
     named = dict(student.named_parameters())

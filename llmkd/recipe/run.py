@@ -58,7 +58,7 @@ class Train(Section):
     Triton and a C compiler; `none`: an operation at a time, as on a CPU, and as for divergences that a kernel does not take in."""
     compile: Literal["blocks", "none"] = "none"
     """`blocks` compiles what each block of student and teacher computes, in the first step: a minute or more. PyTorch needs Triton and a C
-    compiler for it, without a GPU a C++ compiler. Results differ by rounding."""
+    compiler for it, without a GPU a C++ compiler. Not for packed rows. Results differ by rounding."""
     kernels: Literal["liger", "none"] = "none"
     """`liger` takes liger-kernel's norms, rotary embeddings and gated MLPs for student and teacher, on GPUs. Results differ by rounding."""
     deepspeed: str = "zero3"

@@ -48,6 +48,10 @@ def _check_compiled_blocks(recipe: Recipe, train: Train, *, gpu: bool) -> None:
         raise InputError(
             f"train.compile: compiled blocks take {lacking}, which is missing here; install it, or write none"
         )
+    if recipe.data.batching == "packed":
+        raise InputError(
+            "train.compile: attention within packed documents has not been compiled; write none, or data.batching: grouped"
+        )
     config = load_ds_config(train.deepspeed, ROOT / "ds_configs")
     rests = (config.get("zero_optimization", {}).get("offload_param") or {}).get("device")
     if "nvme" in (recipe.teacher.offload, rests if zero_stage(config) == 3 else None):

@@ -511,6 +511,11 @@ def test_a_logit_lens_is_for_decoders(tmp_path: Path, world: Any) -> None:
             r"^train\.compile: from NVMe .*; write none, or off",
         ),
         (
+            {"data.batching": "packed"},
+            False,
+            r"^train\.compile: attention within packed .*; write none, or data\.batching: grouped$",
+        ),
+        (
             {"train.deepspeed": "zero3_offload_nvme"},
             False,
             r"^train\.compile: from NVMe .*; write none, or offload to the cpu$",

@@ -49,12 +49,15 @@ versions='import torch, transformers, deepspeed, datasets, llmkd.train, benchmar
 print(torch.__version__, transformers.__version__, deepspeed.__version__, torch.cuda.nccl.version(), torch.cuda.get_device_name())'
 
 part imports 60 4 python3 -c "$versions"
-part tests-head 120 12 "${tests[@]}" -k "test_head"
+part tests-head-triton 120 12 "${tests[@]}" -k "test_head and triton"
+part tests-head-others 120 12 "${tests[@]}" -k "test_head and not triton"
 part tests-step 120 12 "${tests[@]}" -k "test_step or test_offload or test_varlen or test_blocks"
 part tests-runs 120 12 "${tests[@]}" -k "test_train and not cache"
 part tests-cache 100 12 "${tests[@]}" -k "test_train and cache"
 part tests-others 120 20 "${tests[@]}" -k "not test_head and not test_step and not test_offload and not test_varlen and not test_blocks and not test_train"
 part head 120 30 python3 -m benchmarks.head
+part head-jsd 60 12 python3 -m benchmarks.head --divergence jsd
+part head-topk 60 12 python3 -m benchmarks.head --divergence top_k
 
 # 36 -> 9 blocks of Qwen3-8B, 4,096 tokens per GPU: student, optimizer and teacher take 61 GiB, a step 31 more.
 if ((memory >= 100000)); then fits=(--deepspeed zero2); elif ((gpus * memory >= 300000)); then fits=(--deepspeed zero3); else

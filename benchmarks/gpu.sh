@@ -65,6 +65,10 @@ if ((memory >= 100000)); then fits=(--deepspeed zero2); elif ((gpus * memory >= 
   fits=(--deepspeed zero3_offload_cpu)
 fi
 part large 100 40 "${large[@]}" "${fits[@]}" --repeat 5 --profile
+# The same with its blocks compiled, made of Liger's parts, and both.
+part blocks-compiled 120 14 "${large[@]}" "${fits[@]}" --repeat 3 --blocks compiled
+part blocks-liger 90 14 "${large[@]}" "${fits[@]}" --repeat 3 --blocks liger
+part blocks-both 120 14 "${large[@]}" "${fits[@]}" --repeat 3 --blocks liger-compiled
 # 28 -> 7 blocks of Qwen3-1.7B, TRL's trainers beside it, with Liger's kernels and without.
 part trl 120 45 "${step[@]}" --size medium --deepspeed zero2 --repeat 5 --only "llmkd/none kl alone" --only trl
 part waiting 90 12 python3 -m benchmarks.data waiting

@@ -26,7 +26,6 @@ TEACHERS: dict[str, Any] = {
     "t5": ("encoder_decoder", lambda: ENCODER_DECODERS["t5"](4, 3)),
     "bart": ("encoder_decoder", lambda: ENCODER_DECODERS["bart"](4, 3)),
 }
-T5_NOISY = "encoder.block.0.layer.0.SelfAttention.q.weight"
 SCENARIOS: dict[str, dict[str, Any]] = {
     "zero3": {"teacher.placement": "zero3"},
     "accumulated": {"train.micro_batch_size": 1, "train.activation_checkpointing": True},
@@ -34,10 +33,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 
 
 def plain_run(folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    """The recipe's two steps on whole batches."""
+    """The recipe's two steps on whole batches, in float64: so the rounding that is seen is that of the runs alone."""
     recipe = load_recipe(folder / "recipe.yaml")
     initial.initial_student(recipe, folder / "teacher", folder / "start")
-    teacher, student = (CLASSES[kind].from_pretrained(folder / name) for name in ("teacher", "start"))
+    teacher, student = (CLASSES[kind].from_pretrained(folder / name).double() for name in ("teacher", "start"))
     teacher.eval()
     student.train()
     shape = load.load_config(folder / "teacher")
@@ -88,6 +87,4 @@ def test_two_ranks_with_everything_sharded_are_plain_pytorch(tmp_path: Path, nam
         again = CLASSES[kind].from_pretrained(tmp_path / "two" / scenario / "model")
         for key, parameter in again.named_parameters():
             change = (parameter.detach() - expected[key]).abs().max()
-            # In one weight of T5, whose gradient is far below Adam's epsilon, two ranks that hold all weights (zero1) differ by 1.2e-6 too.
-            bound = 2e-6 if (name, key) == ("t5", T5_NOISY) else 1e-6
-            assert change <= bound * max(1.0, expected[key].abs().max()), (scenario, key, change)
+            assert change <= 1e-6 * max(1.0, expected[key].abs().max()), (scenario, key, change)

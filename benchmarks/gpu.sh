@@ -10,7 +10,8 @@
 #
 # Nothing is written into the repository but the logs; a line for each part says how it ended, and the end of its log.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+nvidia-smi -L >/dev/null 2>&1 || { echo "[gpu] error: nvidia-smi finds no GPU on this machine; nothing was run" >&2; exit 2; }
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 logs=${LLMKD_LOGS:-artifacts/gpu}
 mkdir -p "$logs"

@@ -34,3 +34,14 @@ def test_each_part_has_a_limit_and_a_log_and_leaves_the_others(tmp_path: Path) -
     assert parts == ["== imports: exit 0", "== tests-head: exit 3", "== head: exit 124", "== large: exit 0"]
     assert "--deepspeed zero2" in (tmp_path / "large.log").read_text()
     assert not (tmp_path / "trl.log").exists()
+
+
+def test_without_a_gpu_it_says_so_and_runs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/usr/bin/env bash\necho none >&2\nexit 9\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    logs = tmp_path / "logs"
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LLMKD_LOGS": str(logs)}
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh")]
+    said = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60)
+    assert said.returncode == 2 and not logs.exists()
+    assert said.stderr == "[gpu] error: nvidia-smi finds no GPU on this machine; nothing was run\n" and not said.stdout

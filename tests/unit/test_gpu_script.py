@@ -23,15 +23,20 @@ def test_each_part_has_a_limit_and_a_log_and_leaves_the_others(tmp_path: Path) -
     for name, text in (("python3", PYTHON), ("nvidia-smi", NVIDIA)):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
-    script = (ROOT / "benchmarks" / "gpu.sh").read_text().replace("part head 120", "part head 1")
+    script = (ROOT / "benchmarks" / "gpu.sh").read_text().replace("part head 120", "part head-alone 1")
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "gpu.sh").write_text(script)
     variables = {"PATH": f"{tools}:{os.environ['PATH']}", "LLMKD_WHEELS": str(tmp_path), "LLMKD_LOGS": str(tmp_path)}
-    command = ["bash", str(tmp_path / "benchmarks" / "gpu.sh"), "imports", "tests-h", "head", "large"]
+    command = ["bash", str(tmp_path / "benchmarks" / "gpu.sh"), "imports", "tests-head-o", "head-a", "large"]
     said = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60)
     assert said.returncode == 0, said.stderr
     parts = [line.split(" after ")[0] for line in said.stdout.splitlines() if line.startswith("== ")]
-    assert parts == ["== imports: exit 0", "== tests-head: exit 3", "== head: exit 124", "== large: exit 0"]
+    assert parts == [
+        "== imports: exit 0",
+        "== tests-head-others: exit 3",
+        "== head-alone: exit 124",
+        "== large: exit 0",
+    ]
     assert "--deepspeed zero2" in (tmp_path / "large.log").read_text()
     assert not (tmp_path / "trl.log").exists()
 

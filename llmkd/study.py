@@ -41,6 +41,7 @@ from llmkd.recipe.study_entries import (
     StudyEntry,
     StudyFile,
     entry_recipe,
+    measured_start,
     read_study,
     study_entries,
 )
@@ -49,7 +50,7 @@ from llmkd.text import counted
 from llmkd.training import jobs
 from llmkd.training.checkpoint import check_same
 from llmkd.training.checks import teacher_shape
-from llmkd.training.initial import initial_student
+from llmkd.training.initial import initial_student, with_blocks
 from llmkd.training.pairs import depths_of, maps_of
 from llmkd.training.write_cache import writing_recipe
 
@@ -89,7 +90,7 @@ def _study(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> Report:
             cached = True
         log.info("study %d/%d: training %s on %s", number, len(trained), entry.name, counted(ranks, "rank"))
         _launch(recipe, entry, ranks)
-        if entry.kind == "teacher":
+        if entry.kind == "teacher" and not recipe.student.measures_blocks:  # else by the training of students
             _write_undistilled(recipe, entries)
     _write_undistilled(recipe, entries)
     mistakes = _score(recipe, entries)
@@ -182,6 +183,8 @@ def _write_undistilled(recipe: Recipe, entries: Sequence[StudyEntry]) -> None:
         if entry.strategy != "undistilled":
             continue
         seeded = recipe if entry.seed is None else recipe.changed({"seed": entry.seed})
+        if recipe.student.measures_blocks:
+            seeded = with_blocks(seeded, measured_start(recipe, entries, entry).run_folder(recipe.folder))
         decides = ("student.", "teacher.", "finetune.", "seed", "train.dtype")
         made_of = json.dumps({k: v for k, v in jobs.student_inputs(seeded).items() if k.startswith(decides)})
         if not (target / "llmkd.json").is_file() or (target / "llmkd.json").read_text() != made_of:
@@ -213,6 +216,9 @@ def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
     if recipe.finetune is not None:
         rows.check_teacher(recipe, ranks)
     _check_pair_weights(recipe, entries, teacher)
+    for entry in entries:
+        if entry.strategy == "undistilled" and recipe.student.measures_blocks:
+            measured_start(recipe, entries, entry)
     if recipe.teacher.share_cache:
         check_trained(writing_recipe(recipe), family, teacher, ranks)
     for entry in entries:

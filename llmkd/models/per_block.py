@@ -7,7 +7,7 @@ makes of a block can also be seen in the block itself: `check_copies` compares e
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -58,6 +58,12 @@ def check_copies(teacher: Sequence[nn.Module], student: Sequence[nn.Module], cho
                 f"student.copy_blocks: the teacher's block {old} would not be the same block at place {place} of the student "
                 f"({different[0]} differs, which this model type sets by a block's place); write other blocks, or student.init: random"
             )
+
+
+def are_alike(blocks: Iterable[nn.Module]) -> bool:
+    """Whether all blocks are of one kind, so that each may stand in any place: kinds of modules, shapes and plain settings, as above."""
+    first, *others = map(_description, blocks)
+    return all(other == first for other in others)
 
 
 def _description(block: nn.Module) -> dict[str, Any]:

@@ -136,12 +136,12 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def initial_student_config(recipe: Recipe, teacher: PreTrainedConfig) -> PreTrainedConfig:
-    """The student's configuration, as `llmkd.training.initial.initial_student` would write it."""
+    """The student's configuration, as `llmkd.training.initial.initial_student` would write it; of blocks that are yet to be measured,
+    with those of `spread`."""
     settings = recipe.student
     if settings.init == "checkpoint":
         assert settings.path is not None  # checked by Student
         return _model_config(settings.path, None, "student.path", trust_remote_code=settings.trust_remote_code)
     assert settings.blocks is not None
-    rule = settings.copy_blocks if settings.init == "teacher" else "spread"
-    chosen = block_choice(rule, settings.blocks, teacher.num_hidden_layers)
+    chosen = block_choice(settings.planned_blocks, settings.blocks, teacher.num_hidden_layers)
     return student_config(teacher, chosen, settings.width)

@@ -10,6 +10,8 @@ from llmkd.recipe.placements import PLACEMENTS, Placement, PlacementName
 from llmkd.recipe.section import NO_EFFECT, Dtype, Section
 
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+MEASURED = ("influence", "perplexity")
+"""Rules of `student.copy_blocks` whose blocks are known only when a run has measured them."""
 
 MOST_BLOCKS, MOST_HEADS, MOST_WIDE, MOST_POSITIONS = 1024, 2**16, 2**24, 2**30
 """Of a model: far more than any has, and few enough that `llmkd plan` and `llmkd doctor` end."""
@@ -137,10 +139,13 @@ class Student(Section):
     classifier: Literal["new", "copied"] | None = None
     """Encoders with init teacher: whether the map to the classes has new weights (the default, as in the layer-selection paper's code)
     or the teacher's."""
-    copy_blocks: Literal["spread", "matched"] | tuple[int, ...] = Field(
+    copy_blocks: Literal["spread", "matched", "influence", "perplexity"] | tuple[int, ...] = Field(
         default="spread", examples=["spread", "matched", [0, 4, 8]]
     )
-    """Which teacher blocks are copied: `spread` (evenly from first to last), `matched` (those of the forward map), or a list of them."""
+    """Which teacher blocks are copied: `spread` (evenly from first to last), `matched` (those of the forward map), or a list of them. Or,
+    measured of a decoder on the rows of the run's first step and kept in its `blocks.json`: `influence` (those that turn the state most,
+    by ShortGPT's block influence), `perplexity` (what is left when blocks are removed one by one, each time the one whose removal leaves
+    the lowest cross-entropy; the whole teacher is loaded for it on every rank)."""
     path: str | None = None
     """HF folder or hub name, for init checkpoint."""
     hidden_size: int | None = Field(default=None, gt=0, le=MOST_WIDE)
@@ -157,6 +162,17 @@ class Student(Section):
     """As teacher.trust_remote_code."""
     attention: Attention = "auto"
     """As teacher.attention."""
+
+    @property
+    def measures_blocks(self) -> bool:
+        """Whether the blocks that are copied are known only when they have been measured."""
+        return self.copy_blocks in MEASURED
+
+    @property
+    def planned_blocks(self) -> str | tuple[int, ...]:
+        """The rule by which the student's shape is told before anything is measured or made: as many blocks, of `spread` where its own
+        rule is measured or none is copied."""
+        return "spread" if self.init != "teacher" or self.measures_blocks else self.copy_blocks
 
     @property
     def width(self) -> dict[str, int]:
@@ -181,6 +197,10 @@ class Student(Section):
         if self.init != "random" and self.width:
             raise ValueError(
                 f"student.{next(iter(self.width))}: copied blocks keep the teacher's width; leave it out, or write init: random"
+            )
+        if self.copy_blocks in MEASURED and self.init != "teacher":
+            raise ValueError(
+                f"student.copy_blocks: {self.copy_blocks} chooses blocks to copy, and init {self.init} copies none; leave it out"
             )
         if isinstance(self.copy_blocks, tuple) and len(self.copy_blocks) != self.blocks:
             raise ValueError(

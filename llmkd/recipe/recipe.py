@@ -150,6 +150,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _influence_has_states(self) -> Recipe:
+        if self.student.copy_blocks == "influence" and not self.teacher.serving.has_weights:
+            raise ValueError(
+                f"student.copy_blocks: influence is measured on the states of all blocks, and a teacher with {self.teacher.serving_name} "
+                "gives those of its map; write perplexity, or teacher.placement: replicated, zero3 or pipeline without share_cache"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _top_k_is_enough(self) -> Recipe:
         if (
             not self.teacher.serving.has_weights

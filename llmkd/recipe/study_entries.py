@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, Valida
 
 from llmkd.errors import InputError
 from llmkd.files import read, write_json
+from llmkd.recipe.inputs import training_inputs
 from llmkd.recipe.recipe import Recipe
 from llmkd.recipe.scoring_steps import SCORING_STEPS
 
@@ -164,10 +165,10 @@ def study_entries(recipe: Recipe) -> list[StudyEntry]:
 
 
 def _undistilled(recipe: Recipe) -> list[StudyEntry]:
-    """The students before their first step: one per seed where the start is random."""
+    """The students before their first step: one per seed where the start is random, or of blocks measured on rows drawn by the seed."""
     if recipe.student.init == "checkpoint":
         return [_entry(recipe, "undistilled", "baseline", model=recipe.student.path or "")]
-    if recipe.student.init == "teacher":
+    if recipe.student.init == "teacher" and not recipe.student.measures_blocks:
         return [_entry(recipe, "undistilled", "baseline", strategy="undistilled", model="undistilled/copied")]
     return [
         _entry(
@@ -199,6 +200,32 @@ def _entry(
         if step.entry is not None and step.asked(recipe.evaluation) and (step.of_teacher or kind != "teacher")
     }
     return StudyEntry(name=name, kind=kind, strategy=strategy, seed=seed, model=model, train=train, results=results)
+
+
+def measured_start(recipe: Recipe, entries: Sequence[StudyEntry], baseline: StudyEntry) -> StudyEntry:
+    """The student of the study by whose training the blocks of this undistilled baseline are measured: one of its seed that begins with
+    the recipe's own student, teacher and rows.
+
+    Raises InputError where every student of that seed begins otherwise.
+    """
+    ours = _start_inputs(recipe.changed({"seed": baseline.seed}))
+    for entry in entries:
+        if entry.train is None or entry.kind == "teacher" or entry.seed != baseline.seed:
+            continue
+        if _start_inputs(entry_recipe(recipe, entry)) == ours:
+            return entry
+    raise InputError(
+        f"study.baselines: {baseline.name} has the blocks that copy_blocks: {recipe.student.copy_blocks} finds when a student is trained, "
+        "and all of the study begin with another student, teacher or rows than the recipe's own; add a strategy, or leave undistilled out"
+    )
+
+
+def _start_inputs(recipe: Recipe) -> dict[str, Any]:
+    """The keys by which a student's start is made; where its teacher lives is none of them, nor are texts written during training."""
+    rollouts = recipe.rollouts
+    other = ("matching.", "loss.", "stones", "rollouts", "cache.", "teacher.placement")
+    inputs = {key: value for key, value in training_inputs(recipe).items() if not key.startswith(other)}
+    return {**inputs, "rollouts": None if rollouts is None else rollouts.of_teacher()}
 
 
 def entry_recipe(recipe: Recipe, entry: StudyEntry) -> Recipe:

@@ -14,6 +14,9 @@ from llmkd.layer_map import Pairs
 from llmkd.models.architectures import new_config
 from llmkd.models.families import KIND_NAMES, check_logits, model_type
 from llmkd.models.liger import check_liger
+from llmkd.models.load import without_weights
+from llmkd.models.parts import blocks
+from llmkd.models.per_block import are_alike
 from llmkd.models.stored import read_config
 from llmkd.recipe.recipe import Recipe
 from llmkd.recipe.run import Train
@@ -98,6 +101,30 @@ def _check_encoder(recipe: Recipe) -> None:
         )
     if recipe.matching.positions != "attended":
         raise InputError("matching.positions: no token of an encoder's text is trained, its class is; write attended")
+
+
+def check_measured_blocks(recipe: Recipe, teacher: PreTrainedConfig) -> None:
+    """Raise InputError for a teacher on which the recipe's rule for the copied blocks can't be measured."""
+    rule, row = recipe.student.copy_blocks, model_type(teacher)
+    if not recipe.student.measures_blocks:
+        return
+    if row.kind != "decoder":
+        raise InputError(
+            f"student.copy_blocks: {rule} is measured of decoders, and the teacher is {KIND_NAMES[row.kind]}; write spread, matched or a "
+            "list"
+        )
+    if rule == "influence" and (row.ends is None or row.starts):  # what a teacher gives as the embeddings' state
+        raise InputError(
+            f"student.copy_blocks: influence needs a first block that reads the words' embeddings as they are, which the first of a "
+            f"{teacher.model_type!r} model has not been shown to; write perplexity, or a list"
+        )
+    if rule == "perplexity" and not are_alike(
+        blocks(without_weights(teacher, trust_remote_code=recipe.teacher.trust_remote_code))
+    ):
+        raise InputError(
+            "student.copy_blocks: perplexity runs the teacher without some blocks, and this one has blocks of several kinds; write "
+            "influence, or a list"
+        )
 
 
 def check_upper_blocks(

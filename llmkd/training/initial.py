@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import logging
 import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from llmkd.distributed.ranks import World, on_main
+import torch
+from torch import Tensor, nn
+
+from llmkd.data.batches import Batch
+from llmkd.distributed.ranks import World, on_main, sum_counts, sum_tensor
 from llmkd.errors import InputError
-from llmkd.models import families, folders, load, make
+from llmkd.files import read, write_json
+from llmkd.layer_map import EMBEDDING
+from llmkd.losses.distances import cosine
+from llmkd.losses.head_scores import head_scores
+from llmkd.models import families, folders, load, make, removal
 from llmkd.models.architectures import new_config
+from llmkd.models.parts import blocks, final_state, whole_head
 from llmkd.recipe.recipe import Recipe
+from llmkd.teachers.base import Demand
+from llmkd.training import build
 from llmkd.training.jobs import Job, read_rows
 from llmkd.training.pairs import depths_of
 
 log = logging.getLogger("llmkd")
+Rows = Callable[..., Iterator[list[Batch]]]
+"""The micro-batches of each step, by `start_step` and `steps`."""
+BLOCKS = "blocks.json"
+"""In a run's folder, the teacher's blocks that were measured for its student: the rule, the blocks, and what was measured."""
 TEXT_COLUMNS = ("prompt", "completion", "text", "text_a", "text_b")
 """Of rows, the columns that a new tokenizer is trained on."""
 
@@ -84,16 +103,128 @@ def job_tokenizer(world: World, job: Job, *, resuming: bool) -> Any:
     return on_main(world, lambda: teacher_tokenizer(job.recipe))
 
 
-def write_initial(world: World, job: Job, tokenizer: Any, *, resuming: bool) -> None:
-    """Write the folder the model starts from, over an older one (it may be another recipe's) unless the run resumes."""
-    if job.initial != job.folder / "initial" or (resuming and (job.initial / "config.json").is_file()):
+def write_initial(world: World, job: Job, tokenizer: Any, rows: Rows, *, resuming: bool) -> None:
+    """Write the folder the model starts from, over an older one (it may be another recipe's) unless the run resumes.
+
+    `rows`: the run's micro-batches, on whose first step the blocks to copy are measured where the recipe asks for it (all ranks take
+    part).
+    """
+    if job.initial != job.folder / "initial":
+        return
+    here = resuming and (job.initial / "config.json").is_file()
+    if job.makes_teacher:
+        if not here:
+            on_main(world, lambda: initial_teacher(job.recipe, tokenizer, job))
         return
     recipe = job.recipe
-    if job.makes_teacher:
-        on_main(world, lambda: initial_teacher(recipe, tokenizer, job))
+    teacher = on_main(world, lambda: folders.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
+    if recipe.student.measures_blocks and not resuming:
+        [micro_batches] = rows(start_step=0, steps=1)
+        measure_blocks(world, replace(job, teacher=teacher), micro_batches)
+    measured = on_main(world, lambda: with_blocks(recipe, job.folder))
+    if not here:
+        on_main(world, lambda: initial_student(measured, teacher, job.initial))
+
+
+def with_blocks(recipe: Recipe, run: Path) -> Recipe:
+    """The recipe of a run with the blocks that its student was made of, where these were measured: as a list, from the run's folder."""
+    if not recipe.student.measures_blocks:
+        return recipe
+    found = read(run / BLOCKS)
+    if found is None:
+        raise InputError(
+            f"{run / BLOCKS}: the blocks that this run's student was made of are missing; put the file back, or train the student again in "
+            "another folder"
+        )
+    return recipe.changed({"student.copy_blocks": found["blocks"]})
+
+
+def measure_blocks(world: World, job: Job, micro_batches: Sequence[Batch]) -> None:
+    """Choose the teacher's blocks to copy, by the job's rule, over the tokens of these micro-batches of all ranks, and write `blocks.json`.
+
+    All ranks take part. The teacher is loaded for this alone: for `influence` in its placement, for `perplexity` whole on every rank.
+    Raises InputError, and writes nothing, where it can't be measured, or no student can be made of the blocks.
+    """
+    assert job.teacher is not None
+    rule, keep = job.recipe.student.copy_blocks, job.student_depths[0]
+    said: dict[str, Any]
+    if rule == "influence":
+        measured = _influence(world, job, micro_batches)
+        chosen, said = removal.most_influential(measured, keep), {"influence": measured}
     else:
-        teacher = on_main(world, lambda: folders.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
-        on_main(world, lambda: initial_student(recipe, teacher, job.initial))
+        chosen, removed = _least_harmful(world, job, micro_batches, keep)
+        said = {"removed": [asdict(one) for one in removed]}
+    gc.collect()  # the teacher, before the run's own is loaded
+    trust = job.recipe.teacher.trust_remote_code
+    shape = load.load_config(job.teacher, trust_remote_code=trust)
+
+    def kept() -> None:
+        load.check_copied_config(shape, load.student_config(shape, chosen, {}), chosen, trust_remote_code=trust)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_json(job.folder / BLOCKS, {"rule": rule, "blocks": chosen, **said})
+
+    on_main(world, kept)
+    log.info("%s: %s keeps blocks %s of %d", job.title, rule, list(chosen), job.teacher_depths[0])
+
+
+def _influence(world: World, job: Job, micro_batches: Sequence[Batch]) -> list[float]:
+    """Of every block of the teacher the block influence of arXiv 2403.03853 (eq. 1): 1 - cos(input, output), mean over all tokens."""
+    depth = job.teacher_depths[0]
+    teacher = build.load_teacher(world, job, Demand((EMBEDDING, *range(depth)), logits=False))
+    teacher.expect(micro_batches)
+    total = torch.zeros(depth, dtype=torch.float64, device=world.device)
+    for batch in micro_batches:
+        here = batch.to(world.device)
+        signal = teacher.signals(here)
+        states = (signal.take(block).flatten(0, 1)[here.attended_at] for block in (EMBEDDING, *range(depth)))
+        for block, (before, after) in enumerate(itertools.pairwise(states)):
+            total[block] += cosine(before, after).double().sum()
+    [tokens] = sum_counts(world, [sum(batch.counts.attended for batch in micro_batches)])
+    return (sum_tensor(world, total) / tokens).tolist()
+
+
+@torch.no_grad()
+def _least_harmful(
+    world: World, job: Job, micro_batches: Sequence[Batch], keep: int
+) -> tuple[removal.Kept, list[removal.Removal]]:
+    """The teacher's blocks that stay when those go without which its cross-entropy over the trained tokens is lowest."""
+    [trained] = sum_counts(world, [sum(batch.counts.trained for batch in micro_batches)])
+    if not trained:
+        raise InputError(
+            "student.copy_blocks: no token of the first step's rows is trained, so there is no perplexity; write influence, or a list"
+        )
+    settings = job.recipe.teacher
+    assert job.teacher is not None
+    model = load.load_model(
+        job.teacher,
+        dtype=load.DTYPES[settings.dtype],
+        ds_config=None,
+        attention=settings.attention,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    cast(nn.Module, model).to(world.device).eval()
+    head, chunk = whole_head(model), job.train.tokens_at_once(gpu=world.device.type == "cuda")
+    here = [batch.to(world.device) for batch in micro_batches]
+
+    def cross_entropy() -> Tensor:
+        """Summed over this rank's trained tokens, in float64."""
+        total = torch.zeros((), dtype=torch.float64, device=world.device)
+        for batch in here:
+            states = final_state(model, batch).flatten(0, 1)[batch.trained_at]
+            targets = batch.targets.flatten()[batch.trained_at]
+            total += head_scores(states, head.weight, head.bias, None, targets, chunk).ce.double().sum()
+        return total
+
+    with removal.run_of(blocks(model)) as only:
+
+        def measure(lists: Sequence[removal.Kept]) -> list[float]:
+            sums = []
+            for kept in lists:
+                only(kept)
+                sums.append(cross_entropy())
+            return (sum_tensor(world, torch.stack(sums)) / trained).tolist()
+
+        return removal.least_harmful(job.teacher_depths[0], keep, measure)
 
 
 def remove_initial(job: Job) -> None:

@@ -146,8 +146,8 @@ def check_student(recipe: Recipe, family: Family, teacher: Any, student: Any) ->
     weights = _weights(recipe, pairs, stones)
     _check_redraws(recipe, teacher, student)
     if not checkpoint:
-        rule = recipe.student.copy_blocks if recipe.student.init == "teacher" else "spread"
-        chosen = make.stack_choices(rule, student_depths, depths)
+        checks.check_measured_blocks(recipe, teacher)
+        chosen = make.stack_choices(recipe.student.planned_blocks, student_depths, depths)
         shape = load.student_config(teacher, chosen, recipe.student.width)
         if recipe.student.init == "teacher" and family.kind == "decoder":
             load.check_copied_config(teacher, shape, chosen, trust_remote_code=recipe.teacher.trust_remote_code)

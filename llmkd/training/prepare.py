@@ -153,6 +153,7 @@ def prepare(world: World, job: Job, stopping: Stopping | None = None) -> Prepare
     except InputError:
         if resume is None and world.is_main:
             initial.remove_initial(job)
+            (job.folder / initial.BLOCKS).unlink(missing_ok=True)
         raise
 
 
@@ -178,7 +179,7 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
     source = _source(world, job, data, tokenizer, pad_id, accumulation, resume)
     steps, rate = _length(job, source.count)
     cached = cache_contents.open_teacher(world, job, tokenizer, data.all)
-    initial.write_initial(world, job, tokenizer, resuming=resume is not None)  # the first thing written
+    initial.write_initial(world, job, tokenizer, source.rows, resuming=resume is not None)  # written first
     validation = validation_batches(world, job, data, pad_id)
     if job.recipe.measures_map and not job.makes_teacher:
         job = nearest.settled(world, job, source.rows, resuming=resume is not None)

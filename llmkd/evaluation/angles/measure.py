@@ -40,7 +40,7 @@ from llmkd.models.parts import Stack, tokens_of
 from llmkd.provenance import versions
 from llmkd.recipe.recipe import Recipe
 from llmkd.recipe.scoring_steps import ANGLES
-from llmkd.training.initial import initial_student
+from llmkd.training.initial import initial_student, with_blocks
 
 ROWS = 100  # where neither the call nor the recipe names a number
 FORM = "by stack"  # of the result files; those of another are made again
@@ -184,6 +184,7 @@ def _batches(recipe: Recipe, teacher: Path, rows: int) -> list[Batch]:
 
 def measure(student: TrainedStudent, work: Work) -> MeasuredAngles:
     """One student's angles before and after its training."""
+    student = replace(student, recipe=with_blocks(student.recipe, student.train))
     recipe = student.recipe
     trust = (recipe.student if recipe.student.init == "checkpoint" else recipe.teacher).trust_remote_code
     normed = recipe.matching.final_state == "normed"

@@ -27,7 +27,7 @@ class Removal:
 def most_influential(influence: Sequence[float], keep: int) -> Kept:
     """The `keep` blocks of highest influence, in the teacher's order; of equals the shallower stays.
 
-    ShortGPT (arXiv 2403.03853), 3.2. Raises InputError where an influence is not a number.
+    As ShortGPT prunes (arXiv 2403.03853). Raises InputError where an influence is not a number.
     """
     _check_numbers(influence, "influence")
     ranked = sorted(range(len(influence)), key=lambda block: (-influence[block], block))

@@ -62,3 +62,26 @@ def test_losses_on_gpus_are_those_of_plain_pytorch(
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for ours, theirs in zip(logged, losses, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)
+
+
+@pytest.mark.parametrize("rule", ["influence", "perplexity"])
+def test_measured_blocks_are_those_of_a_cpu(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.fail("this test was asked for by -m gpu, and there is no CUDA device")
+    found = []
+    for device in ("cuda", "cpu"):
+        monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+        if device == "cpu":
+            monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        chosen = ["--set", f"student.copy_blocks={rule}", "--output", str(tmp_path / device)]
+        assert launch(1, ["--recipe", str(tiny / "recipe.yaml"), *chosen]).code == 0
+        found.append(json.loads((tmp_path / device / "blocks.json").read_text()))
+    on_gpu, on_cpu = found
+    assert on_gpu["blocks"] == on_cpu["blocks"]
+    if rule == "influence":
+        assert on_gpu["influence"] == pytest.approx(on_cpu["influence"], rel=1e-3)
+    else:
+        assert [one["block"] for one in on_gpu["removed"]] == [one["block"] for one in on_cpu["removed"]]

@@ -76,7 +76,7 @@ def test_a_model_run_without_some_blocks_is_the_copied_student(tmp_path: Path, k
 def test_blocks_of_several_kinds_are_told() -> None:
     """By place: positions, attention within a window, and experts."""
     small: dict[str, Any] = {**SMALL, "head_dim": 8}
-    sparse = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[1])
+    sparse: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[1])
     mixed = {
         "windows": hf.Qwen3Config(**small, use_sliding_window=True, sliding_window=4, max_window_layers=2),
         "gemma3": hf.Gemma3TextConfig(**small, layer_types=["sliding_attention"] * 3 + ["full_attention"]),

@@ -27,6 +27,7 @@ from llmkd.layer_map import EMBEDDING, in_order_random
 from llmkd.losses.schedules import learning_rate
 from llmkd.models import load as models
 from llmkd.models import make as making
+from llmkd.recipe.models import Lora
 from llmkd.recipe.recipe import Recipe
 from llmkd.recipe.rollouts import Rollouts
 from llmkd.rollouts.wanted import Schedule
@@ -179,10 +180,12 @@ def _plain_run(recipe: Recipe, teacher_folder: Path, student_folder: Path) -> Pl
     if recipe.rollouts is not None and recipe.rollouts.before_training:
         data = plain_by_teacher(recipe, data, teacher, tokenizer.eos_token_id)
     pairs = pairs_of(recipe, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+    adapted = None if recipe.student.lora is None else with_adapters(student, recipe.student.lora, recipe.seed)
     widths = student.config.hidden_size, teacher.config.hidden_size
     count = len(pairs) if recipe.matching.projects(*widths) else 0
     projectors = make_projectors(count, *widths, bias=recipe.matching.projector_bias, seed=recipe.seed)
     parameters = [*student.parameters(), *(projectors.parameters() if projectors is not None else [])]
+    parameters = [p for p in parameters if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.train.weight_decay},
@@ -229,7 +232,18 @@ def _plain_run(recipe: Recipe, teacher_folder: Path, student_folder: Path) -> Pl
         optimizer.step()
         optimizer.zero_grad()
         losses.append({"loss": loss.item(), **{k: v.item() for k, v in parts.items()}})
+    student = student if adapted is None else adapted.merge_and_unload()
     return {name: p.detach() for name, p in student.named_parameters()}, losses
+
+
+def with_adapters(model: Any, lora: Lora, seed: int) -> Any:
+    """peft's own model around this one, which is changed."""
+    import peft  # heavy; few tests need it
+
+    targets: Any = "all-linear" if lora.targets == "all_linear" else list(lora.targets)
+    options: Any = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora, "use_dora": lora.dora}
+    torch.manual_seed(seed)
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, **options))
 
 
 def plain_round(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmkd.distributed import unpickling
 from llmkd.distributed.engines import last_line
@@ -24,11 +24,39 @@ from llmkd.processes import parent_variable
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # after what sets the accelerator
 
 
+def save_shards(engine: Any, folder: Path) -> None:
+    """Write what is trained, with the optimizer's states; frozen parameters are left out (all ranks take part)."""
+    frozen = _frozen(engine.module)
+
+    def leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
+        for name in frozen:  # DeepSpeed leaves a shared parameter out under its first name alone
+            state.pop(name, None)
+
+    hook = engine.module.register_state_dict_post_hook(leave_out)
+    try:
+        options = {"save_latest": False, "exclude_frozen_parameters": bool(frozen)}
+        engine.save_checkpoint(str(folder.parent), tag=folder.name, **options)
+    finally:
+        hook.remove()
+
+
+def _frozen(module: nn.Module) -> set[str]:
+    """The names of the parameters that are not trained; a shared one has several."""
+    return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
+    """Load a module's state, which must hold all but what is frozen."""
+    missing, unexpected = dst.load_state_dict(src, strict=False)
+    if wrong := [*(set(missing) - _frozen(dst)), *unexpected]:
+        raise RuntimeError(f"the checkpoint's parameters are not those that are trained, first {min(wrong)}")
+
+
 def load_shards(engine: Any, folder: Path) -> None:
-    """Load what `save_checkpoint` or `merge_shards` wrote (all ranks take part)."""
+    """Load what `save_shards` or `merge_shards` wrote; frozen parameters stay as they are (all ranks take part)."""
     decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
     with _plain_values(folder):
-        loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, custom_load_fn=_load_trained)
     if loaded is None:
         raise InputError(f"{folder}: DeepSpeed could not load it; remove {folder.parent} to resume from the one before")
     # From whole tensors DeepSpeed gives every group the first one's settings, so that norms would decay, and one tensor as the

@@ -23,7 +23,7 @@ from llmkd.models.load import DTYPES
 from llmkd.planning.cache import cache_rows, cache_traffic
 from llmkd.planning.rollouts import rollout_rows
 from llmkd.planning.rows import BEFORE, GIB, OFFLOADED, PHASES, WIDE, Phase, Place, Row, block_activations, millions
-from llmkd.planning.shapes import Shapes, initial_student_config, shapes, teacher_config
+from llmkd.planning.shapes import Shapes, Trained, initial_student_config, shapes, teacher_config, trained_part
 from llmkd.planning.stepping_stones import stone_rows
 from llmkd.planning.teacher import (
     PlannedTeacher,
@@ -69,20 +69,22 @@ def plan(recipe: Recipe, ranks: int, config: PreTrainedConfig | None = None) -> 
     accumulation_steps(recipe.train, ranks)
     config = config or teacher_config(recipe)
     placed = PlannedTeacher(recipe, config, ranks)
-    teacher, student = shapes(config), shapes(initial_student_config(recipe, config))
+    student_shape = initial_student_config(recipe, config)
+    teacher, student = shapes(config), shapes(student_shape)
+    trained = trained_part(recipe, student_shape, student)
     projectors = projected_parameters(placed, student, teacher)
     zero = load_ds_config(recipe.train.deepspeed, ROOT / "ds_configs")
     return [
         *(PLACED[recipe.teacher.placement].rows(placed) if placed.pairs or recipe.logits else ()),
         *(stone_rows(recipe, teacher, placed.stones) if placed.stones else ()),
-        *student_rows(recipe, student, projectors, zero, ranks),
-        *activation_rows(recipe, student, teacher, placed.pairs, ranks),
+        *student_rows(recipe, trained, projectors, zero, ranks),
+        *activation_rows(recipe, student, teacher, placed.pairs, ranks, in_adapters=trained.for_activations),
         *head_rows(recipe, student, teacher),
         *rollout_rows(recipe, student, teacher, sharded=zero_stage(dict(zero)) == 3),
     ]
 
 
-def student_rows(recipe: Recipe, shape: Shapes, projectors: int, zero: Mapping[str, Any], ranks: int) -> list[Row]:
+def student_rows(recipe: Recipe, student: Trained, projectors: int, zero: Mapping[str, Any], ranks: int) -> list[Row]:
     """Parameters, gradients, master weights and Adam's moments under the ZeRO stage.
 
     Sharding as in Rajbhandari et al., arXiv 1910.02054, section 5: the optimizer's part is divided by the ranks from stage 1,
@@ -95,12 +97,19 @@ def student_rows(recipe: Recipe, shape: Shapes, projectors: int, zero: Mapping[s
         return OFFLOADED[options.get(key, {}).get("device", "none")]
 
     size = DTYPES[recipe.train.dtype].itemsize
-    trained = shape.parameters + projectors
-    whole = (trained, f"{millions(trained)} x")
-    shard = (-(-trained // ranks), f"{millions(trained)} / {ranks} ranks x")
+    trained = student.parameters + projectors
+
+    def counts(number: int, *, shared: bool) -> tuple[int, str]:
+        return (
+            (-(-number // ranks), f"{millions(number)} / {ranks} ranks x")
+            if shared
+            else (number, f"{millions(number)} x")
+        )
+
     # At stage 0, too, DeepSpeed's bf16 optimizer shares its states among the ranks.
-    states, counted = shard if stage or size < WIDE else whole
-    weights, gradients = (shard if stage >= least else whole for least in (3, 2))
+    states, counted = counts(trained, shared=stage > 0 or size < WIDE)
+    gradients = counts(trained, shared=stage >= 2)
+    weights = counts(trained + student.frozen, shared=stage == 3)
     optimizer_place = place("offload_optimizer")
     weight_place = place("offload_param") if stage == 3 else "device"
     # Reduced gradients stay in host memory where the optimizer works there, also when its states rest on NVMe.
@@ -118,14 +127,15 @@ def student_rows(recipe: Recipe, shape: Shapes, projectors: int, zero: Mapping[s
         copies = 2 if stage in (1, 2) and options.get("overlap_comm") else 1  # one is filled while the other is sent
         how = f"{'2 x ' if copies > 1 else ''}reduce_bucket_size {millions(bucket)} x 4 B"
         rows.append(Row("gradients under reduction", copies * bucket * WIDE, how, (when,)))
-    largest = max(shape.largest_block, shape.embedding, shape.head)
     if stage == 3:
-        live = min(max(int(options.get("stage3_max_live_parameters", 10**9)), largest), trained)
+        live = min(
+            max(int(options.get("stage3_max_live_parameters", 10**9)), student.largest), trained + student.frozen
+        )
         how = f"at most {millions(live)} x {size} B (stage3_max_live_parameters)"
         rows.append(Row("student, gathered", live * size, how, ("head", "backward")))
-    how = f"largest module, {millions(largest)} x {size} B"
-    rows.append(Row("gradient before reduction", largest * size, how, ("backward",)))
-    single = max(shape.embedding, shape.head)  # the largest parameter
+    how = f"largest module, {millions(student.largest)} x {size} B"
+    rows.append(Row("gradient before reduction", student.largest * size, how, ("backward",)))
+    single = student.single
     if stage == 3 and size < WIDE and zero.get("communication_data_type") == "fp32" and bucket < single:
         how = f"{millions(single)} x 4 B, more than a bucket holds (stage3.py, __avg_scatter_grads)"
         rows.append(Row("that gradient in fp32", single * WIDE, how, ("backward",)))
@@ -137,12 +147,20 @@ def student_rows(recipe: Recipe, shape: Shapes, projectors: int, zero: Mapping[s
 
 
 def activation_rows(
-    recipe: Recipe, student: Shapes, teacher: Shapes, pairs: Sequence[tuple[int, int]], ranks: int = 1
+    recipe: Recipe,
+    student: Shapes,
+    teacher: Shapes,
+    pairs: Sequence[tuple[int, int]],
+    ranks: int = 1,
+    in_adapters: int = 0,
 ) -> list[Row]:
-    """What the student keeps for its backward pass, with or without activation checkpointing, and the pairs' stashed gradients."""
+    """What the student keeps for its backward pass, with or without activation checkpointing, and the pairs' stashed gradients.
+
+    `in_adapters`: numbers that a token leaves in a block's adapters.
+    """
     size = DTYPES[recipe.train.dtype].itemsize
     tokens = recipe.train.micro_batch_size * recipe.data.max_length
-    block = block_activations(student, size) * tokens
+    block = (block_activations(student, size) + in_adapters * size) * tokens
     ends = tokens * student.hidden * (WIDE + 2 * size)  # final norm, and the final state the head reads
     if recipe.train.activation_checkpointing:
         kept = student.depth * tokens * student.hidden * size
@@ -166,9 +184,13 @@ def projected_parameters(placed: PlannedTeacher, student: Shapes, teacher: Shape
 def planned_wire(recipe: Recipe, ranks: int, config: PreTrainedConfig) -> str:
     """What a rank sends for the student in an optimizer step, as a table; nothing on one rank. `config`: the teacher's."""
     placed = PlannedTeacher(recipe, config, ranks)
-    teacher, student = shapes(config), shapes(initial_student_config(recipe, config))
-    trained = student.parameters + projected_parameters(placed, student, teacher)
-    sent = student_wire(recipe, trained, load_ds_config(recipe.train.deepspeed, ROOT / "ds_configs"), ranks)
+    student_shape = initial_student_config(recipe, config)
+    teacher, student = shapes(config), shapes(student_shape)
+    part = trained_part(recipe, student_shape, student)
+    trained = part.parameters + projected_parameters(placed, student, teacher)
+    zero = load_ds_config(recipe.train.deepspeed, ROOT / "ds_configs")
+    beside = {"frozen": part.frozen, "forward_only": part.forward_only}
+    sent = student_wire(recipe, trained, zero, ranks, **beside)
     return wire_text(sent, recipe, ranks) if sent else ""
 
 
@@ -232,6 +254,8 @@ def head_rows(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Row]:
         how = f"{buffers} x {at_once} tokens x {student.vocabulary:,} x {WIDE} B"
         held = buffers * at_once * student.vocabulary * WIDE
         rows.append(Row("logits at work", held, how, ("head",)))
+    if recipe.student.lora is not None:  # the head is frozen
+        return rows
     wide, how = (WIDE, f"(4 + {size})") if chunk < tokens else (0, str(size))  # several chunks are summed in fp32
     rows.append(
         Row("gradient of the head", student.head * (wide + size), f"{millions(student.head)} x {how} B", ("head",))

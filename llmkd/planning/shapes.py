@@ -15,7 +15,8 @@ from llmkd.distributed.engines import parameter_count
 from llmkd.errors import InputError, first_line, reason
 from llmkd.models.architectures import new_config
 from llmkd.models.families import kind
-from llmkd.models.load import load_config, student_config
+from llmkd.models.load import load_config, student_config, without_weights
+from llmkd.models.lora import adapter_sizes, targeted
 from llmkd.models.make import block_choice
 from llmkd.models.parts import blocks, head
 from llmkd.models.stored import read_config
@@ -73,6 +74,39 @@ def shapes(config: PreTrainedConfig) -> Shapes:
         each_block=tuple(parameter_count(block) for block in stack),
         head_apart=head(model).weight is not model.get_input_embeddings().weight,
     )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What of a student is trained, in numbers; projectors are trained beside it."""
+
+    parameters: int
+    """Its own weights, or its adapters."""
+    frozen: int
+    """The weights that adapters stand beside."""
+    forward_only: int
+    """Those of them that no gradient passes: the embeddings'."""
+    largest: int
+    """Of the module with the most trained numbers: a block, the embeddings, the head."""
+    single: int
+    """Of the largest trained parameter."""
+    for_activations: int = 0
+    """Numbers that a token leaves in a block's adapters for the backward pass."""
+
+
+def trained_part(recipe: Recipe, config: PreTrainedConfig, shape: Shapes) -> Trained:
+    """What the recipe trains of a student with this configuration. Raises InputError for adapters that find no place in it."""
+    lora = recipe.student.lora
+    if lora is None:
+        single = max(shape.embedding, shape.head)
+        return Trained(shape.parameters, 0, 0, max(shape.largest_block, single), single)
+    model = without_weights(config)
+    maps = targeted(model, lora.targets)
+    sizes = {name: adapter_sizes(module, lora.rank, dora=lora.dora) for name, module in maps.items()}
+    total = sum(map(sum, sizes.values()))
+    inputs = sum(size[0] // lora.rank for size in sizes.values()) if lora.dropout else 0
+    kept = (inputs + lora.rank * len(maps)) // shape.depth
+    return Trained(total, shape.parameters, shape.embedding, total // shape.depth, max(map(max, sizes.values())), kept)
 
 
 def teacher_config(recipe: Recipe) -> PreTrainedConfig:

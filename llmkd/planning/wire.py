@@ -24,8 +24,12 @@ class Sent:
     """How they were counted."""
 
 
-def student_wire(recipe: Recipe, trained: int, zero: Mapping[str, Any], ranks: int) -> list[Sent]:
-    """What training so many weights sends under a DeepSpeed configuration; nothing on one rank.
+def student_wire(
+    recipe: Recipe, trained: int, zero: Mapping[str, Any], ranks: int, *, frozen: int = 0, forward_only: int = 0
+) -> list[Sent]:
+    """What training so many weights beside so many frozen ones sends under a DeepSpeed configuration; nothing on one rank.
+
+    `forward_only`: how many of the frozen ones no gradient passes, as those of the embeddings.
 
     A collective costs what its ring does: of n bytes a reduction to shards, and a gather of shards, (N - 1) / N; an all-reduce twice
     that (Rajbhandari et al., arXiv 1910.02054, section 7). Stages 0 and 1 reduce once per step, stages 2 and 3 every micro-batch.
@@ -42,10 +46,11 @@ def student_wire(recipe: Recipe, trained: int, zero: Mapping[str, Any], ranks: i
     how = f"{'reduced to shards' if to_shards else 'all-reduced'}{_each(rounds) if stage >= 2 else ''}, {count} x {wide} B"
     sent = [Sent("student gradients", _of_ring(reduced * trained * wide, ranks), how)]
     if stage == 3:
-        stays = trained <= int(options.get("stage3_max_live_parameters", 10**9))
-        gathers, why = (1, "once") if stays else (2, "forward and backward")
-        how = f"gathered {why}{_each(rounds)}, {count} x {size} B"
-        sent.append(Sent("student weights", _of_ring(gathers * rounds * trained * size, ranks), how))
+        weights = trained + frozen
+        stays = weights <= int(options.get("stage3_max_live_parameters", 10**9))
+        again, why = (0, "once") if stays else (weights - forward_only, "forward and backward")
+        how = f"gathered {why}{_each(rounds)}, {millions(weights)} x {size} B"
+        sent.append(Sent("student weights", _of_ring(rounds * (weights + again) * size, ranks), how))
     elif stage or size < WIDE:
         how = f"gathered after the step, {count} x {size} B"
         sent.append(Sent("student weights", _of_ring(trained * size, ranks), how))

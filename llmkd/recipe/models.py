@@ -127,6 +127,31 @@ class Teacher(Section):
         return "share_cache" if self.share_cache else f"placement {self.placement}"
 
 
+class Lora(Section):
+    """Low-rank adapters that are trained in place of the student's weights, which stay as they begin (LoRA, arXiv 2106.09685)."""
+
+    rank: int = Field(gt=0, le=MOST_WIDE)
+    """Rank of each adapter: its two matrices are rank x inputs and outputs x rank."""
+    alpha: float = Field(gt=0)
+    """An adapter's product is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the adapters' inputs that is dropped in training."""
+    targets: Literal["all_linear"] | tuple[str, ...] = Field(
+        default="all_linear", examples=["all_linear", ["q_proj", "v_proj"]]
+    )
+    """The linear maps that get adapters: `all_linear` (all those of the blocks, so neither embeddings nor head), or a list of names."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+    dora: bool = False
+    """Train the norm of each of a map's outputs apart from its direction (arXiv 2402.09353)."""
+
+    @model_validator(mode="after")
+    def _has_targets(self) -> Lora:
+        if not self.targets:
+            raise ValueError("student.lora.targets: is empty; write all_linear, or the names of linear maps")
+        return self
+
+
 class Student(Section):
     """The model that is trained."""
 
@@ -158,6 +183,8 @@ class Student(Section):
     """Key-value heads of a block, for init random."""
     head_dim: int | None = Field(default=None, gt=0, le=MOST_WIDE)
     """Width of one head, for init random."""
+    lora: Lora | None = None
+    """Train adapters alone, which the exported model has added to its weights; if left out, all weights are trained."""
     trust_remote_code: bool = False
     """As teacher.trust_remote_code."""
     attention: Attention = "auto"
@@ -202,9 +229,31 @@ class Student(Section):
             raise ValueError(
                 f"student.copy_blocks: {self.copy_blocks} chooses blocks to copy, and init {self.init} copies none; leave it out"
             )
+        if self.init == "random" and self.lora is not None:
+            raise ValueError(
+                "student.lora: the new weights of init random would stay random; leave lora out, or write init: teacher or checkpoint"
+            )
         if isinstance(self.copy_blocks, tuple) and len(self.copy_blocks) != self.blocks:
             raise ValueError(
                 f"student.copy_blocks: {len(self.copy_blocks)} blocks for a student of {self.blocks} (student.blocks); "
                 "make them equal"
             )
         return self
+
+
+def check_adapters(student: Student, *, stones: bool, writes: bool, compiled: bool) -> None:
+    """Raise ValueError for what has not been shown to work with adapters; `writes`: whether texts are written during training."""
+    if student.lora is None:
+        return
+    for key, is_set, problem, cure in (
+        ("stones", stones, "stepping stones have not been shown to teach adapters", "leave the section out"),
+        (
+            "rollouts.by",
+            writes,
+            "writers read a plain model's weights, not adapters",
+            "write by: teacher, or leave rollouts out",
+        ),
+        ("train.compile", compiled, "blocks with adapters have not been shown to compile", "write none"),
+    ):
+        if is_set:
+            raise ValueError(f"{key}: {problem} (student.lora); {cure}, or leave student.lora out")

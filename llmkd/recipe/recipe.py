@@ -22,7 +22,7 @@ from llmkd.losses.distance_sum import KNOWN
 from llmkd.recipe.data import Data
 from llmkd.recipe.evaluation import Evaluation, Study, with_scoring_dtype
 from llmkd.recipe.messages import sentence
-from llmkd.recipe.models import Student, Teacher
+from llmkd.recipe.models import Student, Teacher, check_adapters
 from llmkd.recipe.objective import Loss, Matching, check_something_to_learn, within
 from llmkd.recipe.rollouts import Rollouts, check_rollouts
 from llmkd.recipe.run import Cache, Finetune, HeadKernel, Train, check_stream, check_validation, with_batch_size
@@ -173,9 +173,11 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _upper_blocks_are_there(self) -> Recipe:
+    def _parts_go_together(self) -> Recipe:
         check_stones(self.stones, self.teacher, self.matching)
         check_lens(self.matching, self.loss, self.teacher)
+        writes, compiled = bool(self.rollouts and self.rollouts.during_training), self.train.compile == "blocks"
+        check_adapters(self.student, stones=self.stones is not None, writes=writes, compiled=compiled)
         return self
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from llmkd.data.batches import Batch, steps_per_epoch
 from llmkd.distributed.clocks import StepClock
 from llmkd.distributed.compiled import check_asynchronous_io
 from llmkd.distributed.ds_configs import DsConfig, teacher_ds_config
-from llmkd.distributed.engines import parameter_count
+from llmkd.distributed.engines import parameter_count, sharded_construction
 from llmkd.distributed.pipeline_group import PipelineGroup
 from llmkd.distributed.ranks import World, all_rows
 from llmkd.errors import InputError
@@ -27,6 +27,7 @@ from llmkd.losses.schedules import learning_rate
 from llmkd.models import families, load
 from llmkd.models.compiled_blocks import compile_blocks
 from llmkd.models.liger import check_liger, use_kernels
+from llmkd.models.lora import adapt
 from llmkd.models.parts import blocks
 from llmkd.recipe import recipe
 from llmkd.recipe.ds_config import completed_ds_config
@@ -234,6 +235,9 @@ def load_student(job: Job, ds_config: DsConfig, target_width: int | None, gather
         attention=attention,
         trust_remote_code=students_trust(job),
     )
+    if settings.lora is not None and not job.makes_teacher:
+        with sharded_construction(ds_config):
+            adapt(model, seed=job.seed, **settings.lora.model_dump())
     width = model.config.hidden_size
     target = target_width or width
     projected = len(job.pairs) if matching.projects(width, target) else 0

@@ -2,6 +2,7 @@
 
     checkpoints/step-00000100/      DeepSpeed's shards, `state.json`, `rng-<rank>.pt`, `checksums.json`, `stream-<rank>.json`
 
+The shards hold what is trained; what is frozen beside adapters is read again from the folder that the run starts from.
 `state.json` holds the step, the number of ranks, what was trained, and the validations so far; where rows are streamed,
 `stream-<rank>.json` holds each rank's place in the stream.
 
@@ -29,10 +30,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from llmkd.distributed.checksums import damage, damage_by_shares, write_checksums
 from llmkd.distributed.engines import whole_state
 from llmkd.distributed.ranks import World, barrier, on_main
-from llmkd.distributed.shards import load_shards, merge_shards
+from llmkd.distributed.shards import load_shards, merge_shards, save_shards
 from llmkd.errors import ANOTHER_FOLDER, InputError
 from llmkd.files import sync, write_folder
 from llmkd.models.folders import copy_tokenizer
+from llmkd.models.lora import merged
 from llmkd.recipe.inputs import input_text
 
 log = logging.getLogger("llmkd")
@@ -61,7 +63,7 @@ def save(
         _remove_leftovers(folder)
         tmp.mkdir(parents=True)
     barrier(world)
-    engine.save_checkpoint(str(tmp), tag=TAG, save_latest=False)
+    save_shards(engine, tmp / TAG)
     torch.save(_rng_state(), tmp / f"rng-{world.rank}.pt")
     if stream is not None:
         (tmp / f"stream-{world.rank}.json").write_text(json.dumps(stream))
@@ -238,8 +240,11 @@ def _sync(folder: Path) -> None:
 def export(
     world: World, model: PreTrainedModel, folder: Path, *, tokenizer_from: Path, card: str, meta: Mapping[str, object]
 ) -> None:
-    """Write the student as a clean HF folder: safetensors, tokenizer, generation config, model card, `llmkd.json` (all ranks take part)."""
-    state = whole_state(model, here=world.is_main)
+    """Write the student as a clean HF folder: safetensors, tokenizer, generation config, model card, `llmkd.json` (all ranks take part).
+
+    Adapters are added to the weights.
+    """
+    state = merged(model, whole_state(model, here=world.is_main))
 
     def write(tmp: Path) -> None:
         copy_tokenizer(tokenizer_from, tmp)

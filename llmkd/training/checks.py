@@ -15,6 +15,7 @@ from llmkd.models.architectures import new_config
 from llmkd.models.families import KIND_NAMES, check_logits, model_type
 from llmkd.models.liger import check_liger
 from llmkd.models.load import without_weights
+from llmkd.models.lora import targeted
 from llmkd.models.parts import blocks
 from llmkd.models.per_block import are_alike
 from llmkd.models.stored import read_config
@@ -55,13 +56,18 @@ def _check_compiled_blocks(recipe: Recipe, train: Train, *, gpu: bool) -> None:
         raise InputError(
             "train.compile: attention within packed documents has not been compiled; write none, or data.batching: grouped"
         )
-    config = load_ds_config(train.deepspeed, ROOT / "ds_configs")
-    rests = (config.get("zero_optimization", {}).get("offload_param") or {}).get("device")
-    if "nvme" in (recipe.teacher.offload, rests if zero_stage(config) == 3 else None):
+    if "nvme" in (recipe.teacher.offload, _weights_rest(train)):
         raise InputError(
             "train.compile: from NVMe a block's weights are gathered map by map, and each map would end a graph; write none, or offload "
             "to the cpu"
         )
+
+
+def _weights_rest(train: Train) -> str | None:
+    """Where the shards of the trained model are kept between uses; None where it has none, or they stay on the device."""
+    config = load_ds_config(train.deepspeed, ROOT / "ds_configs")
+    rests = (config.get("zero_optimization", {}).get("offload_param") or {}).get("device")
+    return rests if zero_stage(config) == 3 else None
 
 
 def check_training(recipe: Recipe, family: Family) -> None:
@@ -125,6 +131,36 @@ def check_measured_blocks(recipe: Recipe, teacher: PreTrainedConfig) -> None:
             "student.copy_blocks: perplexity runs the teacher without some blocks, and this one has blocks of several kinds; write "
             "influence, or a list"
         )
+
+
+def check_adapted(recipe: Recipe, family: Family, student: PreTrainedConfig, *, pairs: Pairs) -> None:
+    """Raise InputError for a student with adapters that this family of models, this map or these shards are not ready for.
+
+    `student`: the configuration of its checkpoint, else of its teacher.
+    """
+    lora = recipe.student.lora
+    if lora is None:
+        return
+    if family.kind != "decoder":
+        raise InputError(
+            f"student.lora: only decoders' adapters have been shown to learn, and this is {KIND_NAMES[family.kind]}; leave it out"
+        )
+    if any(block < 0 for block, _ in pairs):
+        raise InputError(
+            "matching.embedding: under student.lora the student's embeddings are frozen, so that their pair teaches nothing; write false"
+        )
+    if lora.dora and _weights_rest(recipe.train) == "nvme":
+        raise InputError(
+            "student.lora.dora: it reads a map's weight beside the map, and from NVMe ZeRO-3 gathers weights map by map; write false, or "
+            "a train.deepspeed that offloads to the cpu"
+        )
+    trust = (recipe.student if recipe.student.init == "checkpoint" else recipe.teacher).trust_remote_code
+    if lora.dora and trust:
+        raise InputError(
+            "student.lora.dora: it reads a map's weight beside the map, which ZeRO-3 gathers for transformers' own blocks alone, and "
+            "trust_remote_code runs a folder's; write false"
+        )
+    targeted(without_weights(student, trust_remote_code=trust), lora.targets)
 
 
 def check_upper_blocks(

@@ -143,6 +143,7 @@ def check_student(recipe: Recipe, family: Family, teacher: Any, student: Any) ->
     pairs = maps_of(recipe, student_depths, depths)
     stones = stones_of(recipe, student_depths[0], depths[0])
     checks.check_upper_blocks(recipe, teacher, student, pairs=pairs, stones=stones)
+    checks.check_adapted(recipe, family, student, pairs=pairs)
     weights = _weights(recipe, pairs, stones)
     _check_redraws(recipe, teacher, student)
     if not checkpoint:

@@ -10,7 +10,7 @@ import pytest
 
 from llmkd.distributed.ds_configs import load_ds_config
 from llmkd.files import ROOT
-from llmkd.planning.shapes import initial_student_config, shapes, teacher_config
+from llmkd.planning.shapes import initial_student_config, shapes, teacher_config, trained_part
 from llmkd.planning.wire import student_wire, wire_text
 from llmkd.recipe.recipe import load_recipe
 from tests.distributed.runner import start_ranks
@@ -24,6 +24,7 @@ FILES: dict[str, tuple[int, dict[str, Any]]] = {
     "gathered_again": (3, {**SHARDED, **AGAIN}),
 }
 """DeepSpeed configurations by name: a stage and its options. All weights are sharded, however few."""
+LORA = {"rank": 8, "alpha": 8}
 IN_BF16 = ("all_reduced", "gathered_again")
 
 
@@ -38,6 +39,9 @@ def _scenarios(folder: Path) -> dict[str, dict[str, Any]]:
         dtype = "bfloat16" if name in IN_BF16 else "float32"
         batch = {"train.batch_size": 8, "train.micro_batch_size": 2}
         scenarios[name] = {"train.deepspeed": str(folder / f"{name}.json"), "train.dtype": dtype, **batch}
+    scenarios |= {
+        f"adapters_{n}": {**scenarios[n], "student.lora": LORA} for n in ("stage1", "stage3", "gathered_again")
+    }
     scenarios["shipped"] = {**scenarios["stage2"], "train.deepspeed": "zero2"}
     return scenarios
 
@@ -52,9 +56,11 @@ def test_the_planned_bytes_are_sent(tiny: Path, tmp_path: Path) -> None:
     assert found["shipped"] == found["stage2"]
     for name, changes in scenarios.items():
         recipe = load_recipe(tiny / "recipe.yaml").changed(changes)
-        trained = shapes(initial_student_config(recipe, teacher_config(recipe))).parameters
+        config = initial_student_config(recipe, teacher_config(recipe))
+        part = trained_part(recipe, config, shapes(config))
+        trained, beside = part.parameters, {"frozen": part.frozen, "forward_only": part.forward_only}
         zero = load_ds_config(recipe.train.deepspeed, ROOT / "ds_configs")
-        sent = {part.what: part.bytes for part in student_wire(recipe, trained, zero, 2)}
+        sent = {part.what: part.bytes for part in student_wire(recipe, trained, zero, 2, **beside)}
         planned = sent["student gradients"], sent.get("student weights", 0)
         assert (found[name]["reduced"], found[name]["gathered"]) == pytest.approx(planned, rel=0.03), name
         assert student_wire(recipe, trained, zero, 1) == []

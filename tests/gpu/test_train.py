@@ -18,13 +18,15 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize(
-    ("stage", "placement", "dtype", "tolerance"),
+    ("stage", "placement", "dtype", "tolerance", "objective"),
     [
-        ("zero2", "replicated", "float32", 1e-3),
-        ("zero3", "zero3", "float32", 1e-3),
-        ("zero3", "zero3", "bfloat16", 0.05),
-        ("zero3", "pipeline", "float32", 1e-3),
-        ("zero3", "cache", "float32", 1e-3),
+        ("zero2", "replicated", "float32", 1e-3, {}),
+        ("zero3", "zero3", "float32", 1e-3, {}),
+        ("zero3", "zero3", "bfloat16", 0.05, {}),
+        ("zero3", "pipeline", "float32", 1e-3, {}),
+        ("zero3", "cache", "float32", 1e-3, {}),
+        ("zero2", "replicated", "float32", 1e-3, {"student.lora": {"rank": 4, "alpha": 8, "dora": True}}),
+        ("zero3", "zero3", "bfloat16", 0.05, {"student.lora": {"rank": 4, "alpha": 8}}),
     ],
 )
 def test_losses_on_gpus_are_those_of_plain_pytorch(
@@ -35,6 +37,7 @@ def test_losses_on_gpus_are_those_of_plain_pytorch(
     placement: str,
     dtype: str,
     tolerance: float,
+    objective: dict[str, Any],
 ) -> None:
     if not torch.cuda.is_available():
         pytest.fail("this test was asked for by -m gpu, and there is no CUDA device")
@@ -45,6 +48,7 @@ def test_losses_on_gpus_are_those_of_plain_pytorch(
         "train.micro_batch_size": 1,
         "teacher.placement": placement,
         "teacher.dtype": dtype,
+        **objective,
     }
     ranks = min(torch.cuda.device_count(), 8)
     if placement == "pipeline":
@@ -56,7 +60,7 @@ def test_losses_on_gpus_are_those_of_plain_pytorch(
     if placement == "cache":
         assert launch(ranks, ["--recipe", str(tiny / "recipe.yaml"), "--cache-only", *sets]).code == 0
     assert launch(ranks, ["--recipe", str(tiny / "recipe.yaml"), "--output", str(run), *sets]).code == 0
-    recipe = load_recipe(tiny / "recipe.yaml")
+    recipe = load_recipe(tiny / "recipe.yaml").changed(objective)
     initial.initial_student(recipe, tiny / "teacher", tmp_path / "student")
     _, losses = plain_run(recipe, tiny / "teacher", tmp_path / "student")
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -57,6 +57,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     },
     "lens": {"matching.distance": "logit_lens"},
     "lens_alone": {"matching.distance": "logit_lens", "matching.positions": "trained", "loss.ce": 0.0, "loss.kl": 0.0},
+    "lora": {"matching.strategy": "reverse", "student.lora": {"rank": 4, "alpha": 8}},
+    "lora_projected": {
+        "matching.projector": "always",
+        "student.lora": {"rank": 3, "alpha": 3, "targets": ["q_proj", "down_proj"], "rslora": True, "dora": True},
+    },
     # nothing is asked of the head, nor of the teacher's later blocks
     "hidden_only": {"matching.strategy": "all_to_one", "loss.ce": 0.0, "loss.kl": 0.0},
     "tied": {
@@ -95,6 +100,9 @@ ONE_RANK: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "redrawn_zero2": ("redrawn", {"train.deepspeed": "zero2"}),
     "tied": ("tied", {}),
+    "lora_zero0": ("lora", {"train.deepspeed": "zero0", "train.micro_batch_size": 8}),
+    "lora_checkpointed": ("lora", {"train.activation_checkpointing": True}),
+    "lora_projected_packed": ("lora_projected", {"data.batching": "packed", "train.micro_batch_size": 8}),
 }
 TWO_RANKS: dict[str, tuple[str, dict[str, Any]]] = {
     "zero0": ("forward", {"train.deepspeed": "zero0"}),
@@ -119,6 +127,10 @@ TWO_RANKS: dict[str, tuple[str, dict[str, Any]]] = {
     "akl": ("akl", {"train.micro_batch_size": 2, "train.deepspeed": "zero2"}),
     "hidden_only": ("hidden_only", {"teacher.placement": "zero3"}),
     "tied": ("tied", {"teacher.placement": "zero3"}),
+    "lora": ("lora", {"teacher.placement": "zero3", "train.micro_batch_size": 2}),
+    "lora_zero1": ("lora", {"train.deepspeed": "zero1"}),
+    "lora_projected_zero2": ("lora_projected", {"train.deepspeed": "zero2"}),
+    "lora_projected": ("lora_projected", {}),
 }
 # On two ranks too: each joins what is tested above by itself, or on one rank.
 SLOW: dict[str, tuple[str, dict[str, Any]]] = {

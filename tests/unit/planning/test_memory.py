@@ -435,3 +435,25 @@ def test_a_cache_is_recommended_where_no_other_fits() -> None:
     assert recommended(costs, 90) == costs[0]
     assert recommended(costs, 80) == costs[2]
     assert recommended(costs, 10) is None
+
+
+def test_of_a_student_with_adapters_only_these_are_counted_as_trained(recipe: Recipe) -> None:
+    """Rank 128 on all seven maps of nine blocks of Qwen3-8B; its embeddings, of 622 M, have no gradient."""
+    lora = {"rank": 128, "alpha": 32}
+    changed = recipe.changed({"student.lora": lora, "student.blocks": 9})
+    inputs_and_outputs = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 12288)
+    adapters = 9 * 128 * inputs_and_outputs
+    whole, rows = memory.plan(recipe.changed({"student.blocks": 9}), 8), memory.plan(changed, 8)
+    assert row(rows, "student weights").bytes == row(whole, "student weights").bytes + adapters // 8 * 2
+    assert row(rows, "student gradients").bytes == row(rows, "master weights").bytes == adapters // 8 * 4
+    assert row(rows, "Adam's two moments").bytes == adapters // 8 * 8
+    assert not any(r.what.startswith("gradient of the head") for r in rows)
+    assert row(rows, "gradient before reduction").bytes == adapters // 9 * 2
+    assert memory.peak(rows)[0] < memory.peak(whole)[0]
+    kept = changed.changed({"train.activation_checkpointing": False})
+    dropped = memory.plan(kept.changed({"student.lora.dropout": 0.1}), 8)
+    inputs = 9 * 3 * 256 * (6 * 4096 + 12288) * 2
+    activations = [row(planned, "student activations").bytes for planned in (dropped, memory.plan(kept, 8))]
+    assert activations[0] - activations[1] == inputs
+    some = memory.plan(changed.changed({"student.lora.targets": ["q_proj"]}), 8)
+    assert row(some, "Adam's two moments").bytes == 9 * 128 * (4096 + 4096) // 8 * 8

@@ -1,0 +1,161 @@
+"""Adapters through a run: what checkpoints hold of them, resuming, export."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from llmkd import train as loop
+from llmkd.distributed.engines import gathered
+from llmkd.processes import Stopping
+from llmkd.recipe.recipe import load_recipe
+from llmkd.train import train
+from llmkd.training import checkpoint, jobs, prepare
+from tests.distributed.runner import run_on_ranks
+from tests.tiny import assert_same_weights
+
+LORA = {"rank": 2, "alpha": 4}
+OPTIONS = {
+    "student.lora": LORA,
+    "matching.projector": "always",
+    "train.steps": 4,
+    "train.save_every": 2,
+    "train.micro_batch_size": 4,
+}
+OF_A_BLOCK = (32 + 32) + 2 * (32 + 16) + (32 + 32) + 3 * (32 + 48)  # q, k and v, o, the MLP's: inputs + outputs
+TRAINED = 3 * 2 * OF_A_BLOCK + 3 * 32 * 32
+"""Numbers of the adapters in three blocks, and of three projectors."""
+
+
+@pytest.fixture(scope="module")
+def on_two(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Whole runs on two ranks, and their recipes' changes."""
+    scenarios = {
+        "sharded": OPTIONS,
+        "dropout": {**OPTIONS, "student.lora": {**LORA, "dropout": 0.2}, "train.deepspeed": str(tiny / "zero1.json")},
+    }
+    folder = tmp_path_factory.mktemp("on-two")
+    assert run_on_ranks(2, tiny / "recipe.yaml", scenarios, folder) == {}
+    return folder, scenarios
+
+
+def _weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def _begun(run: Path, folder: Path) -> None:
+    """A copy of a run as it was after its first checkpoint, the folder that it began from lost."""
+    shutil.copytree(run / "checkpoints" / "step-00000002", folder / "checkpoints" / "step-00000002")
+
+
+@pytest.mark.parametrize("name", ["sharded", "dropout"])
+def test_a_checkpoint_holds_what_is_trained_and_its_optimizer_alone(on_two: Any, name: str) -> None:
+    shards = on_two[0] / name / "checkpoints" / "step-00000004" / checkpoint.TAG
+    states = [torch.load(file, weights_only=False) for file in sorted(shards.glob("*_model_states.pt"))]
+    names = {key for state in states for key in state["module"]}
+    assert names and all("lora_" in key or key.startswith("projectors.") for key in names)
+    assert not any(state.get("frozen_param_fragments") for state in states)
+    optimizers = [torch.load(file, weights_only=False) for file in sorted(shards.glob("*_optim_states.pt"))]
+    assert len(optimizers) == 2
+    for moment in ("exp_avg", "exp_avg_sq"):
+        count = sum(_numbers(optimizer["optimizer_state_dict"], moment) for optimizer in optimizers)
+        assert TRAINED <= count <= 1.01 * TRAINED  # shards are padded
+
+
+def _numbers(state: Any, key: str) -> int:
+    """How many numbers the tensors of this name have, however deep they lie."""
+    if isinstance(state, dict):
+        here = state.get(key)
+        own = here.numel() if isinstance(here, torch.Tensor) else 0
+        return own + sum(_numbers(value, key) for value in state.values())
+    return sum(_numbers(value, key) for value in state) if isinstance(state, list | tuple) else 0
+
+
+def test_resumed_is_uninterrupted_to_the_bit(on_two: Any, tiny: Path, tmp_path: Path) -> None:
+    folder, scenarios = on_two
+    for name in scenarios:
+        _begun(folder / name, tmp_path / name)
+    assert run_on_ranks(2, tiny / "recipe.yaml", scenarios, tmp_path) == {}
+    for name in scenarios:
+        assert "step-00000004" in {path.name for path in (tmp_path / name / "checkpoints").iterdir()}
+        ours, theirs = _weights(tmp_path / name), _weights(folder / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert not (tmp_path / name / "initial").exists()
+
+
+def test_resumed_on_another_number_of_ranks(on_two: Any, tiny: Path, world: Any, tmp_path: Path) -> None:
+    _begun(on_two[0] / "sharded", tmp_path / "run")
+    recipe = load_recipe(tiny / "recipe.yaml").changed(OPTIONS)
+    assert train(world, jobs.distil_job(world, recipe, tmp_path / "run"))
+    assert_same_weights(_weights(tmp_path / "run"), _weights(on_two[0] / "sharded"), 1e-6)
+
+
+@pytest.mark.slow
+def test_every_stage_is_resumed_on_another_number_of_ranks(tiny: Path, tmp_path: Path) -> None:
+    """A broader matrix of the fast test above."""
+    scenarios = {
+        f"{stage}-{dtype}": {**OPTIONS, "train.deepspeed": str(tiny / f"zero{stage}.json"), "train.dtype": dtype}
+        for stage in range(4)
+        for dtype in ("float32", "bfloat16")
+        if (stage, dtype) != (0, "bfloat16")  # which is refused
+    }
+    assert run_on_ranks(2, tiny / "recipe.yaml", scenarios, tmp_path / "two") == {}
+    for name in scenarios:
+        _begun(tmp_path / "two" / name, tmp_path / "one" / name)
+    assert run_on_ranks(1, tiny / "recipe.yaml", scenarios, tmp_path / "one") == {}
+    for name in scenarios:
+        tolerance = 1e-6 if name.endswith("float32") else 2**-7
+        assert_same_weights(_weights(tmp_path / "one" / name), _weights(tmp_path / "two" / name), tolerance)
+
+
+def test_stopped_and_exported(tiny: Path, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a stopped run goes on from stays; the exported model gives the logits that the student gave, without peft's names."""
+    recipe = load_recipe(tiny / "recipe.yaml").changed({**OPTIONS, "student.lora": {**LORA, "dora": True}})
+    job = jobs.distil_job(world, recipe, tmp_path / "run")
+    stopping = Stopping()
+
+    def prepared(*args: Any) -> Any:
+        run = prepare.prepare(*args)
+        stopping.asked = True
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "prepare", prepared)
+        assert not train(world, job, stopping)
+    assert (tmp_path / "run" / "initial" / "model.safetensors").is_file()
+    began = load_file(tmp_path / "run" / "initial" / "model.safetensors")
+
+    ids = torch.arange(4, 36).reshape(2, 16)
+    seen: list[torch.Tensor] = []
+    export = checkpoint.export
+
+    def watched(world: Any, model: Any, *args: Any, **options: Any) -> None:
+        with torch.no_grad(), gathered(list(model.parameters())):
+            seen.append(model.eval()(input_ids=ids).logits)
+        export(world, model, *args, **options)
+
+    monkeypatch.setattr(checkpoint, "export", watched)
+    assert train(world, job)
+    assert not (tmp_path / "run" / "initial").exists()
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    assert (logits - seen[0]).norm() < 1e-5 * logits.norm()
+    weights = _weights(tmp_path / "run")
+    assert weights.keys() == began.keys()
+    for name, before in began.items():
+        change = (weights[name] - before).abs().max()
+        assert change > 1e-5 if "_proj" in name else change == 0, name
+
+
+def test_optimizer_has_states_of_adapters_alone(tiny: Path, world: Any, tmp_path: Path) -> None:
+    recipe = load_recipe(tiny / "recipe.yaml").changed({**OPTIONS, "train.deepspeed": str(tiny / "zero0.json")})
+    run = prepare.prepare(world, jobs.distil_job(world, recipe, tmp_path / "run"))
+    groups = run.engine.optimizer.param_groups
+    assert sum(p.numel() for group in groups for p in group["params"]) == TRAINED

@@ -1,0 +1,79 @@
+"""What adapters do not go together with is one sentence with the cure, before anything is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmkd.data.batches import Family
+from llmkd.errors import InputError
+from llmkd.layer_map import EMBEDDING
+from llmkd.models.load import load_config
+from llmkd.recipe.recipe import load_recipe
+from llmkd.training import checks, jobs
+
+LORA = {"rank": 2, "alpha": 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"student.init": "random"}, r"student\.lora: the new weights .*; leave lora out, or write init: teacher or"),
+        (
+            {"stones": {"pairs": [[1, 3]]}},
+            r"stones: .* \(student\.lora\); leave the section out, or leave student\.lora",
+        ),
+        (
+            {"rollouts": {"by": "student", "max_new_tokens": 4}, "loss.ce": 0.0},
+            r"rollouts\.by: .*; write by: teacher, or leave rollouts",
+        ),
+        ({"train.compile": "blocks"}, r"train\.compile: .*; write none, or leave student\.lora out"),
+        ({"student.lora.targets": []}, r"student\.lora\.targets: is empty; write all_linear, or the names"),
+        ({"student.lora.rank": 0}, r"student\.lora\.rank"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_in_a_recipe(tiny: Path, changes: dict[str, Any], sentence: str) -> None:
+    recipe = load_recipe(tiny / "recipe.yaml").changed({"student.lora": LORA})
+    with pytest.raises(InputError, match=sentence):
+        recipe.changed(changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"matching.embedding": True}, r"matching\.embedding: under student\.lora .* frozen.*; write false"),
+        (
+            {"student.lora.targets": ["query"]},
+            r"student\.lora\.targets: no linear map .*'query'; choose from down_proj",
+        ),
+    ],
+    ids=["embedding", "targets"],
+)
+def test_with_a_model(tiny: Path, world: Any, tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    recipe = load_recipe(tiny / "recipe.yaml").changed({"student.lora": LORA, **changes})
+    with pytest.raises(InputError, match=sentence):
+        jobs.distil_job(world, recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_with_other_families_and_shards(tiny: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(tiny / "recipe.yaml").changed({"student.lora": {**LORA, "dora": True}})
+    shape = load_config(tiny / "teacher")
+    decoder = Family("decoder")
+    checks.check_adapted(recipe, decoder, shape, pairs=((0, 1),))
+    with pytest.raises(InputError, match=r"student\.lora: only decoders' .* an encoder-decoder; leave it out"):
+        checks.check_adapted(recipe, Family("encoder_decoder"), shape, pairs=())
+    with pytest.raises(InputError, match=r"matching\.embedding: .* write false"):
+        checks.check_adapted(recipe, decoder, shape, pairs=((EMBEDDING, EMBEDDING),))
+    with pytest.raises(InputError, match=r"student\.lora\.dora: .*trust_remote_code runs a folder's; write false"):
+        checks.check_adapted(recipe.changed({"teacher.trust_remote_code": True}), decoder, shape, pairs=())
+    config = json.loads((tiny / "zero3.json").read_text())
+    config["zero_optimization"]["offload_param"] = {"device": "nvme"}
+    (tmp_path / "nvme.json").write_text(json.dumps(config))
+    changed = recipe.changed({"train.deepspeed": str(tmp_path / "nvme.json")})
+    with pytest.raises(InputError, match=r"student\.lora\.dora: .*NVMe.*; write false, or a train\.deepspeed"):
+        checks.check_adapted(changed, decoder, shape, pairs=())

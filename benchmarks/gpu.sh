@@ -8,7 +8,8 @@
 #   LLMKD_LOGS=FOLDER ...                     where the logs go (default: artifacts/gpu)
 #   LLMKD_WHEELS=FOLDER ...                   without a network: wheels of all that the machine's own Python lacks, for that Python
 #
-# Nothing is written into the repository but the logs; a line for each part says how it ended, and the end of its log.
+# A line for each part says how it ended, and the end of its log. With a network the environment is made as scripts/test.sh makes it, and TRL
+# and Liger are installed into it; with wheels nothing is written but the logs.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 nvidia-smi -L >/dev/null 2>&1 || { echo "[gpu] error: nvidia-smi finds no GPU on this machine; nothing was run" >&2; exit 2; }

@@ -79,7 +79,7 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
     run.module.train()
     # a run that was killed while it was exported has nothing left to train
     left = () if keeping.is_over else run.batches()
-    for step, micro_batches in enumerate(run.clock.timed(left, run.writing_seconds), start=run.first + 1):
+    for step, micro_batches in enumerate(run.clock.timed(left, run.seconds_apart), start=run.first + 1):
         # every step (all ranks: their counts are added up on the CPU)
         counts, asked_to_stop = _counts(world, micro_batches, stopping)
         this = steps.settings(step, counts, len(micro_batches))

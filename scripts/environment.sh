@@ -166,9 +166,15 @@ llmkd_add_triton() {
   llmkd_log="$llmkd_venv/install-triton.log"
   : >"$llmkd_log"
   llmkd_say "installing Triton $llmkd_triton, for the tests alone (200 MB)"
-  rm -rf "$folder" "$folder.part"
-  llmkd_pip --no-deps --only-binary :all: --target "$folder.part" "triton==$llmkd_triton" && mv "$folder.part" "$folder" ||
-    llmkd_give_up "triton $llmkd_triton could not be installed: is PyPI reachable?"
+  local part # of this call alone: another may install at the same time, and the first to be done counts
+  part=$(mktemp -d "$folder.XXXXXX")
+  llmkd_pip --no-deps --only-binary :all: --target "$part" "triton==$llmkd_triton" || {
+    rm -rf "$part"
+    llmkd_say "error: triton $llmkd_triton could not be installed: is PyPI reachable? See $llmkd_log"
+    return 1
+  }
+  [[ ! -d $folder || -d $folder/triton-$llmkd_triton.dist-info ]] || rm -rf "$folder" # another version
+  mv -T "$part" "$folder" 2>/dev/null || rm -rf "$part"
 }
 
 # Its compiled part loads on this processor, and transformers still imports beside it.

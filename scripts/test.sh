@@ -3,7 +3,6 @@
 # Every step runs, so that one call shows all that is wrong; the exit status is that of the first step that failed.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 source scripts/environment.sh
-llmkd_add_triton
 
 # The tests use no network, and no GPU unless asked (-m gpu; see tests/conftest.py).
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -27,6 +26,7 @@ step() {
   fi
 }
 
+step "Triton" llmkd_add_triton # without a network the rest is tested all the same
 step "lint" ruff check .
 step "format" ruff format --check .
 step "imports" lint-imports --no-cache --no-logo

@@ -63,8 +63,8 @@ class Watch:
 
     def _watch(self, groups: list[Any]) -> None:
         reason = self._met_until(groups[0])
-        if reason is None or _ending.is_set():
-            return
+        if reason is None or _ending.is_set() or (_is_told() and _ending.wait(ROLL_CALL_SECONDS)):
+            return  # nobody is lost: the others have ended by a mistake that this rank makes, too, or comes to within the time they give it
         self._failed.set()
         dist.destroy_process_group(groups.pop())
         _end_lost(f"lost touch with the other ranks ({reason})", silent_ranks(by_watch=True))
@@ -152,6 +152,15 @@ def print_mistake(sentence: str, patience_seconds: float = ROLL_CALL_SECONDS) ->
     except dist.DistError:  # the other side did not come here in time: the mistake is not a common one
         if rank != 0:
             print(sentence, file=sys.stderr, flush=True)
+
+
+def _is_told() -> bool:
+    """Whether rank 0 has printed a mistake of its own, which ends it and those who made it, too."""
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        return _within(ROLL_CALL_SECONDS, lambda: store.check([PRINTED]), otherwise=False)
+    except dist.DistError:
+        return False
 
 
 def lost_rank(error: BaseException) -> bool:

@@ -74,7 +74,7 @@ def devices_for(model: StepResult, weights: int, count: int, card: int | None) -
     ):  # which gives each device as many heads as the others
         needed = 2 ** math.ceil(math.log2(needed))
         heads = _heads(Path(model.model))
-        if any(number % needed for number in heads):
+        if not _can_share(heads, needed):
             raise InputError(
                 f"it needs {needed} GPUs, and vLLM can't share its {' and '.join(map(str, heads))} attention and key-value heads among "
                 "them; write backend: hf"
@@ -86,6 +86,12 @@ def devices_for(model: StepResult, weights: int, count: int, card: int | None) -
             "bfloat16 where it is float32"
         )
     return needed
+
+
+def _can_share(heads: Sequence[int], devices: int) -> bool:
+    """Whether so many devices can each have as many heads; key-value heads (the second number) are doubled where they are fewer."""
+    attention, *key_values = heads or [devices]
+    return attention % devices == 0 and all(n % devices == 0 or devices % n == 0 for n in key_values)
 
 
 def _heads(folder: Path) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llmkd.errors import InputError
 from llmkd.losses.head_kernels import HeadKernel
@@ -112,6 +112,15 @@ class Train(Section):
     def tokens_at_once(self, *, gpu: bool) -> int:
         """Tokens whose logits exist at one time."""
         return self.head_chunk or (4096 if gpu else 1024)
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _head_has_a_key_of_its_own(cls, value: object) -> object:
+        if value == "head":
+            raise ValueError(
+                "train.compile: the head's kernel has a key of its own now; write head_kernel: compiled, and leave compile out"
+            )
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Train:

@@ -18,7 +18,7 @@ from llmkd.distributed.clocks import StepClock
 from llmkd.distributed.ds_configs import on_other_ranks
 from llmkd.distributed.engines import engine
 from llmkd.distributed.ranks import World
-from llmkd.distributed.traces import traced
+from llmkd.distributed.traces import Trace
 from llmkd.errors import InputError
 from llmkd.models.parts import blocks
 from llmkd.processes import Stopping
@@ -105,8 +105,7 @@ class PreparedRun:
             steps = announced(((batches, self._is_end(step)) for step, batches in numbered), self.teacher.expect)
         stream = self.source.stream
         steps = steps if stream is None else stream.followed(steps)
-        count, file = self.job.train.profile_steps, f"rank-{self.engine.global_rank}.json.gz"
-        return traced(steps, count, self.job.folder / "traces" / file) if count else steps
+        return self.trace.of(steps)
 
     def _is_end(self, step: int) -> bool:
         """Whether the next step's batches are to be asked for only when this step (from 1) is done."""
@@ -122,6 +121,16 @@ class PreparedRun:
         """Where the rows of the last of `batches` end in this rank's stream; None where rows are not streamed."""
         stream = self.source.stream
         return None if stream is None else stream.place.as_json()
+
+    @functools.cached_property
+    def trace(self) -> Trace:
+        """Of some steps, where the recipe asks for it."""
+        file = self.job.folder / "traces" / f"rank-{self.engine.global_rank}.json.gz"
+        return Trace(self.job.train.profile_steps, file)
+
+    def seconds_apart(self) -> float:
+        """What has been done between the steps since this start of the run, while the next one was asked for: no step's own time."""
+        return self.writing_seconds() + self.trace.seconds
 
     def writing_seconds(self) -> float:
         """What the writing of texts has taken since this start of the run."""

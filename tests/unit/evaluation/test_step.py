@@ -118,12 +118,14 @@ def test_a_model_has_as_many_devices_as_its_weights_need(
 
 
 def test_a_model_that_fits_nowhere_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 12, "num_key_value_heads": 2}))
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 12, "num_key_value_heads": 3}))
     model = ScoredModel(name="m", model=str(tmp_path), backend="vllm")
     with pytest.raises(
-        InputError, match=r"needs 4 GPUs, and vLLM can't share its 12 and 2 attention and key-value heads"
+        InputError, match=r"needs 4 GPUs, and vLLM can't share its 12 and 3 attention and key-value heads"
     ):
         places.devices_for(model, 200, 8, 100)
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 12, "num_key_value_heads": 2}))
+    assert places.devices_for(model, 200, 8, 100) == 4  # each key-value head is on two of them
     sentence = r"holds 60\.0 GiB of weights, which need 2 GPUs of 80\.0 GiB \(at most 0\.6 of each\), and 1 is here; use a machine"
     with pytest.raises(InputError, match=sentence):
         places.devices_for(ScoredModel(name="m", backend="hf"), 60 * 2**30, 1, 80 * 2**30)

@@ -139,6 +139,10 @@ def student_rows(recipe: Recipe, student: Trained, projectors: int, zero: Mappin
     if stage == 3 and size < WIDE and zero.get("communication_data_type") == "fp32" and bucket < single:
         how = f"{millions(single)} x 4 B, more than a bucket holds (stage3.py, __avg_scatter_grads)"
         rows.append(Row("that gradient in fp32", single * WIDE, how, ("backward",)))
+    if stage == 3 and bucket < single and single % ranks:
+        wide = WIDE if zero.get("communication_data_type") == "fp32" else size
+        how = f"{millions(single)} x {wide} B, padded for {ranks} ranks (coalesced_collectives.py, reduce_scatter_coalesced)"
+        rows.append(Row("that gradient, padded", single * wide, how, ("backward",)))
     if optimizer_place == "device":
         part = min(states, int(options.get("sub_group_size", states)))
         how = f"{millions(part)} x 4 B: the gradient it reads"

@@ -196,7 +196,10 @@ def test_a_gradient_that_no_bucket_holds_is_copied_to_fp32(recipe: Recipe, tmp_p
     file = tmp_path / "wide.json"
     file.write_text(json.dumps(whole))
     rows = memory.plan(recipe.changed({"train.deepspeed": str(file)}), 8)
-    assert not [r for r in rows if r.what == "that gradient in fp32"]
+    assert not [r for r in rows if r.what in ("that gradient in fp32", "that gradient, padded")]
+    assert 151936 * 4096 % 8 == 0 and not [r for r in memory.plan(recipe, 8) if r.what == "that gradient, padded"]
+    seven = recipe.changed({"train.batch_size": 7 * recipe.train.micro_batch_size})
+    assert row(memory.plan(seven, 7), "that gradient, padded").bytes == 151936 * 4096 * 4
 
 
 def test_one_target_block_is_held_once(recipe: Recipe) -> None:

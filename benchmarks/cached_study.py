@@ -10,6 +10,7 @@ the wall's.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import tempfile
@@ -99,16 +100,17 @@ class Stepper:
         tokenizer = initial.job_tokenizer(world, job, resuming=False)
         data = tokens_of(world, job, tokenizer)
         cached = cache_contents.open_teacher(world, job, tokenizer, data)
-        initial.write_initial(world, job, tokenizer, resuming=False)
+        rows = functools.partial(
+            batches, data, seed=0, batch_size=job.train.batch_size, accumulation=accumulation, rank=world.rank,
+            world_size=world.size, make=drawn(world, job, data, tokenizer.pad_token_id)[1],
+        )  # fmt: skip
+        initial.write_initial(world, job, tokenizer, rows, resuming=False)
         module = build.load_student(job, ds_config, build.teacher_width(job))
         self._teacher = cached or (build.load_teacher(world, job) if job.teacher is not None else None)
         train = job.train
         options: dict[str, Any] = dict(betas=train.betas, epsilon=train.epsilon, weight_decay=train.weight_decay)
         self._engine = engine(module, ds_config, learning_rate=train.learning_rate, **options)
-        loader = batches(
-            data, seed=0, start_step=0, steps=train.steps or 0, batch_size=train.batch_size, accumulation=accumulation,
-            rank=world.rank, world_size=world.size, make=drawn(world, job, data, tokenizer.pad_token_id)[1],
-        )  # fmt: skip
+        loader = rows(start_step=0, steps=train.steps or 0)
         self._loader = (
             loader if self._teacher is None else announced(((made, False) for made in loader), self._teacher.expect)
         )

@@ -135,18 +135,25 @@ def student_rows(recipe: Recipe, student: Trained, projectors: int, zero: Mappin
         rows.append(Row("student, gathered", live * size, how, ("head", "backward")))
     how = f"largest module, {millions(student.largest)} x {size} B"
     rows.append(Row("gradient before reduction", student.largest * size, how, ("backward",)))
-    single = student.single
-    if stage == 3 and size < WIDE and zero.get("communication_data_type") == "fp32" and bucket < single:
-        how = f"{millions(single)} x 4 B, more than a bucket holds (stage3.py, __avg_scatter_grads)"
-        rows.append(Row("that gradient in fp32", single * WIDE, how, ("backward",)))
-    if stage == 3 and bucket < single and single % ranks:
-        wide = WIDE if zero.get("communication_data_type") == "fp32" else size
-        how = f"{millions(single)} x {wide} B, padded for {ranks} ranks (coalesced_collectives.py, reduce_scatter_coalesced)"
-        rows.append(Row("that gradient, padded", single * wide, how, ("backward",)))
+    if stage == 3 and bucket < student.single:
+        rows += _reduced_alone(student.single, size, in_fp32=zero.get("communication_data_type") == "fp32", ranks=ranks)
     if optimizer_place == "device":
         part = min(states, int(options.get("sub_group_size", states)))
         how = f"{millions(part)} x 4 B: the gradient it reads"
         rows.append(Row("AdamW at work", part * WIDE, how, ("optimizer step",)))
+    return rows
+
+
+def _reduced_alone(single: int, size: int, *, in_fp32: bool, ranks: int) -> list[Row]:
+    """The copies that ZeRO-3 makes of the gradient of a parameter of so many numbers, which is larger than a bucket."""
+    rows = []
+    if in_fp32 and size < WIDE:
+        how = f"{millions(single)} x 4 B, more than a bucket holds (stage3.py, __avg_scatter_grads)"
+        rows.append(Row("that gradient in fp32", single * WIDE, how, ("backward",)))
+    if single % ranks:
+        wide = WIDE if in_fp32 else size
+        how = f"{millions(single)} x {wide} B, padded for {ranks} ranks (coalesced_collectives.py, reduce_scatter_coalesced)"
+        rows.append(Row("that gradient, padded", single * wide, how, ("backward",)))
     return rows
 
 

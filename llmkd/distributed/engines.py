@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -31,6 +32,7 @@ if _before is None:
 else:
     os.environ["TORCHDYNAMO_DISABLE"] = _before
 
+log = logging.getLogger("llmkd")
 OFFLOADED = ("param", "optimizer")
 GATHERED = 2**26
 """Weights of a sharded module that are whole at a time while all of them are read."""
@@ -92,9 +94,14 @@ def gather_whole(blocks: Iterable[nn.Module], config: DsConfig) -> None:
     offloaded = config.get("zero_optimization", {}).get("offload_param") or {}
     if zero_stage(config) != 3 or offloaded.get("device") == "nvme":
         return
+    others: set[str] = set()
     for block in blocks:
         if type(block).__module__.startswith("transformers."):
             set_z3_leaf_module(block, True)
+        else:
+            others.add(type(block).__name__)
+    if others:
+        log.info("blocks of a model's own code are gathered map by map, not whole: %s", ", ".join(sorted(others)))
 
 
 def backward(engine: Any, loss: Tensor) -> None:

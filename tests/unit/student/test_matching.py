@@ -265,6 +265,15 @@ def test_the_teachers_cross_entropy_is_measured_when_asked_for(tiny: Path, copie
         assert module(batch, source.signals(batch), step_settings()).teacher_ce is None
 
 
+def _with_states(folder: Path, batch: Batch) -> tuple[Any, dict[int, torch.Tensor]]:
+    """(a model in float64, each block's state of the batch)."""
+    model, states = _load(folder).double(), dict[int, torch.Tensor]()
+    for number, block in enumerate(parts.blocks(model)):
+        block.register_forward_hook(functools.partial(_hold, states, number))
+    model(input_ids=batch.input_ids, position_ids=batch.position_ids)
+    return model, states
+
+
 @pytest.mark.parametrize("mix", [{"mse": 1.0}, {"cosine": 1.0, "cka": 0.5}])
 def test_differences_are_what_lies_between_two_pairs(tiny: Path, copied: Path, mix: dict[str, float]) -> None:
     """Against whole states in float64: sums, every gradient, and the norms, which are those of what is compared."""
@@ -272,14 +281,11 @@ def test_differences_are_what_lies_between_two_pairs(tiny: Path, copied: Path, m
     options: dict[str, Any] = dict(pairs=pairs, scales=scales, dtype=torch.float64, differences=True)
     _, sums, grads, squares = _run(tiny, copied, mix, report=True, **options)
 
-    batch, student, teacher = _batch(), _load(copied).double(), _load(tiny / "teacher").double()
-    states: dict[str, dict[int, torch.Tensor]] = {"student": {}, "teacher": {}}
-    for name, model in (("student", student), ("teacher", teacher)):
-        for number, block in enumerate(parts.blocks(model)):
-            block.register_forward_hook(functools.partial(_hold, states[name], number))
-        model(input_ids=batch.input_ids, position_ids=batch.position_ids)
-    ours = [states["student"][0], *(states["student"][j] - states["student"][j - 1] for j in (1, 2))]
-    theirs = [states["teacher"][4], *(states["teacher"][i] - states["teacher"][h] for h, i in ((4, 1), (1, 5)))]
+    batch = _batch()
+    student, states_of_student = _with_states(copied, batch)
+    teacher, states_of_teacher = _with_states(tiny / "teacher", batch)
+    ours = [states_of_student[0], *(states_of_student[j] - states_of_student[j - 1] for j in (1, 2))]
+    theirs = [states_of_teacher[4], *(states_of_teacher[i] - states_of_teacher[h] for h, i in ((4, 1), (1, 5)))]
     at = batch.attended_at
     values = [plain(mix, o.flatten(0, 1)[at], t.detach().flatten(0, 1)[at]) for o, t in zip(ours, theirs, strict=True)]
     torch.testing.assert_close(sums[2:], torch.stack(values).detach())
@@ -308,16 +314,13 @@ def test_logit_lens_is_what_both_heads_read(tiny: Path, copied: Path, tokens: in
     options: dict[str, Any] = dict(pairs=pairs, scales=scales, dtype=torch.float64, tokens=tokens)
     _, sums, grads, _ = _run(tiny, copied, mix, **options)
 
-    batch, student, teacher = _batch(), _load(copied).double(), _load(tiny / "teacher").double()
-    states: dict[str, dict[int, torch.Tensor]] = {"student": {}, "teacher": {}}
-    for name, model in (("student", student), ("teacher", teacher)):
-        for number, block in enumerate(parts.blocks(model)):
-            block.register_forward_hook(functools.partial(_hold, states[name], number))
-        model(input_ids=batch.input_ids, position_ids=batch.position_ids)
+    batch = _batch()
+    student, states_of_student = _with_states(copied, batch)
+    teacher, states_of_teacher = _with_states(tiny / "teacher", batch)
     at, factor = sampled(batch.attended_at, tokens, 3)
     values = []
     for i, j in pairs:
-        ours, theirs = states["student"][i].flatten(0, 1)[at], states["teacher"][j].detach().flatten(0, 1)[at]
+        ours, theirs = states_of_student[i].flatten(0, 1)[at], states_of_teacher[j].detach().flatten(0, 1)[at]
         ours_read, theirs_read = student.lm_head(student.model.norm(ours)), teacher.lm_head(teacher.model.norm(theirs))
         divergence = definitions.divergence("jsd", ours_read, theirs_read, 1.0).sum()
         values.append(factor * (2.0 * divergence + 0.5 * (ours - theirs).square().mean(-1).sum()))

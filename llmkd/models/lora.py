@@ -58,8 +58,8 @@ def adapt(
         stack.blocks[0].register_forward_pre_hook(_with_gradient, with_kwargs=True)
 
 
-def targeted(model: PreTrainedModel, targets: Targets) -> Mapping[str, nn.Module]:
-    """The linear maps that get adapters, by name: all of the model's blocks, or those with one of these last names.
+def targeted(model: PreTrainedModel, targets: Targets, key: str = "student.lora") -> Mapping[str, nn.Module]:
+    """The linear maps that get adapters, by name: all of the model's blocks, or those with one of these last names. `key`: the recipe's.
 
     Raises InputError for a name that no block has, and for `all_linear` where blocks hold other matrices (as experts).
     """
@@ -72,7 +72,7 @@ def targeted(model: PreTrainedModel, targets: Targets) -> Mapping[str, nn.Module
             for name, parameter in module.named_parameters(recurse=False):
                 if len(full_shape(parameter)) > 1 and id(parameter) not in found:
                     raise InputError(
-                        f"student.lora.targets: all_linear would leave out {names[id(module)]}.{name}, a matrix that is no linear map; "
+                        f"{key}.targets: all_linear would leave out {names[id(module)]}.{name}, a matrix that is no linear map; "
                         "write the names of the maps that adapters are for, e.g. [q_proj, v_proj]"
                     )
         return maps
@@ -80,7 +80,7 @@ def targeted(model: PreTrainedModel, targets: Targets) -> Mapping[str, nn.Module
     for name in targets:
         if name not in known:
             raise InputError(
-                f"student.lora.targets: no linear map of a block is called {name!r}; choose from {', '.join(sorted(known))}, or write "
+                f"{key}.targets: no linear map of a block is called {name!r}; choose from {', '.join(sorted(known))}, or write "
                 "all_linear"
             )
     return {name: module for name, module in maps.items() if name.rsplit(".", 1)[-1] in targets}

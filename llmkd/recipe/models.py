@@ -128,7 +128,7 @@ class Teacher(Section):
 
 
 class Lora(Section):
-    """Low-rank adapters that are trained in place of the student's weights, which stay as they begin (LoRA, arXiv 2106.09685)."""
+    """Low-rank adapters that are trained in place of a model's weights, which stay as they begin (LoRA, arXiv 2106.09685)."""
 
     rank: int = Field(gt=0, le=MOST_WIDE)
     """Rank of each adapter: its two matrices are rank x inputs and outputs x rank."""
@@ -148,7 +148,7 @@ class Lora(Section):
     @model_validator(mode="after")
     def _has_targets(self) -> Lora:
         if not self.targets:
-            raise ValueError("student.lora.targets: is empty; write all_linear, or the names of linear maps")
+            raise ValueError("targets: is empty; write all_linear, or the names of linear maps")
         return self
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from llmkd.errors import InputError
 from llmkd.losses.head_kernels import HeadKernel
 from llmkd.recipe.data import Data
-from llmkd.recipe.models import Architecture
+from llmkd.recipe.models import Architecture, Lora
 from llmkd.recipe.placements import WithWeights
 from llmkd.recipe.section import NO_EFFECT, Dtype, InPlaceOf, Section
 from llmkd.text import counted
@@ -205,6 +205,8 @@ class Finetune(Section):
     """HF folder or hub name to start from."""
     architecture: Architecture | None = None
     """The shape of a new model, in place of `path`; its tokenizer is a byte-level BPE trained on the data."""
+    lora: Lora | None = None
+    """Train adapters alone, as `student.lora` does for students; the teacher that is written has them added to its weights."""
     train: Train
     """As the students' section `train`."""
     data: Data | None = None
@@ -216,6 +218,14 @@ class Finetune(Section):
     def _one_start(self) -> Finetune:
         if (self.path is None) == (self.architecture is None):
             raise ValueError("finetune: give exactly one of path (a checkpoint) and architecture (a new model)")
+        if self.lora is not None and self.architecture is not None:
+            raise ValueError(
+                "lora: the new weights of finetune.architecture would stay random; leave lora out, or write finetune.path"
+            )
+        if self.lora is not None and self.train.compile == "blocks":
+            raise ValueError(
+                "train.compile: blocks with adapters have not been shown to compile (finetune.lora); write none, or leave finetune.lora out"
+            )
         return self
 
 

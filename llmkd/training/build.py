@@ -31,6 +31,7 @@ from llmkd.models.lora import adapt
 from llmkd.models.parts import blocks
 from llmkd.recipe import recipe
 from llmkd.recipe.ds_config import completed_ds_config
+from llmkd.recipe.models import Lora
 from llmkd.student.connectors import fit_connectors, make_connectors
 from llmkd.student.distiller import Distiller, make_projectors
 from llmkd.student.stepping_stones import SteppingStones
@@ -235,9 +236,9 @@ def load_student(job: Job, ds_config: DsConfig, target_width: int | None, gather
         attention=attention,
         trust_remote_code=students_trust(job),
     )
-    if settings.lora is not None and not job.makes_teacher:
+    if (lora := _adapters(job)) is not None:
         with sharded_construction(ds_config):
-            adapt(model, seed=job.seed, **settings.lora.model_dump())
+            adapt(model, seed=job.seed, **lora.model_dump())
     width = model.config.hidden_size
     target = target_width or width
     projected = len(job.pairs) if matching.projects(width, target) else 0
@@ -264,6 +265,12 @@ def load_student(job: Job, ds_config: DsConfig, target_width: int | None, gather
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _compile(job, blocks(model))
     return module
+
+
+def _adapters(job: Job) -> Lora | None:
+    """The adapters that are trained in place of the model's weights, if any."""
+    section = job.recipe.finetune if job.makes_teacher else job.recipe.student
+    return None if section is None else section.lora
 
 
 def _use_kernels(job: Job, config: PreTrainedConfig) -> None:

@@ -19,6 +19,7 @@ from llmkd.models.lora import targeted
 from llmkd.models.parts import blocks
 from llmkd.models.per_block import are_alike
 from llmkd.models.stored import read_config
+from llmkd.recipe.models import Lora
 from llmkd.recipe.recipe import Recipe
 from llmkd.recipe.run import Train
 from llmkd.teachers.upper_blocks import check_upper
@@ -141,26 +142,49 @@ def check_adapted(recipe: Recipe, family: Family, student: PreTrainedConfig, *, 
     lora = recipe.student.lora
     if lora is None:
         return
-    if family.kind != "decoder":
-        raise InputError(
-            f"student.lora: only decoders' adapters have been shown to learn, and this is {KIND_NAMES[family.kind]}; leave it out"
-        )
+    trust = (recipe.student if recipe.student.init == "checkpoint" else recipe.teacher).trust_remote_code
+    _check_place_of("student.lora", lora, "train", recipe.train, family, student, trust_remote_code=trust)
     if any(block < 0 for block, _ in pairs):
         raise InputError(
             "matching.embedding: under student.lora the student's embeddings are frozen, so that their pair teaches nothing; write false"
         )
-    if lora.dora and _weights_rest(recipe.train) == "nvme":
+
+
+def check_tuned(recipe: Recipe, family: Family, start: PreTrainedConfig) -> None:
+    """As `check_adapted`, of a teacher that the recipe fine-tunes by adapters; `start`: the configuration of what it starts from."""
+    tuned = recipe.finetune
+    if tuned is None or tuned.lora is None:
+        return
+    trust = recipe.teacher.trust_remote_code
+    _check_place_of("finetune.lora", tuned.lora, "finetune.train", tuned.train, family, start, trust_remote_code=trust)
+
+
+def _check_place_of(
+    key: str,
+    lora: Lora,
+    section: str,
+    train: Train,
+    family: Family,
+    config: PreTrainedConfig,
+    *,
+    trust_remote_code: bool,
+) -> None:
+    """Raise InputError where the model, or its training's shards, have no place for these adapters. `key`, `section`: the recipe's."""
+    if family.kind != "decoder":
         raise InputError(
-            "student.lora.dora: it reads a map's weight beside the map, and from NVMe ZeRO-3 gathers weights map by map; write false, or "
-            "a train.deepspeed that offloads to the cpu"
+            f"{key}: only decoders' adapters have been shown to learn, and this is {KIND_NAMES[family.kind]}; leave it out"
         )
-    trust = (recipe.student if recipe.student.init == "checkpoint" else recipe.teacher).trust_remote_code
-    if lora.dora and trust:
+    if lora.dora and _weights_rest(train) == "nvme":
         raise InputError(
-            "student.lora.dora: it reads a map's weight beside the map, which ZeRO-3 gathers for transformers' own blocks alone, and "
+            f"{key}.dora: it reads a map's weight beside the map, and from NVMe ZeRO-3 gathers weights map by map; write false, or "
+            f"a {section}.deepspeed that offloads to the cpu"
+        )
+    if lora.dora and trust_remote_code:
+        raise InputError(
+            f"{key}.dora: it reads a map's weight beside the map, which ZeRO-3 gathers for transformers' own blocks alone, and "
             "trust_remote_code runs a folder's; write false"
         )
-    targeted(without_weights(student, trust_remote_code=trust), lora.targets)
+    targeted(without_weights(config, trust_remote_code=trust_remote_code), lora.targets, key)
 
 
 def check_upper_blocks(

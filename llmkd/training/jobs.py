@@ -136,6 +136,7 @@ def check_student(recipe: Recipe, family: Family, teacher: Any, student: Any) ->
     Raises InputError for all that configurations alone can show to be wrong, so that a study can check before its teacher is trained.
     """
     checks.check_training(recipe, family)
+    checks.check_tuned(recipe, family, teacher)
     checkpoint = recipe.student.init == "checkpoint"
     if checkpoint:
         checks.check_same_classes(family, families.family(student))
@@ -246,6 +247,7 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
         packed = data.batching == "packed"
         load.check_usable(shape, section="teacher", attention=recipe.teacher.attention, packed=packed)
         family = families.family(shape)
+        checks.check_tuned(recipe, family, shape)
     for part in data.parts:
         check_format(family, part.row_format)
     if family.kind == "encoder":  # its classes are the data's, not the checkpoint's

@@ -18,7 +18,7 @@ from llmkd.recipe.recipe import load_recipe
 from llmkd.train import train
 from llmkd.training import checkpoint, jobs, prepare
 from tests.distributed.runner import run_on_ranks
-from tests.tiny import assert_same_weights
+from tests.tiny import assert_same_weights, plain_run
 
 LORA = {"rank": 2, "alpha": 4}
 OPTIONS = {
@@ -152,6 +152,24 @@ def test_stopped_and_exported(tiny: Path, world: Any, tmp_path: Path, monkeypatc
     for name, before in began.items():
         change = (weights[name] - before).abs().max()
         assert change > 1e-5 if "_proj" in name else change == 0, name
+
+
+def test_a_teacher_tuned_by_adapters(tiny: Path, world: Any, tmp_path: Path) -> None:
+    """Its exported weights are those of plain PyTorch and peft, merged; embeddings and head are the start's, to the bit."""
+    start, own = tiny / "teacher", load_recipe(tiny / "recipe.yaml")
+    lora = {**LORA, "targets": ["q_proj", "up_proj"], "rslora": True}
+    tuned = {"path": str(start), "lora": lora, "train": own.train.model_dump(mode="json"), "seed": 5}
+    recipe = own.changed({"teacher.path": None, "finetune": tuned})
+    assert train(world, jobs.finetune_job(world, recipe, tmp_path / "teacher"))
+
+    alone = {"matching.strategy": "none", "loss.kl": 0.0, "loss.hidden": 0.0, "student.lora": lora, "seed": 5}
+    alone |= {"student.init": "checkpoint", "student.path": str(start), "student.blocks": None}
+    expected, _ = plain_run(own.changed(alone), start, start)
+    weights = _weights(tmp_path / "teacher")
+    assert_same_weights(weights, expected, 1e-5)
+    before = load_file(start / "model.safetensors")
+    changed = {name for name in before if not torch.equal(weights[name], before[name])}
+    assert changed == {name for name in before if "q_proj" in name or "up_proj" in name}
 
 
 def test_optimizer_has_states_of_adapters_alone(tiny: Path, world: Any, tmp_path: Path) -> None:

@@ -8,14 +8,25 @@ from typing import Any
 
 import pytest
 
+from llmkd import study
 from llmkd.data.batches import Family
 from llmkd.errors import InputError
 from llmkd.layer_map import EMBEDDING
 from llmkd.models.load import load_config
-from llmkd.recipe.recipe import load_recipe
+from llmkd.recipe.recipe import Recipe, load_recipe
+from llmkd.recipe.study_entries import study_entries
 from llmkd.training import checks, jobs
 
 LORA = {"rank": 2, "alpha": 4}
+NEW = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+NEW |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+
+
+def _tuned(tiny: Path, changes: dict[str, Any] | None = None) -> Recipe:
+    """The tiny recipe, its teacher fine-tuned by adapters."""
+    recipe = load_recipe(tiny / "recipe.yaml")
+    tuned = {"path": str(tiny / "teacher"), "lora": LORA, "train": recipe.train.model_dump(mode="json")}
+    return recipe.changed({"name": "tuned", "teacher.path": None, "finetune": tuned, **(changes or {})})
 
 
 @pytest.mark.parametrize(
@@ -45,6 +56,42 @@ def test_in_a_recipe(tiny: Path, changes: dict[str, Any], sentence: str) -> None
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        (
+            {"train.compile": "blocks"},
+            r"finetune\.train\.compile: .*\(finetune\.lora\); write none, or leave finetune\.lora out",
+        ),
+        ({"lora.targets": []}, r"finetune\.lora\.targets: is empty; write all_linear"),
+        (
+            {"path": None, "architecture": NEW},
+            r"finetune\.lora: the new weights of finetune\.architecture .*; leave lora out, or write finetune\.path",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_of_a_teacher_in_a_recipe(tiny: Path, changes: dict[str, Any], sentence: str) -> None:
+    recipe = _tuned(tiny)
+    with pytest.raises(InputError, match=sentence):
+        recipe.changed({f"finetune.{key}": value for key, value in changes.items()})
+
+
+@pytest.mark.parametrize("check", ["teacher", "study"])
+def test_of_a_teacher_with_a_model(tiny: Path, world: Any, tmp_path: Path, check: str) -> None:
+    """Its own run refuses it, and a study does so before it trains anything."""
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"prompt": "green tree", "completion": " wind"}\n')
+    scored = {"evaluation.generation": {"source": str(held_out)}, "study.strategies": ["forward"]}
+    recipe = _tuned(tiny, {"finetune.lora.targets": ["query"], **scored})
+    with pytest.raises(InputError, match=r"finetune\.lora\.targets: no linear map .*'query'; choose from down_proj"):
+        if check == "teacher":
+            jobs.finetune_job(world, recipe, tmp_path / "run")
+        else:
+            study.check(recipe, study_entries(recipe), ranks=1)
+    assert not (tmp_path / "run").exists() and not recipe.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
         ({"matching.embedding": True}, r"matching\.embedding: under student\.lora .* frozen.*; write false"),
         (
             {"student.lora.targets": ["query"]},
@@ -67,6 +114,8 @@ def test_with_other_families_and_shards(tiny: Path, tmp_path: Path) -> None:
     checks.check_adapted(recipe, decoder, shape, pairs=((0, 1),))
     with pytest.raises(InputError, match=r"student\.lora: only decoders' .* an encoder-decoder; leave it out"):
         checks.check_adapted(recipe, Family("encoder_decoder"), shape, pairs=())
+    with pytest.raises(InputError, match=r"finetune\.lora: only decoders' .* an encoder; leave it out"):
+        checks.check_tuned(_tuned(tiny), Family("encoder"), shape)
     with pytest.raises(InputError, match=r"matching\.embedding: .* write false"):
         checks.check_adapted(recipe, decoder, shape, pairs=((EMBEDDING, EMBEDDING),))
     with pytest.raises(InputError, match=r"student\.lora\.dora: .*trust_remote_code runs a folder's; write false"):
@@ -77,3 +126,8 @@ def test_with_other_families_and_shards(tiny: Path, tmp_path: Path) -> None:
     changed = recipe.changed({"train.deepspeed": str(tmp_path / "nvme.json")})
     with pytest.raises(InputError, match=r"student\.lora\.dora: .*NVMe.*; write false, or a train\.deepspeed"):
         checks.check_adapted(changed, decoder, shape, pairs=())
+    tuned = _tuned(tiny, {"finetune.lora.dora": True, "finetune.train.deepspeed": str(tmp_path / "nvme.json")})
+    with pytest.raises(
+        InputError, match=r"finetune\.lora\.dora: .*NVMe.*; write false, or a finetune\.train\.deepspeed"
+    ):
+        checks.check_tuned(tuned, decoder, shape)

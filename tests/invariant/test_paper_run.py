@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from llmkd.data.rows import load_rows
@@ -37,7 +37,7 @@ def paper(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"prompt": " ".join(WORDS[(3 * n + k) % 18] for k in range(5)), "completion": f" {WORDS[n]} {WORDS[n - 1]}"}
         for n in range(18)
     ]
-    tokenizer = make.new_tokenizer(((row["prompt"] + row["completion"]) * 9 for row in rows), 400)
+    tokenizer: Any = make.new_tokenizer(((row["prompt"] + row["completion"]) * 9 for row in rows), 400)
     shape = Qwen3Config(
         vocab_size=400,
         hidden_size=32,
@@ -115,9 +115,9 @@ def _paper_losses(recipe: Recipe, matched: list[int]) -> list[float]:
     """Ten steps of AdamW on peft's adapters, two batches of three rows accumulated in each; the loss of each step before its update."""
     teacher: Any = AutoModelForCausalLM.from_pretrained(recipe.teacher_path, dtype=torch.float32).eval()
     base: Any = copy.deepcopy(teacher)
-    base.model.layers = nn.ModuleList(base.model.layers[block] for block in COPIED)
-    for place, block in enumerate(base.model.layers):
-        block.self_attn.layer_idx = place
+    base.model.layers = torch.nn.ModuleList(base.model.layers[block] for block in COPIED)
+    for place in range(len(COPIED)):
+        base.model.layers[place].self_attn.layer_idx = place
     base.config.num_hidden_layers, base.config.layer_types = len(COPIED), base.config.layer_types[: len(COPIED)]
     base.config.use_cache = False
     torch.manual_seed(recipe.seed)
@@ -130,7 +130,8 @@ def _paper_losses(recipe: Recipe, matched: list[int]) -> list[float]:
     tokenizer = load_tokenizer(Path(recipe.teacher_path))
     texts = load_rows(recipe.data.source, name=None, split="train", rows=None)
     data = tokenize(texts, tokenizer, row_format=recipe.data.row_format, max_length=64, too_long="drop")
-    assert len({(row["length"], sum(row["trained"])) for row in data.to_list()}) == 1  # no padding, and halves of equal weight
+    rows_alike = {(row["length"], sum(row["trained"])) for row in data.to_list()}
+    assert len(rows_alike) == 1  # no padding, and halves of equal weight
     losses = []
     for step in range(STEPS):
         rows, total = rows_of_step(data, recipe, step), 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from transformers import PreTrainedConfig
@@ -50,7 +51,7 @@ from llmkd.text import counted
 from llmkd.training import jobs
 from llmkd.training.checkpoint import check_same
 from llmkd.training.checks import teacher_shape
-from llmkd.training.initial import initial_student, with_blocks
+from llmkd.training.initial import initial_student, kept_width, with_blocks
 from llmkd.training.pairs import depths_of, maps_of
 from llmkd.training.write_cache import writing_recipe
 
@@ -90,7 +91,7 @@ def _study(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> Report:
             cached = True
         log.info("study %d/%d: training %s on %s", number, len(trained), entry.name, counted(ranks, "rank"))
         _launch(recipe, entry, ranks)
-        if entry.kind == "teacher" and not recipe.student.measures_blocks:  # else by the training of students
+        if entry.kind == "teacher" and not recipe.student.is_measured:  # else by the training of students
             _write_undistilled(recipe, entries)
     _write_undistilled(recipe, entries)
     mistakes = _score(recipe, entries)
@@ -183,12 +184,17 @@ def _write_undistilled(recipe: Recipe, entries: Sequence[StudyEntry]) -> None:
         if entry.strategy != "undistilled":
             continue
         seeded = recipe if entry.seed is None else recipe.changed({"seed": entry.seed})
-        if recipe.student.measures_blocks:
-            seeded = with_blocks(seeded, measured_start(recipe, entries, entry).run_folder(recipe.folder))
+        kept = None
+        if recipe.student.is_measured:
+            start = measured_start(recipe, entries, entry).run_folder(recipe.folder)
+            seeded, kept = with_blocks(seeded, start), kept_width(seeded, start)
         decides = ("student.", "teacher.", "finetune.", "seed", "train.dtype")
-        made_of = json.dumps({k: v for k, v in jobs.student_inputs(seeded).items() if k.startswith(decides)})
+        parts = {} if kept is None else {"width": asdict(kept)}
+        made_of = json.dumps(
+            {**{k: v for k, v in jobs.student_inputs(seeded).items() if k.startswith(decides)}, **parts}
+        )
         if not (target / "llmkd.json").is_file() or (target / "llmkd.json").read_text() != made_of:
-            initial_student(seeded, resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision), target)
+            initial_student(seeded, resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision), target, kept)
             write_text(target / "llmkd.json", made_of)
 
 
@@ -217,7 +223,7 @@ def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
         rows.check_teacher(recipe, ranks)
     _check_pair_weights(recipe, entries, teacher)
     for entry in entries:
-        if entry.strategy == "undistilled" and recipe.student.measures_blocks:
+        if entry.strategy == "undistilled" and recipe.student.is_measured:
             measured_start(recipe, entries, entry)
     if recipe.teacher.share_cache:
         check_trained(writing_recipe(recipe), family, teacher, ranks)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -28,6 +30,7 @@ from llmkd.models.families import AUTO_CLASSES, by_stack, depths, kind, model_ty
 from llmkd.models.folders import copy_tokenizer, tensor_files
 from llmkd.models.load import load_config, load_model, quiet_about_unused, student_config
 from llmkd.models.parts import blocks
+from llmkd.models.width import Kept, narrowed
 
 SHARD_BYTES = 4 * 2**30
 
@@ -65,9 +68,16 @@ def stack_choices(rule: str | Sequence[int], student: Sequence[int], teacher: Se
 
 
 def copied_student(
-    teacher: Path, chosen: Sequence[int], folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False
+    teacher: Path,
+    chosen: Sequence[int],
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    kept: Kept | None = None,
 ) -> None:
-    """Write an HF folder of the teacher's embeddings, final norm, head and the chosen blocks, renumbered.
+    """Write an HF folder of the teacher's embeddings, final norm, head and the chosen blocks, renumbered; `kept`: their parts that stay,
+    default all.
 
     Tensors go from file to file, one output shard (4 GiB) in memory at a time; the teacher is never built.
     """
@@ -77,12 +87,14 @@ def copied_student(
             f"{teacher}: its weights are quantized, so blocks can't be copied from it; give the model unquantized"
         )
     renamed = _renamed(teacher, chosen, depths(config))
-    small = student_config(config, chosen, {})
+    small = student_config(config, chosen, {} if kept is None else kept.sizes)
     small.dtype = dtype
+    head_dim: Any = getattr(config, "head_dim", None)
+    cut = _whole if kept is None else functools.partial(narrowed, kept=kept, head_dim=head_dim)
     write_folder(
         folder,
         lambda tmp: (
-            _copy_tensors(teacher, tmp, renamed, dtype),
+            _copy_tensors(teacher, tmp, renamed, dtype, cut),
             small.save_pretrained(tmp),
             copy_tokenizer(teacher, tmp),
         ),
@@ -196,7 +208,18 @@ def _block_prefixes(folder: Path, blocks: Sequence[int]) -> list[str]:
     return prefixes
 
 
-def _copy_tensors(source: Path, folder: Path, names: Callable[[str], list[str]], dtype: torch.dtype) -> None:
+def _whole(name: str, tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _copy_tensors(
+    source: Path,
+    folder: Path,
+    names: Callable[[str], list[str]],
+    dtype: torch.dtype,
+    cut: Callable[[str, Tensor], Tensor],
+) -> None:
+    """`names`: a tensor's in `source` -> its names in `folder`; `cut`: such a name and the tensor -> the part of it that is written."""
     shard: dict[str, Tensor] = {}
     shards: list[list[str]] = []
     total = size = 0
@@ -211,7 +234,7 @@ def _copy_tensors(source: Path, folder: Path, names: Callable[[str], list[str]],
     for name, file in sorted(tensor_files(source).items(), key=lambda item: (str(item[1]), item[0])):
         for new in names(name):
             with safe_open(file, framework="pt") as tensors:
-                tensor = tensors.get_tensor(name)
+                tensor = cut(new, tensors.get_tensor(name))
             shard[new] = tensor.to(dtype) if tensor.is_floating_point() else tensor
             size += shard[new].nbytes
             total += shard[new].nbytes

@@ -48,6 +48,9 @@ class ModelType:
     has_stages: bool = False
     """It may be cut into stages: it does nothing else to its embeddings (Gemma scales them), and its parts are called model.embed_tokens,
     model.layers.N, model.norm and lm_head."""
+    narrows: bool = False
+    """Its blocks are RMSNorm, SwiGLU and grouped-query attention under Llama's names, and its head_dim stands in its configuration: a
+    student can be made of a part of its width (llmkd.models.width)."""
     ends: tuple[str, ...] | None = None
     """The modules between the last block and the head, by name; a model may lack some. None: stepping stones have not been tested on it."""
     starts: Mapping[str, Callable[[], nn.Module | None]] = field(default_factory=dict)
@@ -151,8 +154,8 @@ MODEL_TYPES: dict[str, ModelType] = {
     "gemma3_text": replace(_LLAMA, has_stages=False),
     "gpt2": ModelType(packs=True, varlen=True, ends=("transformer.ln_f",), starts={"transformer.wpe": Nothing}),
     "gpt_neox": ModelType(packs=True, varlen=True, ends=("gpt_neox.final_layer_norm",)),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
+    "llama": replace(_LLAMA, narrows=True),
+    "mistral": replace(_LLAMA, narrows=True),
     "mt5": _T5,
     "olmo2": _LLAMA,
     "opt": ModelType(
@@ -163,7 +166,7 @@ MODEL_TYPES: dict[str, ModelType] = {
     "phi": ModelType(packs=True, varlen=True, ends=("model.final_layernorm",)),
     "phi3": _LLAMA,
     "qwen2": replace(_LLAMA, takes_masks=True),
-    "qwen3": replace(_LLAMA, takes_masks=True),
+    "qwen3": replace(_LLAMA, takes_masks=True, narrows=True),
     "qwen3_moe": replace(_LLAMA, has_stages=False),
     "roberta": _ROBERTA,
     "smollm3": replace(_LLAMA, takes_masks=True),

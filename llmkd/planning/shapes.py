@@ -20,6 +20,7 @@ from llmkd.models.lora import adapter_sizes, targeted
 from llmkd.models.make import block_choice
 from llmkd.models.parts import blocks, head
 from llmkd.models.stored import read_config
+from llmkd.models.width import check_narrowed
 from llmkd.recipe.recipe import Recipe
 from llmkd.training.checks import teacher_shape
 
@@ -177,5 +178,7 @@ def initial_student_config(recipe: Recipe, teacher: PreTrainedConfig) -> PreTrai
         assert settings.path is not None  # checked by Student
         return _model_config(settings.path, None, "student.path", trust_remote_code=settings.trust_remote_code)
     assert settings.blocks is not None
+    if settings.narrows:
+        check_narrowed(teacher, settings.width)
     chosen = block_choice(settings.planned_blocks, settings.blocks, teacher.num_hidden_layers)
     return student_config(teacher, chosen, settings.width)

@@ -174,13 +174,15 @@ class Student(Section):
     path: str | None = None
     """HF folder or hub name, for init checkpoint."""
     hidden_size: int | None = Field(default=None, gt=0, le=MOST_WIDE)
-    """Width of the states between blocks, for init random; default, as for the four keys below: the teacher's."""
+    """Width of the states between blocks; default, as for the four keys below: the teacher's. Under init random the new model has this
+    width. Under init teacher (Qwen3, Llama, Mistral) the copied blocks are narrowed to it: the channels, MLP columns and attention heads
+    stay whose activations are largest on the rows of the run's first step (Minitron), by their numbers in the run's `width.json`."""
     intermediate_size: int | None = Field(default=None, gt=0, le=MOST_WIDE)
-    """Width inside a block's MLP, for init random."""
+    """Width inside a block's MLP."""
     num_attention_heads: int | None = Field(default=None, gt=0, le=MOST_HEADS)
-    """Attention heads of a block, for init random."""
+    """Attention heads of a block. Of copied blocks as many stay on each key-value head, at most the teacher's."""
     num_key_value_heads: int | None = Field(default=None, gt=0, le=MOST_HEADS)
-    """Key-value heads of a block, for init random."""
+    """Key-value heads of a block. Of copied blocks each stays with heads of its own."""
     head_dim: int | None = Field(default=None, gt=0, le=MOST_WIDE)
     """Width of one head, for init random."""
     lora: Lora | None = None
@@ -194,6 +196,22 @@ class Student(Section):
     def measures_blocks(self) -> bool:
         """Whether the blocks that are copied are known only when they have been measured."""
         return self.copy_blocks in MEASURED
+
+    @property
+    def narrows(self) -> bool:
+        """Whether the copied blocks are narrowed, to parts that are known only when they have been measured."""
+        return self.init == "teacher" and bool(self.width)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether what is copied is known only when it has been measured."""
+        return self.measures_blocks or self.narrows
+
+    @property
+    def measured(self) -> str:
+        """What of the start is measured, and how it is found, for messages."""
+        blocks = f"blocks that copy_blocks: {self.copy_blocks} finds"
+        return blocks if self.measures_blocks else f"width that {next(iter(self.width))} finds"
 
     @property
     def planned_blocks(self) -> str | tuple[int, ...]:
@@ -221,10 +239,12 @@ class Student(Section):
             raise ValueError("student.decoder_blocks: a checkpoint has its own depth; leave it out")
         if self.classifier is not None and self.init != "teacher":
             raise ValueError(f"student.classifier: only init teacher reads it (now {self.init}); leave it out")
-        if self.init != "random" and self.width:
+        if self.init == "checkpoint" and self.width:
             raise ValueError(
-                f"student.{next(iter(self.width))}: copied blocks keep the teacher's width; leave it out, or write init: random"
+                f"student.{next(iter(self.width))}: a checkpoint has its own width; leave it out, or write init: teacher or random"
             )
+        if self.init == "teacher" and self.head_dim is not None:
+            raise ValueError("student.head_dim: copied heads keep the teacher's; leave it out, or write init: random")
         if self.copy_blocks in MEASURED and self.init != "teacher":
             raise ValueError(
                 f"student.copy_blocks: {self.copy_blocks} chooses blocks to copy, and init {self.init} copies none; leave it out"

@@ -165,10 +165,10 @@ def study_entries(recipe: Recipe) -> list[StudyEntry]:
 
 
 def _undistilled(recipe: Recipe) -> list[StudyEntry]:
-    """The students before their first step: one per seed where the start is random, or of blocks measured on rows drawn by the seed."""
+    """The students before their first step: one per seed where the start is random, or measured on rows drawn by the seed."""
     if recipe.student.init == "checkpoint":
         return [_entry(recipe, "undistilled", "baseline", model=recipe.student.path or "")]
-    if recipe.student.init == "teacher" and not recipe.student.measures_blocks:
+    if recipe.student.init == "teacher" and not recipe.student.is_measured:
         return [_entry(recipe, "undistilled", "baseline", strategy="undistilled", model="undistilled/copied")]
     return [
         _entry(
@@ -203,8 +203,8 @@ def _entry(
 
 
 def measured_start(recipe: Recipe, entries: Sequence[StudyEntry], baseline: StudyEntry) -> StudyEntry:
-    """The student of the study by whose training the blocks of this undistilled baseline are measured: one of its seed that begins with
-    the recipe's own student, teacher and rows.
+    """The student of the study by whose training the blocks of this undistilled baseline, or their width, are measured: one of its seed
+    that begins with the recipe's own student, teacher and rows.
 
     Raises InputError where every student of that seed begins otherwise.
     """
@@ -215,7 +215,7 @@ def measured_start(recipe: Recipe, entries: Sequence[StudyEntry], baseline: Stud
         if _start_inputs(entry_recipe(recipe, entry)) == ours:
             return entry
     raise InputError(
-        f"study.baselines: {baseline.name} has the blocks that copy_blocks: {recipe.student.copy_blocks} finds when a student is trained, "
+        f"study.baselines: {baseline.name} has the {recipe.student.measured} when a student is trained, "
         "and all of the study begin with another student, teacher or rows than the recipe's own; add a strategy, or leave undistilled out"
     )
 

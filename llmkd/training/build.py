@@ -130,10 +130,10 @@ def load_teacher(world: World, job: Job, demand: Demand | None = None, *, clock:
     demand = replace(demand, normed_last=demand.normed_last and needed == depth)
     if group is not None:
         return _pipelined(world, job, job.teacher, demand, group, part, clock or StepClock(world.device))
-    return _resident(world, job, job.teacher, demand, part, first_blocks=needed if needed < depth else None)
+    return resident(world, job, job.teacher, demand, part, first_blocks=needed if needed < depth else None)
 
 
-def _resident(
+def resident(
     world: World, job: Job, folder: Path, demand: Demand, part: PreTrainedConfig, first_blocks: int | None
 ) -> ResidentTeacher:
     """The teacher in this process, whole or sharded; `part`: the configuration of what is run of it."""
@@ -182,7 +182,7 @@ def _sharded_config(job: Job, part: PreTrainedConfig) -> DsConfig:
 def _pipelined(
     world: World, job: Job, folder: Path, demand: Demand, group: PipelineGroup, part: PreTrainedConfig, clock: StepClock
 ) -> PipelineTeacher:
-    """This rank's stage of the teacher, and the head where the divergence asks for it; `part` as in `_resident`."""
+    """This rank's stage of the teacher, and the head where the divergence asks for it; `part` as in `resident`."""
     settings = job.recipe.teacher
     trusted, dtype = settings.trust_remote_code, load.DTYPES[settings.dtype]
     stages = teacher_cut(part, group.size, trust_remote_code=trusted)

@@ -19,6 +19,7 @@ from llmkd.models.lora import targeted
 from llmkd.models.parts import blocks
 from llmkd.models.per_block import are_alike
 from llmkd.models.stored import read_config
+from llmkd.models.width import check_narrowed
 from llmkd.recipe.models import Lora
 from llmkd.recipe.recipe import Recipe
 from llmkd.recipe.run import Train
@@ -110,8 +111,10 @@ def _check_encoder(recipe: Recipe) -> None:
         raise InputError("matching.positions: no token of an encoder's text is trained, its class is; write attended")
 
 
-def check_measured_blocks(recipe: Recipe, teacher: PreTrainedConfig) -> None:
-    """Raise InputError for a teacher on which the recipe's rule for the copied blocks can't be measured."""
+def check_measured(recipe: Recipe, teacher: PreTrainedConfig) -> None:
+    """Raise InputError for a teacher on which the blocks, or the width, of the recipe's student can't be measured."""
+    if recipe.student.narrows:
+        check_narrowed(teacher, recipe.student.width)
     rule, row = recipe.student.copy_blocks, model_type(teacher)
     if not recipe.student.measures_blocks:
         return

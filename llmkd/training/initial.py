@@ -21,7 +21,7 @@ from llmkd.files import read, write_json
 from llmkd.layer_map import EMBEDDING
 from llmkd.losses.distances import cosine
 from llmkd.losses.head_scores import head_scores
-from llmkd.models import families, folders, load, make, removal
+from llmkd.models import families, folders, load, make, removal, width
 from llmkd.models.architectures import new_config
 from llmkd.models.parts import blocks, final_state, whole_head
 from llmkd.recipe.recipe import Recipe
@@ -35,12 +35,14 @@ Rows = Callable[..., Iterator[list[Batch]]]
 """The micro-batches of each step, by `start_step` and `steps`."""
 BLOCKS = "blocks.json"
 """In a run's folder, the teacher's blocks that were measured for its student: the rule, the blocks, and what was measured."""
+WIDTH = "width.json"
+"""In a run's folder, the parts of the copied blocks that its student was made of: numbers of channels, heads and MLP columns."""
 TEXT_COLUMNS = ("prompt", "completion", "text", "text_a", "text_b")
 """Of rows, the columns that a new tokenizer is trained on."""
 
 
-def initial_student(recipe: Recipe, teacher: Path, folder: Path) -> None:
-    """Write the HF folder an undistilled student starts from (rank 0 alone)."""
+def initial_student(recipe: Recipe, teacher: Path, folder: Path, kept: width.Kept | None = None) -> None:
+    """Write the HF folder an undistilled student starts from (rank 0 alone); `kept`: the parts of the copied blocks, default all."""
     dtype = load.DTYPES[recipe.train.dtype]
     trust = recipe.teacher.trust_remote_code
     shape = load.load_config(teacher, trust_remote_code=trust)
@@ -52,11 +54,13 @@ def initial_student(recipe: Recipe, teacher: Path, folder: Path) -> None:
         return
     chosen = make.stack_choices(recipe.student.copy_blocks, wanted, depths)
     if families.kind(shape) == "encoder":
-        kept = recipe.student.classifier == "copied"
-        make.copied_encoder(teacher, chosen, folder, seed=recipe.seed, dtype=dtype, classifier=kept)
+        copied = recipe.student.classifier == "copied"
+        make.copied_encoder(teacher, chosen, folder, seed=recipe.seed, dtype=dtype, classifier=copied)
     else:
-        make.copied_student(teacher, chosen, folder, dtype=dtype, trust_remote_code=trust)
+        make.copied_student(teacher, chosen, folder, dtype=dtype, trust_remote_code=trust, kept=kept)
     log.info("student: %s blocks copied from the teacher's %s", " + ".join(map(str, wanted)), list(chosen))
+    if kept is not None:
+        log.info("student: of their width %s", ", ".join(f"{key} {size}" for key, size in kept.sizes.items()))
 
 
 def initial_teacher(recipe: Recipe, tokenizer: Any, job: Job) -> None:
@@ -106,8 +110,8 @@ def job_tokenizer(world: World, job: Job, *, resuming: bool) -> Any:
 def write_initial(world: World, job: Job, tokenizer: Any, rows: Rows, *, resuming: bool) -> None:
     """Write the folder the model starts from, over an older one (it may be another recipe's) unless the run resumes.
 
-    `rows`: the run's micro-batches, on whose first step the blocks to copy are measured where the recipe asks for it (all ranks take
-    part).
+    `rows`: the run's micro-batches, on whose first step the blocks to copy, and then what stays of their width, are measured where the
+    recipe asks for it (all ranks take part).
     """
     if job.initial != job.folder / "initial":
         return
@@ -118,12 +122,18 @@ def write_initial(world: World, job: Job, tokenizer: Any, rows: Rows, *, resumin
         return
     recipe = job.recipe
     teacher = on_main(world, lambda: folders.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
-    if recipe.student.measures_blocks and not resuming:
+    measures = recipe.student.is_measured and not resuming
+    micro_batches: Sequence[Batch] = ()
+    if measures:
         [micro_batches] = rows(start_step=0, steps=1)
+    if measures and recipe.student.measures_blocks:
         measure_blocks(world, replace(job, teacher=teacher), micro_batches)
     measured = on_main(world, lambda: with_blocks(recipe, job.folder))
+    if measures and recipe.student.narrows:
+        measure_width(world, replace(job, teacher=teacher, recipe=measured), micro_batches)
+    kept = on_main(world, lambda: kept_width(recipe, job.folder))
     if not here:
-        on_main(world, lambda: initial_student(measured, teacher, job.initial))
+        on_main(world, lambda: initial_student(measured, teacher, job.initial, kept))
 
 
 def with_blocks(recipe: Recipe, run: Path) -> Recipe:
@@ -137,6 +147,19 @@ def with_blocks(recipe: Recipe, run: Path) -> Recipe:
             "another folder"
         )
     return recipe.changed({"student.copy_blocks": found["blocks"]})
+
+
+def kept_width(recipe: Recipe, run: Path) -> width.Kept | None:
+    """The parts of the copied blocks that a run's student was made of, from the run's folder; None where these are whole."""
+    if not recipe.student.narrows:
+        return None
+    found = read(run / WIDTH)
+    if found is None:
+        raise InputError(
+            f"{run / WIDTH}: the parts of blocks that this run's student was made of are missing; put the file back, or train the student "
+            "again in another folder"
+        )
+    return width.Kept.of(found)
 
 
 def measure_blocks(world: World, job: Job, micro_batches: Sequence[Batch]) -> None:
@@ -225,6 +248,41 @@ def _least_harmful(
             return (sum_tensor(world, torch.stack(sums)) / trained).tolist()
 
         return removal.least_harmful(job.teacher_depths[0], keep, measure)
+
+
+def measure_width(world: World, job: Job, micro_batches: Sequence[Batch]) -> None:
+    """Choose what stays of the width of the blocks that the job's student copies, over all tokens of these micro-batches of all ranks, and
+    write `width.json`.
+
+    All ranks take part. The teacher is loaded for this alone: sharded where it is placed so, elsewhere whole on every rank. Raises
+    InputError, and writes nothing, where an activation is not a number.
+    """
+    assert job.teacher is not None
+    student = job.recipe.student
+    config: Any = load.load_config(job.teacher, trust_remote_code=job.recipe.teacher.trust_remote_code)
+    copied = make.stack_choices(student.copy_blocks, job.student_depths, job.teacher_depths)
+    last, small = max(copied), load.student_config(config, copied, student.width)
+    uncompiled = replace(
+        job, train=job.train.model_copy(update={"compile": "none"})
+    )  # what is inside a block is looked at
+    first = last + 1 if last + 1 < job.teacher_depths[0] else None
+    part = load.student_config(config, range(last + 1), {})
+    teacher = build.resident(world, uncompiled, job.teacher, Demand((last,), logits=False), part, first_blocks=first)
+    sums = width.zero_sums(config, len(copied), world.device)
+    stack = [teacher.blocks[block] for block in copied]
+    for batch in (batch.to(world.device) for batch in micro_batches):
+        with width.measured(stack, config.head_dim, batch, sums):
+            teacher.signals(batch).take(last)
+    del teacher, stack
+    gc.collect()  # before the run's own is loaded
+    sums = {name: sum_tensor(world, of) for name, of in sums.items()}
+    kept = width.chosen(sums, small, config.num_key_value_heads)
+
+    def keep() -> None:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_json(job.folder / WIDTH, asdict(kept))
+
+    on_main(world, keep)
 
 
 def remove_initial(job: Job) -> None:

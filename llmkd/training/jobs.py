@@ -148,10 +148,11 @@ def check_student(recipe: Recipe, family: Family, teacher: Any, student: Any) ->
     weights = _weights(recipe, pairs, stones)
     _check_redraws(recipe, teacher, student)
     if not checkpoint:
-        checks.check_measured_blocks(recipe, teacher)
+        checks.check_measured(recipe, teacher)
         chosen = make.stack_choices(recipe.student.planned_blocks, student_depths, depths)
-        shape = load.student_config(teacher, chosen, recipe.student.width)
+        load.student_config(teacher, chosen, recipe.student.width)  # refuses widths that do not go together
         if recipe.student.init == "teacher" and family.kind == "decoder":
+            shape = load.student_config(teacher, chosen, {})
             load.check_copied_config(teacher, shape, chosen, trust_remote_code=recipe.teacher.trust_remote_code)
     teacher_name, _ = recipe.teacher_start or ("finetune.architecture", None)
     _check_shape(recipe, "teacher", teacher, teacher_name, compared=bool(pairs))

@@ -11,6 +11,7 @@ import pytest
 from llmkd import study
 from llmkd.errors import InputError
 from llmkd.evaluation.angles import measure
+from llmkd.models.width import Kept
 from llmkd.planning.shapes import initial_student_config, teacher_config
 from llmkd.recipe.recipe import load_recipe
 from llmkd.recipe.study_entries import measured_start, study_entries
@@ -102,7 +103,7 @@ def test_undistilled_students_are_written_of_the_measured_blocks(
         {**INFLUENCE, "output": str(tmp_path), "study": {"seeds": [3, 4], "strategies": ["forward"]}}
     )
     made: dict[str, Any] = {}
-    monkeypatch.setattr(study, "initial_student", lambda own, teacher, folder: _made(made, own, folder))
+    monkeypatch.setattr(study, "initial_student", lambda own, teacher, folder, kept: _made(made, own, folder))
     for seed, blocks in ((3, [0, 1, 5]), (4, [0, 2, 5])):
         run = recipe.folder / "students" / f"ce_only-s{seed}"
         run.mkdir(parents=True)
@@ -139,3 +140,20 @@ def test_angles_before_training_are_those_of_the_measured_blocks(
     (run / "blocks.json").unlink()
     with pytest.raises(InputError, match="blocks.json: the blocks that this run's student was made of are missing"):
         initial.with_blocks(load_recipe(run / "recipe.yaml"), run)
+
+
+def test_angles_before_training_are_those_of_the_narrowed_student(
+    world: Any, tiny: Path, tmp_path: Path, inside: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = {"student.intermediate_size": 20, "student.num_attention_heads": 2}
+    run = trained(world, tiny, tmp_path / "run", **narrow)
+    seen = []
+
+    def watched(recipe: Any, teacher: Path, folder: Path, kept: Any) -> None:
+        seen.append(kept)
+        initial.initial_student(recipe, teacher, folder, kept)
+
+    monkeypatch.setattr(measure, "initial_student", watched)
+    result = json.loads(measure.angles(run, rows=4)["run"].read_text())
+    kept = Kept.of(json.loads((run / "width.json").read_text()))
+    assert result["error"] is None and seen == [kept] and kept.sizes["intermediate_size"] == 20

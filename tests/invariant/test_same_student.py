@@ -38,6 +38,13 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "student.num_attention_heads": 3,
         "student.num_key_value_heads": 1,
     },
+    "narrowed": {
+        "matching.strategy": "reverse",
+        "student.hidden_size": 24,
+        "student.intermediate_size": 32,
+        "student.num_attention_heads": 1,
+        "student.num_key_value_heads": 1,
+    },
     "logits_only": {"matching.strategy": "none"},
     "ce_only": {"matching.strategy": "none", "loss.kl": 0.0},
     "jsd": {"matching.strategy": "none", "loss.divergence": "jsd", "loss.beta": 0.3, "loss.temperature": 2.0},
@@ -85,6 +92,7 @@ ONE_RANK: dict[str, tuple[str, dict[str, Any]]] = {
     "checkpointed_narrow": ("narrow_random", {"train.activation_checkpointing": True}),
     "reverse_normed_all_zero1": ("reverse_normed_all", {"train.deepspeed": "zero1"}),
     "one_trained": ("one_trained", {"train.micro_batch_size": 8}),
+    "narrowed_packed": ("narrowed", {"data.batching": "packed", "train.micro_batch_size": 8}),
     "logits_only_zero2": ("logits_only", {"train.deepspeed": "zero2"}),
     "ce_only": ("ce_only", {"train.micro_batch_size": 8}),
     "jsd_zero1": ("jsd", {"train.deepspeed": "zero1"}),
@@ -118,6 +126,7 @@ TWO_RANKS: dict[str, tuple[str, dict[str, Any]]] = {
     "teacher_zero3_offloaded": ("reverse_normed_all", {"teacher.placement": "zero3", "teacher.offload": "cpu"}),
     "teacher_zero3_student_zero2": ("one_trained", {"teacher.placement": "zero3", "train.deepspeed": "zero2"}),
     "packed_accumulated": ("reverse_normed_all", {"data.batching": "packed", "train.micro_batch_size": 2}),
+    "narrowed": ("narrowed", {"teacher.placement": "zero3", "train.micro_batch_size": 2}),
     "narrow_checkpointed": ("narrow_random", {"train.activation_checkpointing": True, "train.micro_batch_size": 2}),
     "logits_only": ("logits_only", {"teacher.placement": "zero3", "train.deepspeed": "zero2"}),
     "differences": ("differences", {"teacher.placement": "zero3", "train.micro_batch_size": 2}),
@@ -174,17 +183,20 @@ def _run(tiny: Path, ranks: int, scenarios: dict[str, tuple[str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """objective, batching -> (weights, losses) of the plain run, each computed once."""
+    """objective, batching, a run of it -> (weights, losses) of the plain run, each computed once.
+
+    A student whose start is measured is made of what the run has measured; tests/distributed/test_narrowed.py is about that.
+    """
     done: dict[tuple[str, str], Any] = {}
 
-    def run(objective: str, batching: str) -> Any:
+    def run(objective: str, batching: str, of: Path) -> Any:
         if (objective, batching) not in done:
             recipe = load_recipe(tiny / "recipe.yaml").changed(
                 {**objective_changes(tiny, objective), "data.batching": batching}
             )
             teacher = Path(recipe.teacher_path)
             student = tmp_path_factory.mktemp("initial") / "student"
-            initial.initial_student(recipe, teacher, student)
+            initial.initial_student(recipe, teacher, student, initial.kept_width(recipe, of))
             done[objective, batching] = plain_run(recipe, teacher, student)
         return done[objective, batching]
 
@@ -209,7 +221,7 @@ def test_what_joins_two_of_them_changes_nothing_either(slow_runs: Path, plain: A
 
 
 def _check(run: Path, plain: Any, objective: str, spread: dict[str, Any]) -> None:
-    weights, losses = plain(objective, spread.get("data.batching", "grouped"))
+    weights, losses = plain(objective, spread.get("data.batching", "grouped"), run)
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(logged) == len(losses) == 3
     for ours, theirs in zip(logged, losses, strict=True):

@@ -13,7 +13,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,10 +37,11 @@ from llmkd.models.families import kind
 from llmkd.models.folders import resolve
 from llmkd.models.load import load_config
 from llmkd.models.parts import Stack, tokens_of
+from llmkd.models.width import Kept
 from llmkd.provenance import versions
 from llmkd.recipe.recipe import Recipe
 from llmkd.recipe.scoring_steps import ANGLES
-from llmkd.training.initial import initial_student, with_blocks
+from llmkd.training.initial import initial_student, kept_width, with_blocks
 
 ROWS = 100  # where neither the call nor the recipe names a number
 FORM = "by stack"  # of the result files; those of another are made again
@@ -184,7 +185,10 @@ def _batches(recipe: Recipe, teacher: Path, rows: int) -> list[Batch]:
 
 def measure(student: TrainedStudent, work: Work) -> MeasuredAngles:
     """One student's angles before and after its training."""
-    student = replace(student, recipe=with_blocks(student.recipe, student.train))
+    student, kept = (
+        replace(student, recipe=with_blocks(student.recipe, student.train)),
+        kept_width(student.recipe, student.train),
+    )
     recipe = student.recipe
     trust = (recipe.student if recipe.student.init == "checkpoint" else recipe.teacher).trust_remote_code
     normed = recipe.matching.final_state == "normed"
@@ -197,10 +201,10 @@ def measure(student: TrainedStudent, work: Work) -> MeasuredAngles:
     widths, projected = (width, work.teacher.width), width != work.teacher.width
     step, trained = trained_projectors(student, widths, work.device) if projected else (None, None)
     after = observer(student.train / "model", trained)
-    start, observers = _start_key(student, projected), [after]
+    start, observers = _start_key(student, kept, projected), [after]
     if start not in work.starts:
         with tempfile.TemporaryDirectory(dir=work.task.out, prefix="initial-") as place:
-            folder = _start(recipe, work.task.teacher, Path(place) / "model")
+            folder = _start(recipe, work.task.teacher, Path(place) / "model", kept)
             drawn = drawn_projectors(student, widths, work.device) if projected else None
             observers.append(observer(folder, drawn))
     observe(work.teacher, observers, work.batches, work.device)
@@ -238,21 +242,21 @@ def _stack_angles(
     )
 
 
-def _start_key(student: TrainedStudent, projected: bool) -> str:
+def _start_key(student: TrainedStudent, kept: Kept | None, projected: bool) -> str:
     """What decides the view from a student's start, within one call."""
     recipe = student.recipe
     seed = recipe.seed if projected or recipe.student.init == "random" else None
     without = recipe.matching.unprojected(len(student.pairs))
     drawn = [student.pairs, recipe.matching.projector_bias, without] if projected else None
     shared = [recipe.student.model_dump(mode="json"), recipe.train.dtype, recipe.matching.final_state]
-    return json.dumps([*shared, seed, drawn])
+    return json.dumps([*shared, seed, drawn, None if kept is None else asdict(kept)])
 
 
-def _start(recipe: Recipe, teacher: Path, folder: Path) -> Path:
+def _start(recipe: Recipe, teacher: Path, folder: Path, kept: Kept | None) -> Path:
     """The folder of the model that training started from, made in `folder` if it is one of the recipe's making."""
     if recipe.student.init == "checkpoint":
         return resolve(recipe.student.path or "", "student.path")
-    initial_student(recipe, teacher, folder)
+    initial_student(recipe, teacher, folder, kept)
     return folder
 
 

@@ -263,7 +263,11 @@ def test_file_that_is_no_text_and_missing_file(tmp_path: Path) -> None:
         (["student.blocks="], "student.blocks: not given; write how many blocks the student has"),
         (["student.init=checkpoint"], "student.path: init checkpoint needs one; write the HF folder"),
         (["student.path=x"], "student.path: only init checkpoint reads it (now teacher); write init: checkpoint"),
-        (["student.hidden_size=8"], "student.hidden_size: copied blocks keep the teacher's width; leave it out, or"),
+        (["student.head_dim=4"], "student.head_dim: copied heads keep the teacher's; leave it out, or write init: r"),
+        (
+            ["student.init=checkpoint", "student.path=x", "student.hidden_size=8"],
+            "student.hidden_size: a checkpoint has its own width; leave it out, or write init: teacher or random",
+        ),
         (
             ["student.copy_blocks=[0, 1]"],
             "student.copy_blocks: 2 blocks for a student of 3 (student.blocks); make them equal",

@@ -18,11 +18,11 @@ import click
 from llmkd import __version__, starting
 from llmkd.errors import InputError, storage_problem
 from llmkd.processes import stopping
-from llmkd.recipe.options import SET, FiniteRange, OutputPath, train_options
+from llmkd.recipe.options import SET, SHARD, FiniteRange, OutputPath, Part, train_options
 
 if TYPE_CHECKING:
     from llmkd.recipe.rollouts import Rollouts
-    from llmkd.report.results import Results
+    from llmkd.report.write import Report
 
 log = logging.getLogger("llmkd")
 STOPPED = "Stopped: all that is trained and scored so far is kept, and the same command goes on with the rest."
@@ -146,7 +146,8 @@ def _ranks(asked: int | None, rollouts: Rollouts | None) -> int:
 @click.argument("recipe")
 @SET
 @RANKS
-def study(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None:
+@SHARD
+def study(recipe: str, overrides: tuple[str, ...], ranks: int | None, shard: Part) -> None:
     """Train strategies x seeds and the baselines, evaluate and report. What is done is not done again."""
     _say_reading(recipe)
     import datasets
@@ -161,8 +162,8 @@ def study(recipe: str, overrides: tuple[str, ...], ranks: int | None) -> None:
 
     with stopping(STOPPED, terminated=0):
         try:
-            available = _ranks(ranks, settings.rollouts)
-            _show(*run(settings, ranks or min(available or settings.study.ranks, settings.study.ranks)))
+            available = _ranks(ranks, settings.rollouts) or settings.study.ranks
+            _show(run(settings, ranks or min(available, settings.study.ranks), shard))
         except Stopped:
             click.echo(STOPPED, err=True)
 
@@ -173,7 +174,7 @@ def report(folder: Path) -> None:
     """Write the report of a study's folder, whole or half done."""
     from llmkd.report.write import report as write_report
 
-    _show(*write_report(folder))
+    _show(write_report(folder))
 
 
 @cli.command()
@@ -188,11 +189,11 @@ def compare(folders: tuple[Path, ...], output: Path | None) -> None:
     click.echo(f"\nComparison: {file}")
 
 
-def _show(page: Path, results: Results) -> None:
+def _show(written: Report | None) -> None:
     from llmkd.report.write import terminal_text
 
-    click.echo(terminal_text(results))
-    click.echo(f"\nReport: {page}")
+    if written is not None:
+        click.echo(f"{terminal_text(written.results)}\n\nReport: {written.page}")
 
 
 @cli.command()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,13 +21,14 @@ from llmkd.evaluation.angles.measure import angles
 from llmkd.evaluation.generation import check as check_generation
 from llmkd.evaluation.held_out import check_evaluation, classification_data
 from llmkd.evaluation.lm_eval_step import check_tasks
-from llmkd.files import write_text
+from llmkd.files import digest, read, write_text
 from llmkd.models.families import depths, kind
 from llmkd.models.folders import resolve
 from llmkd.planning.run_checks import check_trained, student_shape
 from llmkd.planning.study_rows import StudyRows
 from llmkd.processes import only_one_in
 from llmkd.recipe.ds_config import check_ds_configs
+from llmkd.recipe.options import Part
 from llmkd.recipe.recipe import Recipe, dump_recipe
 from llmkd.recipe.scoring_steps import (
     AGREEMENT,
@@ -56,15 +58,22 @@ from llmkd.training.pairs import depths_of, maps_of
 from llmkd.training.write_cache import writing_recipe
 
 log = logging.getLogger("llmkd")
+WHOLE = Part(1, 1)
+PARTS = "parts"
+"""The folder, in a study's, by which its parts know of each other."""
+LOOKS_EVERY = 5.0
+"""Seconds between looks at what another part makes."""
 
 
 class Stopped(Exception):
     """A signal ended the training of a student after its step; everything so far is saved."""
 
 
-def study(recipe: Recipe, ranks: int | None = None) -> Report:
-    """Run what is missing of a study, and write its report. Raises InputError on bad input and where another process
-    works in its folder, Stopped on a signal while a student is trained."""
+def study(recipe: Recipe, ranks: int | None = None, part: Part = WHOLE) -> Report | None:
+    """Run what is missing of a study, and write its report; None for one `part` of several, which machines that share its folder do.
+
+    Raises InputError on bad input and where another process works in its folder, Stopped on a signal while a student is trained.
+    """
     if not recipe.study.students:
         raise InputError("study.strategies: name at least one, e.g. [none, forward, reverse]")
     folder = recipe.folder
@@ -72,44 +81,97 @@ def study(recipe: Recipe, ranks: int | None = None) -> Report:
     entries = study_entries(recipe)
     log.info("study: checking what %d models need, before any is trained", len(entries))
     check(recipe, entries, ranks)
-    with only_one_in(folder):
-        return _study(recipe, entries, ranks)
+    with only_one_in(folder if part == WHOLE else folder / PARTS / f"{part.number}-of-{part.count}"):
+        return _study(recipe, entries, ranks, part)
 
 
-def _study(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> Report:
-    folder = recipe.folder
+def _study(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int, part: Part) -> Report | None:
+    folder, ours = recipe.folder, dealt(entries, part)
     write_text(folder / "recipe.yaml", dump_recipe(recipe))
     _study_file(recipe, entries).write(folder)
-    trained = [entry for entry in entries if entry.train is not None]
-    cached = not recipe.teacher.share_cache
+    trained = [entry for entry in ours if entry.train is not None and entry.kind != "teacher"]
+    mistakes: list[str] = []
+    if part.number > 1:
+        first = (
+            f"part 1/{part.count} of this study, which makes and scores the teacher; `--shard 1/{part.count}` does it"
+        )
+        _wait_for(lambda: _teacher_is_ready(recipe), first)
+    else:
+        _make_teacher(recipe, entries, ranks)
+        if part != WHOLE:
+            mistakes = _score(recipe, entries, [entry for entry in ours if entry.kind == "teacher"])
+            _note_teacher(recipe)
+    if not recipe.student.is_measured:  # else they are found while students are trained
+        _write_undistilled(recipe, entries, part)
     for number, entry in enumerate(trained, start=1):
         if jobs.is_finished(entry.run_folder(folder)):
             log.info("study %d/%d: %s is done", number, len(trained), entry.name)
             continue
-        if entry.kind == "student" and not cached:
-            _cache(recipe, ranks)
-            cached = True
         log.info("study %d/%d: training %s on %s", number, len(trained), entry.name, counted(ranks, "rank"))
         _launch(recipe, entry, ranks)
-        if entry.kind == "teacher" and not recipe.student.is_measured:  # else by the training of students
-            _write_undistilled(recipe, entries)
-    _write_undistilled(recipe, entries)
-    mistakes = _score(recipe, entries)
-    log.info("study: writing the report")
-    written = report(folder)
+    _write_undistilled(recipe, entries, part)
+    mistakes += _score(recipe, entries, ours)
+    written = None
+    if part == WHOLE:
+        log.info("study: writing the report")
+        written = report(folder)
+    else:
+        log.info("study: part %d/%d is done; when all are: llmkd report %s", *part, folder)
     if mistakes:
-        raise InputError(f"{'; '.join(mistakes)} (the report of all else: {written.page})")
+        others = "" if written is None else f" (the report of all else: {written.page})"
+        raise InputError(f"{'; '.join(dict.fromkeys(mistakes))}{others}")
     return written
 
 
-def _score(recipe: Recipe, entries: Sequence[StudyEntry]) -> list[str]:
+def dealt(entries: Sequence[StudyEntry], part: Part) -> list[StudyEntry]:
+    """The models that one part of a study trains and scores: the first has the teacher, and the others are dealt out in turn."""
+    teacher = [entry for entry in entries if entry.kind == "teacher"]
+    others = [entry for entry in entries if entry.kind != "teacher"]
+    return [*(teacher if part.number == 1 else []), *others[part.number - 1 :: part.count]]
+
+
+def _make_teacher(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
+    """Train the teacher where the study makes it, and write the cache where students share one and any of them is still to be trained."""
+    for entry in entries:
+        if (
+            entry.kind == "teacher"
+            and entry.train is not None
+            and not jobs.is_finished(entry.run_folder(recipe.folder))
+        ):
+            log.info("study: training the teacher on %s", counted(ranks, "rank"))
+            _launch(recipe, entry, ranks)
+    students = [entry.run_folder(recipe.folder) for entry in entries if entry.kind == "student"]
+    if recipe.teacher.share_cache and not all(map(jobs.is_finished, students)):
+        _cache(recipe, ranks)
+
+
+def _note_teacher(recipe: Recipe) -> None:
+    """Tell the other parts that the teacher, its cache and its scores are there."""
+    write_text(recipe.folder / PARTS / "teacher.json", json.dumps({"recipe": digest([dump_recipe(recipe)])}))
+
+
+def _teacher_is_ready(recipe: Recipe) -> bool:
+    noted = read(recipe.folder / PARTS / "teacher.json")
+    made = recipe.finetune is None or jobs.is_finished(recipe.folder / "teacher")
+    return made and isinstance(noted, dict) and noted.get("recipe") == digest([dump_recipe(recipe)])
+
+
+def _wait_for(is_there: Callable[[], bool], what: str) -> None:
+    """Wait for what another part of the study makes."""
+    if not is_there():
+        log.info("study: waiting for %s", what)
+    while not is_there():
+        time.sleep(LOOKS_EVERY)
+
+
+def _score(recipe: Recipe, entries: Sequence[StudyEntry], ours: Sequence[StudyEntry]) -> list[str]:
     """Take every scoring step that the recipe asks for; the mistakes of those that can't be taken, which cost the others nothing."""
     settings, folder = recipe.evaluation, recipe.folder
     trust = recipe.teacher.trust_remote_code or recipe.student.trust_remote_code
-    models = {entry.name: _model(recipe, entry) for entry in entries}
-    teacher = next(models[entry.name] for entry in entries if entry.kind == "teacher")
-    named = list(models.items())
-    students = [(entry.name, models[entry.name]) for entry in entries if entry.kind != "teacher"]
+    named = [(entry.name, _model(recipe, entry)) for entry in ours]
+    teacher = next(_model(recipe, entry) for entry in entries if entry.kind == "teacher")
+    students = [(entry.name, model) for entry, (_, model) in zip(ours, named, strict=True) if entry.kind != "teacher"]
+    trained = [entry.name for entry in ours if entry.kind != "teacher" and entry.train is not None]
     generations = folder / GENERATION.folder
     take: dict[ScoringStep, Callable[[Path], object]] = {
         GENERATION: lambda out: generation.generate(named, settings, recipe.data, out, trust_remote_code=trust),
@@ -118,12 +180,13 @@ def _score(recipe: Recipe, entries: Sequence[StudyEntry]) -> list[str]:
         AGREEMENT: lambda out: agreement.agree(
             students, teacher, settings, recipe.data, generations, out, trust_remote_code=trust
         ),
-        ANGLES: lambda _: angles(folder, rows=settings.angles_rows),
+        ANGLES: lambda _: angles(folder, rows=settings.angles_rows, only=trained),
     }
     mistakes = []
     for step in SCORING_STEPS:
+        models = trained if step is ANGLES else named if step.of_teacher else students
         try:
-            if step.asked(settings):
+            if models and step.asked(settings):
                 take[step](folder / step.folder)
         except InputError as error:
             mistakes.append(str(error))
@@ -177,17 +240,20 @@ def _run(ranks: int, arguments: list[str], what: str, resume_point: str) -> None
         )
 
 
-def _write_undistilled(recipe: Recipe, entries: Sequence[StudyEntry]) -> None:
+def _write_undistilled(recipe: Recipe, entries: Sequence[StudyEntry], part: Part = WHOLE) -> None:
     """The students before their first step, for the baseline."""
-    for entry in entries:
+    for entry in dealt(entries, part):
         target = recipe.folder / entry.model
         if entry.strategy != "undistilled":
             continue
         seeded = recipe if entry.seed is None else recipe.changed({"seed": entry.seed})
         kept = None
         if recipe.student.is_measured:
-            start = measured_start(recipe, entries, entry).run_folder(recipe.folder)
-            seeded, kept = with_blocks(seeded, start), kept_width(seeded, start)
+            start = measured_start(recipe, entries, entry)
+            run = start.run_folder(recipe.folder)
+            what = f"{start.name}, whose training finds what {entry.name} keeps of the teacher"
+            _wait_for(lambda run=run: jobs.is_finished(run), what)
+            seeded, kept = with_blocks(seeded, run), kept_width(seeded, run)
         decides = ("student.", "teacher.", "finetune.", "seed", "train.dtype")
         parts = {} if kept is None else {"width": asdict(kept)}
         made_of = json.dumps(

@@ -104,7 +104,6 @@ def run(
     todo = pending(unscored, out)
     log.info("%s: %d of %d models are up to date", step.names.name, len(unscored) - len(todo), len(unscored))
     out.mkdir(parents=True, exist_ok=True)
-    (out / step.log_name).unlink(missing_ok=True)
     used = _devices(todo, process) if devices is None else devices
     sizes = _sizes(todo, weights, len(used), out)
     todo = sorted((model for model in todo if model.name in sizes), key=lambda model: process(model).rank)

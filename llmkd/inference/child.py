@@ -11,8 +11,10 @@ import json
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,11 @@ class Child:
         variables = {"TOKENIZERS_PARALLELISM": "false", **(variables or {})}
         (read, orders), (lines, write) = os.pipe(), os.pipe()
         with log_file.open("a") as errors:  # a group of its own: Ctrl-C is for the parent, which ends all of the group
+            print(
+                f"--- {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}, {module} on {socket.gethostname()}",
+                file=errors,
+                flush=True,
+            )
             files = (read, write, errors.fileno())
             name = module.rpartition(".")[2]
             self._process = starting.start(module, [], variables, name=name, files=files, group=True)

@@ -9,9 +9,10 @@ import functools
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -41,6 +42,28 @@ class OutputPath(click.Path):
         return Path(os.path.expanduser(text))
 
 
+class Part(NamedTuple):
+    """The part of a study that one of several machines does: `number`, from 1, of `count`."""
+
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
+class _Part(click.ParamType):
+    name = "part"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Part:
+        match = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", str(value))
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            self.fail(
+                f"{value!r}: write which machine of how many, e.g. 1/4, 2/4, 3/4 and 4/4 on four machines", param, ctx
+            )
+        return Part(int(match[1]), int(match[2]))
+
+
 def _not_here(context: click.Context, option: click.Parameter, folder: Path | None) -> Path | None:
     """The folder of one run, which holds nothing else."""
     if folder == Path("."):
@@ -50,6 +73,13 @@ def _not_here(context: click.Context, option: click.Parameter, folder: Path | No
 
 SET = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, e.g. train.steps=100."
+)
+SHARD = click.option(
+    "--shard",
+    type=_Part(),
+    default="1/1",
+    metavar="I/N",
+    help="Do part I of N of the study, on one of N machines that share its folder.",
 )
 _TRAIN_OPTIONS = (
     click.option("--recipe", "-r", default="quickstart", show_default=True, help="Recipe file, or a name in recipes/."),

@@ -11,17 +11,23 @@ from typing import Any
 import pytest
 import yaml
 
+from llmkd import study as module
 from llmkd.cli import main
 from llmkd.distributed.launch import Ending
 from llmkd.errors import InputError
 from llmkd.evaluation import generation
+from llmkd.processes import only_one_in
+from llmkd.recipe.options import Part
 from llmkd.recipe.recipe import load_recipe
-from llmkd.recipe.study_entries import entry_recipe, study_entries
+from llmkd.recipe.study_entries import StudyEntry, entry_recipe, study_entries
+from llmkd.report.write import report
 from llmkd.study import study
 from llmkd.train import train
 from llmkd.training import jobs
 from tests.few_tasks import few_tasks
 from tests.tiny import recipe_values
+
+SCORED = ("generations", "evaluations", "agreement", "angles")
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +116,74 @@ def test_study_is_run_once_and_reported(
         study(load_recipe(recipe_file), ranks=3)
 
 
+def test_two_parts_on_machines_that_share_the_folder_are_the_whole_study(
+    recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    inside: list[Any],
+) -> None:
+    """The study above, in two parts; the second, which is started first, waits until the first has the teacher's texts."""
+    recipe, whole = load_recipe(recipe_file, [f"output={tmp_path}"]), recipe_file.parent / "runs" / "tiny"
+
+    class Waiting(Exception): ...
+
+    def waits(seconds: float) -> None:
+        raise Waiting
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO), pytest.raises(Waiting):
+        patch.setattr(module.time, "sleep", waits)
+        study(recipe, 1, Part(2, 2))
+    assert "waiting for part 1/2 of this study" in caplog.text and not (recipe.folder / "students").exists()
+    assert study(recipe, 1, Part(1, 2)) is None
+    trained = [[folder.name for folder in sorted((recipe.folder / "students").iterdir())]]
+    assert study(recipe, 1, Part(2, 2)) is None
+    trained.append([folder.name for folder in sorted((recipe.folder / "students").iterdir())])
+    assert trained == [["all_to_one-s0"], ["all_to_one-s0", "ce_only-s0"]]
+    assert sum(order["model"]["name"] == "teacher" for order in inside) == 2, "its texts and lm-eval, once each"
+    results = sorted(file.relative_to(whole) for name in SCORED for file in (whole / name).glob("*.json"))
+    assert len(results) == 4 + 4 + 3 + 2
+    for file in results:
+        ours, theirs = (json.loads((folder / file).read_text()) for folder in (recipe.folder, whole))
+        assert numbers(ours) == pytest.approx(numbers(theirs), rel=1e-6, nan_ok=True) and ours["error"] is None, file
+    for student in ("all_to_one-s0", "ce_only-s0"):
+        weights = Path("students") / student / "model" / "model.safetensors"
+        assert (recipe.folder / weights).read_bytes() == (whole / weights).read_bytes()
+    assert report(recipe.folder).results.problems == {}
+    with pytest.raises(InputError, match="works in this folder"), only_one_in(recipe.folder / "parts" / "2-of-2"):
+        study(recipe, 1, Part(2, 2))
+
+
+def numbers(result: dict[str, Any]) -> list[float]:
+    """All scores and angles of a result file, in the file's order."""
+    left: list[Any] = [result.get(key) for key in ("metrics", "tasks", "stacks")]
+    found: list[float] = []
+    while left:
+        value = left.pop()
+        left += list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        found += [value] if isinstance(value, float | int) else []
+    assert found
+    return found
+
+
+def test_parts_deal_out_every_model_once() -> None:
+    kinds = ["teacher", *["student"] * 5]
+    entries = [
+        StudyEntry(name=f"m{n}", kind=kind, strategy="none", seed=n, model="m", train=None)
+        for n, kind in enumerate(kinds)
+    ]  # type: ignore[arg-type]
+    dealt = [[entry.name for entry in module.dealt(entries, Part(number, 3))] for number in (1, 2, 3)]
+    assert dealt == [["m0", "m1", "m4"], ["m2", "m5"], ["m3"]]
+    assert module.dealt(entries, module.WHOLE) == entries
+
+
+@pytest.mark.parametrize("given", ["0/2", "3/2", "2", "1/2/3", "a/b", "-1/2"])
+def test_a_part_that_there_is_not_is_refused(given: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ending:
+        main(["study", "quickstart", "--shard", given])
+    assert ending.value.code == 2 and "1/4, 2/4, 3/4 and 4/4" in capfd.readouterr().err
+
+
 def test_a_step_that_can_not_be_done_costs_the_others_nothing(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, inside: list[Any]
 ) -> None:
@@ -190,8 +264,6 @@ def test_what_would_stop_a_study_is_said_before_anything_is_written(
 def test_a_study_makes_one_cache_and_teaches_all_students_from_it(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmkd import study as module
-
     sets = ["study.strategies=[forward, random]", "study.baselines=[]", "data.rows=24", "matching.target_block=null"]
     recipe = load_recipe(recipe_file, [*sets, f"output={tmp_path}", "teacher.share_cache=true", "cache.shard_mib=0.1"])
     launched: list[list[str]] = []

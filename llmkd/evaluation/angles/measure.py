@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -64,8 +64,11 @@ def angles(
     recipe: str | None = None,
     overrides: Sequence[str] = (),
     rows: int | None = None,
+    only: Collection[str] | None = None,
 ) -> dict[str, Path]:
     """Angles of every trained student of a study's folder, or of the one in a training folder; the result files by name.
+
+    `only`: the names of the study's students that are asked for; default: all.
 
     The rows are the first of the source of `evaluation.generation`, for encoders of `evaluation.classification`; all else is as
     `step.run` says. Raises InputError for a folder that is neither, and for rows that can't be read.
@@ -93,6 +96,7 @@ def angles(
             versions=packages,
         )
         for student in students
+        if only is None or student.name in only
     ]
     out = folder / ANGLES.folder
     task = Task(teacher, rows, {student.name: student for student in students}, out)

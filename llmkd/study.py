@@ -251,8 +251,9 @@ def _write_undistilled(recipe: Recipe, entries: Sequence[StudyEntry], part: Part
         if recipe.student.is_measured:
             start = measured_start(recipe, entries, entry)
             run = start.run_folder(recipe.folder)
-            what = f"{start.name}, whose training finds what {entry.name} keeps of the teacher"
-            _wait_for(lambda run=run: jobs.is_finished(run), what)
+            if part != WHOLE:  # its student may be another part's
+                what = f"{start.name}, whose training finds what {entry.name} keeps of the teacher"
+                _wait_for(lambda run=run: jobs.is_finished(run), what)
             seeded, kept = with_blocks(seeded, run), kept_width(seeded, run)
         decides = ("student.", "teacher.", "finetune.", "seed", "train.dtype")
         parts = {} if kept is None else {"width": asdict(kept)}

@@ -217,6 +217,9 @@ def _plain_run(recipe: Recipe, teacher_folder: Path, student_folder: Path) -> Pl
             + recipe.loss.kl * parts["kl"]
             + (recipe.loss.hidden * parts["hidden"] if pairs else 0)
         )
+        if recipe.loss.router:
+            parts["router"] = plain_balance(student, batch)
+            loss = loss + recipe.loss.router * parts["router"]
         loss.backward()
         if recipe.train.clip:
             torch.nn.utils.clip_grad_norm_(parameters, recipe.train.clip)
@@ -234,6 +237,18 @@ def _plain_run(recipe: Recipe, teacher_folder: Path, student_folder: Path) -> Pl
         losses.append({"loss": loss.item(), **{k: v.item() for k, v in parts.items()}})
     student = student if adapted is None else adapted.merge_and_unload()
     return {name: p.detach() for name, p in student.named_parameters()}, losses
+
+
+def plain_balance(student: Any, batch: Any) -> torch.Tensor:
+    """transformers' own loss of a Qwen3-MoE's routers, of each row alone, averaged over tokens."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func  # few tests need it
+
+    total, shape = torch.zeros(()), student.config
+    for ids, attended in zip(batch.input_ids, batch.attended, strict=True):
+        logits = student(ids[attended][None], output_router_logits=True).router_logits
+        value = load_balancing_loss_func(logits, shape.num_experts, shape.num_experts_per_tok)
+        total = total + attended.sum() * value
+    return total / batch.attended.sum()
 
 
 def with_adapters(model: Any, lora: Lora, seed: int) -> Any:

@@ -110,6 +110,15 @@ class Batch:
         """Its documents; None where each row is one."""
         return None if self.starts is None else Packed(self.position_ids, self.starts, self.longest)
 
+    def of_rows(self) -> Tensor:
+        """[R, M] float32: 1 where one of the tokens that are not padding is of the row, when packed of the document."""
+        if self.starts is None:
+            count, row = len(self.attended), self.attended_at // self.attended.shape[1]
+        else:
+            count = len(self.starts) - 1
+            row = torch.searchsorted(self.starts.long(), self.attended_at, right=True) - 1
+        return (row == torch.arange(count, device=row.device)[:, None]).float()
+
     @property
     def counts(self) -> Counts:
         """Its tokens; from shapes only, so nothing is read from the device."""

@@ -23,6 +23,8 @@ class Weights:
     hidden: float
     kl_positions: str
     hidden_positions: str
+    router: float = 0.0
+    """Of the routers' load balance, which is summed over all tokens that are not padding."""
     pairs: tuple[float, ...] | None = None
     """What each pair counts in the hidden part; None: 1 each."""
 

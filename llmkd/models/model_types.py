@@ -51,6 +51,8 @@ class ModelType:
     narrows: bool = False
     """Its blocks are RMSNorm, SwiGLU and grouped-query attention under Llama's names, and its head_dim stands in its configuration: a
     student can be made of a part of its width (llmkd.models.width)."""
+    router: str | None = None
+    """The router of a block that has experts, by its name in the block; its output begins with the logits [B*T, experts]."""
     ends: tuple[str, ...] | None = None
     """The modules between the last block and the head, by name; a model may lack some. None: stepping stones have not been tested on it."""
     starts: Mapping[str, Callable[[], nn.Module | None]] = field(default_factory=dict)
@@ -167,7 +169,7 @@ MODEL_TYPES: dict[str, ModelType] = {
     "phi3": _LLAMA,
     "qwen2": replace(_LLAMA, takes_masks=True),
     "qwen3": replace(_LLAMA, takes_masks=True, narrows=True),
-    "qwen3_moe": replace(_LLAMA, has_stages=False),
+    "qwen3_moe": replace(_LLAMA, has_stages=False, router="mlp.gate"),
     "roberta": _ROBERTA,
     "smollm3": replace(_LLAMA, takes_masks=True),
     "stablelm": replace(_LLAMA, varlen=False),

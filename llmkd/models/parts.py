@@ -64,6 +64,12 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
     return nn.ModuleList(block for stack in (first, *others) for block in stack.blocks) if others else first.blocks
 
 
+def routers(model: PreTrainedModel) -> list[nn.Module]:
+    """The routers of the blocks that have experts, in order; none of a model type whose routers are not known."""
+    wanted = model_type(model.config).router
+    return [module for block in blocks(model) for name, module in block.named_modules() if name == wanted]
+
+
 def stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
     """The model's stacks of blocks, in the order in which they run."""
     return _KINDS[kind(model.config)].stacks(model)

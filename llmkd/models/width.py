@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -104,7 +103,8 @@ def zero_sums(config: PreTrainedConfig, blocks: int, device: torch.device) -> Su
 @contextlib.contextmanager
 def measured(stack: Sequence[nn.Module], head_dim: int, batch: Batch, sums: Sums) -> Iterator[None]:
     """Inside, one pass of the batch through these blocks adds its rows to `sums`; padding counts nothing, a packed document is a row."""
-    row_means = _row_means(batch)
+    rows = batch.of_rows()
+    row_means = rows / rows.sum(1, keepdim=True).clamp(min=1)
 
     def add(name: str, place: int, activation: Tensor) -> None:
         tokens = activation.flatten(0, 1)[batch.attended_at].float()
@@ -126,13 +126,6 @@ def measured(stack: Sequence[nn.Module], head_dim: int, batch: Batch, sums: Sums
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _row_means(batch: Batch) -> Tensor:
-    """[rows, N]: what makes of N tokens that are not padding the mean of each row's, or of each packed document's."""
-    begins = batch.position_ids.flatten()[batch.attended_at] == 0
-    of_row = F.one_hot(begins.long().cumsum(0) - 1).T.float()
-    return of_row / of_row.sum(1, keepdim=True)
 
 
 def chosen(sums: Sums, student: PreTrainedConfig, groups: int) -> Kept:

@@ -80,6 +80,7 @@ def plan(recipe: Recipe, ranks: int, config: PreTrainedConfig | None = None) -> 
         *student_rows(recipe, trained, projectors, zero, ranks),
         *activation_rows(recipe, student, teacher, placed.pairs, ranks, in_adapters=trained.for_activations),
         *head_rows(recipe, student, teacher),
+        *router_rows(recipe, student),
         *rollout_rows(recipe, student, teacher, sharded=zero_stage(dict(zero)) == 3),
     ]
 
@@ -274,6 +275,15 @@ def head_rows(recipe: Recipe, student: Shapes, teacher: Shapes) -> list[Row]:
     how = f"{millions(student.head)} x {size} B"
     rows.append(Row("gradient of the head, waiting", student.head * size, how, ("backward",)))
     return rows
+
+
+def router_rows(recipe: Recipe, student: Shapes) -> list[Row]:
+    """What the routers' load balance keeps for the backward pass."""
+    if not recipe.loss.router:
+        return []
+    tokens = recipe.train.micro_batch_size * recipe.data.max_length
+    how = f"[{tokens:,}, {student.routed}] x {WIDE} B"
+    return [Row("the routers' probabilities", tokens * student.routed * WIDE, how, ("head", "backward"))]
 
 
 def _in_one_kernel(recipe: Recipe) -> bool:

@@ -18,7 +18,7 @@ from llmkd.models.families import kind
 from llmkd.models.load import load_config, student_config, without_weights
 from llmkd.models.lora import adapter_sizes, targeted
 from llmkd.models.make import block_choice
-from llmkd.models.parts import blocks, head
+from llmkd.models.parts import blocks, head, routers
 from llmkd.models.stored import read_config
 from llmkd.models.width import check_narrowed
 from llmkd.recipe.recipe import Recipe
@@ -50,6 +50,8 @@ class Shapes:
     """Every block's parameters."""
     head_apart: bool
     """The head has weights of its own; else it is tied to the embeddings."""
+    routed: int = 0
+    """The experts that a token is rated for, over all routers."""
 
 
 def shapes(config: PreTrainedConfig) -> Shapes:
@@ -74,6 +76,7 @@ def shapes(config: PreTrainedConfig) -> Shapes:
         normed_queries=any(name.endswith("q_norm.weight") for name, _ in stack[0].named_parameters()),
         each_block=tuple(parameter_count(block) for block in stack),
         head_apart=head(model).weight is not model.get_input_embeddings().weight,
+        routed=sum(config.num_experts for _ in routers(model)),
     )
 
 

@@ -245,7 +245,8 @@ def within(
 
 
 class Loss(Section):
-    """What is minimised: `ce` × cross-entropy + `kl` × divergence + `hidden` × distance of the matched states."""
+    """What is minimised: `ce` × cross-entropy + `kl` × divergence + `hidden` × distance of the matched states
+    + `router` × load balance."""
 
     ce: float = Field(default=1.0, ge=0)
     """Weight of the cross-entropy with the data."""
@@ -253,6 +254,9 @@ class Loss(Section):
     """Weight of the divergence from the teacher's distribution."""
     hidden: float = Field(default=3.0, ge=0)
     """Weight of the distance between matched states (section `matching`), a mean over pairs and tokens."""
+    router: float = Field(default=0.0, ge=0)
+    """Weight of the load balance of a Qwen3-MoE student's routers: transformers' auxiliary loss, taken row by row (packed: by document) and
+    averaged over all tokens, so that micro-batches change nothing. Validations and report_norms_every leave it out."""
     divergence: str | dict[str, float] = Field(
         default="forward_kl", examples=["jsd", {"forward_kl": 0.5, "reverse_kl": 0.5}]
     )

@@ -17,8 +17,9 @@ from llmkd.data.batches import Batch
 from llmkd.losses.distance_sum import AllRows
 from llmkd.losses.head_inputs import Terms
 from llmkd.losses.head_kernels import HeadKernel
+from llmkd.losses.load_balance import load_balance
 from llmkd.models.families import kind
-from llmkd.models.parts import blocks, encoder_blocks, final_state, head, head_bias, on_state
+from llmkd.models.parts import blocks, encoder_blocks, final_state, head, head_bias, on_state, routers
 from llmkd.student.connectors import watched
 from llmkd.student.gradient_norms import Tail, TailPass
 from llmkd.student.lens import with_readings
@@ -67,6 +68,7 @@ class Distiller(nn.Module):
         self._final_block = len(stack) - 1 if normed_last and kind(model.config) == "decoder" else None
         for block in set(student_blocks) - {self._final_block}:
             on_state(model, block, functools.partial(self._match, block), normed=normed_last)
+        self._routers = dict(enumerate(routers(model)))
         self._tail = Tail(model, normed_last=normed_last)
         self._matching: Matching | None = None  # for the hooks, while `forward` runs
 
@@ -76,6 +78,7 @@ class Distiller(nn.Module):
         with (
             self._tail.recorded(settings.report_norms) as tail,
             watched(self._stone_blocks if settings.stones is not None else {}) as stone_states,
+            watched(self._routers if settings.router_scale else {}) as routed,
             self._matched(batch, signal, settings, micro_batch, tail) as matching,
         ):
             final = final_state(self.model, batch)
@@ -111,12 +114,18 @@ class Distiller(nn.Module):
             weights = settings.weights.of_pairs(len(distances))
             weighted = [distance * weight for distance, weight in zip(distances, weights, strict=True)]
             loss = loss + settings.scales[2] * torch.stack(weighted).sum()
+        router = None
+        if routed:
+            chosen = self.model.config.num_experts_per_tok
+            router = load_balance(list(routed.values()), batch.attended_at, batch.of_rows(), chosen)
+            loss = loss + settings.router_scale * router
         return PassResult(
             loss if stones is None else loss + stones.loss,
             torch.stack([result.ce, result.kl, *(distance.detach() for distance in distances)]),
             None if tail is None else _squares(tail, final, result.gradients, matching),
             result.teacher_ce,
             None if stones is None else stones.sums,
+            None if router is None else router.detach(),
             result.agreement,
         )
 

@@ -71,6 +71,8 @@ class StepSettings:
     """On texts that the student wrote, where it is another."""
     sample_seeds: tuple[int, ...] = ()
     """By micro-batch, the seed of its sample of tokens; empty where all tokens are compared."""
+    router_scale: float = 0.0
+    """The factor of this rank's sum of the routers' load balance in its loss."""
     stones: StoneSettings | None = None
     keeps_head: bool = False
     """Run the head even where the weights of both its parts have become 0: DeepSpeed gives a parameter without a gradient that of the
@@ -132,5 +134,7 @@ class PassResult(NamedTuple):
     """[], the teacher's own cross-entropy summed over the trained positions, where it is asked for and a teacher's logits are at hand."""
     stones: StoneSums | None = None
     """None where no stone was run."""
+    router: Tensor | None = None
+    """[], the routers' load balance summed over this rank's tokens, without its weight, where it has one."""
     agreement: Tensor | None = None
     """[], at how many trained positions student and teacher find the same token likeliest, in a validation with the teacher's logits."""

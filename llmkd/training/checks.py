@@ -16,7 +16,8 @@ from llmkd.models.families import KIND_NAMES, check_logits, model_type
 from llmkd.models.liger import check_liger
 from llmkd.models.load import without_weights
 from llmkd.models.lora import targeted
-from llmkd.models.parts import blocks
+from llmkd.models.model_types import types_with
+from llmkd.models.parts import blocks, routers
 from llmkd.models.per_block import are_alike
 from llmkd.models.stored import read_config
 from llmkd.models.width import check_narrowed
@@ -188,6 +189,19 @@ def _check_place_of(
             "trust_remote_code runs a folder's; write false"
         )
     targeted(without_weights(config, trust_remote_code=trust_remote_code), lora.targets, key)
+
+
+def check_routed(recipe: Recipe, student: PreTrainedConfig) -> None:
+    """Raise InputError for a load balance of a student, of this configuration, that has no router."""
+    if not recipe.loss.router:
+        return
+    trust = (recipe.student if recipe.student.init == "checkpoint" else recipe.teacher).trust_remote_code
+    if not routers(without_weights(student, trust_remote_code=trust)):
+        known = ", ".join(types_with(lambda row: row.router is not None))
+        raise InputError(
+            f"loss.router: no block of the student, a {student.model_type!r} model, has a router that is known (those of {known} are); "
+            "write 0, or copy blocks with experts"
+        )
 
 
 def check_upper_blocks(

@@ -147,13 +147,14 @@ def check_student(recipe: Recipe, family: Family, teacher: Any, student: Any) ->
     checks.check_adapted(recipe, family, student, pairs=pairs)
     weights = _weights(recipe, pairs, stones)
     _check_redraws(recipe, teacher, student)
+    shape = student
     if not checkpoint:
         checks.check_measured(recipe, teacher)
         chosen = make.stack_choices(recipe.student.planned_blocks, student_depths, depths)
-        load.student_config(teacher, chosen, recipe.student.width)  # refuses widths that do not go together
+        shape, whole = (load.student_config(teacher, chosen, width) for width in (recipe.student.width, {}))
         if recipe.student.init == "teacher" and family.kind == "decoder":
-            shape = load.student_config(teacher, chosen, {})
-            load.check_copied_config(teacher, shape, chosen, trust_remote_code=recipe.teacher.trust_remote_code)
+            load.check_copied_config(teacher, whole, chosen, trust_remote_code=recipe.teacher.trust_remote_code)
+    checks.check_routed(recipe, shape)
     teacher_name, _ = recipe.teacher_start or ("finetune.architecture", None)
     _check_shape(recipe, "teacher", teacher, teacher_name, compared=bool(pairs))
     _check_shape(recipe, "student", student, recipe.student.path or "", compared=bool(pairs))
@@ -182,6 +183,7 @@ def _weights(recipe: Recipe, pairs: Pairs, stones: Pairs) -> Weights:
         ce=recipe.loss.ce,
         kl=recipe.loss.kl,
         hidden=recipe.loss.hidden if pairs else 0.0,
+        router=recipe.loss.router,
         kl_positions=recipe.loss.kl_positions,
         hidden_positions=recipe.matching.positions,
         pairs=recipe.matching.pair_weights if pairs else None,

@@ -63,6 +63,8 @@ class Interval:
     temperature: float | None
     weights: dict[str, float] | None
     norms: Norms | None
+    router: float | None
+    """The routers' load balance, without its weight."""
     stones: float | None
     """The stones' weighted loss, which is in `loss`."""
     stone_parts: dict[str, float]
@@ -127,6 +129,8 @@ class Meter:
         self._weighted: Tensor | None = None
         self._squares: Tensor | None = None
         self._divisors = [0, 0, 0]
+        self._router: Tensor | None = None
+        self._routed = 0
         self._computed: set[str] = set()
         self._tokens = 0
         self._steps = 0
@@ -141,6 +145,9 @@ class Meter:
             hidden = sum((d * w for d, w in zip(pairs, weights.of_pairs(len(pairs)), strict=True)), 0 * sums[0])
             weighted = torch.stack([sums[0] * weights.ce, sums[1] * weights.kl, hidden * weights.hidden])
             self._sums, self._weighted = _plus(self._sums, sums), _plus(self._weighted, weighted)
+            if result.router is not None:
+                self._router = _plus(self._router, result.router.double())
+        self._routed += settings.counts.attended
         # Not over a step in which the divergence weighs nothing any more: it was not computed.
         counts = (by.ce, by.kl if weights.kl > 0 else 0, by.hidden)
         self._divisors = [total + count for total, count in zip(self._divisors, counts, strict=True)]
@@ -165,9 +172,10 @@ class Meter:
         pairs = {name: d * len(self._pairs) / by.hidden for name, d in zip(self._pairs, totals[5:], strict=True)}
         norms = None if self._squares is None else self._norms(self._squares)
         stones, stone_parts = (None, {}) if self._stones is None else self._stones.means()
+        router = None if self._router is None else sum_tensor(self._world, self._router).item() / max(self._routed, 1)
         seconds, by_part = self.clock.read()
         interval = Interval(
-            loss=parts["loss"] + (stones or 0.0),
+            loss=parts["loss"] + (stones or 0.0) + self._weights.router * (router or 0.0),
             ce=own.get("ce"),
             kl=own.get("kl"),
             hidden=own.get("hidden"),
@@ -181,6 +189,7 @@ class Meter:
             temperature=moving.temperature,
             weights=moving.weights,
             norms=norms,
+            router=router,
             stones=stones,
             stone_parts=stone_parts,
             not_in_loss=apart or None,

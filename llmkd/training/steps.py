@@ -77,6 +77,7 @@ class Steps:
             own_divergence=self._own_divergence,
             temperature=self._temperature_of(step),
             sample_seeds=tuple(draw_seed(job.seed, step, number, world.rank) for number in samples),
+            router_scale=weights.router * world.size / max(counts.attended, 1),
             stones=self._stones(step, trained=by.ce, compared=by.kl),
             keeps_head=job.weights.ce > 0 or job.weights.kl > 0,
             report_norms=self._report_every > 0 and step % self._report_every == 0,

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from llmkd.errors import InputError
 from llmkd.models import load as models
 from llmkd.models import make as making
+from llmkd.planning.memory import plan
 from llmkd.recipe.recipe import load_recipe
 from llmkd.training import initial, jobs
 from tests.distributed.runner import run_on_ranks
-from tests.tiny import assert_same_weights, plain_run, quick
+from tests.tiny import assert_same_weights, plain_run
 
 SHAPE: dict[str, Any] = dict(
     vocab_size=320,
@@ -38,6 +37,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "zero3": {"teacher.placement": "zero3", "train.micro_batch_size": 2},
     "zero1": {},
     "random": {"student.init": "random", "student.copy_blocks": "spread"},
+    "balanced": {"loss.router": 0.5, "teacher.placement": "zero3", "train.micro_batch_size": 2},
+    "balanced_alone": {
+        "loss.router": 0.5,
+        "loss.kl": 0.0,
+        "loss.hidden": 0.0,
+        "matching.strategy": "none",
+        "data.batching": "packed",
+        "train.activation_checkpointing": True,
+    },
     "dense": {"student.init": "checkpoint", "student.blocks": None, "student.copy_blocks": "spread"},
 }
 
@@ -81,9 +89,15 @@ def test_a_run_is_that_of_plain_pytorch(name: str, runs: Path, tiny: Path, exper
     if name != "dense":
         student = tmp_path / "student"
         initial.initial_student(recipe, experts / "teacher", student)
-    expected, _ = plain_run(recipe, experts / "teacher", student)
+    expected, losses = plain_run(recipe, experts / "teacher", student)
     model: Any = AutoModelForCausalLM.from_pretrained(runs / name / "model", dtype=torch.float32)
     assert_same_weights({key: p.detach() for key, p in model.named_parameters()}, expected, 1e-6)
+    logged = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+    assert all(line.keys() >= {"loss", "ce"} for line in logged) and len(logged) == len(losses) == 3
+    for ours, theirs in zip(logged, losses, strict=True):
+        for part in ("loss", "router"):
+            assert ours.get(part) == pytest.approx(theirs.get(part), rel=2e-5), part
+    assert ("router" in logged[0]) == name.startswith("balanced")
 
 
 @pytest.mark.parametrize(
@@ -97,3 +111,37 @@ def test_each_block_keeps_its_kind(name: str, kinds: list[bool], runs: Path, exp
     if name != "dense":
         dense = [place for place, has_experts in enumerate(kinds) if not has_experts]
         assert (config["decoder_sparse_step"], config["mlp_only_layers"]) == (1, dense)
+
+
+def test_what_is_not_for_these_models_is_refused_before_anything_is_written(
+    tiny: Path, experts: Path, world: Any, tmp_path: Path
+) -> None:
+    recipe = load_recipe(tiny / "recipe.yaml").changed({**changes(tiny, experts, "zero1"), "loss.router": 0.01})
+    jobs.distil_job(world, recipe, tmp_path / "run")
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"student.copy_blocks": [0, 2, 4]}, "loss.router: no block of the student, a 'qwen3_moe' model, has a router"),
+        (
+            {**changes(tiny, experts, "dense"), "train.deepspeed": "cpu"},
+            "loss.router: no block of the student, a 'qwen3' model, has .* write 0, or copy blocks with experts",
+        ),
+        (
+            {"teacher.placement": "pipeline"},
+            "teacher.placement: a 'qwen3_moe' model has not been shown to work cut into stages; write zero3 or replic",
+        ),
+        (
+            {"student.intermediate_size": 16},
+            "student.intermediate_size: copied blocks of a 'qwen3_moe' model can't be narrowed",
+        ),
+    ]
+    for more, sentence in refused:
+        with pytest.raises(InputError, match=sentence):
+            jobs.distil_job(world, recipe.changed(more), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_counts_the_routers(tiny: Path, experts: Path) -> None:
+    """Of a student with two routers of four experts, on micro-batches of 4 x 64 tokens."""
+    recipe = load_recipe(tiny / "recipe.yaml").changed(changes(tiny, experts, "zero1"))
+    without, balanced = plan(recipe, 1), plan(recipe.changed({"loss.router": 0.01}), 1)
+    [row] = [row for row in balanced if row not in without]
+    assert (row.what, row.bytes) == ("the routers' probabilities", 4 * 64 * 2 * 4 * 4)

@@ -119,16 +119,31 @@ def merged(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     for name, layer in adapted(model).items() if state else ():
         weight = state.pop(f"{name}.base_layer.weight")
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        down, up = (state.pop(f"{name}.lora_{part}.{NAME}.weight").to(wide) for part in "AB")
-        update = layer.scaling[NAME] * (up @ down)
-        whole = weight.to(wide) + (update.T if layer.fan_in_fan_out else update)
+        down, up = (state.pop(f"{name}.lora_{part}.{NAME}.weight") for part in "AB")
         magnitude = state.pop(f"{name}.lora_magnitude_vector.{NAME}.weight", None)
-        if magnitude is not None:
-            inputs = 0 if layer.fan_in_fan_out else 1
-            scale = magnitude.to(wide) / torch.linalg.vector_norm(whole, dim=inputs)
-            whole = whole * scale.unsqueeze(inputs)
-        state[f"{name}.weight"] = whole.to(weight.dtype)
+        state[f"{name}.weight"] = _sum(layer, weight, down, up, magnitude)
         if (bias := state.pop(f"{name}.base_layer.bias", None)) is not None:
             state[f"{name}.bias"] = bias
     return state
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Add a model's adapters to its weights in place, one map after another; it is the plain model then."""
+    for name, layer in adapted(model).items():
+        base = layer.base_layer
+        magnitude = layer.lora_magnitude_vector[NAME].weight if NAME in layer.lora_magnitude_vector else None
+        base.weight.data = _sum(layer, base.weight, layer.lora_A[NAME].weight, layer.lora_B[NAME].weight, magnitude)
+        model.set_submodule(name, base)
+
+
+def _sum(layer: Any, weight: Tensor, down: Tensor, up: Tensor, magnitude: Tensor | None) -> Tensor:
+    """A map's weight with its adapter added, in float32, in the weight's dtype."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    update = layer.scaling[NAME] * (up.to(wide) @ down.to(wide))
+    whole = weight.to(wide) + (update.T if layer.fan_in_fan_out else update)
+    if magnitude is not None:
+        inputs = 0 if layer.fan_in_fan_out else 1
+        scale = magnitude.to(wide) / torch.linalg.vector_norm(whole, dim=inputs)
+        whole = whole * scale.unsqueeze(inputs)
+    return whole.to(weight.dtype)

@@ -115,9 +115,10 @@ def _paper_losses(recipe: Recipe, matched: list[int]) -> list[float]:
     """Ten steps of AdamW on peft's adapters, two batches of three rows accumulated in each; the loss of each step before its update."""
     teacher: Any = AutoModelForCausalLM.from_pretrained(recipe.teacher_path, dtype=torch.float32).eval()
     base: Any = copy.deepcopy(teacher)
-    base.model.layers = torch.nn.ModuleList(base.model.layers[block] for block in COPIED)
-    for place in range(len(COPIED)):
-        base.model.layers[place].self_attn.layer_idx = place
+    copied: list[Any] = [base.model.layers[block] for block in COPIED]
+    for place, block in enumerate(copied):
+        block.self_attn.layer_idx = place
+    base.model.layers = torch.nn.ModuleList(copied)
     base.config.num_hidden_layers, base.config.layer_types = len(COPIED), base.config.layer_types[: len(COPIED)]
     base.config.use_cache = False
     torch.manual_seed(recipe.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from llmkd.files import read, write_folder, write_json
 from llmkd.models.folders import copy_tokenizer
 from llmkd.models.load import load_config, load_model, without_weights
 from llmkd.models.lora import NAME, adapted, merge
-from llmkd.models.parts import head
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 READ = {"r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"}
@@ -124,17 +124,18 @@ def _give(model: PreTrainedModel, folder: Path, key: str) -> None:
 
     config, is_meta = _config(folder, key), next(model.parameters()).is_meta
     other = f"{folder} is for another model than its path's"
+    output = model.get_output_embeddings()
     try:
-        inject_adapter_in_model(config, model, NAME, low_cpu_mem_usage=is_meta)
+        with warnings.catch_warnings(action="ignore"):  # about tied weights, which are refused below
+            inject_adapter_in_model(config, model, NAME, low_cpu_mem_usage=is_meta)
     except ValueError as error:  # the model lacks the maps, or LoRA has no place in one
         raise InputError(
             f"{key}: {other} ({first_line(error)}); give the path of the model that it was trained on"
         ) from error
-    output: Any = head(model)
     for name, layer in adapted(model).items():
         if not isinstance(layer.base_layer, nn.Linear | Conv1D):
             raise InputError(f"{key}: {folder} adapts {name}, which is no linear map; {MERGE}")
-        if layer is output and model.config.tie_word_embeddings:
+        if layer.base_layer is output and model.config.tie_word_embeddings:
             raise InputError(f"{key}: {folder} adapts {name}, whose weights are the embeddings' too; {MERGE}")
     wanted = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
     ours = {name: tuple(tensor.shape) for name, tensor in wanted.items()}

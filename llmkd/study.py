@@ -53,7 +53,7 @@ from llmkd.text import counted
 from llmkd.training import jobs
 from llmkd.training.checkpoint import check_same
 from llmkd.training.checks import teacher_shape
-from llmkd.training.initial import initial_student, kept_width, with_blocks
+from llmkd.training.initial import initial_student, kept_width, merged_teacher, with_blocks
 from llmkd.training.pairs import depths_of, maps_of
 from llmkd.training.write_cache import writing_recipe
 
@@ -132,6 +132,7 @@ def dealt(entries: Sequence[StudyEntry], part: Part) -> list[StudyEntry]:
 
 def _make_teacher(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
     """Train the teacher where the study makes it, and write the cache where students share one and any of them is still to be trained."""
+    merged_teacher(recipe)
     for entry in entries:
         if (
             entry.kind == "teacher"

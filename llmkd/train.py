@@ -265,6 +265,7 @@ def command(
     )
     stopping = Stopping()
     check_ds_configs(settings, world.size)  # the student's too, before a teacher is trained
+    on_main(world, lambda: initial.merged_teacher(settings))
     if settings.finetune is not None:
         train(world, jobs.finetune_job(world, settings, settings.folder / "teacher"), stopping)
     if cache_only and sum_counts(world, [int(stopping.asked)]) == [0]:

@@ -59,8 +59,7 @@ def write_merged(
     from peft import set_peft_model_state_dict  # heavy; few recipes have an adapter
 
     source = _folder(adapter, key)
-    stored = load_config(base, trust_remote_code=trust_remote_code).dtype
-    wide = torch.promote_types(stored if isinstance(stored, torch.dtype) else torch.float32, dtype)
+    wide = summed_dtype(load_config(base, trust_remote_code=trust_remote_code), dtype)
     model = load_model(base, dtype=wide, ds_config=None, attention="eager", trust_remote_code=trust_remote_code)
     _give(model, source, key)
     for name, parameter in model.named_parameters():
@@ -76,6 +75,11 @@ def write_merged(
             write_json(tmp / "llmkd.json", dict(meta))
 
     write_folder(folder, write)
+
+
+def summed_dtype(base: PreTrainedConfig, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a model with an adapter added that is used in `dtype`: the model's own, or that where it is wider."""
+    return torch.promote_types(base.dtype if isinstance(base.dtype, torch.dtype) else torch.float32, dtype)
 
 
 def _folder(adapter: str, key: str) -> Path:

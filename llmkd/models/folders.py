@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,12 @@ def folder_contents(folder: Path, *, weights_alone: bool = False) -> str:
         for part in _sample(file):
             digest.update(part)
     return digest.hexdigest()[:16]
+
+
+def contents_of(paths: Mapping[str, str | None]) -> dict[str, str]:
+    """`<key>:contents`, a hash of the folder, for each key whose path is a folder here; a hub's model is known by its name."""
+    given = {key: Path(path).expanduser() for key, path in paths.items() if path is not None}
+    return {f"{key}:contents": folder_contents(folder) for key, folder in given.items() if folder.is_dir()}
 
 
 def _sample(file: Path) -> Iterator[bytes]:

@@ -19,6 +19,7 @@ from llmkd.files import ROOT
 from llmkd.losses.chunked_head import BUFFERS, rows_at_once
 from llmkd.losses.distance_sum import terms_of
 from llmkd.losses.head_kernels import takes_in
+from llmkd.models.adapter_folders import summed_dtype
 from llmkd.models.load import DTYPES
 from llmkd.planning.cache import cache_rows, cache_traffic
 from llmkd.planning.rollouts import rollout_rows
@@ -82,7 +83,19 @@ def plan(recipe: Recipe, ranks: int, config: PreTrainedConfig | None = None) -> 
         *head_rows(recipe, student, teacher),
         *router_rows(recipe, student),
         *rollout_rows(recipe, student, teacher, sharded=zero_stage(dict(zero)) == 3),
+        *sum_rows("teacher", recipe.teacher.adapter, config, teacher, recipe.teacher.dtype),
+        *sum_rows("student", recipe.student.adapter, student_shape, student, recipe.train.dtype),
     ]
+
+
+def sum_rows(who: str, adapter: str | None, config: PreTrainedConfig, shape: Shapes, dtype: str) -> list[Row]:
+    """A model and its adapter, while the one is added to the other, and the folder of their sum."""
+    if adapter is None:
+        return []
+    size = summed_dtype(config, DTYPES[dtype]).itemsize
+    what, how = f"{who} and its adapter's sum", f"{millions(shape.parameters)} x {size} B, by one rank for all"
+    held = shape.parameters * size
+    return [Row(what, held, how, BEFORE, place="host"), Row(what, held, how, place="disk")]
 
 
 def student_rows(recipe: Recipe, student: Trained, projectors: int, zero: Mapping[str, Any], ranks: int) -> list[Row]:

@@ -68,6 +68,9 @@ class Teacher(Section):
 
     path: str | None = None
     """HF folder or hub name; left out if the recipe has a section `finetune`, which makes the teacher."""
+    adapter: str | None = None
+    """A folder of LoRA adapters as peft writes it, trained on the model at `path`: their sum is the teacher. It is written once, as a plain
+    model, into teacher/ of the run's folder (`output`/`name`), and read from there."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     trust_remote_code: bool = False
@@ -95,6 +98,10 @@ class Teacher(Section):
 
     @model_validator(mode="after")
     def _placed(self) -> Teacher:
+        if self.adapter is not None and self.path is None:
+            raise ValueError(
+                "teacher.adapter: it is added to a model's weights; write teacher.path too, the model that it was trained on"
+            )
         # A cache may be written by a sharded teacher or by a staged one.
         placed = self.placed
         if self.offload != "none" and placed.has_weights and not placed.is_sharded:
@@ -173,6 +180,8 @@ class Student(Section):
     the lowest cross-entropy; the whole teacher is loaded for it on every rank)."""
     path: str | None = None
     """HF folder or hub name, for init checkpoint."""
+    adapter: str | None = None
+    """As teacher.adapter, trained on the model at `path`: the student starts from their sum."""
     hidden_size: int | None = Field(default=None, gt=0, le=MOST_WIDE)
     """Width of the states between blocks; default, as for the four keys below: the teacher's. Under init random the new model has this
     width. Under init teacher (Qwen3, Llama, Mistral) the copied blocks are narrowed to it: the channels, MLP columns and attention heads
@@ -232,6 +241,11 @@ class Student(Section):
         if self.init != "checkpoint" and self.path is not None:
             raise ValueError(
                 f"student.path: only init checkpoint reads it (now {self.init}); write init: checkpoint, or leave it out"
+            )
+        if self.init != "checkpoint" and self.adapter is not None:
+            raise ValueError(
+                f"student.adapter: only init checkpoint reads it (now {self.init}); write teacher.adapter, to copy blocks of an adapted "
+                "teacher, or leave it out"
             )
         if self.init != "checkpoint" and self.blocks is None:
             raise ValueError("student.blocks: not given; write how many blocks the student has, e.g. blocks: 9")

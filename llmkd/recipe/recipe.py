@@ -259,8 +259,9 @@ class Recipe(Section):
 
     @property
     def teacher_path(self) -> str:
-        """Where the teacher is read: the given path, or what `finetune` makes."""
-        return self.teacher.path or str(self.folder / "teacher" / "model")
+        """Where the teacher is read: the given path, or what `finetune` makes, or the sum of path and adapter."""
+        given = self.teacher.path if self.teacher.adapter is None else None
+        return given or str(self.folder / "teacher" / "model")
 
     @property
     def teacher_start(self) -> tuple[str, str] | None:

@@ -166,9 +166,9 @@ def study_entries(recipe: Recipe) -> list[StudyEntry]:
 
 def _undistilled(recipe: Recipe) -> list[StudyEntry]:
     """The students before their first step: one per seed where the start is random, or measured on rows drawn by the seed."""
-    if recipe.student.init == "checkpoint":
+    if recipe.student.init == "checkpoint" and recipe.student.adapter is None:
         return [_entry(recipe, "undistilled", "baseline", model=recipe.student.path or "")]
-    if recipe.student.init == "teacher" and not recipe.student.is_measured:
+    if recipe.student.init != "random" and not recipe.student.is_measured:
         return [_entry(recipe, "undistilled", "baseline", strategy="undistilled", model="undistilled/copied")]
     return [
         _entry(

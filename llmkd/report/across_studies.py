@@ -34,6 +34,7 @@ DECIDES = {
         "evaluation.agreement_rows",
         "evaluation.generation.",
         "teacher.path",
+        "teacher.adapter",
         "teacher.revision",
         "finetune.",
     ),

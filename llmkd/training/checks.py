@@ -11,6 +11,7 @@ from llmkd.distributed.ds_configs import load_ds_config, zero_stage
 from llmkd.errors import InputError
 from llmkd.files import ROOT
 from llmkd.layer_map import Pairs
+from llmkd.models.adapter_folders import check_adapter
 from llmkd.models.architectures import new_config
 from llmkd.models.families import KIND_NAMES, check_logits, model_type
 from llmkd.models.liger import check_liger
@@ -152,6 +153,13 @@ def check_adapted(recipe: Recipe, family: Family, student: PreTrainedConfig, *, 
         raise InputError(
             "matching.embedding: under student.lora the student's embeddings are frozen, so that their pair teaches nothing; write false"
         )
+
+
+def check_adapter_folders(recipe: Recipe, teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
+    """Raise InputError for adapters that can't be added to the model at their path. `teacher`, `student`: its configurations."""
+    for key, section, base in (("teacher", recipe.teacher, teacher), ("student", recipe.student, student)):
+        if section.adapter is not None:
+            check_adapter(section.adapter, f"{key}.adapter", base, trust_remote_code=section.trust_remote_code)
 
 
 def check_tuned(recipe: Recipe, family: Family, start: PreTrainedConfig) -> None:

@@ -22,11 +22,15 @@ from llmkd.layer_map import EMBEDDING
 from llmkd.losses.distances import cosine
 from llmkd.losses.head_scores import head_scores
 from llmkd.models import families, folders, load, make, removal, width
+from llmkd.models.adapter_folders import write_merged
 from llmkd.models.architectures import new_config
 from llmkd.models.parts import blocks, final_state, whole_head
+from llmkd.processes import only_one_in
+from llmkd.recipe.inputs import training_inputs
 from llmkd.recipe.recipe import Recipe
 from llmkd.teachers.base import Demand
 from llmkd.training import build
+from llmkd.training.checkpoint import check_same
 from llmkd.training.jobs import Job, read_rows
 from llmkd.training.pairs import depths_of
 
@@ -37,6 +41,8 @@ BLOCKS = "blocks.json"
 """In a run's folder, the teacher's blocks that were measured for its student: the rule, the blocks, and what was measured."""
 WIDTH = "width.json"
 """In a run's folder, the parts of the copied blocks that its student was made of: numbers of channels, heads and MLP columns."""
+SUMMED = ("teacher.path", "teacher.adapter", "teacher.revision", "teacher.dtype")
+"""The inputs that decide a teacher with its adapters added."""
 TEXT_COLUMNS = ("prompt", "completion", "text", "text_a", "text_b")
 """Of rows, the columns that a new tokenizer is trained on."""
 
@@ -44,6 +50,12 @@ TEXT_COLUMNS = ("prompt", "completion", "text", "text_a", "text_b")
 def initial_student(recipe: Recipe, teacher: Path, folder: Path, kept: width.Kept | None = None) -> None:
     """Write the HF folder an undistilled student starts from (rank 0 alone); `kept`: the parts of the copied blocks, default all."""
     dtype = load.DTYPES[recipe.train.dtype]
+    if recipe.student.adapter is not None:
+        start = folders.resolve(recipe.student.path or "", "student.path")
+        own = recipe.student.trust_remote_code
+        write_merged(start, recipe.student.adapter, folder, key="student.adapter", dtype=dtype, trust_remote_code=own)
+        log.info("student: %s with the adapters of %s", recipe.student.path, recipe.student.adapter)
+        return
     trust = recipe.teacher.trust_remote_code
     shape = load.load_config(teacher, trust_remote_code=trust)
     depths, wanted = families.depths(shape), depths_of(recipe, shape)
@@ -61,6 +73,26 @@ def initial_student(recipe: Recipe, teacher: Path, folder: Path, kept: width.Kep
     log.info("student: %s blocks copied from the teacher's %s", " + ".join(map(str, wanted)), list(chosen))
     if kept is not None:
         log.info("student: of their width %s", ", ".join(f"{key} {size}" for key, size in kept.sizes.items()))
+
+
+def merged_teacher(recipe: Recipe) -> None:
+    """Write the teacher with its adapters added, where the recipe gives some, unless it is there (rank 0 alone).
+
+    Raises InputError where the sum of another model or of other adapters is there.
+    """
+    settings, folder = recipe.teacher, Path(recipe.teacher_path)
+    if settings.adapter is None:
+        return
+    inputs = {key: value for key, value in training_inputs(recipe).items() if key in SUMMED}
+    inputs |= folders.contents_of({"teacher.path": settings.path, "teacher.adapter": settings.adapter})
+    base = folders.resolve(settings.path or "", "teacher.path", settings.revision)
+    how: dict[str, Any] = {"dtype": load.DTYPES[settings.dtype], "trust_remote_code": settings.trust_remote_code}
+    with only_one_in(folder.parent, patience_seconds=600):  # several students may be started at once
+        if (meta := read(folder / "llmkd.json")) is not None:
+            check_same(meta["inputs"], inputs, folder.parent)
+            return
+        write_merged(base, settings.adapter, folder, key="teacher.adapter", meta={"inputs": inputs}, **how)
+    log.info("teacher: %s with the adapters of %s, in %s", settings.path, settings.adapter, folder)
 
 
 def initial_teacher(recipe: Recipe, tokenizer: Any, job: Job) -> None:

@@ -9,6 +9,7 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def distil_job(world: World, recipe: Recipe, folder: Path) -> Job:
         folder=folder,
         recipe=recipe,
         inputs=on_main(world, lambda: student_inputs(recipe)),
-        initial=checkpoint or folder / "initial",
+        initial=folder / "initial" if checkpoint is None or recipe.student.adapter else checkpoint,
         tokenizer=checkpoint or teacher,
         teacher=teacher if weights.kl or weights.hidden or stones else None,
         pairs=pairs,
@@ -137,6 +138,7 @@ def check_student(recipe: Recipe, family: Family, teacher: Any, student: Any) ->
     """
     checks.check_training(recipe, family)
     checks.check_tuned(recipe, family, teacher)
+    checks.check_adapter_folders(recipe, teacher, student)
     checkpoint = recipe.student.init == "checkpoint"
     if checkpoint:
         checks.check_same_classes(family, families.family(student))
@@ -277,19 +279,16 @@ def finetune_job(world: World, recipe: Recipe, folder: Path) -> Job:
 def student_inputs(recipe: Recipe) -> dict[str, Any]:
     """All that decides a student's weights: keys of the recipe, and hashes of the local files that it names."""
     inputs = {**training_inputs(recipe), **_contents(recipe, recipe.train, recipe.data)}
-    for key, path in (("teacher.path", recipe.teacher.path), ("student.path", recipe.student.path)):
-        if path is not None and Path(path).is_dir():
-            inputs[f"{key}:contents"] = folders.folder_contents(Path(path))
+    keys = ("teacher.path", "teacher.adapter", "student.path", "student.adapter")
+    inputs |= folders.contents_of({key: attrgetter(key)(recipe) for key in keys})
     return {**inputs, **(teacher_inputs(recipe) if recipe.finetune else {})}
 
 
 def teacher_inputs(recipe: Recipe) -> dict[str, Any]:
     """As `student_inputs`, for the recipe's own teacher."""
     assert recipe.finetune is not None
-    start = recipe.finetune.path
     hashes = _contents(recipe, recipe.finetune.train, recipe.finetune.data or recipe.data)
-    if start is not None and Path(start).is_dir():
-        hashes["path:contents"] = folders.folder_contents(Path(start))
+    hashes |= folders.contents_of({"path": recipe.finetune.path})
     return {**finetune_inputs(recipe), **{f"finetune.{key}": value for key, value in hashes.items()}}
 
 

@@ -140,10 +140,10 @@ def _made_of(student: TrainedStudent, section: str) -> list[str]:
     settings = [recipe.evaluation.dtype, recipe.evaluation.batch_size, recipe.train.dtype, recipe.seed]
     sections = [recipe.student.model_dump(mode="json"), recipe.matching.model_dump(mode="json"), student.pairs]
     held = source_contents(held_out.source, held_out.split)
-    start = recipe.student.path
+    starts = [Path(start) for start in (recipe.student.path, recipe.student.adapter) if start is not None]
     return [
         json.dumps([data, settings, sections, held], sort_keys=True),
-        *(model_hashes(Path(start)) if start is not None and Path(start).is_dir() else []),
+        *(line for start in starts if start.is_dir() for line in model_hashes(start)),
         *model_hashes(student.train / "model"),
     ]
 
@@ -258,7 +258,7 @@ def _start_key(student: TrainedStudent, kept: Kept | None, projected: bool) -> s
 
 def _start(recipe: Recipe, teacher: Path, folder: Path, kept: Kept | None) -> Path:
     """The folder of the model that training started from, made in `folder` if it is one of the recipe's making."""
-    if recipe.student.init == "checkpoint":
+    if recipe.student.init == "checkpoint" and recipe.student.adapter is None:
         return resolve(recipe.student.path or "", "student.path")
     initial_student(recipe, teacher, folder, kept)
     return folder

@@ -440,6 +440,17 @@ def test_a_cache_is_recommended_where_no_other_fits() -> None:
     assert recommended(costs, 10) is None
 
 
+def test_the_sum_of_a_model_and_its_adapter_is_held_once_before_training(recipe: Recipe) -> None:
+    """In the wider dtype of the model and of what it is used in; nothing is held of it on a device."""
+    plain, rows = memory.plan(recipe, 8), memory.plan(recipe.changed({"teacher.adapter": "adapter"}), 8)
+    sums = [one for one in rows if one.what == "teacher and its adapter's sum"]
+    assert [one for one in rows if one not in sums] == plain
+    assert {one.place: one.phases for one in sums} == {"host": ("before training",), "disk": ("always",)}
+    [held] = {one.bytes for one in sums}
+    assert held == 4 * 8_190_735_360  # this configuration names no dtype: float32
+    assert memory.peak(rows) == memory.peak(plain)
+
+
 def test_of_a_student_with_adapters_only_these_are_counted_as_trained(recipe: Recipe) -> None:
     """Rank 128 on all seven maps of nine blocks of Qwen3-8B; its embeddings, of 622 M, have no gradient."""
     lora = {"rank": 128, "alpha": 32}

@@ -100,7 +100,7 @@ def _folder(adapter: str, key: str) -> Path:
 
 def _config(folder: Path, key: str) -> Any:
     """peft's configuration of the adapter. Raises InputError for a kind, or a key, that is more than a product added to linear maps."""
-    from peft import LoraConfig
+    from peft import LoraConfig  # heavy; few recipes have an adapter
 
     values = read(folder / CONFIG)
     if not isinstance(values, dict):
@@ -124,7 +124,7 @@ def _config(folder: Path, key: str) -> Any:
 
 def _give(model: PreTrainedModel, folder: Path, key: str) -> None:
     """Give a model adapters of this folder's shape, not its numbers. Raises InputError where the file holds other tensors than these."""
-    from peft import get_peft_model_state_dict, inject_adapter_in_model
+    from peft import get_peft_model_state_dict, inject_adapter_in_model  # heavy, as above
 
     config, is_meta = _config(folder, key), next(model.parameters()).is_meta
     other = f"{folder} is for another model than its path's"

@@ -39,7 +39,7 @@ from llmkd.recipe.options import train_options
 from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
 from llmkd.student.passes import PassResult, StepSettings
 from llmkd.text import escaped, fenced
-from llmkd.training import checkpoint, finite, initial, jobs, write_cache
+from llmkd.training import build, checkpoint, finite, initial, jobs, write_cache
 from llmkd.training.jobs import Job
 from llmkd.training.journal import Journal
 from llmkd.training.kept import Keeping
@@ -206,12 +206,13 @@ def _finish(world: World, run: PreparedRun, keeping: Keeping, spent: Spent, last
     model = job.folder / "model"
     if kept is None:
         card = _card(job, steps)
-        checkpoint.export(world, run.module.model, model, tokenizer_from=job.initial, card=card, meta=meta)
+        about = {"card": card, "meta": meta, **build.export_options(job)}
+        checkpoint.export(world, run.module.model, model, tokenizer_from=job.initial, **about)
     else:
         keeping.publish(model, card=_card(job, kept.step), meta=meta)
         log.info("%s: exported is the student of step %d, the best by %s", job.title, kept.step, job.train.keep_by)
     if world.is_main:
-        initial.remove_initial(job)
+        initial.remove_initial(job, but_a_base=True)
         write_json(job.folder / "summary.json", summary)  # a run that has one is finished
         keeping.remove()
     barrier(world)

@@ -1,7 +1,8 @@
-"""Folders of LoRA adapters as peft writes them: checked by their headers, and added to the weights of the model that they are for."""
+"""Folders of LoRA adapters, as peft has them: written, checked by their headers, added to the weights that they are for."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -80,6 +81,24 @@ def write_merged(
 def summed_dtype(base: PreTrainedConfig, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a model with an adapter added that is used in `dtype`: the model's own, or that where it is wider."""
     return torch.promote_types(base.dtype if isinstance(base.dtype, torch.dtype) else torch.float32, dtype)
+
+
+def adapter_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model's adapters, by peft's names in a file; `state`: the model's, by its own names."""
+    from peft import get_peft_model_state_dict  # heavy; few recipes have adapters
+
+    found = get_peft_model_state_dict(model, dict(state), adapter_name=NAME, save_embedding_layers=False)
+    return {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in found.items()}
+
+
+def write_adapter(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Path, *, base: str) -> None:
+    """Write a decoder's adapters as peft does; `base`: the model that they are added to."""
+    of_model: Any = model
+    config = copy.copy(of_model.peft_config[NAME])
+    config.base_model_name_or_path, config.task_type, config.inference_mode = base, "CAUSAL_LM", True
+    folder.mkdir()
+    config.save_pretrained(str(folder))
+    save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _folder(adapter: str, key: str) -> Path:

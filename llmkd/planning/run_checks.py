@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from llmkd.data.batches import Family
 from llmkd.data.tokenized import PackedTokens, Tokens
+from llmkd.errors import InputError
 from llmkd.inference.vllm_setup import check_installed
 from llmkd.models.folders import resolve
 from llmkd.models.stored import read_config
@@ -29,7 +30,14 @@ def student_shape(recipe: Recipe, teacher: PreTrainedConfig) -> tuple[PreTrained
 
 
 def check_trained(recipe: Recipe, family: Family, teacher: PreTrainedConfig, ranks: int) -> None:
-    """Raise InputError for a student that its training would refuse. `teacher`: the configuration, whether the model is there or not."""
+    """Raise InputError for a student that its training would refuse, or that a study can't score.
+
+    `teacher`: the configuration, whether the model is there or not.
+    """
+    if recipe.student.lora is not None and recipe.student.lora.export == "adapter":
+        raise InputError(
+            "student.lora.export: a study scores plain models, and adapter writes none; write both or merged, or train without a study"
+        )
     student, checkpoint = student_shape(recipe, teacher)
     _, _, weights = jobs.check_student(recipe, family, teacher, student)
     if checkpoint is not None and (tokenizer := tokenizer_folder(recipe)) is not None:

@@ -159,6 +159,15 @@ class Lora(Section):
         return self
 
 
+class StudentLora(Lora):
+    """As `finetune.lora`, and how the trained adapters are written out."""
+
+    export: Literal["merged", "adapter", "both"] = "merged"
+    """`merged`: a plain model, the adapters added to its weights. `adapter`: the adapters alone, as peft writes them, in adapter/ of the
+    exported folder; no study scores such a student. `both`. What they are added to is the model at `path`; of any other start the run's
+    folder keeps it, as initial/."""
+
+
 class Student(Section):
     """The model that is trained."""
 
@@ -194,7 +203,7 @@ class Student(Section):
     """Key-value heads of a block. Of copied blocks each stays with heads of its own."""
     head_dim: int | None = Field(default=None, gt=0, le=MOST_WIDE)
     """Width of one head, for init random."""
-    lora: Lora | None = None
+    lora: StudentLora | None = None
     """Train adapters alone, which the exported model has added to its weights; if left out, all weights are trained."""
     trust_remote_code: bool = False
     """As teacher.trust_remote_code."""

@@ -238,7 +238,7 @@ def load_student(job: Job, ds_config: DsConfig, target_width: int | None, gather
     )
     if (lora := _adapters(job)) is not None:
         with sharded_construction(ds_config):
-            adapt(model, seed=job.seed, **lora.model_dump())
+            adapt(model, seed=job.seed, **lora.model_dump(exclude={"export"}))
     width = model.config.hidden_size
     target = target_width or width
     projected = len(job.pairs) if matching.projects(width, target) else 0
@@ -271,6 +271,13 @@ def _adapters(job: Job) -> Lora | None:
     """The adapters that are trained in place of the model's weights, if any."""
     section = job.recipe.finetune if job.makes_teacher else job.recipe.student
     return None if section is None else section.lora
+
+
+def export_options(job: Job) -> dict[str, Any]:
+    """How `checkpoint.export` writes the job's model: in which form, and what its adapters are added to."""
+    lora = None if job.makes_teacher else job.recipe.student.lora
+    base = str(job.initial) if job.initial.parent == job.folder else job.recipe.student.path
+    return {"form": "merged" if lora is None else lora.export, "base": base or ""}
 
 
 def _use_kernels(job: Job, config: PreTrainedConfig) -> None:

@@ -21,10 +21,11 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from llmkd.distributed.checksums import damage, damage_by_shares, write_checksums
@@ -33,6 +34,7 @@ from llmkd.distributed.ranks import World, barrier, on_main
 from llmkd.distributed.shards import load_shards, merge_shards, save_shards
 from llmkd.errors import ANOTHER_FOLDER, InputError
 from llmkd.files import sync, write_folder
+from llmkd.models.adapter_folders import adapter_tensors, write_adapter
 from llmkd.models.folders import copy_tokenizer
 from llmkd.models.lora import merged
 from llmkd.recipe.inputs import input_text
@@ -238,23 +240,40 @@ def _sync(folder: Path) -> None:
 
 
 def export(
-    world: World, model: PreTrainedModel, folder: Path, *, tokenizer_from: Path, card: str, meta: Mapping[str, object]
+    world: World,
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    tokenizer_from: Path,
+    card: str,
+    meta: Mapping[str, object],
+    form: Literal["merged", "adapter", "both"] = "merged",
+    base: str = "",
 ) -> None:
     """Write the student as a clean HF folder: safetensors, tokenizer, generation config, model card, `llmkd.json` (all ranks take part).
 
-    Adapters are added to the weights.
+    Adapters are added to the weights, or are written in adapter/ of the folder in place of these, or both. `base`: what they are added to.
     """
-    state = merged(model, whole_state(model, here=world.is_main))
+    state = whole_state(model, here=world.is_main)
+    apart = adapter_tensors(model, state) if state and form != "merged" else {}
+    state = merged(model, state)
 
     def write(tmp: Path) -> None:
         copy_tokenizer(tokenizer_from, tmp)
-        model.config.use_cache = True
-        model.save_pretrained(tmp, state_dict=state)
-        if model.can_generate() and not (tmp / "generation_config.json").is_file():
-            GenerationConfig.from_model_config(model.config).save_pretrained(tmp)
-        model.config.use_cache = False
+        if form != "merged":
+            write_adapter(model, apart, tmp / "adapter", base=base)
+        if form != "adapter":
+            _write_weights(model, state, tmp)
         (tmp / "README.md").write_text(card)
         (tmp / "llmkd.json").write_text(json.dumps(meta, indent=1))
         _sync(tmp)
 
     on_main(world, lambda: write_folder(folder, write))
+
+
+def _write_weights(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
+    model.config.use_cache = True
+    model.save_pretrained(folder, state_dict=state)
+    if model.can_generate() and not (folder / "generation_config.json").is_file():
+        GenerationConfig.from_model_config(model.config).save_pretrained(folder)
+    model.config.use_cache = False

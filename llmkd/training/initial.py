@@ -317,8 +317,12 @@ def measure_width(world: World, job: Job, micro_batches: Sequence[Batch]) -> Non
     on_main(world, keep)
 
 
-def remove_initial(job: Job) -> None:
-    """Remove the run's folder `initial`, which the exported model replaces, and the teacher's offloaded weights."""
-    if job.initial == job.folder / "initial":
+def remove_initial(job: Job, *, but_a_base: bool = False) -> None:
+    """Remove the run's folder `initial`, which the exported model replaces, and the teacher's offloaded weights.
+
+    `but_a_base`: not where adapters were exported that are added to what is in it.
+    """
+    stays = but_a_base and build.export_options(job)["form"] != "merged"
+    if job.initial == job.folder / "initial" and not stays:
         shutil.rmtree(job.initial, ignore_errors=True)
     shutil.rmtree(job.folder / "nvme" / "teacher", ignore_errors=True)

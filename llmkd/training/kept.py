@@ -21,6 +21,7 @@ from llmkd.errors import InputError
 from llmkd.files import write_folder
 from llmkd.recipe.run import Train
 from llmkd.training import checkpoint, finite
+from llmkd.training.build import export_options
 from llmkd.training.prepare import PreparedRun
 from llmkd.training.validation import Validated
 
@@ -99,7 +100,7 @@ class Keeping:
         if best is not None and best.step == step:
             finite.check_weights(self._world, run.job, run.module, step)
             place = self._place(best)
-            about = {"card": "", "meta": {"inputs": run.job.inputs, "step": step}}
+            about = {"card": "", "meta": {"inputs": run.job.inputs, "step": step}, **export_options(run.job)}
             checkpoint.export(self._world, run.module.model, place, tokenizer_from=run.job.initial, **about)
             on_main(self._world, self._tidy)
             log.info("%s: step %d is the best so far by %s; its student is in %s", run.job.title, step, by, place)

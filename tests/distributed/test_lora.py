@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llmkd import train as loop
+from llmkd.data.batches import Family
 from llmkd.distributed.engines import gathered
+from llmkd.errors import InputError
+from llmkd.models.adapter_folders import write_merged
+from llmkd.models.load import load_config
+from llmkd.planning.run_checks import check_trained
 from llmkd.processes import Stopping
 from llmkd.recipe.recipe import load_recipe
 from llmkd.train import train
@@ -152,6 +159,53 @@ def test_stopped_and_exported(tiny: Path, world: Any, tmp_path: Path, monkeypatc
     for name, before in began.items():
         change = (weights[name] - before).abs().max()
         assert change > 1e-5 if "_proj" in name else change == 0, name
+
+
+def _logits(base: Path, adapter: Path | None = None) -> torch.Tensor:
+    """What plain transformers, or peft with these adapters on it, makes of some tokens."""
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = model if adapter is None else peft.PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(4, 36).reshape(2, 16)).logits
+
+
+def test_exported_beside_the_merged_model(tiny: Path, world: Any, tmp_path: Path) -> None:
+    """The adapters on what the run began from, which stays, give the merged model's logits."""
+    lora = {**LORA, "dora": True, "rslora": True, "dropout": 0.1, "export": "both"}
+    recipe = load_recipe(tiny / "recipe.yaml").changed({**OPTIONS, "student.lora": lora})
+    assert train(world, jobs.distil_job(world, recipe, tmp_path / "run"))
+    model, base = tmp_path / "run" / "model", tmp_path / "run" / "initial"
+    merged, apart = _logits(model), _logits(base, model / "adapter")
+    assert (merged - apart).norm() < 1e-5 * merged.norm() < 1e-2 * (merged - _logits(base)).norm()
+    assert json.loads((model / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    write_merged(base, str(model / "adapter"), tmp_path / "again", key="student.adapter", dtype=torch.float32)
+    assert_same_weights(load_file(tmp_path / "again" / "model.safetensors"), _weights(tmp_path / "run"), 1e-6)
+
+
+def test_exported_alone_with_the_best_student(tiny: Path, world: Any, tmp_path: Path) -> None:
+    """Of a checkpoint nothing but adapters is written; they are those of the student that is kept."""
+    own = load_recipe(tiny / "recipe.yaml")
+    start = {"student.init": "checkpoint", "student.path": str(tiny / "teacher"), "student.blocks": None}
+    held_out = {"data.validation": {"share": 0.2}, "train.validate_every": 1, "train.learning_rate": 0.5}
+    held_out |= {"train.clip": 0, "train.schedule": "constant", "train.final_learning_rate": 0.0}
+    recipe = own.changed({**start, **held_out, "student.lora": {**LORA, "export": "both"}, "train.keep": "best"})
+    alone = recipe.changed({"student.lora.export": "adapter"})
+    for name, changed in (("both", recipe), ("alone", alone)):
+        assert train(world, jobs.distil_job(world, changed, tmp_path / name))
+        assert not (tmp_path / name / "initial").exists()
+    model = tmp_path / "alone" / "model"
+    assert not list(model.glob("*.safetensors")) and not (model / "config.json").exists()
+    assert (model / "tokenizer.json").is_file() and jobs.is_finished(tmp_path / "alone")
+    expected = _logits(tmp_path / "both" / "model")
+    assert (_logits(tiny / "teacher", model / "adapter") - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_no_study_scores_adapters_alone(tiny: Path) -> None:
+    shape = load_config(tiny / "teacher")
+    recipe = load_recipe(tiny / "recipe.yaml").changed({"student.lora": {**LORA, "export": "both"}})
+    check_trained(recipe, Family("decoder"), shape, 1)
+    with pytest.raises(InputError, match=r"student\.lora\.export: a study scores plain models.*; write both or merged"):
+        check_trained(recipe.changed({"student.lora.export": "adapter"}), Family("decoder"), shape, 1)
 
 
 def test_a_teacher_tuned_by_adapters(tiny: Path, world: Any, tmp_path: Path) -> None:

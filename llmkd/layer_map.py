@@ -18,6 +18,8 @@ DECODER_EMBEDDING = -2
 """The embeddings that an encoder-decoder's decoder reads; its encoder's are EMBEDDING (-1)."""
 EMBEDDING = -1
 """The "block" number of the embeddings' output, where the embedding pair is asked for."""
+MIXED = -3
+"""In place of a teacher block: a mixture of all those that a student block is paired with."""
 
 
 class OtherState(Enum):
@@ -112,6 +114,21 @@ def pkd_last(student_blocks: int, teacher_blocks: int) -> Pairs:
     return tuple((j, teacher_blocks - student_blocks + j) for j in range(student_blocks - 1))
 
 
+def learned(student_blocks: int, teacher_blocks: int, candidates: int | None = None) -> Pairs:
+    """Each student block with every teacher block, or with `candidates` of them, which are the targets of `forward` for so many blocks.
+
+    It learns from a mixture of these, whose weights are trained with the student (llmkd.student.mixtures). Raises InputError on bad
+    depths or a number of candidates that is not from 2 to the teacher's depth.
+    """
+    _check_depths(student_blocks, teacher_blocks)
+    if candidates is not None and not 2 <= candidates <= teacher_blocks:
+        raise InputError(
+            f"candidates {candidates} can't be mixed: write a whole number from 2 to {teacher_blocks}, the teacher's blocks, or leave it out"
+        )
+    blocks = _targets(candidates or teacher_blocks, teacher_blocks)
+    return tuple((j, i) for j in range(student_blocks) for i in blocks)
+
+
 def nearest(similarities: Sequence[Sequence[float]]) -> Pairs:
     """Each student block learns from the teacher block that it is most like; of equals, from the shallower one.
 
@@ -176,6 +193,8 @@ class Strategy:
     """The rule takes, in place of depths, the similarity of every student block's states with every teacher block's."""
     is_written: bool = False
     """The user writes the pairs."""
+    is_mixed: bool = False
+    """A student block is compared once, with a mixture of the teacher blocks that it is paired with."""
     least_student_blocks: int = 1
 
     @property
@@ -194,10 +213,13 @@ STRATEGIES: dict[str, Strategy] = {
     "pkd_last": Strategy(pkd_last, least_student_blocks=2),
     "none": Strategy(none),
     "nearest": Strategy(nearest, is_measured=True),
+    "learned": Strategy(
+        learned, options=("candidates", "start", "temperature", "entropy", "learning_rate"), is_mixed=True
+    ),
     "explicit": Strategy(explicit, options=("pairs",), is_written=True),
 }
-RULES = tuple(name for name, strategy in STRATEGIES.items() if not (strategy.is_measured or strategy.is_written))
-"""The strategies that need depths alone."""
+RULES = tuple(name for name, s in STRATEGIES.items() if not (s.is_measured or s.is_written or s.is_mixed))
+"""The strategies whose map follows from depths alone."""
 OPTIONS = {option: name for name, strategy in STRATEGIES.items() for option in strategy.options}
 """The strategy that reads each option."""
 
@@ -218,6 +240,13 @@ def layer_map(
     return STRATEGIES[strategy].rule(
         student_blocks, teacher_blocks, **{name: value for name, value in values.items() if name in arguments}
     )
+
+
+def compared(strategy: str, pairs: Pairs) -> Pairs:
+    """What is compared under a strategy with these pairs: they, or of a mixed map one of each student block, with MIXED."""
+    if not STRATEGIES[strategy].is_mixed:
+        return pairs
+    return tuple(dict.fromkeys((student, MIXED if teacher >= 0 else teacher) for student, teacher in pairs))
 
 
 def _check_name(strategy: str) -> None:

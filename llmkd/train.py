@@ -44,7 +44,6 @@ from llmkd.training.jobs import Job
 from llmkd.training.journal import Journal
 from llmkd.training.kept import Keeping
 from llmkd.training.metrics import Interval, Meter
-from llmkd.training.pairs import pair_names
 from llmkd.training.prepare import PreparedRun, prepare
 from llmkd.training.steps import Steps
 from llmkd.training.tokens import StoppedTokenizing
@@ -221,7 +220,7 @@ def _finish(world: World, run: PreparedRun, keeping: Keeping, spent: Spent, last
 
 def _card(job: Job, steps: int) -> str:
     """The exported model's README: what it is, and the recipe that made it."""
-    pairs = ", ".join(pair_names(job.pairs, job.encoders, redraws=job.redraws)) or "none"
+    pairs = ", ".join(job.names) or "none"
     return (
         f"# {escaped(f'{job.recipe.name}: {job.title}')}\n\nTrained by llmkd {__version__}, {steps} steps.\n\n"
         f"- started from: {job.initial.name if job.initial.parent == job.folder else job.initial}\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ else:
 
 log = logging.getLogger("llmkd")
 OFFLOADED = ("param", "optimizer")
+RATE = "rate_factor"
+"""The key of a group of parameters that says what its learning rate is, of that of the run."""
 GATHERED = 2**26
 """Weights of a sharded module that are whole at a time while all of them are read."""
 
@@ -60,15 +62,24 @@ def engine(
     betas: tuple[float, float],
     epsilon: float,
     weight_decay: float,
+    apart: Collection[nn.Parameter] = (),
+    apart_rate: float = 0.0,
 ) -> Any:
-    """A DeepSpeed engine that trains `module` with AdamW; vectors (norms, biases) do not decay. `blocks`: see `gather_whole`."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
+    """A DeepSpeed engine that trains `module` with AdamW; vectors (norms, biases) do not decay. `blocks`: see `gather_whole`.
+
+    `apart`: parameters that do not decay and whose learning rate is `apart_rate` where that of the others is `learning_rate`. Each group
+    of the optimizer has under RATE what `learning_rate` is multiplied by.
+    """
+    own = {id(p) for p in apart}
+    trained = [p for p in module.parameters() if p.requires_grad and id(p) not in own]
+    groups: list[dict[str, Any]] = [
         {
             "params": [p for p in trained if full_shape(p).numel() and len(full_shape(p)) > 1],
             "weight_decay": weight_decay,
+            RATE: 1.0,
         },
-        {"params": [p for p in trained if len(full_shape(p)) <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if len(full_shape(p)) <= 1], "weight_decay": 0.0, RATE: 1.0},
+        {"params": [*apart], "weight_decay": 0.0, RATE: apart_rate / learning_rate},
     ]
     groups = [group for group in groups if group["params"]]
     options = {"lr": learning_rate, "betas": betas, "eps": epsilon}

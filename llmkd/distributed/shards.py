@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkd.distributed import unpickling
-from llmkd.distributed.engines import last_line
+from llmkd.distributed.engines import RATE, last_line
 from llmkd.errors import InputError
 from llmkd.processes import parent_variable
 
@@ -54,15 +54,15 @@ def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
 
 def load_shards(engine: Any, folder: Path) -> None:
     """Load what `save_shards` or `merge_shards` wrote; frozen parameters stay as they are (all ranks take part)."""
-    decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+    settings = [{key: group[key] for key in ("weight_decay", RATE)} for group in engine.optimizer.param_groups]
     with _plain_values(folder):
         loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, custom_load_fn=_load_trained)
     if loaded is None:
         raise InputError(f"{folder}: DeepSpeed could not load it; remove {folder.parent} to resume from the one before")
     # From whole tensors DeepSpeed gives every group the first one's settings, so that norms would decay, and one tensor as the
     # count of steps, which each group would then count up.
-    for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
-        group["weight_decay"] = decay
+    for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(own)
     for state in engine.optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"] = state["step"].clone()

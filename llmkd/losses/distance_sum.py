@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,15 @@ class Term:
     """It compares logits that are read from the states."""
 
 
+class Mixture(NamedTuple):
+    """A target that is a weighted sum of the teacher's states."""
+
+    states: Sequence[Tensor]
+    """Each [B, T, H_t]."""
+    weights: Tensor
+    """[k], which the distance's gradient comes to as well."""
+
+
 def terms_of(weights: Mapping[str, float]) -> tuple[Term, ...]:
     """The terms of distances by name, each with its weight."""
     return tuple(
@@ -63,7 +72,7 @@ def kinds(terms: Sequence[Sequence[Term]]) -> list[Distance]:
 
 def distance_sum(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | Mixture,
     at: Tensor,
     distance: Distance | Sequence[Term],
     *,
@@ -81,8 +90,13 @@ def distance_sum(
     distance D of the whole set, and its gradient is that of (all ranks' N) x D with respect to its own rows, the others' taken as
     constants: summed over the ranks, just the gradient of the sum of the values, as if one rank held all rows. Where these positions
     stand for others, `together` [] says for how many all ranks' do (`stood_for`), which then takes the place of all ranks' N.
+
+    Of a mixture the gradient with respect to its weights is computed at once too, so that its states need not wait for the backward pass.
     """
     terms = (Term(distance),) if callable(distance) else tuple(distance)
+    if isinstance(teacher, Mixture):
+        states = tuple(teacher.states)
+        return _MixtureSum.apply(student, teacher.weights, states, at, terms, factor, all_rows, together)  # type: ignore[no-any-return, no-untyped-call]
     return _DistanceSum.apply(student, teacher, at, terms, factor, all_rows, together)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -130,7 +144,7 @@ class _DistanceSum(torch.autograd.Function):
             value = value + _by_token(ours, theirs, at, by_token, gradient, wide)
         if by_set:
             stand = None if together is None else together / factor  # `factor` comes on top
-            of_sets, slope = _by_set(ours[at], theirs[at], by_set, wide, all_rows, stand)
+            of_sets, [slope] = _by_set([ours[at]], theirs[at], by_set, wide, all_rows, stand)
             value = value + of_sets
             gradient = gradient.add_(slope) if by_token else gradient.copy_(slope)
         if not (by_token or by_set):
@@ -143,9 +157,79 @@ class _DistanceSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gradient, ctx.gradient = ctx.gradient.mul_(grads[0] if ctx.factor == 1 else grads[0] * ctx.factor), None
-        if len(gradient) < ctx.shape[:-1].numel():
-            gradient = gradient.new_zeros(ctx.shape).flatten(0, 1).index_copy_(0, ctx.at, gradient)
-        return gradient.view(ctx.shape), *(None,) * 6
+        return _in_place(gradient, ctx.at, ctx.shape), *(None,) * 6
+
+
+class _MixtureSum(torch.autograd.Function):
+    """As `_DistanceSum`, by autograd of the definitions, since closed forms have no gradient with respect to the teacher's side."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        weights: Tensor,
+        states: tuple[Tensor, ...],
+        at: Tensor,
+        terms: tuple[Term, ...],
+        factor: float,
+        all_rows: AllRows | None,
+        together: Tensor | None,
+    ) -> Tensor:
+        ours, theirs = student.flatten(0, 1), [state.flatten(0, 1) for state in states]
+        wide = torch.promote_types(torch.promote_types(ours.dtype, theirs[0].dtype), torch.float32)
+        shares = weights.to(wide)
+        gradient, of_weights = ours.new_zeros(at.numel(), ours.shape[1]), torch.zeros_like(shares)
+        value = shares.new_zeros(())
+        by_token, by_set = ([t for t in terms if t.of_set == whole and t.weight] for whole in (False, True))
+        few = rows_at_once(len(gradient), theirs[0].shape[1] * len(theirs), at.device.type)
+        for rows, part in zip(at.split(few), gradient.split(few), strict=True) if by_token else ():
+            seen = [state.index_select(0, rows).to(wide) for state in theirs]
+            leaves = [ours.index_select(0, rows).to(wide).requires_grad_(), _mixed(seen, shares).requires_grad_()]
+            with small_pass():
+                total = torch.stack([term.distance(*leaves).sum() * term.weight for term in by_token]).sum()
+                slope, of_mixture = torch.autograd.grad(total, leaves)
+            value = value + total.detach()
+            part.copy_(slope)
+            of_weights += _products(seen, of_mixture)
+        if by_set:
+            stand = None if together is None else together / factor  # `factor` comes on top
+            seen = [state[at] for state in theirs]
+            of_sets, [slope, of_mixture] = _by_set(
+                [ours[at], _mixed(seen, shares)], None, by_set, wide, all_rows, stand
+            )
+            value = value + of_sets
+            gradient.add_(slope)
+            of_weights += _products(seen, of_mixture)
+        # Not save_for_backward, for the reason that `_DistanceSum` names.
+        ctx.gradient, ctx.of_weights = gradient, of_weights.to(weights.dtype)
+        ctx.at, ctx.shape, ctx.factor = at, student.shape, factor
+        return value if factor == 1 else value * factor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grads[0] if ctx.factor == 1 else grads[0] * ctx.factor
+        gradient, ctx.gradient = ctx.gradient.mul_(scale), None
+        return _in_place(gradient, ctx.at, ctx.shape), ctx.of_weights * scale, *(None,) * 6
+
+
+def _mixed(states: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """The weighted sum of k x [n, H], in the weights' dtype."""
+    mixture = states[0].to(weights.dtype) * weights[0]
+    for state, weight in zip(states[1:], weights[1:], strict=True):
+        mixture.addcmul_(state.to(weights.dtype), weight)
+    return mixture
+
+
+def _products(states: Sequence[Tensor], gradient: Tensor) -> Tensor:
+    """The gradient [k] of a mixture's weights, from the mixture's [n, H]."""
+    return torch.stack([(state * gradient).sum() for state in states])
+
+
+def _in_place(gradient: Tensor, at: Tensor, shape: torch.Size) -> Tensor:
+    """[N, H] at these positions -> the shape of all, zeros elsewhere."""
+    if len(gradient) < shape[:-1].numel():
+        gradient = gradient.new_zeros(shape).flatten(0, 1).index_copy_(0, at, gradient)
+    return gradient.view(shape)
 
 
 def _by_token(
@@ -168,36 +252,41 @@ def _by_token(
 
 
 def _by_set(
-    ours: Tensor,
-    theirs: Tensor,
+    learning: Sequence[Tensor],
+    theirs: Tensor | None,
     terms: Sequence[Term],
     wide: torch.dtype,
     all_rows: AllRows | None,
     stand: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(the set-level terms' weighted sum, its gradient [n, H_s]) of rows [n, H_s], [n, H_t].
+) -> tuple[Tensor, list[Tensor]]:
+    """(the set-level terms' weighted sum, its gradients with respect to the rows that learn) of rows [n, H_s], [n, H_t].
 
-    `stand` []: how many positions all ranks' rows stand for; None: as many as there are rows.
+    `learning`: the student's rows, before the teacher's (`theirs`), or both sides'. `stand` []: how many positions all ranks' rows
+    stand for; None: as many as there are rows.
     """
-    count, start = len(ours), 0
+    count, start = len(learning[0]), 0
+    sides = [*learning, *([] if theirs is None else [theirs])]
     if all_rows is not None:
-        (everyones, start), (theirs, _) = all_rows(ours), all_rows(theirs)
-    else:
-        everyones = ours
-    everyones, theirs = everyones.to(wide), theirs.to(wide)
-    value, gradient = everyones.new_zeros(()), everyones.new_zeros(count, ours.shape[1])
-    if not len(everyones):
-        return value, gradient
-    leaf = everyones[start : start + count].clone().requires_grad_()
+        gathered = [all_rows(side) for side in sides]
+        sides, start = [rows for rows, _ in gathered], gathered[0][1]
+    sides = [side.to(wide) for side in sides]
+    together = len(sides[0])
+    value = sides[0].new_zeros(())
+    gradients = [side.new_zeros(count, side.shape[1]) for side in sides[: len(learning)]]
+    if not together:
+        return value, gradients
+    leaves = [side[start : start + count].clone().requires_grad_() for side in sides[: len(learning)]]
     with small_pass():
-        whole = torch.cat([everyones[:start], leaf, everyones[start + count :]])
+        for number, leaf in enumerate(leaves):
+            sides[number] = torch.cat([sides[number][:start], leaf, sides[number][start + count :]])
         for term in terms:
-            distance = term.distance(whole, theirs)
-            (slope,) = torch.autograd.grad(distance, leaf, retain_graph=term is not terms[-1])
+            distance = term.distance(*sides)
+            slopes = torch.autograd.grad(distance, leaves, retain_graph=term is not terms[-1])
             value = value + distance.detach() * (term.weight * count)
-            gradient.add_(slope, alpha=term.weight * len(everyones))
-            del distance, slope  # frees their memory for the next term
-    return value, gradient if stand is None else gradient.mul_(stand / len(everyones))
+            for gradient, slope in zip(gradients, slopes, strict=True):
+                gradient.add_(slope, alpha=term.weight * together)
+            del distance, slopes  # frees their memory for the next term
+    return value, gradients if stand is None else [gradient.mul_(stand / together) for gradient in gradients]
 
 
 def _by_autograd(distance: Distance) -> ClosedDistance:

@@ -23,7 +23,8 @@ class Matching(Section):
     """Which teacher block teaches which student block, and how their states are compared (the hidden loss)."""
 
     strategy: str = "forward"
-    """One of `llmkd maps` (forward, reverse, ...); `nearest`, measured before the first step; or `explicit` with `pairs`."""
+    """One of `llmkd maps` (forward, reverse, ...); `nearest`, measured before the first step; `learned`, mixtures of teacher blocks whose
+    weights are trained with the student; or `explicit` with `pairs`."""
     pairs: BlockPairs | dict[Stack, BlockPairs] | None = Field(
         default=None, examples=[[[0, 3], [1, 7]], {"encoder": [[0, 1], [1, 3]], "decoder": [[0, 2]]}]
     )
@@ -33,6 +34,17 @@ class Matching(Section):
     """The one teacher block of all_to_one, for an encoder-decoder that of both stacks or by stack; default: the middle one."""
     redraw_every: int = Field(default=0, ge=0)
     """in_order_random: draw a new map after so many steps; 0 keeps the first."""
+    candidates: int | dict[Stack, int] | None = Field(default=None, examples=[8, {"encoder": 4, "decoder": 6}])
+    """learned: how many teacher blocks a student block may learn from, spread as `forward` spreads them; default: all."""
+    start: Literal["forward", "uniform"] = "forward"
+    """learned: `forward` gives the block of `forward` a score of 1 and the others 0, `uniform` all the same."""
+    temperature: float = Field(default=0.2, ge=0.001, le=1000)
+    """learned: a block's weight is the softmax of the scores over this. At 0.2 `start: forward` gives the block of `forward` 0.93 of 12
+    blocks' weight, 0.81 of 36 blocks'."""
+    entropy: float = 0.0
+    """learned: weight of the entropy of a student block's weights beside its distance; above 0 it sharpens them, below 0 it evens them."""
+    learning_rate: float = Field(default=0.01, gt=0)
+    """learned: the scores' peak learning rate, which follows train's schedule."""
     distance: str | dict[str, float] | tuple[str | dict[str, float], ...] = Field(
         default="normalized_mse", examples=["procrustes", {"procrustes": 1.0, "mse": 0.1}]
     )
@@ -330,15 +342,3 @@ class Loss(Section):
     def parameters(self) -> dict[str, float | None]:
         """The divergences' own parameters, by name."""
         return {name: getattr(self, name) for name in PARAMETERS}
-
-
-def check_something_to_learn(loss: Loss, strategy: str, *, pairs: bool, stones: bool) -> None:
-    """Raise InputError where no part of the objective has a weight. `pairs`, `stones`: whether there are any."""
-    if loss.ce or loss.kl or (loss.hidden and pairs) or stones:
-        return
-    if loss.hidden:
-        raise InputError(
-            f"loss: ce and kl are 0, and strategy {strategy} matches no pair for loss.hidden to weigh, so there is nothing to learn from; "
-            "give ce or kl a weight, or write another matching.strategy"
-        )
-    raise InputError("loss: ce, kl and hidden are all 0, so there is nothing to learn from; give one of them a weight")

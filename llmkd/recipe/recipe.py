@@ -27,7 +27,7 @@ from llmkd.recipe.objective import Loss, Matching, check_something_to_learn, wit
 from llmkd.recipe.rollouts import Rollouts, check_rollouts
 from llmkd.recipe.run import Cache, Finetune, HeadKernel, Train, check_stream, check_validation, with_batch_size
 from llmkd.recipe.section import NO_EFFECT, Section
-from llmkd.recipe.stones import Stones, check_lens, check_stones
+from llmkd.recipe.stones import Stones, check_lens, check_mixed, check_something_to_learn, check_stones
 from llmkd.recipe.yaml_files import RecipeDumper, find_recipe, parse_yaml, read_text
 
 
@@ -176,6 +176,7 @@ class Recipe(Section):
     def _parts_go_together(self) -> Recipe:
         check_stones(self.stones, self.teacher, self.matching)
         check_lens(self.matching, self.loss, self.teacher)
+        check_mixed(self.matching, self.loss, self.teacher, self.stones)
         writes, compiled = bool(self.rollouts and self.rollouts.during_training), self.train.compile == "blocks"
         check_adapters(self.student, stones=self.stones is not None, writes=writes, compiled=compiled)
         return self

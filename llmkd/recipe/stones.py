@@ -1,4 +1,4 @@
-"""Stepping stones: losses of the student's lower blocks under the teacher's upper ones."""
+"""Stepping stones: losses of the student's lower blocks under the teacher's upper ones. And what parts of an objective go together."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from llmkd.errors import InputError
+from llmkd.layer_map import STRATEGIES
 from llmkd.recipe.models import Teacher
 from llmkd.recipe.objective import Loss, Matching
 from llmkd.recipe.section import Section
@@ -79,4 +81,38 @@ def check_lens(matching: Matching, loss: Loss, teacher: Teacher) -> None:
     if loss.report_norms_every:
         raise ValueError(
             "loss.report_norms_every: the gradient of logit_lens is not measured; write 0, or another distance"
+        )
+
+
+def check_something_to_learn(loss: Loss, strategy: str, *, pairs: bool, stones: bool) -> None:
+    """Raise InputError where no part of the objective has a weight. `pairs`, `stones`: whether there are any."""
+    if loss.ce or loss.kl or (loss.hidden and pairs) or stones:
+        return
+    if loss.hidden:
+        raise InputError(
+            f"loss: ce and kl are 0, and strategy {strategy} matches no pair for loss.hidden to weigh, so there is nothing to learn from; "
+            "give ce or kl a weight, or write another matching.strategy"
+        )
+    raise InputError("loss: ce, kl and hidden are all 0, so there is nothing to learn from; give one of them a weight")
+
+
+def check_mixed(matching: Matching, loss: Loss, teacher: Teacher, stones: Stones | None) -> None:
+    """Raise ValueError for what needs one teacher block for each student block where a map mixes several."""
+    if not STRATEGIES[matching.strategy].is_mixed:
+        return
+    why = f"strategy {matching.strategy} has no one teacher block for a student block"
+    if stones is not None and stones.pairs == "from_map":
+        raise ValueError(f"stones.pairs: {why}; write the stones, e.g. [[0, 3], [1, 7]]")
+    if not loss.hidden:
+        return
+    if matching.compare == "differences":
+        raise ValueError(
+            f"matching.compare: {why}, so that nothing lies between two; write states, or another strategy"
+        )
+    if matching.reads_logits:
+        raise ValueError(f"matching.distance: {why} that logit_lens could read; write another distance or strategy")
+    if teacher.offload_states:
+        raise ValueError(
+            f"teacher.offload_states: strategy {matching.strategy} takes all states back for its first student block and keeps them to the "
+            "last; write false, or fewer matching.candidates"
         )

@@ -25,6 +25,7 @@ from llmkd.student.gradient_norms import Tail, TailPass
 from llmkd.student.lens import with_readings
 from llmkd.student.loss_head import HeadResult, LossHead, reported_terms
 from llmkd.student.matching import Matching, Sampling
+from llmkd.student.mixtures import Mixtures
 from llmkd.student.passes import PassResult, StepSettings
 from llmkd.student.stepping_stones import SteppingStones
 from llmkd.teachers.base import Signal
@@ -35,7 +36,7 @@ class Distiller(nn.Module):
 
     student_blocks: the student block of each pair, EMBEDDING for the embeddings. `projectors`: for each pair a Linear(H_s -> H_t), or
     nn.Identity where all its distances compare states of any widths. `differences`: compare what each pair's states add to those of the
-    pair before. `tokens`: how many positions of a micro-batch each pair compares
+    pair before. `mixtures`: what the pairs with MIXED learn from. `tokens`: how many positions of a micro-batch each pair compares
     (None: all). `all_rows`: gathers the rows of all ranks, where a set-level distance is over all of them. `chunk`, `kernel`: see
     `llmkd.losses.chunked_head.head_losses`.
     """
@@ -50,6 +51,7 @@ class Distiller(nn.Module):
         kernel: HeadKernel = "none",
         projectors: nn.ModuleList | None = None,
         differences: bool = False,
+        mixtures: Mixtures | None = None,
         tokens: int | None = None,
         all_rows: AllRows | None = None,
         stones: SteppingStones | None = None,
@@ -57,6 +59,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.model = model
         self.projectors = projectors
+        self.mixtures = mixtures
         self.stones = stones
         self.loss_head = LossHead(head(model), head_bias(model), chunk=chunk, kernel=kernel)
         self._student_blocks = list(student_blocks)
@@ -145,6 +148,7 @@ class Distiller(nn.Module):
             projectors=self.projectors,
             tail=tail,
             firsts=self._firsts,
+            mixes=self.mixtures.of_pass() if self.mixtures is not None and settings.pairs else None,
         )
         try:
             yield self._matching

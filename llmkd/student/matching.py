@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from llmkd.data.batches import Batch
 from llmkd.errors import InputError
-from llmkd.losses.distance_sum import AllRows, Term, distance_sum, kinds, sampled, stood_for
+from llmkd.layer_map import MIXED
+from llmkd.losses.distance_sum import AllRows, Mixture, Term, distance_sum, kinds, sampled, stood_for
 from llmkd.losses.distances import Distance
 from llmkd.student.gradient_norms import TailPass, before_projector, square
+from llmkd.student.mixtures import Mix
 from llmkd.student.passes import StepSettings
 from llmkd.teachers.base import Signal
 
@@ -92,11 +94,13 @@ class Matching:
         projectors: nn.ModuleList | None,
         tail: TailPass | None,
         firsts: Collection[int] | None = None,
+        mixes: Mapping[int, Mix] | None = None,
     ) -> None:
-        """`firsts`: where differences are compared, the pairs that have none before them."""
+        """`firsts`: where differences are compared, the pairs that have none before them. `mixes`: by student block, the mixture of each
+        pair with MIXED."""
         self._signal, self._settings, self._places = signal, settings, places
         self._all_rows, self._projectors, self._tail = all_rows, projectors, tail
-        self._firsts = firsts
+        self._firsts, self._mixes = firsts, mixes or {}
         self._ours: Tensor | None = None  # of the pair before, where differences are compared
         self._theirs: Tensor | None = None
         self._is_trained = torch.is_grad_enabled()
@@ -123,19 +127,33 @@ class Matching:
                 "without gradients, so that no pair could teach them; write false"
             )
         assert self._signal is not None
-        theirs = self._signal.take(self._settings.pairs[number][1])
+        theirs = self._target(number, self._signal)
         if self._firsts is not None:
+            assert isinstance(theirs, Tensor), "differences of mixtures are refused"
             before, self._theirs = self._theirs, theirs
             theirs = theirs if number in self._firsts or before is None else theirs - before
         terms, places = self._settings.terms[number], self._places[number]
         for term in terms:
             if term.of_readings:
+                assert isinstance(theirs, Tensor), "mixtures are not read"
                 weight = term.weight * places.factor * places.weight
                 self.kept.append(Kept(number, weight, state, theirs, places.at))
         terms = [term for term in terms if not term.of_readings]
-        self._sums[number] = self._distance(number, terms, theirs, state, projected) * places.weight
+        distance = self._distance(number, terms, theirs, state, projected)
+        mix = self._mixes.get(self._settings.pairs[number][0])
+        if mix is not None and mix.penalty is not None:
+            distance = distance + mix.penalty * (places.at.numel() * places.factor)
+        self._sums[number] = distance * places.weight
         if self._tail is not None:
             self._note_squares(self._tail, number, state, theirs)
+
+    def _target(self, number: int, signal: Signal) -> Tensor | Mixture:
+        """What a pair's state is compared with."""
+        student, teacher = self._settings.pairs[number]
+        if teacher != MIXED:
+            return signal.take(teacher)
+        mix = self._mixes[student]
+        return Mixture([signal.take(block) for block in mix.blocks], mix.weights)
 
     @property
     def distances(self) -> list[Tensor]:
@@ -150,7 +168,9 @@ class Matching:
             *self._squares_of_kinds.values(),
         ]
 
-    def _distance(self, number: int, terms: Sequence[Term], theirs: Tensor, state: Tensor, projected: Tensor) -> Tensor:
+    def _distance(
+        self, number: int, terms: Sequence[Term], theirs: Tensor | Mixture, state: Tensor, projected: Tensor
+    ) -> Tensor:
         """The weighted sum of distances; those of any widths compare the states as they are where there are projectors."""
         places, passed_by = self._places[number], self._projectors is not None
         as_it_is = [term for term in terms if passed_by and term.width_free]
@@ -164,7 +184,7 @@ class Matching:
         ]
         return sum(parts[1:], parts[0]) if parts else state.new_zeros((), dtype=torch.float32)
 
-    def _note_squares(self, tail: TailPass, number: int, state: Tensor, theirs: Tensor) -> None:
+    def _note_squares(self, tail: TailPass, number: int, state: Tensor, theirs: Tensor | Mixture) -> None:
         settings, projector = self._settings, None if self._projectors is None else self._projectors[number]
         linear = projector if isinstance(projector, nn.Linear) else None
         weight = settings.scales[2] * settings.weights.of_pairs(len(settings.pairs))[number]

@@ -22,6 +22,7 @@ from llmkd.distributed.engines import parameter_count, sharded_construction
 from llmkd.distributed.pipeline_group import PipelineGroup
 from llmkd.distributed.ranks import World, all_rows
 from llmkd.errors import InputError
+from llmkd.layer_map import MIXED
 from llmkd.losses.distance_sum import AllRows
 from llmkd.losses.schedules import learning_rate
 from llmkd.models import families, load
@@ -34,6 +35,7 @@ from llmkd.recipe.ds_config import completed_ds_config
 from llmkd.recipe.models import Lora
 from llmkd.student.connectors import fit_connectors, make_connectors
 from llmkd.student.distiller import Distiller, make_projectors
+from llmkd.student.mixtures import Mixtures, first_scores
 from llmkd.student.stepping_stones import SteppingStones
 from llmkd.teachers.base import Demand, Teacher
 from llmkd.teachers.pipeline import PipelineTeacher
@@ -41,6 +43,7 @@ from llmkd.teachers.pipeline_schedule import stage_count
 from llmkd.teachers.pipeline_stage import load_stage, teacher_cut
 from llmkd.teachers.resident import ResidentTeacher
 from llmkd.training.jobs import Job
+from llmkd.training.pairs import preferred_of
 
 log = logging.getLogger("llmkd")
 
@@ -241,7 +244,7 @@ def load_student(job: Job, ds_config: DsConfig, target_width: int | None, gather
             adapt(model, seed=job.seed, **lora.model_dump(exclude={"export"}))
     width = model.config.hidden_size
     target = target_width or width
-    projected = len(job.pairs) if matching.projects(width, target) else 0
+    projected = len(job.compared) if matching.projects(width, target) else 0
     without = matching.unprojected(projected)
     projectors = make_projectors(projected, width, target, bias=matching.projector_bias, seed=job.seed, without=without)
     differences = matching.compare == "differences"
@@ -252,11 +255,12 @@ def load_student(job: Job, ds_config: DsConfig, target_width: int | None, gather
         )
     module = Distiller(
         model,
-        [block for block, _ in job.pairs],
+        [block for block, _ in job.compared],
         normed_last=matching.final_state == "normed",
         **head_options(job),
         projectors=None if projectors is None else projectors.to(dtype),
         differences=differences,
+        mixtures=make_mixtures(job),
         tokens=matching.tokens,
         all_rows=gather,
         stones=make_stones(job, width, target) if job.stones else None,
@@ -278,6 +282,19 @@ def export_options(job: Job) -> dict[str, Any]:
     lora = None if job.makes_teacher else job.recipe.student.lora
     base = str(job.initial) if job.initial.parent == job.folder else job.recipe.student.path
     return {"form": "merged" if lora is None else lora.export, "base": base or ""}
+
+
+def make_mixtures(job: Job) -> Mixtures | None:
+    """The mixtures of a learned map, none of them trained yet; None of another map."""
+    matching = job.recipe.matching
+    candidates = {
+        student: [i for j, i in job.pairs if j == student] for student, teacher in job.compared if teacher == MIXED
+    }
+    if not candidates:
+        return None
+    scores = first_scores(candidates, preferred_of(job.recipe, job.student_depths, job.teacher_depths))
+    dtype = load.DTYPES[job.train.dtype]  # an engine has one; its optimizer works in float32
+    return Mixtures(candidates, scores.to(dtype), temperature=matching.temperature, entropy=matching.entropy)
 
 
 def _use_kernels(job: Job, config: PreTrainedConfig) -> None:

@@ -11,6 +11,7 @@ from llmkd.distributed.ds_configs import load_ds_config, zero_stage
 from llmkd.errors import InputError
 from llmkd.files import ROOT
 from llmkd.layer_map import Pairs
+from llmkd.losses.set_distances import WIDTH_FREE
 from llmkd.models.adapter_folders import check_adapter
 from llmkd.models.architectures import new_config
 from llmkd.models.families import KIND_NAMES, check_logits, model_type
@@ -209,6 +210,18 @@ def check_routed(recipe: Recipe, student: PreTrainedConfig) -> None:
         raise InputError(
             f"loss.router: no block of the student, a {student.model_type!r} model, has a router that is known (those of {known} are); "
             "write 0, or copy blocks with experts"
+        )
+
+
+def check_redraws(recipe: Recipe, teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
+    """Raise InputError for a redrawn map whose pairs have projectors; `teacher` and `student`: the configurations."""
+    width: int = recipe.student.hidden_size or student.hidden_size
+    matching = recipe.matching
+    if matching.redraw_every and matching.projects(width, teacher.hidden_size):
+        why = f"the student's states have {width} numbers and the teacher's {teacher.hidden_size}, and a projector is"
+        raise InputError(
+            f"matching.redraw_every: {'projectors are' if width == teacher.hidden_size else why} learned for one teacher block; write "
+            f"redraw_every: 0, or a distance that needs none ({', '.join(WIDTH_FREE)})"
         )
 
 

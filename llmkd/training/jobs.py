@@ -22,9 +22,8 @@ from llmkd.distributed.ds_configs import load_ds_config
 from llmkd.distributed.ranks import World, on_main
 from llmkd.errors import InputError
 from llmkd.files import ROOT
-from llmkd.layer_map import Pairs
+from llmkd.layer_map import Pairs, compared
 from llmkd.losses.objective import Weights
-from llmkd.losses.set_distances import WIDTH_FREE
 from llmkd.models import families, folders, load, make
 from llmkd.models.architectures import new_config
 from llmkd.models.stored import read_config
@@ -32,15 +31,15 @@ from llmkd.models.vocabularies import check_same_tokens
 from llmkd.recipe.data import Data, Rows
 from llmkd.recipe.inputs import finetune_inputs, fingerprint, training_inputs
 from llmkd.recipe.models import Student, Teacher
-from llmkd.recipe.objective import check_something_to_learn
 from llmkd.recipe.recipe import Recipe
 from llmkd.recipe.rollouts import check_writers
 from llmkd.recipe.run import Train
+from llmkd.recipe.stones import check_something_to_learn
 from llmkd.teachers import pipeline_stage as stage
 from llmkd.teachers.pipeline_schedule import stage_count
 from llmkd.training import checks
 from llmkd.training.checkpoint import check_same
-from llmkd.training.pairs import depths_of, encoders_of, maps_of, stones_of
+from llmkd.training.pairs import depths_of, encoders_of, maps_of, pair_names, stones_of
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,16 @@ class Job:
     def encoders(self) -> tuple[int, int] | None:
         """Of encoder-decoders, how many blocks the student's and the teacher's encoder have."""
         return encoders_of(self.student_depths, self.teacher_depths)
+
+    @property
+    def compared(self) -> Pairs:
+        """The pairs, or of a learned map one of each student block."""
+        return compared(self.recipe.matching.strategy, self.pairs)
+
+    @property
+    def names(self) -> list[str]:
+        """What these are called in logs."""
+        return pair_names(self.compared, self.encoders, redraws=self.redraws)
 
     @property
     def redraws(self) -> bool:
@@ -148,7 +157,7 @@ def check_student(recipe: Recipe, family: Family, teacher: Any, student: Any) ->
     checks.check_upper_blocks(recipe, teacher, student, pairs=pairs, stones=stones)
     checks.check_adapted(recipe, family, student, pairs=pairs)
     weights = _weights(recipe, pairs, stones)
-    _check_redraws(recipe, teacher, student)
+    checks.check_redraws(recipe, teacher, student)
     shape = student
     if not checkpoint:
         checks.check_measured(recipe, teacher)
@@ -200,18 +209,6 @@ def teacher_family(recipe: Recipe, shape: Any) -> Family:
     if recipe.finetune is None or family.kind != "encoder":
         return family
     return Family("encoder", labels=labels_of(recipe.finetune.data or recipe.data))
-
-
-def _check_redraws(recipe: Recipe, teacher: Any, student: Any) -> None:
-    """Raise InputError for a redrawn map whose pairs have projectors; `teacher` and `student`: the configurations."""
-    width: int = recipe.student.hidden_size or student.hidden_size
-    matching = recipe.matching
-    if matching.redraw_every and matching.projects(width, teacher.hidden_size):
-        why = f"the student's states have {width} numbers and the teacher's {teacher.hidden_size}, and a projector is"
-        raise InputError(
-            f"matching.redraw_every: {'projectors are' if width == teacher.hidden_size else why} learned for one teacher block; write "
-            f"redraw_every: 0, or a distance that needs none ({', '.join(WIDTH_FREE)})"
-        )
 
 
 def check_vocabularies(recipe: Recipe, teacher: Path, student: Path) -> dict[int, str]:

@@ -16,7 +16,6 @@ from llmkd.provenance import peak_memory_gib
 from llmkd.student.passes import STONE_PARTS, PassResult, StepSettings, StoneSettings, StoneSums
 from llmkd.student.stepping_stones import shares
 from llmkd.training.jobs import Job
-from llmkd.training.pairs import pair_names
 
 Values: TypeAlias = "dict[str, float | Values]"
 """Numbers by name, as they stand in a line of metrics.jsonl."""
@@ -117,7 +116,7 @@ class Meter:
         return cls(
             world,
             job.weights,
-            pair_names(job.pairs, job.encoders, redraws=job.redraws),
+            job.names,
             distances=recipe.matching.distances,
             divergences=list(recipe.loss.divergences),
             stones=StoneMeter(world, job.stones) if job.stones else None,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmkd.errors import InputError
-from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING, STRATEGIES, Pairs, layer_map
+from llmkd.layer_map import DECODER_EMBEDDING, EMBEDDING, MIXED, STRATEGIES, Pairs, compared, forward, layer_map
 from llmkd.models import families
 from llmkd.recipe.recipe import Recipe
 
@@ -113,16 +113,24 @@ def _check_differences(pairs: Pairs) -> None:
 
 def _checked_lists(recipe: Recipe, pairs: Pairs, encoders: tuple[int, int] | None = None) -> Pairs:
     """The pairs, after a check that lists of weights and distances are as long; none where `loss.hidden` is 0."""
-    matching = recipe.matching
+    matching, each = recipe.matching, compared(recipe.matching.strategy, pairs)
     listed = {"pair_weights": ("weights", matching.pair_weights), "distance": ("distances", matching.distance)}
     for key, (what, values) in listed.items():
-        if isinstance(values, tuple) and pairs and len(values) != len(pairs):
-            names = pair_names(pairs, encoders=encoders)
+        if isinstance(values, tuple) and each and len(values) != len(each):
+            names = pair_names(each, encoders=encoders)
             raise InputError(
-                f"matching.{key}: {len(values)} {what} for the {len(pairs)} pairs {', '.join(names)}; "
+                f"matching.{key}: {len(values)} {what} for the {len(each)} pairs {', '.join(names)}; "
                 "write one for each, in this order"
             )
     return () if recipe.loss.hidden == 0 else pairs
+
+
+def preferred_of(recipe: Recipe, student: Sequence[int], teacher: Sequence[int]) -> Pairs | None:
+    """The pairs whose teacher blocks weigh most when a learned map's training begins, through all stacks; None where none does."""
+    if recipe.matching.start == "uniform":
+        return None
+    maps = [forward(*depths) for depths in zip(student, teacher, strict=True)]
+    return through_stacks(recipe, maps, encoders_of(student, teacher))
 
 
 def stones_of(recipe: Recipe, student_depth: int, teacher_depth: int) -> Pairs:
@@ -157,7 +165,7 @@ def pair_names(
     pairs: Sequence[tuple[int, int]], encoders: tuple[int, int] | None = None, *, redraws: bool = False
 ) -> list[str]:
     """How pairs are written in logs: `student<teacher`, `e` for the embeddings, `*` for a teacher block that is drawn again and again;
-    of encoder-decoders `enc 0<3` and `dec 1<7`."""
+    `mix` for a mixture of them; of encoder-decoders `enc 0<3` and `dec 1<7`."""
 
     first_student, first_teacher = encoders or (0, 0)
 
@@ -165,7 +173,7 @@ def pair_names(
         return "" if encoders is None else "enc " if EMBEDDING <= student < first_student else "dec "
 
     def name(block: int, encoder: int) -> str:
-        return "e" if block < 0 else str(block - encoder if block >= encoder else block)
+        return "mix" if block == MIXED else "e" if block < 0 else str(block - encoder if block >= encoder else block)
 
     def drawn(block: int) -> str:
         return "*" if redraws and block >= 0 else name(block, first_teacher)

@@ -16,7 +16,7 @@ from llmkd.data.order import Source, counts
 from llmkd.data.streams import Stream
 from llmkd.distributed.clocks import StepClock
 from llmkd.distributed.ds_configs import on_other_ranks
-from llmkd.distributed.engines import engine
+from llmkd.distributed.engines import RATE, engine
 from llmkd.distributed.ranks import World
 from llmkd.distributed.traces import Trace
 from llmkd.errors import InputError
@@ -143,7 +143,7 @@ class PreparedRun:
     def set_rate(self, step: int) -> None:
         """Give the optimizer the learning rate of this step, from 1."""
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = self.rate(step - 1)
+            group["lr"] = self.rate(step - 1) * group[RATE]
 
     def signal(self, batch: Batch, settings: StepSettings) -> Signal | None:
         """The teacher's signal for a micro-batch of a step; None without a teacher."""
@@ -204,6 +204,8 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
         betas=settings.betas,
         epsilon=settings.epsilon,
         weight_decay=settings.weight_decay,
+        apart=[] if module.mixtures is None else [module.mixtures.scores],
+        apart_rate=job.recipe.matching.learning_rate,
     )
     torch.manual_seed(job.seed * 65536 + world.rank)  # dropout, where a model has it, differs from rank to rank
     if resume is not None:

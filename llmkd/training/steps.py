@@ -22,7 +22,7 @@ from llmkd.student.passes import PassResult, StepSettings, StoneSettings, StoneW
 from llmkd.student.stepping_stones import factors
 from llmkd.training.jobs import Job
 from llmkd.training.metrics import Moving
-from llmkd.training.pairs import maps_of, pair_names
+from llmkd.training.pairs import maps_of
 
 TEMPERATURES = "temperature.jsonl"
 """In the run's folder: each change of a dynamic temperature with the two cross-entropies that led to it; a resumed run reads its
@@ -51,7 +51,7 @@ class Steps:
         elif settings is not None:
             self._temperature = settings.change
         self._report_every = 0 if job.makes_teacher else loss.report_norms_every
-        self._terms = tuple(terms_of(mix) for mix in job.recipe.matching.mixes_of(len(job.pairs)))
+        self._terms = tuple(terms_of(mix) for mix in job.recipe.matching.mixes_of(len(job.compared)))
         self._divergence = loss.divergence_of(loss.divergence)
         self._own_divergence = None if loss.own_divergence is None else loss.divergence_of(loss.own_divergence)
 
@@ -59,7 +59,7 @@ class Steps:
         """Of this step (from 1), whose batch has so many tokens and, on each rank, micro-batches."""
         job, world = self._job, self._world
         weights = weights_of_step(job.weights, self._changes, step - 1, self._total)
-        by = divisors(weights, trained=counts.trained, attended=counts.attended, pairs=len(job.pairs))
+        by = divisors(weights, trained=counts.trained, attended=counts.attended, pairs=len(job.compared))
         terms, divergence = self._terms, self._divergence
         if self._distances:
             terms = tuple(terms_of(mix) for mix in self._mixes(step))
@@ -110,7 +110,7 @@ class Steps:
         """The job's, or of a map that is drawn again the draw of this step: a function of (seed, draw), the same on every rank."""
         job = self._job
         if not job.redraws:
-            return job.pairs
+            return job.compared
         draw = (step - 1) // job.recipe.matching.redraw_every
         return maps_of(job.recipe, job.student_depths, job.teacher_depths, draw)
 
@@ -134,7 +134,7 @@ class Steps:
 
     def _mixes(self, step: int) -> list[dict[str, float]]:
         """The weights of each pair's distances."""
-        mixes = self._job.recipe.matching.mixes_of(len(self._job.pairs))
+        mixes = self._job.recipe.matching.mixes_of(len(self._job.compared))
         return [self._moved(mix, self._distances, step) for mix in mixes]
 
     def _moved(self, mix: Mapping[str, float], changes: Mapping[str, Change], step: int) -> dict[str, float]:
@@ -170,7 +170,7 @@ class Steps:
         weights = {part: getattr(settings.weights, part) for part in self._changes}
         if self._of_stones is not None:
             weights["stones"] = self._weight_of_stones(step)
-        pairs = pair_names(job.pairs, job.encoders, redraws=job.redraws)
+        pairs = job.names
         for name in self._distances:
             of_pairs = {pair: mix[name] for pair, mix in zip(pairs, self._mixes(step), strict=True) if name in mix}
             alike = len(set(of_pairs.values())) == 1

@@ -15,7 +15,6 @@ import torch
 from llmkd.data.batches import Counts
 from llmkd.distributed.ranks import World, sum_counts, sum_tensor, wait_for_device
 from llmkd.training.metrics import Values
-from llmkd.training.pairs import pair_names
 from llmkd.training.prepare import PreparedRun
 from llmkd.training.steps import Steps
 
@@ -83,7 +82,7 @@ class Validator:
         job, counts = self._run.job, self._counts
         trained = max(counts.trained, 1)
         states = max(counts.trained if job.weights.hidden_positions == "trained" else counts.attended, 1)
-        names = pair_names(job.pairs, job.encoders, redraws=job.redraws)
+        names = job.names
         return Validated(
             ce=ce / trained,
             perplexity=None if job.family.kind == "encoder" else _exp(ce / trained),

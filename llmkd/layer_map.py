@@ -123,7 +123,7 @@ def learned(student_blocks: int, teacher_blocks: int, candidates: int | None = N
     _check_depths(student_blocks, teacher_blocks)
     if candidates is not None and not 2 <= candidates <= teacher_blocks:
         raise InputError(
-            f"candidates {candidates} can't be mixed: write a whole number from 2 to {teacher_blocks}, the teacher's blocks, or leave it out"
+            f"candidates {candidates} can't be mixed: write a whole number from 2 to {teacher_blocks}, the teacher's depth, or leave it out"
         )
     blocks = _targets(candidates or teacher_blocks, teacher_blocks)
     return tuple((j, i) for j in range(student_blocks) for i in blocks)
@@ -259,6 +259,14 @@ def _check_name(strategy: str) -> None:
 def needs_states(strategy: str) -> str:
     """Why depths alone do not give a measured strategy's map, and which command shows it."""
     return f"{strategy} needs the models' states: `llmkd train --strategy {strategy}` measures and prints the map"
+
+
+def is_trained(strategy: str) -> str:
+    """What a mixed map is, in a sentence."""
+    return (
+        f"{strategy}: each student block learns from a mixture of all teacher blocks (or matching.candidates of them), whose weights are "
+        f"trained with the student: `llmkd train --strategy {strategy}` logs them"
+    )
 
 
 def check_options(strategy: str, given: Iterable[str]) -> None:

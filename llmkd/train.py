@@ -101,7 +101,7 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
         if step % settings.log_every == 0 or saves or this.report_norms or run.engine.skipped_steps:
             grad_norm = float(run.engine.get_global_grad_norm() or 0.0)
             last = meter.flush(steps.moving(this), learning_rate=run.rate(step - 1), grad_norm=grad_norm)
-            journal.write(step, last, run.taken(step), run.written)
+            journal.write(step, last, run.taken(step), run.written, run.learned_map)
             finite.check_loss(world, job, run.module, step, last)
             finite.check_gradient(job, run.engine, step)
         # every save_every steps, at the last and when asked to stop: save (all ranks: each writes its shards)

@@ -23,7 +23,7 @@ from llmkd.recipe.data import Data
 from llmkd.recipe.evaluation import Evaluation, Study, with_scoring_dtype
 from llmkd.recipe.messages import sentence
 from llmkd.recipe.models import Student, Teacher, check_adapters
-from llmkd.recipe.objective import Loss, Matching, check_something_to_learn, within
+from llmkd.recipe.objective import Loss, Matching, within
 from llmkd.recipe.rollouts import Rollouts, check_rollouts
 from llmkd.recipe.run import Cache, Finetune, HeadKernel, Train, check_stream, check_validation, with_batch_size
 from llmkd.recipe.section import NO_EFFECT, Section

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmkd.errors import InputError
-from llmkd.layer_map import RULES, STRATEGIES, Pairs, check_read, layer_map, needs_states
+from llmkd.layer_map import RULES, STRATEGIES, Pairs, check_read, is_trained, layer_map, needs_states
 from llmkd.teachers.pipeline_schedule import cut_into_stages, pipeline_drawing
 
 CONVENTION = "block i = output of block i, hidden_states[i+1] in HF's count"
@@ -85,12 +85,15 @@ def maps_text(
     if stages is not None and stages > teacher_blocks:
         raise InputError(f"--stages {stages}: each needs a block; write at most {teacher_blocks}, the teacher's blocks")
     rules = [name for name in RULES if STRATEGIES[name].least_student_blocks <= student_blocks]
-    names = strategies or (["explicit"] if "pairs" in options else [*rules, "nearest"])
+    names = strategies or (["explicit"] if "pairs" in options else [*rules, "nearest", "learned"])
     check_read(names, options)
     parts = []
     for name in names:
         if STRATEGIES[name].is_measured:
             parts += [needs_states(name), ""]
+            continue
+        if STRATEGIES[name].is_mixed:
+            parts += [is_trained(name), ""]
             continue
         own = {key: value for key, value in options.items() if key in STRATEGIES[name].options}
         pairs = layer_map(name, student_blocks, teacher_blocks, seed=seed, **own)

@@ -44,6 +44,15 @@ def line(step: int, steps: int, interval: Interval) -> str:
     return text + "".join(f" {part}:{share:.0%}" for part, share in shares.items() if share >= LEAST_SHARE)
 
 
+def likeliest(learned: Mapping[str, Mapping[str, float]]) -> str:
+    """Of a learned map's weights, the teacher block that weighs most for each student block, and its weight."""
+    text = ""
+    for student, weights in learned.items():
+        block = max(weights, key=lambda name: weights[name])
+        text += f" {student}<{block}:{weights[block]:.2f}"
+    return text and f" map{text}"
+
+
 def validation_line(step: int, steps: int, values: Values) -> str:
     """One readable line of a validation."""
     shown = ("ce", "perplexity", "kl", "agreement")
@@ -81,15 +90,27 @@ class Journal:
                 project=job.train.wandb, name=name, dir=str(folder), config=job.inputs, id=name, resume="allow"
             )
 
-    def write(self, step: int, interval: Interval, taken: Mapping[str, int], written: Mapping[str, float]) -> None:
+    def write(
+        self,
+        step: int,
+        interval: Interval,
+        taken: Mapping[str, int],
+        written: Mapping[str, float],
+        learned: Mapping[str, Mapping[str, float]],
+    ) -> None:
         """Record the interval that ends with this step. `taken`: how many rows of each source of a mixture came until then; `written`: what
-        the texts are like that the student wrote for this step."""
+        the texts are like that the student wrote for this step; `learned`: the weights of a learned map."""
         if not self._main:
             return
-        log.info(line(step, self._steps, interval) + "".join(f" {name}:{rows}" for name, rows in taken.items()))
+        text = line(step, self._steps, interval) + "".join(f" {name}:{rows}" for name, rows in taken.items())
+        log.info(text + likeliest(learned))
         self._advance(step - self._done, f"loss {interval.loss:.3f}, {interval.tokens_per_second:,.0f} tok/s")
         self._done = step
-        further = {"sources": {**taken}, "rollouts": {**written}}
+        further: Values = {
+            "sources": {**taken},
+            "rollouts": {**written},
+            "learned_map": {student: {**weights} for student, weights in learned.items()},
+        }
         self._record(step, {**interval.values(), **{name: values for name, values in further.items() if values}})
 
     def write_validation(self, step: int, values: Values) -> None:

@@ -179,3 +179,14 @@ def pair_names(
         return "*" if redraws and block >= 0 else name(block, first_teacher)
 
     return [f"{stack(s)}{name(s, first_student)}<{drawn(t)}" for s, t in pairs]
+
+
+def named_weights(
+    weights: Mapping[int, Mapping[int, float]], encoders: tuple[int, int] | None = None
+) -> dict[str, dict[str, float]]:
+    """Student block -> teacher block -> weight, by the names that each has within its stack: `{"0": {"2": 0.9, ..}}`, `{"enc 0": ..}`."""
+    named: dict[str, dict[str, float]] = {}
+    for student, of_blocks in weights.items():
+        names = [name.split("<") for name in pair_names([(student, teacher) for teacher in of_blocks], encoders)]
+        named[names[0][0]] = {teacher: weight for (_, teacher), weight in zip(names, of_blocks.values(), strict=True)}
+    return named

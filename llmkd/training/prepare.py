@@ -31,6 +31,7 @@ from llmkd.student.passes import StepSettings
 from llmkd.teachers.base import Signal, Teacher
 from llmkd.training import build, cache_contents, checkpoint, finite, initial, nearest, tokens
 from llmkd.training.jobs import Job
+from llmkd.training.pairs import named_weights
 from llmkd.training.validation_rows import RunRows, validation_batches
 from llmkd.training.written_texts import rollouts_of, rows_of
 
@@ -92,6 +93,13 @@ class PreparedRun:
     def written(self) -> Mapping[str, float]:
         """What the texts that the last of `batches` come from are like, in numbers; empty where none are written."""
         return {} if self.source.rollouts is None else self.source.rollouts.present
+
+    @property
+    def learned_map(self) -> dict[str, dict[str, float]]:
+        """What each teacher block weighs at present in what each student block learns from, by their names; empty of a map that is not
+        learned (all ranks take part)."""
+        mixtures = self.module.mixtures
+        return {} if mixtures is None else named_weights(mixtures.weights(), self.job.encoders)
 
     def writing(self, seconds: float) -> Mapping[str, float]:
         """What the texts of this start of the run, which took so many seconds, took of it; empty where none are written."""

@@ -23,7 +23,7 @@ from llmkd.data.rows import load_rows
 from llmkd.data.tokenized import PackedSource, PackedTokens, Tokens
 from llmkd.data.tokens import tokenize
 from llmkd.files import ROOT
-from llmkd.layer_map import EMBEDDING, in_order_random
+from llmkd.layer_map import EMBEDDING, forward, in_order_random
 from llmkd.losses.schedules import learning_rate
 from llmkd.models import load as models
 from llmkd.models import make as making
@@ -136,7 +136,7 @@ def rows_of_step(data: Dataset, recipe: Recipe, step: int = 0) -> list[Any]:
     return [data[int(number)] for number in numbers]
 
 
-PlainRun = tuple[dict[str, torch.Tensor], list[dict[str, float]]]
+PlainRun = tuple[dict[str, torch.Tensor], list[dict[str, Any]]]
 SPREAD = {
     "teacher": ("placement", "stages", "offload"),
     "train": ("deepspeed", "micro_batch_size", "activation_checkpointing"),
@@ -182,7 +182,12 @@ def _plain_run(recipe: Recipe, teacher_folder: Path, student_folder: Path) -> Pl
     pairs = pairs_of(recipe, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     adapted = None if recipe.student.lora is None else with_adapters(student, recipe.student.lora, recipe.seed)
     widths = student.config.hidden_size, teacher.config.hidden_size
-    count = len(pairs) if recipe.matching.projects(*widths) else 0
+    scores = None
+    if recipe.matching.strategy == "learned":  # in `pairs` a student block's pairs follow one another
+        nearest = dict(forward(student.config.num_hidden_layers, teacher.config.num_hidden_layers))
+        scores = torch.tensor([float(recipe.matching.start == "forward" and i == nearest[j]) for j, i in pairs])
+        scores.requires_grad_()
+    count = len(dict(pairs)) if recipe.matching.projects(*widths) else 0
     projectors = make_projectors(count, *widths, bias=recipe.matching.projector_bias, seed=recipe.seed)
     parameters = [*student.parameters(), *(projectors.parameters() if projectors is not None else [])]
     parameters = [p for p in parameters if p.requires_grad]
@@ -190,6 +195,7 @@ def _plain_run(recipe: Recipe, teacher_folder: Path, student_folder: Path) -> Pl
         [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.train.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [] if scores is None else [scores], "weight_decay": 0.0},
         ],
         lr=recipe.train.learning_rate,
         betas=recipe.train.betas,
@@ -209,7 +215,7 @@ def _plain_run(recipe: Recipe, teacher_folder: Path, student_folder: Path) -> Pl
             depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
             pairs = in_order_random(*depths, recipe.seed, step // recipe.matching.redraw_every)
         if recipe.loss.own_divergence is None:
-            parts = plain_losses(recipe, teacher, student, projectors, pairs, batch)
+            parts = plain_losses(recipe, teacher, student, projectors, pairs, batch, scores)
         else:
             parts = plain_losses_of_two(recipe, teacher, student, projectors, pairs, rows, tokenizer.pad_token_id)
         loss = (
@@ -222,7 +228,8 @@ def _plain_run(recipe: Recipe, teacher_folder: Path, student_folder: Path) -> Pl
             loss = loss + recipe.loss.router * parts["router"]
         loss.backward()
         if recipe.train.clip:
-            torch.nn.utils.clip_grad_norm_(parameters, recipe.train.clip)
+            clipped = [*parameters, *([] if scores is None else [scores])]
+            torch.nn.utils.clip_grad_norm_(clipped, recipe.train.clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
                 step,
@@ -232,9 +239,15 @@ def _plain_run(recipe: Recipe, teacher_folder: Path, student_folder: Path) -> Pl
                 total=recipe.train.steps,
                 shape=recipe.train.schedule,
             )
+        optimizer.param_groups[-1]["lr"] *= recipe.matching.learning_rate / recipe.train.learning_rate
         optimizer.step()
         optimizer.zero_grad()
         losses.append({"loss": loss.item(), **{k: v.item() for k, v in parts.items()}})
+        if scores is not None:
+            shares = (scores.detach().view(student.config.num_hidden_layers, -1) / recipe.matching.temperature).softmax(
+                1
+            )
+            losses[-1]["weights"] = shares.flatten().tolist()
     student = student if adapted is None else adapted.merge_and_unload()
     return {name: p.detach() for name, p in student.named_parameters()}, losses
 
@@ -356,9 +369,9 @@ def load(folder: Path) -> Any:
 
 
 def plain_losses(
-    recipe: Recipe, teacher: Any, student: Any, projectors: Any, pairs: Any, batch: Any
+    recipe: Recipe, teacher: Any, student: Any, projectors: Any, pairs: Any, batch: Any, scores: Any = None
 ) -> dict[str, torch.Tensor]:
-    """Cross-entropy, divergence and hidden loss as their definitions read, from whole tensors."""
+    """Cross-entropy, divergence and hidden loss as their definitions read, from whole tensors. `scores`: of a learned map's pairs."""
     inputs = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
     with torch.no_grad():
         t = teacher(**inputs)
@@ -376,7 +389,9 @@ def plain_losses(
     assert isinstance(per_token, torch.Tensor)
     kl = per_token.mean().float()
     hidden = []
-    for number, (i, j) in enumerate(pairs):
+    if scores is not None:
+        hidden = plain_mixed(recipe, teacher, student, t, s, projectors, pairs, scores)
+    for number, (i, j) in enumerate(pairs if scores is None else ()):
         ours, theirs = _state(student, s, i, recipe), _state(teacher, t, j, recipe)
         if recipe.matching.compare == "differences" and number:
             ours = ours - _state(student, s, pairs[number - 1][0], recipe)
@@ -390,6 +405,23 @@ def plain_losses(
     where = attended if recipe.matching.positions == "attended" else trained
     none = torch.zeros(())
     return {"ce": ce, "kl": kl, "hidden": torch.stack([h[where].mean() for h in hidden]).mean() if hidden else none}
+
+
+def plain_mixed(
+    recipe: Recipe, teacher: Any, student: Any, t: Any, s: Any, projectors: Any, pairs: Any, scores: torch.Tensor
+) -> list[torch.Tensor]:
+    """Each student block's distance [B, T] from its mixture of teacher blocks."""
+    table = (scores.view(student.config.num_hidden_layers, -1) / recipe.matching.temperature).softmax(1)
+    distances = []
+    for i, weights in enumerate(table):
+        blocks = [teacher_block for student_block, teacher_block in pairs if student_block == i]
+        states = torch.stack([_state(teacher, t, block, recipe) for block in blocks])
+        ours = _state(student, s, i, recipe)
+        ours = ours if projectors is None else projectors[i](ours)
+        theirs = (weights[:, None, None, None] * states).sum(0)
+        apart = (F.normalize(ours, dim=-1) - F.normalize(theirs, dim=-1)).pow(2).sum(-1)
+        distances.append(apart - recipe.matching.entropy * (weights * weights.log()).sum())
+    return distances
 
 
 def plain_losses_of_two(

@@ -62,6 +62,16 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "matching.projector": "always",
         "matching.positions": "trained",
     },
+    "learned": {"matching.strategy": "learned", "matching.temperature": 0.7, "matching.learning_rate": 0.1},
+    "learned_projected": {
+        "matching.strategy": "learned",
+        "matching.projector": "always",
+        "matching.final_state": "normed",
+        "matching.candidates": 3,
+        "matching.start": "uniform",
+        "matching.entropy": 0.2,
+        "matching.positions": "trained",
+    },
     "lens": {"matching.distance": "logit_lens"},
     "lens_alone": {"matching.distance": "logit_lens", "matching.positions": "trained", "loss.ce": 0.0, "loss.kl": 0.0},
     "lora": {"matching.strategy": "reverse", "student.lora": {"rank": 4, "alpha": 8}},
@@ -101,6 +111,9 @@ ONE_RANK: dict[str, tuple[str, dict[str, Any]]] = {
     "projected": ("projected", {}),
     "differences_checkpointed": ("differences", {"train.activation_checkpointing": True}),
     "differences_projected_packed": ("differences_projected", {"data.batching": "packed", "train.micro_batch_size": 8}),
+    "learned_checkpointed": ("learned", {"train.activation_checkpointing": True}),
+    "learned_zero0": ("learned", {"train.deepspeed": "zero0", "train.micro_batch_size": 8}),
+    "learned_projected_packed": ("learned_projected", {"data.batching": "packed", "train.micro_batch_size": 8}),
     "lens_checkpointed": ("lens", {"train.activation_checkpointing": True}),
     "lens_alone_packed": (
         "lens_alone",
@@ -131,6 +144,11 @@ TWO_RANKS: dict[str, tuple[str, dict[str, Any]]] = {
     "logits_only": ("logits_only", {"teacher.placement": "zero3", "train.deepspeed": "zero2"}),
     "differences": ("differences", {"teacher.placement": "zero3", "train.micro_batch_size": 2}),
     "differences_projected": ("differences_projected", {"train.deepspeed": "zero2"}),
+    "learned": ("learned", {"teacher.placement": "zero3", "train.micro_batch_size": 2}),
+    "learned_zero1": ("learned", {"train.deepspeed": "zero1"}),
+    "learned_pipeline": ("learned", {"teacher.placement": "pipeline", "train.activation_checkpointing": True}),
+    "learned_projected_zero2": ("learned_projected", {"train.deepspeed": "zero2", "train.micro_batch_size": 1}),
+    "learned_projected": ("learned_projected", {"teacher.placement": "pipeline"}),
     "lens": ("lens", {"teacher.placement": "zero3", "train.micro_batch_size": 2}),
     "lens_alone": ("lens_alone", {}),
     "akl": ("akl", {"train.micro_batch_size": 2, "train.deepspeed": "zero2"}),
@@ -231,6 +249,8 @@ def _check(run: Path, plain: Any, objective: str, spread: dict[str, Any]) -> Non
                 assert part != "loss" and (OBJECTIVES[objective].get(f"loss.{part}") == 0 or theirs[part] == 0)
             else:
                 assert logged_as == pytest.approx(theirs[part], rel=2e-5, abs=1e-6), (part, ours, theirs)
+        shares = [weight for of_block in ours.get("learned_map", {}).values() for weight in of_block.values()]
+        assert shares == pytest.approx(theirs.get("weights", []), rel=1e-5)
     trained = load_file(run / "model" / "model.safetensors")
     assert ("lm_head.weight" in trained) == (objective != "tied")
     assert_same_weights(trained, weights, 1e-6)  # an exported student holds no projector

@@ -212,10 +212,10 @@ STRATEGIES: dict[str, Strategy] = {
     "pkd_skip": Strategy(pkd_skip, least_student_blocks=2),
     "pkd_last": Strategy(pkd_last, least_student_blocks=2),
     "none": Strategy(none),
-    "nearest": Strategy(nearest, is_measured=True),
     "learned": Strategy(
         learned, options=("candidates", "start", "temperature", "entropy", "learning_rate"), is_mixed=True
     ),
+    "nearest": Strategy(nearest, is_measured=True),
     "explicit": Strategy(explicit, options=("pairs",), is_written=True),
 }
 RULES = tuple(name for name, s in STRATEGIES.items() if not (s.is_measured or s.is_written or s.is_mixed))

@@ -22,6 +22,7 @@ from llmkd.evaluation.generation import check as check_generation
 from llmkd.evaluation.held_out import check_evaluation, classification_data
 from llmkd.evaluation.lm_eval_step import check_tasks
 from llmkd.files import digest, read, write_text
+from llmkd.layer_map import compared
 from llmkd.models.families import depths, kind
 from llmkd.models.folders import resolve
 from llmkd.planning.run_checks import check_trained, student_shape
@@ -338,7 +339,7 @@ def _check_pair_weights(recipe: Recipe, entries: Sequence[StudyEntry], teacher: 
         own = entry_recipe(recipe, entry).changed({"matching.pair_weights": None})
         pairs = maps_of(own, depths_of(own, student_shape(own, teacher)[0]), depths(teacher))
         if pairs:  # where none is matched, no weight is read
-            counts[name] = len(pairs)
+            counts[name] = len(compared(own.matching.strategy, pairs))
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name} has {count} pairs" for name, count in counts.items())
         name, count = min(counts.items(), key=lambda item: item[1])

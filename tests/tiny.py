@@ -390,8 +390,8 @@ def plain_losses(
     kl = per_token.mean().float()
     hidden = []
     if scores is not None:
-        hidden = plain_mixed(recipe, teacher, student, t, s, projectors, pairs, scores)
-    for number, (i, j) in enumerate(pairs if scores is None else ()):
+        hidden, pairs = plain_mixed(recipe, teacher, student, t, s, projectors, pairs, scores), ()
+    for number, (i, j) in enumerate(pairs):
         ours, theirs = _state(student, s, i, recipe), _state(teacher, t, j, recipe)
         if recipe.matching.compare == "differences" and number:
             ours = ours - _state(student, s, pairs[number - 1][0], recipe)
@@ -413,7 +413,8 @@ def plain_mixed(
     """Each student block's distance [B, T] from its mixture of teacher blocks."""
     table = (scores.view(student.config.num_hidden_layers, -1) / recipe.matching.temperature).softmax(1)
     distances = []
-    for i, weights in enumerate(table):
+    for i in range(len(table)):
+        weights = table[i]
         blocks = [teacher_block for student_block, teacher_block in pairs if student_block == i]
         states = torch.stack([_state(teacher, t, block, recipe) for block in blocks])
         ours = _state(student, s, i, recipe)

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from llmkd.distributed.ds_configs import load_ds_config, zero_stage
 from llmkd.files import ROOT
+from llmkd.layer_map import STRATEGIES, compared
 from llmkd.losses.chunked_head import BUFFERS, rows_at_once
 from llmkd.losses.distance_sum import terms_of
 from llmkd.losses.head_kernels import takes_in
@@ -43,6 +44,9 @@ SET_COPIES = 16
 """Tensors of [tokens, H] that a set-level distance holds at its peak, its gradient included; its SVD's are counted in."""
 MIX_COPIES = 3
 """More of them where several are summed: the sum of their gradients, and the rows' own graph, which waits for the next."""
+
+MIXTURE_COPIES = 3
+"""More of them against a learned mixture: the mixture, its gradient, and a block's product with that."""
 
 
 @dataclass(frozen=True)
@@ -199,11 +203,13 @@ def activation_rows(
 
 
 def projected_parameters(placed: PlannedTeacher, student: Shapes, teacher: Shapes) -> int:
-    """How many numbers the projectors of pairs and stones have."""
-    matching, pairs = placed.recipe.matching, len(placed.pairs)
+    """How many numbers the projectors of pairs and stones have, and the scores of a learned map."""
+    matching = placed.recipe.matching
+    each = compared(matching.strategy, tuple(placed.pairs))
     projects = matching.projects(student.hidden, teacher.hidden)
-    projectors = (pairs - len(matching.unprojected(pairs)) if projects else 0) + len(placed.stones)
-    return projectors * student.hidden * teacher.hidden
+    projectors = (len(each) - len(matching.unprojected(len(each))) if projects else 0) + len(placed.stones)
+    scores = sum(block >= 0 for block, _ in placed.pairs) if STRATEGIES[matching.strategy].is_mixed else 0
+    return projectors * student.hidden * teacher.hidden + scores
 
 
 def planned_wire(recipe: Recipe, ranks: int, config: PreTrainedConfig) -> str:
@@ -226,6 +232,7 @@ def distance_rows(
     if not pairs:
         return []
     size, matching = DTYPES[recipe.train.dtype].itemsize, recipe.matching
+    pairs, is_mixed = compared(matching.strategy, tuple(pairs)), STRATEGIES[matching.strategy].is_mixed
     tokens = recipe.train.micro_batch_size * recipe.data.max_length
     tokens = tokens if matching.tokens is None else min(tokens, matching.tokens)
     sums = [terms_of(mix) for mix in matching.mixes_of(len(pairs))]
@@ -250,7 +257,7 @@ def distance_rows(
         how = "the teacher's state of the pair before, and both models' differences [B, T, H]"
         rows.append(Row("differences of states", whole * (theirs + student.hidden * size), how, ("head",)))
     if of_set := max(sum(term.of_set for term in terms) for terms in sums):
-        copies = SET_COPIES + (MIX_COPIES if of_set > 1 else 0)
+        copies = SET_COPIES + (MIX_COPIES if of_set > 1 else 0) + (MIXTURE_COPIES if is_mixed else 0)
         together = tokens * (ranks if matching.scope == "batch" else 1)
         wider = max(student.hidden, teacher.hidden)
         how = f"{copies} x [{together:,}, H] x {WIDE} B"

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from transformers import PreTrainedConfig
 
-from llmkd.layer_map import EMBEDDING, Pairs
+from llmkd.layer_map import EMBEDDING, STRATEGIES, Pairs
 from llmkd.models.load import DTYPES, student_config
 from llmkd.planning.rows import FORWARD, OFFLOADED, WAITING, Place, Row, block_activations, millions
 from llmkd.planning.shapes import Shapes, initial_student_config, shapes
@@ -137,7 +137,9 @@ def _state_rows(teacher: PlannedTeacher, shape: Shapes) -> list[Row]:
     rows = []
     if used:
         name = "embeddings' and " if EMBEDDING in used else ""
-        how = f"{name}{len(used - {EMBEDDING})} blocks' states [B, T, H] x {size} B; let go pair by pair"
+        mixed = STRATEGIES[teacher.recipe.matching.strategy].is_mixed
+        until = "all held to the last student block, which mixes them too" if mixed else "let go pair by pair"
+        how = f"{name}{len(used - {EMBEDDING})} blocks' states [B, T, H] x {size} B; {until}"
         place: Place = "host" if offloaded else "device"
         rows.append(Row("teacher states", len(used) * state, how, WAITING, place))
         if offloaded:

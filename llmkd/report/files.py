@@ -13,6 +13,7 @@ import yaml
 
 from llmkd.evaluation.results import RESULT_CLASSES, GeneratedText, ScoredModel, Scores, read_items, read_result
 from llmkd.files import read, read_lines
+from llmkd.layer_map import STRATEGIES
 from llmkd.recipe.study_entries import StudyEntry, read_study
 from llmkd.report.results import NOT_YET, Agreed, LayerMap
 from llmkd.report.runs import Curve, LogLine, Rule, RunRollouts, RunValidations, ShownTexts, StepTimes, TrainingRun
@@ -25,6 +26,7 @@ ROUNDS = ("length", "ended", "repetition")
 MEASURED = ("ce", "perplexity", "kl", "agreement")
 SUMMARY = (
     "pairs",
+    "strategy",
     "versions",
     "hardware",
     "commit",
@@ -90,6 +92,7 @@ class Summary:
     """The summary.json that a finished run leaves. `costs`: steps, seconds and so on, by the names of a TrainingRun's fields."""
 
     pairs: list[list[int]] = field(default_factory=list)
+    strategy: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     hardware: Agreed = field(default_factory=dict)
     commit: str | None = None
@@ -106,6 +109,11 @@ class Summary:
     validation_seconds: float | None = None
     teachers_texts: Agreed = field(default_factory=dict)
     """The fields of a `Wrote`; empty where the teacher wrote nothing before training."""
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether a student block was compared once, with a mixture of the blocks that `pairs` gives it."""
+        return self.strategy in STRATEGIES and STRATEGIES[self.strategy].is_mixed
 
 
 def read_summary(training: Path) -> Summary:
@@ -205,7 +213,9 @@ def _log_line(line: Mapping[str, Any]) -> LogLine:
     for stone, values in norms.get("stones", {}).items():
         by_name |= {f"{stone} {part}": value for part, value in values.items()}
     parts |= {f"norm of {name}": value for name, value in by_name.items()}
-    return LogLine(line["step"], _finite(parts), _finite(line.get("pairs", {})), tuple(apart))
+    return LogLine(
+        line["step"], _finite(parts), _finite(line.get("pairs", {})), tuple(apart), line.get("learned_map", {})
+    )
 
 
 def _finite(values: Mapping[str, object]) -> dict[str, float | None]:
@@ -238,18 +248,20 @@ def curve(log: Sequence[LogLine], summary: Summary) -> Curve:
     """
     names = list(log[-1].pairs)
     students = [student for student, _ in summary.pairs]
+    students = list(dict.fromkeys(students)) if summary.is_mixed else students
     blocks = dict(zip(names, students, strict=True)) if len(names) == len(students) else {}
     return Curve(list(thinned(log, CURVE_POINTS)), blocks)
 
 
 def layer_maps(folder: Path, entries: Iterable[StudyEntry], summaries: Mapping[str, Summary]) -> list[LayerMap]:
-    """Each trained strategy's map, without the embeddings' pairs; one per seed where the seeds' maps differ."""
+    """Each trained strategy's map, without the embeddings' pairs; one per seed where the seeds' maps differ. A learned map's weights are in
+    the run's log."""
     teacher_blocks = None
     groups: dict[tuple[str, str], list[StudyEntry]] = {}
     for entry in entries:
         if entry.kind == "teacher":
             teacher_blocks = depth(folder / entry.model)
-        if entry.name in summaries and summaries[entry.name].pairs:
+        if entry.name in summaries and summaries[entry.name].pairs and not summaries[entry.name].is_mixed:
             groups.setdefault((row_name(entry), json.dumps(summaries[entry.name].pairs)), []).append(entry)
     return [
         LayerMap(

@@ -47,6 +47,13 @@ class LogLine:
     pairs: dict[str, float | None] = field(default_factory=dict)
     not_in_loss: tuple[str, ...] = ()
     """The parts that were computed on the way and have no weight."""
+    learned: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of a learned map, student block -> teacher block -> weight, by their names."""
+
+    def to_json(self) -> dict[str, object]:
+        """As results.json has it."""
+        learned = {"learned_map": self.learned} if self.learned else {}
+        return {"step": self.step, **self.parts, "pairs": self.pairs, **learned}
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Curve:
 
     def to_json(self) -> list[dict[str, object]]:
         """The lines as results.json has them."""
-        return [{"step": line.step, **line.parts, "pairs": line.pairs} for line in self.lines]
+        return [line.to_json() for line in self.lines]
 
 
 @dataclass(frozen=True)

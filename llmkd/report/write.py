@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,8 @@ from llmkd.report.files import generations
 from llmkd.report.gather import gather, outcome
 from llmkd.report.map_drawing import drawing
 from llmkd.report.page.document import whole_page
-from llmkd.report.results import Angles, LayerMap, Results
+from llmkd.report.page.learned import in_words, learned_maps
+from llmkd.report.results import Angles, Results
 from llmkd.report.validation import of_students, rule_in_words, validation_table
 from llmkd.text import bullets, escaped, fenced
 
@@ -75,7 +75,7 @@ def terminal_text(results: Results, columns: int = tables.COLUMNS) -> str:
 def _markdown(results: Results, recipe: str) -> str:
     parts = [f"# Study {escaped(results.name)}", f"**{escaped(results.conclusion)}**", bullets(results.notes)]
     parts += ["## Scores", *_scores(results), "## Comparisons", *_comparisons(results)]
-    parts += ["## Layer maps", *_maps(results.maps), *_angles(results.angles)]
+    parts += ["## Layer maps", *_maps(results), *_angles(results.angles)]
     if validations := of_students(results):
         parts += ["## Validation while training", escaped(rule_in_words(validations))]
         parts.append(tables.markdown(validation_table(validations)))
@@ -136,9 +136,9 @@ def _comparisons(results: Results) -> list[str]:
     return parts
 
 
-def _maps(maps: Sequence[LayerMap]) -> list[str]:
+def _maps(results: Results) -> list[str]:
     parts = []
-    for layer_map in maps:
+    for layer_map in results.maps:
         pairs = tuple((student, teacher) for student, teacher in layer_map.pairs)
         if layer_map.student_blocks and layer_map.teacher_blocks:
             picture = drawing(pairs, layer_map.student_blocks, layer_map.teacher_blocks)
@@ -146,6 +146,7 @@ def _maps(maps: Sequence[LayerMap]) -> list[str]:
             picture = "\n".join(f"{student} <- {teacher}" for student, teacher in pairs)
         runs = escaped(", ".join(layer_map.runs))
         parts.append(f"**{escaped(layer_map.strategy)}** ({runs})\n\n{fenced(picture, 'text')}")
+    parts += [f"**{escaped(learned.strategy)}**: {escaped(in_words(learned))}" for learned in learned_maps(results)]
     return parts or ["No trained student with a layer map yet."]
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmkd.data.batches import collate
+from llmkd.distributed.shards import saved_weights
 from llmkd.layer_map import in_order_random
 from llmkd.losses.distance_sum import draw_seed, sampled
 from llmkd.losses.schedules import dynamic_temperature
@@ -82,6 +83,27 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "teacher.placement": "zero3",
         "student.blocks": 2,
     },
+    "learned": {
+        "matching.strategy": "learned",
+        "matching.start": "uniform",
+        "matching.learning_rate": 0.2,
+        "matching.entropy": -0.1,
+        "matching.embedding": True,
+        "matching.distance": {"procrustes": 1.0, "normalized_mse": 0.5},
+        "matching.scope": "batch",
+        "loss.report_norms_every": 3,
+    },
+    "learned_narrow": {
+        "matching.strategy": "learned",
+        "matching.candidates": 4,
+        "matching.pair_weights": [1.0, 0.0, 2.0],
+        "student.init": "random",
+        "student.hidden_size": 24,
+        "student.num_attention_heads": 3,
+        "student.num_key_value_heads": 1,
+        "teacher.placement": "pipeline",
+        "data.batching": "packed",
+    },
     "dynamic": {
         "matching.tokens": 5,
         "matching.distance": "cka",
@@ -90,7 +112,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "train.log_every": 100,
     },
 }
-UNSHARDED = ("scheduled", "nearest_narrow", "dynamic")
+UNSHARDED = ("scheduled", "nearest_narrow", "learned", "dynamic")
 """What one rank trains without ZeRO-3; on two ranks all have it."""
 BESIDE = ("metrics.jsonl", "map.json", "temperature.jsonl")
 """What a run keeps in its folder beside its checkpoints."""
@@ -259,6 +281,54 @@ def test_nearest_is_the_highest_cka_of_the_plain_models(
     summary = json.loads((runs / "whole" / name / "summary.json").read_text())
     assert summary["pairs"] == found["pairs"]
     assert f"{name}: nearest by linear CKA: " in (runs / "whole" / "rank0.log").read_text()
+
+
+def test_a_learned_map_is_logged_kept_and_left_out_of_the_student(runs: Path, tiny: Path) -> None:
+    """Its weights move, those of each student block add up to 1, and nothing of them is exported."""
+    lines = _lines(runs / "whole" / "learned")
+    for line in lines:
+        assert list(line["learned_map"]) == ["0", "1", "2"]
+        assert all(list(of_block) == list("012345") for of_block in line["learned_map"].values())
+        assert all(sum(of_block.values()) == pytest.approx(1, rel=1e-5) for of_block in line["learned_map"].values())
+        assert list(line["pairs"]) == ["e<e", "0<mix", "1<mix", "2<mix"]
+        assert line["hidden"] == pytest.approx(sum(line["pairs"].values()) / 4, rel=1e-5)
+    first, last = (np.array([[*of_block.values()] for of_block in lines[n]["learned_map"].values()]) for n in (0, -1))
+    assert np.abs(last - first).max() > 0.05 and np.abs(first - 1 / 6).max() < 0.25
+    said = (runs / "whole" / "rank0.log").read_text()
+    likeliest = [max(of_block, key=of_block.__getitem__) for of_block in lines[-1]["learned_map"].values()]
+    shares = [max(of_block.values()) for of_block in lines[-1]["learned_map"].values()]
+    named = " ".join(f"{j}<{i}:{w:.2f}" for j, (i, w) in enumerate(zip(likeliest, shares, strict=True)))
+    assert f" map {named}" in said
+    saved = saved_weights(runs / "whole" / "learned" / "checkpoints" / "step-00000006" / "shards", "mixtures.")
+    table = (saved["scores"].view(3, 6) / 0.2).softmax(1)
+    torch.testing.assert_close(table.double(), torch.tensor(last), rtol=1e-5, atol=0)
+    assert not any("mixtures" in key or "scores" in key for key in _weights(runs / "whole" / "learned"))
+    summary = json.loads((runs / "whole" / "learned_narrow" / "summary.json").read_text())
+    assert summary["pairs"] == [[j, i] for j in range(3) for i in (1, 2, 4, 5)]
+    card = (runs / "whole" / "learned_narrow" / "model" / "README.md").read_text()
+    assert "0<mix, 1<mix, 2<mix" in card
+
+
+def test_a_map_that_nothing_pulls_at_stays(tiny: Path, world: Any, tmp_path: Path) -> None:
+    """Weight decay does not touch it, nor does a validation; without weight in the loss its gradient is 0."""
+    changes = {
+        **COMMON,
+        **SCENARIOS["learned"],
+        **quick(tiny),
+        "matching.entropy": 0.0,
+        "matching.scope": "micro_batch",
+    }
+    changes |= {"matching.start": "forward", "train.validate_every": 2, "data.validation": {"rows": 8}}
+    changes |= {"matching.distance": "normalized_mse", "matching.pair_weights": [1.0, 0.0, 0.0, 0.0]}
+    changes |= {"train.weight_decay": 0.5, "loss.report_norms_every": 0}
+    recipe = load_recipe(tiny / "recipe.yaml").changed(changes)
+    assert train(world, jobs.distil_job(world, recipe, tmp_path / "run"))
+    lines = _lines(tmp_path / "run")
+    maps = [line["learned_map"] for line in lines if "validation" not in line]
+    assert len(maps) == 6 and all(found == maps[0] for found in maps)
+    assert maps[0]["1"]["3"] == pytest.approx(np.exp(5) / (np.exp(5) + 5), rel=1e-5)
+    validated = [line["validation"]["pairs"] for line in lines if "validation" in line]
+    assert [list(pairs) for pairs in validated] == [["e<e", "0<mix", "1<mix", "2<mix"]] * 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def _with_zero2(tiny: Path, scenarios: dict[str, dict[str, Any]]) -> dict[str, d
     return {n: {k: where if v == "zero2" else v for k, v in changes.items()} for n, changes in scenarios.items()}
 
 
-STRATEGIES = ("forward", "reverse", "all_to_one", "random", "in_order_random", "none")
+STRATEGIES = ("forward", "reverse", "all_to_one", "random", "in_order_random", "none", "learned")
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "replicated": {"teacher.placement": "replicated"},
     "zero3": {"teacher.placement": "zero3"},
@@ -72,7 +72,7 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("ranks", "strategies", "steps"),
     [
-        (2, ("reverse", "all_to_one"), 3),
+        (2, ("reverse", "all_to_one", "learned"), 3),
         pytest.param(2, STRATEGIES, 20, marks=pytest.mark.slow),
         pytest.param(4, STRATEGIES, 20, marks=pytest.mark.slow),
     ],
@@ -106,6 +106,15 @@ def test_every_placement_makes_the_same_student_of_every_strategy(
             continue
         expected = load_file(tmp_path / f"{name.split('-')[0]}-replicated" / "model" / "model.safetensors")
         assert_same_weights(load_file(tmp_path / name / "model" / "model.safetensors"), expected, 1e-6)
+        if name.startswith("learned-"):
+            ours, theirs = (_learned_weights(tmp_path / run) for run in (name, "learned-replicated"))
+            assert len(ours) == 18 * steps and ours == pytest.approx(theirs, rel=1e-5)
+
+
+def _learned_weights(run: Path) -> list[float]:
+    """Of all logged steps, one after another."""
+    lines = [json.loads(line)["learned_map"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [weight for line in lines for of_block in line.values() for weight in of_block.values()]
 
 
 def _in_every_placement(name: str, changes: dict[str, Any], folder: Path, ranks: int) -> dict[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ from torch import nn
 from llmkd.distributed.checksums import damage
 from llmkd.distributed.shards import saved_weights
 from llmkd.errors import InputError
+from llmkd.layer_map import compared
 from llmkd.models.folders import resolve
 from llmkd.models.load import DTYPES
 from llmkd.recipe.found import load_recipe_found, recipe_for
@@ -42,6 +43,7 @@ class TrainedStudent:
     train: Path
     recipe: Recipe
     pairs: tuple[tuple[int, int], ...]
+    """What was compared: llmkd.layer_map.compared."""
 
 
 def students_of(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[Path, list[TrainedStudent]]:
@@ -120,7 +122,7 @@ def _student(train: Path, recipe: Recipe, name: str, kind: str, strategy: str, s
                 f"{train} was trained by another recipe: {key} was {before}, here it is {now}; give its own recipe by --recipe"
             )
     pairs = tuple((block, teacher_block) for block, teacher_block in meta["pairs"])
-    return TrainedStudent(name, kind, strategy, seed, train, recipe, pairs)
+    return TrainedStudent(name, kind, strategy, seed, train, recipe, compared(recipe.matching.strategy, pairs))
 
 
 def _own_recipe(folder: Path) -> Path:

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from llmkd.report import numbers
 from llmkd.report.page import html, score_plots
+from llmkd.report.page.learned import learned_maps, learned_part
 from llmkd.report.results import Comparison, LayerMap, Metric, Results, Row
 from llmkd.report.tables import comparison_table
 from llmkd.text import ABSENT, shortened
@@ -212,8 +213,9 @@ def map_section(results: Results) -> list[html.Content]:
     maps = [layer_map for layer_map in results.maps if layer_map.pairs]
     mapped = {layer_map.strategy for layer_map in maps}
     done = dict.fromkeys(run.strategy for run in results.runs if run.strategy is not None and run.state == "done")
-    unpaired = [strategy for strategy in done if strategy not in mapped]
-    if not mapped and not unpaired:
+    learned = {found.strategy for found in learned_maps(results)}
+    unpaired = [strategy for strategy in done if strategy not in mapped | learned]
+    if not mapped and not unpaired and not learned:
         return [html.missing("No trained student with a layer map yet.")]
     seeds = {run.name: run.seed for run in results.runs}
     without = f"Without a map, since no block is paired: {', '.join(unpaired)}." if unpaired else ""
@@ -230,7 +232,8 @@ def map_section(results: Results) -> list[html.Content]:
         "Left the student's blocks, right the teacher's, block 0 (next to the embeddings) on top; a line is a pair whose "
         "states are compared."
     )
-    return [html.paragraph(text if figures else ""), html.pictures(figures, "maps"), *parts]
+    drawn = [html.paragraph(text if figures else ""), html.pictures(figures, "maps"), *parts]
+    return [*drawn, *learned_part(results)]
 
 
 def _whose(layer_map: LayerMap, seeds: Mapping[str, int | None]) -> str:

@@ -104,6 +104,14 @@ def test_the_recipe_that_is_spoilt_below_is_good(place: Path, world: Any) -> Non
         ),
         ({"matching.strategy": "pkd_last", "student.blocks": 1}, "strategy 'pkd_last' leaves out the student's last"),
         (
+            {"matching.strategy": "learned", "matching.candidates": 7},
+            "candidates 7 can't be mixed: write a whole number from 2 to 6, the teacher's depth, or leave it out",
+        ),
+        (
+            {"matching.strategy": "learned", "matching.pair_weights": [1.0, 2.0]},
+            "matching.pair_weights: 2 weights for the 3 pairs 0<mix, 1<mix, 2<mix; write one for each, in this order",
+        ),
+        (
             {"student.blocks": 7, "matching.strategy": "none"},
             "student.blocks: 7 blocks can't be copied from a teacher of 6",
         ),

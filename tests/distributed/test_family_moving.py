@@ -47,6 +47,13 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "matching.redraw_every": 1,
         "train.activation_checkpointing": True,
     },
+    "learned": {
+        **COMMON,
+        "matching.strategy": "learned",
+        "matching.candidates": 3,
+        "matching.embedding": True,
+        "matching.learning_rate": 0.2,
+    },
 }
 BESIDE = ("metrics.jsonl", "map.json")
 FIRST = [pytest.param(name, marks=[] if name == "t5" else [pytest.mark.slow]) for name in TEACHERS]
@@ -58,7 +65,7 @@ def scenarios(folder: Path) -> dict[str, dict[str, Any]]:
     zero = {**cpu["zero_optimization"], "stage3_param_persistence_threshold": 0}
     (folder / "sharded.json").write_text(json.dumps({**cpu, "zero_optimization": zero}))
     sharded = {"train.deepspeed": str(folder / "sharded.json")}
-    return {"nearest": SCENARIOS["nearest"], "redrawn": {**SCENARIOS["redrawn"], **sharded}}
+    return {**SCENARIOS, "redrawn": {**SCENARIOS["redrawn"], **sharded}}
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +174,40 @@ def first_batch(recipe: Recipe, teacher: Path) -> Batch:
     lengths: dict[str, Any] = dict(max_length=recipe.data.max_length, too_long=recipe.data.too_long)
     data = tokenize_for(of, jobs.read_rows(recipe.data), tokenizer, row_format=RowFormat(), **lengths)
     return collate_for(of)(rows_of_step(data, recipe), pad_id=0)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_learned_map_mixes_within_each_stack(world: Any, tmp_path: Path, name: str) -> None:
+    """The first step's distances, by `output_hidden_states` and the weights that the scores begin with."""
+    kind, shape = TEACHERS[name]
+    changes = {**SCENARIOS["learned"], "matching.learning_rate": 1e-30, "data.max_length": 30}
+    changes["matching.candidates"] = 3 if name == "bert" else {"encoder": 3, "decoder": 2}
+    recipe = family_recipe(tmp_path, kind, new(shape(), kind), **changes)
+    initial.initial_student(recipe, tmp_path / "teacher", tmp_path / "student")
+    teacher, student = (
+        CLASSES[kind].from_pretrained(path).eval() for path in (tmp_path / "teacher", tmp_path / "student")
+    )
+    batch = first_batch(recipe, tmp_path / "teacher")
+    with torch.no_grad():
+        theirs, ours = run(teacher, batch)[1], run(student, batch)[1]
+    assert train(world, jobs.distil_job(world, recipe, tmp_path / "run"))
+    line = lines(tmp_path / "run")[0]
+    # by student block, its candidates and which of them is nearest to the block of `forward`; all through both stacks
+    mixes = {0: ([1, 3, 4], 0), 1: ([1, 3, 4], 2)}
+    mixes |= {} if name == "bert" else {2: ([6, 8], 0), 3: ([6, 8], 1)}
+    stack = [""] * 2 if name == "bert" else ["enc "] * 2 + ["dec "] * 2
+    for student_block, (blocks, likeliest) in mixes.items():
+        in_decoder = student_block >= 2
+        where = batch.attended if name == "bert" or in_decoder else batch.source_attended
+        weights = torch.tensor([5.0 * (place == likeliest) for place in range(len(blocks))]).softmax(0)
+        target = sum(w * theirs[block][where] for w, block in zip(weights, blocks, strict=True))
+        assert isinstance(target, torch.Tensor)
+        unit = torch.nn.functional.normalize
+        apart = (unit(ours[student_block][where], dim=-1) - unit(target, dim=-1)).square().sum(-1).mean()
+        named = f"{stack[student_block]}{student_block % 2}"
+        assert line["pairs"][f"{named}<mix"] == pytest.approx(float(apart), rel=1e-4), named
+        numbers = [str(block - 5 * in_decoder) for block in blocks]
+        assert line["learned_map"][named] == pytest.approx(dict(zip(numbers, weights.tolist(), strict=True)), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", FIRST)

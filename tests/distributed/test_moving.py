@@ -318,7 +318,7 @@ def test_a_map_that_nothing_pulls_at_stays(tiny: Path, world: Any, tmp_path: Pat
         "matching.entropy": 0.0,
         "matching.scope": "micro_batch",
     }
-    changes |= {"matching.start": "forward", "train.validate_every": 2, "data.validation": {"rows": 8}}
+    changes |= {"matching.start": "forward", "train.validate_every": 2, "data.validation": {"share": 0.2}}
     changes |= {"matching.distance": "normalized_mse", "matching.pair_weights": [1.0, 0.0, 0.0, 0.0]}
     changes |= {"train.weight_decay": 0.5, "loss.report_norms_every": 0}
     recipe = load_recipe(tiny / "recipe.yaml").changed(changes)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llmkd import layer_map as maps
 from llmkd.errors import InputError
-from llmkd.layer_map import RULES, layer_map
+from llmkd.layer_map import EMBEDDING, MIXED, RULES, compared, layer_map
 
 ROOT = Path(__file__).resolve().parents[2]
 unhurried = settings(deadline=None)  # a busy machine is no failure
@@ -278,3 +278,18 @@ def test_mistakes_are_named_with_their_cure(arguments, options, words):
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_learned_map_pairs_each_student_block_with_every_candidate():
+    assert layer_map("learned", 2, 3) == ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2))
+    assert layer_map("learned", 2, 12, candidates=3) == tuple((j, i) for j in range(2) for i in (3, 7, 11))
+    assert compared("learned", ((EMBEDDING, EMBEDDING), (0, 1), (0, 2), (1, 1), (1, 2))) == (
+        (EMBEDDING, EMBEDDING),
+        (0, MIXED),
+        (1, MIXED),
+    )
+    twice = ((0, 1), (0, 2))
+    assert compared("explicit", twice) == twice  # which is compared with each by itself
+    for candidates in (1, 13):
+        with pytest.raises(InputError, match="write a whole number from 2 to 12"):
+            layer_map("learned", 2, 12, candidates=candidates)

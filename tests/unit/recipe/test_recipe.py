@@ -208,6 +208,28 @@ def test_file_that_is_no_text_and_missing_file(tmp_path: Path) -> None:
             "matching.strategy: nearest is measured, but a teacher with placement cache has the blocks of one map, fixed before training; "
             "write teacher.placement: replicated or zero3, or measure with one",
         ),
+        (
+            ["matching.entropy=0.1"],
+            "matching.entropy: strategy 'forward' does not read this option; leave it out, or use strategy 'learned'",
+        ),
+        (["matching.strategy=learned", "matching.temperature=0"], "matching.temperature: input should be greater than"),
+        (["matching.strategy=learned", "matching.start=reverse"], "matching.start: input should be 'forward' or 'unif"),
+        (
+            ["matching.strategy=learned", "matching.compare=differences"],
+            "matching.compare: strategy learned has no one teacher block for a student block, so that nothing lies between two; write",
+        ),
+        (
+            ["matching.strategy=learned", "matching.distance=logit_lens"],
+            "matching.distance: strategy learned has no one teacher block for a student block that logit_lens could read; write another",
+        ),
+        (
+            ["matching.strategy=learned", "stones.kl=1"],
+            "stones.pairs: strategy learned has no one teacher block for a student block; write the stones, e.g. [[0, 3], [1, 7]]",
+        ),
+        (
+            ["matching.strategy=learned", "teacher.offload_states=true"],
+            "teacher.offload_states: strategy learned takes all states back for its first student block and keeps them to the last; write",
+        ),
         (["loss.divergence={forward_kl: 0.5, kl: 0.5}"], "loss.divergence: 'kl' is not known;"),
         (["loss.schedules.kl={shape: linear}"], "loss.schedules.kl.final: shape linear needs it; write the last value"),
         (

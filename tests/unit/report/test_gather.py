@@ -197,6 +197,20 @@ def test_curves_hold_what_a_run_steers_and_reports(study: Folder) -> None:
     }
 
 
+def test_a_learned_map_is_in_the_log_and_no_map_of_pairs(study: Folder) -> None:
+    """Of 12 pairs two are compared; the distances are known by student block, and no line is drawn for each pair."""
+    pairs = [[j, i] for j in range(2) for i in range(6)]
+    study.write("students/none-s0/summary.json", {"pairs": pairs, "strategy": "learned"})
+    learned = {"0": {"0": 0.25, "1": 0.75}, "1": {"0": 0.5, "1": 0.5}}
+    line = {"step": 1, "loss": 1.0, "ce": 1.0, "kl": 0.5, "hidden": 0.5, "pairs": {"0<mix": 0.25, "1<mix": 0.75}}
+    study.lines("students/none-s0/metrics.jsonl", [{**line, "learned_map": learned}])
+    results = study.results()
+    curve = results.curves["none-s0"]
+    assert curve.to_json() == [{**line, "learned_map": learned}] and curve.lines[0].learned == learned
+    assert curve.blocks == {"0<mix": 0, "1<mix": 1}
+    assert "none-s0" not in {run for layer_map in results.maps for run in layer_map.runs}
+
+
 def test_a_part_that_was_not_computed_is_unknown_and_one_without_a_weight_is_marked(study: Folder) -> None:
     lines = [{"step": 1, "loss": 0.5, "kl": 0.5, "not_in_loss": {"ce": 3.0}}, {"step": 2, "loss": 3.0, "ce": 3.0}]
     study.lines("students/none-s0/metrics.jsonl", lines)

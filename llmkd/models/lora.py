@@ -112,6 +112,7 @@ def adapted(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
+@torch.no_grad()
 def merged(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A model's state with the adapters added to the weights, under the names of a model without them; products in float32.
 

@@ -45,7 +45,7 @@ def rollout_rows(recipe: Recipe, student: Shapes, teacher: Shapes, *, sharded: b
     )
     if settings.devices is not None:  # what writes is on GPUs that no rank has
         return handed
-    if sharded or not lends:
+    if sharded or not lends or recipe.student.lora is not None:  # the last: sums with adapters
         rows.append(Row("a copy of the student, writing", sent, copied, WRITING))
     return [*rows, _cache_row(texts, tokens, cached, size, WRITING), *handed]
 

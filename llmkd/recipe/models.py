@@ -284,18 +284,12 @@ class Student(Section):
         return self
 
 
-def check_adapters(student: Student, *, stones: bool, writes: bool, compiled: bool) -> None:
-    """Raise ValueError for what has not been shown to work with adapters; `writes`: whether texts are written during training."""
+def check_adapters(student: Student, *, stones: bool, compiled: bool) -> None:
+    """Raise ValueError for what has not been shown to work with adapters."""
     if student.lora is None:
         return
     for key, is_set, problem, cure in (
         ("stones", stones, "stepping stones have not been shown to teach adapters", "leave the section out"),
-        (
-            "rollouts.by",
-            writes,
-            "writers read a plain model's weights, not adapters",
-            "write by: teacher, or leave rollouts out",
-        ),
         ("train.compile", compiled, "blocks with adapters have not been shown to compile", "write none"),
     ):
         if is_set:

@@ -177,8 +177,7 @@ class Recipe(Section):
         check_stones(self.stones, self.teacher, self.matching)
         check_lens(self.matching, self.loss, self.teacher)
         check_mixed(self.matching, self.loss, self.teacher, self.stones)
-        writes, compiled = bool(self.rollouts and self.rollouts.during_training), self.train.compile == "blocks"
-        check_adapters(self.student, stones=self.stones is not None, writes=writes, compiled=compiled)
+        check_adapters(self.student, stones=self.stones is not None, compiled=self.train.compile == "blocks")
         return self
 
     @model_validator(mode="after")

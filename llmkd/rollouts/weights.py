@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llmkd.distributed.engines import lent_tensors, parameter_count, whole_state
 from llmkd.distributed.ranks import World, on_each_node
+from llmkd.models.lora import merged
 
 MEMORY = Path("/dev/shm")
 SPARE = 2.1
@@ -38,7 +39,8 @@ class Handing(Protocol):
 class Lent:
     """A model in this process to which the student lends its weights while it writes; in between it has none.
 
-    Where the student is whole on each rank these are its own tensors and nothing is copied, where it is sharded whole copies.
+    Where the student is whole on each rank these are its own tensors and nothing is copied, where it is sharded whole copies; a map with
+    an adapter lends their sum.
     """
 
     def __init__(self, student: Any, folder: Path, load: Callable[[Path], Any]) -> None:
@@ -50,7 +52,7 @@ class Lent:
     @contextlib.contextmanager
     def handed_over(self, world: World) -> Iterator[Path]:
         """As `Handing`."""
-        self._tensors = lent_tensors(self._student)
+        self._tensors = merged(self._student, lent_tensors(self._student))
         try:
             yield self._folder
         finally:
@@ -96,7 +98,7 @@ class InFolder:
                 self.remove(folder)
 
     def _written(self, world: World) -> Path:
-        state = whole_state(self.model, here=world.local_rank == 0)
+        state = merged(self.model, whole_state(self.model, here=world.local_rank == 0))
 
         def write() -> str:
             folder = self._new_folder()

@@ -19,9 +19,11 @@ from llmkd.distributed.engines import gathered
 from llmkd.errors import InputError
 from llmkd.models.adapter_folders import write_merged
 from llmkd.models.load import load_config
+from llmkd.models.lora import adapt
 from llmkd.planning.run_checks import check_trained
 from llmkd.processes import Stopping
 from llmkd.recipe.recipe import load_recipe
+from llmkd.rollouts.weights import InFolder
 from llmkd.train import train
 from llmkd.training import checkpoint, jobs, prepare
 from tests.distributed.runner import run_on_ranks
@@ -198,6 +200,19 @@ def test_exported_alone_with_the_best_student(tiny: Path, world: Any, tmp_path: 
     assert (model / "tokenizer.json").is_file() and jobs.is_finished(tmp_path / "alone")
     expected = _logits(tmp_path / "both" / "model")
     assert (_logits(tiny / "teacher", model / "adapter") - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_writer_in_another_process_reads_the_sum(tiny: Path, world: Any, tmp_path: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny / "teacher", dtype=torch.float32).eval()
+    adapt(model, rank=2, alpha=4.0, dropout=0.0, targets="all_linear", rslora=False, dora=False, seed=1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.1
+    with torch.no_grad():
+        expected = model(input_ids=torch.arange(4, 36).reshape(2, 16)).logits
+    with InFolder(model, tmp_path).handed_over(world) as folder:
+        assert (_logits(folder) - expected).norm() < 1e-5 * expected.norm()
+    assert (_logits(tiny / "teacher") - expected).norm() > 1e-2 * expected.norm()
 
 
 def test_no_study_scores_adapters_alone(tiny: Path) -> None:

@@ -45,6 +45,14 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         share=0.5,
         every=2,
     ),
+    "adapted": with_rollouts(
+        {
+            "student.lora": {"rank": 4, "alpha": 16, "dora": True},
+            "train.learning_rate": 0.05,
+            "train.steps": 4,
+        },
+        every=2,
+    ),
     "prompts": with_rollouts({"data.source": "PROMPTS", "data.format": "prompts"}, every=2),
 }
 RANKS = {
@@ -56,6 +64,7 @@ RANKS = {
         "mixed": {},
         "prompts": {},
         "both": {},
+        "adapted": {"train.deepspeed": "zero2"},
     },
     2: {
         "strict": {"train.deepspeed": "zero3"},
@@ -64,6 +73,7 @@ RANKS = {
         "staged": {"teacher.placement": "pipeline"},
         "sharded": {"teacher.placement": "zero3"},
         "both": {"teacher.placement": "pipeline", "train.micro_batch_size": 2},
+        "adapted": {"train.deepspeed": "zero3"},
         "none": {},
     },
 }

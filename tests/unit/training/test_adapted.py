@@ -37,10 +37,6 @@ def _tuned(tiny: Path, changes: dict[str, Any] | None = None) -> Recipe:
             {"stones": {"pairs": [[1, 3]]}},
             r"stones: .* \(student\.lora\); leave the section out, or leave student\.lora",
         ),
-        (
-            {"rollouts": {"by": "student", "max_new_tokens": 4}, "loss.ce": 0.0},
-            r"rollouts\.by: .*; write by: teacher, or leave rollouts",
-        ),
         ({"train.compile": "blocks"}, r"train\.compile: .*; write none, or leave student\.lora out"),
         ({"student.lora.targets": []}, r"student\.lora\.targets: is empty; write all_linear, or the names"),
         ({"student.lora.rank": 0}, r"student\.lora\.rank"),

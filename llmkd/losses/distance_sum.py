@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -193,13 +193,11 @@ class _MixtureSum(torch.autograd.Function):
             of_weights += _products(seen, of_mixture)
         if by_set:
             stand = None if together is None else together / factor  # `factor` comes on top
-            seen = [state[at] for state in theirs]
-            of_sets, [slope, of_mixture] = _by_set(
-                [ours[at], _mixed(seen, shares)], None, by_set, wide, all_rows, stand
-            )
+            mixture = _mixed((state[at] for state in theirs), shares)  # one after another: k of them would be large
+            of_sets, [slope, of_mixture] = _by_set([ours[at], mixture], None, by_set, wide, all_rows, stand)
             value = value + of_sets
             gradient.add_(slope)
-            of_weights += _products(seen, of_mixture)
+            of_weights += _products((state[at] for state in theirs), of_mixture)
         # Not save_for_backward, for the reason that `_DistanceSum` names.
         ctx.gradient, ctx.of_weights = gradient, of_weights.to(weights.dtype)
         ctx.at, ctx.shape, ctx.factor = at, student.shape, factor
@@ -212,15 +210,17 @@ class _MixtureSum(torch.autograd.Function):
         return _in_place(gradient, ctx.at, ctx.shape), ctx.of_weights * scale, *(None,) * 6
 
 
-def _mixed(states: Sequence[Tensor], weights: Tensor) -> Tensor:
+def _mixed(states: Iterable[Tensor], weights: Tensor) -> Tensor:
     """The weighted sum of k x [n, H], in the weights' dtype."""
-    mixture = states[0].to(weights.dtype) * weights[0]
-    for state, weight in zip(states[1:], weights[1:], strict=True):
-        mixture.addcmul_(state.to(weights.dtype), weight)
+    mixture: Tensor | None = None
+    for state, weight in zip(states, weights, strict=True):
+        part = state.to(weights.dtype)
+        mixture = part * weight if mixture is None else mixture.addcmul_(part, weight)
+    assert mixture is not None
     return mixture
 
 
-def _products(states: Sequence[Tensor], gradient: Tensor) -> Tensor:
+def _products(states: Iterable[Tensor], gradient: Tensor) -> Tensor:
     """The gradient [k] of a mixture's weights, from the mixture's [n, H]."""
     return torch.stack([(state * gradient).sum() for state in states])
 

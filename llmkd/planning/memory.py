@@ -45,8 +45,9 @@ SET_COPIES = 16
 MIX_COPIES = 3
 """More of them where several are summed: the sum of their gradients, and the rows' own graph, which waits for the next."""
 
-MIXTURE_COPIES = 3
-"""More of them against a learned mixture: the mixture, its gradient, and a block's product with that."""
+MIXTURE_COPIES = 3, 9
+"""More of them against a learned mixture, of one distance and of several: the mixture, its gradient, and a block's product with that; each
+further distance's graph has two sides."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,7 @@ def distance_rows(
         how = "the teacher's state of the pair before, and both models' differences [B, T, H]"
         rows.append(Row("differences of states", whole * (theirs + student.hidden * size), how, ("head",)))
     if of_set := max(sum(term.of_set for term in terms) for terms in sums):
-        copies = SET_COPIES + (MIX_COPIES if of_set > 1 else 0) + (MIXTURE_COPIES if is_mixed else 0)
+        copies = SET_COPIES + (MIX_COPIES if of_set > 1 else 0) + (MIXTURE_COPIES[of_set > 1] if is_mixed else 0)
         together = tokens * (ranks if matching.scope == "batch" else 1)
         wider = max(student.hidden, teacher.hidden)
         how = f"{copies} x [{together:,}, H] x {WIDE} B"

@@ -22,7 +22,7 @@ from llmkd.errors import InputError
 from llmkd.files import ROOT
 from llmkd.losses import chunked_head
 from llmkd.losses.chunked_head import head_losses
-from llmkd.losses.distance_sum import distance_sum, terms_of
+from llmkd.losses.distance_sum import Mixture, distance_sum, terms_of
 from llmkd.losses.divergences import DIVERGENCES
 from llmkd.losses.head_inputs import TeacherHead, Terms
 from llmkd.models.architectures import new_config
@@ -396,6 +396,43 @@ def test_a_set_level_distance_takes_what_is_planned(
     together = memory.distance_rows(alone.changed({"matching.scope": "batch"}), shape, shape, [(0, 1)], ranks=4)
     assert together[1].bytes == 4 * memory.distance_rows(alone, shape, shape, [(0, 1)], ranks=1)[1].bytes
     assert len(memory.distance_rows(changed.changed({"matching.distance": "mse"}), shape, shape, [(0, 1)], 1)) == 1
+
+
+@pytest.mark.parametrize("distances", [("gram",), ("standardized_mse",), ("cka", "procrustes", "gram")])
+def test_a_set_against_a_learned_mixture_takes_what_is_planned(recipe: Recipe, distances: tuple[str, ...]) -> None:
+    mix, (tokens, width) = dict.fromkeys(distances, 1.0), (256, 256)
+    changes = {"matching.strategy": "learned", "matching.distance": mix, "matching.tokens": tokens}
+    changed = recipe.changed({**changes, "data.max_length": 4096})
+    shape = replace(shapes.shapes(Qwen3Config(**SMALL)), hidden=width)
+    rows = memory.distance_rows(changed, shape, shape, [(0, 0), (0, 1), (0, 2)], ranks=1)
+    ours, *theirs = (torch.randn(1, tokens, width, dtype=torch.bfloat16) for _ in range(4))
+    mixture = Mixture(theirs, torch.tensor([0.5, 0.3, 0.2], requires_grad=True))
+    with TensorBytes() as made:
+        distance_sum(ours.requires_grad_(), mixture, torch.arange(tokens), terms_of(mix))
+    assert rows[0].bytes == tokens * width * memory.DTYPES[recipe.train.dtype].itemsize  # of one student block
+    assert 0.5 * rows[1].bytes < made.peak <= 1.05 * rows[1].bytes, (made.peak / rows[1].bytes, rows[1].how)
+
+
+def test_a_learned_maps_states_wait_for_the_last_student_block(recipe: Recipe) -> None:
+    """All 36 blocks of the teacher, or as many as there are candidates; projectors are one for each student block, scores one per pair."""
+    for candidates in (None, 12):
+        changed = recipe.changed({"matching.strategy": "learned", "matching.candidates": candidates})
+        count, state = candidates or 36, changed.train.micro_batch_size * changed.data.max_length * 4096 * 2
+        for placement in ("zero3", "replicated"):
+            rows = memory.plan(changed.changed({"teacher.placement": placement}), ranks=8)
+            states = row(rows, "teacher states")
+            assert states.bytes == count * state and "held to the last student block" in states.how
+        cache = {"teacher.placement": "cache", "data.rows": 1000, "study.strategies": ["learned"]}
+        cached = memory.plan(changed.changed(cache), ranks=8)
+        assert row(cached, "teacher states").bytes == count * state
+        on_disk = 1000 * changed.data.max_length * 4096 * 2 * count  # the last block's, normed, is the final state
+        assert row(cached, "teacher's cache").bytes == pytest.approx(on_disk, rel=0.01)
+        pairs = [(j, i) for j in range(9) for i in range(count)]
+        placed: Any = SimpleNamespace(recipe=changed, pairs=pairs, stones=())
+        wide = shapes.shapes(Qwen3Config(**SMALL))
+        narrow = replace(wide, hidden=wide.hidden // 2)
+        assert memory.projected_parameters(placed, wide, wide) == 9 * count
+        assert memory.projected_parameters(placed, narrow, wide) == 9 * narrow.hidden * wide.hidden + 9 * count
 
 
 def test_each_pairs_distances_and_projector_are_counted(recipe: Recipe) -> None:

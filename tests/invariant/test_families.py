@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from llmkd.data.formats import RowFormat
@@ -78,6 +79,10 @@ def plain_run(folder: Path, kind: str) -> dict[str, torch.Tensor]:
 def test_two_ranks_with_everything_sharded_are_plain_pytorch(tmp_path: Path, name: str) -> None:
     kind, shape = TEACHERS[name]
     family_recipe(tmp_path, kind, new(shape(), kind))
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    # T5 does not scale its attention, so float32 rounds its gradients by some 1e-6; a larger epsilon keeps that from becoming a step.
+    recipe["train"]["epsilon"] = 1e-2
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     refused = run_on_ranks(2, tmp_path / "recipe.yaml", SCENARIOS, tmp_path / "two")
     assert refused == {}
     expected = plain_run(tmp_path, kind)

@@ -114,6 +114,7 @@ def test_a_killed_study_leaves_no_process_and_a_stopped_one_is_explained(recipe:
 
     stopped = studies.start("study", str(recipe))
     wait_for(lambda: "1/2 teacher: started" in studies.output() or stopped.poll() is not None)
+    studies.freeze("generation")  # which would otherwise be done before the signal on a busy machine
     os.killpg(stopped.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
     assert stopped.wait(SECONDS) == 130
     last = studies.output().rstrip().splitlines()[-1]

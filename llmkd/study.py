@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from llmkd.evaluation.angles.measure import angles
 from llmkd.evaluation.generation import check as check_generation
 from llmkd.evaluation.held_out import check_evaluation, classification_data
 from llmkd.evaluation.lm_eval_step import check_tasks
-from llmkd.files import digest, read, write_text
+from llmkd.files import read, write_text
 from llmkd.layer_map import compared
 from llmkd.models.families import depths, kind
 from llmkd.models.folders import resolve
@@ -44,9 +45,11 @@ from llmkd.recipe.study_entries import (
     StatedMargins,
     StudyEntry,
     StudyFile,
+    dealt,
     entry_recipe,
     measured_start,
     read_study,
+    shared_by_parts,
     study_entries,
 )
 from llmkd.report.write import Report, report
@@ -64,6 +67,8 @@ PARTS = "parts"
 """The folder, in a study's, by which its parts know of each other."""
 LOOKS_EVERY = 5.0
 """Seconds between looks at what another part makes."""
+SAYS_EVERY = 600.0
+"""Seconds after which it is said again what is waited for."""
 
 
 class Stopped(Exception):
@@ -87,21 +92,21 @@ def study(recipe: Recipe, ranks: int | None = None, part: Part = WHOLE) -> Repor
 
 
 def _study(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int, part: Part) -> Report | None:
-    folder, ours = recipe.folder, dealt(entries, part)
-    write_text(folder / "recipe.yaml", dump_recipe(recipe))
-    _study_file(recipe, entries).write(folder)
+    folder, ours = recipe.folder, dealt(recipe, entries, part)
     trained = [entry for entry in ours if entry.train is not None and entry.kind != "teacher"]
     mistakes: list[str] = []
     if part.number > 1:
         first = (
             f"part 1/{part.count} of this study, which makes and scores the teacher; `--shard 1/{part.count}` does it"
         )
-        _wait_for(lambda: _teacher_is_ready(recipe), first)
+        _wait_for(lambda: _teacher_is_ready(recipe, entries), first)
     else:
+        write_text(folder / "recipe.yaml", dump_recipe(recipe))
+        _study_file(recipe, entries).write(folder)
         _make_teacher(recipe, entries, ranks)
         if part != WHOLE:
             mistakes = _score(recipe, entries, [entry for entry in ours if entry.kind == "teacher"])
-            _note_teacher(recipe)
+            _note_teacher(recipe, entries)
     if not recipe.student.is_measured:  # else they are found while students are trained
         _write_undistilled(recipe, entries, part)
     for number, entry in enumerate(trained, start=1):
@@ -124,13 +129,6 @@ def _study(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int, part: Part
     return written
 
 
-def dealt(entries: Sequence[StudyEntry], part: Part) -> list[StudyEntry]:
-    """The models that one part of a study trains and scores: the first has the teacher, and the others are dealt out in turn."""
-    teacher = [entry for entry in entries if entry.kind == "teacher"]
-    others = [entry for entry in entries if entry.kind != "teacher"]
-    return [*(teacher if part.number == 1 else []), *others[part.number - 1 :: part.count]]
-
-
 def _make_teacher(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
     """Train the teacher where the study makes it, and write the cache where students share one and any of them is still to be trained."""
     merged_teacher(recipe)
@@ -147,22 +145,24 @@ def _make_teacher(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> 
         _cache(recipe, ranks)
 
 
-def _note_teacher(recipe: Recipe) -> None:
+def _note_teacher(recipe: Recipe, entries: Sequence[StudyEntry]) -> None:
     """Tell the other parts that the teacher, its cache and its scores are there."""
-    write_text(recipe.folder / PARTS / "teacher.json", json.dumps({"recipe": digest([dump_recipe(recipe)])}))
+    write_text(recipe.folder / PARTS / "teacher.json", json.dumps({"made_of": shared_by_parts(recipe, entries)}))
 
 
-def _teacher_is_ready(recipe: Recipe) -> bool:
+def _teacher_is_ready(recipe: Recipe, entries: Sequence[StudyEntry]) -> bool:
     noted = read(recipe.folder / PARTS / "teacher.json")
     made = recipe.finetune is None or jobs.is_finished(recipe.folder / "teacher")
-    return made and isinstance(noted, dict) and noted.get("recipe") == digest([dump_recipe(recipe)])
+    return made and isinstance(noted, dict) and noted.get("made_of") == shared_by_parts(recipe, entries)
 
 
 def _wait_for(is_there: Callable[[], bool], what: str) -> None:
-    """Wait for what another part of the study makes."""
-    if not is_there():
-        log.info("study: waiting for %s", what)
+    """Wait for what another part of the study makes; what for is said again every ten minutes."""
+    said = -math.inf
     while not is_there():
+        if time.monotonic() > said + SAYS_EVERY:
+            log.info("study: waiting for %s", what)
+            said = time.monotonic()
         time.sleep(LOOKS_EVERY)
 
 
@@ -244,18 +244,14 @@ def _run(ranks: int, arguments: list[str], what: str, resume_point: str) -> None
 
 def _write_undistilled(recipe: Recipe, entries: Sequence[StudyEntry], part: Part = WHOLE) -> None:
     """The students before their first step, for the baseline."""
-    for entry in dealt(entries, part):
+    for entry in dealt(recipe, entries, part):
         target = recipe.folder / entry.model
         if entry.strategy != "undistilled":
             continue
         seeded = recipe if entry.seed is None else recipe.changed({"seed": entry.seed})
         kept = None
         if recipe.student.is_measured:
-            start = measured_start(recipe, entries, entry)
-            run = start.run_folder(recipe.folder)
-            if part != WHOLE:  # its student may be another part's
-                what = f"{start.name}, whose training finds what {entry.name} keeps of the teacher"
-                _wait_for(lambda run=run: jobs.is_finished(run), what)
+            run = measured_start(recipe, entries, entry).run_folder(recipe.folder)
             seeded, kept = with_blocks(seeded, run), kept_width(seeded, run)
         decides = ("student.", "teacher.", "finetune.", "seed", "train.dtype")
         parts = {} if kept is None else {"width": asdict(kept)}

@@ -17,6 +17,7 @@ from llmkd.recipe.section import NO_EFFECT, Positions, Section, check_name, chec
 Stack = Literal["encoder", "decoder"]
 BlockPairs = tuple[tuple[int, int], ...]
 Block = Annotated[int, Field(ge=0)]
+Candidates = Annotated[int, Field(ge=2)]
 
 
 class Matching(Section):
@@ -34,14 +35,16 @@ class Matching(Section):
     """The one teacher block of all_to_one, for an encoder-decoder that of both stacks or by stack; default: the middle one."""
     redraw_every: int = Field(default=0, ge=0)
     """in_order_random: draw a new map after so many steps; 0 keeps the first."""
-    candidates: int | dict[Stack, int] | None = Field(default=None, examples=[8, {"encoder": 4, "decoder": 6}])
+    candidates: Candidates | dict[Stack, Candidates] | None = Field(
+        default=None, examples=[8, {"encoder": 4, "decoder": 6}]
+    )
     """learned: how many teacher blocks a student block may learn from, spread as `forward` spreads them; default: all."""
     start: Literal["forward", "uniform"] = "forward"
     """learned: `forward` gives the block of `forward` a score of 1 and the others 0, `uniform` all the same."""
     temperature: float = Field(default=0.2, ge=0.001, le=1000)
     """learned: a block's weight is the softmax of the scores over this. At 0.2 `start: forward` gives the block of `forward` 0.93 of 12
     blocks' weight, 0.81 of 36 blocks'."""
-    entropy: float = 0.0
+    entropy: float = Field(default=0.0, ge=-1000, le=1000)
     """learned: weight of the entropy of a student block's weights beside its distance; above 0 it sharpens them, below 0 it evens them."""
     learning_rate: float = Field(default=0.01, gt=0)
     """learned: the scores' peak learning rate, which follows train's schedule."""
@@ -257,8 +260,7 @@ def within(
 
 
 class Loss(Section):
-    """What is minimised: `ce` × cross-entropy + `kl` × divergence + `hidden` × distance of the matched states
-    + `router` × load balance."""
+    """What is minimised: `ce` × cross-entropy + `kl` × divergence + `hidden` × distance of the states + `router` × load balance."""
 
     ce: float = Field(default=1.0, ge=0)
     """Weight of the cross-entropy with the data."""

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from llmkd.errors import InputError
-from llmkd.files import read, write_json
-from llmkd.recipe.inputs import training_inputs
+from llmkd.files import digest, read, write_json
+from llmkd.recipe.inputs import finetune_inputs, training_inputs
+from llmkd.recipe.options import Part
 from llmkd.recipe.recipe import Recipe
 from llmkd.recipe.scoring_steps import SCORING_STEPS
 
@@ -202,6 +203,28 @@ def _entry(
     return StudyEntry(name=name, kind=kind, strategy=strategy, seed=seed, model=model, train=train, results=results)
 
 
+def dealt(recipe: Recipe, entries: Sequence[StudyEntry], part: Part) -> list[StudyEntry]:
+    """The models that one part of a study trains and scores: the first has the teacher, and the others are dealt out in turn.
+
+    A baseline that is made of what a student's training measures goes with that student, so that no part waits for another's.
+    """
+    teacher = [entry for entry in entries if entry.kind == "teacher"]
+    measured = [entry for entry in entries if entry.strategy == "undistilled" and recipe.student.is_measured]
+    others = [entry for entry in entries if entry not in teacher and entry not in measured]
+    ours = others[part.number - 1 :: part.count]
+    ours += [entry for entry in measured if measured_start(recipe, entries, entry) in ours]
+    return [entry for entry in entries if entry in ours or (part.number == 1 and entry in teacher)]
+
+
+def shared_by_parts(recipe: Recipe, entries: Sequence[StudyEntry]) -> str:
+    """A hash of what all parts must agree about: how the teacher is made, how models are scored, and which models there are."""
+    teacher = None if recipe.finetune is None else finetune_inputs(recipe)
+    names = [entry.name for entry in entries]
+    return digest(
+        [json.dumps(teacher), json.dumps(names), recipe.teacher.model_dump_json(), recipe.evaluation.model_dump_json()]
+    )
+
+
 def measured_start(recipe: Recipe, entries: Sequence[StudyEntry], baseline: StudyEntry) -> StudyEntry:
     """The student of the study by whose training the blocks of this undistilled baseline, or their width, are measured: one of its seed
     that begins with the recipe's own student, teacher and rows.
@@ -240,8 +263,13 @@ def entry_recipe(recipe: Recipe, entry: StudyEntry) -> Recipe:
         changes["teacher.placement"] = "cache"
     recipe.matching.check_options(recipe.study_strategies)
     strategy = str(changes.get("matching.strategy", recipe.matching.strategy))
+    changes |= {
+        "seed": entry.seed,
+        "study.variants": {},
+        "study.reference": None,
+    }  # which may not go with this student's keys
     try:
-        return recipe.changed({**recipe.matching.without_others(strategy), **changes, "seed": entry.seed})
+        return recipe.changed({**recipe.matching.without_others(strategy), **changes})
     except InputError as error:  # what a key of the whole recipe asks for, and this student can't have
         cure = "; or leave ce_only out of study.baselines" if entry.strategy == "ce_only" else ""
         raise InputError(f"{entry.name}: {str(error).removeprefix('the changed recipe: ')}{cure}") from error

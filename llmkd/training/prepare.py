@@ -170,7 +170,8 @@ def prepare(world: World, job: Job, stopping: Stopping | None = None) -> Prepare
     except InputError:
         if resume is None and world.is_main:
             initial.remove_initial(job)
-            (job.folder / initial.BLOCKS).unlink(missing_ok=True)
+            for name in (initial.BLOCKS, initial.WIDTH):
+                (job.folder / name).unlink(missing_ok=True)
         raise
 
 

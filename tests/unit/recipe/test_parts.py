@@ -31,7 +31,15 @@ def test_parts_deal_out_every_model_once(file: Path) -> None:
 
 def test_a_measured_baseline_goes_with_the_student_that_measures_it(file: Path) -> None:
     """So that no part waits for another's student."""
-    recipe = load_recipe(file, ["study.seeds=[0, 1]", "student.copy_blocks=influence", "study.baselines=[undistilled]"])
+    recipe = load_recipe(
+        file,
+        [
+            "study.seeds=[0, 1]",
+            "student.copy_blocks=influence",
+            "study.baselines=[undistilled]",
+            "study.strategies=[none, forward]",
+        ],
+    )
     entries = study_entries(recipe)
     for count in range(1, 5):
         parts = [dealt(recipe, entries, Part(number, count)) for number in range(1, count + 1)]

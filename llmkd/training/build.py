@@ -280,7 +280,7 @@ def _adapters(job: Job) -> Lora | None:
 def export_options(job: Job) -> dict[str, Any]:
     """How `checkpoint.export` writes the job's model: in which form, and what its adapters are added to."""
     lora = None if job.makes_teacher else job.recipe.student.lora
-    base = str(job.initial) if job.initial.parent == job.folder else job.recipe.student.path
+    base = str(job.initial.resolve()) if job.initial.parent == job.folder else job.recipe.student.path
     return {"form": "merged" if lora is None else lora.export, "base": base or ""}
 
 

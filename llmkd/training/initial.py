@@ -25,13 +25,15 @@ from llmkd.models import families, folders, load, make, removal, width
 from llmkd.models.adapter_folders import write_merged
 from llmkd.models.architectures import new_config
 from llmkd.models.parts import blocks, final_state, whole_head
+from llmkd.models.stored import read_config
 from llmkd.processes import only_one_in
 from llmkd.recipe.inputs import training_inputs
 from llmkd.recipe.recipe import Recipe
 from llmkd.teachers.base import Demand
 from llmkd.training import build
 from llmkd.training.checkpoint import check_same
-from llmkd.training.jobs import Job, read_rows
+from llmkd.training.checks import teacher_shape
+from llmkd.training.jobs import Job, check_student, read_rows
 from llmkd.training.pairs import depths_of
 
 log = logging.getLogger("llmkd")
@@ -78,7 +80,7 @@ def initial_student(recipe: Recipe, teacher: Path, folder: Path, kept: width.Kep
 def merged_teacher(recipe: Recipe) -> None:
     """Write the teacher with its adapters added, where the recipe gives some, unless it is there (rank 0 alone).
 
-    Raises InputError where the sum of another model or of other adapters is there.
+    Raises InputError where the sum of another model or of other adapters is there, and for a student that can't be trained from it.
     """
     settings, folder = recipe.teacher, Path(recipe.teacher_path)
     if settings.adapter is None:
@@ -91,6 +93,10 @@ def merged_teacher(recipe: Recipe) -> None:
         if (meta := read(folder / "llmkd.json")) is not None:
             check_same(meta["inputs"], inputs, folder.parent)
             return
+        shape = teacher_shape(recipe)  # a run that is refused leaves no teacher behind, which may take many GB
+        trust, student = recipe.student.trust_remote_code, recipe.student.path
+        own = shape if student is None else read_config(student, "student.path", trust_remote_code=trust)[1]
+        check_student(recipe, families.family(shape), shape, own)
         write_merged(base, settings.adapter, folder, key="teacher.adapter", meta={"inputs": inputs}, **how)
     log.info("teacher: %s with the adapters of %s, in %s", settings.path, settings.adapter, folder)
 

@@ -121,6 +121,14 @@ def test_what_a_recipe_can_not_mean(tiny: Path, merged: Path) -> None:
         recipe.changed({**tuned, "teacher.adapter": str(merged / "adapter")})
 
 
+def test_a_student_that_is_refused_leaves_no_sum_behind(tiny: Path, merged: Path, tmp_path: Path) -> None:
+    """Of a large teacher it would fill the disk, and its dtype could no longer be changed."""
+    changes = {"teacher.adapter": str(merged / "adapter"), "output": str(tmp_path), "matching.pair_weights": [1.0] * 9}
+    with pytest.raises(InputError, match="matching.pair_weights"):
+        initial.merged_teacher(load_recipe(tiny / "recipe.yaml").changed(changes))
+    assert list(tmp_path.iterdir()) == []
+
+
 def _study(tiny: Path, merged: Path, folder: Path) -> Recipe:
     (folder / "held_out.jsonl").write_text('{"prompt": "green tree", "completion": " wind"}\n')
     scored = {"source": str(folder / "held_out.jsonl"), "items": 1, "max_new_tokens": 2}

@@ -134,6 +134,15 @@ def test_a_run_is_made_of_these_parts_and_a_resumed_one_reads_them(
     assert all(torch.equal(resumed[key], weight) for key, weight in ours.items())
 
 
+def test_a_refused_start_leaves_no_record_of_its_parts(
+    tiny: Path, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(initial, "initial_student", lambda *_: (_ for _ in ()).throw(InputError("the disk is full")))
+    with pytest.raises(InputError, match="the disk is full"):
+        train(world, _job(world, tiny, tmp_path / "run"))
+    assert not (tmp_path / "run" / "width.json").exists()
+
+
 def test_the_undistilled_students_of_a_study_have_the_parts_that_were_measured(
     runs: Path, tiny: Path, tmp_path: Path
 ) -> None:

@@ -193,7 +193,7 @@ class Student(Section):
     """As teacher.adapter, trained on the model at `path`: the student starts from their sum."""
     hidden_size: int | None = Field(default=None, gt=0, le=MOST_WIDE)
     """Width of the states between blocks; default, as for the four keys below: the teacher's. Under init random the new model has this
-    width. Under init teacher (Qwen3, Llama, Mistral) the copied blocks are narrowed to it: the channels, MLP columns and attention heads
+    width, and only there `head_dim` is read. Under init teacher (Qwen3, Llama, Mistral) the copied blocks are narrowed to it: the channels, MLP columns and attention heads
     stay whose activations are largest on the rows of the run's first step (Minitron), by their numbers in the run's `width.json`."""
     intermediate_size: int | None = Field(default=None, gt=0, le=MOST_WIDE)
     """Width inside a block's MLP."""
@@ -204,7 +204,7 @@ class Student(Section):
     head_dim: int | None = Field(default=None, gt=0, le=MOST_WIDE)
     """Width of one head, for init random."""
     lora: StudentLora | None = None
-    """Train adapters alone, which the exported model has added to its weights; if left out, all weights are trained."""
+    """Train adapters alone; `export` says how they are written. If left out, all weights are trained."""
     trust_remote_code: bool = False
     """As teacher.trust_remote_code."""
     attention: Attention = "auto"

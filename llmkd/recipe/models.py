@@ -193,8 +193,9 @@ class Student(Section):
     """As teacher.adapter, trained on the model at `path`: the student starts from their sum."""
     hidden_size: int | None = Field(default=None, gt=0, le=MOST_WIDE)
     """Width of the states between blocks; default, as for the four keys below: the teacher's. Under init random the new model has this
-    width, and only there `head_dim` is read. Under init teacher (Qwen3, Llama, Mistral) the copied blocks are narrowed to it: the channels, MLP columns and attention heads
-    stay whose activations are largest on the rows of the run's first step (Minitron), by their numbers in the run's `width.json`."""
+    width, and only there `head_dim` is read. Under init teacher (Qwen3, Llama, Mistral) the copied blocks are narrowed to it: the
+    channels, MLP columns and attention heads stay whose activations are largest on the rows of the run's first step (Minitron), by their
+    numbers in the run's `width.json`."""
     intermediate_size: int | None = Field(default=None, gt=0, le=MOST_WIDE)
     """Width inside a block's MLP."""
     num_attention_heads: int | None = Field(default=None, gt=0, le=MOST_HEADS)

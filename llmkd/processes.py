@@ -170,6 +170,11 @@ def _lock(file: Path) -> int | None:
     return descriptor
 
 
+def holder(folder: Path) -> str | None:
+    """Who works in a folder that `only_one_in` guards; None where nobody does. On another machine it is believed, not checked."""
+    return _holder(folder / LOCK) if (folder / LOCK).is_file() else None
+
+
 def _holder(file: Path) -> str:
     try:
         about = json.loads(file.read_text())

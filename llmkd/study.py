@@ -28,7 +28,7 @@ from llmkd.models.families import depths, kind
 from llmkd.models.folders import resolve
 from llmkd.planning.run_checks import check_trained, student_shape
 from llmkd.planning.study_rows import StudyRows
-from llmkd.processes import only_one_in
+from llmkd.processes import holder, only_one_in
 from llmkd.recipe.ds_config import check_ds_configs
 from llmkd.recipe.options import Part
 from llmkd.recipe.recipe import Recipe, dump_recipe
@@ -67,7 +67,7 @@ PARTS = "parts"
 """The folder, in a study's, by which its parts know of each other."""
 LOOKS_EVERY = 5.0
 """Seconds between looks at what another part makes."""
-SAYS_EVERY = 600.0
+SAYS_EVERY = 60.0
 """Seconds after which it is said again what is waited for."""
 
 
@@ -96,10 +96,7 @@ def _study(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int, part: Part
     trained = [entry for entry in ours if entry.train is not None and entry.kind != "teacher"]
     mistakes: list[str] = []
     if part.number > 1:
-        first = (
-            f"part 1/{part.count} of this study, which makes and scores the teacher; `--shard 1/{part.count}` does it"
-        )
-        _wait_for(lambda: _teacher_is_ready(recipe, entries), first)
+        _wait_for_first(recipe, entries, part)
     else:
         write_text(folder / "recipe.yaml", dump_recipe(recipe))
         _study_file(recipe, entries).write(folder)
@@ -156,12 +153,18 @@ def _teacher_is_ready(recipe: Recipe, entries: Sequence[StudyEntry]) -> bool:
     return made and isinstance(noted, dict) and noted.get("made_of") == shared_by_parts(recipe, entries)
 
 
-def _wait_for(is_there: Callable[[], bool], what: str) -> None:
-    """Wait for what another part of the study makes; what for is said again every ten minutes."""
+def _wait_for_first(recipe: Recipe, entries: Sequence[StudyEntry], part: Part) -> None:
+    """Wait until the first part has made and scored the teacher; whether it runs is said at once, and again every minute."""
     said = -math.inf
-    while not is_there():
+    while not _teacher_is_ready(recipe, entries):
         if time.monotonic() > said + SAYS_EVERY:
-            log.info("study: waiting for %s", what)
+            running = holder(recipe.folder / PARTS / f"1-of-{part.count}")
+            now = (
+                f"{running} is at it"
+                if running
+                else f"it is not running: start it by `--shard 1/{part.count}` and the same recipe"
+            )
+            log.info("study: waiting for part 1/%d, which makes and scores the teacher; %s", part.count, now)
             said = time.monotonic()
         time.sleep(LOOKS_EVERY)
 

@@ -79,8 +79,9 @@ def engine(
             RATE: 1.0,
         },
         {"params": [p for p in trained if len(full_shape(p)) <= 1], "weight_decay": 0.0, RATE: 1.0},
-        {"params": [*apart], "weight_decay": 0.0, RATE: apart_rate / learning_rate},
     ]
+    if apart:  # without them a rate of 0, as benchmarks take, is no divisor
+        groups.append({"params": [*apart], "weight_decay": 0.0, RATE: apart_rate / learning_rate})
     groups = [group for group in groups if group["params"]]
     options = {"lr": learning_rate, "betas": betas, "eps": epsilon}
     if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +136,13 @@ def test_two_parts_on_machines_that_share_the_folder_are_the_whole_study(
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO), pytest.raises(Waiting):
         patch.setattr(module.time, "sleep", waits)
         study(recipe, 1, Part(2, 2))
-    assert "waiting for part 1/2 of this study" in caplog.text
-    assert not [file for file in recipe.folder.rglob("*") if file.is_file()], "what parts share, the first alone writes"
+    assert "waiting for part 1/2, which makes and scores the teacher; it is not running: start it" in caplog.text
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO), pytest.raises(Waiting):
+        patch.setattr(module.time, "sleep", waits)
+        with only_one_in(recipe.folder / "parts" / "1-of-2"):
+            study(recipe, 1, Part(2, 2))
+    assert f"process {os.getpid()} on {socket.gethostname()}" in caplog.text and "is at it" in caplog.text
+    assert not list(recipe.folder.rglob("*.json")), "what parts share, the first alone writes"
     assert study(recipe, 1, Part(1, 2)) is None
     trained = [[folder.name for folder in sorted((recipe.folder / "students").iterdir())]]
     assert study(recipe, 1, Part(2, 2)) is None
@@ -303,7 +310,8 @@ def test_a_student_that_was_killed_before_its_summary_is_finished_by_the_study(
     weights = (run / "model" / "model.safetensors").read_bytes()
     (run / "summary.json").unlink()
     (run / "initial").mkdir()
-    assert [training.state for training in study(recipe).results.runs] == ["done"]
+    written = study(recipe)
+    assert written is not None and [training.state for training in written.results.runs] == ["done"]
     assert len(launched) == 2 and (run / "summary.json").is_file() and not (run / "initial").exists()
     assert (run / "model" / "model.safetensors").read_bytes() == weights
     study(recipe)

@@ -310,6 +310,9 @@ def test_the_environment_is_no_launchers(monkeypatch: pytest.MonkeyPatch) -> Non
     seen = environment()
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & set(seen)
     assert seen["OMP_NUM_THREADS"] == "1"
+    assert seen["OMP_WAIT_POLICY"] == "PASSIVE", "waiting threads leave the cores to others"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert environment()["OMP_WAIT_POLICY"] == "ACTIVE", "but as the user says, where the user says"
     assert seen.get("HF_HUB_OFFLINE") == os.environ.get("HF_HUB_OFFLINE")
 
 

@@ -32,8 +32,8 @@ def study_angles(folder: Path, entries: Iterable[StudyEntry]) -> Angles | None:
     problems: dict[str, str] = {}
     for entry, result in results:
         if result is None:
-            continue
-        if result.error is not None:
+            problems[entry.name] = f"not measured yet; run llmkd angles {folder}"
+        elif result.error is not None:
             problems[entry.name] = result.error
         elif result.measured is None:
             problems[entry.name] = f"measured by an earlier llmkd; run llmkd angles {folder}"

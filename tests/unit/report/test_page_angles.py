@@ -185,6 +185,14 @@ def test_two_stacks_have_a_line_and_a_picture_each(tmp_path: Path) -> None:
     assert ["encoder" in line for line in lines] == [True, False] and "| decoder |" in lines[1]
 
 
+def test_angles_that_are_not_there_yet_are_named_with_the_cure(study: Folder) -> None:
+    (study.folder / "angles" / "reverse-s0.json").unlink()
+    found = study.results().angles
+    assert found is not None and [one.strategy for one in found.students] == ["forward"]
+    assert found.problems["reverse-s0"] == f"not measured yet; run llmkd angles {study.folder}"
+    assert "reverse-s0: not measured yet" in (report(study.folder).page.parent / "report.md").read_text()
+
+
 def test_angles_of_an_earlier_form_are_named_with_the_cure(study: Folder) -> None:
     study.write("angles/reverse-s0.json", {"name": "reverse-s0", "seed": 0, "error": None, "before": {}, "after": {}})
     found = study.results().angles

@@ -45,7 +45,9 @@ def test_study_of_another_family(tmp_path: Path, model_type: str) -> None:
     values["study"] = {"strategies": ["forward"], "seeds": [0], "baselines": []}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    page = study(recipe).page
+    written = study(recipe)
+    assert written is not None
+    page = written.page
     folder = recipe.folder
     for entry in read_study(folder).entries:
         found = json.loads((folder / entry.results[step]).read_text())

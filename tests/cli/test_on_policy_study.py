@@ -58,7 +58,9 @@ def test_a_variant_that_writes_is_trained_scored_and_reported(
         return Ending(0, False)
 
     monkeypatch.setattr(module, "launch", launch_here)
-    results = study(recipe).results
+    written = study(recipe)
+    assert written is not None
+    results = written.results
     assert [row.name for row in results.rows] == ["teacher", "none", "on_policy"] and results.problems == {}
     assert all("generation/bleu" in row.cells for row in results.rows)
     compared = {(c.strategy, c.reference) for c in results.comparisons}

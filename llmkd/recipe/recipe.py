@@ -292,8 +292,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not sign or not key:
             raise InputError(f"--set {override!r}: no value is given; write key.sub=value, e.g. --set train.steps=100")
         _put(values, key.strip(), parse_yaml(text, f"--set {override!r}"))
-    recipe = _validated(values, str(file))
-    _check_variants(recipe, str(file))
+    where = (
+        f"{file} with --set" if overrides else str(file)
+    )  # so that nobody looks in the file for what stands on the command line
+    recipe = _validated(values, where)
+    _check_variants(recipe, where)
     return recipe
 
 
@@ -341,8 +344,7 @@ def _validated(values: dict[str, Any], where: str) -> Recipe:
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     try:
-        return Recipe.model_validate_json(
-            json.dumps(values, default=str)
-        )  # as JSON: strict, yet a list may fill a tuple
+        text = json.dumps(values, default=str)  # as JSON: strict, yet a list may fill a tuple
+        return Recipe.model_validate_json(text)
     except ValidationError as error:
         raise InputError(f"{where}: {sentence(error, values, Recipe)}") from error

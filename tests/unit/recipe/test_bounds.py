@@ -47,7 +47,10 @@ OUT_OF_BOUNDS = [
         r"study\.margins\.0: a section is a mapping of keys \(got 5\); write at least one of metric, within",
     ),
     ("study.seeds=[281474976710656]", r"study\.seeds: 281474976710656 is too large"),
-    ("study.seeds=[0, -1]", r"recipe\.yaml: study\.seeds\.1: input should be greater than or equal to 0 \(got -1\)"),
+    (
+        "study.seeds=[0, -1]",
+        r"recipe\.yaml with --set: study\.seeds\.1: input should be greater than or equal to 0 \(got -1\)",
+    ),
     ("evaluation.seed=-5", r"evaluation\.seed: input should be greater than or equal to 0"),
     ("evaluation.seed=8589934592", r"evaluation\.seed: input should be less than 4294967296"),
     (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -93,7 +94,7 @@ def maps_text(
             parts += [needs_states(name), ""]
             continue
         if STRATEGIES[name].is_mixed:
-            parts += [is_trained(name), ""]
+            parts += [textwrap.fill(is_trained(name), MAX_WIDTH), ""]
             continue
         own = {key: value for key, value in options.items() if key in STRATEGIES[name].options}
         pairs = layer_map(name, student_blocks, teacher_blocks, seed=seed, **own)

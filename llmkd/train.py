@@ -18,7 +18,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import click
@@ -41,7 +41,7 @@ from llmkd.student.passes import PassResult, StepSettings
 from llmkd.text import escaped, fenced
 from llmkd.training import build, checkpoint, finite, initial, jobs, write_cache
 from llmkd.training.jobs import Job
-from llmkd.training.journal import Journal
+from llmkd.training.journal import Journal, likeliest
 from llmkd.training.kept import Keeping
 from llmkd.training.metrics import Interval, Meter
 from llmkd.training.prepare import PreparedRun, prepare
@@ -170,7 +170,7 @@ def _spent(seconds: float, run: PreparedRun, validator: Validator, tokens: int) 
 
 def _finish(world: World, run: PreparedRun, keeping: Keeping, spent: Spent, last: Interval | None) -> None:
     """Export the student and write `summary.json` (all ranks take part)."""
-    job, kept = run.job, keeping.kept
+    job, kept, learned = run.job, keeping.kept, run.learned_map
     steps = keeping.noted[-1].step if keeping.is_over else run.steps
     meta: dict[str, object] = {
         "llmkd": __version__,
@@ -198,17 +198,18 @@ def _finish(world: World, run: PreparedRun, keeping: Keeping, spent: Spent, last
         "sources": run.taken(steps),
         "rollouts": {**run.writing(spent.seconds)},
         "teachers_texts": {**run.source.teachers_texts},
+        "learned_map": learned,
         "versions": versions("torch", "deepspeed", "transformers"),
         "hardware": hardware(),
         "commit": commit(),
     }
     model = job.folder / "model"
     if kept is None:
-        card = _card(job, steps)
+        card = _card(job, steps, learned)
         about = {"card": card, "meta": meta, **build.export_options(job)}
         checkpoint.export(world, run.module.model, model, tokenizer_from=job.initial, **about)
     else:
-        keeping.publish(model, card=_card(job, kept.step), meta=meta)
+        keeping.publish(model, card=_card(job, kept.step, learned), meta=meta)
         log.info("%s: exported is the student of step %d, the best by %s", job.title, kept.step, job.train.keep_by)
     if world.is_main:
         initial.remove_initial(job, but_a_base=True)
@@ -218,15 +219,34 @@ def _finish(world: World, run: PreparedRun, keeping: Keeping, spent: Spent, last
     log.info("%s: done, %s", job.title, model)
 
 
-def _card(job: Job, steps: int) -> str:
-    """The exported model's README: what it is, and the recipe that made it."""
-    pairs = ", ".join(job.names) or "none"
+def _card(job: Job, steps: int, learned: Mapping[str, Mapping[str, float]]) -> str:
+    """The exported model's README: what it is, and the recipe that made it. `learned`: the weights of a learned map at the last step."""
+    mixed = likeliest(learned).removeprefix(" map ")
+    weights = (
+        f"- likeliest teacher blocks of the learned map at the last step, and their weights: {mixed}\n" if mixed else ""
+    )
+    lora = build.adapters(job)
+    trained = "" if lora is None else f"- trained: adapters of rank {lora.rank} alone\n"
     return (
         f"# {escaped(f'{job.recipe.name}: {job.title}')}\n\nTrained by llmkd {__version__}, {steps} steps.\n\n"
-        f"- started from: {job.initial.name if job.initial.parent == job.folder else job.initial}\n"
+        f"- started from: {_start(job)}\n{trained}"
         f"- teacher: {job.recipe.teacher_path if job.teacher else 'none'}\n"
-        f"- layer map (student<teacher, 0-based blocks): {pairs}\n\n## Recipe\n\n{fenced(dump_recipe(job.recipe), 'yaml')}\n"
+        f"- layer map (student<teacher, 0-based blocks): {', '.join(job.names) or 'none'}\n{weights}"
+        f"\n## Recipe\n\n{fenced(dump_recipe(job.recipe), 'yaml')}\n"
     )
+
+
+def _start(job: Job) -> str:
+    """What a model was before its first step; the folder of one that the run made is gone, or only a base."""
+    student, finetune = job.recipe.student, job.recipe.finetune
+    if job.initial.parent != job.folder:
+        return str(job.initial)
+    if job.makes_teacher:
+        assert finetune is not None
+        return "a new model" if finetune.path is None else f"{finetune.path}, with new classes"
+    if student.adapter is not None:
+        return f"{student.path} with the adapters of {student.adapter}"
+    return "copies of the teacher's blocks" if student.init == "teacher" else "random weights"
 
 
 def student_folder(recipe: Recipe) -> Path:

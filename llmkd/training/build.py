@@ -239,7 +239,7 @@ def load_student(job: Job, ds_config: DsConfig, target_width: int | None, gather
         attention=attention,
         trust_remote_code=students_trust(job),
     )
-    if (lora := _adapters(job)) is not None:
+    if (lora := adapters(job)) is not None:
         with sharded_construction(ds_config):
             adapt(model, seed=job.seed, **lora.model_dump(exclude={"export"}))
     width = model.config.hidden_size
@@ -271,7 +271,7 @@ def load_student(job: Job, ds_config: DsConfig, target_width: int | None, gather
     return module
 
 
-def _adapters(job: Job) -> Lora | None:
+def adapters(job: Job) -> Lora | None:
     """The adapters that are trained in place of the model's weights, if any."""
     section = job.recipe.finetune if job.makes_teacher else job.recipe.student
     return None if section is None else section.lora

@@ -199,6 +199,11 @@ def test_exported_alone_with_the_best_student(tiny: Path, world: Any, tmp_path: 
     assert not list(model.glob("*.safetensors")) and not (model / "config.json").exists()
     assert (model / "tokenizer.json").is_file() and jobs.is_finished(tmp_path / "alone")
     expected = _logits(tmp_path / "both" / "model")
+    card = (tmp_path / "both" / "model" / "README.md").read_text()
+    assert (
+        f"- trained: adapters of rank {LORA['rank']} alone\n" in card
+        and f"- started from: {tiny / 'teacher'}\n" in card
+    )
     assert (_logits(tiny / "teacher", model / "adapter") - expected).norm() < 1e-5 * expected.norm()
 
 

@@ -306,7 +306,16 @@ def test_a_learned_map_is_logged_kept_and_left_out_of_the_student(runs: Path, ti
     summary = json.loads((runs / "whole" / "learned_narrow" / "summary.json").read_text())
     assert summary["pairs"] == [[j, i] for j in range(3) for i in (1, 2, 4, 5)]
     card = (runs / "whole" / "learned_narrow" / "model" / "README.md").read_text()
-    assert "0<mix, 1<mix, 2<mix" in card
+    assert summary["learned_map"] == _lines(runs / "whole" / "learned_narrow")[-1]["learned_map"]
+    best = {
+        student: max(weights.items(), key=lambda item: item[1]) for student, weights in summary["learned_map"].items()
+    }
+    assert f"weights: {' '.join(f'{j}<{i}:{w:.2f}' for j, (i, w) in best.items())}\n" in card
+    assert "0<mix, 1<mix, 2<mix" in card and "- started from: random weights\n" in card
+    assert (
+        "- started from: copies of the teacher's blocks\n"
+        in (runs / "whole" / "learned" / "model" / "README.md").read_text()
+    )
 
 
 def test_a_map_that_nothing_pulls_at_stays(tiny: Path, world: Any, tmp_path: Path) -> None:

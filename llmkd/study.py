@@ -104,7 +104,7 @@ def _study(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int, part: Part
         if part != WHOLE:
             mistakes = _score(recipe, entries, [entry for entry in ours if entry.kind == "teacher"])
             _note_teacher(recipe, entries)
-    if not recipe.student.is_measured:  # else they are found while students are trained
+    if not recipe.student.is_measured:  # else what they keep is found while students are trained
         _write_undistilled(recipe, entries, part)
     for number, entry in enumerate(trained, start=1):
         if jobs.is_finished(entry.run_folder(folder)):
@@ -112,7 +112,8 @@ def _study(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int, part: Part
             continue
         log.info("study %d/%d: training %s on %s", number, len(trained), entry.name, counted(ranks, "rank"))
         _launch(recipe, entry, ranks)
-    _write_undistilled(recipe, entries, part)
+    if recipe.student.is_measured:
+        _write_undistilled(recipe, entries, part)
     mistakes += _score(recipe, entries, ours)
     written = None
     if part == WHOLE:

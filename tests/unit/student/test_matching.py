@@ -14,7 +14,7 @@ from llmkd.errors import InputError
 from llmkd.losses.distance_sum import sampled, terms_of
 from llmkd.losses.divergences import DIVERGENCES, with_parameters
 from llmkd.losses.set_distances import WIDTH_FREE
-from llmkd.models import make, parts
+from llmkd.models import parts
 from llmkd.models.load import load_causal_lm
 from llmkd.student.distiller import make_projectors
 from llmkd.teachers.resident import ResidentTeacher
@@ -59,21 +59,6 @@ def _run(tiny: Path, folder: Path, mix: Any, report: bool = False, **changes: An
     loss.backward()
     grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     return loss.detach(), sums, grads, squares
-
-
-@pytest.fixture(scope="module")
-def narrow(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("narrow") / "student"
-    shape = {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1}
-    make.random_student(tiny / "teacher", 3, shape, folder, seed=0, dtype=torch.float32)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def copied(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("copied") / "student"
-    make.copied_student(tiny / "teacher", [0, 2, 5], folder, dtype=torch.float32)
-    return folder
 
 
 @pytest.mark.parametrize("tokens", [None, 7])

@@ -11,7 +11,6 @@ import torch
 
 from llmkd.layer_map import EMBEDDING, MIXED, compared, forward, layer_map
 from llmkd.losses.distance_sum import terms_of
-from llmkd.models import make
 from llmkd.student.distiller import make_projectors
 from llmkd.student.mixtures import Mixtures, first_scores
 from llmkd.teachers.resident import ResidentTeacher
@@ -21,21 +20,6 @@ from tests.unit.student.test_matching import _batch, _load, _with_states
 
 CANDIDATES = {0: (0, 2, 5), 1: (1, 3, 4, 5), 2: (0, 1, 2, 3, 4, 5)}
 PAIRS = tuple((student, MIXED) for student in CANDIDATES)
-
-
-@pytest.fixture(scope="module")
-def narrow(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("narrow") / "student"
-    shape = {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1}
-    make.random_student(tiny / "teacher", 3, shape, folder, seed=0, dtype=torch.float32)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def copied(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("copied") / "student"
-    make.copied_student(tiny / "teacher", [0, 2, 5], folder, dtype=torch.float32)
-    return folder
 
 
 def _mixtures(scores: torch.Tensor, *, temperature: float = 0.5, entropy: float = 0.0) -> Mixtures:

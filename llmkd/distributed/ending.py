@@ -157,10 +157,14 @@ def print_mistake(sentence: str, patience_seconds: float = ROLL_CALL_SECONDS) ->
 def _is_told() -> bool:
     """Whether rank 0 has printed a mistake of its own, which ends it and those who made it, too."""
     store = dist.distributed_c10d._get_default_store()
-    try:
-        return _within(ROLL_CALL_SECONDS, lambda: store.check([PRINTED]), otherwise=False)
-    except dist.DistError:
-        return False
+
+    def told() -> bool:
+        try:
+            return store.check([PRINTED])
+        except dist.DistError:  # rank 0, which holds the store, is gone
+            return False
+
+    return _within(ROLL_CALL_SECONDS, told, otherwise=False)
 
 
 def lost_rank(error: BaseException) -> bool:
@@ -206,7 +210,8 @@ def silent_ranks(patience_seconds: float = ROLL_CALL_SECONDS, *, by_watch: bool 
 
 
 def _within(seconds: float, work: Callable[[], Result], otherwise: Result) -> Result:
-    """The result of `work`, or `otherwise` where it takes longer; it then goes on in a thread that ends with the process."""
+    """The result of `work`, which raises nothing, or `otherwise` where it takes longer; it then goes on in a thread that ends with the
+    process."""
     results: list[Result] = []
     thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
     thread.start()

@@ -104,6 +104,20 @@ def test_ranks_that_end_together_miss_nobody(how: str, code: int, tmp_path: Path
     assert "".join(said).count("Error: ") == how.startswith("a common mistake") and "silent" not in "".join(said), said
 
 
+def test_a_store_that_is_gone_tells_nothing_and_prints_nothing(
+    world: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0, which holds it, was killed between the failed wait and the question."""
+
+    class Gone:
+        def check(self, keys: list[str]) -> bool:
+            raise dist.DistNetworkError("Failed to recv, got 0 bytes")
+
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", Gone)
+    assert not ending._is_told()
+    assert capfd.readouterr() == ("", "")
+
+
 def test_work_of_one_rank_may_outlast_the_others_patience(tmp_path: Path) -> None:
     """As the merging of shards, an export and the hashing of a checkpoint do, of a large model."""
     codes, said = _ended("long work", tmp_path)

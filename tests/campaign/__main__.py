@@ -1,0 +1,127 @@
+"""`python -m tests.campaign`: trials until the time is over, then the counts; exit code 1 where one trial failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count as numbers
+from itertools import cycle, islice, product
+from pathlib import Path
+
+import click
+
+os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from llmkd import starting
+from llmkd.text import aligned
+from tests.campaign import damage, kills, words
+from tests.campaign.outcome import Outcome
+from tests.campaign.place import SCENARIOS, Place
+from tests.distributed import warm
+
+Trial = Callable[[Place, random.Random, int], Outcome]
+
+
+def _killed(scenarios: str, place: Place, draw: random.Random, number: int) -> Outcome:
+    return kills.trial(place, draw, SCENARIOS[scenarios])
+
+
+KINDS: dict[str, Trial] = {
+    **{kind: partial(_killed, kind) for kind in SCENARIOS},
+    "damage": damage.trial,
+    "recipes": words.recipes,
+    "commands": words.commands,
+}
+TURN = ("training", "damage", "recipes", "cache", "recipes", "damage", "commands", "training", "tokens", "damage", "recipes", "rollouts",
+        "commands", "damage", "training", "recipes", "damage", "study")  # fmt: skip
+"""The order of kinds where none is asked for: quick ones and those with many cases come more often."""
+
+
+def asked(kinds: tuple[str, ...], count: int | None, first: int, trial: str | None) -> Iterator[tuple[str, int]]:
+    """(kind, number) of the trials, in their order."""
+    if trial is not None:
+        kind, _, number = trial.rpartition("-")
+        if kind not in KINDS or not number.isdigit():
+            raise click.BadParameter(f"write KIND-NUMBER, with one of {', '.join(KINDS)}", param_hint="--trial")
+        return iter([(kind, int(number))])
+    if count is not None:
+        return iter((kind, number) for number, kind in product(range(first, first + count), kinds or KINDS))
+    counters = {kind: numbers(first) for kind in KINDS}
+    return ((kind, next(counters[kind])) for kind in cycle(kinds or TURN))
+
+
+@click.command()
+@click.option("--minutes", type=float, default=10.0, show_default=True, help="No trial begins after so many minutes.")
+@click.option("--seed", type=int, help="Of all that is drawn [default: drawn, and printed].")
+@click.option(
+    "--kind", "kinds", multiple=True, type=click.Choice(list(KINDS)), help="Only trials of these kinds [default: all]."
+)
+@click.option("--count", type=int, help="So many trials of each kind, whatever the time.")
+@click.option("--first", type=int, default=0, show_default=True, help="The first trial's number.")
+@click.option("--trial", help="One trial alone, KIND-NUMBER, as a failure names it.")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Also write the counts into this file.")
+def main(
+    minutes: float,
+    seed: int | None,
+    kinds: tuple[str, ...],
+    count: int | None,
+    first: int,
+    trial: str | None,
+    file: Path | None,
+) -> None:
+    """Disturb tiny runs at random, and compare each with an undisturbed one."""
+    seed = random.SystemRandom().randrange(10**6) if seed is None else seed
+    print(f"campaign: seed {seed}", flush=True)
+    starting.IMPORTS = (*warm.MODULES, "tests.campaign.small")
+    began = time.monotonic()
+    counts, failed = Counter[tuple[str, str]](), list[str]()
+    with tempfile.TemporaryDirectory(prefix="llmkd-campaign-") as folder:
+        os.environ["HF_DATASETS_CACHE"] = str(Path(folder, "datasets"))
+        place = Place(Path(folder))
+        trials = asked(kinds, count, first, trial)
+        for kind, number in trials if count or trial else _until(began + 60 * minutes, trials):
+            at = time.monotonic()
+            outcome = KINDS[kind](place, random.Random(f"{seed}/{kind}/{number}"), number)
+            name = f"{kind}-{number}"
+            ending = "FAILED" if outcome.faults else outcome.ending
+            counts[kind, ending] += 1
+            print(f"{name}: {ending}, {time.monotonic() - at:.1f} s: {outcome.did}", flush=True)
+            if outcome.faults:
+                failed.append(name)
+                print("\n".join(f"  {fault}" for fault in outcome.faults))
+                print(f"  again: python -m tests.campaign --seed {seed} --trial {name}", flush=True)
+    _show(counts, seed, time.monotonic() - began, failed, file)
+    sys.exit(int(bool(failed)))
+
+
+def _until(end: float, trials: Iterator[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    while time.monotonic() < end:
+        yield from islice(trials, 1)
+
+
+def _show(counts: Counter[tuple[str, str]], seed: int, seconds: float, failed: list[str], file: Path | None) -> None:
+    endings = sorted({ending for _, ending in counts})
+    rows = [
+        [kind, *(str(counts[kind, ending] or "") for ending in endings)]
+        for kind in KINDS
+        if any(counts[kind, e] for e in endings)
+    ]
+    print(aligned([["trials", *endings], *rows]))
+    values = {"seed": seed, "seconds": round(seconds), "failed": failed}
+    values["counts"] = {kind: {e: counts[kind, e] for e in endings if counts[kind, e]} for kind in KINDS}
+    print(json.dumps(values))
+    if file is not None:
+        file.write_text(json.dumps(values, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

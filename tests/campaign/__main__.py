@@ -9,17 +9,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import count as numbers
 from itertools import cycle, islice, product
 from pathlib import Path
 
 import click
-
-os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from llmkd import starting
 from llmkd.text import aligned
@@ -29,6 +25,8 @@ from tests.campaign.place import SCENARIOS, Place
 from tests.distributed import warm
 
 Trial = Callable[[Place, random.Random, int], Outcome]
+Counts = Counter[tuple[str, str]]
+"""By kind of trial and how it ended."""
 
 
 def _killed(scenarios: str, place: Place, draw: random.Random, number: int) -> Outcome:
@@ -81,26 +79,37 @@ def main(
     """Disturb tiny runs at random, and compare each with an undisturbed one."""
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     print(f"campaign: seed {seed}", flush=True)
-    starting.IMPORTS = (*warm.MODULES, "tests.campaign.small")
+    trials = asked(kinds, count, first, trial)
     began = time.monotonic()
-    counts, failed = Counter[tuple[str, str]](), list[str]()
     with tempfile.TemporaryDirectory(prefix="llmkd-campaign-") as folder:
-        os.environ["HF_DATASETS_CACHE"] = str(Path(folder, "datasets"))
+        _prepare(Path(folder))
         place = Place(Path(folder))
-        trials = asked(kinds, count, first, trial)
-        for kind, number in trials if count or trial else _until(began + 60 * minutes, trials):
-            at = time.monotonic()
-            outcome = KINDS[kind](place, random.Random(f"{seed}/{kind}/{number}"), number)
-            name = f"{kind}-{number}"
-            ending = "FAILED" if outcome.faults else outcome.ending
-            counts[kind, ending] += 1
-            print(f"{name}: {ending}, {time.monotonic() - at:.1f} s: {outcome.did}", flush=True)
-            if outcome.faults:
-                failed.append(name)
-                print("\n".join(f"  {fault}" for fault in outcome.faults))
-                print(f"  again: python -m tests.campaign --seed {seed} --trial {name}", flush=True)
+        counts, failed = campaign(place, seed, trials if count or trial else _until(began + 60 * minutes, trials))
     _show(counts, seed, time.monotonic() - began, failed, file)
     sys.exit(int(bool(failed)))
+
+
+def _prepare(folder: Path) -> None:
+    """Set what the commands' server reads while it imports: no GPU, no network, small shards."""
+    os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_CACHE=str(folder / "datasets"))
+    starting.IMPORTS = (*warm.MODULES, "tests.campaign.small")
+
+
+def campaign(place: Place, seed: int, trials: Iterable[tuple[str, int]]) -> tuple[Counts, list[str]]:
+    """Do the trials: (how many of each kind ended how, the names of those that failed)."""
+    counts, failed = Counts(), list[str]()
+    for kind, number in trials:
+        name, began = f"{kind}-{number}", time.monotonic()
+        outcome = KINDS[kind](place, random.Random(f"{seed}/{kind}/{number}"), number)
+        ending = "FAILED" if outcome.faults else outcome.ending
+        counts[kind, ending] += 1
+        print(f"{name}: {ending}, {time.monotonic() - began:.1f} s: {outcome.did}", flush=True)
+        if outcome.faults:
+            failed.append(name)
+            print("\n".join(f"  {fault}" for fault in outcome.faults))
+            print(f"  again: python -m tests.campaign --seed {seed} --trial {name}", flush=True)
+    return counts, failed
 
 
 def _until(end: float, trials: Iterator[tuple[str, int]]) -> Iterator[tuple[str, int]]:
@@ -108,7 +117,7 @@ def _until(end: float, trials: Iterator[tuple[str, int]]) -> Iterator[tuple[str,
         yield from islice(trials, 1)
 
 
-def _show(counts: Counter[tuple[str, str]], seed: int, seconds: float, failed: list[str], file: Path | None) -> None:
+def _show(counts: Counts, seed: int, seconds: float, failed: list[str], file: Path | None) -> None:
     endings = sorted({ending for _, ending in counts})
     rows = [
         [kind, *(str(counts[kind, ending] or "") for ending in endings)]

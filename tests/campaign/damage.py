@@ -108,9 +108,5 @@ def _judged(place: Place, name: str, scenario: Scenario, file: Path, what: str) 
 
 def _names(said: str, file: Path, work: Path) -> bool:
     """Whether a file, or a folder of it that is its run's alone, is named."""
-    parents = (
-        [str(parent) for parent in file.parents if len(parent.relative_to(work).parts) > 1]
-        if file.is_relative_to(work)
-        else []
-    )
+    parents = [str(parent) for parent in file.parents if len(parent.parts) > len(work.parts) + 1]
     return file.name in said or any(parent in said for parent in parents)

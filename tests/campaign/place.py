@@ -37,7 +37,13 @@ _MADE = {
     "finetune.train": {"steps": 6, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 0.01, "dtype": "float32",
                        "deepspeed": "cpu", "save_every": 2, "log_every": 1},
 }  # fmt: skip
-SAVES = ("**/checkpoints/step-*.tmp", "**/model.tmp", "**/checkpoints/step-000000*", "**/summary.json*")
+_SAVES = ("**/checkpoints/step-*.tmp", "**/model.tmp", "**/checkpoints/step-000000*", "**/summary.json*")
+AIMS = {
+    "train": _SAVES,
+    "cache": ("**/cache/*.tmp", "**/cache/shard-*", "**/manifest.json*"),
+    "study": (*_SAVES, "tiny/generations/*", "tiny/agreement/*", "tiny/angles/*", "tiny/undistilled/*", "tiny/report*"),
+}
+"""Files whose appearance marks a phase of a command that kills are aimed at: saves, exports, publishing, scoring."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,8 @@ class Scenario:
     """Of the tiny recipe; FOLDER in a value stands for the place's folder."""
     ranks: int = 2
     commands: tuple[str, ...] = ("train",)
-    aims: tuple[str, ...] = SAVES
-    """Files whose appearance marks a phase that kills are aimed at."""
+    aims: tuple[str, ...] = ()
+    """Further files than `AIMS` has whose appearance marks a phase of the first command."""
     half: tuple[str, ...] = ("**/checkpoints/step-00000006",)
     """Files at whose appearance the scenario is half done: each makes a state whose files are damaged."""
     harmed: tuple[str, ...] = ()
@@ -58,7 +64,7 @@ class Scenario:
 
 SCENARIOS: dict[str, dict[str, Scenario]] = {
     "training": {
-        "two ranks": Scenario(_CHOOSES, aims=(*SAVES, "**/best/*.tmp", "**/best/step-*"), harmed=("**/*",)),
+        "two ranks": Scenario(_CHOOSES, aims=("**/best/*.tmp", "**/best/step-*"), harmed=("**/*",)),
         "one rank": Scenario({"matching.strategy": "in_order_random", "matching.redraw_every": 2}, ranks=1),
         "pipeline": Scenario({"teacher.placement": "pipeline", "matching.strategy": "reverse"}),
         "zero3": Scenario({"train.deepspeed": "FOLDER/zero3.json", "teacher.placement": "zero3"}),
@@ -71,10 +77,10 @@ SCENARIOS: dict[str, dict[str, Scenario]] = {
     },
     "cache": {
         "cache": Scenario(
-            _CACHED, commands=("cache", "train"), aims=("**/cache/*.tmp", "**/cache/shard-*", "**/manifest.json*"),
+            _CACHED, commands=("cache", "train"),
             half=("**/cache/shard-00003.safetensors", "**/checkpoints/step-00000006"), harmed=("tiny/cache/*",),
         ),
-        "top k": Scenario({**_CACHED, "cache.top_k": 8}, ranks=1, commands=("cache", "train"), aims=("**/cache/*.tmp",)),
+        "top k": Scenario({**_CACHED, "cache.top_k": 8}, ranks=1, commands=("cache", "train")),
     },
     "tokens": {
         "tokens": Scenario(
@@ -89,11 +95,11 @@ SCENARIOS: dict[str, dict[str, Scenario]] = {
                 "loss.ce": 0.0, "loss.divergence": "reverse_kl", "data.max_length": 48,
                 "rollouts": {"max_new_tokens": 8, "every": 3, "share": 0.5},
             },
-            aims=(*SAVES, "**/rollouts/*", "**/rollouts.jsonl"), harmed=("**/rollouts/**/*", "**/rollouts.jsonl"),
+            aims=("**/rollouts/*", "**/rollouts.jsonl"), harmed=("**/rollouts/**/*", "**/rollouts.jsonl"),
         ),
         "teacher": Scenario(
             {"rollouts": {"by": "teacher", "max_new_tokens": 8}, "data.max_length": 48},
-            aims=("tokens/*/*", "**/*texts*/*", *SAVES), harmed=("tokens/**/*", "**/*texts*/**/*"),
+            aims=("tokens/*/*", "**/*texts*/*",), harmed=("tokens/**/*", "**/*texts*/**/*"),
         ),
     },
     "study": {
@@ -101,11 +107,10 @@ SCENARIOS: dict[str, dict[str, Scenario]] = {
             _SCORED,
             ranks=1,
             commands=("study",),
-            aims=(*SAVES, "tiny/generations/*", "tiny/agreement/*", "tiny/angles/*", "tiny/undistilled/*", "tiny/report*"),
             half=("tiny/generations/*.jsonl",), harmed=("tiny/*", "tiny/[agru]*/**/*", "tiny/students/*/*", "tiny/students/*/model/*"),
         ),
         "made teacher": Scenario(
-            {**_SCORED, **_MADE}, ranks=1, commands=("study",), aims=("tiny/teacher/*", *SAVES),
+            {**_SCORED, **_MADE}, ranks=1, commands=("study",), aims=("tiny/teacher/*",),
             half=("tiny/teacher/model",), harmed=("tiny/teacher/**/*",),
         ),
     },

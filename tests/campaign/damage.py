@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 from tests.campaign import oracle
@@ -12,13 +13,13 @@ from tests.campaign.place import SCENARIOS, Place, Scenario, ended
 from tests.distributed.command import Command
 
 
-def _truncated(file: Path, draw: random.Random, _: Path) -> str:
+def _truncated(file: Path, draw: random.Random, other: Path) -> str:
     length = draw.randrange(file.stat().st_size) if file.stat().st_size else 0
     file.write_bytes(file.read_bytes()[:length])
     return f"cut to {length} bytes"
 
 
-def _flipped(file: Path, draw: random.Random, _: Path) -> str:
+def _flipped(file: Path, draw: random.Random, other: Path) -> str:
     content = bytearray(file.read_bytes() or b"x")
     place, bit = draw.randrange(len(content)), draw.randrange(8)
     content[place] ^= 1 << bit
@@ -26,20 +27,16 @@ def _flipped(file: Path, draw: random.Random, _: Path) -> str:
     return f"bit {bit} of byte {place} flipped"
 
 
-def _removed(file: Path, draw: random.Random, _: Path) -> str:
+def _removed(file: Path, draw: random.Random, other: Path) -> str:
     file.unlink()
     return "removed"
 
 
-def _swapped(file: Path, draw: random.Random, work: Path) -> str:
-    """With another file of its kind, or else with any file."""
-    others = [path for path in sorted(work.rglob("*")) if path.is_file() and path != file]
-    alike = [path for path in others if oracle.kind_of(path, work) == oracle.kind_of(file, work)]
-    other = draw.choice(alike or others)
+def _swapped(file: Path, draw: random.Random, other: Path) -> str:
     ours, theirs = file.read_bytes(), other.read_bytes()
     file.write_bytes(theirs)
     other.write_bytes(ours)
-    return f"exchanged with {other.relative_to(work)}"
+    return f"exchanged with {other.name}"
 
 
 DAMAGES: dict[str, Callable[[Path, random.Random, Path], str]] = {
@@ -48,6 +45,17 @@ DAMAGES: dict[str, Callable[[Path, random.Random, Path], str]] = {
     "removed": _removed,
     "swapped": _swapped,
 }
+RESULTS = (
+    "*/model/*",
+    "*/metrics.jsonl",
+    "*/summary.json",
+    "*/generations/*",
+    "*/agreement/*",
+    "*/angles/*",
+    "*/results.*",
+    "*/report.*",
+)
+"""What a user or a study reads of a finished run. All else that is damaged and not read again does no harm: what reads it names it."""
 HARMED: dict[str, Scenario] = {
     name: scenario for kind in SCENARIOS.values() for name, scenario in kind.items() if scenario.harmed
 }
@@ -67,10 +75,14 @@ def trial(place: Place, draw: random.Random, number: int) -> Outcome:
     random.Random(0).shuffle(cases)
     state, kind, damage = cases[case % len(cases)]
     place.clear(state)
-    file = draw.choice(_by_kind(place.work, scenario)[kind])
-    did = DAMAGES[damage](file, draw, place.work)
-    what = f"{name}, {state.name}: {file.relative_to(place.work)} {did}"
-    return _judged(place, name, scenario, file, what)
+    files = _by_kind(place.work, scenario)
+    file = draw.choice(files[kind])
+    others = [path for path in files[kind] if path != file] or [
+        path for path in file.parent.iterdir() if path.is_file()
+    ]
+    other = draw.choice(others)
+    what = f"{name}, {state.name}: {file.relative_to(place.work)} {DAMAGES[damage](file, draw, other)}"
+    return _judged(place, name, scenario, [file, other] if damage == "swapped" else [file], what)
 
 
 def _by_kind(work: Path, scenario: Scenario) -> dict[str, list[Path]]:
@@ -80,7 +92,7 @@ def _by_kind(work: Path, scenario: Scenario) -> dict[str, list[Path]]:
     return files
 
 
-def _judged(place: Place, name: str, scenario: Scenario, file: Path, what: str) -> Outcome:
+def _judged(place: Place, name: str, scenario: Scenario, files: list[Path], what: str) -> Outcome:
     """Run the scenario's commands: each is to make good, to refuse or to name the damage."""
     said = ""
     for verb in scenario.commands:
@@ -89,24 +101,33 @@ def _judged(place: Place, name: str, scenario: Scenario, file: Path, what: str) 
         said += out
         faults = [*oracle.orphans(command), *(["a traceback"] if "Traceback" in out else [])]
         if code == 2:
-            faults += [
-                *oracle.refusal(out),
-                *([] if _names(out, file, place.work) else ["the damaged file is not named"]),
-            ]
+            faults += oracle.refusal(out)
+            faults += [] if _names(out, files, place.work) else ["the damaged file is not named"]
             return Outcome("refused", what, [f"{fault}:\n{out[-3000:]}" for fault in faults])
         if code != 0 or faults:
-            return Outcome(
-                "made good", what, [f"ended with {code} {fault}:\n{out[-3000:]}" for fault in faults or [""]]
-            )
-    named = _names(said, file, place.work)
+            return Outcome("", what, [f"ended with {code} {fault}:\n{out[-3000:]}" for fault in faults or [""]])
+    named = _names(said, files, place.work)
     wrong = oracle.result(place.work, place.reference(name, scenario).result)
     wrong = [fault for fault in wrong if not (named and ".damaged" in fault)]
-    if named and all(str(file.relative_to(place.work)) in fault for fault in wrong):
-        return Outcome("named and gone on", what)
-    return Outcome("harmless", what, [f"silently wrong: {fault}" for fault in wrong])
+    if not wrong:
+        return Outcome("named, made good" if named else "made good or not read", what)
+    own = all(any(_within(file, place.work) in fault for file in files) for fault in wrong)
+    results = any(fnmatch(str(file.relative_to(place.work)), result) for file in files for result in RESULTS)
+    if own and (named or not results):  # all else is as undisturbed
+        return Outcome("named, left" if named else "left, not read", what)
+    return Outcome("", what, [f"silently wrong: {fault}" for fault in wrong])
 
 
-def _names(said: str, file: Path, work: Path) -> bool:
-    """Whether a file, or a folder of it that is its run's alone, is named."""
-    parents = [str(parent) for parent in file.parents if len(parent.parts) > len(work.parts) + 1]
-    return file.name in said or any(parent in said for parent in parents)
+def _within(file: Path, work: Path) -> str:
+    """The name by which a fault tells of a damaged file: of a checkpoint's the checkpoint's."""
+    name = file.relative_to(work)
+    return next(
+        (str(parent) for parent in name.parents if parent.name.startswith("step-")),
+        oracle.kind_of(file, work, hashes=True),
+    )
+
+
+def _names(said: str, files: list[Path], work: Path) -> bool:
+    """Whether one of the files, or a folder of it below the run's own, is named."""
+    parents = [str(parent) for file in files for parent in file.parents if len(parent.parts) > len(work.parts) + 1]
+    return any(file.name in said for file in files) or any(parent in said for parent in parents)

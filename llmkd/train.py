@@ -226,14 +226,20 @@ def _card(job: Job, steps: int, learned: Mapping[str, Mapping[str, float]]) -> s
         f"- likeliest teacher blocks of the learned map at the last step, and their weights: {mixed}\n" if mixed else ""
     )
     lora = build.adapters(job)
-    trained = "" if lora is None else f"- trained: adapters of rank {lora.rank} alone\n"
+    trained = "" if lora is None else f"- trained: adapters of rank {lora.rank} alone{_kept(lora.quantize)}\n"
+    teacher = f"{job.recipe.teacher_path}{_kept(job.recipe.teacher.quantize)}" if job.teacher else "none"
     return (
         f"# {escaped(f'{job.recipe.name}: {job.title}')}\n\nTrained by llmkd {__version__}, {steps} steps.\n\n"
         f"- started from: {_start(job)}\n{trained}"
-        f"- teacher: {job.recipe.teacher_path if job.teacher else 'none'}\n"
+        f"- teacher: {teacher}\n"
         f"- layer map (student<teacher, 0-based blocks): {', '.join(job.names) or 'none'}\n{weights}"
         f"\n## Recipe\n\n{fenced(dump_recipe(job.recipe), 'yaml')}\n"
     )
+
+
+def _kept(quantize: str) -> str:
+    """How the weights of a model's blocks were kept in training, for the card."""
+    return "" if quantize == "none" else f", the blocks' weights kept in 4 bits ({quantize})"
 
 
 def _start(job: Job) -> str:

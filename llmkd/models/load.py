@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 from llmkd.distributed.ds_configs import DsConfig
 from llmkd.distributed.engines import sharded_construction
 from llmkd.errors import InputError, first_line, reason
-from llmkd.models import varlen
+from llmkd.models import four_bit, varlen
 from llmkd.models.families import (
     AUTO_CLASSES,
     by_stack,
@@ -201,11 +201,13 @@ def load_model(
     attention: str,
     trust_remote_code: bool = False,
     first_blocks: int | None = None,
+    quantize: four_bit.Quantize = "none",
 ) -> PreTrainedModel:
     """Load a model of any family from safetensors; straight into shards if `ds_config` asks for ZeRO-3.
 
-    `first_blocks`: build and load no more than so many of a decoder's blocks. Raises InputError when the folder's weights do not fill
-    the model (transformers itself would only warn and make them up).
+    `first_blocks`: build and load no more than so many of a decoder's blocks. `quantize`: how the weights of the blocks' linear maps are
+    kept, of a model that is not in shards; those in 4 bits are on this process's GPU at once, where it has one. Raises InputError when the
+    folder's weights do not fill the model (transformers itself would only warn and make them up).
     """
     shape = load_config(folder, trust_remote_code=trust_remote_code)
     name, why = attention_implementation(attention, dtype, shape)
@@ -240,6 +242,8 @@ def load_model(
             f"{folder}: its weights lack {len(missing)} tensors of the model, first {missing[0]!r}; give the whole weights"
         )
     _restore_float32_buffers(model)
+    if quantize != "none":
+        four_bit.quantize(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     model.config.use_cache = False
     return model
 

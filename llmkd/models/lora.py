@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmkd.distributed.engines import full_shape
 from llmkd.errors import InputError
+from llmkd.models.four_bit import four_bit
 from llmkd.models.parts import blocks, stacks
 
 NAME = "default"
@@ -116,8 +117,11 @@ def adapted(model: nn.Module) -> dict[str, Any]:
 def merged(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A model's state with the adapters added to the weights, under the names of a model without them; products in float32.
 
-    `state`: by the model's own names; it is changed. That of a model without adapters stays as it is.
+    `state`: by the model's own names; it is changed. That of a model without adapters stays as it is. Weights that are kept in 4 bits are
+    the plain ones that the model computes with.
     """
+    for name, layer in four_bit(model).items() if state else ():
+        state[f"{name}.weight"] = layer.weight.to(next(iter(state.values())).device)
     for name, layer in adapted(model).items() if state else ():
         weight = state.pop(f"{name}.base_layer.weight")
         down, up = (state.pop(f"{name}.lora_{part}.{NAME}.weight") for part in "AB")

@@ -23,6 +23,7 @@ from llmkd.losses.head_kernels import takes_in
 from llmkd.models.adapter_folders import summed_dtype
 from llmkd.models.load import DTYPES
 from llmkd.planning.cache import cache_rows, cache_traffic
+from llmkd.planning.four_bit import student_weights
 from llmkd.planning.rollouts import rollout_rows
 from llmkd.planning.rows import BEFORE, GIB, OFFLOADED, PHASES, WIDE, Phase, Place, Row, block_activations, millions
 from llmkd.planning.shapes import Shapes, Trained, initial_student_config, shapes, teacher_config, trained_part
@@ -134,7 +135,7 @@ def student_rows(recipe: Recipe, student: Trained, projectors: int, zero: Mappin
     # Reduced gradients stay in host memory where the optimizer works there, also when its states rest on NVMe.
     gradient_place: Place = "device" if optimizer_place == "device" else "host"
     rows = [
-        Row("student weights", weights[0] * size, f"{weights[1]} {size} B", place=weight_place),
+        *student_weights(student, trained, weights, size, weight_place),
         Row("student gradients", gradients[0] * WIDE, f"{gradients[1]} 4 B", place=gradient_place),
         Row("Adam's two moments", 2 * states * WIDE, f"2 x {counted} 4 B", place=optimizer_place),
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llmkd import hub
@@ -22,7 +23,7 @@ from llmkd.models.parts import blocks, head, routers
 from llmkd.models.stored import read_config
 from llmkd.models.width import check_narrowed
 from llmkd.recipe.recipe import Recipe
-from llmkd.training.checks import teacher_shape
+from llmkd.training.checks import check_unsharded, teacher_shape
 
 log = logging.getLogger("llmkd")
 
@@ -50,6 +51,10 @@ class Shapes:
     """Every block's parameters."""
     head_apart: bool
     """The head has weights of its own; else it is tied to the embeddings."""
+    linear: int = 0
+    """Weights of the blocks' linear maps, which can be kept in 4 bits."""
+    largest_map: int = 0
+    """Of these, the largest map's."""
     routed: int = 0
     """The experts that a token is rated for, over all routers."""
 
@@ -59,6 +64,7 @@ def shapes(config: PreTrainedConfig) -> Shapes:
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     stack = blocks(model)
+    maps = [m.weight.numel() for block in stack for m in block.modules() if isinstance(m, nn.Linear)]
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return Shapes(
@@ -76,6 +82,8 @@ def shapes(config: PreTrainedConfig) -> Shapes:
         normed_queries=any(name.endswith("q_norm.weight") for name, _ in stack[0].named_parameters()),
         each_block=tuple(parameter_count(block) for block in stack),
         head_apart=head(model).weight is not model.get_input_embeddings().weight,
+        linear=sum(maps),
+        largest_map=max(maps, default=0),
         routed=sum(config.num_experts for _ in routers(model)),
     )
 
@@ -96,6 +104,10 @@ class Trained:
     """Of the largest trained parameter."""
     for_activations: int = 0
     """Numbers that a token leaves in a block's adapters for the backward pass."""
+    quantized: int = 0
+    """The weights, of the frozen, that are kept in 4 bits."""
+    largest_map: int = 0
+    """Those of the largest map among them."""
 
 
 def trained_part(recipe: Recipe, config: PreTrainedConfig, shape: Shapes) -> Trained:
@@ -104,13 +116,16 @@ def trained_part(recipe: Recipe, config: PreTrainedConfig, shape: Shapes) -> Tra
     if lora is None:
         single = max(shape.embedding, shape.head)
         return Trained(shape.parameters, 0, 0, max(shape.largest_block, single), single)
+    check_unsharded("student.lora", lora, "train", recipe.train)
     model = without_weights(config)
     maps = targeted(model, lora.targets)
     sizes = {name: adapter_sizes(module, lora.rank, dora=lora.dora) for name, module in maps.items()}
     total = sum(map(sum, sizes.values()))
     inputs = sum(size[0] // lora.rank for size in sizes.values()) if lora.dropout else 0
     kept = (inputs + lora.rank * len(maps)) // shape.depth
-    return Trained(total, shape.parameters, shape.embedding, total // shape.depth, max(map(max, sizes.values())), kept)
+    quantized = (0, 0) if lora.quantize == "none" else (shape.linear, shape.largest_map)
+    single = max(map(max, sizes.values()))
+    return Trained(total, shape.parameters, shape.embedding, total // shape.depth, single, kept, *quantized)
 
 
 def teacher_config(recipe: Recipe) -> PreTrainedConfig:

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from llmkd.layer_map import EMBEDDING, STRATEGIES, Pairs
 from llmkd.models.load import DTYPES, student_config
+from llmkd.planning.four_bit import whole_rows
 from llmkd.planning.rows import FORWARD, OFFLOADED, WAITING, Place, Row, block_activations, millions
 from llmkd.planning.shapes import Shapes, initial_student_config, shapes
 from llmkd.planning.stepping_stones import stones_wire
@@ -118,6 +119,9 @@ def weight_rows(teacher: PlannedTeacher) -> list[Row]:
         if shape.head:
             how = f"{millions(shape.head)} x {size} B"
             rows.append(Row("teacher head, gathered", shape.head * size, how, ("head",)))
+    elif settings.quantize != "none":
+        plain = shape.parameters - shape.linear
+        rows = whole_rows("teacher", plain, shape.linear, shape.largest_map, size, FORWARD, "teacher weights")
     else:
         how = f"{millions(shape.parameters)} x {size} B"
         rows = [Row("teacher weights", shape.parameters * size, how, part="teacher weights")]

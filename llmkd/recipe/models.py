@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from llmkd.recipe.placements import PLACEMENTS, Placement, PlacementName
 from llmkd.recipe.section import NO_EFFECT, Dtype, Section
 
+Quantize = Literal["none", "nf4"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 MEASURED = ("influence", "perplexity")
 """Rules of `student.copy_blocks` whose blocks are known only when a run has measured them."""
@@ -90,6 +91,10 @@ class Teacher(Section):
     attention: Attention = "auto"
     """The teacher's attention implementation; `auto`: varlen, which keeps packed rows apart without a mask, where the model and the GPU
     can have it; else flash_attention_2 where it is installed, there is a GPU and the model is in half precision; else sdpa or eager."""
+    quantize: Quantize = "none"
+    """`nf4`: while it runs, the weights of the linear maps of the teacher's blocks are kept in 4 bits (QLoRA's NF4 with double
+    quantization; package bitsandbytes); embeddings, norms, head and all states stay in `dtype`. For placement replicated, and for a cache
+    that such a teacher writes. Copied blocks, texts of the teacher and scores are those of the model at `path`, as it is stored."""
     offload_states: Annotated[bool, NO_EFFECT] = False
     """Keep the teacher's states in pinned host memory until the student's block needs them; useful where that is late (strategy
     `reverse`: the student's first block takes the teacher's last state)."""
@@ -107,6 +112,11 @@ class Teacher(Section):
         if self.offload != "none" and placed.has_weights and not placed.is_sharded:
             raise ValueError(
                 "teacher.offload: only a zero3 teacher can be offloaded; write placement: zero3, or offload: none"
+            )
+        if self.quantize != "none" and placed.has_weights and not placed.is_whole:
+            raise ValueError(
+                f"teacher.quantize: weights in 4 bits are not cut into a {self.placement} teacher's shards or stages; write placement: "
+                "replicated (of a cache: cache.teacher_placement), or quantize: none"
             )
         if self.offload_states and placed.is_staged:
             raise ValueError(
@@ -151,6 +161,10 @@ class Lora(Section):
     """Multiply by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
     dora: bool = False
     """Train the norm of each of a map's outputs apart from its direction (arXiv 2402.09353)."""
+    quantize: Quantize = "none"
+    """`nf4`: the weights beside the adapters, those of all linear maps of the blocks, are kept in 4 bits (QLoRA, arXiv 2305.14314; package
+    bitsandbytes), and each is made plain where it is computed with. Adapters are added to these plain weights, so that the merged model
+    is the one that was trained; it takes as much room as any. Exported apart, they are for the model loaded in nf4. Not with ZeRO-3."""
 
     @model_validator(mode="after")
     def _has_targets(self) -> Lora:

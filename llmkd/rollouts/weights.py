@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from llmkd.distributed.engines import lent_tensors, parameter_count, whole_state
+from llmkd.distributed.engines import lent_tensors, whole_state
 from llmkd.distributed.ranks import World, on_each_node
 from llmkd.models.lora import merged
 
@@ -101,7 +101,7 @@ class InFolder:
         state = merged(self.model, whole_state(self.model, here=world.local_rank == 0))
 
         def write() -> str:
-            folder = self._new_folder()
+            folder = self._new_folder(sum(values.nbytes for values in state.values()))
             try:
                 self.model.save_pretrained(folder, state_dict=state)
             except BaseException:
@@ -117,8 +117,8 @@ class InFolder:
         """What the names of this run's folders begin with."""
         return f"llmkd-{hashlib.sha256(str(self.run.resolve()).encode()).hexdigest()[:16]}-"
 
-    def _new_folder(self) -> Path:
-        """An empty folder of this user's alone, in memory where there is room for the weights, else in the run's own.
+    def _new_folder(self, size: int) -> Path:
+        """An empty folder of this user's alone, in memory where there is room for weights of so many bytes, else in the run's own.
 
         What killed starts of the same run left there is removed.
         """
@@ -126,8 +126,7 @@ class InFolder:
             for leftover in place.glob(f"{self.prefix}*"):
                 if leftover.stat().st_uid == os.getuid():
                     self.remove(leftover)
-        size = SPARE * parameter_count(self.model) * next(self.model.parameters()).element_size()
-        if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > size:
+        if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > SPARE * size:
             return Path(tempfile.mkdtemp(prefix=self.prefix, dir=MEMORY))
         (self.run / "rollouts").mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=self.prefix, dir=self.run / "rollouts"))

@@ -34,6 +34,7 @@ IDS, LOG_PROBABILITIES, OFFSETS, DONE = "top_k.ids", "top_k.log_probabilities", 
 IDENTITY = {
     "teacher": "another teacher",
     "teacher.dtype": "a teacher in another dtype",
+    "teacher.quantize": "a teacher whose blocks' weights were kept otherwise",
     "tokenizer": "another tokenizer",
     "data": "other data",
 }
@@ -137,7 +138,7 @@ def shard_ranges(lengths: Sequence[int], bytes_per_token: int, shard_bytes: int)
 def unfit(have: Contents, want: Contents) -> str | None:
     """Why a cache that has `have` can't serve a run that needs `want`, as the predicate of a sentence about the cache; None if it can."""
     for key, name in IDENTITY.items():
-        if have.identity[key] != want.identity[key]:
+        if have.identity.get(key) != want.identity.get(key):  # a key that few have is left out
             return f"was made of {name}{_named(key, have.recipe, want.recipe)}"
     if have.dtype != want.dtype and (state_names(want) or state_names(have)):
         return f"stores {have.dtype}, the recipe's cache.dtype is {want.dtype}"

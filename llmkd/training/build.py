@@ -149,6 +149,7 @@ def resident(
         attention=settings.attention,
         trust_remote_code=settings.trust_remote_code,
         first_blocks=first_blocks,
+        quantize=settings.quantize,
     )
     if not demand.logits and job.family.kind == "decoder":
         model = load.without_head(model)
@@ -238,10 +239,11 @@ def load_student(job: Job, ds_config: DsConfig, target_width: int | None, gather
         ds_config=ds_config,
         attention=attention,
         trust_remote_code=students_trust(job),
+        quantize="none" if (lora := adapters(job)) is None else lora.quantize,
     )
-    if (lora := adapters(job)) is not None:
+    if lora is not None:
         with sharded_construction(ds_config):
-            adapt(model, seed=job.seed, **lora.model_dump(exclude={"export"}))
+            adapt(model, seed=job.seed, **lora.model_dump(exclude={"export", "quantize"}))
     width = model.config.hidden_size
     target = target_width or width
     projected = len(job.compared) if matching.projects(width, target) else 0

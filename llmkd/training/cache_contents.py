@@ -42,16 +42,21 @@ def contents_of(recipe: Recipe, students: Sequence[Student], teacher: Path, toke
     columns = _columns([student for student, _ in students if student.loss.kl] or [recipe], shape.vocab_size, top_k)
     if top_k is not None and top_k > columns:
         raise InputError(f"cache.top_k: {top_k} of {columns} tokens; write a smaller number, or leave it out")
+    quantized = (
+        {} if settings.quantize == "none" else {"teacher.quantize": settings.quantize}
+    )  # older caches stay whole
     return Contents(
         identity={
             "teacher": folders.folder_contents(teacher, weights_alone=True),
             "teacher.dtype": settings.dtype,
+            **quantized,
             "tokenizer": _short(json.dumps(sorted(tokenizer.get_vocab().items()))),
             "data": tokens_hash(data.rows),
         },
         recipe={
             "teacher.path": recipe.teacher_path,
             "teacher.dtype": settings.dtype,
+            **quantized,
             **{f"data.{key}": value for key, value in recipe.data.model_dump(mode="json", exclude={"tokens"}).items()},
         },
         rows=len(data.rows),

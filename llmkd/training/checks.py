@@ -15,6 +15,7 @@ from llmkd.losses.set_distances import WIDTH_FREE
 from llmkd.models.adapter_folders import check_adapter
 from llmkd.models.architectures import new_config
 from llmkd.models.families import KIND_NAMES, check_logits, model_type
+from llmkd.models.four_bit import check_installed, quantizable
 from llmkd.models.liger import check_liger
 from llmkd.models.load import without_weights
 from llmkd.models.lora import targeted
@@ -156,6 +157,36 @@ def check_adapted(recipe: Recipe, family: Family, student: PreTrainedConfig, *, 
         )
 
 
+def check_quantized(recipe: Recipe, family: Family, teacher: PreTrainedConfig) -> None:
+    """Raise InputError for a teacher, of this configuration, that has not been shown to run with weights in 4 bits."""
+    if recipe.teacher.quantize == "none":
+        return
+    if family.kind != "decoder":
+        raise InputError(
+            f"teacher.quantize: only decoders have been shown to run with weights in 4 bits, and this is {KIND_NAMES[family.kind]}; write "
+            "none"
+        )
+    for key, is_set, problem, cure in (
+        ("stones", recipe.stones is not None, "stones have not been shown to learn from", "leave the section out"),
+        ("train.compile", recipe.train.compile == "blocks", "torch has not been shown to compile", "write none"),
+    ):
+        if is_set:
+            raise InputError(
+                f"{key}: {problem} a teacher's blocks with weights in 4 bits; {cure}, or teacher.quantize: none"
+            )
+    quantizable(without_weights(teacher, trust_remote_code=recipe.teacher.trust_remote_code), "teacher.quantize")
+    check_installed("teacher.quantize")
+
+
+def check_unsharded(key: str, lora: Lora, section: str, train: Train) -> None:
+    """Raise InputError where adapters' training would share out weights that are kept in 4 bits. `key`, `section`: the recipe's."""
+    if lora.quantize != "none" and zero_stage(load_ds_config(train.deepspeed, ROOT / "ds_configs")) == 3:
+        raise InputError(
+            f"{key}.quantize: ZeRO-3 shares out weights, and those in 4 bits are whole on every rank; write {section}.deepspeed: zero2, or "
+            "quantize: none"
+        )
+
+
 def check_adapter_folders(recipe: Recipe, teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
     """Raise InputError for adapters that can't be added to the model at their path. `teacher`, `student`: its configurations."""
     for key, section, base in (("teacher", recipe.teacher, teacher), ("student", recipe.student, student)):
@@ -197,7 +228,12 @@ def _check_place_of(
             f"{key}.dora: it reads a map's weight beside the map, which ZeRO-3 gathers for transformers' own blocks alone, and "
             "trust_remote_code runs a folder's; write false"
         )
-    targeted(without_weights(config, trust_remote_code=trust_remote_code), lora.targets, key)
+    check_unsharded(key, lora, section, train)
+    model = without_weights(config, trust_remote_code=trust_remote_code)
+    targeted(model, lora.targets, key)
+    if lora.quantize != "none":
+        quantizable(model, f"{key}.quantize")
+        check_installed(f"{key}.quantize")
 
 
 def check_routed(recipe: Recipe, student: PreTrainedConfig) -> None:

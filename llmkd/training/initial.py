@@ -262,6 +262,7 @@ def _least_harmful(
         ds_config=None,
         attention=settings.attention,
         trust_remote_code=settings.trust_remote_code,
+        quantize=settings.quantize,
     )
     cast(nn.Module, model).to(world.device).eval()
     head, chunk = whole_head(model), job.train.tokens_at_once(gpu=world.device.type == "cuda")

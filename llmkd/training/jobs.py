@@ -156,6 +156,7 @@ def check_student(recipe: Recipe, family: Family, teacher: Any, student: Any) ->
     stones = stones_of(recipe, student_depths[0], depths[0])
     checks.check_upper_blocks(recipe, teacher, student, pairs=pairs, stones=stones)
     checks.check_adapted(recipe, family, student, pairs=pairs)
+    checks.check_quantized(recipe, family, teacher)
     weights = _weights(recipe, pairs, stones)
     checks.check_redraws(recipe, teacher, student)
     shape = student

@@ -89,6 +89,7 @@ def measured(world: World, job: Job, micro_batches: Sequence[Batch]) -> dict[str
         ds_config=None,
         attention=settings.attention,
         trust_remote_code=(settings if settings.init == "checkpoint" else job.recipe.teacher).trust_remote_code,
+        quantize="none" if settings.lora is None else settings.lora.quantize,
     )
     cast(nn.Module, model).to(world.device)
     parts = stacks(model)

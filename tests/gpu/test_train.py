@@ -12,9 +12,11 @@ import torch
 from llmkd.distributed.launch import launch
 from llmkd.recipe.recipe import load_recipe
 from llmkd.training import initial
+from tests.quantized import plain_folder
 from tests.tiny import plain_run
 
 pytestmark = pytest.mark.gpu
+IN_4_BITS = {"rank": 4, "alpha": 8, "quantize": "nf4"}
 
 
 @pytest.mark.parametrize(
@@ -27,6 +29,8 @@ pytestmark = pytest.mark.gpu
         ("zero3", "cache", "float32", 1e-3, {}),
         ("zero2", "replicated", "float32", 1e-3, {"student.lora": {"rank": 4, "alpha": 8, "dora": True}}),
         ("zero3", "zero3", "bfloat16", 0.05, {"student.lora": {"rank": 4, "alpha": 8}}),
+        ("zero2", "replicated", "float32", 1e-3, {"teacher.quantize": "nf4", "student.lora": IN_4_BITS}),
+        ("zero2", "replicated", "bfloat16", 0.05, {"teacher.quantize": "nf4", "student.lora": IN_4_BITS}),
     ],
 )
 def test_losses_on_gpus_are_those_of_plain_pytorch(
@@ -62,7 +66,11 @@ def test_losses_on_gpus_are_those_of_plain_pytorch(
     assert launch(ranks, ["--recipe", str(tiny / "recipe.yaml"), "--output", str(run), *sets]).code == 0
     recipe = load_recipe(tiny / "recipe.yaml").changed(objective)
     initial.initial_student(recipe, tiny / "teacher", tmp_path / "student")
-    _, losses = plain_run(recipe, tiny / "teacher", tmp_path / "student")
+    teacher, start = tiny / "teacher", tmp_path / "student"
+    if "teacher.quantize" in objective:  # unpacked on the GPU, and plain from there on
+        teacher, start = plain_folder(teacher, tmp_path / "teacher"), plain_folder(start, tmp_path / "start")
+        recipe = recipe.changed({"teacher.quantize": "none", "student.lora.quantize": "none"})
+    _, losses = plain_run(recipe, teacher, start)
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for ours, theirs in zip(logged, losses, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)

@@ -488,6 +488,26 @@ def test_the_sum_of_a_model_and_its_adapter_is_held_once_before_training(recipe:
     assert memory.peak(rows) == memory.peak(plain)
 
 
+def test_weights_in_4_bits_are_those_of_the_blocks_linear_maps(recipe: Recipe) -> None:
+    """Qwen3-8B: in 36 blocks; a run of 64 weights takes 32 bytes and one for its magnitude, 256 such magnitudes a float32 more."""
+    maps = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288
+    whole = recipe.changed({"teacher.placement": "replicated", "train.deepspeed": "zero2", "student.blocks": 9})
+    four = whole.changed({"teacher.quantize": "nf4", "student.lora": {"rank": 8, "alpha": 8, "quantize": "nf4"}})
+    rows, plain = memory.plan(four, 8), memory.plan(whole.changed({"student.lora": {"rank": 8, "alpha": 8}}), 8)
+    for who, depth in (("teacher", 36), ("student", 9)):
+        numbers = depth * maps
+        packed = numbers // 64 * 33 + numbers // (64 * 256) * 4
+        weights = row(rows, f"{who} weights")
+        assert row(plain, f"{who} weights").bytes - weights.bytes == 2 * numbers - packed
+        assert row(rows, f"{who}, one map made plain").bytes == 2 * 4096 * 12288
+        assert "in 4 bits" in weights.how and weights.place == "device"
+    assert memory.peak(plain)[0] - memory.peak(rows)[0] > 9 * 2**30
+    impossible = {cost.placement for cost in compare(whole.changed({"teacher.quantize": "nf4"}), 8) if cost.impossible}
+    assert impossible == {"zero3", "pipeline"}
+    with pytest.raises(InputError, match=r"student\.lora\.quantize: ZeRO-3 .*; write train\.deepspeed: zero2"):
+        memory.plan(four.changed({"train.deepspeed": "zero3"}), 8)
+
+
 def test_of_a_student_with_adapters_only_these_are_counted_as_trained(recipe: Recipe) -> None:
     """Rank 128 on all seven maps of nine blocks of Qwen3-8B; its embeddings, of 622 M, have no gradient."""
     lora = {"rank": 128, "alpha": 32}

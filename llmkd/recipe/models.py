@@ -198,9 +198,9 @@ class Student(Section):
         default="spread", examples=["spread", "matched", [0, 4, 8]]
     )
     """Which teacher blocks are copied: `spread` (evenly from first to last), `matched` (those of the forward map), or a list of them. Or,
-    measured of a decoder on the rows of the run's first step and kept in its `blocks.json`: `influence` (those that turn the state most,
-    by ShortGPT's block influence), `perplexity` (what is left when blocks are removed one by one, each time the one whose removal leaves
-    the lowest cross-entropy; the whole teacher is loaded for it on every rank)."""
+    measured of a decoder on the rows of the run's first four steps and kept in its `blocks.json`: `influence` (those that turn the state
+    most, by ShortGPT's block influence), `perplexity` (what is left when blocks are removed one by one, each time the one whose removal
+    leaves the lowest cross-entropy; the whole teacher is loaded for it on every rank)."""
     path: str | None = None
     """HF folder or hub name, for init checkpoint."""
     adapter: str | None = None
@@ -208,8 +208,8 @@ class Student(Section):
     hidden_size: int | None = Field(default=None, gt=0, le=MOST_WIDE)
     """Width of the states between blocks; default, as for the four keys below: the teacher's. Under init random the new model has this
     width, and only there `head_dim` is read. Under init teacher (Qwen3, Llama, Mistral) the copied blocks are narrowed to it: the
-    channels, MLP columns and attention heads stay whose activations are largest on the rows of the run's first step (Minitron), by their
-    numbers in the run's `width.json`."""
+    channels, MLP columns and attention heads stay whose activations are largest on the rows of the run's first four steps (Minitron), by
+    their numbers in the run's `width.json`."""
     intermediate_size: int | None = Field(default=None, gt=0, le=MOST_WIDE)
     """Width inside a block's MLP."""
     num_attention_heads: int | None = Field(default=None, gt=0, le=MOST_HEADS)

@@ -43,6 +43,8 @@ BLOCKS = "blocks.json"
 """In a run's folder, the teacher's blocks that were measured for its student: the rule, the blocks, and what was measured."""
 WIDTH = "width.json"
 """In a run's folder, the parts of the copied blocks that its student was made of: numbers of channels, heads and MLP columns."""
+MEASURED_STEPS = 4
+"""Of the run, those on whose rows blocks and widths are measured, whether it trains on as many or not."""
 SUMMED = ("teacher.path", "teacher.adapter", "teacher.revision", "teacher.dtype")
 """The inputs that decide a teacher with its adapters added."""
 TEXT_COLUMNS = ("prompt", "completion", "text", "text_a", "text_b")
@@ -148,8 +150,8 @@ def job_tokenizer(world: World, job: Job, *, resuming: bool) -> Any:
 def write_initial(world: World, job: Job, tokenizer: Any, rows: Rows, *, resuming: bool) -> None:
     """Write the folder the model starts from, over an older one (it may be another recipe's) unless the run resumes.
 
-    `rows`: the run's micro-batches, on whose first step the blocks to copy, and then what stays of their width, are measured where the
-    recipe asks for it (all ranks take part).
+    `rows`: the run's micro-batches, on whose first `MEASURED_STEPS` steps the blocks to copy, and then what stays of their width, are
+    measured where the recipe asks for it (all ranks take part).
     """
     if job.initial != job.folder / "initial":
         return
@@ -163,7 +165,7 @@ def write_initial(world: World, job: Job, tokenizer: Any, rows: Rows, *, resumin
     measures = recipe.student.is_measured and not resuming
     micro_batches: Sequence[Batch] = ()
     if measures:
-        [micro_batches] = rows(start_step=0, steps=1)
+        micro_batches = [*itertools.chain.from_iterable(rows(start_step=0, steps=MEASURED_STEPS))]
     if measures and recipe.student.measures_blocks:
         measure_blocks(world, replace(job, teacher=teacher), micro_batches)
     measured = on_main(world, lambda: with_blocks(recipe, job.folder))
@@ -252,7 +254,7 @@ def _least_harmful(
     [trained] = sum_counts(world, [sum(batch.counts.trained for batch in micro_batches)])
     if not trained:
         raise InputError(
-            "student.copy_blocks: no token of the first step's rows is trained, so there is no perplexity; write influence, or a list"
+            "student.copy_blocks: no token of the first steps' rows is trained, so there is no perplexity; write influence, or a list"
         )
     settings = job.recipe.teacher
     assert job.teacher is not None

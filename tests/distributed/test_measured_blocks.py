@@ -55,11 +55,12 @@ def _job(world: Any, tiny: Path, folder: Path, rule: str, **changes: Any) -> job
 
 
 def _batches(world: Any, job: jobs.Job) -> list[Batch]:
-    """The rows of the first step as two micro-batches."""
+    """The rows of the first steps, four a micro-batch."""
     assert job.tokenizer is not None
     data = tokens_of(world, job, initial.job_tokenizer(world, job, resuming=False))
-    rows = list(rows_of_step(data.rows, job.recipe))
-    return [collate(rows[:4], pad_id=0, packed=False), collate(rows[4:], pad_id=0, packed=False)]
+    rows = [row for step in range(initial.MEASURED_STEPS) for row in rows_of_step(data.rows, job.recipe, step)]
+    assert len({row["row"] for row in rows}) == len(rows) == 32
+    return [collate(rows[n : n + 4], pad_id=0, packed=False) for n in range(0, 32, 4)]
 
 
 def _measured(world: Any, job: jobs.Job) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def test_every_placement_and_any_number_of_ranks_find_the_same(
     for rule in ("influence", "perplexity"):
         alone = _measured(world, _job(world, tiny, tmp_path / rule, rule))
         for name, one in found.items():
-            if _rule(name) != rule or name == "influence_packed":  # whose first step has other rows
+            if _rule(name) != rule or name == "influence_packed":  # whose first steps have other rows
                 continue
             assert one["blocks"] == alone["blocks"] and one["rule"] == rule, name
             assert _values(one) == pytest.approx(_values(alone), rel=1e-5), name
@@ -195,7 +196,7 @@ def test_what_can_not_be_measured_is_refused_and_nothing_is_left(
         for batch in _batches(world, job)
     ]
     with pytest.raises(
-        InputError, match="no token of the first step's rows is trained, so there is no perplexity; wri"
+        InputError, match="no token of the first steps' rows is trained, so there is no perplexity; wri"
     ):
         initial.measure_blocks(world, job, untrained)
     shutil.copytree(tiny / "teacher", tmp_path / "spoilt")

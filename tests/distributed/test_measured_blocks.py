@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from llmkd.data.batches import IGNORE, Batch, collate
 from llmkd.errors import InputError
 from llmkd.recipe.recipe import load_recipe
 from llmkd.train import train
-from llmkd.training import initial, jobs
+from llmkd.training import initial, jobs, prepare
 from llmkd.training.tokens import tokens_of
 from tests.distributed.runner import run_on_ranks
 from tests.tiny import load, quick, rows_of_step
@@ -185,6 +186,26 @@ def test_a_run_is_made_of_the_blocks_and_a_resumed_one_reads_them(
     assert train(world, _job(world, tiny, again, "influence", **given))
     resumed = load_file(again / "model" / "model.safetensors")
     assert all(torch.equal(resumed[key], weight) for key, weight in ours.items())
+
+
+def test_rows_that_are_held_out_are_not_measured_on(
+    tiny: Path, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the 40 rows are validated on; the first steps have each of the others."""
+    held_out = {"data.validation": {"share": 0.5}, "train.validate_every": 1}
+    measure, seen = initial.measure_blocks, []
+    monkeypatch.setattr(
+        initial, "measure_blocks", lambda world, job, batches: (seen.extend(batches), measure(world, job, batches))
+    )
+    run = prepare.prepare(world, _job(world, tiny, tmp_path / "run", "influence", **held_out))
+
+    def texts(batches: Iterable[Batch]) -> set[tuple[int, ...]]:
+        return {
+            tuple(ids[here].tolist()) for one in batches for ids, here in zip(one.input_ids, one.attended, strict=True)
+        }
+
+    assert len(texts(run.validation)) == len(texts(seen)) == 20
+    assert not texts(run.validation) & texts(seen)
 
 
 def test_what_can_not_be_measured_is_refused_and_nothing_is_left(

@@ -29,6 +29,10 @@ class InputError(ValueError):
     """A user's mistake in one sentence: what is wrong, where, and what to write instead. Commands exit with 2 on it."""
 
 
+class Diverged(InputError):
+    """A training that can't go on because its numbers are not finite; all its ranks find so together."""
+
+
 def first_line(error: BaseException) -> str:
     """An error's first line, without its full stop, or its type if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]

@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from transformers import PreTrainedConfig
-
 from llmkd.distributed.launch import launch
 from llmkd.errors import InputError
 from llmkd.evaluation import agreement, classification, generation, lm_eval_step
@@ -23,10 +21,9 @@ from llmkd.evaluation.generation import check as check_generation
 from llmkd.evaluation.held_out import check_evaluation, classification_data
 from llmkd.evaluation.lm_eval_step import check_tasks
 from llmkd.files import read, write_text
-from llmkd.layer_map import compared
-from llmkd.models.families import depths, kind
+from llmkd.models.families import kind
 from llmkd.models.folders import resolve
-from llmkd.planning.run_checks import check_trained, student_shape
+from llmkd.planning.run_checks import check_pair_weights, check_trained
 from llmkd.planning.study_rows import StudyRows
 from llmkd.processes import holder, only_one_in
 from llmkd.recipe.ds_config import check_ds_configs
@@ -47,6 +44,7 @@ from llmkd.recipe.study_entries import (
     StudyFile,
     dealt,
     entry_recipe,
+    groups,
     measured_start,
     read_study,
     shared_by_parts,
@@ -56,9 +54,8 @@ from llmkd.report.write import Report, report
 from llmkd.text import counted
 from llmkd.training import jobs
 from llmkd.training.checkpoint import check_same
-from llmkd.training.checks import teacher_shape
+from llmkd.training.checks import check_in_turn, teacher_shape
 from llmkd.training.initial import initial_student, kept_width, merged_teacher, with_blocks
-from llmkd.training.pairs import depths_of, maps_of
 from llmkd.training.write_cache import writing_recipe
 
 log = logging.getLogger("llmkd")
@@ -106,12 +103,16 @@ def _study(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int, part: Part
             _note_teacher(recipe, entries)
     if not recipe.student.is_measured:  # else what they keep is found while students are trained
         _write_undistilled(recipe, entries, part)
-    for number, entry in enumerate(trained, start=1):
-        if jobs.is_finished(entry.run_folder(folder)):
-            log.info("study %d/%d: %s is done", number, len(trained), entry.name)
-            continue
-        log.info("study %d/%d: training %s on %s", number, len(trained), entry.name, counted(ranks, "rank"))
-        _launch(recipe, entry, ranks)
+    at_once = groups(recipe, trained)
+    for number, group in enumerate(at_once, start=1):
+        left = [entry for entry in group if not jobs.is_finished(entry.run_folder(folder))]
+        for entry in group:
+            if entry not in left:
+                log.info("study %d/%d: %s is done", number, len(at_once), entry.name)
+        if left:
+            names = ", ".join(entry.name for entry in left)
+            log.info("study %d/%d: training %s on %s", number, len(at_once), names, counted(ranks, "rank"))
+            _launch(recipe, left, ranks)
     if recipe.student.is_measured:
         _write_undistilled(recipe, entries, part)
     mistakes += _score(recipe, entries, ours)
@@ -137,7 +138,7 @@ def _make_teacher(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> 
             and not jobs.is_finished(entry.run_folder(recipe.folder))
         ):
             log.info("study: training the teacher on %s", counted(ranks, "rank"))
-            _launch(recipe, entry, ranks)
+            _launch(recipe, [entry], ranks)
     students = [entry.run_folder(recipe.folder) for entry in entries if entry.kind == "student"]
     if recipe.teacher.share_cache and not all(map(jobs.is_finished, students)):
         _cache(recipe, ranks)
@@ -211,14 +212,19 @@ def _study_file(recipe: Recipe, entries: Sequence[StudyEntry]) -> StudyFile:
     return StudyFile(recipe.name, recipe.study.compared_with, margins, history, entries)
 
 
-def _launch(recipe: Recipe, entry: StudyEntry, ranks: int) -> None:
-    """Train one entry, by a recipe file of its own."""
-    file = recipe.folder / "recipes" / f"{entry.name}.yaml"
-    file.parent.mkdir(exist_ok=True)
-    teacher = entry.kind == "teacher"
-    write_text(file, dump_recipe(recipe if teacher else entry_recipe(recipe, entry)))
-    where = ["--teacher-only"] if teacher else ["--output", str(entry.run_folder(recipe.folder))]
-    _run(ranks, ["--recipe", str(file), *where], f"training {entry.name}", "its last checkpoint")
+def _launch(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
+    """Train the teacher, or students at once, each by a recipe file of its own."""
+    arguments = []
+    for entry in entries:
+        file = recipe.folder / "recipes" / f"{entry.name}.yaml"
+        file.parent.mkdir(exist_ok=True)
+        is_teacher, output = entry.kind == "teacher", str(entry.run_folder(recipe.folder))
+        write_text(file, dump_recipe(recipe if is_teacher else entry_recipe(recipe, entry)))
+        if arguments:
+            arguments += ["--beside", str(file), output]
+        else:
+            arguments = ["--recipe", str(file), *(["--teacher-only"] if is_teacher else ["--output", output])]
+    _run(ranks, arguments, f"training {', '.join(entry.name for entry in entries)}", "the last checkpoint")
 
 
 def _cache(recipe: Recipe, ranks: int) -> None:
@@ -290,10 +296,12 @@ def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
     rows.check_student(recipe, ranks)
     if recipe.finetune is not None:
         rows.check_teacher(recipe, ranks)
-    _check_pair_weights(recipe, entries, teacher)
+    check_pair_weights(recipe, entries, teacher)
     for entry in entries:
         if entry.strategy == "undistilled" and recipe.student.is_measured:
             measured_start(recipe, entries, entry)
+    for group in groups(recipe, entries):
+        check_in_turn({entry.name: entry_recipe(recipe, entry) for entry in group})
     if recipe.teacher.share_cache:
         check_trained(writing_recipe(recipe), family, teacher, ranks)
     for entry in entries:
@@ -325,26 +333,3 @@ def _check_scores(recipe: Recipe) -> None:
         check_tasks(settings)
     if settings.generation is not None:
         check_generation(settings, recipe.data)
-
-
-def _check_pair_weights(recipe: Recipe, entries: Sequence[StudyEntry], teacher: PreTrainedConfig) -> None:
-    """Raise InputError where students that share the recipe's pair weights have maps of different numbers of pairs."""
-    if recipe.matching.pair_weights is None:
-        return
-    counts: dict[str, int] = {}
-    for entry in entries:
-        name = entry.strategy or entry.name
-        if entry.kind != "student" or "matching.pair_weights" in recipe.study.changes(name):
-            continue
-        own = entry_recipe(recipe, entry).changed({"matching.pair_weights": None})
-        pairs = maps_of(own, depths_of(own, student_shape(own, teacher)[0]), depths(teacher))
-        if pairs:  # where none is matched, no weight is read
-            counts[name] = len(compared(own.matching.strategy, pairs))
-    if len(set(counts.values())) > 1:
-        listed = ", ".join(f"{name} has {count} pairs" for name, count in counts.items())
-        name, count = min(counts.items(), key=lambda item: item[1])
-        example = f"{{{name}_weighted: {{matching.strategy: {name}, matching.pair_weights: {[1.0] * count}}}}}"
-        raise InputError(
-            f"matching.pair_weights: {listed}, and one list can't weigh them all; take it out, and write under study.variants a student "
-            f"for each strategy with weights of its own, e.g. {example}"
-        )

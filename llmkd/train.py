@@ -18,7 +18,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import click
@@ -30,21 +30,21 @@ from llmkd.data.batches import Batch, Counts
 from llmkd.distributed.ending import end_lost, leave, lost_rank, print_mistake, start_watch
 from llmkd.distributed.engines import backward
 from llmkd.distributed.ranks import World, barrier, on_main, quiet, start, stop, sum_counts
-from llmkd.errors import InputError, storage_problem
+from llmkd.errors import Diverged, InputError, storage_problem
 from llmkd.files import write_json
 from llmkd.processes import Stopping, end_with_parent, only_one_in
 from llmkd.provenance import commit, hardware, peak_memory_gib, versions
 from llmkd.recipe.ds_config import check_ds_configs
 from llmkd.recipe.options import train_options
-from llmkd.recipe.recipe import Recipe, dump_recipe, load_recipe
+from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.student.passes import PassResult, StepSettings
-from llmkd.text import escaped, fenced
-from llmkd.training import build, checkpoint, finite, initial, jobs, write_cache
+from llmkd.teachers.shared import Random, Student, Training, in_turn
+from llmkd.training import build, checkpoint, checks, finite, initial, jobs, write_cache
 from llmkd.training.jobs import Job
-from llmkd.training.journal import Journal, likeliest
+from llmkd.training.journal import Journal, model_card
 from llmkd.training.kept import Keeping
 from llmkd.training.metrics import Interval, Meter
-from llmkd.training.prepare import PreparedRun, prepare
+from llmkd.training.prepare import Lend, PreparedRun, prepare
 from llmkd.training.steps import Steps
 from llmkd.training.tokens import StoppedTokenizing
 from llmkd.training.validation import Validator
@@ -54,27 +54,57 @@ log = logging.getLogger("llmkd")
 
 def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
     """Run a job to its end, or until SIGTERM or SIGINT; True when the model is exported. The same call resumes (all ranks take part)."""
+    return train_in_turn(world, [job], stopping)
+
+
+def train_in_turn(world: World, todo: Sequence[Job], stopping: Stopping | None = None) -> bool:
+    """As `train`, for several students that learn from the same rows: a micro-batch each in turn, off one pass of one teacher.
+
+    True when all are exported. Raises Diverged for those that could not go on, when the others are done.
+    """
     stopping = stopping or Stopping()
-    if on_main(world, lambda: jobs.finished(job)):
-        log.info("%s: already done, %s", job.title, job.folder / "model")
-        return True
+    left = [job for job in todo if not _is_done(world, job)]
     with contextlib.ExitStack() as held:
-        on_main(world, lambda: held.enter_context(only_one_in(job.folder)))
-        return _train(world, job, stopping)
+        for job in left:
+            on_main(world, lambda job=job: held.enter_context(only_one_in(job.folder)))
+        lend = build.load_teacher if len(left) < 2 else build.shared_teacher()
+        before = Random()
+        students = []
+        try:
+            for job in left:
+                before.restore()  # as if it were alone
+                students.append(_ready(world, job, stopping, lend, of=len(left)))
+        except StoppedTokenizing:
+            message = "%s: stopped by %s before all its rows were there; the same command goes on where it stopped"
+            log.info(message, job.title, stopping.name)
+            return False
+        in_turn(students)
+    failed = [student for student in students if student.failed is not None]
+    if failed:
+        raise Diverged("; ".join(f"{s.name}: {s.failed}" if len(todo) > 1 else str(s.failed) for s in failed))
+    return all(student.exported for student in students)
 
 
-def _train(world: World, job: Job, stopping: Stopping) -> bool:
-    try:
-        run = prepare(world, job, stopping)
-    except StoppedTokenizing:
-        message = "%s: stopped by %s before all its rows were there; the same command goes on where it stopped"
-        log.info(message, job.title, stopping.name)
-        return False
+def _ready(world: World, job: Job, stopping: Stopping, lend: Lend, *, of: int) -> Student:
+    """A job's student, one of so many, ready to take its turns (all ranks take part)."""
+    run = prepare(world, job, stopping, lend)
+    return Student(job.title, run.first, _train(world, run, stopping, of))
+
+
+def _is_done(world: World, job: Job) -> bool:
+    if is_done := on_main(world, lambda: jobs.finished(job)):
+        log.info("%s: already done, %s", job.title, job.folder / "model")
+    return is_done
+
+
+def _train(world: World, run: PreparedRun, stopping: Stopping, of: int) -> Training:
+    """The training of one of so many students. It stops after each micro-batch for the others, and says how many steps are done."""
     job, settings = run.job, run.job.train
     steps = Steps(world, job, run.steps, start_step=run.first)
     meter, journal = Meter.of_job(world, job, run.clock), Journal(world, job, start_step=run.first, steps=run.steps)
     validator, keeping = Validator(world, run, steps), Keeping(world, run)
     tokens, began, last = 0, time.perf_counter(), None
+    run.begin()
     run.module.train()
     # a run that was killed while it was exported has nothing left to train
     left = () if keeping.is_over else run.batches()
@@ -83,14 +113,18 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
         counts, asked_to_stop = _counts(world, micro_batches, stopping)
         this = steps.settings(step, counts, len(micro_batches))
         run.set_rate(step)
-        results = [_train_on(run, batch, this, number) for number, batch in enumerate(micro_batches)]
+        results = []
+        for number, batch in enumerate(micro_batches):
+            results.append(_train_on(run, batch, this, number))
+            with run.clock.away():
+                yield step - 1
         # at the steps of a dynamic temperature (all ranks: one reduction)
         steps.follow(this, results)
         meter.add(this, results)
         tokens += this.counts.tokens
         # every validate_every steps and at the last: validate (all ranks: as many passes each, then one reduction)
         if run.validates(step):
-            measured = validator.validate(step)
+            measured = yield from validator.validate(step)
             journal.write_validation(step, measured.values())
             keeping.note(step, measured)
         done = step == run.steps or keeping.is_over
@@ -117,10 +151,12 @@ def _train(world: World, job: Job, stopping: Stopping) -> bool:
                 return False
         if done:
             break
-    spent = _spent(time.perf_counter() - began, run, validator, tokens)
+        with run.clock.away():
+            yield step
+    spent = _spent(time.perf_counter() - began - run.clock.away_seconds, run, validator, tokens)
     journal.close()
     # at the end: export (all ranks: weights are gathered one at a time; rank 0 writes)
-    _finish(world, run, keeping, spent, last)
+    _finish(world, run, keeping, spent, last, of)
     return True
 
 
@@ -168,7 +204,9 @@ def _spent(seconds: float, run: PreparedRun, validator: Validator, tokens: int) 
     return Spent(seconds, *of_others, tokens, {**run.clock.parts()}, run.clock.cost())
 
 
-def _finish(world: World, run: PreparedRun, keeping: Keeping, spent: Spent, last: Interval | None) -> None:
+def _finish(
+    world: World, run: PreparedRun, keeping: Keeping, spent: Spent, last: Interval | None, students: int
+) -> None:
     """Export the student and write `summary.json` (all ranks take part)."""
     job, kept, learned = run.job, keeping.kept, run.learned_map
     steps = keeping.noted[-1].step if keeping.is_over else run.steps
@@ -186,6 +224,7 @@ def _finish(world: World, run: PreparedRun, keeping: Keeping, spent: Spent, last
         **meta,
         "world_size": world.size,
         "resumed_from_step": run.first,
+        "students_in_turn": students,
         "seconds": spent.seconds,
         "validation_seconds": spent.of_validation,
         "teacher_seconds": spent.by_part.get("teacher", 0.0) + spent.by_part.get("wire", 0.0),
@@ -205,11 +244,11 @@ def _finish(world: World, run: PreparedRun, keeping: Keeping, spent: Spent, last
     }
     model = job.folder / "model"
     if kept is None:
-        card = _card(job, steps, learned)
+        card = model_card(job, steps, learned)
         about = {"card": card, "meta": meta, **build.export_options(job)}
         checkpoint.export(world, run.module.model, model, tokenizer_from=job.initial, **about)
     else:
-        keeping.publish(model, card=_card(job, kept.step, learned), meta=meta)
+        keeping.publish(model, card=model_card(job, kept.step, learned), meta=meta)
         log.info("%s: exported is the student of step %d, the best by %s", job.title, kept.step, job.train.keep_by)
     if world.is_main:
         initial.remove_initial(job, but_a_base=True)
@@ -219,42 +258,6 @@ def _finish(world: World, run: PreparedRun, keeping: Keeping, spent: Spent, last
     log.info("%s: done, %s", job.title, model)
 
 
-def _card(job: Job, steps: int, learned: Mapping[str, Mapping[str, float]]) -> str:
-    """The exported model's README: what it is, and the recipe that made it. `learned`: the weights of a learned map at the last step."""
-    mixed = likeliest(learned).removeprefix(" map ")
-    weights = (
-        f"- likeliest teacher blocks of the learned map at the last step, and their weights: {mixed}\n" if mixed else ""
-    )
-    lora = build.adapters(job)
-    trained = "" if lora is None else f"- trained: adapters of rank {lora.rank} alone{_kept(lora.quantize)}\n"
-    teacher = f"{job.recipe.teacher_path}{_kept(job.recipe.teacher.quantize)}" if job.teacher else "none"
-    return (
-        f"# {escaped(f'{job.recipe.name}: {job.title}')}\n\nTrained by llmkd {__version__}, {steps} steps.\n\n"
-        f"- started from: {_start(job)}\n{trained}"
-        f"- teacher: {teacher}\n"
-        f"- layer map (student<teacher, 0-based blocks): {', '.join(job.names) or 'none'}\n{weights}"
-        f"\n## Recipe\n\n{fenced(dump_recipe(job.recipe), 'yaml')}\n"
-    )
-
-
-def _kept(quantize: str) -> str:
-    """How the weights of a model's blocks were kept in training, for the card."""
-    return "" if quantize == "none" else f", the blocks' weights kept in 4 bits ({quantize})"
-
-
-def _start(job: Job) -> str:
-    """What a model was before its first step; the folder of one that the run made is gone, or only a base."""
-    student, finetune = job.recipe.student, job.recipe.finetune
-    if job.initial.parent != job.folder:
-        return str(job.initial)
-    if job.makes_teacher:
-        assert finetune is not None
-        return "a new model" if finetune.path is None else f"{finetune.path}, with new classes"
-    if student.adapter is not None:
-        return f"{student.path} with the adapters of {student.adapter}"
-    return "copies of the teacher's blocks" if student.init == "teacher" else "random weights"
-
-
 def student_folder(recipe: Recipe) -> Path:
     """Where a student of this recipe goes, in a study or alone."""
     return recipe.folder / "students" / f"{recipe.matching.strategy}-s{recipe.seed}"
@@ -262,6 +265,13 @@ def student_folder(recipe: Recipe) -> Path:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @train_options
+@click.option(
+    "--beside",
+    nargs=2,
+    multiple=True,
+    metavar="RECIPE OUTPUT",
+    help="Train this student, too, in turn with the first and off the same pass of the teacher (any number of times).",
+)
 @click.option("--teacher-only", is_flag=True, help="Train the recipe's teacher (its finetune section) and stop.")
 @click.option("--cache-only", is_flag=True, help="Write the teacher's cache (teacher.placement: cache) and stop.")
 @click.option("--trust-cache", is_flag=True, help="With --cache-only: hash it only where training would.")
@@ -270,6 +280,7 @@ def command(
     recipe: str,
     overrides: tuple[str, ...],
     output: Path | None,
+    beside: tuple[tuple[str, str], ...],
     teacher_only: bool,
     cache_only: bool,
     trust_cache: bool,
@@ -277,6 +288,10 @@ def command(
 ) -> None:
     """Train one student, after its teacher where the recipe makes one that is still missing. The same command resumes."""
     settings = load_recipe(recipe, overrides)
+    students = {output or student_folder(settings): settings, **{Path(out): load_recipe(name) for name, out in beside}}
+    if len(students) <= len(beside):
+        raise InputError("--beside: two students have one folder; give each an OUTPUT of its own")
+    checks.check_in_turn({str(folder): student for folder, student in students.items()})
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
     quiet()
     datasets.disable_progress_bars()
@@ -290,14 +305,15 @@ def command(
         force=True,
     )
     stopping = Stopping()
-    check_ds_configs(settings, world.size)  # the student's too, before a teacher is trained
+    for student in students.values():  # before a teacher is trained
+        check_ds_configs(student, world.size)
     on_main(world, lambda: initial.merged_teacher(settings))
     if settings.finetune is not None:
         train(world, jobs.finetune_job(world, settings, settings.folder / "teacher"), stopping)
     if cache_only and sum_counts(world, [int(stopping.asked)]) == [0]:
         write_cache.cache(world, settings, stopping, trusted=trust_cache)
     elif not teacher_only and sum_counts(world, [int(stopping.asked)]) == [0]:
-        train(world, jobs.distil_job(world, settings, output or student_folder(settings)), stopping)
+        train_in_turn(world, [jobs.distil_job(world, own, folder) for folder, own in students.items()], stopping)
     stop()
 
 

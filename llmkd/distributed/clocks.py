@@ -7,7 +7,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,11 @@ WARM_UP = 3
 Step = TypeVar("Step")
 
 
+Away = Literal["away"]
+AWAY: Final = "away"
+"""Not the step's time: other runs of this process have their turn."""
+
+
 class _Mark(NamedTuple):
     """A change from one part to the next."""
 
@@ -29,7 +34,7 @@ class _Mark(NamedTuple):
     """What the device comes by on a GPU; else the time."""
     cpu_seconds: float
     """Of this process, on a CPU."""
-    begins: Part | None
+    begins: Part | Away | None
     """None: a step ends here."""
 
 
@@ -43,11 +48,13 @@ class StepClock:
     def __init__(self, device: torch.device) -> None:
         self._gpu = device.type == "cuda"
         self._marks: deque[_Mark] = deque()  # not read yet; the first begins what is read next
-        self._part: Part | None = None
+        self._part: Part | Away | None = None
         self._parts: dict[Part, float] = {}
         self._seconds, self._cpu_seconds = array("d"), array("d")  # of each step
         self._this, self._this_cpu = 0.0, 0.0  # of the step that is being read
         self._read_steps, self._read_parts = 0, dict[Part, float]()  # at the last call of `read`
+        self.away_seconds = 0.0
+        """That have passed inside `away`."""
 
     def timed(self, steps: Iterable[Step], apart: Callable[[], float] = lambda: 0.0) -> Iterator[Step]:
         """The same; a step begins when it is asked for, so that waiting for its rows is a part of it, or after work that is no
@@ -64,13 +71,13 @@ class StepClock:
                 self._begin()
             yield step
 
-    def part(self, part: Part) -> None:
+    def part(self, part: Part | Away) -> None:
         """From here on the step's time is this part's; outside of a step this does nothing."""
         if self._part is not None and part != self._part:
             self._mark(part)
 
     @contextlib.contextmanager
-    def inside(self, part: Part) -> Iterator[None]:
+    def inside(self, part: Part | Away) -> Iterator[None]:
         """Inside, the step's time is this part's; then again that of the part before."""
         before = self._part
         self.part(part)
@@ -80,9 +87,17 @@ class StepClock:
             if before is not None:
                 self.part(before)
 
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """Inside, other runs of this process have their turn."""
+        began = time.perf_counter()
+        with self.inside(AWAY):
+            yield
+        self.away_seconds += time.perf_counter() - began
+
     def around(self, module: nn.Module, part: Part) -> None:
         """Let the forward passes of a module be this part of a step; to be called before an engine has the module."""
-        before: list[Part | None] = []
+        before: list[Part | Away | None] = []
 
         def enter(*_: object) -> None:
             before.append(self._part)
@@ -133,7 +148,7 @@ class StepClock:
         self._marks.pop()
         self._part = None
 
-    def _mark(self, begins: Part | None) -> None:
+    def _mark(self, begins: Part | Away | None) -> None:
         self._collect(wait=False)
         if self._gpu:
             event = torch.cuda.Event(enable_timing=True)
@@ -152,7 +167,7 @@ class StepClock:
             elif self._gpu and not ended.query():
                 return
             self._marks.popleft()
-            if part is None:  # between two steps
+            if part is None or part == AWAY:  # between two steps, or not here
                 continue
             seconds = begun.elapsed_time(ended) / 1000 if self._gpu else ended - begun
             self._parts[part] = self._parts.get(part, 0.0) + seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,13 +12,17 @@ from llmkd.data.batches import Family
 from llmkd.data.tokenized import PackedTokens, Tokens
 from llmkd.errors import InputError
 from llmkd.inference.vllm_setup import check_installed
+from llmkd.layer_map import compared
+from llmkd.models.families import depths
 from llmkd.models.folders import resolve
 from llmkd.models.stored import read_config
 from llmkd.recipe.recipe import Recipe
 from llmkd.recipe.rollouts import check_written
+from llmkd.recipe.study_entries import StudyEntry, entry_recipe
 from llmkd.rollouts.prompts import check_prompts
 from llmkd.training import jobs
 from llmkd.training.build import rate_of_step, total_steps
+from llmkd.training.pairs import depths_of, maps_of
 
 
 def student_shape(recipe: Recipe, teacher: PreTrainedConfig) -> tuple[PreTrainedConfig, Path | None]:
@@ -71,3 +76,26 @@ def check_length(recipe: Recipe, drawn: Tokens | PackedTokens) -> None:
     steps = total_steps(recipe.train, None if recipe.data.streaming else drawn.count)
     rate_of_step(recipe.train, steps)
     check_written(recipe.rollouts, recipe.train, steps)
+
+
+def check_pair_weights(recipe: Recipe, entries: Sequence[StudyEntry], teacher: PreTrainedConfig) -> None:
+    """Raise InputError where students that share the recipe's pair weights have maps of different numbers of pairs."""
+    if recipe.matching.pair_weights is None:
+        return
+    counts: dict[str, int] = {}
+    for entry in entries:
+        name = entry.strategy or entry.name
+        if entry.kind != "student" or "matching.pair_weights" in recipe.study.changes(name):
+            continue
+        own = entry_recipe(recipe, entry).changed({"matching.pair_weights": None})
+        pairs = maps_of(own, depths_of(own, student_shape(own, teacher)[0]), depths(teacher))
+        if pairs:  # where none is matched, no weight is read
+            counts[name] = len(compared(own.matching.strategy, pairs))
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} has {count} pairs" for name, count in counts.items())
+        name, count = min(counts.items(), key=lambda item: item[1])
+        example = f"{{{name}_weighted: {{matching.strategy: {name}, matching.pair_weights: {[1.0] * count}}}}}"
+        raise InputError(
+            f"matching.pair_weights: {listed}, and one list can't weigh them all; take it out, and write under study.variants a student "
+            f"for each strategy with weights of its own, e.g. {example}"
+        )

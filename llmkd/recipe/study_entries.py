@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, Valida
 
 from llmkd.errors import InputError
 from llmkd.files import digest, read, write_json
-from llmkd.recipe.inputs import finetune_inputs, training_inputs
+from llmkd.recipe.inputs import finetune_inputs, flat, training_inputs
 from llmkd.recipe.options import Part
 from llmkd.recipe.recipe import Recipe
 from llmkd.recipe.scoring_steps import SCORING_STEPS
@@ -203,15 +203,40 @@ def _entry(
     return StudyEntry(name=name, kind=kind, strategy=strategy, seed=seed, model=model, train=train, results=results)
 
 
+def shared_pass(recipe: Recipe) -> dict[str, Any]:
+    """The keys that students must have alike to be trained in turn off one pass of the teacher: what decides their rows and their steps,
+    and how the teacher is run. Flat and dotted; a teacher that is not there counts as any other."""
+    sections = ("seed", "data", "teacher", "finetune", "cache", "rollouts")
+    keys = ("student.path", "student.init", "matching.final_state", "stones.checkpoint")
+    steps = ("steps", "epochs", "batch_size", "micro_batch_size", "validate_every", "compile", "kernels")
+    wanted = (*keys, *(f"train.{key}" for key in steps))
+    values = flat(recipe.model_dump(mode="json"))
+    return {key: value for key, value in values.items() if key in wanted or key.split(".")[0] in sections}
+
+
+def groups(recipe: Recipe, entries: Sequence[StudyEntry]) -> list[list[StudyEntry]]:
+    """The students among these that are trained at once: of those that share a pass of the teacher, `study.together` at a time."""
+    by_pass: dict[str, list[StudyEntry]] = {}
+    for entry in entries:
+        if entry.train is None or entry.kind == "teacher":
+            continue
+        alike = shared_pass(entry_recipe(recipe, entry)) if recipe.study.together > 1 else entry.name
+        by_pass.setdefault(json.dumps(alike, sort_keys=True), []).append(entry)
+    count = recipe.study.together
+    return [members[at : at + count] for members in by_pass.values() for at in range(0, len(members), count)]
+
+
 def dealt(recipe: Recipe, entries: Sequence[StudyEntry], part: Part) -> list[StudyEntry]:
-    """The models that one part of a study trains and scores: the first has the teacher, and the others are dealt out in turn.
+    """The models that one part of a study trains and scores: the first has the teacher, and the others are dealt out in turn, those
+    that are trained at once together.
 
     A baseline that is made of what a student's training measures goes with that student, so that no part waits for another's.
     """
     teacher = [entry for entry in entries if entry.kind == "teacher"]
     measured = [entry for entry in entries if entry.strategy == "undistilled" and recipe.student.is_measured]
     others = [entry for entry in entries if entry not in teacher and entry not in measured]
-    ours = others[part.number - 1 :: part.count]
+    dealt_out = [*([entry] for entry in others if entry.train is None), *groups(recipe, others)]
+    ours = [entry for group in dealt_out[part.number - 1 :: part.count] for entry in group]
     ours += [entry for entry in measured if measured_start(recipe, entries, entry) in ours]
     return [entry for entry in entries if entry in ours or (part.number == 1 and entry in teacher)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from transformers import PreTrainedConfig
 
 from llmkd.data.batches import Family
@@ -27,6 +29,7 @@ from llmkd.models.width import check_narrowed
 from llmkd.recipe.models import Lora
 from llmkd.recipe.recipe import Recipe
 from llmkd.recipe.run import Train
+from llmkd.recipe.study_entries import shared_pass
 from llmkd.teachers.upper_blocks import check_upper
 
 
@@ -287,3 +290,29 @@ def check_same_classes(teacher: Family, student: Family) -> None:
             f"student.path: the teacher's classes are {', '.join(teacher.labels)}, the student's {', '.join(student.labels)}; give a "
             "student of the same classes in the same order"
         )
+
+
+def check_in_turn(recipes: Mapping[str, Recipe]) -> None:
+    """Raise InputError where students, by their names, can't be trained in turn off one teacher."""
+    if len(recipes) < 2:
+        return
+    cure = "write study.together: 1, or train it without the others"
+    first, *_ = recipes
+    for name, recipe in recipes.items():
+        if recipe.rollouts is not None and recipe.rollouts.during_training:
+            raise InputError(
+                f"{name}: rollouts: the student writes texts of its own, so that no other learns from its rows; {cure}"
+            )
+        if recipe.teacher.offload_states:
+            raise InputError(
+                f"teacher.offload_states: states that several students take in turn are kept where they are; write false, or {cure}"
+            )
+        if recipe.train.profile_steps:
+            raise InputError(f"{name}: train.profile_steps: one training in a process is profiled; write 0, or {cure}")
+        ours, theirs = shared_pass(recipes[first]), shared_pass(recipe)
+        for key in ours.keys() | theirs.keys():
+            if ours.get(key) != theirs.get(key):
+                raise InputError(
+                    f"{name}: {key} is {theirs.get(key)!r} and that of {first} is {ours.get(key)!r}: they can't learn from one pass of "
+                    "the teacher; make them alike, or train them apart"
+                )

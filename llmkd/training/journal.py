@@ -1,4 +1,4 @@
-"""Where a run's numbers are written: the log, metrics.jsonl, TensorBoard, and W&B if asked for."""
+"""Where a run's numbers are written: the log, metrics.jsonl, TensorBoard, W&B if asked for; and the model's card."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 
+from llmkd import __version__
 from llmkd.distributed.ranks import World
 from llmkd.files import forget_after
 from llmkd.losses.objective import PARTS
 from llmkd.progress import progress
+from llmkd.recipe.recipe import dump_recipe
+from llmkd.text import escaped, fenced
+from llmkd.training import build
 from llmkd.training.jobs import Job
 from llmkd.training.metrics import Interval, Values
 
@@ -87,7 +91,13 @@ class Journal:
 
             name = f"{job.recipe.name}-{job.title}"
             self._wandb = wandb.init(
-                project=job.train.wandb, name=name, dir=str(folder), config=job.inputs, id=name, resume="allow"
+                project=job.train.wandb,
+                name=name,
+                dir=str(folder),
+                config=job.inputs,
+                id=name,
+                resume="allow",
+                reinit="create_new",  # students that take turns have a run each
             )
 
     def write(
@@ -143,3 +153,39 @@ def _flat(values: Values, prefix: str = "") -> dict[str, float]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def model_card(job: Job, steps: int, learned: Mapping[str, Mapping[str, float]]) -> str:
+    """The exported model's README: what it is, and the recipe that made it. `learned`: the weights of a learned map at the last step."""
+    mixed = likeliest(learned).removeprefix(" map ")
+    weights = (
+        f"- likeliest teacher blocks of the learned map at the last step, and their weights: {mixed}\n" if mixed else ""
+    )
+    lora = build.adapters(job)
+    trained = "" if lora is None else f"- trained: adapters of rank {lora.rank} alone{_kept(lora.quantize)}\n"
+    teacher = f"{job.recipe.teacher_path}{_kept(job.recipe.teacher.quantize)}" if job.teacher else "none"
+    return (
+        f"# {escaped(f'{job.recipe.name}: {job.title}')}\n\nTrained by llmkd {__version__}, {steps} steps.\n\n"
+        f"- started from: {_start(job)}\n{trained}"
+        f"- teacher: {teacher}\n"
+        f"- layer map (student<teacher, 0-based blocks): {', '.join(job.names) or 'none'}\n{weights}"
+        f"\n## Recipe\n\n{fenced(dump_recipe(job.recipe), 'yaml')}\n"
+    )
+
+
+def _kept(quantize: str) -> str:
+    """How the weights of a model's blocks were kept in training, for the card."""
+    return "" if quantize == "none" else f", the blocks' weights kept in 4 bits ({quantize})"
+
+
+def _start(job: Job) -> str:
+    """What a model was before its first step; the folder of one that the run made is gone, or only a base."""
+    student, finetune = job.recipe.student, job.recipe.finetune
+    if job.initial.parent != job.folder:
+        return str(job.initial)
+    if job.makes_teacher:
+        assert finetune is not None
+        return "a new model" if finetune.path is None else f"{finetune.path}, with new classes"
+    if student.adapter is not None:
+        return f"{student.path} with the adapters of {student.adapter}"
+    return "copies of the teacher's blocks" if student.init == "teacher" else "random weights"

@@ -36,6 +36,8 @@ from llmkd.training.validation_rows import RunRows, validation_batches
 from llmkd.training.written_texts import rollouts_of, rows_of
 
 log = logging.getLogger("llmkd")
+Lend = Callable[..., Teacher]
+"""Gives a job its teacher, as `llmkd.training.build.load_teacher` does."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class RowSource:
 class PreparedRun:
     """The parts of one training run, ready to begin."""
 
+    world: World
     job: Job
     engine: Any
     """DeepSpeed's, around `module`."""
@@ -140,6 +143,11 @@ class PreparedRun:
         """What has been done between the steps since this start of the run, while the next one was asked for: no step's own time."""
         return self.writing_seconds() + self.trace.seconds
 
+    def begin(self) -> None:
+        """Fit what is fitted before the first step; nothing, in a run that goes on (all ranks take part)."""
+        if self.first == 0 and self.module.stones is not None:
+            build.fit_stones(self.world, self.job, self.engine, self.teacher, self.source.rows)
+
     def writing_seconds(self) -> float:
         """What the writing of texts has taken since this start of the run."""
         return 0.0 if self.source.rollouts is None else self.source.rollouts.spent.writing
@@ -159,14 +167,15 @@ class PreparedRun:
         return None if self.teacher is None else self.teacher.signals(batch, redrawn)
 
 
-def prepare(world: World, job: Job, stopping: Stopping | None = None) -> PreparedRun:
+def prepare(world: World, job: Job, stopping: Stopping | None = None, lend: Lend = build.load_teacher) -> PreparedRun:
     """Build the parts of a run, restored from its newest checkpoint where there is one (all ranks take part).
 
-    The user's mistakes are reported before anything is written. Raises StoppedTokenizing where `stopping` is asked to before that.
+    `lend`: gives the job's teacher, where its placement has weights. The user's mistakes are reported before anything is written. Raises
+    StoppedTokenizing where `stopping` is asked to before that.
     """
     resume = checkpoint.newest(world, job.folder / "checkpoints", job.inputs)
     try:
-        return _prepare(world, job, resume, stopping)
+        return _prepare(world, job, resume, stopping, lend)
     except InputError:
         if resume is None and world.is_main:
             initial.remove_initial(job)
@@ -182,7 +191,9 @@ def _length(job: Job, rows: int | None) -> tuple[int, Callable[[int], float]]:
     return steps, build.rate_of_step(job.train, steps)
 
 
-def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: Stopping | None) -> PreparedRun:
+def _prepare(
+    world: World, job: Job, resume: checkpoint.Saved | None, stopping: Stopping | None, lend: Lend
+) -> PreparedRun:
     settings = job.train
     accumulation = build.accumulation_steps(settings, world.size)
     if settings.wandb is not None and importlib.util.find_spec("wandb") is None:
@@ -204,7 +215,7 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
     module = build.load_student(job, ds_config, build.teacher_width(job), build.rows_of_all_ranks(world, job))
     clock = StepClock(world.device)
     clock.around(module.loss_head, "head")
-    teacher = cached or (build.load_teacher(world, job, clock=clock) if job.teacher is not None else None)
+    teacher = cached or (lend(world, job, clock=clock) if job.teacher is not None else None)
     student = engine(
         module,
         ds_config,
@@ -225,8 +236,6 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
     if world.is_main:
         job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / "recipe.yaml").write_text(dump_recipe(job.recipe))
-    if resume is None and module.stones is not None:
-        build.fit_stones(world, job, student, teacher, source.rows)
     shared = dict(accumulation=accumulation, steps=steps)
     if (rollouts := rollouts_of(world, job, data.training, module.model, tokenizer, **shared)) is not None:
         source = replace(source, rows=rollouts.rows, rollouts=rollouts)
@@ -234,7 +243,7 @@ def _prepare(world: World, job: Job, resume: checkpoint.Saved | None, stopping: 
     done = (0, ()) if resume is None else (resume.step, resume.validations)
     held_out = 0 if data.validation is None else len(data.validation)
     return PreparedRun(
-        job, student, module, teacher, source, rate, done[0], steps, clock, validation, held_out, done[1]
+        world, job, student, module, teacher, source, rate, done[0], steps, clock, validation, held_out, done[1]
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -55,11 +56,11 @@ class Validator:
         """That all validations so far have taken."""
 
     @torch.no_grad()
-    def validate(self, step: int) -> Validated:
-        """Measure the student as it is after this step (all ranks take part)."""
+    def validate(self, step: int) -> Generator[int, None, Validated]:
+        """Measure the student as it is after this step (all ranks take part); as a training, stops after each micro-batch."""
         world, run, batches = self._world, self._run, self._run.validation
         wait_for_device(world)  # for the step, whose time this is not
-        began = time.perf_counter()
+        began = time.perf_counter() - run.clock.away_seconds
         settings = self._steps.of_validation(step, self._counts, len(batches))
         run.engine.eval()
         if run.teacher is not None:
@@ -69,12 +70,14 @@ class Validator:
             result = run.engine(batch, run.signal(batch, settings), settings, number)
             sums.append(result.sums.double())
             agreed.append(result.agreement)
+            with run.clock.away():
+                yield step - 1  # steps that are wholly done
         run.engine.train()
         compared = all(count is not None for count in agreed)
         agreement = torch.stack(agreed).sum() if compared else torch.zeros((), device=world.device)
         total = torch.cat([torch.stack(sums).sum(0), agreement.double()[None]])
         ce, kl, *distances, same = sum_tensor(world, total).tolist()
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - run.clock.away_seconds - began
         self.seconds += seconds
         return self._means(ce, kl if compared else None, same, distances, seconds)
 

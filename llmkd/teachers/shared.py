@@ -1,0 +1,225 @@
+"""Students that are trained in turn, a micro-batch each, off one teacher, which runs each micro-batch once for all of them.
+
+Every student has its own seat at the teacher and its own training, a generator that stops after each micro-batch. All students see the
+same micro-batches, and those that have trained fewest steps go first; so when one comes to a micro-batch, either the teacher has just
+run it for another student, or nobody has been there before.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor, nn
+
+from llmkd.data.batches import Batch
+from llmkd.errors import Diverged
+from llmkd.losses.head_inputs import TopK
+from llmkd.teachers.base import Demand, Head, Signal, Teacher, Upper
+
+log = logging.getLogger("llmkd")
+
+Training = Generator[int, None, bool]
+"""The training of a student: gives after each micro-batch how many steps are done, at the end whether the student is exported."""
+
+
+@dataclass
+class _Turn:
+    """Micro-batches that were announced to the teacher at once."""
+
+    number: int
+    batches: tuple[Batch, ...]
+    run: int = 0
+    """How many of them the teacher has run."""
+
+
+@dataclass
+class _Pass:
+    """What the teacher gave for the micro-batch that it ran last; held until the next one."""
+
+    batch: Batch
+    states: dict[int, Tensor]
+    final: Tensor | None
+    head: Head | None
+    top_k: TopK | None
+    upper: Upper | None
+    taken_by: set[int] = field(default_factory=set)
+
+
+class SharedTeacher:
+    """One teacher for several students. `make` loads it, when the first of them needs it, with all that they need of it."""
+
+    def __init__(self, make: Callable[[Demand], Teacher]) -> None:
+        self._make = make
+        self._demands: list[Demand] = []
+        self._loaded: Teacher | None = None
+        self._turns: deque[_Turn] = deque()  # announced; at the front may be some that are over
+        self._announced = 0
+        self._last: _Pass | None = None
+        self.passes = 0
+        """How many micro-batches the teacher has run for students in turn."""
+
+    def seat(self, demand: Demand) -> Seat:
+        """A teacher for one more student, before any of them is trained."""
+        assert self._loaded is None, "the teacher is loaded for the students that it knows of"
+        self._demands.append(demand)
+        return Seat(self, len(self._demands) - 1, demand)
+
+    @property
+    def teacher(self) -> Teacher:
+        """The one teacher, loaded by now (all ranks take part at the first time)."""
+        if self._loaded is None:
+            self._loaded = self._make(union(self._demands))
+        return self._loaded
+
+    def announce(self, batches: Sequence[Batch], after: int) -> int:
+        """Announce these to the teacher unless a student has before; the number of the turn. `after`: the student's turn before it."""
+        for turn in self._turns:
+            if turn.number > after and _all_same(turn.batches, batches):
+                return turn.number
+        # Whoever announces something new does so at the start of a step, when all students have done the one before.
+        while self._turns and self._turns[0].run == len(self._turns[0].batches):
+            self._turns.popleft()
+        self.teacher.expect(batches)
+        self._announced += 1
+        self._turns.append(_Turn(self._announced, tuple(batches)))
+        return self._announced
+
+    def signal(self, seat: int, demand: Demand, host: Batch, batch: Batch, uses: Sequence[int] | None) -> Signal:
+        """The signal of a micro-batch for one student; `host`: the same, as it was announced."""
+        last = self._last
+        if last is None or seat in last.taken_by or not same(last.batch, host):
+            self._last = None  # so that no two are held while the teacher runs
+            last = self._last = self._run(host, batch)
+        last.taken_by.add(seat)
+        uses = demand.blocks if uses is None else uses
+        states = {block: last.states[block] for block in set(uses)}
+        if not demand.logits:
+            return Signal(states, uses, None, None)
+        return Signal(states, uses, last.final, last.head, last.top_k, last.upper if demand.stones else None)
+
+    def _run(self, host: Batch, batch: Batch) -> _Pass:
+        turn = next(turn for turn in self._turns if turn.run < len(turn.batches))
+        assert same(turn.batches[turn.run], host), "students in turn train on the same micro-batches in the same order"
+        turn.run += 1
+        self.passes += 1
+        signal = self.teacher.signals(batch)
+        blocks = union(self._demands).blocks
+        states = {block: signal.take(block) for block in blocks}
+        return _Pass(host, states, signal.take_final(), signal.head, signal.top_k, signal.upper)
+
+
+class Seat:
+    """The shared teacher as one student sees it: a teacher like any other."""
+
+    def __init__(self, shared: SharedTeacher, number: int, demand: Demand) -> None:
+        self._shared, self._number, self._demand = shared, number, demand
+        self._coming: deque[Batch] = deque()
+        self._turn = 0
+
+    @property
+    def blocks(self) -> nn.ModuleList | None:
+        """All the teacher's blocks, where a rank can run them itself."""
+        return self._shared.teacher.blocks
+
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """Announce the micro-batches of the next calls of `signals`."""
+        self._turn = self._shared.announce(batches, self._turn)
+        self._coming.extend(batches)
+
+    def signals(self, batch: Batch, uses: Sequence[int] | None = None) -> Signal:
+        """The signal for a micro-batch; one that was not announced is run for this student alone."""
+        if not self._coming:
+            return self._shared.teacher.signals(batch, uses)
+        return self._shared.signal(self._number, self._demand, self._coming.popleft(), batch, uses)
+
+
+def union(demands: Sequence[Demand]) -> Demand:
+    """All that any of these asks for, each block once."""
+    assert len({demand.normed_last for demand in demands}) == 1, "one pass gives the last block's state in one form"
+    return Demand(
+        tuple(sorted({block for demand in demands for block in demand.blocks})),
+        logits=any(demand.logits for demand in demands),
+        normed_last=demands[0].normed_last,
+        stones=tuple(sorted({block for demand in demands for block in demand.stones})),
+    )
+
+
+def same(one: Batch, other: Batch) -> bool:
+    """Whether two micro-batches in host memory hold the same rows at the same places."""
+    if one is other:
+        return True
+    pairs = [(getattr(one, part.name), getattr(other, part.name)) for part in fields(Batch)]
+    return all(
+        isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+        if isinstance(a, Tensor) or isinstance(b, Tensor)
+        else a == b
+        for a, b in pairs
+    )
+
+
+def _all_same(ones: Sequence[Batch], others: Sequence[Batch]) -> bool:
+    return len(ones) == len(others) and all(map(same, ones, others))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who goes when
+
+
+class Random:
+    """The state of torch's random numbers, of this machine's CPU and of this process' GPU."""
+
+    def __init__(self) -> None:
+        self.cpu = torch.get_rng_state()
+        self.gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+    def restore(self) -> None:
+        """Go on with the random numbers from here."""
+        torch.set_rng_state(self.cpu)
+        if self.gpu is not None:
+            torch.cuda.set_rng_state(self.gpu)
+
+
+class Student:
+    """One of the students that are trained in turn, with random numbers of its own; made when its training is ready to begin."""
+
+    def __init__(self, name: str, done: int, training: Training) -> None:
+        self.name, self.done = name, done
+        self.exported = False
+        self.failed: str | None = None
+        self._training, self._random = training, Random()
+
+    def turn(self) -> bool:
+        """Train on one micro-batch (all ranks take part); whether the training goes on."""
+        self._random.restore()
+        try:
+            self.done = next(self._training)
+        except StopIteration as end:
+            self.exported = end.value
+            return False
+        except Diverged as error:
+            self.failed = str(error)
+            return False
+        self._random = Random()
+        return True
+
+
+def in_turn(students: Sequence[Student]) -> None:
+    """Train all to their ends, those first that have done the fewest steps (all ranks take part).
+
+    At each step another student is the first, who has to wait for the teacher's pass; so its time is shared out evenly. A student whose
+    training diverges ends alone.
+    """
+    going = list(students)
+    while going:
+        least = min(student.done for student in going)
+        present = [student for student in going if student.done == least]
+        first = least % len(present)
+        for student in present[first:] + present[:first]:
+            if not student.turn():
+                going.remove(student)
+                if student.failed is not None and going:
+                    log.info("%s: ended: %s; the others go on", student.name, student.failed)

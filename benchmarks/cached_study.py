@@ -1,4 +1,4 @@
-"""A study taught from one cache against as many online runs, and a cached step against one without a teacher.
+"""A study taught from one cache, or in turn off one teacher, against as many online runs; a cached step against one without a teacher.
 
 python -m benchmarks.cached_study [--steps 60] [--ranks 1] [--repeats 3] [--keep FOLDER]
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import tempfile
@@ -87,7 +88,22 @@ def study(recipe: Recipe, folder: Path, ranks: int, dtype: str) -> dict[str, dic
             taken = trained(recipe, {"matching.strategy": strategy, **changes}, folder / f"{name}-{strategy}", ranks)
             for kind, seconds in zip(("launches", "CPU", "loops"), taken, strict=True):
                 found[name][kind] += seconds
+    found["in turn"] = in_turn(recipe, folder / "in-turn", ranks)
     return found
+
+
+def in_turn(recipe: Recipe, folder: Path, ranks: int) -> dict[str, float]:
+    """The five students online in one launch, off one pass of the teacher."""
+    folder.mkdir(parents=True)
+    arguments: list[str] = []
+    for strategy in STRATEGIES:
+        file = folder / f"{strategy}.yaml"
+        file.write_text(dump_recipe(recipe.changed({"matching.strategy": strategy})))
+        where = str(folder / strategy)
+        arguments += ["--beside", str(file), where] if arguments else ["--output", where]
+    wall, cpu = _run(folder / f"{STRATEGIES[0]}.yaml", ranks, arguments)
+    loops = sum(json.loads((folder / name / "summary.json").read_text())["seconds"] for name in STRATEGIES)
+    return {"launches": wall, "CPU": cpu, "loops": loops}
 
 
 class Stepper:
@@ -190,9 +206,10 @@ def run(arguments: list[str] | None = None) -> None:
             studies = [study(recipe, folder / f"study{n}", given.ranks, given.dtype) for n in range(given.repeats)]
             size = sum(f.stat().st_size for f in (folder / "study0" / "cached" / "cache").iterdir())
             print(f"one cache of {size / GIB:.3f} GiB; {json.dumps(studies)}")
-            for kind in studies[0]["online"]:
-                said = spread([one["cached"][kind] / one["online"][kind] for one in studies])
-                print(f"five students from one cache, its writing counted / five online, by {kind}: {said}")
+            sides = {"cached": "from one cache, its writing counted", "in turn": "in turn, off one teacher"}
+            for kind, (side, what) in itertools.product(studies[0]["online"], sides.items()):
+                said = spread([one[side][kind] / one["online"][kind] for one in studies])
+                print(f"five students {what} / five online, by {kind}: {said}")
         if given.only != "study":
             taken = steps_in_turn(recipe, folder / "steps", given.dtype)
             for name, times in taken.items():

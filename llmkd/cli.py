@@ -296,23 +296,11 @@ def angles(run: Path, recipe: str | None, rows: int | None, overrides: tuple[str
 )
 @SET
 def plan(recipe: str, ranks: int, device_gib: float, overrides: tuple[str, ...]) -> None:
-    """Show the memory a run needs on each rank, and other placements."""
-    from llmkd.planning import memory
-    from llmkd.planning.placements import compare, placements_text, stages_text
-    from llmkd.planning.rollouts import engines_text
-    from llmkd.planning.shapes import initial_student_config, shapes, teacher_config
+    """Show the memory a run needs on each rank, other placements, and how many students of a study fit."""
+    from llmkd.planning.plan import whole_plan
     from llmkd.recipe.recipe import load_recipe
 
-    settings = load_recipe(recipe, overrides)
-    teacher = teacher_config(settings)
-    planned, student = memory.plan(settings, ranks, teacher), shapes(initial_student_config(settings, teacher))
-    click.echo(memory.plan_text(planned, memory.planned_wire(settings, ranks, teacher)))
-    if engines := engines_text(settings, student, shapes(teacher), planned, device_gib):
-        click.echo(f"\n{engines}")
-    if settings.logits or (settings.loss.hidden and settings.matching.strategy != "none"):
-        if settings.teacher.placed.is_staged:
-            click.echo(f"\n{stages_text(settings, ranks, teacher)}")
-        click.echo(f"\n{placements_text(compare(settings, ranks, teacher), device_gib)}")
+    click.echo(whole_plan(load_recipe(recipe, overrides), ranks, device_gib))
 
 
 @cli.command()

@@ -13,17 +13,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from llmkd.distributed.launch import launch
+from llmkd.distributed.launch import Launch, launch_each
 from llmkd.errors import InputError
 from llmkd.evaluation import agreement, classification, generation, lm_eval_step
 from llmkd.evaluation.angles.measure import angles
 from llmkd.evaluation.generation import check as check_generation
 from llmkd.evaluation.held_out import check_evaluation, classification_data
 from llmkd.evaluation.lm_eval_step import check_tasks
+from llmkd.evaluation.places import visible_devices
 from llmkd.files import read, write_text
 from llmkd.models.families import kind
 from llmkd.models.folders import resolve
-from llmkd.planning.run_checks import check_pair_weights, check_trained
+from llmkd.planning.run_checks import check_beside, check_pair_weights, check_trained
 from llmkd.planning.study_rows import StudyRows
 from llmkd.processes import holder, only_one_in
 from llmkd.recipe.ds_config import check_ds_configs
@@ -103,16 +104,7 @@ def _study(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int, part: Part
             _note_teacher(recipe, entries)
     if not recipe.student.is_measured:  # else what they keep is found while students are trained
         _write_undistilled(recipe, entries, part)
-    at_once = groups(recipe, trained)
-    for number, group in enumerate(at_once, start=1):
-        left = [entry for entry in group if not jobs.is_finished(entry.run_folder(folder))]
-        for entry in group:
-            if entry not in left:
-                log.info("study %d/%d: %s is done", number, len(at_once), entry.name)
-        if left:
-            names = ", ".join(entry.name for entry in left)
-            log.info("study %d/%d: training %s on %s", number, len(at_once), names, counted(ranks, "rank"))
-            _launch(recipe, left, ranks)
+    _train(recipe, groups(recipe, trained), ranks)
     if recipe.student.is_measured:
         _write_undistilled(recipe, entries, part)
     mistakes += _score(recipe, entries, ours)
@@ -137,8 +129,10 @@ def _make_teacher(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> 
             and entry.train is not None
             and not jobs.is_finished(entry.run_folder(recipe.folder))
         ):
-            log.info("study: training the teacher on %s", counted(ranks, "rank"))
-            _launch(recipe, [entry], ranks)
+            said = f"study: training the teacher on {counted(ranks, 'rank')}"
+            _run(
+                recipe, [(Launch(ranks, _order(recipe, [entry]), said=said), "training teacher")], "its last checkpoint"
+            )
     students = [entry.run_folder(recipe.folder) for entry in entries if entry.kind == "student"]
     if recipe.teacher.share_cache and not all(map(jobs.is_finished, students)):
         _cache(recipe, ranks)
@@ -212,9 +206,26 @@ def _study_file(recipe: Recipe, entries: Sequence[StudyEntry]) -> StudyFile:
     return StudyFile(recipe.name, recipe.study.compared_with, margins, history, entries)
 
 
-def _launch(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
-    """Train the teacher, or students at once, each by a recipe file of its own."""
-    arguments = []
+def _train(recipe: Recipe, at_once: Sequence[Sequence[StudyEntry]], ranks: int) -> None:
+    """Train the students that are not done yet: those of a group in turn, and so many groups beside each other as the recipe says."""
+    launches = []
+    for number, group in enumerate(at_once, start=1):
+        left = [entry for entry in group if not jobs.is_finished(entry.run_folder(recipe.folder))]
+        for entry in group:
+            if entry not in left:
+                log.info("study %d/%d: %s is done", number, len(at_once), entry.name)
+        if left:
+            names, file = ", ".join(entry.name for entry in left), recipe.folder / "logs" / f"{left[0].name}.log"
+            said = f"study {number}/{len(at_once)}: training {names} on {counted(ranks, 'rank')}"
+            beside = recipe.study.parallel > 1
+            said += f"; what they say goes to {file}" if beside else ""
+            launches.append((Launch(ranks, _order(recipe, left), file if beside else None, said), f"training {names}"))
+    _run(recipe, launches, "the last checkpoint")
+
+
+def _order(recipe: Recipe, entries: Sequence[StudyEntry]) -> list[str]:
+    """The arguments that train the teacher, or students in turn, each by a recipe file of its own."""
+    arguments: list[str] = []
     for entry in entries:
         file = recipe.folder / "recipes" / f"{entry.name}.yaml"
         file.parent.mkdir(exist_ok=True)
@@ -224,7 +235,7 @@ def _launch(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
             arguments += ["--beside", str(file), output]
         else:
             arguments = ["--recipe", str(file), *(["--teacher-only"] if is_teacher else ["--output", output])]
-    _run(ranks, arguments, f"training {', '.join(entry.name for entry in entries)}", "the last checkpoint")
+    return arguments
 
 
 def _cache(recipe: Recipe, ranks: int) -> None:
@@ -233,23 +244,26 @@ def _cache(recipe: Recipe, ranks: int) -> None:
     file.parent.mkdir(exist_ok=True)
     write_text(file, dump_recipe(recipe))
     log.info("study: one cache for all students, %s", recipe.cache_folder)
-    _run(
-        ranks,
-        ["--recipe", str(file), "--cache-only", "--trust-cache"],
-        "writing the teacher's cache",
-        "what is written",
-    )
+    order = Launch(ranks, ["--recipe", str(file), "--cache-only", "--trust-cache"])
+    _run(recipe, [(order, "writing the teacher's cache")], "what is written")
 
 
-def _run(ranks: int, arguments: list[str], what: str, resume_point: str) -> None:
-    """One launch of a study. Raises Stopped if a signal ended it, InputError if a mistake did."""
-    ending = launch(ranks, arguments)
-    if ending.stopped and ending.code in (0, 130, 143):  # 130 and 143: a rank got the signal before it handled signals
-        raise Stopped
-    if ending.code:
-        raise InputError(
-            f"study: {what} ended with code {ending.code} (see above); the same command resumes from {resume_point}"
-        )
+def _run(recipe: Recipe, launches: Sequence[tuple[Launch, str]], resume_point: str) -> None:
+    """Launches of a study, and what each is for. Raises Stopped if a signal ended one, InputError if a mistake did."""
+    settings = recipe.study
+    gpus = [] if settings.parallel == 1 or visible_devices() == ["cpu"] else visible_devices()
+    mistakes = []
+    for (one, what), ending in zip(
+        launches, launch_each([one for one, _ in launches], settings.parallel, gpus), strict=True
+    ):
+        # 130 and 143: a rank got the signal before it handled signals
+        if ending is not None and ending.stopped and ending.code in (0, 130, 143):
+            raise Stopped
+        if ending is not None and ending.code:
+            where = "above" if one.log is None else str(one.log)
+            mistakes.append(f"{what} ended with code {ending.code} (see {where})")
+    if mistakes:
+        raise InputError(f"study: {'; '.join(mistakes)}; the same command resumes from {resume_point}")
 
 
 def _write_undistilled(recipe: Recipe, entries: Sequence[StudyEntry], part: Part = WHOLE) -> None:
@@ -300,6 +314,7 @@ def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
     for entry in entries:
         if entry.strategy == "undistilled" and recipe.student.is_measured:
             measured_start(recipe, entries, entry)
+    check_beside(recipe, ranks)
     for group in groups(recipe, entries):
         check_in_turn({entry.name: entry_recipe(recipe, entry) for entry in group})
     if recipe.teacher.share_cache:

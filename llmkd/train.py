@@ -101,7 +101,8 @@ def _train(world: World, run: PreparedRun, stopping: Stopping, of: int) -> Train
     """The training of one of so many students. It stops after each micro-batch for the others, and says how many steps are done."""
     job, settings = run.job, run.job.train
     steps = Steps(world, job, run.steps, start_step=run.first)
-    meter, journal = Meter.of_job(world, job, run.clock), Journal(world, job, start_step=run.first, steps=run.steps)
+    meter = Meter.of_job(world, job, run.clock)
+    journal = Journal(world, job, start_step=run.first, steps=run.steps, of=of)
     validator, keeping = Validator(world, run, steps), Keeping(world, run)
     tokens, began, last = 0, time.perf_counter(), None
     run.begin()

@@ -10,9 +10,11 @@ import logging
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from llmkd import starting
 from llmkd.starting import Process
@@ -32,35 +34,91 @@ class Ending:
 
 def launch(ranks: int, arguments: Sequence[str]) -> Ending:
     """Run `llmkd/train.py` with these arguments on `ranks` local processes and wait for them."""
-    shared = {
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-    }
+    (ending,) = launch_each([Launch(ranks, arguments)])
+    assert ending is not None
+    return ending
+
+
+@dataclass(frozen=True)
+class Launch:
+    """`llmkd/train.py` with these arguments on so many local processes."""
+
+    ranks: int
+    arguments: Sequence[str]
+    log: Path | None = None
+    """The file that its output is added to; None: it goes where this process' own goes."""
+    said: str = ""
+    """What is logged when it starts."""
+
+
+def launch_each(launches: Sequence[Launch], at_once: int = 1, devices: Sequence[str] = ()) -> list[Ending | None]:
+    """How each of these ended, so many of them at a time; None of those that were not started, since one had failed or a signal came.
+
+    `devices`: the GPUs, of which each launch has as many as ranks to itself; none where all share what there is.
+    """
+    if not launches:
+        return []
     starting.get_ready()
     server = starting.running()
     if server is None or server.is_importing:
-        log.info("starting %s, after the imports of torch, transformers and deepspeed", counted(ranks, "rank"))
-    processes: list[Process] = []
-    with _passing_signals(processes) as signals:
-        for rank in range(ranks):
+        log.info(
+            "starting %s, after the imports of torch, transformers and deepspeed", counted(launches[0].ranks, "rank")
+        )
+    endings: list[Ending | None] = [None] * len(launches)
+    waiting, free = deque(enumerate(launches)), deque(range(at_once))
+    running: dict[int, tuple[int, list[Process]]] = {}  # by the number of the launch: its place among those at once
+    every: list[Process] = []
+    with _passing_signals(every) as signals:
+
+        def goes_on() -> bool:
+            return not signals and not any(ending and ending.code for ending in endings)
+
+        while running or (waiting and goes_on()):
+            while waiting and free and goes_on():
+                (number, one), place = waiting.popleft(), free.popleft()
+                running[number] = place, _started(one, devices[place * one.ranks : (place + 1) * one.ranks], every)
+            for number, (place, processes) in list(running.items()):
+                if (code := _code(processes)) is not None:
+                    endings[number] = Ending(code, bool(signals))
+                    del running[number]
+                    free.append(place)
+            time.sleep(0.05)
+    return endings
+
+
+def _started(one: Launch, devices: Sequence[str], every: list[Process]) -> list[Process]:
+    """The processes of a launch, added to `every` as they start."""
+    if one.said:
+        log.info("%s", one.said)
+    shared = {
+        "WORLD_SIZE": str(one.ranks),
+        "LOCAL_WORLD_SIZE": str(one.ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        **({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}),
+    }
+    processes = []
+    with ExitStack() as opened:
+        files = 0, 1, 2
+        if one.log is not None:
+            one.log.parent.mkdir(parents=True, exist_ok=True)
+            output = opened.enter_context(one.log.open("a")).fileno()
+            files = 0, output, output
+        for rank in range(one.ranks):
             variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(starting.start("llmkd.train", arguments, variables, name=f"llmkd rank {rank}"))
-        code = _wait(processes)
-    return Ending(code, bool(signals))
+            processes.append(
+                starting.start("llmkd.train", one.arguments, variables, name=f"llmkd rank {rank}", files=files)
+            )
+            every.append(processes[-1])
+    return processes
 
 
-def _wait(processes: list[Process]) -> int:
-    """Wait for all; when one fails, give the others a moment to report why, then end them. The first non-zero code."""
-    while True:
-        codes = [p.poll() for p in processes]
-        failed = [c for c in codes if c]
-        if failed:
-            break
-        if all(c == 0 for c in codes):
-            return 0
-        time.sleep(0.05)
+def _code(processes: list[Process]) -> int | None:
+    """How a launch has ended: the first non-zero code. None while all go on. When one fails, the others have a moment to report why."""
+    codes = [p.poll() for p in processes]
+    failed = [c for c in codes if c]
+    if not failed:
+        return 0 if all(c == 0 for c in codes) else None
     deadline = time.monotonic() + 5
     while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
         time.sleep(0.05)

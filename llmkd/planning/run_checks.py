@@ -20,6 +20,7 @@ from llmkd.recipe.recipe import Recipe
 from llmkd.recipe.rollouts import check_written
 from llmkd.recipe.study_entries import StudyEntry, entry_recipe
 from llmkd.rollouts.prompts import check_prompts
+from llmkd.text import counted
 from llmkd.training import jobs
 from llmkd.training.build import rate_of_step, total_steps
 from llmkd.training.pairs import depths_of, maps_of
@@ -56,6 +57,21 @@ def tokenizer_folder(recipe: Recipe) -> Path | None:
     if recipe.finetune is None:
         return resolve(recipe.teacher.path or "", "teacher.path", recipe.teacher.revision)
     return None if recipe.finetune.path is None else resolve(recipe.finetune.path, "finetune.path")
+
+
+def check_beside(recipe: Recipe, ranks: int) -> None:
+    """Raise InputError where this machine has too few GPUs for so many training runs at a time."""
+    runs, gpus = recipe.study.parallel, torch.cuda.device_count()
+    if runs > 1 and recipe.rollouts is not None and recipe.rollouts.devices:
+        raise InputError(
+            "study.parallel: rollouts.devices names GPUs for one run, and several would meet there; write study.parallel: 1"
+        )
+    if runs > 1 and 0 < gpus < runs * ranks:
+        fitting = gpus // ranks
+        raise InputError(
+            f"study.parallel: {runs} runs of {counted(ranks, 'rank')} take {runs * ranks} GPUs, and there are {gpus}; "
+            f"write study.parallel: {max(fitting, 1)}"
+        )
 
 
 def check_machine(recipe: Recipe) -> None:

@@ -38,6 +38,7 @@ SUMMARY = (
     "teachers_texts",
     "teacher_seconds",
     "validation_seconds",
+    "students_in_turn",
 )
 Value = TypeVar("Value")
 
@@ -107,6 +108,7 @@ class Summary:
     """The seconds that its texts took; empty where none were written."""
     teacher_seconds: float | None = None
     validation_seconds: float | None = None
+    students_in_turn: int = 1
     teachers_texts: Agreed = field(default_factory=dict)
     """The fields of a `Wrote`; empty where the teacher wrote nothing before training."""
 
@@ -230,7 +232,16 @@ def training_run(entry: StudyEntry, log: Sequence[LogLine], summary: Summary) ->
     state = "done" if summary.done else "not yet" if last is None else "unfinished"
     last_step = last if summary.costs.get("steps") is None else summary.costs["steps"]
     step = StepTimes(**summary.step) if summary.step else None
-    return TrainingRun(entry.name, entry.strategy, entry.seed, state, last_step, **summary.costs, step=step)
+    return TrainingRun(
+        entry.name,
+        entry.strategy,
+        entry.seed,
+        state,
+        last_step,
+        **summary.costs,
+        students_in_turn=summary.students_in_turn,
+        step=step,
+    )
 
 
 def thinned(values: Sequence[Value], most: int) -> Sequence[Value]:

@@ -34,6 +34,8 @@ class TrainingRun:
     memory_gib: float | None = None
     world_size: int | None = None
     resumed_from_step: int | None = None
+    students_in_turn: int = 1
+    """How many students were trained in turn in its process, off one teacher."""
     step: StepTimes | None = None
     """None of a run that was too short, or trained before its steps were timed."""
 

@@ -68,13 +68,17 @@ def validation_line(step: int, steps: int, values: Values) -> str:
 
 
 class Journal:
-    """Writes a run's values: one log line, `metrics.jsonl`, TensorBoard, and W&B if asked for. Only rank 0 writes."""
+    """Writes a run's values: one log line, `metrics.jsonl`, TensorBoard, and W&B if asked for. Only rank 0 writes.
 
-    def __init__(self, world: World, job: Job, *, start_step: int, steps: int) -> None:
+    `of`: how many students take turns in this process; the log's lines of several begin with the run's name.
+    """
+
+    def __init__(self, world: World, job: Job, *, start_step: int, steps: int, of: int = 1) -> None:
         self._main, self._steps = world.is_main, steps
+        self._named = f"{job.title}: " if of > 1 else ""
         self._done, self._open = start_step, ExitStack()
         bar = progress(
-            job.title, total=steps, done=start_step, unit="steps", seconds=math.inf, shown=self._main
+            job.title, total=steps, done=start_step, unit="steps", seconds=math.inf, shown=self._main and of == 1
         )  # a file has the lines
         self._advance = self._open.enter_context(bar)
         folder = job.folder
@@ -112,7 +116,9 @@ class Journal:
         the texts are like that the student wrote for this step; `learned`: the weights of a learned map."""
         if not self._main:
             return
-        text = line(step, self._steps, interval) + "".join(f" {name}:{rows}" for name, rows in taken.items())
+        text = (
+            self._named + line(step, self._steps, interval) + "".join(f" {name}:{rows}" for name, rows in taken.items())
+        )
         log.info(text + likeliest(learned))
         self._advance(step - self._done, f"loss {interval.loss:.3f}, {interval.tokens_per_second:,.0f} tok/s")
         self._done = step
@@ -126,7 +132,7 @@ class Journal:
     def write_validation(self, step: int, values: Values) -> None:
         """Record a validation after this step, in a line of its own."""
         if self._main:
-            log.info(validation_line(step, self._steps, values))
+            log.info(self._named + validation_line(step, self._steps, values))
             self._record(step, {"validation": values})
 
     def _record(self, step: int, values: Values) -> None:

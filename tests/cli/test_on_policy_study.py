@@ -57,7 +57,9 @@ def test_a_variant_that_writes_is_trained_scored_and_reported(
         train(world, jobs.distil_job(world, entry_recipe(recipe, entry), folder))
         return Ending(0, False)
 
-    monkeypatch.setattr(module, "launch", launch_here)
+    monkeypatch.setattr(
+        module, "launch_each", lambda launches, *_: [launch_here(one.ranks, one.arguments) for one in launches]
+    )
     written = study(recipe)
     assert written is not None
     results = written.results

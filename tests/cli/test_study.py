@@ -15,7 +15,7 @@ import yaml
 
 from llmkd import study as module
 from llmkd.cli import main
-from llmkd.distributed.launch import Ending
+from llmkd.distributed.launch import Ending, Launch
 from llmkd.errors import InputError
 from llmkd.evaluation import generation
 from llmkd.processes import only_one_in
@@ -263,9 +263,14 @@ def test_a_study_makes_one_cache_and_teaches_all_students_from_it(
 ) -> None:
     sets = ["study.strategies=[forward, random]", "study.baselines=[]", "data.rows=24", "matching.target_block=null"]
     recipe = load_recipe(recipe_file, [*sets, f"output={tmp_path}", "teacher.share_cache=true", "cache.shard_mib=0.1"])
-    launched: list[list[str]] = []
-    launch = module.launch
-    monkeypatch.setattr(module, "launch", lambda ranks, given: (launched.append(given), launch(ranks, given))[1])
+    launched: list[Any] = []
+    launch_each = module.launch_each
+
+    def noted(launches: list[Launch], *given: Any) -> Any:
+        launched.extend(one.arguments for one in launches)
+        return launch_each(launches, *given)
+
+    monkeypatch.setattr(module, "launch_each", noted)
     monkeypatch.setattr(module, "_score", lambda *_: [])  # what is made of the students is another test's
     study(recipe)
     assert ["--cache-only" in given for given in launched] == [True, False, False]
@@ -304,7 +309,9 @@ def test_a_student_that_was_killed_before_its_summary_is_finished_by_the_study(
         train(world, jobs.distil_job(world, entry_recipe(recipe, entry), run))
         return Ending(0, False)
 
-    monkeypatch.setattr(module, "launch", launch_here)
+    monkeypatch.setattr(
+        module, "launch_each", lambda launches, *_: [launch_here(one.ranks, one.arguments) for one in launches]
+    )
     monkeypatch.setattr(module, "_score", lambda *_: [])
     study(recipe)
     weights = (run / "model" / "model.safetensors").read_bytes()
@@ -316,3 +323,30 @@ def test_a_student_that_was_killed_before_its_summary_is_finished_by_the_study(
     assert (run / "model" / "model.safetensors").read_bytes() == weights
     study(recipe)
     assert len(launched) == 2
+
+
+@pytest.mark.slow
+def test_students_in_turn_and_beside_each_other_are_those_of_one_after_another(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two groups at a time, each of two students of a seed in one process."""
+    monkeypatch.setattr(module, "_score", lambda *_: [])
+    sets = [
+        "study.strategies=[forward, none]",
+        "study.seeds=[0, 1]",
+        "study.baselines=[]",
+        "matching.target_block=null",
+    ]
+    folders = []
+    for name, further in (("plain", []), ("at_once", ["study.together=2", "study.parallel=2"])):
+        recipe = load_recipe(recipe_file, [*sets, f"output={tmp_path / name}", "matching.strategy=none", *further])
+        study(recipe)
+        folders.append(recipe.folder)
+    plain, at_once = folders
+    assert sorted(file.name for file in (at_once / "logs").iterdir()) == ["forward-s0.log", "forward-s1.log"]
+    assert "none-s1: step 1/" in (at_once / "logs" / "forward-s1.log").read_text()
+    for name in ("forward-s0", "none-s0", "forward-s1", "none-s1"):
+        ours, theirs = (f / "students" / name for f in (at_once, plain))
+        weights = "model/model.safetensors"
+        assert (ours / weights).read_bytes() == (theirs / weights).read_bytes()
+        assert json.loads((ours / "summary.json").read_text())["students_in_turn"] == 2

@@ -9,7 +9,7 @@ import pytest
 
 from llmkd.recipe.options import Part
 from llmkd.recipe.recipe import dump_recipe, load_recipe
-from llmkd.recipe.study_entries import dealt, entry_recipe, measured_start, shared_by_parts, study_entries
+from llmkd.recipe.study_entries import dealt, entry_recipe, groups, measured_start, shared_by_parts, study_entries
 
 
 @pytest.fixture
@@ -27,6 +27,29 @@ def test_parts_deal_out_every_model_once(file: Path) -> None:
         ["ce_only-s1", "all_to_one-s0"],
     ]
     assert dealt(recipe, entries, Part(1, 1)) == entries
+
+
+def test_students_of_a_seed_are_trained_at_once_and_dealt_out_so(file: Path) -> None:
+    """Those that see other rows, or another number of them at a time, in a group of their own."""
+    sets = ["study.seeds=[0, 1]", "study.strategies=[none, all_to_one]", "study.together=3"]
+    recipe = load_recipe(file, [*sets, "study.variants.slow={train.micro_batch_size: 1}"])
+    entries = study_entries(recipe)
+    names = [[entry.name for entry in group] for group in groups(recipe, entries)]
+    assert names == [
+        ["ce_only-s0", "none-s0", "all_to_one-s0"],
+        ["ce_only-s1", "none-s1", "all_to_one-s1"],
+        ["slow-s0"],
+        ["slow-s1"],
+    ]
+    parts = [{entry.name for entry in dealt(recipe, entries, Part(number, 2))} for number in (1, 2)]
+    assert parts == [
+        {"teacher", "undistilled", *names[1], *names[3]},
+        {*names[0], *names[2]},
+    ]
+    two = recipe.changed({"study.together": 2})
+    assert [len(group) for group in groups(two, entries)] == [2, 1, 2, 1, 1, 1]
+    alone = recipe.changed({"study.together": 1})
+    assert [len(group) for group in groups(alone, entries)] == [1] * 8
 
 
 def test_a_measured_baseline_goes_with_the_student_that_measures_it(file: Path) -> None:

@@ -1,0 +1,118 @@
+"""Students in turn in one process: one that diverges, a signal in the middle, what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmkd import train as loop
+from llmkd.errors import Diverged, InputError
+from llmkd.recipe.recipe import Recipe, load_recipe
+from llmkd.train import Stopping, train, train_in_turn
+from llmkd.training import checks, jobs
+from tests.tiny import quick
+
+
+@pytest.fixture
+def recipe(tiny: Path) -> Recipe:
+    return load_recipe(tiny / "recipe.yaml").changed(
+        {**quick(tiny), "train.steps": 4, "train.warmup_steps": 1, "train.log_every": 1}
+    )
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_one_that_diverges_is_named_when_the_others_are_done(recipe: Recipe, world: Any, tmp_path: Path) -> None:
+    spoilt = recipe.changed({"train.learning_rate": 1e30, "train.weight_decay": 1e20})
+    given = {"good": recipe, "bad": spoilt, "too": recipe.changed({"matching.strategy": "none"})}
+    todo = [jobs.distil_job(world, own, tmp_path / name) for name, own in given.items()]
+    with pytest.raises(Diverged, match=r"^bad: .*the training has diverged"):
+        train_in_turn(world, todo)
+    assert not (tmp_path / "bad" / "model").exists() and not (tmp_path / "bad" / "summary.json").exists()
+    for name in ("good", "too"):
+        assert train(world, jobs.distil_job(world, given[name], tmp_path / "alone" / name))
+        assert_equal(tmp_path / name, tmp_path / "alone" / name)
+    summary = json.loads((tmp_path / "good" / "summary.json").read_text())
+    assert summary["students_in_turn"] == 3
+    assert summary["seconds"] == pytest.approx(sum(summary["seconds_by_part"].values()), rel=0.5)
+
+
+def test_a_signal_between_two_students_steps_stops_both_and_all_goes_on(
+    recipe: Recipe, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one has then done a step more than the other."""
+    given = {"forward": recipe, "none": recipe.changed({"matching.strategy": "none"})}
+
+    def todo() -> list[jobs.Job]:
+        return [jobs.distil_job(world, own, tmp_path / name) for name, own in given.items()]
+
+    stopping, real, passes = Stopping(), loop._train_on, iter(range(100))
+
+    def signalled(*arguments: Any) -> Any:
+        if next(passes) == 2:  # in the second step, of the one whose turn is first
+            stopping.asked = True
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_train_on", signalled)
+        assert not train_in_turn(world, todo(), stopping)
+    saved = {name: [f.name for f in sorted((tmp_path / name / "checkpoints").iterdir())] for name in given}
+    assert saved == {"forward": ["step-00000002"], "none": ["step-00000003"]}
+    assert train_in_turn(world, todo())
+    for name, own in given.items():
+        assert train(world, jobs.distil_job(world, own, tmp_path / "alone" / name))
+        assert_equal(tmp_path / name, tmp_path / "alone" / name)
+        steps = [json.loads(line)["step"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [1, 2, 3, 4]
+
+
+def test_those_that_are_done_are_left_alone(recipe: Recipe, world: Any, tmp_path: Path) -> None:
+    jobs_of = [jobs.distil_job(world, recipe, tmp_path / name) for name in ("one", "two")]
+    assert train(world, jobs_of[0])
+    before = (tmp_path / "one" / "summary.json").read_bytes()
+    assert train_in_turn(world, jobs_of)
+    assert (tmp_path / "one" / "summary.json").read_bytes() == before
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["students_in_turn"] == 1
+    assert_equal(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"train.batch_size": 16},
+            r"two: train\.batch_size is 16 and that of one is 8: they can't learn from one pass",
+        ),
+        ({"seed": 5}, r"two: seed is 5 and that of one is 0.*make them alike, or train them apart"),
+        ({"matching.final_state": "normed"}, r"two: matching\.final_state is 'normed'"),
+        ({"train.profile_steps": 2}, r"two: train\.profile_steps: one training in a process is profiled; write 0, or "),
+        (
+            {"rollouts": {"max_new_tokens": 4}, "loss.ce": 0.0},
+            r"two: rollouts: the student writes texts of its own.*study\.together: 1",
+        ),
+        ({"teacher.offload_states": True}, r"teacher\.offload_states: .*; write false, or write study\.together: 1"),
+    ],
+)
+def test_what_can_t_be_shared_is_refused(recipe: Recipe, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError) as refused:
+        checks.check_in_turn({"one": recipe, "two": recipe.changed(changes)})
+    assert re.search(sentence, str(refused.value)), refused.value
+    checks.check_in_turn({"two": recipe.changed(changes)})
+
+
+def test_what_differs_in_students_alone_is_shared(recipe: Recipe) -> None:
+    others = ({"matching.strategy": "reverse"}, {"loss.kl": 0.0}, {"train.learning_rate": 2e-3}, {"student.blocks": 2})
+    checks.check_in_turn({str(n): recipe.changed(own) for n, own in enumerate(({}, *others))})

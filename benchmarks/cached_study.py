@@ -76,15 +76,17 @@ def cached(recipe: Recipe, folder: Path, ranks: int, dtype: str) -> tuple[float,
     return *_run(file, ranks, ["--cache-only"]), reads
 
 
-def study(recipe: Recipe, folder: Path, ranks: int, dtype: str) -> dict[str, dict[str, float]]:
-    """Five online runs and one cache with five runs from it, in turns: by whole launches, by their CPU time, by the loops alone."""
-    wall, cpu, reads = cached(recipe, folder / "cached", ranks, dtype)
-    found = {
-        "cached": {"launches": wall, "CPU": cpu, "loops": wall},
-        "online": dict.fromkeys(("launches", "CPU", "loops"), 0.0),
-    }
+def study(recipe: Recipe, folder: Path, ranks: int, dtype: str | None) -> dict[str, dict[str, float]]:
+    """Five online runs, one cache with five runs from it (`dtype`: its; None: none is written), and five in turn off one teacher: by
+    whole launches, by their CPU time, by the loops alone."""
+    found: dict[str, dict[str, float]] = {"online": dict.fromkeys(("launches", "CPU", "loops"), 0.0)}
+    ways: list[tuple[str, dict[str, Any]]] = [("online", {})]
+    if dtype is not None:
+        wall, cpu, reads = cached(recipe, folder / "cached", ranks, dtype)
+        found["cached"] = {"launches": wall, "CPU": cpu, "loops": wall}
+        ways.append(("cached", reads))
     for strategy in STRATEGIES:
-        for name, changes in (("online", {}), ("cached", reads)):
+        for name, changes in ways:
             taken = trained(recipe, {"matching.strategy": strategy, **changes}, folder / f"{name}-{strategy}", ranks)
             for kind, seconds in zip(("launches", "CPU", "loops"), taken, strict=True):
                 found[name][kind] += seconds
@@ -194,7 +196,7 @@ def run(arguments: list[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, default=12, help="Of the teacher.")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--only", choices=["study", "step"])
+    parser.add_argument("--only", choices=["study", "in turn", "step"])
     parser.add_argument("--keep", type=Path, help="Leave the runs in this folder.")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
@@ -203,14 +205,17 @@ def run(arguments: list[str] | None = None) -> None:
         recipe = prepared(folder, given.steps, given.teacher_steps, given.depth, given.width)
         print(f"{hardware()}; commit {commit()}; {vars(given)}")
         if given.only != "step":
-            studies = [study(recipe, folder / f"study{n}", given.ranks, given.dtype) for n in range(given.repeats)]
-            size = sum(f.stat().st_size for f in (folder / "study0" / "cached" / "cache").iterdir())
-            print(f"one cache of {size / GIB:.3f} GiB; {json.dumps(studies)}")
-            sides = {"cached": "from one cache, its writing counted", "in turn": "in turn, off one teacher"}
+            dtype = None if given.only == "in turn" else given.dtype
+            studies = [study(recipe, folder / f"study{n}", given.ranks, dtype) for n in range(given.repeats)]
+            sides = {"in turn": "in turn, off one teacher"}
+            if dtype is not None:
+                size = sum(f.stat().st_size for f in (folder / "study0" / "cached" / "cache").iterdir())
+                sides["cached"] = f"from one cache of {size / GIB:.3f} GiB, its writing counted"
+            print(json.dumps(studies))
             for kind, (side, what) in itertools.product(studies[0]["online"], sides.items()):
                 said = spread([one[side][kind] / one["online"][kind] for one in studies])
                 print(f"five students {what} / five online, by {kind}: {said}")
-        if given.only != "study":
+        if given.only not in ("study", "in turn"):
             taken = steps_in_turn(recipe, folder / "steps", given.dtype)
             for name, times in taken.items():
                 for what, place in (("wall", 0), ("CPU", 1)):

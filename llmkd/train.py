@@ -18,7 +18,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import click
@@ -44,7 +44,7 @@ from llmkd.training.jobs import Job
 from llmkd.training.journal import Journal, model_card
 from llmkd.training.kept import Keeping
 from llmkd.training.metrics import Interval, Meter
-from llmkd.training.prepare import Lend, PreparedRun, prepare
+from llmkd.training.prepare import Lend, PreparedRun, prepare, shared_teacher
 from llmkd.training.steps import Steps
 from llmkd.training.tokens import StoppedTokenizing
 from llmkd.training.validation import Validator
@@ -67,7 +67,7 @@ def train_in_turn(world: World, todo: Sequence[Job], stopping: Stopping | None =
     with contextlib.ExitStack() as held:
         for job in left:
             on_main(world, lambda job=job: held.enter_context(only_one_in(job.folder)))
-        lend = build.load_teacher if len(left) < 2 else build.shared_teacher()
+        lend = build.load_teacher if len(left) < 2 else shared_teacher()
         before = Random()
         students = []
         try:
@@ -106,7 +106,6 @@ def _train(world: World, run: PreparedRun, stopping: Stopping, of: int) -> Train
     validator, keeping = Validator(world, run, steps), Keeping(world, run)
     tokens, began, last = 0, time.perf_counter(), None
     run.begin()
-    run.module.train()
     # a run that was killed while it was exported has nothing left to train
     left = () if keeping.is_over else run.batches()
     for step, micro_batches in enumerate(run.clock.timed(left, run.seconds_apart), start=run.first + 1):
@@ -114,11 +113,7 @@ def _train(world: World, run: PreparedRun, stopping: Stopping, of: int) -> Train
         counts, asked_to_stop = _counts(world, micro_batches, stopping)
         this = steps.settings(step, counts, len(micro_batches))
         run.set_rate(step)
-        results = []
-        for number, batch in enumerate(micro_batches):
-            results.append(_train_on(run, batch, this, number))
-            with run.clock.away():
-                yield step - 1
+        results = yield from _passes(run, micro_batches, this)
         # at the steps of a dynamic temperature (all ranks: one reduction)
         steps.follow(this, results)
         meter.add(this, results)
@@ -152,8 +147,7 @@ def _train(world: World, run: PreparedRun, stopping: Stopping, of: int) -> Train
                 return False
         if done:
             break
-        with run.clock.away():
-            yield step
+        yield from run.others_turn(step)
     spent = _spent(time.perf_counter() - began - run.clock.away_seconds, run, validator, tokens)
     journal.close()
     # at the end: export (all ranks: weights are gathered one at a time; rank 0 writes)
@@ -166,6 +160,17 @@ def _counts(world: World, micro_batches: Sequence[Batch], stopping: Stopping) ->
     here = [sum(counts) for counts in zip(*(batch.counts for batch in micro_batches), strict=True)]
     *counts, asked = sum_counts(world, [*here, int(stopping.asked)])
     return Counts(*counts), bool(asked)
+
+
+def _passes(
+    run: PreparedRun, micro_batches: Sequence[Batch], settings: StepSettings
+) -> Generator[int, None, list[PassResult]]:
+    """A step's passes; other students have their turns between them."""
+    results = []
+    for number, batch in enumerate(micro_batches):
+        results.append(_train_on(run, batch, settings, number))
+        yield from run.others_turn(settings.step - 1)
+    return results
 
 
 def _train_on(run: PreparedRun, batch: Batch, settings: StepSettings, micro_batch: int) -> PassResult:

@@ -42,7 +42,6 @@ from llmkd.teachers.pipeline import PipelineTeacher
 from llmkd.teachers.pipeline_schedule import stage_count
 from llmkd.teachers.pipeline_stage import load_stage, teacher_cut
 from llmkd.teachers.resident import ResidentTeacher
-from llmkd.teachers.shared import SharedTeacher
 from llmkd.training.jobs import Job
 from llmkd.training.pairs import preferred_of
 
@@ -135,19 +134,6 @@ def load_teacher(world: World, job: Job, demand: Demand | None = None, *, clock:
     if group is not None:
         return _pipelined(world, job, job.teacher, demand, group, part, clock or StepClock(world.device))
     return resident(world, job, job.teacher, demand, part, first_blocks=needed if needed < depth else None)
-
-
-def shared_teacher() -> Callable[..., Teacher]:
-    """What gives jobs, whose students take turns, seats at one teacher in place of `load_teacher`. The first one's job says how it is
-    loaded; its waiting for other ranks counts as the teacher's time."""
-    shared: list[SharedTeacher] = []
-
-    def seat(world: World, job: Job, *, clock: StepClock) -> Teacher:
-        if not shared:
-            shared.append(SharedTeacher(lambda demand: load_teacher(world, job, demand)))
-        return shared[0].seat(demand_of(job))
-
-    return seat
 
 
 def resident(

@@ -29,6 +29,7 @@ from llmkd.rollouts.source import Rollouts
 from llmkd.student.distiller import Distiller
 from llmkd.student.passes import StepSettings
 from llmkd.teachers.base import Signal, Teacher
+from llmkd.teachers.shared import SharedTeacher
 from llmkd.training import build, cache_contents, checkpoint, finite, initial, nearest, tokens
 from llmkd.training.jobs import Job
 from llmkd.training.pairs import named_weights
@@ -144,9 +145,15 @@ class PreparedRun:
         return self.writing_seconds() + self.trace.seconds
 
     def begin(self) -> None:
-        """Fit what is fitted before the first step; nothing, in a run that goes on (all ranks take part)."""
+        """Get the student ready to be trained: of a run that does not go on, fit what is fitted first (all ranks take part)."""
+        self.module.train()
         if self.first == 0 and self.module.stones is not None:
             build.fit_stones(self.world, self.job, self.engine, self.teacher, self.source.rows)
+
+    def others_turn(self, done: int) -> Iterator[int]:
+        """Let the other students of this process have their turn; `done`: the steps that this one has done."""
+        with self.clock.away():
+            yield done
 
     def writing_seconds(self) -> float:
         """What the writing of texts has taken since this start of the run."""
@@ -165,6 +172,19 @@ class PreparedRun:
         """The teacher's signal for a micro-batch of a step; None without a teacher."""
         redrawn = [block for _, block in settings.pairs] if self.job.redraws else None
         return None if self.teacher is None else self.teacher.signals(batch, redrawn)
+
+
+def shared_teacher() -> Lend:
+    """What gives jobs, whose students take turns, seats at one teacher in place of `build.load_teacher`. The first one's job says how it is
+    loaded; its waiting for other ranks counts as the teacher's time."""
+    shared: list[SharedTeacher] = []
+
+    def seat(world: World, job: Job, *, clock: StepClock) -> Teacher:
+        if not shared:
+            shared.append(SharedTeacher(lambda demand: build.load_teacher(world, job, demand)))
+        return shared[0].seat(build.demand_of(job))
+
+    return seat
 
 
 def prepare(world: World, job: Job, stopping: Stopping | None = None, lend: Lend = build.load_teacher) -> PreparedRun:

@@ -70,8 +70,7 @@ class Validator:
             result = run.engine(batch, run.signal(batch, settings), settings, number)
             sums.append(result.sums.double())
             agreed.append(result.agreement)
-            with run.clock.away():
-                yield step - 1  # steps that are wholly done
+            yield from run.others_turn(step - 1)
         run.engine.train()
         compared = all(count is not None for count in agreed)
         agreement = torch.stack(agreed).sum() if compared else torch.zeros((), device=world.device)

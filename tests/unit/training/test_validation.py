@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -356,7 +357,7 @@ def test_a_summary_has_the_time_of_a_step_without_validations(
     """A short run's steps are all of the first ones, which are left out. Validations take two seconds, by the clock alone."""
     validate, clock, late = Validator.validate, time.perf_counter, [0.0]
 
-    def slow(self: Validator, step: int) -> Validated:
+    def slow(self: Validator, step: int) -> Generator[int, None, Validated]:
         late[0] += 2
         return validate(self, step)
 

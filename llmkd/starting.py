@@ -95,12 +95,14 @@ def get_ready() -> None:
 def environment() -> dict[str, str]:
     """This process's environment without a launcher's variables, with this checkout importable and other libraries' progress bars off.
 
-    Threads that wait for one another sleep, unless the user says otherwise: torch's default, to spin, takes the cores that others work on.
+    Unless the user says otherwise, threads that wait for one another sleep (torch's default, to spin, takes the cores that others work on),
+    and torch's C++ side reports errors alone (its warning of a wait that fails is a stack).
     """
     kept = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER_VARIABLES)}
     checkout = [str(PACKAGE.parent)] if ROOT == PACKAGE.parent else []
     paths = checkout + [path for path in [kept.get("PYTHONPATH")] if path]
-    return {"OMP_WAIT_POLICY": "PASSIVE", **kept, "PYTHONPATH": os.pathsep.join(paths), "TQDM_DISABLE": "1"}
+    quiet = {"OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return {**quiet, **kept, "PYTHONPATH": os.pathsep.join(paths), "TQDM_DISABLE": "1"}
 
 
 class Server:

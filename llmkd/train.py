@@ -7,16 +7,18 @@ python llmkd/train.py ...                        (one process)
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch warns of a wait that fails by its stack
 if __name__ == "__main__" and __spec__ is None:
     # run as a file: let `import llmkd` find the package, and keep its modules from shadowing others
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Generator, Sequence
 from typing import NamedTuple
@@ -30,9 +32,10 @@ from llmkd.data.batches import Batch, Counts
 from llmkd.distributed.ending import end_lost, leave, lost_rank, print_mistake, start_watch
 from llmkd.distributed.engines import backward
 from llmkd.distributed.ranks import World, barrier, on_main, quiet, start, stop, sum_counts
+from llmkd.distributed.shared_folder import only_run_in
 from llmkd.errors import Diverged, InputError, storage_problem
 from llmkd.files import write_json
-from llmkd.processes import Stopping, end_with_parent, only_one_in
+from llmkd.processes import Stopping, end_with_parent
 from llmkd.provenance import commit, hardware, peak_memory_gib, versions
 from llmkd.recipe.ds_config import check_ds_configs
 from llmkd.recipe.options import train_options
@@ -66,7 +69,7 @@ def train_in_turn(world: World, todo: Sequence[Job], stopping: Stopping | None =
     left = [job for job in todo if not _is_done(world, job)]
     with contextlib.ExitStack() as held:
         for job in left:
-            on_main(world, lambda job=job: held.enter_context(only_one_in(job.folder)))
+            held.enter_context(only_run_in(world, job.folder))
         lend = build.load_teacher if len(left) < 2 else shared_teacher()
         before = Random()
         students = []
@@ -330,13 +333,13 @@ def main() -> None:
         command(standalone_mode=False)
     except (InputError, click.ClickException) as error:
         sentence = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        print_mistake(f"Error: {sentence}")
+        print_mistake(sentence)
         leave(2)
     except click.exceptions.Abort:
         leave(130)
     except Exception as error:
         if (problem := storage_problem(error)) is not None:
-            print_mistake(f"Error: {problem}")
+            print_mistake(problem)
             leave(2)
         if isinstance(error, RuntimeError) and lost_rank(error):
             end_lost(error)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from llmkd.distributed.joining import LostRank
+from llmkd.distributed.joining import LostRank, named, several_hosts, this_rank
 
 Result = TypeVar("Result")
 PULSE_SECONDS = 1.0
@@ -111,11 +111,11 @@ def _end_lost(reason: str, silent: list[int] | None) -> None:
     who = ""
     if silent is not None:
         none = "none, so one was too slow or has said why it ended: see train.timeout_seconds"
-        who = f"; silent ranks: {', '.join(map(str, silent)) or none}"
-    sentence = (
-        f"Error: rank {os.environ.get('RANK', '0')}: {reason}{who}. The same command resumes from the last checkpoint."
-    )
+        who = f"; silent ranks: {named(silent) or none}"
+    sentence = f"Error: {this_rank()}: {reason}{who}. The same command resumes from the last checkpoint."
     print(sentence, file=sys.stderr, flush=True)
+    if os.environ.get("RANK") == "0":
+        time.sleep(LISTENS_SECONDS)
     leave(1)
 
 
@@ -131,27 +131,28 @@ def print_mistake(sentence: str, patience_seconds: float = ROLL_CALL_SECONDS) ->
     """Print the mistake that ends this rank, once: rank 0 prints it, another rank only where rank 0 did not make it too.
 
     A launcher ends all ranks when the first one exits. So each other rank waits until rank 0 has printed, and rank 0 exits only when the
-    others have noticed that.
+    others have noticed that. Ranks that have not met can't know of each other: there the first of each node prints it.
     """
     _ending.set()
     patience = timedelta(seconds=patience_seconds)
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if size == 1:
-        if os.environ.get("RANK", "0") == "0":
-            print(sentence, file=sys.stderr, flush=True)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"Error: {sentence}", file=sys.stderr, flush=True)
         return
     store = dist.distributed_c10d._get_default_store()
     try:
         if rank == 0:
             store.set(PRINTED, "yes")
-            print(sentence, file=sys.stderr, flush=True)
+            print(f"Error: {sentence}", file=sys.stderr, flush=True)
             store.wait([f"{PRINTED}/{other}" for other in range(1, size)], patience)
         else:
             store.wait([PRINTED], patience)
             store.set(f"{PRINTED}/{rank}", "noticed")
     except dist.DistError:  # the other side did not come here in time: the mistake is not a common one
         if rank != 0:
-            print(sentence, file=sys.stderr, flush=True)
+            who = f"{this_rank()}: " if several_hosts() else ""
+            print(f"Error: {who}{sentence}", file=sys.stderr, flush=True)
 
 
 def _is_told() -> bool:
@@ -187,22 +188,18 @@ def silent_ranks(patience_seconds: float = ROLL_CALL_SECONDS, *, by_watch: bool 
     mine = LIVES if by_watch else ANSWERS
 
     def call() -> list[int]:
-        deadline = time.monotonic() + patience_seconds
-        silent = []
+        others = [other for other in range(size) if other != rank]
+        silent: list[int] = []
         try:
             store.set(f"{mine}/{rank}", "yes")
-            for other in set(range(size)) - {rank}:
-                left = max(deadline - time.monotonic(), 0.05)
-                try:
-                    store.wait([f"{mine}/{other}"], timedelta(seconds=left))
-                except dist.DistStoreError:  # not in time
-                    # a rank that has called the roll itself, and has ended since, is not the cause
-                    if not store.check([f"{ANSWERS}/{other}"]):
-                        silent.append(other)
+            try:
+                store.wait([f"{mine}/{other}" for other in others], timedelta(seconds=patience_seconds))
+            except dist.DistStoreError:  # not in time
+                # a rank that has called the roll itself, and has ended since, is not the cause
+                answers = {mine, ANSWERS}
+                silent = [other for other in others if not any(store.check([f"{kind}/{other}"]) for kind in answers)]
         except dist.DistNetworkError:  # rank 0, which holds the store, is gone, and nobody else can be asked
             return [0]
-        if rank == 0:
-            time.sleep(LISTENS_SECONDS)
         return silent
 
     # a rank 0 that hangs takes questions and never answers, whatever timeout the store was given

@@ -1,11 +1,15 @@
-"""How the ranks meet, and which of them are missing where they do not."""
+"""How the ranks meet, on which hosts they are, and which of them are missing where they do not."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import time
 from collections.abc import Sequence
 from datetime import timedelta
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,9 +19,10 @@ from llmkd.errors import InputError
 JOIN_SECONDS = 300
 """How long the ranks wait for one another at the start, where `JOIN_VARIABLE` is not set; never longer than `train.timeout_seconds`."""
 JOIN_VARIABLE = "LLMKD_JOIN_SECONDS"
-JOINED = "llmkd/joined"
-"""Start of the store's keys by which each rank says that it is there."""
-
+JOINED, MET = "llmkd/joined", "llmkd/met"
+"""Start of the store's keys by which each rank says on which host it is; the key by which rank 0 tells all who is there."""
+_hosts: tuple[str, ...] = ()
+"""The host of each rank, once they have met."""
 
 WATCHDOG_SECONDS = 120
 """By which NCCL's own watchdog waits longer than a rank does: it ends a process without a word."""
@@ -64,45 +69,121 @@ def join(backend: str, timeout: timedelta, device: torch.device | None) -> None:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     seconds = min(int(os.environ.get(JOIN_VARIABLE) or JOIN_SECONDS), int(timeout.total_seconds()))
     in_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds the store itself
+    holds = rank == 0 and not in_launcher
     try:
+        if not holds:
+            _reach(address, port, seconds)
         store = dist.TCPStore(
-            address,
+            "localhost" if holds else address,  # which may lead to this machine only from elsewhere
             port,
             size,
-            is_master=rank == 0 and not in_launcher,
+            is_master=holds,
             timeout=timedelta(seconds=seconds),
             wait_for_workers=False,
             multi_tenant=not in_launcher,
         )
-        store.set(f"{JOINED}/{rank}", "yes")
-        absent = _absent(store, size, seconds if rank == 0 else seconds + 10)  # rank 0 tells it first
-        if not absent:
+        # torchrun's store outlives the ranks that it starts again: what those before have said is not for these
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        there = _meet(store, rank, size, seconds)
+        if not there.missing:
+            _remember(there.hosts)
             store.set_timeout(timeout)
             about = {"rank": rank, "world_size": size, "timeout": patience(backend, timeout), "device_id": device}
-            dist.init_process_group(backend, store=store, **about)
+            _connect(backend, store, about)
             return
-        reason = f"missing: {absent}"
+        joined = [number for number in range(size) if number not in there.missing]
+        reason = f"missing: {_ranges(there.missing)}; there: {_on_hosts(joined, there.hosts)}"
         cause: Exception | None = None
-    except dist.DistError as error:
+    except (OSError, dist.DistError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise LostRank(
                 f"another process of this machine uses port {port}: give the launcher another (--master_port N)"
             ) from error
-        reason, cause = f"rank {rank}: {str(error).splitlines()[0]}", error
+        said = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0].rstrip(".")
+        reason, cause = f"no answer there: {said}", error
     raise LostRank(
         f"the {size} ranks did not meet at {address}:{port} within {seconds} s ({reason}): start a rank for each, see that every node "
         f"reaches that address, and where nodes start that far apart set {JOIN_VARIABLE} to more seconds"
     ) from cause
 
 
-def _absent(store: dist.Store, size: int, seconds: int) -> str:
-    """The ranks that have not joined after so long, `3, 8-15`; nothing where all have."""
+def _connect(backend: str, store: dist.Store, about: dict[str, Any]) -> None:
+    """Make the process group of ranks that have met."""
+    try:
+        dist.init_process_group(backend, store=store, **about)
+    except RuntimeError as error:
+        if "connectFullMesh" not in str(error):
+            raise
+        raise LostRank(
+            "the ranks have met and can't reach each other: gloo uses the address that a host's own name has there, which is often its "
+            "loopback's; set GLOO_SOCKET_IFNAME on every node to the network interface between them (`ip addr` lists a node's)"
+        ) from error
+
+
+def _reach(address: str, port: int, seconds: int) -> None:
+    """Wait until something listens there, for so long at most: torch's own attempts fill the log with stacks. Raises OSError."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(1.0, deadline - time.monotonic())).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
+
+
+class _There(NamedTuple):
+    """Who has joined, as rank 0 found it."""
+
+    missing: list[int]
+    hosts: list[str]
+    """By rank; of a missing one an empty text."""
+
+
+def _meet(store: dist.Store, rank: int, size: int, seconds: int) -> _There:
+    """Wait until every rank is there, or for so long; all that are there get the same answer."""
+    store.set(f"{JOINED}/{rank}", socket.gethostname())
+    if rank == 0:
+        store.set(MET, json.dumps(_call(store, size, seconds)))
+    store.wait([MET], timedelta(seconds=seconds + 10))
+    return _There(*json.loads(store.get(MET)))
+
+
+def _call(store: dist.Store, size: int, seconds: int) -> _There:
+    """Rank 0's part of it."""
     keys = [f"{JOINED}/{rank}" for rank in range(size)]
+    missing: list[int] = []
     try:
         store.wait(keys, timedelta(seconds=seconds))
     except dist.DistStoreError:  # not in time
-        return _ranges([rank for rank, key in enumerate(keys) if not store.check([key])])
-    return ""
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+    return _There(missing, ["" if rank in missing else store.get(key).decode() for rank, key in enumerate(keys)])
+
+
+def _remember(hosts: Sequence[str]) -> None:
+    global _hosts
+    _hosts = tuple(hosts)
+
+
+def several_hosts() -> bool:
+    """Whether the ranks have met and are on more than one host."""
+    return len(set(_hosts)) > 1
+
+
+def this_rank() -> str:
+    """This rank, for messages: `rank 3`, and unless all are known to be on one host, `rank 3 on node1`."""
+    rank = os.environ.get("RANK", "0")
+    return f"rank {rank}" if len(set(_hosts)) == 1 else f"rank {rank} on {socket.gethostname()}"
+
+
+def named(ranks: Sequence[int]) -> str:
+    """Ranks in ascending order, for messages: `1, 3`, or where there are several hosts `1 on node0, 8-15 on node1`."""
+    return _on_hosts(ranks, _hosts) if several_hosts() else ", ".join(map(str, ranks))
+
+
+def _on_hosts(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    return ", ".join(f"{_ranges(list(of))} on {host}" for host, of in groupby(ranks, lambda rank: hosts[rank]))
 
 
 def _ranges(ranks: Sequence[int]) -> str:

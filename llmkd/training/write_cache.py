@@ -7,7 +7,6 @@ shards under way.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
@@ -23,11 +22,12 @@ from torch import Tensor
 from llmkd.data.batches import Batch, collate
 from llmkd.data.tokenized import Tokens
 from llmkd.distributed.ranks import World, barrier, on_main, sum_counts
+from llmkd.distributed.shared_folder import only_run_in
 from llmkd.errors import InputError
 from llmkd.layer_map import OtherState
 from llmkd.models import folders
 from llmkd.models.families import KIND_NAMES
-from llmkd.processes import Stopping, only_one_in
+from llmkd.processes import Stopping
 from llmkd.progress import Advance, progress
 from llmkd.provenance import commit, versions
 from llmkd.recipe.placements import PLACEMENTS
@@ -52,8 +52,7 @@ def cache(world: World, recipe: Recipe, stopping: Stopping, *, trusted: bool = F
     if recipe.data.streaming:
         raise InputError("data.streaming: a cache holds what the teacher says of all rows; write streaming: false")
     recipe = writing_recipe(recipe)
-    with contextlib.ExitStack() as held:
-        on_main(world, lambda: held.enter_context(only_one_in(recipe.cache_folder)))
+    with only_run_in(world, recipe.cache_folder):
         return _cache(world, recipe, stopping, trusted=trusted)
 
 

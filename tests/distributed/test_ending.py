@@ -40,13 +40,13 @@ def main() -> None:
         return
     if how.startswith("a common mistake"):
         time.sleep(2 * (how.endswith("late") and world.rank == 2))  # the others have noticed, and ended, by then
-        ending.print_mistake("Error: all made it")
+        ending.print_mistake("all made it")
         ending.leave(2)
     if world.rank == 2:
         time.sleep(1)
         Path(sys.argv[1]).touch()
         if how == "a mistake of its own":
-            ending.print_mistake("Error: it alone made it")
+            ending.print_mistake("it alone made it")
             ending.leave(2)
         os.kill(os.getpid(), signal.SIGKILL if how == "is killed" else signal.SIGSTOP)
     time.sleep(300)

@@ -1,0 +1,1 @@
+"""Runs over several nodes: namespaces of this machine that are joined by a virtual cable."""

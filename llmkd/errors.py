@@ -21,6 +21,10 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of writing, which carry no name."""
 FULL_IN_OTHER_WORDS = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
 """How torch, safetensors and Arrow report a full disk, which raise no OSError."""
+NO_MEMORY = (
+    "its memory, or the job's share of it, is used up; write less in train.micro_batch_size, or start fewer ranks there"
+)
+"""Why the kernel kills a process, and the cure."""
 ANOTHER_FOLDER = "choose another folder (`output` or `name` in the recipe, or --output of llmkd train)"
 """A cure for a folder that a run or a study can't use."""
 

@@ -109,6 +109,15 @@ def _members(group: int) -> list[int]:
     return found
 
 
+def memory_kills() -> int:
+    """How many processes this machine's kernel has killed for want of memory since it started (Linux; elsewhere 0)."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
 class StoppedWaiting(Exception):
     """A signal came while another process's folder was waited for."""
 

@@ -11,9 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch warns of a wait that fails by its stack
 if __name__ == "__main__" and __spec__ is None:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch warns of a wait that fails by its stack
     # run as a file: let `import llmkd` find the package, and keep its modules from shadowing others
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 
 from llmkd.distributed.joining import LostRank, named, several_hosts, this_rank
+from llmkd.errors import NO_MEMORY
+from llmkd.processes import memory_kills
 
 Result = TypeVar("Result")
 PULSE_SECONDS = 1.0
@@ -36,6 +38,8 @@ ANSWERS, LIVES = "llmkd/answers", "llmkd/lives"
 _ending = threading.Event()
 """Set where this rank ends by a mistake of its own, and what happens to the others is no news."""
 _own: Watch | None = None
+_kills_before = memory_kills()
+"""The kernel's, on this machine, before this process worked."""
 
 
 class Watch:
@@ -85,7 +89,8 @@ class Watch:
 
 def start_watch(timeout: timedelta) -> None:
     """Start this rank's watch, unless it is the only one (all ranks take part)."""
-    global _own
+    global _own, _kills_before
+    _kills_before = memory_kills()
     if dist.get_world_size() > 1:
         _own = Watch(timeout)
 
@@ -112,6 +117,8 @@ def _end_lost(reason: str, silent: list[int] | None) -> None:
     if silent is not None:
         none = "none, so one was too slow or has said why it ended: see train.timeout_seconds"
         who = f"; silent ranks: {named(silent) or none}"
+    if memory_kills() > _kills_before:
+        who += f"; meanwhile the kernel here has killed a process: {NO_MEMORY}"
     sentence = f"Error: {this_rank()}: {reason}{who}. The same command resumes from the last checkpoint."
     print(sentence, file=sys.stderr, flush=True)
     if os.environ.get("RANK") == "0":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import socket
+import struct
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -71,8 +74,7 @@ def join(backend: str, timeout: timedelta, device: torch.device | None) -> None:
     in_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds the store itself
     holds = rank == 0 and not in_launcher
     try:
-        if not holds:
-            _reach(address, port, seconds)
+        own = "" if holds else _reach(address, port, seconds)
         store = dist.TCPStore(
             "localhost" if holds else address,  # which may lead to this machine only from elsewhere
             port,
@@ -84,9 +86,10 @@ def join(backend: str, timeout: timedelta, device: torch.device | None) -> None:
         )
         # torchrun's store outlives the ranks that it starts again: what those before have said is not for these
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        there = _meet(store, rank, size, seconds)
+        there = _meet(store, rank, size, seconds, own)
         if not there.missing:
             _remember(there.hosts)
+            _avoid_loopback([address, *there.addresses])
             store.set_timeout(timeout)
             about = {"rank": rank, "world_size": size, "timeout": patience(backend, timeout), "device_id": device}
             _connect(backend, store, about)
@@ -115,18 +118,49 @@ def _connect(backend: str, store: dist.Store, about: dict[str, Any]) -> None:
         if "connectFullMesh" not in str(error):
             raise
         raise LostRank(
-            "the ranks have met and can't reach each other: gloo uses the address that a host's own name has there, which is often its "
-            "loopback's; set GLOO_SOCKET_IFNAME on every node to the network interface between them (`ip addr` lists a node's)"
+            "the ranks have met and can't reach each other: gloo uses the network interface of GLOO_SOCKET_IFNAME, or else of the host's own "
+            "name; set GLOO_SOCKET_IFNAME on every node to the interface that leads to the others (`ip addr` lists a node's)"
         ) from error
 
 
-def _reach(address: str, port: int, seconds: int) -> None:
-    """Wait until something listens there, for so long at most: torch's own attempts fill the log with stacks. Raises OSError."""
+def _avoid_loopback(others: Sequence[str]) -> None:
+    """Give gloo the interface that leads to another host, where it would take the loopback: Debian has a host's name lead there."""
+    try:
+        broken = socket.gethostbyname(socket.gethostname()).startswith("127.")
+    except OSError:
+        broken = True
+    if broken and several_hosts() and "GLOO_SOCKET_IFNAME" not in os.environ:
+        own = {_own_address_towards(other) for other in others}
+        if found := [name for _, name in socket.if_nameindex() if _address_of(name) in own and name != "lo"]:
+            os.environ["GLOO_SOCKET_IFNAME"] = found[0]
+
+
+def _own_address_towards(other: str) -> str:
+    """The address from which this host sends to another one; empty where it does not. Nothing is sent."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        if other:
+            probe.connect((other, 9))
+            return probe.getsockname()[0]
+    return ""
+
+
+def _address_of(interface: str) -> str:
+    """An interface's address (man 7 netdevice, SIOCGIFADDR), or `none`."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        return socket.inet_ntoa(fcntl.ioctl(asked, 0x8915, struct.pack("256s", interface.encode()[:15]))[20:24])
+    return "none"
+
+
+def _reach(address: str, port: int, seconds: int) -> str:
+    """Wait until something listens there, for so long at most, and give back this host's own address on the way there.
+
+    torch's own attempts would fill the log with stacks. Raises OSError.
+    """
     deadline = time.monotonic() + seconds
     while True:
         try:
-            socket.create_connection((address, port), timeout=max(1.0, deadline - time.monotonic())).close()
-            return
+            with socket.create_connection((address, port), timeout=max(1.0, deadline - time.monotonic())) as there:
+                return there.getsockname()[0]
         except OSError:
             if time.monotonic() > deadline:
                 raise
@@ -139,11 +173,13 @@ class _There(NamedTuple):
     missing: list[int]
     hosts: list[str]
     """By rank; of a missing one an empty text."""
+    addresses: list[str]
+    """By rank; empty of the one that all have reached, and of a missing one."""
 
 
-def _meet(store: dist.Store, rank: int, size: int, seconds: int) -> _There:
-    """Wait until every rank is there, or for so long; all that are there get the same answer."""
-    store.set(f"{JOINED}/{rank}", socket.gethostname())
+def _meet(store: dist.Store, rank: int, size: int, seconds: int, own: str) -> _There:
+    """Wait until every rank is there, or for so long; all that are there get the same answer. `own`: this host's address."""
+    store.set(f"{JOINED}/{rank}", json.dumps([socket.gethostname(), own]))
     if rank == 0:
         store.set(MET, json.dumps(_call(store, size, seconds)))
     store.wait([MET], timedelta(seconds=seconds + 10))
@@ -158,7 +194,8 @@ def _call(store: dist.Store, size: int, seconds: int) -> _There:
         store.wait(keys, timedelta(seconds=seconds))
     except dist.DistStoreError:  # not in time
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-    return _There(missing, ["" if rank in missing else store.get(key).decode() for rank, key in enumerate(keys)])
+    joined = [["", ""] if rank in missing else json.loads(store.get(key)) for rank, key in enumerate(keys)]
+    return _There(missing, [host for host, _ in joined], [address for _, address in joined])
 
 
 def _remember(hosts: Sequence[str]) -> None:

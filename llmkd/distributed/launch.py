@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmkd import starting
+from llmkd.errors import NO_MEMORY
+from llmkd.processes import memory_kills
 from llmkd.starting import Process
 from llmkd.text import counted
 
@@ -68,6 +71,7 @@ def launch_each(launches: Sequence[Launch], at_once: int = 1, devices: Sequence[
     waiting, free = deque(enumerate(launches)), deque(range(at_once))
     running: dict[int, tuple[int, list[Process]]] = {}  # by the number of the launch: its place among those at once
     every: list[Process] = []
+    kills = memory_kills()
     with _passing_signals(every) as signals:
 
         def goes_on() -> bool:
@@ -78,7 +82,7 @@ def launch_each(launches: Sequence[Launch], at_once: int = 1, devices: Sequence[
                 (number, one), place = waiting.popleft(), free.popleft()
                 running[number] = place, _started(one, devices[place * one.ranks : (place + 1) * one.ranks], every)
             for number, (place, processes) in list(running.items()):
-                if (code := _code(processes)) is not None:
+                if (code := _code(processes, kills)) is not None:
                     endings[number] = Ending(code, bool(signals))
                     del running[number]
                     free.append(place)
@@ -113,12 +117,18 @@ def _started(one: Launch, devices: Sequence[str], every: list[Process]) -> list[
     return processes
 
 
-def _code(processes: list[Process]) -> int | None:
-    """How a launch has ended: the first non-zero code. None while all go on. When one fails, the others have a moment to report why."""
+def _code(processes: list[Process], kills: int) -> int | None:
+    """How a launch has ended: the first non-zero code. None while all go on. When one fails, the others have a moment to report why.
+
+    `kills`: the kernel's, for want of memory, before the ranks were started. A rank that is killed can't say so itself.
+    """
     codes = [p.poll() for p in processes]
     failed = [c for c in codes if c]
     if not failed:
         return 0 if all(c == 0 for c in codes) else None
+    for rank in (rank for rank, code in enumerate(codes) if code == -signal.SIGKILL):
+        why = f", by the kernel: {NO_MEMORY}" if memory_kills() > kills else ""
+        print(f"Error: rank {rank} was killed (SIGKILL){why}.", file=sys.stderr, flush=True)
     deadline = time.monotonic() + 5
     while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
         time.sleep(0.05)

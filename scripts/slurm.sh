@@ -38,7 +38,8 @@ environment=${LLMKD_VENV:-.venv}
 source "$environment/bin/activate"
 
 nodes=${SLURM_JOB_NUM_NODES:?}
-first=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?}" | head -n 1) || fail "scontrol does not name the job's nodes"
+hosts=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?}") || fail "scontrol does not name the job's nodes"
+first=${hosts%%$'\n'*}
 ranks=${LLMKD_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 port=${LLMKD_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 say "$nodes nodes of $ranks ranks meet at $first:$port (start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID)"

@@ -95,7 +95,7 @@ def join(backend: str, timeout: timedelta, device: torch.device | None) -> None:
             _connect(backend, store, about)
             return
         joined = [number for number in range(size) if number not in there.missing]
-        reason = f"missing: {_ranges(there.missing)}; there: {_on_hosts(joined, there.hosts)}"
+        reason, others = f"missing: {_ranges(there.missing)}", f" (there: {_on_hosts(joined, there.hosts)})"
         cause: Exception | None = None
     except (OSError, dist.DistError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
@@ -103,10 +103,10 @@ def join(backend: str, timeout: timedelta, device: torch.device | None) -> None:
                 f"another process of this machine uses port {port}: give the launcher another (--master_port N)"
             ) from error
         said = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0].rstrip(".")
-        reason, cause = f"no answer there: {said}", error
+        reason, others, cause = f"no answer there: {said}", "", error
     raise LostRank(
         f"the {size} ranks did not meet at {address}:{port} within {seconds} s ({reason}): start a rank for each, see that every node "
-        f"reaches that address, and where nodes start that far apart set {JOIN_VARIABLE} to more seconds"
+        f"reaches that address, and where nodes start that far apart set {JOIN_VARIABLE} to more seconds{others}"
     ) from cause
 
 
@@ -118,7 +118,7 @@ def _connect(backend: str, store: dist.Store, about: dict[str, Any]) -> None:
         if "connectFullMesh" not in str(error):
             raise
         raise LostRank(
-            "the ranks have met and can't reach each other: gloo uses the network interface of GLOO_SOCKET_IFNAME, or else of the host's own "
+            "the ranks have met and can't reach each other: gloo uses the interface of GLOO_SOCKET_IFNAME, or else that of the host's own "
             "name; set GLOO_SOCKET_IFNAME on every node to the interface that leads to the others (`ip addr` lists a node's)"
         ) from error
 

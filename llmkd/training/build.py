@@ -52,10 +52,14 @@ def accumulation_steps(train: recipe.Train, world_size: int) -> int:
     """Micro-batches per rank and step. Raises InputError unless ranks * micro_batch_size divides batch_size."""
     together = world_size * train.micro_batch_size
     if train.batch_size % together:
-        fitting = [n for n in range(1, train.batch_size + 1) if train.batch_size % (n * train.micro_batch_size) == 0]
+        sizes = [str(n) for n in range(1, train.batch_size + 1) if train.batch_size % (n * world_size) == 0]
+        fitting = [
+            str(n) for n in range(1, train.batch_size + 1) if train.batch_size % (n * train.micro_batch_size) == 0
+        ]
+        smaller = f", or in a new run micro_batch_size {' or '.join(sizes)}" if sizes else ""
         raise InputError(
             f"train.{train.batch_text} can't be shared by {world_size} ranks x micro_batch_size {train.micro_batch_size}; "
-            f"write {train.batch_multiple(together)}, or use {' or '.join(map(str, fitting))} ranks"
+            f"write {train.batch_multiple(together)}{smaller}, or use {' or '.join(fitting)} ranks"
         )
     return train.batch_size // together
 

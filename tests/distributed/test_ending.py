@@ -159,7 +159,8 @@ def test_gloo_takes_the_interface_that_nccl_was_given(nccl: str, gloo: str | Non
 
 @pytest.mark.parametrize(("given", "found"), [({}, "lo"), ({"GLOO_SOCKET_IFNAME": "mine"}, "mine")])
 def test_what_the_user_gave_gloo_is_kept(given: dict[str, str], found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that it is put back
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     for name, value in {"NCCL_SOCKET_IFNAME": "lo", **given}.items():
         monkeypatch.setenv(name, value)
     joining._share_interface()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,16 @@ class Run:
         self._arguments = ["--recipe", str(tiny / "recipe.yaml"), "--output", str(self.folder), *sets, *timeout]
         self.ranks: list[Process] = []
 
-    def start(self) -> None:
-        """Start it, or go on with it."""
+    def start(self, places: Sequence[Node] | None = None, *more: str) -> None:
+        """Start it, or go on with it; `places`: each rank's node."""
         self._starts += 1
         self._logs = self.folder.parent / f"start{self._starts}"
-        places = [node for node in self.nodes for _ in range(2)]
-        self.ranks = start_ranks(places, "llmkd.train", self._arguments, self._logs)
+        places = places or [node for node in self.nodes for _ in range(2)]
+        self.ranks = start_ranks(places, "llmkd.train", [*self._arguments, *more], self._logs)
 
     def said(self) -> list[str]:
         """What each rank says."""
-        return [(self._logs / f"rank{rank}.log").read_text() for rank in range(4)]
+        return [(self._logs / f"rank{rank}.log").read_text() for rank in range(len(self.ranks))]
 
     def step(self) -> int:
         """The last one that is logged."""
@@ -115,13 +116,18 @@ class Run:
 
     def succeeds(self, undisturbed: Path) -> None:
         """Wait for the end of this start."""
-        codes = [rank.wait(timeout=600) for rank in self.ranks]
-        assert codes == [0] * 4, self.said()
+        self.trained()
         ours, theirs = (load_file(f / "model" / "model.safetensors") for f in (self.folder, undisturbed))
         assert ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in theirs)
         keys = ("step", "loss", "grad_norm")
         logged = [[[line[key] for key in keys] for line in lines(folder)] for folder in (self.folder, undisturbed)]
-        assert logged[0] == logged[1] and len(logged[0]) == STEPS
+        assert logged[0] == logged[1]
+
+    def trained(self) -> None:
+        """Wait for the end of this start, which is the run's; each step is logged once, and nothing is left over."""
+        codes = [rank.wait(timeout=600) for rank in self.ranks]
+        assert codes == [0] * len(self.ranks), self.said()
+        assert [line["step"] for line in lines(self.folder)] == list(range(1, STEPS + 1))
         left = [*self.folder.rglob("*.tmp"), *self.folder.rglob(".lock")]
         assert not left, left
 
@@ -198,4 +204,84 @@ def test_a_node_without_power(run: Run, undisturbed: Path) -> None:
         os.kill(number, signal.SIGKILL)
     run.ended({0: SECOND, 1: SECOND})
     run.nodes[1].link("up")
+    run.finish(undisturbed)
+
+
+@pytest.mark.slow
+def test_fewer_and_more_nodes_go_on_with_the_run(run: Run, undisturbed: Path) -> None:
+    """Two nodes, then one that is left, then both again; a number of ranks that does not divide the batch is refused, and loses nothing."""
+    first, second = run.nodes
+    run.start()
+    run.train_on(5)
+    for rank in (2, 3):
+        os.kill(run.process(rank), signal.SIGKILL)
+    run.ended({})
+    run.start([first, first, second])
+    assert [rank.wait(timeout=600) for rank in run.ranks] == [2, 2, 2]
+    assert (
+        "can't be shared by 3 ranks x micro_batch_size 2; write a multiple of 6, or use 1 or 2 or 4 ranks"
+        in run.said()[0]
+    )
+    run.start([first, first], "--set", "teacher.stages=2")
+    run.train_on(5)
+    assert "resumed from" in run.said()[0] and "2 ranks x 2 accumulation x 2" in run.said()[0]
+    os.kill(run.process(1), signal.SIGKILL)
+    run.ended({})
+    run.start()
+    run.trained()
+    assert "resumed from" in run.said()[0] and "4 ranks x 1 accumulation x 2" in run.said()[0]
+    ours, theirs = (load_file(f / "model" / "model.safetensors") for f in (run.folder, undisturbed))
+    for key, expected in theirs.items():
+        assert (ours[key] - expected).abs().max() <= 2e-6 * max(1.0, expected.abs().max()), key
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_is_a_sentence_and_goes_on_with_room(
+    nodes: Nodes, tiny: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """A small file system that both nodes share; what fills it up comes in the middle of the run."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(disk)], check=True)
+    try:
+        with two_nodes(tmp_path) as both:  # who see it
+            run = Run(both, tiny, disk)
+            run.start()
+            run.train_on(3)
+            room = os.statvfs(disk)
+            (disk / "filler").write_bytes(bytes(room.f_bavail * room.f_frsize))
+            codes = [rank.wait(timeout=PATIENCE) for rank in run.ranks]
+            said = "".join(run.said())
+            assert (
+                0 not in codes
+                and 2 in codes
+                and "the disk is full; free some space and give the same command again" in said
+            ), said
+            assert "Traceback" not in said, said
+            (disk / "filler").unlink()
+            run.finish(undisturbed)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+MEMORY = Path("/sys/fs/cgroup/memory")
+"""Of the first version of control groups."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access(MEMORY / "cgroup.procs", os.W_OK), reason="no control group of memory can be made")
+def test_a_rank_without_memory_is_told_by_those_of_its_machine(run: Run, undisturbed: Path) -> None:
+    group = MEMORY / f"llmkd-tests-{os.getpid()}"
+    run.start()
+    run.train_on(3)
+    victim = run.process(3)
+    group.mkdir()
+    try:
+        (group / "cgroup.procs").write_text(str(victim))
+        (group / "memory.limit_in_bytes").write_text(str(2**20))  # what it asks for from now on is too much
+        run.ended(
+            {rank: "3 on node1; meanwhile the kernel here has killed a process: its memory, .*" for rank in (0, 1, 2)}
+        )
+    finally:
+        group.rmdir()
     run.finish(undisturbed)

@@ -54,19 +54,19 @@ def said_by(
     return said
 
 
-def did_not_meet(rank: int, node: str, address: str, reason: str) -> str:
+def did_not_meet(rank: int, node: str, address: str, reason: str, there: str = "") -> str:
     """The sentence of a rank."""
     return (
         f"Error: rank {rank} on {node}: the 4 ranks did not meet at {address}:{PORT} within {JOIN_SECONDS} s ({reason}): start a rank for "
-        "each, see that every node reaches that address, and where nodes start that far apart set LLMKD_JOIN_SECONDS to more seconds. "
-        "The same command resumes from the last checkpoint."
+        "each, see that every node reaches that address, and where nodes start that far apart set LLMKD_JOIN_SECONDS to more "
+        f"seconds{there}. The same command resumes from the last checkpoint."
     )
 
 
 def test_a_node_that_never_joins_is_told_by_both_ranks_of_the_other(nodes: Nodes, tiny: Path, tmp_path: Path) -> None:
     said = said_by(nodes, tiny, tmp_path, only=(0, 1))
-    reason = "missing: 2-3; there: 0-1 on node0"
-    assert said == {rank: [did_not_meet(rank, "node0", nodes[0].address, reason)] for rank in (0, 1)}
+    about = nodes[0].address, "missing: 2-3", " (there: 0-1 on node0)"
+    assert said == {rank: [did_not_meet(rank, "node0", *about)] for rank in (0, 1)}
 
 
 @pytest.mark.parametrize(
@@ -155,10 +155,7 @@ def test_a_recipe_that_one_node_does_not_have(nodes: Nodes, tiny: Path, tmp_path
     codes = [rank.wait(timeout=600) for rank in ranks]
     said = [(logs / f"rank{rank}.log").read_text() for rank in range(4)]
     assert codes == [1, 1, 2, 2], said
-    assert (
-        said[0].startswith("Error: rank 0 on node0: the 4 ranks did not meet")
-        and "missing: 2-3; there: 0-1 on node0" in said[1]
-    )
+    assert said[0].startswith("Error: rank 0 on node0: the 4 ranks did not meet") and "(missing: 2-3)" in said[1]
     assert said[2].startswith("Error: ") and "mine.yaml" in said[2] and said[2].count("\n") == 1 and said[3] == ""
 
 

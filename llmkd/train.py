@@ -102,12 +102,12 @@ def _is_done(world: World, job: Job) -> bool:
 def _train(world: World, run: PreparedRun, stopping: Stopping, of: int) -> Training:
     """The training of one of so many students. It stops after each micro-batch for the others, and says how many steps are done."""
     job, settings = run.job, run.job.train
+    run.begin()
     steps = Steps(world, job, run.steps, start_step=run.first)
     meter = Meter.of_job(world, job, run.clock)
     journal = Journal(world, job, start_step=run.first, steps=run.steps, of=of)
     validator, keeping = Validator(world, run, steps), Keeping(world, run)
     tokens, began, last = 0, time.perf_counter(), None
-    run.begin()
     # a run that was killed while it was exported has nothing left to train
     left = () if keeping.is_over else run.batches()
     for step, micro_batches in enumerate(run.clock.timed(left, run.seconds_apart), start=run.first + 1):

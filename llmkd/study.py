@@ -24,7 +24,7 @@ from llmkd.evaluation.places import visible_devices
 from llmkd.files import read, write_text
 from llmkd.models.families import kind
 from llmkd.models.folders import resolve
-from llmkd.planning.run_checks import check_beside, check_pair_weights, check_trained
+from llmkd.planning.run_checks import check_beside, check_pair_weights, check_trained, runs_at_once
 from llmkd.planning.study_rows import StudyRows
 from llmkd.processes import holder, only_one_in
 from llmkd.recipe.ds_config import check_ds_configs
@@ -130,9 +130,8 @@ def _make_teacher(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> 
             and not jobs.is_finished(entry.run_folder(recipe.folder))
         ):
             said = f"study: training the teacher on {counted(ranks, 'rank')}"
-            _run(
-                recipe, [(Launch(ranks, _order(recipe, [entry]), said=said), "training teacher")], "its last checkpoint"
-            )
+            one = Launch(ranks, _order(recipe, [entry]), said=said)
+            _run([(one, "training teacher")], "its last checkpoint")
     students = [entry.run_folder(recipe.folder) for entry in entries if entry.kind == "student"]
     if recipe.teacher.share_cache and not all(map(jobs.is_finished, students)):
         _cache(recipe, ranks)
@@ -208,7 +207,7 @@ def _study_file(recipe: Recipe, entries: Sequence[StudyEntry]) -> StudyFile:
 
 def _train(recipe: Recipe, at_once: Sequence[Sequence[StudyEntry]], ranks: int) -> None:
     """Train the students that are not done yet: those of a group in turn, and so many groups beside each other as the recipe says."""
-    launches = []
+    launches, runs = [], runs_at_once(recipe, ranks)
     for number, group in enumerate(at_once, start=1):
         left = [entry for entry in group if not jobs.is_finished(entry.run_folder(recipe.folder))]
         for entry in group:
@@ -217,10 +216,11 @@ def _train(recipe: Recipe, at_once: Sequence[Sequence[StudyEntry]], ranks: int) 
         if left:
             names, file = ", ".join(entry.name for entry in left), recipe.folder / "logs" / f"{left[0].name}.log"
             said = f"study {number}/{len(at_once)}: training {names} on {counted(ranks, 'rank')}"
-            beside = recipe.study.parallel > 1
-            said += f"; what they say goes to {file}" if beside else ""
-            launches.append((Launch(ranks, _order(recipe, left), file if beside else None, said), f"training {names}"))
-    _run(recipe, launches, "the last checkpoint")
+            said += f"; what they say goes to {file}" if runs > 1 else ""
+            launches.append(
+                (Launch(ranks, _order(recipe, left), file if runs > 1 else None, said), f"training {names}")
+            )
+    _run(launches, "the last checkpoint", runs)
 
 
 def _order(recipe: Recipe, entries: Sequence[StudyEntry]) -> list[str]:
@@ -245,17 +245,15 @@ def _cache(recipe: Recipe, ranks: int) -> None:
     write_text(file, dump_recipe(recipe))
     log.info("study: one cache for all students, %s", recipe.cache_folder)
     order = Launch(ranks, ["--recipe", str(file), "--cache-only", "--trust-cache"])
-    _run(recipe, [(order, "writing the teacher's cache")], "what is written")
+    _run([(order, "writing the teacher's cache")], "what is written")
 
 
-def _run(recipe: Recipe, launches: Sequence[tuple[Launch, str]], resume_point: str) -> None:
+def _run(launches: Sequence[tuple[Launch, str]], resume_point: str, at_once: int = 1) -> None:
     """Launches of a study, and what each is for. Raises Stopped if a signal ended one, InputError if a mistake did."""
-    settings = recipe.study
-    gpus = [] if settings.parallel == 1 or visible_devices() == ["cpu"] else visible_devices()
+    gpus = [] if at_once == 1 or visible_devices() == ["cpu"] else visible_devices()
+    endings = launch_each([one for one, _ in launches], at_once, gpus)
     mistakes = []
-    for (one, what), ending in zip(
-        launches, launch_each([one for one, _ in launches], settings.parallel, gpus), strict=True
-    ):
+    for (one, what), ending in zip(launches, endings, strict=True):
         # 130 and 143: a rank got the signal before it handled signals
         if ending is not None and ending.stopped and ending.code in (0, 130, 143):
             raise Stopped

@@ -59,18 +59,23 @@ def tokenizer_folder(recipe: Recipe) -> Path | None:
     return None if recipe.finetune.path is None else resolve(recipe.finetune.path, "finetune.path")
 
 
+def runs_at_once(recipe: Recipe, ranks: int) -> int:
+    """How many training runs of a study there are at a time on this machine."""
+    settings = recipe.study.parallel
+    return max(torch.cuda.device_count() // ranks, 1) if settings == "auto" else settings
+
+
 def check_beside(recipe: Recipe, ranks: int) -> None:
     """Raise InputError where this machine has too few GPUs for so many training runs at a time."""
-    runs, gpus = recipe.study.parallel, torch.cuda.device_count()
+    runs, gpus = runs_at_once(recipe, ranks), torch.cuda.device_count()
     if runs > 1 and recipe.rollouts is not None and recipe.rollouts.devices:
         raise InputError(
             "study.parallel: rollouts.devices names GPUs for one run, and several would meet there; write study.parallel: 1"
         )
     if runs > 1 and 0 < gpus < runs * ranks:
-        fitting = gpus // ranks
         raise InputError(
             f"study.parallel: {runs} runs of {counted(ranks, 'rank')} take {runs * ranks} GPUs, and there are {gpus}; "
-            f"write study.parallel: {max(fitting, 1)}"
+            f"write study.parallel: {max(gpus // ranks, 1)}, or auto"
         )
 
 

@@ -165,9 +165,9 @@ class Study(Section):
     """For each metric that matters, the largest difference that counts as none, set before the run; the first is the main metric."""
     ranks: int = Field(default=1, gt=0)
     """Processes on this machine for each training run."""
-    parallel: int = Field(default=1, gt=0)
+    parallel: Annotated[int, Field(gt=0)] | Literal["auto"] = 1
     """So many training runs at a time, each on `ranks` processes and, where there are GPUs, as many GPUs of its own; what each says goes to
-    logs/ in the study's folder. For small students, which gain nothing from more ranks."""
+    logs/ in the study's folder. For small students, which gain nothing from more ranks. `auto`: as many as there are GPUs for."""
     together: int = Field(default=1, gt=0)
     """So many students of a seed are trained in turn, a micro-batch each, off one pass of one teacher; each becomes what it becomes alone.
     A rank holds them all: `llmkd plan` says how many fit. 1: one student after another, each with a teacher of its own."""

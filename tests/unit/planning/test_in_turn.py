@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
+
+from llmkd.errors import InputError
 from llmkd.planning import memory
 from llmkd.planning.in_turn import Member, in_turn_text, needed
+from llmkd.planning.run_checks import check_beside, runs_at_once
 from llmkd.planning.shapes import teacher_config
 from llmkd.recipe.recipe import load_recipe
 from llmkd.recipe.study_entries import entry_recipe, study_entries
@@ -33,3 +38,20 @@ def test_a_plan_says_how_many_fit(tiny: Path) -> None:
     assert fits_one.splitlines()[1].startswith("*")
     assert in_turn_text(recipe, 1, teacher, 1e-9).endswith("not even one fits a device of 1e-09 GiB, a tenth left free")
     assert in_turn_text(recipe.changed({"study.strategies": []}), 1, teacher, 80) == ""
+
+
+def test_runs_beside_each_other_have_gpus_of_their_own(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(tiny / "recipe.yaml", ["study.parallel=auto"])
+    assert runs_at_once(recipe, 2) == 1
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert [runs_at_once(recipe, ranks) for ranks in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    check_beside(recipe, 2)
+    asked = recipe.changed({"study.parallel": 5})
+    check_beside(asked, 1)
+    with pytest.raises(
+        InputError, match=r"5 runs of 2 ranks take 10 GPUs, and there are 8; write study.parallel: 4, or"
+    ):
+        check_beside(asked, 2)
+    writes = {"rollouts": {"backend": "vllm", "devices": [6, 7], "max_new_tokens": 4}, "loss.ce": 0.0}
+    with pytest.raises(InputError, match=r"rollouts.devices names GPUs for one run"):
+        check_beside(recipe.changed(writes), 2)

@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -124,3 +124,21 @@ def sha256(file: Path) -> str:
     """The hash of a file's bytes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_record(file: Path) -> dict[str, Any]:
+    """What `is_as_recorded` knows a file by: its size, its time of change in nanoseconds, and the hash of its bytes."""
+    state = file.stat()
+    return {"bytes": state.st_size, "changed": state.st_mtime_ns, "sha256": sha256(file)}
+
+
+def is_as_recorded(file: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a file is there and as it was recorded, by a record that is whole. Its bytes are read only where its time of change is
+    another."""
+    try:
+        state = file.stat()
+        if state.st_size != record["bytes"]:
+            return False
+        return state.st_mtime_ns == record["changed"] or sha256(file) == record["sha256"]
+    except (OSError, KeyError, TypeError):
+        return False

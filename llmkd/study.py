@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from llmkd.distributed import checksums
 from llmkd.distributed.launch import Launch, launch_each
 from llmkd.errors import InputError
 from llmkd.evaluation import agreement, classification, generation, lm_eval_step
@@ -276,13 +277,11 @@ def _write_undistilled(recipe: Recipe, entries: Sequence[StudyEntry], part: Part
             run = measured_start(recipe, entries, entry).run_folder(recipe.folder)
             seeded, kept = with_blocks(seeded, run), kept_width(seeded, run)
         decides = ("student.", "teacher.", "finetune.", "seed", "train.dtype")
-        parts = {} if kept is None else {"width": asdict(kept)}
-        made_of = json.dumps(
-            {**{k: v for k, v in jobs.student_inputs(seeded).items() if k.startswith(decides)}, **parts}
-        )
-        if not (target / "llmkd.json").is_file() or (target / "llmkd.json").read_text() != made_of:
+        inputs = {k: v for k, v in jobs.student_inputs(seeded).items() if k.startswith(decides)}
+        made_of = json.dumps(inputs if kept is None else {**inputs, "width": asdict(kept)})
+        if not checksums.is_published(target, made_of):
             initial_student(seeded, resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision), target, kept)
-            write_text(target / "llmkd.json", made_of)
+            checksums.publish(target, made_of)
 
 
 def _model(recipe: Recipe, entry: StudyEntry) -> Path:
@@ -328,9 +327,9 @@ def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
             check_trained(own, family, teacher, ranks)
             rows.check_student(own, ranks)
             inputs = jobs.student_inputs(own)
-        meta = recipe.folder / entry.model / "llmkd.json"
-        if meta.is_file():
-            check_same(json.loads(meta.read_text())["inputs"], inputs, meta.parent.parent)
+        run = entry.run_folder(recipe.folder)
+        if jobs.is_finished(run) or (run / "model" / "llmkd.json").is_file():
+            check_same(jobs.meta_of(run)["inputs"], inputs, run)
 
 
 def _check_scores(recipe: Recipe) -> None:

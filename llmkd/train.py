@@ -28,12 +28,12 @@ import transformers
 
 from llmkd import __version__
 from llmkd.data.batches import Batch, Counts
+from llmkd.distributed import checksums
 from llmkd.distributed.ending import end_lost, leave, lost_rank, print_mistake, start_watch
 from llmkd.distributed.engines import backward
-from llmkd.distributed.ranks import World, barrier, on_main, quiet, start, stop, sum_counts
+from llmkd.distributed.ranks import World, on_main, quiet, start, stop, sum_counts
 from llmkd.distributed.shared_folder import only_run_in
 from llmkd.errors import Diverged, InputError, storage_problem
-from llmkd.files import write_json
 from llmkd.processes import Stopping, end_with_parent
 from llmkd.provenance import commit, hardware, peak_memory_gib, versions
 from llmkd.recipe.ds_config import check_ds_configs
@@ -258,11 +258,13 @@ def _finish(
     else:
         keeping.publish(model, card=model_card(job, kept.step, learned), meta=meta)
         log.info("%s: exported is the student of step %d, the best by %s", job.title, kept.step, job.train.keep_by)
-    if world.is_main:
+
+    def publish() -> None:
         initial.remove_initial(job, but_a_base=True)
-        write_json(job.folder / "summary.json", summary)  # a run that has one is finished
+        checksums.finish(job.folder, summary)  # a run that has a summary is finished
         keeping.remove()
-    barrier(world)
+
+    on_main(world, publish)
     log.info("%s: done, %s", job.title, model)
 
 

@@ -1,21 +1,34 @@
-"""The checksums of a checkpoint's files: written last, compared before any file is opened.
+"""The checksums of a checkpoint's files, compared before any of them is opened, and those of what a finished run leaves.
 
     checkpoints/step-00000100/checksums.json      {"shards/….pt": SHA-256, "rng-0.pt": …, "state.json": …}
+    checksums.json                                {"model/model.safetensors": {"bytes": …, "changed": …, "sha256": …}, "metrics.jsonl": …}
 
-Every rank reads its share of the files, as it wrote its share of them. They guard against damage; that a file from elsewhere runs no
-code when it is read is seen to in `llmkd.distributed.shards`.
+Every rank reads its share of a checkpoint's files, as it wrote its share of them. They guard against damage; that a file from elsewhere
+runs no code when it is read is seen to in `llmkd.distributed.shards`. Of a finished run rank 0 reads the files whose time of change is
+another.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
+import logging
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from llmkd.distributed.ranks import World, on_every_rank, on_main
-from llmkd.files import read, sha256, write_json_durably
+from llmkd.errors import InputError
+from llmkd.files import file_record, is_as_recorded, read, sha256, write_json_durably, write_text
+
+log = logging.getLogger("llmkd")
 
 FILE = "checksums.json"
+META, SUMMARY = "llmkd.json", "summary.json"
+NOT_KEPT = (SUMMARY, FILE, "README.md")
+"""Files of a finished run without a checksum of their own: a card is for people to edit."""
 
 
 def write_checksums(world: World, folder: Path) -> None:
@@ -59,3 +72,76 @@ def _first_fault(folder: Path, sums: Mapping[str, str], names: Iterable[str]) ->
         except OSError as error:
             return f"{name} can't be read: {(error.strerror or 'unknown reason').lower()}"
     return None
+
+
+def finish(run: Path, summary: Mapping[str, object]) -> None:
+    """Publish `summary.json`, which a finished run has, after the checksums of it and of all that the run leaves beside checkpoints."""
+    text = json.dumps(summary, indent=1, allow_nan=False, ensure_ascii=False)
+    kept = [
+        file
+        for file in (*run.glob("[!.]*"), *(run / "model").rglob("*"))
+        if file.is_file() and file.name not in NOT_KEPT
+    ]
+    sums = {str(file.relative_to(run)): file_record(file) for file in sorted(kept)}
+    sums[SUMMARY] = {"bytes": len(text.encode()), "changed": 0, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    write_json_durably(run / FILE, sums)
+    write_text(run / SUMMARY, text)
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a training folder holds all that a run leaves, as it left it: a kill may come between the model and the summary.
+
+    Raises InputError for a damaged model. Other damaged files decide nothing any more, and are told.
+    """
+    if not (run / "model" / META).is_file() or not (run / SUMMARY).is_file():
+        return False
+    sums = read(run / FILE)
+    if not isinstance(sums, dict):
+        if (run / FILE).exists():
+            _tell(f"{run / FILE} is damaged, so that nothing of {run} is compared with what was written")
+        sums = {}
+    for name in (name for name, record in sums.items() if not is_as_recorded(run / name, record)):
+        if name.startswith("model/"):
+            raise _damaged(run / name, run)
+        again = "; it is written again" if name == SUMMARY else "; what a report shows of it may be wrong"
+        _tell(f"{run / name} is not what was written when the run ended{again}")
+    return is_as_recorded(run / SUMMARY, sums[SUMMARY]) if SUMMARY in sums else isinstance(read(run / SUMMARY), dict)
+
+
+def publish(folder: Path, about: str) -> None:
+    """Publish a model folder's `llmkd.json` with this text, after the checksums of its other files."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in (FILE, META)]
+    write_json_durably(folder / FILE, {str(file.relative_to(folder)): file_record(file) for file in files})
+    write_text(folder / META, about)
+
+
+def is_published(folder: Path, about: str) -> bool:
+    """Whether a model folder was published with this text and is as it was then; a damaged file is named."""
+    sums = read(folder / FILE)
+    if not isinstance(sums, dict) or not (folder / META).is_file() or (folder / META).read_bytes() != about.encode():
+        return False
+    damaged = [name for name, record in sums.items() if not is_as_recorded(folder / name, record)]
+    for name in damaged:
+        _tell(f"{folder / name} is not what was written; the folder is made again")
+    return not damaged
+
+
+def meta_of(run: Path) -> dict[str, Any]:
+    """What a finished run's model/llmkd.json says of its making. Raises InputError where it is damaged."""
+    about = read(run / "model" / META)
+    if not isinstance(about, dict) or not isinstance(about.get("inputs"), dict):
+        raise _damaged(run / "model" / META, run)
+    return about
+
+
+def _damaged(file: Path, run: Path) -> InputError:
+    return InputError(
+        f"{file} is damaged: it is not what was written when the run ended; put it back, or remove {run / 'model'} to have the student "
+        "exported again from the last checkpoint"
+    )
+
+
+@functools.cache
+def _tell(sentence: str) -> None:
+    """Once in a process: a study asks for its students more than once."""
+    log.warning(sentence)

@@ -162,6 +162,8 @@ class StepResult(JsonFields):
     """Why the step failed; it may have numbers all the same, where one of several tasks failed."""
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
+    written: str = ""
+    """A hash of all else that its files held when they were written, but for `seconds` and `model`."""
 
     @classmethod
     def read(cls, file: Path) -> Self:

@@ -37,7 +37,11 @@ from llmkd.recipe.scoring_steps import ScoringStep
 
 log = logging.getLogger("llmkd")
 
-NOT_OF_THE_MODEL = ("llmkd.json", "README.md")  # in an exported folder, but without influence on its outputs
+NOT_OF_THE_MODEL = (
+    "llmkd.json",
+    "checksums.json",
+    "README.md",
+)  # in an exported folder, but without influence on its outputs
 
 S = TypeVar("S")
 R = TypeVar("R", bound=StepResult)
@@ -289,17 +293,37 @@ def pending(unscored: Sequence[R], out: Path) -> list[R]:
     """The models without a result in `out` of the same fingerprint; a noted error is no result."""
 
     def is_done(model: R) -> bool:
-        result = read_result(out / f"{model.name}.json", type(model))
-        return result is not None and result.fingerprint == model.fingerprint and result.error is None
+        file = out / f"{model.name}.json"
+        result = read_result(file, type(model))
+        if result is None or result.fingerprint != model.fingerprint or result.error is not None:
+            return False
+        items = _items_file(out, result)
+        if result.written in ("", _hash(result, "" if items is None or not items.is_file() else items.read_text())):
+            return True
+        log.warning(
+            "%s is damaged, or the file with its items: not what was written; %s is scored again", file, model.name
+        )
+        return False
 
     return [model for model in unscored if not is_done(model)]
 
 
 def _write(out: Path, result: StepResult, items: Sequence[Item]) -> None:
     """Write a model's files, the items first: where a result is, its items are."""
-    if result.ITEMS_SUFFIX:
-        write_text(out / f"{result.name}{result.ITEMS_SUFFIX}", "".join(f"{item.to_line()}\n" for item in items))
-    write_text(out / f"{result.name}.json", result.to_text())
+    lines = "".join(f"{item.to_line()}\n" for item in items)
+    if (file := _items_file(out, result)) is not None:
+        write_text(file, lines)
+    written = _hash(result, lines if file is not None else "")
+    write_text(out / f"{result.name}.json", replace(result, written=written).to_text())
+
+
+def _items_file(out: Path, result: StepResult) -> Path | None:
+    return out / f"{result.name}{result.ITEMS_SUFFIX}" if result.ITEMS_SUFFIX else None
+
+
+def _hash(result: StepResult, items: str) -> str:
+    values = {key: value for key, value in result.to_json().items() if key not in ("written", "seconds", "model")}
+    return digest([json.dumps(values), items])
 
 
 def model_hashes(folder: Path) -> list[str]:

@@ -3,8 +3,8 @@
     checkpoints/step-00000100/      DeepSpeed's shards, `state.json`, `rng-<rank>.pt`, `checksums.json`, `stream-<rank>.json`
 
 The shards hold what is trained; what is frozen beside adapters is read again from the folder that the run starts from.
-`state.json` holds the step, the number of ranks, what was trained, and the validations so far; where rows are streamed,
-`stream-<rank>.json` holds each rank's place in the stream.
+`state.json` holds the step, the number of ranks, what was trained, the validations so far, and by what the logs so far are known; where
+rows are streamed, `stream-<rank>.json` holds each rank's place in the stream.
 
 A checkpoint is written under a name ending in .tmp and then renamed; so is an exported model. Whatever else ends in .tmp was left by a
 killed run, and the next one removes it. A damaged checkpoint is renamed to end in .damaged, and never used.
@@ -12,6 +12,7 @@ killed run, and the next one removes it. A damaged checkpoint is renamed to end 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -33,7 +34,7 @@ from llmkd.distributed.engines import whole_state
 from llmkd.distributed.ranks import World, barrier, on_main
 from llmkd.distributed.shards import load_shards, merge_shards, save_shards
 from llmkd.errors import ANOTHER_FOLDER, InputError
-from llmkd.files import sync, write_folder
+from llmkd.files import file_record, sync, write_folder
 from llmkd.models.adapter_folders import adapter_tensors, write_adapter
 from llmkd.models.folders import copy_tokenizer
 from llmkd.models.lora import merged
@@ -42,6 +43,7 @@ from llmkd.recipe.inputs import input_text
 log = logging.getLogger("llmkd")
 
 TAG = "shards"
+LOGS = ("metrics.jsonl", "rollouts.jsonl")
 
 
 def save(
@@ -72,6 +74,7 @@ def save(
     barrier(world)
     if world.is_main:
         state = {"step": step, "world_size": world.size, "inputs": inputs, "validations": validations, "rows": rows}
+        state["logs"] = {log.name: file_record(log) for log in map(folder.parent.joinpath, LOGS) if log.is_file()}
         (tmp / "state.json").write_text(json.dumps(state, indent=1))
     barrier(world)
     write_checksums(world, tmp)
@@ -128,10 +131,24 @@ def _newest(folder: Path, inputs: Mapping[str, object]) -> Saved | None:
         if fault is None:
             state = json.loads((last / "state.json").read_text())
             check_same(state["inputs"], inputs, last)
+            for name, record in state.get("logs", {}).items():
+                _check_log(folder.parent / name, record, last)
             validations = tuple((int(step), float(value)) for step, value in state.get("validations", ()))
             return Saved(last, int(state["step"]), int(state["world_size"]), validations, tuple(state.get("rows", ())))
         _set_aside(last, fault)
     return None
+
+
+def _check_log(file: Path, record: Mapping[str, Any], saved: Path) -> None:
+    """Warn where a log does not begin with what it held when a checkpoint was saved; it decides nothing, so the run goes on."""
+    try:
+        with file.open("rb") as stream:
+            begins = hashlib.sha256(stream.read(record["bytes"])).hexdigest()
+    except OSError:
+        begins = None
+    if begins != record["sha256"]:
+        message = "%s does not begin with what it held when %s was saved; steps up to it may be missing or wrong there, and in the report"
+        log.warning(message, file, saved)
 
 
 def _set_aside(checkpoint: Path, fault: str) -> None:

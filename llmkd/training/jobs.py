@@ -6,7 +6,6 @@ A `Job` is all that the loop needs; there is one for distilling a student and on
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -18,6 +17,7 @@ from datasets import Dataset
 from llmkd.data.batches import Family
 from llmkd.data.other_families import check_format, label_names
 from llmkd.data.rows import HASHES, load_rows, source_contents, stream_contents
+from llmkd.distributed.checksums import is_finished, meta_of
 from llmkd.distributed.ds_configs import load_ds_config
 from llmkd.distributed.ranks import World, on_main
 from llmkd.errors import InputError
@@ -309,16 +309,11 @@ def _contents(recipe: Recipe, train: Train, data: Data) -> dict[str, str]:
 
 def finished(job: Job) -> bool:
     """Whether the job's model is there. Raises InputError if it was trained with other inputs."""
-    meta = job.folder / "model" / "llmkd.json"
-    if not meta.is_file():
+    if not (job.folder / "model" / "llmkd.json").is_file():
         return False
-    check_same(json.loads(meta.read_text())["inputs"], job.inputs, job.folder)
-    return is_finished(job.folder)
-
-
-def is_finished(run: Path) -> bool:
-    """Whether a training folder holds all that a run leaves: a kill may come between the model and the summary."""
-    return (run / "model" / "llmkd.json").is_file() and (run / "summary.json").is_file()
+    done = is_finished(job.folder)
+    check_same(meta_of(job.folder)["inputs"], job.inputs, job.folder)
+    return done
 
 
 def _check_lengths(max_length: int, positions: int | None, where: str) -> None:

@@ -102,7 +102,7 @@ def _judged(place: Place, name: str, scenario: Scenario, files: list[Path], what
         faults = [*oracle.orphans(command), *(["a traceback"] if "Traceback" in out else [])]
         if code == 2:
             faults += oracle.refusal(out)
-            faults += [] if _names(out, files, place.work) else ["the damaged file is not named"]
+            faults += [] if _refused_by_name(out, files, place.work) else ["the damaged file is not named"]
             return Outcome("refused", what, [f"{fault}:\n{out[-3000:]}" for fault in faults])
         if code != 0 or faults:
             return Outcome("", what, [f"ended with {code} {fault}:\n{out[-3000:]}" for fault in faults or [""]])
@@ -128,6 +128,14 @@ def _within(file: Path, work: Path) -> str:
 
 
 def _names(said: str, files: list[Path], work: Path) -> bool:
-    """Whether one of the files, or a folder of it below the run's own, is named."""
+    """Whether one of the files is named, or the checkpoint that it is of is said to be set aside."""
+    checkpoints = {parent.name for file in files for parent in file.parents if parent.name.startswith("step-")}
+    return any(str(file) in said or (file.name in said and file.suffix != ".yaml") for file in files) or any(
+        f"{name}.damaged" in said for name in checkpoints
+    )
+
+
+def _refused_by_name(out: str, files: list[Path], work: Path) -> bool:
+    """As `_names`, of a refusal: a folder below the run's own is enough."""
     parents = [str(parent) for file in files for parent in file.parents if len(parent.parts) > len(work.parts) + 1]
-    return any(file.name in said for file in files) or any(parent in said for parent in parents)
+    return _names(out, files, work) or any(parent in out.splitlines()[-1] for parent in parents)

@@ -43,7 +43,18 @@ VOLATILE = (
         "step_seconds",
         "cost",
     ),
-    *("resumed_from_step", "seconds_per_step", "peak_memory_gib", "logged_at", "wall", "llmkd", "commit"),
+    *(
+        "resumed_from_step",
+        "seconds_per_step",
+        "peak_memory_gib",
+        "logged_at",
+        "wall",
+        "llmkd",
+        "commit",
+        "written",
+        "quartiles",
+        "cpu_quartiles",
+    ),
 )
 """Keys of JSON files that differ between two undisturbed runs."""
 
@@ -56,8 +67,8 @@ def result(work: Path, reference: Path) -> list[str]:
     ]
     for file in _files(work):
         name = str(file.relative_to(work))
-        if (reference / name).is_file() and not _same(file, reference / name):
-            faults.append(f"not as undisturbed: {name}")
+        if (reference / name).is_file() and (where := _difference(file, reference / name)) is not None:
+            faults.append(f"not as undisturbed: {name}{where}")
         if file.name == "metrics.jsonl":
             faults += _steps(file, work)
     return faults + checkpoints(work)
@@ -76,8 +87,11 @@ def checkpoints(work: Path) -> list[str]:
 
 def _steps(file: Path, work: Path) -> list[str]:
     """Whether each step stands in metrics.jsonl once, in order."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    steps = [line["step"] for line in lines if "validation" not in line]
+    try:
+        lines = [json.loads(line) for line in file.read_text(errors="replace").splitlines()]
+        steps = [line["step"] for line in lines if "validation" not in line]
+    except (ValueError, KeyError, TypeError):
+        return [f"{file.relative_to(work)} holds lines that are not JSON, or no steps"]
     right = steps == list(range(1, len(steps) + 1))
     return [] if right else [f"{file.relative_to(work)} has the steps {steps}"]
 
@@ -98,18 +112,29 @@ def kind_of(file: Path, folder: Path, *, hashes: bool = False) -> str:
     return name if hashes else re.sub(r"\d{5}", "N", re.sub(r"[0-9a-f]{16}", "HASH", name))
 
 
-def _same(ours: Path, theirs: Path) -> bool:
+def _difference(ours: Path, theirs: Path) -> str | None:
+    """Where a file differs from the undisturbed one, as far as can be said in a few words; None where it does not."""
     if ours.name.endswith(EXACT):
-        return ours.read_bytes() == theirs.read_bytes()
-    if ours.name.endswith(NOT_COMPARED):
-        return True
-    if ours.suffix in (".json", ".jsonl"):
-        return [_lasting(value) for value in _values(ours)] == [_lasting(value) for value in _values(theirs)]
-    return True
+        return None if ours.read_bytes() == theirs.read_bytes() else ""
+    if ours.name.endswith(NOT_COMPARED) or ours.suffix not in (".json", ".jsonl"):
+        return None
+    return _first_difference(_lasting(_values(ours)), _lasting(_values(theirs)))
+
+
+def _first_difference(ours: Any, theirs: Any) -> str | None:
+    if ours == theirs:
+        return None
+    parts: list[tuple[Any, Any, Any]] = []
+    if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
+        parts = [(key, ours[key], theirs[key]) for key in ours]
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        parts = [(key, *pair) for key, pair in enumerate(zip(ours, theirs, strict=True))]
+    found = next(((key, inside) for key, a, b in parts if (inside := _first_difference(a, b)) is not None), None)
+    return f" {str(ours)[:80]!r} for {str(theirs)[:80]!r}" if found is None else f" {found[0]}{found[1]}"
 
 
 def _values(file: Path) -> list[Any]:
-    text = file.read_text()
+    text = file.read_text(errors="replace")
     try:
         return [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else [json.loads(text)]
     except ValueError:
@@ -128,6 +153,8 @@ def refusal(out: str) -> list[str]:
     """Whether a command that ended with 2 said why in one sentence."""
     said = [line for line in out.splitlines() if line.strip()]
     errors = [line for line in said if line.startswith("Error: ")]
+    if len(errors) == 2 and "(see above)" in errors[1]:  # a study's, after that of the run which it started
+        errors, said = errors[:1], said[:-1]
     if "Traceback" in out:
         return ["a traceback"]
     if len(errors) != 1:

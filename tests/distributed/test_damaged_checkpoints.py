@@ -163,3 +163,43 @@ def test_a_kill_between_the_model_and_its_summary_is_made_good(tiny: Path, world
     assert train(world, job)
     assert json.loads((run / "summary.json").read_text())["steps"] == 2
     assert (run / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_damaged_log_is_named_at_a_resume(
+    world: Any, checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What came after the checkpoint is done again and may be anything."""
+    shutil.copytree(checkpoints.parent, tmp_path / "run")
+    log, said = tmp_path / "run" / "metrics.jsonl", "metrics.jsonl does not begin with what it held when"
+    right = log.read_text()
+    for text, named in {
+        right: False,
+        right + '{"step"': False,
+        right.replace("1", "2", 1): True,
+        right[:9]: True,
+    }.items():
+        log.write_text(text)
+        caplog.clear()
+        assert checkpoint.newest(world, tmp_path / "run" / "checkpoints", _inputs(checkpoints)) is not None
+        assert (said in caplog.text) == named
+    log.unlink()
+    assert checkpoint.newest(world, tmp_path / "run" / "checkpoints", _inputs(checkpoints)) is not None
+    assert said in caplog.text
+
+
+def test_a_damaged_model_of_a_finished_run_is_refused_and_exported_again(
+    tiny: Path, world: Any, tmp_path: Path
+) -> None:
+    recipe = load_recipe(tiny / "recipe.yaml").changed({**SHORT, "train.warmup_steps": 0, "train.steps": 2})
+    job, model = jobs.distil_job(world, recipe, tmp_path / "run"), tmp_path / "run" / "model"
+    assert train(world, job)
+    weights = (model / "model.safetensors").read_bytes()
+    _flip(model / "model.safetensors")
+    with pytest.raises(
+        InputError, match="model.safetensors is damaged: .* or remove .*/model to have the student exported"
+    ):
+        train(world, job)
+    shutil.rmtree(model)
+    assert train(world, job) and (model / "model.safetensors").read_bytes() == weights
+    _truncate(tmp_path / "run" / "summary.json")
+    assert train(world, job) and json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2

@@ -76,6 +76,7 @@ def test_what_is_wrong_in_a_run_is_found(undisturbed: Path, tmp_path: Path, wron
         ("12:00:00 reading\nError: recipe.yaml: train.steps: write a number above 0\n", True),
         ("Usage: llmkd\n\nError: No such option '--no-such'.\n", True),
         ("Error: train.steps is wrong here\nError: train.steps is wrong here\n", False),
+        ("Error: rows.jsonl: not there\nError: study: training ended with code 2 (see above); go on\n", True),
         ("Traceback (most recent call last):\nError: train.steps is wrong here\n", False),
         ("Error: \n", False),
         ("nothing\n", False),

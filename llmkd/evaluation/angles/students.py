@@ -5,7 +5,6 @@ And the projectors between a student's states and the teacher's, where their wid
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from llmkd.distributed.checksums import damage
+from llmkd.distributed.checksums import damage, meta_of
 from llmkd.distributed.shards import saved_weights
 from llmkd.errors import InputError
 from llmkd.layer_map import compared
@@ -95,7 +94,7 @@ def _of_study(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tup
 def _of_training(folder: Path, recipe: str | None, overrides: Sequence[str]) -> tuple[Path, list[TrainedStudent]]:
     """The student of a training folder; one that lies in a study has that study's teacher."""
     name = folder.resolve().name
-    meta = json.loads((folder / "model" / "llmkd.json").read_text())
+    meta = meta_of(folder)
     if not any(key.startswith("student.") for key in meta["inputs"]):
         raise InputError(f"{folder}: a teacher's run, and angles are seen from a student; give a student's folder")
     strategy, seed = meta["strategy"], meta["inputs"].get("seed", 0)
@@ -113,7 +112,7 @@ def _of_training(folder: Path, recipe: str | None, overrides: Sequence[str]) -> 
 
 def _student(train: Path, recipe: Recipe, name: str, kind: str, strategy: str, seed: int) -> TrainedStudent:
     """Raises InputError unless the recipe makes the student's start as its training did."""
-    meta = json.loads((train / "model" / "llmkd.json").read_text())
+    meta = meta_of(train)
     ours, theirs = training_inputs(recipe), meta["inputs"]
     for key in sorted(ours.keys() | theirs.keys()):
         if key.startswith(DECIDES) and not key.endswith(":contents") and ours.get(key) != theirs.get(key):

@@ -282,3 +282,33 @@ def test_a_process_starts_no_more_threads_than_it_is_told_or_would(
     monkeypatch.setattr(torch, "get_num_threads", lambda: set_to[-1])
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
     assert serve(STEP) == 0 and set_to[-1] == threads
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_damaged_result_is_named_and_scored_again(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its content is still one that can be read: a number, a word."""
+    few = {"a": "one two three", "b": "one"}
+    scores(tmp_path, few)
+    before, file = contents(tmp_path), tmp_path / "out" / name
+    if name == "a.json":
+        values = json.loads(file.read_text())
+        file.write_text(json.dumps({**values, "metrics": {**values["metrics"], "words": 4}}))
+    else:
+        assert "one" in file.read_text()
+        file.write_text(file.read_text().replace("one", "ten"))
+    with caplog.at_level(logging.WARNING):
+        scores(tmp_path, few)
+    assert contents(tmp_path) == before
+    assert "a.json is damaged, or the file with its items: not what was written; a is scored again" in caplog.text
+    caplog.clear()
+    scores(tmp_path, few)
+    assert "damaged" not in caplog.text
+
+
+def test_a_result_from_before_there_were_hashes_is_one(tmp_path: Path) -> None:
+    scores(tmp_path, {"a": "one"})
+    file = tmp_path / "out" / "a.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "written": "", "seconds": 77}))
+    assert scores(tmp_path, {"a": "one"})["a"]["seconds"] == 77

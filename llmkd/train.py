@@ -258,13 +258,9 @@ def _finish(
     else:
         keeping.publish(model, card=model_card(job, kept.step, learned), meta=meta)
         log.info("%s: exported is the student of step %d, the best by %s", job.title, kept.step, job.train.keep_by)
-
-    def publish() -> None:
-        initial.remove_initial(job, but_a_base=True)
-        checksums.finish(job.folder, summary)  # a run that has a summary is finished
-        keeping.remove()
-
-    on_main(world, publish)
+    on_main(world, lambda: initial.remove_initial(job, but_a_base=True))
+    on_main(world, lambda: checksums.finish(job.folder, summary))  # a run that has a summary is finished
+    on_main(world, keeping.remove)
     log.info("%s: done, %s", job.title, model)
 
 

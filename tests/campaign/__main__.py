@@ -26,7 +26,7 @@ from tests.distributed import warm
 
 Trial = Callable[[Place, random.Random, int], Outcome]
 Counts = Counter[tuple[str, str]]
-"""By kind of trial and how it ended."""
+"""By kind of trial and how it ended; and the signals that met a process."""
 
 
 def _killed(scenarios: str, place: Place, draw: random.Random, number: int) -> Outcome:
@@ -104,6 +104,7 @@ def campaign(place: Place, seed: int, trials: Iterable[tuple[str, int]]) -> tupl
         outcome = KINDS[kind](place, random.Random(f"{seed}/{kind}/{number}"), number)
         ending = "FAILED" if outcome.faults else outcome.ending
         counts[kind, ending] += 1
+        counts[kind, "signals"] += outcome.strikes
         print(f"{name}: {ending}, {time.monotonic() - began:.1f} s: {outcome.did}", flush=True)
         if outcome.faults:
             failed.append(name)

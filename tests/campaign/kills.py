@@ -52,8 +52,9 @@ def trial(place: Place, draw: random.Random, scenarios: dict[str, Scenario]) -> 
         if code != 0:
             faults.append(f"the same command ended with {code}:\n{out[-3000:]}")
         faults += [*oracle.orphans(again), *(["a traceback:\n" + out[-3000:]] if "Traceback" in out else [])]
-    ending = "bit-equal" if any("nobody" not in what for what in did[1:]) else "not met"
-    return Outcome(ending, "; ".join(did), faults or oracle.result(place.work, reference.result))
+    met = sum("to nobody" not in what for what in did[1:])
+    right = "bit-equal" if met else "not met"
+    return Outcome(right, "; ".join(did), faults or oracle.result(place.work, reference.result), met)
 
 
 def _drawn(draw: random.Random, scenario: Scenario, aims: tuple[str, ...], length: float) -> Strike:

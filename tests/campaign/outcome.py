@@ -15,3 +15,5 @@ class Outcome:
     """What was done, in words."""
     faults: list[str] = field(default_factory=list)
     """What is wrong; empty where all is right."""
+    strikes: int = 0
+    """How many signals met a process."""

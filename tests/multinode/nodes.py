@@ -24,8 +24,9 @@ import pytest
 from llmkd.files import ROOT
 from llmkd.starting import environment
 
-TOOLS = ("ip", "unshare", "nsenter", "setpriv", "mount")
+TOOLS = ("ip", "ss", "unshare", "nsenter", "setpriv", "mount", "hostname")
 KINDS = ("net", "uts", "mnt", "pid")
+KINDS = ("net", "uts", "mount", "pid")
 PORT = 29511
 """Of the ranks' meeting; every pair of nodes has a network of its own, in which it is free."""
 
@@ -35,7 +36,9 @@ def why_not() -> str | None:
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if sys.platform != "linux" or missing:
         return f"namespaces need Linux with {', '.join(missing or TOOLS)} (Debian: iproute2, util-linux)"
-    tried = subprocess.run(["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True)
+    make = "mount -t tmpfs none /mnt && ip link set lo up && ip link add left type veth peer name right"
+    spaces = [f"--{kind}" for kind in KINDS]
+    tried = subprocess.run(["unshare", *spaces, "--fork", "sh", "-c", make], capture_output=True)
     return f"no namespaces without root: {tried.stderr.decode().strip()}" if tried.returncode else None
 
 
@@ -60,7 +63,7 @@ class Node:
         self, command: Sequence[str], log: Path, variables: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
         """Start a command on the node, which says what it says into the file `log`."""
-        inside = ["nsenter", f"--target={self.first}", *(f"--{kind}" for kind in KINDS_IN_WORDS), f"--wd={ROOT}"]
+        inside = ["nsenter", f"--target={self.first}", *(f"--{kind}" for kind in KINDS), f"--wd={ROOT}"]
         with log.open("wb") as said:
             return subprocess.Popen(
                 [*inside, *command],
@@ -72,7 +75,7 @@ class Node:
 
     def do(self, *command: str) -> str:
         """What a short command says on the node; it must succeed."""
-        inside = ["nsenter", f"--target={self.first}", *(f"--{kind}" for kind in KINDS_IN_WORDS), *command]
+        inside = ["nsenter", f"--target={self.first}", *(f"--{kind}" for kind in KINDS), *command]
         done = subprocess.run(inside, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -110,9 +113,6 @@ class Node:
         self.kill()
         self._holder.kill()
         self._holder.wait()
-
-
-KINDS_IN_WORDS = ("net", "uts", "mount", "pid")
 
 
 @contextlib.contextmanager

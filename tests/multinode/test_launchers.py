@@ -140,15 +140,37 @@ def test_deepspeed_by_ssh(nodes: Nodes, tiny: Path, world: Any, tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("faketime") is None, reason="needs faketime (Debian: faketime)")
+def test_clocks_that_are_hours_apart(nodes: Nodes, tiny: Path, world: Any, tmp_path: Path) -> None:
+    """The second node's is ahead while the run begins, and behind while another start of it goes on."""
+    changes = {**PIPELINE, "train.steps": 12, "train.save_every": 2}
+    for hours, goes_on in (("+3h", False), ("-3h", True)):
+        program = trains(tiny, tmp_path, changes)
+        commands = [torchrun(node, *program, backend="static") for node in (0, 1)]
+        launchers = start(nodes, [commands[0], ["faketime", "-f", hours, *commands[1]]], tmp_path)
+        if not goes_on:
+            await_step(4, launchers, tmp_path)
+            os.kill(rank_processes(nodes[0])[-1], signal.SIGKILL)
+        codes = [launcher.wait(PATIENCE) for launcher in launchers]
+        assert (codes == [0, 0]) == goes_on and ("resumed from" in said(tmp_path)) == goes_on, said(tmp_path)
+    check(tiny, world, tmp_path, changes, nodes)
+
+
+def await_step(step: int, launchers: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
+    """Wait until so many steps are logged."""
+    deadline = time.monotonic() + PATIENCE
+    while not any(int(str(line["step"])) >= step for line in lines(folder / "run")):
+        assert time.monotonic() < deadline and all(launcher.poll() is None for launcher in launchers), said(folder)
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
 def test_torchrun_starts_again_after_a_rank_is_killed(nodes: Nodes, tiny: Path, world: Any, tmp_path: Path) -> None:
     """Its store outlives the ranks, and holds what the killed ones have said."""
     changes = {**PIPELINE, "train.steps": 30, "train.save_every": 2, "train.timeout_seconds": 30}
     program = trains(tiny, tmp_path, changes)
     launchers = start(nodes, [torchrun(number, "--max-restarts", "3", *program) for number in (0, 1)], tmp_path)
-    deadline = time.monotonic() + PATIENCE
-    while not any(int(str(line["step"])) >= 5 for line in lines(tmp_path / "run")):
-        assert time.monotonic() < deadline and all(launcher.poll() is None for launcher in launchers), said(tmp_path)
-        time.sleep(0.02)
+    await_step(5, launchers, tmp_path)
     os.kill(rank_processes(nodes[1])[-1], signal.SIGKILL)
     assert [launcher.wait(PATIENCE) for launcher in launchers] == [0, 0], said(tmp_path)
     assert "resumed from" in said(tmp_path)
@@ -170,10 +192,7 @@ def test_torchrun_that_is_told_to_stop_has_its_ranks_save(nodes: Nodes, tiny: Pa
         for number in (0, 1)
     ]
     launchers = start(nodes, commands, tmp_path)
-    deadline = time.monotonic() + PATIENCE
-    while not any(int(str(line["step"])) >= 5 for line in lines(tmp_path / "run")):
-        assert time.monotonic() < deadline and all(launcher.poll() is None for launcher in launchers), said(tmp_path)
-        time.sleep(0.02)
+    await_step(5, launchers, tmp_path)
     for node in nodes:
         for number in node.processes("bin/torchrun"):
             if b"nsenter" not in Path(f"/proc/{number}/cmdline").read_bytes():

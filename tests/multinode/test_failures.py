@@ -216,7 +216,7 @@ def test_fewer_and_more_nodes_go_on_with_the_run(run: Run, undisturbed: Path) ->
     for rank in (2, 3):
         os.kill(run.process(rank), signal.SIGKILL)
     run.ended({})
-    run.start([first, first, second])
+    run.start([first, first, second], "--set", "teacher.stages=3")
     assert [rank.wait(timeout=600) for rank in run.ranks] == [2, 2, 2]
     assert (
         "can't be shared by 3 ranks x micro_batch_size 2; write a multiple of 6, or use 1 or 2 or 4 ranks"

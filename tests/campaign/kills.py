@@ -84,7 +84,10 @@ def _strike(place: Place, scenario: Scenario, verb: str, strike: Strike, faults:
     what = f"{strike.signal.name} to {', '.join(names) or 'nobody, it had ended'} {when}, code {code}"
     if code is None:
         faults.append(f"after {what} it did not end within {HANG_SECONDS} s:\n{out[-3000:]}")
-    if code == 2 or "Traceback" in out:
+    resumes = (
+        "; the same command resumes from" in out.rstrip().rpartition("\n")[2]
+    )  # what a study says of a run that was killed
+    if (code == 2 and not resumes) or "Traceback" in out:
         faults.append(f"after {what} it said:\n{out[-3000:]}")
     if held and victims and code != 0 and SENTENCE not in out:
         faults.append(f"after {what} no rank said who is silent:\n{out[-3000:]}")

@@ -10,6 +10,7 @@ another.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -22,6 +23,7 @@ from typing import Any
 from llmkd.distributed.ranks import World, on_every_rank, on_main
 from llmkd.errors import InputError
 from llmkd.files import file_record, is_as_recorded, read, sha256, write_json_durably, write_text
+from llmkd.processes import LOCK, only_one_in
 
 log = logging.getLogger("llmkd")
 
@@ -95,6 +97,9 @@ def is_finished(run: Path) -> bool:
     """
     if not (run / "model" / META).is_file() or not (run / SUMMARY).is_file():
         return False
+    if (run / LOCK).is_file():  # its holder may have been killed after its work was done
+        with contextlib.suppress(InputError), only_one_in(run, patience_seconds=0):
+            pass
     sums = read(run / FILE)
     if not isinstance(sums, dict):
         if (run / FILE).exists():

@@ -54,6 +54,7 @@ VOLATILE = (
         "written",
         "quartiles",
         "cpu_quartiles",
+        "checksum",
     ),
 )
 """Keys of JSON files that differ between two undisturbed runs."""

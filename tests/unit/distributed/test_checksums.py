@@ -11,6 +11,7 @@ import pytest
 
 from llmkd.distributed import checksums
 from llmkd.errors import InputError
+from llmkd.processes import only_one_in
 
 
 @pytest.fixture(autouse=True)
@@ -119,3 +120,9 @@ def test_a_published_folder_that_is_damaged_is_made_again(
     assert (f"{tmp_path / name} is not what was written" in caplog.text) == (
         name in ("config.json", "model.safetensors")
     )
+
+
+def test_the_lock_of_a_finished_run_goes_with_its_holder(run: Path) -> None:
+    assert (run / ".lock").is_file() and checksums.is_finished(run) and not (run / ".lock").exists()
+    with only_one_in(run):
+        assert checksums.is_finished(run) and (run / ".lock").is_file()

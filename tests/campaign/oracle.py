@@ -55,6 +55,7 @@ VOLATILE = (
         "quartiles",
         "cpu_quartiles",
         "checksum",
+        "students_in_turn",
     ),
 )
 """Keys of JSON files that differ between two undisturbed runs."""

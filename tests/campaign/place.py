@@ -109,6 +109,10 @@ SCENARIOS: dict[str, dict[str, Scenario]] = {
             commands=("study",),
             half=("tiny/generations/*.jsonl",), harmed=("tiny/*", "tiny/[agru]*/**/*", "tiny/students/*/*", "tiny/students/*/model/*"),
         ),
+        "in turn": Scenario(
+            {**_SCORED, "study": {"strategies": ["forward", "none"], "baselines": ["ce_only"], "together": 3}},
+            commands=("study",), half=("tiny/students/none-s0/checkpoints/step-00000006",),
+        ),
         "made teacher": Scenario(
             {**_SCORED, **_MADE}, ranks=1, commands=("study",), aims=("tiny/teacher/*",),
             half=("tiny/teacher/model",), harmed=("tiny/teacher/**/*",),

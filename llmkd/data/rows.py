@@ -17,6 +17,8 @@ from llmkd import hub
 from llmkd.data import records
 from llmkd.data.file_hashes import file_hash, keep
 from llmkd.data.formats import COLUMNS
+from llmkd.data.slices import sliced
+from llmkd.data.splits import of_files
 from llmkd.errors import InputError, first_line
 from llmkd.files import fetched_by
 
@@ -98,14 +100,14 @@ def renamed(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
 
 
 def source_contents(source: str, split: str, hashes: Path | None = None) -> str | None:
-    """A hash of the local files that a source's rows come from; None for the built-in task and the hub.
+    """A hash of a source's local files and of the slice that is taken of them; None for the built-in task and the hub.
 
     `hashes`: the folder in which the files' own may be kept (`llmkd.data.file_hashes`).
     """
     files = local_files(source, split)
     if not files:
         return None
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(of_files(split)[1].encode())
     for file in files:
         digest.update(f"{file.name} {file_hash(file, hashes)} ".encode())
     return digest.hexdigest()[:16]
@@ -137,21 +139,19 @@ def local_files(source: str, split: str) -> list[Path]:
 def _files(path: Path, split: str) -> list[Path]:
     if not path.is_dir() and not path.is_file():
         raise InputError(f"data.source: {str(path)!r} is a device or a pipe; give a file, or a folder of files")
-    return _of_split(sorted(f for f in path.iterdir() if _kind(f)), path, split) if path.is_dir() else [path]
+    of_split, _ = of_files(split)
+    return _of_split(sorted(f for f in path.iterdir() if _kind(f)), path, of_split) if path.is_dir() else [path]
 
 
 def _local_rows(path: Path, split: str, columns: Mapping[str, str]) -> Dataset:
     kind, files = _files_of_one_kind(path, split)
     with _readable(path, kind, files):
-        return _json_rows(files) if kind == "json" else load_dataset(**_loading(kind, files, columns))
+        rows = _json_rows(files) if kind == "json" else load_dataset(**_loading(kind, files, columns))
+    return sliced(rows, split)
 
 
 def _files_of_one_kind(path: Path, split: str) -> tuple[str, list[Path]]:
     """(the name of what loads them, the files of a split)."""
-    if not split.replace("_", "").isalnum():
-        raise InputError(
-            f"data.split: {split!r} is more than a name, which only the hub understands; use data.rows to take fewer"
-        )
     files = _files(path, split)
     kinds = {_kind(f) for f in files}
     if len(kinds) != 1 or None in kinds:
@@ -192,6 +192,7 @@ def streamed_rows(source: str, *, name: str | None, split: str, columns: Mapping
         _check_hub_name(source)
         rows = _hub_rows(source, name, split, streaming=True)
     else:
+        of_files(split, whole=True)
         kind, files = _files_of_one_kind(path, split)
         if kind == "json":
             rows = IterableDataset.from_generator(_objects, gen_kwargs={"files": [str(file) for file in files]})

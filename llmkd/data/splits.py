@@ -6,6 +6,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from llmkd.errors import InputError
+
 _SLICE = re.compile(r"([^\[]+)\[(-?[\d_]+)?(%?):(-?[\d_]+)?(%?)\](?:\([^)]*\))?")
 
 
@@ -17,11 +19,8 @@ class _Part:
     in_percent: bool = False
     first: float = -math.inf
     end: float = math.inf
-
-    @property
-    def bounds(self) -> list[float]:
-        """Where it is cut; nowhere if it is a whole split."""
-        return [bound for bound in (self.first, self.end) if math.isfinite(bound)]
+    sides: frozenset[tuple[float, bool]] = frozenset()
+    """Of each place where it is cut (none if it is a whole split): whether it was counted from the end."""
 
 
 def may_overlap(split: str, other: str) -> bool:
@@ -29,14 +28,44 @@ def may_overlap(split: str, other: str) -> bool:
     return any(_meet(one, two) for one in _parts(split) for two in _parts(other))
 
 
+def of_files(split: str, *, whole: bool = False) -> tuple[str, str]:
+    """(the name, the slice) of a split of local files; the slice of a whole one is empty. `whole`: it must be.
+
+    Raises InputError for what is no name and no slice.
+    """
+    name, bracket, rest = split.partition("[")
+    if not name.replace("_", "").isalnum():
+        raise InputError(
+            f"data.split: {split!r} is not the name of a split, which is all that local files have; write e.g. train, or train[:10%]"
+        )
+    if not bracket:
+        return name, ""
+    if whole:
+        raise InputError(
+            f"data.split: {split!r} is a slice, and rows of files that are streamed are not counted; write streaming: false, or {name}"
+        )
+    if _SLICE.fullmatch(split) is None:
+        raise InputError(
+            f"data.split: {split!r} is not one slice of rows or percent, as local files have it; write e.g. {name}[:10%] or "
+            f"{name}[100:200], and several slices as data.sources"
+        )
+    return name, bracket + rest
+
+
+def slices_meet(split: str, other: str) -> bool:
+    """As `may_overlap` for splits of the same files, whose names say nothing."""
+    return may_overlap("rows" + of_files(split)[1], "rows" + of_files(other)[1])
+
+
 def _meet(one: _Part, other: _Part) -> bool:
     if one.name != other.name and "all" not in (one.name, other.name):
         return False
-    bounds = one.bounds + other.bounds
-    from_the_end = {bound < 0 for bound in bounds}
-    if not one.bounds or not other.bounds or one.in_percent != other.in_percent or len(from_the_end) > 1:
+    if not one.sides or not other.sides or one.in_percent != other.in_percent:
         return True
-    return max(one.first, other.first) < min(one.end, other.end)
+    sides, first, end = one.sides | other.sides, max(one.first, other.first), min(one.end, other.end)
+    if one.in_percent:  # of 25 rows 90 % are rounded to 22 from the start, and to 23 from the end
+        return first < end or (first == end and {(first, True), (first, False)} <= sides)
+    return first < end or len({from_the_end for _, from_the_end in sides}) > 1
 
 
 def _parts(split: str) -> list[_Part]:
@@ -54,4 +83,7 @@ def _part(text: str) -> _Part:
         return int(bound) + (100 if in_percent and bound.startswith("-") else 0)
 
     begins, ends = place(first) if first else -math.inf, place(end) if end else math.inf
-    return _Part(name, in_percent, begins if begins else -math.inf, math.inf if in_percent and ends == 100 else ends)
+    begins, ends = begins if begins else -math.inf, math.inf if in_percent and ends == 100 else ends
+    cuts = ((begins, first), (ends, end))
+    sides = frozenset((place, bound.startswith("-")) for place, bound in cuts if bound and math.isfinite(place))
+    return _Part(name, in_percent, begins, ends, sides)

@@ -66,7 +66,8 @@ class Rows(Section):
     name: str | None = None
     """The hub data set's configuration."""
     split: str = "train"
-    """The split to read."""
+    """The split to read, or a slice of it as `datasets` writes one: `train[:10%]`, `train[100:200]`. Local files that are streamed have no
+    slices; of a folder of files the rows of a split are counted together."""
     rows: int | None = Field(default=None, gt=0)
     """Use the first `rows` rows; the built-in task is endless and needs it."""
     records_seed: int = 0

@@ -15,7 +15,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from llmkd import hub
-from llmkd.data import arrays, formats, order, other_families, packing, records, token_files, turns
+from llmkd.data import arrays, formats, order, other_families, packing, records, slices, token_files, turns
 from llmkd.data import rows as text_rows
 from llmkd.data import tokens as text_tokens
 from llmkd.data.batches import Batch, Family, TokenRow, collate_sequences
@@ -123,7 +123,7 @@ def _identity(data: Data, folder: Path, family: Family, part: Rows, tokenizer: A
         contents = read_rows(part)._fingerprint  # datasets' own hash of the hub's revision and what was done with it
     return {
         "rows": {**part.model_dump(mode="json", include=keys), "contents": contents},
-        "code": digest(sources(formats, other_families, records, text_rows, text_tokens, token_files, turns)),
+        "code": digest(sources(formats, other_families, records, slices, text_rows, text_tokens, token_files, turns)),
         "versions": versions("datasets", "tokenizers", "transformers"),
         "tokenizer": tokenizer_hash(tokenizer),
         "family": [family.kind, *family.labels, family.start],

@@ -16,11 +16,12 @@ from llmkd.data.file_hashes import file_hash
 from llmkd.data.order import permuted
 from llmkd.data.other_families import collate_for
 from llmkd.data.rows import local_files
+from llmkd.data.splits import slices_meet
 from llmkd.data.tokenized import Tokens
 from llmkd.distributed.ranks import World, on_main
 from llmkd.errors import InputError
 from llmkd.processes import Stopping
-from llmkd.recipe.data import Data
+from llmkd.recipe.data import Data, Rows
 from llmkd.training.jobs import Job
 from llmkd.training.tokens import no_tokens, tokens_of
 
@@ -133,24 +134,24 @@ def named_validation() -> Iterator[None]:
 
 
 def check_apart(data: Data) -> None:
-    """Raise InputError where a file, or a copy of it, is read for training and for validation: a file has no splits."""
+    """Raise InputError where a file, or a copy of it, is read for training and for validation, but for slices that share no row."""
     share = data.validation is not None and data.validation.share is not None
     if data.held_out is None and not share:
         return
-    seen: dict[int, list[Path]] = {}
-    for file in _files(data):
+    seen: dict[int, list[tuple[Path, Rows]]] = {}
+    for file, part in _files(data):
         of_size = seen.setdefault(file.stat().st_size, [])
-        same = _same_content(file, of_size) if share else None
+        same = _same_content(file, part, of_size) if share else None
         if same is not None:
             which = f"{file} is read twice" if file == same else f"{file} holds what {same} does"
             raise InputError(f"data.sources: {which}, {_SHARED}")
-        of_size.append(file)
+        of_size.append((file, part))
     if data.held_out is None:
         return
     with named_validation():
         validation = _files(data.held_out)
-    for file in validation:
-        same = _same_content(file, seen.get(file.stat().st_size, []))
+    for file, part in validation:
+        same = _same_content(file, part, seen.get(file.stat().st_size, []))
         if same is not None:
             which = (
                 f"{file} is trained on too" if file == same else f"{file} holds what {same} does, which is trained on"
@@ -158,10 +159,15 @@ def check_apart(data: Data) -> None:
             raise InputError(f"data.validation: {which}; {_HELD_OUT}")
 
 
-def _same_content(file: Path, others: Sequence[Path]) -> Path | None:
-    """The first of other files of one size that is this one or, to the byte, a copy of it."""
+def _same_content(file: Path, part: Rows, others: Sequence[tuple[Path, Rows]]) -> Path | None:
+    """The first of other files of one size that is this one or, to the byte, a copy of it; slices of the same files may be apart."""
     empty = not file.stat().st_size
-    return next((o for o in others if o == file or (not empty and file_hash(o) == file_hash(file))), None)
+    for other, of in others:
+        if other == file and _resolved(part) == _resolved(of) and not slices_meet(part.split, of.split):
+            continue
+        if other == file or (not empty and file_hash(other) == file_hash(file)):
+            return other
+    return None
 
 
 def check_tokens_apart(data: Data, trained: Sequence[str], validated: Sequence[str]) -> None:
@@ -180,5 +186,9 @@ def check_tokens_apart(data: Data, trained: Sequence[str], validated: Sequence[s
             raise InputError(f"data.validation: {part.source} has the rows of {same}, which is trained on; {_HELD_OUT}")
 
 
-def _files(data: Data) -> list[Path]:
-    return [file.resolve() for part in data.parts for file in local_files(part.source, part.split)]
+def _files(data: Data) -> list[tuple[Path, Rows]]:
+    return [(file, part) for part in data.parts for file in _resolved(part)]
+
+
+def _resolved(part: Rows) -> list[Path]:
+    return [file.resolve() for file in local_files(part.source, part.split)]

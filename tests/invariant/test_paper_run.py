@@ -21,6 +21,7 @@ from llmkd.models.load import load_tokenizer
 from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.train import train
 from llmkd.training import jobs
+from llmkd.training.validation_rows import run_rows
 from tests.tiny import WORDS, rows_of_step
 
 STEPS, PEAK, WARMUP = 10, 3e-3, 4
@@ -159,3 +160,53 @@ def test_the_first_ten_losses_are_the_papers(paper: Path, world: Any, tmp_path: 
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-5)
     assert expected[-1] < 0.95 * expected[0]  # it learns, so that later losses depend on every update before them
+
+
+def _shipped(paper: Path) -> Recipe:
+    """The shipped recipe on the tiny teacher, validated every third step: data, validation and `keep: best` are as shipped."""
+    train: dict[str, Any] = {"epochs": None, "steps": 9, "batch_size": 6, "warmup_steps": 2, "validate_every": 3}
+    train |= {"save_every": 0, "log_every": 1, "dtype": "float32", "deepspeed": "cpu"}
+    return load_recipe("papers/maps_qwen3_lora").changed(
+        {
+            **{f"train.{key}": value for key, value in train.items()},
+            "output": str(paper / "shipped"),
+            "finetune": None,
+            "teacher.path": str(paper / "teacher"),
+            "teacher.dtype": "float32",
+            "teacher.architecture": None,
+            "student.blocks": 3,
+            "student.copy_blocks": COPIED,
+            "data.max_length": 64,
+            "matching.strategy": "forward",
+        }
+    )
+
+
+def test_the_first_tenth_is_held_out_and_the_best_student_kept(
+    paper: Path, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = load_recipe("papers/maps_qwen3_lora")
+    recipe = _shipped(paper)
+    assert recipe.data.model_copy(update={"max_length": shipped.data.max_length}) == shipped.data
+    assert (recipe.train.keep, recipe.train.keep_by) == ("best", "validation/ce")
+    numbered = [{"prompt": f"{WORDS[n % 18]} {n}", "completion": f" {WORDS[n // 6]} {n}"} for n in range(100)]
+    file = tmp_path / shipped.data.source
+    file.parent.mkdir(parents=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in numbered))
+    monkeypatch.chdir(tmp_path)
+    assert shipped.data.held_out is not None
+    assert list(jobs.read_rows(shipped.data.held_out)) == numbered[:10]
+    assert list(jobs.read_rows(shipped.data)) == numbered[10:]
+    job = jobs.distil_job(world, recipe, tmp_path / "run")
+    rows = run_rows(world, job, load_tokenizer(paper / "teacher"))
+    assert rows.validation is not None and (rows.training.count, len(rows.validation)) == (90, 10)
+    trained, validated = (
+        {tuple(rows.all.row(int(n))["input_ids"].tolist()) for n in numbers} for numbers in (range(90), rows.validation)
+    )
+    assert len(trained) == 90 and len(validated) == 10 and not trained & validated
+    assert train(world, job)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    validated_ce = {line["step"]: line["validation"]["ce"] for line in lines if "validation" in line}
+    assert list(validated_ce) == [3, 6, 9]
+    kept = json.loads((tmp_path / "run" / "model" / "llmkd.json").read_text())["kept"]
+    assert kept == {"step": min(validated_ce, key=lambda step: validated_ce[step]), "value": min(validated_ce.values())}

@@ -23,7 +23,7 @@ from llmkd.data.batches import IGNORE, Batch, batches, collate, micro_batch_rows
 from llmkd.data.formats import RowFormat
 from llmkd.data.order import Source, rows_of_window, window_steps
 from llmkd.data.packing import packed_rows
-from llmkd.data.rows import load_rows
+from llmkd.data.rows import load_rows, source_contents, streamed_rows
 from llmkd.data.tokenized import PackedSource, PackedTokens, Tokens
 from llmkd.data.tokens import conversation, tokenize
 from llmkd.errors import InputError
@@ -445,9 +445,41 @@ def test_names_that_no_hub_gives() -> None:
             loaded(path)
 
 
-def test_a_slice_of_a_local_file_is_not_ignored(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"data\.split: 'train\[:1\]' is more than a name.*use data\.rows"):
-        loaded(_write(tmp_path / "r.jsonl", ROWS), split="train[:1]")
+@pytest.mark.parametrize("name", ["r.jsonl", "r.json", "r.parquet", "r.csv"])
+def test_a_slice_of_local_files_is_the_one_that_datasets_takes(tmp_path: Path, name: str) -> None:
+    rows = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(25)]
+    file = _write(tmp_path / name, rows)
+    places = {"[:10%]": rows[:2], "[10%:]": rows[2:], "[48%:-8%]": rows[12:23], "[3:7]": rows[3:7]}
+    for part, expected in (places | {"[-4:]": rows[-4:], "[20:99]": rows[20:], "[:]": rows}).items():
+        assert loaded(file, split="train" + part) == expected, part
+    assert loaded(file, split="train[3:7]", rows=2) == rows[3:5]
+    assert source_contents(str(file), "train[:10%]") != source_contents(
+        str(file), "train[10%:]"
+    )  # each has its own tokens
+    with pytest.raises(InputError, match=r"data\.split: 'train\[30:\]' takes none of 25 rows"):
+        loaded(file, split="train[30:]")
+    with pytest.raises(InputError, match=r"data\.split: 'train\[:200%\]' of 25 rows can't be taken \(Percent slice"):
+        loaded(file, split="train[:200%]")
+
+
+def test_a_slice_of_a_folder_counts_the_rows_of_its_split(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(20)]
+    for name, part in (("train-0", rows[:8]), ("train-1", rows[8:]), ("test", ROWS)):
+        _write(tmp_path / "rows" / f"{name}.jsonl", part)
+    assert loaded(tmp_path / "rows", split="train[:50%]") == rows[:10]
+    assert loaded(tmp_path / "rows", split="test[1:]") == ROWS[1:]
+
+
+@pytest.mark.parametrize("split", ["train[:1]+train[3:]", "train[4]", "train[::2]", "train[:1", "train[]"])
+def test_what_is_no_slice_of_local_files_is_refused(tmp_path: Path, split: str) -> None:
+    with pytest.raises(InputError, match=r"data\.split: .* is not one slice of rows or percent.*as data\.sources"):
+        loaded(_write(tmp_path / "r.jsonl", ROWS), split=split)
+
+
+def test_files_that_are_streamed_have_no_slices(tmp_path: Path) -> None:
+    file = _write(tmp_path / "r.jsonl", ROWS)
+    with pytest.raises(InputError, match=r"data\.split: 'train\[:1\]' is a slice, .*write streaming: false, or train"):
+        streamed_rows(str(file), name=None, split="train[:1]", columns={})
 
 
 def test_built_in_rows_differ_by_split_and_need_a_number() -> None:

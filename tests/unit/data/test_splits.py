@@ -15,6 +15,8 @@ NAMES = [
         "train[:50%]",
         "train[50%:]",
         "train[25%:75%]",
+        "train[:90%]",
+        "train[-10%:]",
         "train[:-50%]",
         "train[-20%:]",
         "train[80%:100%]",
@@ -24,7 +26,7 @@ NAMES = [
 ]
 
 
-SIZES = (10, 30, 40, 50, 100, 1000)
+SIZES = (10, 25, 75, 30, 40, 50, 100, 1000)
 
 
 def rows_of(split: str, count: int) -> set[tuple[str, int]]:

@@ -148,6 +148,22 @@ def test_rows_that_are_trained_on_are_refused(recipe: Recipe, world: Any, tiny: 
             run_rows(world, jobs.distil_job(world, same, Path("unused")), tokenizer)
 
 
+def test_slices_of_a_file_that_share_a_row_are_refused_whatever_their_split_is_called(
+    recipe: Recipe, world: Any, tiny: Path
+) -> None:
+    tokenizer = load_tokenizer(tiny / "teacher")
+
+    def rows(trained: str, validated: str) -> RunRows:
+        sliced = recipe.changed({"data.split": trained, "data.validation": {"split": validated}})
+        return run_rows(world, jobs.distil_job(world, sliced, Path("unused")), tokenizer)
+
+    apart = rows("train[20%:]", "train[:20%]")
+    assert apart.training.count == 32 and apart.validation is not None and len(apart.validation) == 8
+    for trained, validated in (("train[20%:]", "test[:30%]"), ("train[20%:]", "test"), ("train[30:]", "test[:80%]")):
+        with pytest.raises(InputError, match=r"data.validation: .*rows.jsonl is trained on too"):
+            rows(trained, validated)
+
+
 def test_a_copy_of_what_is_trained_on_is_refused(recipe: Recipe, world: Any, tiny: Path, tmp_path: Path) -> None:
     tokenizer, rows = load_tokenizer(tiny / "teacher"), (tiny / "rows.jsonl").read_bytes()
     (tmp_path / "copy.jsonl").write_bytes(rows)

@@ -45,11 +45,11 @@ class FourBit(nn.Linear):
         return _library().dequantize_4bit(self._packed, self._state)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The product with the plain weight, which is not kept for the backward pass."""
+        """The product with the plain weight, in the input's dtype; it is not kept for the backward pass."""
         return _Product.apply(input, self)  # type: ignore[return-value]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FourBit:
-        """As of any module, which may be moved; a change of dtype changes nothing."""
+        """As of any module, which may be moved; a change of dtype changes nothing that is kept in 4 bits."""
         super()._apply(fn, recurse)
         self._state.to(self._packed.device)
         return self
@@ -58,12 +58,12 @@ class FourBit(nn.Linear):
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, layer: FourBit) -> Tensor:
-        ctx.layer = layer
-        return F.linear(states, layer.weight, layer.bias)
+        ctx.layer, dtype, bias = layer, states.dtype, layer.bias
+        return F.linear(states, layer.weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gradient @ ctx.layer.weight, None
+        return gradient @ ctx.layer.weight.to(gradient.dtype), None
 
 
 def quantize(model: PreTrainedModel, device: torch.device) -> None:

@@ -253,19 +253,13 @@ def load_student(job: Job, ds_config: DsConfig, target_width: int | None, gather
     projected = len(job.compared) if matching.projects(width, target) else 0
     without = matching.unprojected(projected)
     projectors = make_projectors(projected, width, target, bias=matching.projector_bias, seed=job.seed, without=without)
-    differences = matching.compare == "differences"
-    if differences and projectors is not None and job.train.activation_checkpointing:
-        raise InputError(  # checkpointing would run a projector again on the state, without that of the pair before
-            "train.activation_checkpointing: not with matching.compare: differences where states pass projectors; write false, or compare: "
-            "states"
-        )
     module = Distiller(
         model,
         [block for block, _ in job.compared],
         normed_last=matching.final_state == "normed",
         **head_options(job),
         projectors=None if projectors is None else projectors.to(dtype),
-        differences=differences,
+        differences=matching.compare == "differences",
         mixtures=make_mixtures(job),
         tokens=matching.tokens,
         all_rows=gather,

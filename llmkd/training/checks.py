@@ -252,11 +252,18 @@ def check_routed(recipe: Recipe, student: PreTrainedConfig) -> None:
         )
 
 
-def check_redraws(recipe: Recipe, teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
-    """Raise InputError for a redrawn map whose pairs have projectors; `teacher` and `student`: the configurations."""
+def check_projected(recipe: Recipe, teacher: PreTrainedConfig, student: PreTrainedConfig, *, pairs: Pairs) -> None:
+    """Raise InputError where pairs have projectors that their map, or checkpointing, can't do with; `teacher`, `student`: configurations."""
     width: int = recipe.student.hidden_size or student.hidden_size
     matching = recipe.matching
-    if matching.redraw_every and matching.projects(width, teacher.hidden_size):
+    if not matching.projects(width, teacher.hidden_size):
+        return
+    if pairs and matching.compare == "differences" and recipe.train.activation_checkpointing:
+        raise InputError(  # checkpointing would run a projector again on the state, without that of the pair before
+            "train.activation_checkpointing: not with matching.compare: differences where states pass projectors; write false, or compare: "
+            "states"
+        )
+    if matching.redraw_every:
         why = f"the student's states have {width} numbers and the teacher's {teacher.hidden_size}, and a projector is"
         raise InputError(
             f"matching.redraw_every: {'projectors are' if width == teacher.hidden_size else why} learned for one teacher block; write "

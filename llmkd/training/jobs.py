@@ -158,7 +158,7 @@ def check_student(recipe: Recipe, family: Family, teacher: Any, student: Any) ->
     checks.check_adapted(recipe, family, student, pairs=pairs)
     checks.check_quantized(recipe, family, teacher)
     weights = _weights(recipe, pairs, stones)
-    checks.check_redraws(recipe, teacher, student)
+    checks.check_projected(recipe, teacher, student, pairs=pairs)
     shape = student
     if not checkpoint:
         checks.check_measured(recipe, teacher)

@@ -102,6 +102,10 @@ def test_the_recipe_that_is_spoilt_below_is_good(place: Path, world: Any) -> Non
             {"matching.strategy": "in_order_random", "matching.redraw_every": 5, "matching.projector": "always"},
             "matching.redraw_every: projectors are learned for one teacher block; write redraw_every: 0, or a distance",
         ),
+        (
+            {"matching.compare": "differences", "matching.projector": "always", "train.activation_checkpointing": True},
+            "train.activation_checkpointing: not with matching.compare: differences where states pass projectors; write false, or compare",
+        ),
         ({"matching.strategy": "pkd_last", "student.blocks": 1}, "strategy 'pkd_last' leaves out the student's last"),
         (
             {"matching.strategy": "learned", "matching.candidates": 7},

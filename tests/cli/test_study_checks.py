@@ -70,6 +70,10 @@ def test_the_study_that_is_spoilt_below_is_good(file: Path) -> None:
     ("sets", "sentence"),
     [
         ([variant(**{**NARROW, **REDRAWN})], "matching.redraw_every: the student's states have 24 numbers and the"),
+        (
+            [variant(**{**NARROW, "matching.compare": "differences", "train.activation_checkpointing": True})],
+            "train.activation_checkpointing: not with matching.compare: differences where states pass projectors; write false, or compare",
+        ),
         ([variant(**{**SILENT, "loss.hidden": 0.0})], "so there is nothing to learn from"),
         (
             [variant(**{**SILENT, "matching.strategy": "none"})],

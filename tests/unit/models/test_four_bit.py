@@ -12,7 +12,7 @@ import torch
 from scipy.stats import norm
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from llmkd.errors import InputError
 from llmkd.models import load
@@ -94,6 +94,29 @@ def test_what_is_kept_follows_no_change_of_dtype_and_is_in_no_state() -> None:
     before = layer.weight
     assert torch.equal(layer.to(torch.bfloat16).weight, before) and torch.equal(copy.deepcopy(layer).weight, before)
     assert set(layer.state_dict()) == {"bias"} == {name for name, _ in layer.named_parameters()}
+
+
+def test_a_model_with_biases_computes_in_the_dtype_that_it_is_moved_to() -> None:
+    needs_bitsandbytes()
+    torch.manual_seed(0)
+    shape: dict[str, Any] = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    plain: Any = Qwen2ForCausalLM(Qwen2Config(vocab_size=320, num_key_value_heads=2, **shape)).eval()
+    for name, parameter in plain.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    model = copy.deepcopy(plain)
+    quantize(model, CPU)
+    for name, layer in four_bit(model).items():
+        plain.get_submodule(name).weight.data = layer.weight.clone()
+    assert any(layer.bias is not None for layer in four_bit(model).values())
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, theirs = (each.to(dtype)(input_ids=IDS, labels=IDS) for each in (model, plain))
+        assert torch.equal(ours.logits, theirs.logits) and ours.logits.dtype == dtype
+        found, expected = (
+            torch.autograd.grad(out.loss, each.get_input_embeddings().weight)[0]
+            for out, each in ((ours, model), (theirs, plain))
+        )
+        assert (found.float() - expected.float()).norm() <= 1e-6 * expected.float().norm()
 
 
 def test_it_takes_what_is_planned() -> None:

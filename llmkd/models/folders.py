@@ -40,8 +40,8 @@ def resolve(path: str, what: str, revision: str | None = None) -> Path:
         folder = _download(path, what, revision)
     if not (folder / "config.json").is_file() and (folder / "adapter" / "adapter_config.json").is_file():
         raise InputError(
-            f"{what}: {path!r} holds adapters alone, and no model that they are added to; train it with student.lora.export: both or merged, or "
-            "give a folder into which peft's merge_and_unload has added them to their model"
+            f"{what}: {path!r} holds adapters alone, and no model that they are added to; train it with student.lora.export: both or "
+            "merged, or give a folder into which peft's merge_and_unload has added them to their model"
         )
     if not (folder / "config.json").is_file():
         raise InputError(f"{what}: {path!r} holds no config.json; give a folder written by save_pretrained")

@@ -107,8 +107,10 @@ def student_config(teacher: PreTrainedConfig, blocks: Sequence[int], width: dict
     if len(depths(teacher)) == 1:
         for key, value in fields_of(teacher, blocks).items():
             setattr(config, key, value)
+    if width.get("num_experts") == 0:
+        config = _without_experts(config)
     for key, value in width.items():
-        for name in model_type(teacher).widths.get(key, (key,)):
+        for name in () if key == "num_experts" else model_type(teacher).widths.get(key, (key,)):
             if not hasattr(config, name):
                 raise InputError(
                     f"student.{key}: the teacher's model type {teacher.model_type!r} has no such setting; leave it out"
@@ -126,6 +128,19 @@ def student_config(teacher: PreTrainedConfig, blocks: Sequence[int], width: dict
             f"student.num_attention_heads: {heads} heads can't share a width of {config.hidden_size}; write a divisor of it"
         )
     return config
+
+
+def _without_experts(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the same model with all of its blocks dense."""
+    dense = model_type(config).dense
+    if dense is None:
+        known = ", ".join(types_with(lambda row: row.dense is not None))
+        raise InputError(
+            f"student.num_experts: blocks without experts are known of {known}, and the teacher is a {config.model_type!r} model; leave it "
+            "out"
+        )
+    own = AutoConfig.for_model(dense).to_dict().keys() - {"model_type", "architectures", "transformers_version"}
+    return AutoConfig.for_model(dense, **{key: value for key, value in config.to_dict().items() if key in own})
 
 
 def check_copied_config(

@@ -53,6 +53,8 @@ class ModelType:
     student can be made of a part of its width (llmkd.models.width)."""
     router: str | None = None
     """The router of a block that has experts, by its name in the block; its output begins with the logits [B*T, experts]."""
+    dense: str | None = None
+    """The type of model that is the same but for its experts."""
     ends: tuple[str, ...] | None = None
     """The modules between the last block and the head, by name; a model may lack some. None: stepping stones have not been tested on it."""
     starts: Mapping[str, Callable[[], nn.Module | None]] = field(default_factory=dict)
@@ -169,7 +171,7 @@ MODEL_TYPES: dict[str, ModelType] = {
     "phi3": _LLAMA,
     "qwen2": replace(_LLAMA, takes_masks=True),
     "qwen3": replace(_LLAMA, takes_masks=True, narrows=True),
-    "qwen3_moe": replace(_LLAMA, has_stages=False, router="mlp.gate"),
+    "qwen3_moe": replace(_LLAMA, has_stages=False, router="mlp.gate", dense="qwen3"),
     "roberta": _ROBERTA,
     "smollm3": replace(_LLAMA, takes_masks=True),
     "stablelm": replace(_LLAMA, varlen=False),

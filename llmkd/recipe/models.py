@@ -218,6 +218,9 @@ class Student(Section):
     """Key-value heads of a block. Of copied blocks each stays with heads of its own."""
     head_dim: int | None = Field(default=None, gt=0, le=MOST_WIDE)
     """Width of one head, for init random."""
+    num_experts: Literal[0] | None = None
+    """0, for init random: a dense student of a teacher with experts (Qwen3-MoE), its MLPs `intermediate_size` wide. If left out, blocks of
+    new weights have experts where those that `spread` would copy have them."""
     lora: StudentLora | None = None
     """Train adapters alone; `export` says how they are written. If left out, all weights are trained."""
     trust_remote_code: bool = False
@@ -254,8 +257,15 @@ class Student(Section):
 
     @property
     def width(self) -> dict[str, int]:
-        """The width keys that are set, in `transformers`' names."""
-        names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+        """The width keys (and the number of experts) that are set, in `transformers`' names."""
+        names = (
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "num_experts",
+        )
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @model_validator(mode="after")
@@ -283,6 +293,10 @@ class Student(Section):
             )
         if self.init == "teacher" and self.head_dim is not None:
             raise ValueError("student.head_dim: copied heads keep the teacher's; leave it out, or write init: random")
+        if self.init == "teacher" and self.num_experts is not None:
+            raise ValueError(
+                "student.num_experts: copied blocks keep their experts; leave it out, or write init: random"
+            )
         if self.copy_blocks in MEASURED and self.init != "teacher":
             raise ValueError(
                 f"student.copy_blocks: {self.copy_blocks} chooses blocks to copy, and init {self.init} copies none; leave it out"

@@ -253,7 +253,7 @@ def check_routed(recipe: Recipe, student: PreTrainedConfig) -> None:
 
 
 def check_projected(recipe: Recipe, teacher: PreTrainedConfig, student: PreTrainedConfig, *, pairs: Pairs) -> None:
-    """Raise InputError where pairs have projectors that their map, or checkpointing, can't do with; `teacher`, `student`: configurations."""
+    """Raise InputError where pairs have projectors that their map, or checkpointing, can't do with; `teacher`, `student`: their shapes."""
     width: int = recipe.student.hidden_size or student.hidden_size
     matching = recipe.matching
     if not matching.projects(width, teacher.hidden_size):

@@ -37,6 +37,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "zero3": {"teacher.placement": "zero3", "train.micro_batch_size": 2},
     "zero1": {},
     "random": {"student.init": "random", "student.copy_blocks": "spread"},
+    "dense_random": {"student.init": "random", "student.copy_blocks": "spread", "student.num_experts": 0},
     "balanced": {"loss.router": 0.5, "teacher.placement": "zero3", "train.micro_batch_size": 2},
     "balanced_alone": {
         "loss.router": 0.5,
@@ -101,14 +102,21 @@ def test_a_run_is_that_of_plain_pytorch(name: str, runs: Path, tiny: Path, exper
 
 
 @pytest.mark.parametrize(
-    ("name", "kinds"), [("zero3", [True, False, True]), ("random", [False, False, True]), ("dense", [False] * 3)]
+    ("name", "kinds"),
+    [
+        ("zero3", [True, False, True]),
+        ("random", [False, False, True]),
+        ("dense", [False] * 3),
+        ("dense_random", [False] * 3),
+    ],
 )
 def test_each_block_keeps_its_kind(name: str, kinds: list[bool], runs: Path, experts: Path) -> None:
     """Blocks 1 and 5 of the teacher have experts; its block 3, at the place of a sparse step, has none by the list."""
     model: Any = AutoModelForCausalLM.from_pretrained(runs / name / "model")
     assert [hasattr(block.mlp, "experts") for block in model.model.layers] == kinds
     config = json.loads((runs / name / "model" / "config.json").read_text())
-    if name != "dense":
+    assert (config["model_type"] == "qwen3") == name.startswith("dense")
+    if not name.startswith("dense"):
         dense = [place for place, has_experts in enumerate(kinds) if not has_experts]
         assert (config["decoder_sparse_step"], config["mlp_only_layers"]) == (1, dense)
 
@@ -129,6 +137,14 @@ def test_what_is_not_for_these_models_is_refused_before_anything_is_written(
             "teacher.placement: a 'qwen3_moe' model has not been shown to work cut into stages; write zero3 or replic",
         ),
         (
+            {**changes(tiny, experts, "dense_random"), "train.deepspeed": "cpu"},
+            "loss.router: no block of the student, a 'qwen3' model, has a router",
+        ),
+        (
+            {**changes(tiny, experts, "dense_random"), "loss.router": 0.0, "teacher.path": str(tiny / "teacher")},
+            "student.num_experts: blocks without experts are known of qwen3_moe, and the teacher is a 'qwen3' model; leave",
+        ),
+        (
             {"student.intermediate_size": 16},
             "student.intermediate_size: copied blocks of a 'qwen3_moe' model can't be narrowed",
         ),
@@ -137,6 +153,23 @@ def test_what_is_not_for_these_models_is_refused_before_anything_is_written(
         with pytest.raises(InputError, match=sentence):
             jobs.distil_job(world, recipe.changed(more), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dense_student_is_refused_where_its_blocks_are_given(tiny: Path) -> None:
+    recipe = load_recipe(tiny / "recipe.yaml")
+    with pytest.raises(
+        InputError, match="student.num_experts: copied blocks keep their experts; .* write init: random"
+    ):
+        recipe.changed({"student.num_experts": 0})
+    start = {"student.init": "checkpoint", "student.path": "x", "student.blocks": None, "student.num_experts": 0}
+    with pytest.raises(InputError, match="student.num_experts: a checkpoint has its own width; leave it out"):
+        recipe.changed(start)
+
+
+def test_the_plan_is_that_of_the_dense_student(tiny: Path, experts: Path) -> None:
+    recipe = load_recipe(tiny / "recipe.yaml").changed(changes(tiny, experts, "dense_random"))
+    start = {"student.init": "checkpoint", "student.path": str(experts / "dense"), "student.blocks": None}
+    assert plan(recipe, 1) == plan(recipe.changed({**start, "student.num_experts": None}), 1)
 
 
 def test_the_plan_counts_the_routers(tiny: Path, experts: Path) -> None:

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from llmkd import train as loop
+from llmkd.cli import main
 from llmkd.data.batches import Family
 from llmkd.distributed.engines import gathered
 from llmkd.errors import InputError
+from llmkd.inference.vllm_setup import vllm_version
+from llmkd.models import make as making
 from llmkd.models.adapter_folders import write_merged
-from llmkd.models.load import load_config
+from llmkd.models.load import load_config, load_tokenizer
 from llmkd.models.lora import adapt
 from llmkd.planning.run_checks import check_trained
 from llmkd.processes import Stopping
 from llmkd.recipe.recipe import load_recipe
 from llmkd.rollouts.weights import InFolder
+from llmkd.rollouts.writer import Asked, HuggingFaceWriter, Writing, writer_of
 from llmkd.train import train
 from llmkd.training import checkpoint, jobs, prepare
 from tests.distributed.runner import run_on_ranks
@@ -184,7 +190,9 @@ def test_exported_beside_the_merged_model(tiny: Path, world: Any, tmp_path: Path
     assert_same_weights(load_file(tmp_path / "again" / "model.safetensors"), _weights(tmp_path / "run"), 1e-6)
 
 
-def test_exported_alone_with_the_best_student(tiny: Path, world: Any, tmp_path: Path) -> None:
+def test_exported_alone_with_the_best_student(
+    tiny: Path, world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of a checkpoint nothing but adapters is written; they are those of the student that is kept."""
     own = load_recipe(tiny / "recipe.yaml")
     start = {"student.init": "checkpoint", "student.path": str(tiny / "teacher"), "student.blocks": None}
@@ -205,6 +213,67 @@ def test_exported_alone_with_the_best_student(tiny: Path, world: Any, tmp_path: 
         and f"- started from: {tiny / 'teacher'}\n" in card
     )
     assert (_logits(tiny / "teacher", model / "adapter") - expected).norm() < 1e-5 * expected.norm()
+    for command in (["generate", str(model)], ["evaluate", str(model)]):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main(command)
+        sentence = capsys.readouterr().err
+        assert caught.value.code == 2 and "holds adapters alone, and no model that they are added to" in sentence
+        assert "student.lora.export: both or merged" in sentence and "peft's merge_and_unload" in sentence
+
+
+@pytest.mark.slow  # an engine starts
+@pytest.mark.skipif(vllm_version() is None, reason="vLLM is not installed")
+def test_an_exported_student_writes_the_same_by_vllm(tiny: Path, world: Any, tmp_path: Path) -> None:
+    """Merged alone, and beside its adapters; its texts are those of Hugging Face, and not those of the model that it began from."""
+    tokenizer = load_tokenizer(tiny / "teacher")
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=32)  # which vLLM's CPU build has
+    config = Qwen3Config(**{**load_config(tiny / "teacher").to_dict(), **heads, "layer_types": None, "hidden_size": 64})
+    teacher = tmp_path / "teacher"
+    making.new_model(config, teacher, seed=3, dtype=torch.float32, tokenizer=tokenizer.save_pretrained)
+    recipe = load_recipe(tiny / "recipe.yaml").changed({**OPTIONS, "teacher.path": str(teacher), "student.lora": LORA})
+    recipe = recipe.changed({"train.learning_rate": 0.1})
+    how = Writing("vllm", "float32", 16, 64, (tokenizer.eos_token_id,), 0.0, 1.0, 4, trust_remote_code=False)
+    prompts = [tokenizer(text)["input_ids"] for text in ("red stone", "green tree old river", "wind")]
+    by_vllm = writer_of(how, tmp_path / "writer.log", {})
+    by_hugging_face = HuggingFaceWriter(replace(how, backend="hf"))
+
+    def asked(folder: Path) -> Asked:
+        return Asked(str(folder), prompts, [16] * 3, [0, 1, 2])
+
+    for form in ("merged", "both"):
+        run = tmp_path / form
+        changed = recipe.changed({"student.lora.export": form, "train.save_every": 0})
+        assert train(world, jobs.distil_job(world, changed, run))
+        assert (run / "model" / "adapter").is_dir() == (form == "both")
+        texts = by_hugging_face.write(asked(run / "model"))
+        assert by_vllm.write(asked(run / "model")) == texts and any(texts)
+    by_vllm.close()
+    assert by_hugging_face.write(asked(run / "initial")) != texts
+
+
+def test_trained_adapters_switched_off_are_the_base_model(
+    tiny: Path, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trained model itself, before it is written out: what is frozen beside adapters has not moved."""
+    export, found = checkpoint.export, {}
+
+    def switched(world: Any, model: Any, folder: Path, **options: Any) -> None:
+        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        for on in (False, True):
+            for layer in layers:
+                layer.enable_adapters(on)
+            with torch.no_grad():
+                found[on] = model.eval()(input_ids=torch.arange(4, 36).reshape(2, 16)).logits
+        export(world, model, folder, **options)
+
+    monkeypatch.setattr(checkpoint, "export", switched)
+    changes = {"student.lora": {**LORA, "export": "both"}, "train.deepspeed": str(tiny / "zero1.json")}
+    recipe = load_recipe(tiny / "recipe.yaml").changed({**OPTIONS, **changes, "train.learning_rate": 0.1})
+    assert train(world, jobs.distil_job(world, recipe, tmp_path / "run"))
+    before, after = _logits(tmp_path / "run" / "initial"), _logits(tmp_path / "run" / "model")
+    assert torch.equal(found[False], before)
+    assert (found[True] - after).norm() < 1e-5 * after.norm() < 1e-2 * (found[True] - before).norm()
 
 
 def test_a_writer_in_another_process_reads_the_sum(tiny: Path, world: Any, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def main() -> None:
     for name, students in work["scenarios"].items():
         recipes = {student: load_recipe(work["recipe"]).changed(changes) for student, changes in students.items()}
         for recipe in recipes.values():
-            if recipe.teacher.placement == "cache":
+            if recipe.teacher.placement == "cache" and (recipe.loss.kl or recipe.loss.hidden):
                 assert write_cache.cache(world, recipe, Stopping())
         folder = output / name
         for student, recipe in recipes.items():
@@ -47,6 +47,9 @@ def main() -> None:
         assert train_in_turn(world, in_turn)
         passes[name] = sum(teacher.passes for teacher in made)
         first = next(iter(recipes))
+        if recipes[first].train.keep == "best":  # what it would go on from is gone when it is over
+            shared.SharedTeacher.__init__ = real  # type: ignore[method-assign]
+            continue
         if world.is_main:
             checkpoint = f"checkpoints/step-{AHEAD:08}"
             shutil.copytree(folder / "alone" / first / checkpoint, folder / "resumed" / first / checkpoint)

@@ -18,9 +18,8 @@ from llmkd.distributed.launch import Launch, launch_each
 from llmkd.errors import InputError
 from llmkd.evaluation import agreement, classification, generation, lm_eval_step
 from llmkd.evaluation.angles.measure import angles
-from llmkd.evaluation.generation import check as check_generation
+from llmkd.evaluation.checks import check_scores
 from llmkd.evaluation.held_out import check_evaluation, classification_data
-from llmkd.evaluation.lm_eval_step import check_tasks
 from llmkd.evaluation.places import visible_devices
 from llmkd.files import read, write_text
 from llmkd.models.families import kind
@@ -105,10 +104,11 @@ def _study(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int, part: Part
             _note_teacher(recipe, entries)
     if not recipe.student.is_measured:  # else what they keep is found while students are trained
         _write_undistilled(recipe, entries, part)
-    _train(recipe, groups(recipe, trained), ranks)
+    mistakes += _train(recipe, groups(recipe, trained), ranks)
     if recipe.student.is_measured:
         _write_undistilled(recipe, entries, part)
-    mistakes += _score(recipe, entries, ours)
+    there = [entry for entry in ours if entry not in trained or jobs.is_finished(entry.run_folder(folder))]
+    mistakes += _score(recipe, entries, there)
     written = None
     if part == WHOLE:
         log.info("study: writing the report")
@@ -132,7 +132,7 @@ def _make_teacher(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> 
         ):
             said = f"study: training the teacher on {counted(ranks, 'rank')}"
             one = Launch(ranks, _order(recipe, [entry]), said=said)
-            _run([(one, "training teacher")], "its last checkpoint")
+            _run_alone(one, "training teacher", "its last checkpoint")
     students = [entry.run_folder(recipe.folder) for entry in entries if entry.kind == "student"]
     if recipe.teacher.share_cache and not all(map(jobs.is_finished, students)):
         _cache(recipe, ranks)
@@ -206,9 +206,12 @@ def _study_file(recipe: Recipe, entries: Sequence[StudyEntry]) -> StudyFile:
     return StudyFile(recipe.name, recipe.study.compared_with, margins, history, entries)
 
 
-def _train(recipe: Recipe, at_once: Sequence[Sequence[StudyEntry]], ranks: int) -> None:
-    """Train the students that are not done yet: those of a group in turn, and so many groups beside each other as the recipe says."""
-    launches, runs = [], runs_at_once(recipe, ranks)
+def _train(recipe: Recipe, at_once: Sequence[Sequence[StudyEntry]], ranks: int) -> list[str]:
+    """Train the students that are not done yet: those of a group in turn, and so many groups beside each other as the recipe says.
+
+    The mistakes of those that could not be trained, which cost the others nothing. Raises Stopped on a signal.
+    """
+    launches, trained, runs = [], [], runs_at_once(recipe, ranks)
     for number, group in enumerate(at_once, start=1):
         left = [entry for entry in group if not jobs.is_finished(entry.run_folder(recipe.folder))]
         for entry in group:
@@ -218,10 +221,19 @@ def _train(recipe: Recipe, at_once: Sequence[Sequence[StudyEntry]], ranks: int) 
             names, file = ", ".join(entry.name for entry in left), recipe.folder / "logs" / f"{left[0].name}.log"
             said = f"study {number}/{len(at_once)}: training {names} on {counted(ranks, 'rank')}"
             said += f"; what they say goes to {file}" if runs > 1 else ""
-            launches.append(
-                (Launch(ranks, _order(recipe, left), file if runs > 1 else None, said), f"training {names}")
-            )
-    _run(launches, "the last checkpoint", runs)
+            launches.append(Launch(ranks, _order(recipe, left), file if runs > 1 else None, said))
+            trained.append(left)
+    mistakes = []
+    for one, left, code in zip(launches, trained, _run(launches, runs), strict=True):
+        undone = [entry.name for entry in left if not jobs.is_finished(entry.run_folder(recipe.folder))]
+        if code:
+            mistakes.append(_failed(f"training {', '.join(undone)}", code, one.log, "its last checkpoint"))
+    return mistakes
+
+
+def _failed(what: str, code: int, file: Path | None, resume_point: str) -> str:
+    where = "above" if file is None else str(file)
+    return f"study: {what} ended with code {code} (see {where}); the same command resumes from {resume_point}"
 
 
 def _order(recipe: Recipe, entries: Sequence[StudyEntry]) -> list[str]:
@@ -246,23 +258,24 @@ def _cache(recipe: Recipe, ranks: int) -> None:
     write_text(file, dump_recipe(recipe))
     log.info("study: one cache for all students, %s", recipe.cache_folder)
     order = Launch(ranks, ["--recipe", str(file), "--cache-only", "--trust-cache"])
-    _run([(order, "writing the teacher's cache")], "what is written")
+    _run_alone(order, "writing the teacher's cache", "what is written")
 
 
-def _run(launches: Sequence[tuple[Launch, str]], resume_point: str, at_once: int = 1) -> None:
-    """Launches of a study, and what each is for. Raises Stopped if a signal ended one, InputError if a mistake did."""
+def _run(launches: Sequence[Launch], at_once: int = 1) -> list[int]:
+    """The codes by which launches of a study ended. Raises Stopped if a signal ended one."""
     gpus = [] if at_once == 1 or visible_devices() == ["cpu"] else visible_devices()
-    endings = launch_each([one for one, _ in launches], at_once, gpus)
-    mistakes = []
-    for (one, what), ending in zip(launches, endings, strict=True):
-        # 130 and 143: a rank got the signal before it handled signals
-        if ending is not None and ending.stopped and ending.code in (0, 130, 143):
-            raise Stopped
-        if ending is not None and ending.code:
-            where = "above" if one.log is None else str(one.log)
-            mistakes.append(f"{what} ended with code {ending.code} (see {where})")
-    if mistakes:
-        raise InputError(f"study: {'; '.join(mistakes)}; the same command resumes from {resume_point}")
+    endings = launch_each(launches, at_once, gpus)
+    # 130 and 143: a rank got the signal before it handled signals
+    if any(ending is None or (ending.stopped and ending.code in (0, 130, 143)) for ending in endings):
+        raise Stopped
+    return [ending.code for ending in endings if ending is not None]
+
+
+def _run_alone(one: Launch, what: str, resume_point: str) -> None:
+    """A launch without which a study can't go on. Raises Stopped, or InputError if a mistake ended it."""
+    (code,) = _run([one])
+    if code:
+        raise InputError(_failed(what, code, None, resume_point))
 
 
 def _write_undistilled(recipe: Recipe, entries: Sequence[StudyEntry], part: Part = WHOLE) -> None:
@@ -298,7 +311,7 @@ def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
     Students that can't be trained, DeepSpeed files that can't be used, ranks that can't share the batch, tasks that do not exist, and
     models in the folder that another recipe made.
     """
-    _check_scores(recipe)
+    check_scores(recipe)
     teacher = teacher_shape(recipe)
     check_evaluation(recipe, kind(teacher))
     check_ds_configs(recipe, ranks)
@@ -330,18 +343,3 @@ def check(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> None:
         run = entry.run_folder(recipe.folder)
         if jobs.is_finished(run) or (run / "model" / "llmkd.json").is_file():
             check_same(jobs.meta_of(run)["inputs"], inputs, run)
-
-
-def _check_scores(recipe: Recipe) -> None:
-    """Raise InputError for scoring steps that would fail for every model."""
-    settings = recipe.evaluation
-    if not any(step not in ((), None) for step in (settings.tasks, settings.generation, settings.classification)):
-        raise InputError(
-            "evaluation: a study needs something to score by; name lm-eval tasks under evaluation.tasks, or write evaluation.generation: {}"
-        )
-    if settings.classification is not None:
-        jobs.read_rows(classification_data(recipe))
-    if settings.tasks:
-        check_tasks(settings)
-    if settings.generation is not None:
-        check_generation(settings, recipe.data)

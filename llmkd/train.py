@@ -46,7 +46,7 @@ from llmkd.training.jobs import Job
 from llmkd.training.journal import Journal, model_card
 from llmkd.training.kept import Keeping
 from llmkd.training.metrics import Interval, Meter
-from llmkd.training.prepare import Lend, PreparedRun, prepare, shared_teacher
+from llmkd.training.prepare import Lend, PreparedRun, own_teacher, prepare, shared_teacher
 from llmkd.training.steps import Steps
 from llmkd.training.tokens import StoppedTokenizing
 from llmkd.training.validation import Validator
@@ -69,7 +69,7 @@ def train_in_turn(world: World, todo: Sequence[Job], stopping: Stopping | None =
     with contextlib.ExitStack() as held:
         for job in left:
             held.enter_context(only_run_in(world, job.folder))
-        lend = build.load_teacher if len(left) < 2 else shared_teacher()
+        lend = own_teacher if len(left) < 2 else shared_teacher()
         before = Random()
         students = []
         try:

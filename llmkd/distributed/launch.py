@@ -55,7 +55,7 @@ class Launch:
 
 
 def launch_each(launches: Sequence[Launch], at_once: int = 1, devices: Sequence[str] = ()) -> list[Ending | None]:
-    """How each of these ended, so many of them at a time; None of those that were not started, since one had failed or a signal came.
+    """How each of these ended, so many of them at a time; None of those that were not started, since a signal came.
 
     `devices`: the GPUs, of which each launch has as many as ranks to itself; none where all share what there is.
     """
@@ -73,14 +73,13 @@ def launch_each(launches: Sequence[Launch], at_once: int = 1, devices: Sequence[
     every: list[Process] = []
     kills = memory_kills()
     with _passing_signals(every) as signals:
-
-        def goes_on() -> bool:
-            return not signals and not any(ending and ending.code for ending in endings)
-
-        while running or (waiting and goes_on()):
-            while waiting and free and goes_on():
+        while running or (waiting and not signals):
+            while waiting and free and not signals:
                 (number, one), place = waiting.popleft(), free.popleft()
                 running[number] = place, _started(one, devices[place * one.ranks : (place + 1) * one.ranks], every)
+                for process in running[number][1]:
+                    if signals and process.poll() is None:  # it came while they were started
+                        process.send_signal(signal.SIGTERM)
             for number, (place, processes) in list(running.items()):
                 if (code := _code(processes, kills)) is not None:
                     endings[number] = Ending(code, bool(signals))

@@ -206,11 +206,27 @@ def _entry(
 def shared_pass(recipe: Recipe) -> dict[str, Any]:
     """The keys that students must have alike to be trained in turn off one pass of the teacher: what decides their rows and their steps,
     and how the teacher is run. Flat and dotted; a teacher that is not there counts as any other."""
+    # students without stones do not read how they are computed
+    values = {
+        **flat(recipe.model_dump(mode="json")),
+        "stones.checkpoint": True,
+        "the teacher's folder": recipe.teacher_path,
+    }
+    if recipe.stones is not None:
+        values["stones.checkpoint"] = recipe.stones.checkpoint
+    if not recipe.teacher.placed.has_weights:
+        values["the cache's folder"] = str(recipe.cache_folder)
     sections = ("seed", "data", "teacher", "finetune", "cache", "rollouts")
-    keys = ("student.path", "student.init", "matching.final_state", "stones.checkpoint")
+    keys = (
+        "the teacher's folder",
+        "the cache's folder",
+        "student.path",
+        "student.init",
+        "matching.final_state",
+        "stones.checkpoint",
+    )
     steps = ("steps", "epochs", "batch_size", "micro_batch_size", "validate_every", "compile", "kernels")
     wanted = (*keys, *(f"train.{key}" for key in steps))
-    values = flat(recipe.model_dump(mode="json"))
     return {key: value for key, value in values.items() if key in wanted or key.split(".")[0] in sections}
 
 

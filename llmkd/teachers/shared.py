@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -22,51 +22,46 @@ from llmkd.teachers.base import Demand, Head, Signal, Teacher, Upper
 
 log = logging.getLogger("llmkd")
 
+TURNS_AHEAD = 2
+"""How many turns may be announced beyond the one that is run, with one to spare."""
 Training = Generator[int, None, bool]
 """The training of a student: gives after each micro-batch how many steps are done, at the end whether the student is exported."""
-
-
-@dataclass
-class _Turn:
-    """Micro-batches that were announced to the teacher at once."""
-
-    number: int
-    batches: tuple[Batch, ...]
-    run: int = 0
-    """How many of them the teacher has run."""
 
 
 @dataclass
 class _Pass:
     """What the teacher gave for the micro-batch that it ran last; held until the next one."""
 
-    batch: Batch
+    place: tuple[int, int]
+    """The number of its turn, and its own number in that."""
     states: dict[int, Tensor]
     final: Tensor | None
     head: Head | None
     top_k: TopK | None
     upper: Upper | None
-    taken_by: set[int] = field(default_factory=set)
 
 
 class SharedTeacher:
-    """One teacher for several students. `make` loads it, when the first of them needs it, with all that they need of it."""
+    """One teacher for several students. `make` loads it, when the first of them needs it, with all that they need of it.
+
+    What is announced at once, a step's micro-batches or a validation's, is a turn. Turns are numbered alike for all students, so that all
+    ranks find the same pass to be the last one, whatever rows they have.
+    """
 
     def __init__(self, make: Callable[[Demand], Teacher]) -> None:
         self._make = make
         self._demands: list[Demand] = []
         self._loaded: Teacher | None = None
-        self._turns: deque[_Turn] = deque()  # announced; at the front may be some that are over
-        self._announced = 0
+        self._turns: dict[int, tuple[Batch, ...]] = {}  # announced to the teacher
         self._last: _Pass | None = None
         self.passes = 0
         """How many micro-batches the teacher has run for students in turn."""
 
-    def seat(self, demand: Demand) -> Seat:
-        """A teacher for one more student, before any of them is trained."""
+    def seat(self, demand: Demand, turns_done: int = 0) -> Seat:
+        """A teacher for one more student, before any of them is trained. `turns_done`: of a run that goes on."""
         assert self._loaded is None, "the teacher is loaded for the students that it knows of"
         self._demands.append(demand)
-        return Seat(self, len(self._demands) - 1, demand)
+        return Seat(self, demand, turns_done)
 
     @property
     def teacher(self) -> Teacher:
@@ -75,50 +70,40 @@ class SharedTeacher:
             self._loaded = self._make(union(self._demands))
         return self._loaded
 
-    def announce(self, batches: Sequence[Batch], after: int) -> int:
-        """Announce these to the teacher unless a student has before; the number of the turn. `after`: the student's turn before it."""
-        for turn in self._turns:
-            if turn.number > after and _all_same(turn.batches, batches):
-                return turn.number
-        # Whoever announces something new does so at the start of a step, when all students have done the one before.
-        while self._turns and self._turns[0].run == len(self._turns[0].batches):
-            self._turns.popleft()
-        self.teacher.expect(batches)
-        self._announced += 1
-        self._turns.append(_Turn(self._announced, tuple(batches)))
-        return self._announced
+    def announce(self, number: int, batches: Sequence[Batch]) -> None:
+        """Announce the micro-batches of a turn to the teacher, unless a student has before."""
+        if number not in self._turns:
+            self.teacher.expect(batches)
+            self._turns[number] = tuple(batches)
+            for over in [turn for turn in self._turns if turn < number - TURNS_AHEAD]:
+                del self._turns[over]
+        assert _all_same(self._turns[number], batches), "students in turn train on the same micro-batches"
 
-    def signal(self, seat: int, demand: Demand, host: Batch, batch: Batch, uses: Sequence[int] | None) -> Signal:
-        """The signal of a micro-batch for one student; `host`: the same, as it was announced."""
-        last = self._last
-        if last is None or seat in last.taken_by or not same(last.batch, host):
+    def signal(self, place: tuple[int, int], demand: Demand, batch: Batch, uses: Sequence[int] | None) -> Signal:
+        """The signal of a micro-batch for one student; `place`: see `_Pass`."""
+        if self._last is None or self._last.place != place:
             self._last = None  # so that no two are held while the teacher runs
-            last = self._last = self._run(host, batch)
-        last.taken_by.add(seat)
-        uses = demand.blocks if uses is None else uses
+            self._last = self._run(place, batch)
+        last, uses = self._last, demand.blocks if uses is None else uses
         states = {block: last.states[block] for block in set(uses)}
         if not demand.logits:
             return Signal(states, uses, None, None)
         return Signal(states, uses, last.final, last.head, last.top_k, last.upper if demand.stones else None)
 
-    def _run(self, host: Batch, batch: Batch) -> _Pass:
-        turn = next(turn for turn in self._turns if turn.run < len(turn.batches))
-        assert same(turn.batches[turn.run], host), "students in turn train on the same micro-batches in the same order"
-        turn.run += 1
+    def _run(self, place: tuple[int, int], batch: Batch) -> _Pass:
         self.passes += 1
         signal = self.teacher.signals(batch)
-        blocks = union(self._demands).blocks
-        states = {block: signal.take(block) for block in blocks}
-        return _Pass(host, states, signal.take_final(), signal.head, signal.top_k, signal.upper)
+        states = {block: signal.take(block) for block in union(self._demands).blocks}
+        return _Pass(place, states, signal.take_final(), signal.head, signal.top_k, signal.upper)
 
 
 class Seat:
     """The shared teacher as one student sees it: a teacher like any other."""
 
-    def __init__(self, shared: SharedTeacher, number: int, demand: Demand) -> None:
-        self._shared, self._number, self._demand = shared, number, demand
-        self._coming: deque[Batch] = deque()
-        self._turn = 0
+    def __init__(self, shared: SharedTeacher, demand: Demand, turns_done: int) -> None:
+        self._shared, self._demand = shared, demand
+        self._announced = turns_done
+        self._coming: deque[tuple[int, int]] = deque()
 
     @property
     def blocks(self) -> nn.ModuleList | None:
@@ -127,14 +112,15 @@ class Seat:
 
     def expect(self, batches: Sequence[Batch]) -> None:
         """Announce the micro-batches of the next calls of `signals`."""
-        self._turn = self._shared.announce(batches, self._turn)
-        self._coming.extend(batches)
+        self._announced += 1
+        self._shared.announce(self._announced, batches)
+        self._coming.extend((self._announced, number) for number in range(len(batches)))
 
     def signals(self, batch: Batch, uses: Sequence[int] | None = None) -> Signal:
         """The signal for a micro-batch; one that was not announced is run for this student alone."""
         if not self._coming:
             return self._shared.teacher.signals(batch, uses)
-        return self._shared.signal(self._number, self._demand, self._coming.popleft(), batch, uses)
+        return self._shared.signal(self._coming.popleft(), self._demand, batch, uses)
 
 
 def union(demands: Sequence[Demand]) -> Demand:

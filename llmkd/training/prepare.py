@@ -38,7 +38,7 @@ from llmkd.training.written_texts import rollouts_of, rows_of
 
 log = logging.getLogger("llmkd")
 Lend = Callable[..., Teacher]
-"""Gives a job its teacher, as `llmkd.training.build.load_teacher` does."""
+"""Gives a job its teacher, as `own_teacher` does. `turns_done`: how often micro-batches were announced before the run goes on."""
 
 
 @dataclass(frozen=True)
@@ -174,28 +174,33 @@ class PreparedRun:
         return None if self.teacher is None else self.teacher.signals(batch, redrawn)
 
 
+def own_teacher(world: World, job: Job, *, clock: StepClock, turns_done: int) -> Teacher:
+    """A teacher for this job alone."""
+    return build.load_teacher(world, job, clock=clock)
+
+
 def shared_teacher() -> Lend:
-    """What gives jobs, whose students take turns, seats at one teacher in place of `build.load_teacher`. The first one's job says how it is
+    """What gives jobs, whose students take turns, seats at one teacher in place of `own_teacher`. The first one's job says how it is
     loaded; its waiting for other ranks counts as the teacher's time."""
     shared: list[SharedTeacher] = []
 
-    def seat(world: World, job: Job, *, clock: StepClock) -> Teacher:
+    def seat(world: World, job: Job, *, clock: StepClock, turns_done: int) -> Teacher:
         if not shared:
             shared.append(SharedTeacher(lambda demand: build.load_teacher(world, job, demand)))
-        return shared[0].seat(build.demand_of(job))
+        return shared[0].seat(build.demand_of(job), turns_done)
 
     return seat
 
 
-def prepare(world: World, job: Job, stopping: Stopping | None = None, lend: Lend = build.load_teacher) -> PreparedRun:
+def prepare(world: World, job: Job, stopping: Stopping | None = None, lend: Lend | None = None) -> PreparedRun:
     """Build the parts of a run, restored from its newest checkpoint where there is one (all ranks take part).
 
-    `lend`: gives the job's teacher, where its placement has weights. The user's mistakes are reported before anything is written. Raises
-    StoppedTokenizing where `stopping` is asked to before that.
+    `lend`: gives the job's teacher, where its placement has weights; default: `own_teacher`. The user's mistakes are reported before
+    anything is written. Raises StoppedTokenizing where `stopping` is asked to before that.
     """
     resume = checkpoint.newest(world, job.folder / "checkpoints", job.inputs)
     try:
-        return _prepare(world, job, resume, stopping, lend)
+        return _prepare(world, job, resume, stopping, lend or own_teacher)
     except InputError:
         if resume is None and world.is_main:
             initial.remove_initial(job)
@@ -235,7 +240,10 @@ def _prepare(
     module = build.load_student(job, ds_config, build.teacher_width(job), build.rows_of_all_ranks(world, job))
     clock = StepClock(world.device)
     clock.around(module.loss_head, "head")
-    teacher = cached or (lend(world, job, clock=clock) if job.teacher is not None else None)
+    first = 0 if resume is None else resume.step
+    turns_done = first + sum(settings.validates(step, steps) for step in range(1, first + 1))
+    lent = {"clock": clock, "turns_done": turns_done}
+    teacher = cached or (lend(world, job, **lent) if job.teacher is not None else None)
     student = engine(
         module,
         ds_config,
@@ -260,10 +268,10 @@ def _prepare(
     if (rollouts := rollouts_of(world, job, data.training, module.model, tokenizer, **shared)) is not None:
         source = replace(source, rows=rollouts.rows, rollouts=rollouts)
     _announce(world, job, steps, accumulation, source.count)
-    done = (0, ()) if resume is None else (resume.step, resume.validations)
+    validated = () if resume is None else resume.validations
     held_out = 0 if data.validation is None else len(data.validation)
     return PreparedRun(
-        world, job, student, module, teacher, source, rate, done[0], steps, clock, validation, held_out, done[1]
+        world, job, student, module, teacher, source, rate, first, steps, clock, validation, held_out, validated
     )
 
 

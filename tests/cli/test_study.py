@@ -24,7 +24,7 @@ from llmkd.recipe.recipe import load_recipe
 from llmkd.recipe.study_entries import entry_recipe, study_entries
 from llmkd.report.write import report
 from llmkd.study import study
-from llmkd.train import train
+from llmkd.train import train, train_in_turn
 from llmkd.training import jobs
 from tests.few_tasks import few_tasks
 from tests.tiny import recipe_values
@@ -350,3 +350,40 @@ def test_students_in_turn_and_beside_each_other_are_those_of_one_after_another(
         weights = "model/model.safetensors"
         assert (ours / weights).read_bytes() == (theirs / weights).read_bytes()
         assert json.loads((ours / "summary.json").read_text())["students_in_turn"] == 2
+
+
+def test_a_student_that_diverges_costs_the_others_nothing(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: Any
+) -> None:
+    """Alone or in turn with others: they are trained, scored and reported, and the mistake is told at the end."""
+    spoilt = "study.variants={bad: {train.learning_rate: 1.0e+30, train.weight_decay: 1.0e+20}}"
+    sets = ["study.strategies=[none]", "study.baselines=[]", "study.seeds=[0, 1]", "study.together=2", spoilt]
+    sets += ["matching.target_block=null", "matching.strategy=none", "train.steps=2", "train.warmup_steps=0"]
+    recipe = load_recipe(recipe_file, [*sets, f"output={tmp_path}"])
+    scored: list[list[str]] = []
+    groups: list[int] = []
+
+    def launches_here(launches: list[Launch], *_: Any) -> list[Ending]:
+        endings = []
+        for one in launches:
+            given = iter(one.arguments)
+            pairs = [(next(given), next(given)) if flag == "--beside" else next(given) for flag in given]
+            files = [(pairs[0], pairs[1]), *pairs[2:]]
+            todo = [jobs.distil_job(world, load_recipe(file), Path(folder)) for file, folder in files]
+            groups.append(len(todo))
+            try:
+                train_in_turn(world, todo)
+                endings.append(Ending(0, False))
+            except InputError:
+                endings.append(Ending(2, False))
+        return endings
+
+    monkeypatch.setattr(module, "launch_each", launches_here)
+    monkeypatch.setattr(module, "_score", lambda recipe, entries, ours: scored.append([e.name for e in ours]) or [])
+    told = r"study: training bad-s0 ended .*; study: training bad-s1 ended .* \(the report of all else: .*report.html\)"
+    with pytest.raises(InputError, match=told):
+        study(recipe)
+    assert groups == [2, 2] and scored == [["teacher", "none-s0", "none-s1"]]
+    with pytest.raises(InputError, match=told):
+        study(recipe)
+    assert groups == [2, 2, 1, 1]

@@ -63,10 +63,23 @@ def test_so_many_at_a_time_each_with_gpus_of_its_own(started: Started, tmp_path:
     assert (tmp_path / "logs" / "2.log").read_text() == "here 2\nhere 2\n"
 
 
-def test_after_a_failure_those_that_run_go_on_and_no_other_begins(started: Started) -> None:
+def test_one_that_fails_costs_the_others_nothing(started: Started) -> None:
     launches = [Launch(1, ["raise SystemExit(2)"]), Launch(1, [WAIT]), Launch(1, [WAIT])]
-    assert launch_each(launches, 2) == [Ending(2, False), Ending(0, False), None]
+    assert launch_each(launches, 2) == [Ending(2, False), Ending(0, False), Ending(0, False)]
     assert "CUDA_VISIBLE_DEVICES" not in started.variables[0]
+
+
+def test_a_signal_that_comes_while_ranks_are_started_reaches_them(started: Started) -> None:
+    real = started.start
+
+    def start(*given: Any, **options: Any) -> Any:
+        process = real(*given, **options)
+        signal.raise_signal(signal.SIGTERM)  # before the launch knows of it
+        return process
+
+    module.starting.start = start  # type: ignore[assignment]  # the fixture puts the real one back
+    (ending, other) = launch_each([Launch(1, ["import time; time.sleep(60)"])] * 2)
+    assert ending == Ending(128 + signal.SIGTERM, True) and other is None
 
 
 def test_a_signal_goes_to_all_and_no_other_begins(started: Started) -> None:

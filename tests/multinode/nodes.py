@@ -25,7 +25,6 @@ from llmkd.files import ROOT
 from llmkd.starting import environment
 
 TOOLS = ("ip", "ss", "unshare", "nsenter", "setpriv", "mount", "hostname")
-KINDS = ("net", "uts", "mnt", "pid")
 KINDS = ("net", "uts", "mount", "pid")
 PORT = 29511
 """Of the ranks' meeting; every pair of nodes has a network of its own, in which it is free."""

@@ -130,6 +130,26 @@ def _in_every_placement(name: str, changes: dict[str, Any], folder: Path, ranks:
     return runs
 
 
+def test_every_placement_makes_the_same_adapters(tiny: Path, tmp_path: Path) -> None:
+    """A LoRA student's, on two ranks, accumulated: under a replicated, sharded, pipelined and cached teacher."""
+    lora = {"student.lora": {"rank": 4, "alpha": 8}, "train.micro_batch_size": 2}
+    scenarios = _in_every_placement("lora", lora, tmp_path, 2)
+    scenarios["all"] = {"train.micro_batch_size": 2}  # what other weights look like
+    assert run_on_ranks(2, tiny / "recipe.yaml", scenarios, tmp_path) == {}
+    found = {
+        name: load_file(tmp_path / name / "model" / "model.safetensors")
+        for name in scenarios
+        if not name.endswith("-written")
+    }
+    assert {name for name in found if name.startswith("lora")} == {
+        f"lora-{place}" for place in ("replicated", "zero3", "pipeline", "cache")
+    }
+    for name in ("lora-zero3", "lora-pipeline", "lora-cache"):
+        assert_same_weights(found[name], found["lora-replicated"], 1e-6)
+    with pytest.raises(AssertionError):
+        assert_same_weights(found["all"], found["lora-replicated"], 1e-6)
+
+
 def test_in_bfloat16_the_placements_are_close(tiny: Path, tmp_path: Path) -> None:
     """Teacher and student in bfloat16: what a student learns differs from placement to placement by rounding alone."""
     changes: dict[str, Any] = {

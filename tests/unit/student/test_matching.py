@@ -23,13 +23,16 @@ from tests.passes import distiller, step_settings
 from tests.unit.losses.test_distance_sum import plain
 
 
-def _batch() -> Batch:
+def _rows() -> list[Any]:
     torch.manual_seed(1)
-    rows = [
+    return [
         {"input_ids": torch.randint(2, 300, (n,)).tolist(), "trained": [False] * (n // 2) + [True] * (n - n // 2)}
         for n in (9, 4, 6)
     ]
-    return collate(rows, pad_id=0, packed=False)
+
+
+def _batch() -> Batch:
+    return collate(_rows(), pad_id=0, packed=False)
 
 
 def _load(folder: Path) -> Any:
@@ -320,3 +323,40 @@ def test_a_model_reads_its_own_states_as_its_teacher_does(tiny: Path) -> None:
     pairs = tuple((block, block) for block in range(6))
     _, sums, grads, _ = _run(tiny, tiny / "teacher", {"logit_lens": 1.0}, pairs=pairs, scales=(0.0, 0.0, 1.0))
     assert sums[2:].abs().max() < 1e-4 and max(g.abs().max() for g in grads.values()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("mix", "structure"),
+    [({"logit_lens": 1.0}, {}), ({"mse": 1.0}, {"differences": True}), ({"cosine": 1.0, "logit_lens": 0.5}, {})],
+    ids=["logit_lens", "differences", "sum"],
+)
+def test_padding_changes_nothing_in_a_whole_pass(
+    tiny: Path, copied: Path, mix: dict[str, float], structure: dict[str, Any]
+) -> None:
+    """Rows padded together give the sums, and the gradients of all parts of the loss, that they give one by one."""
+    pairs = ((0, 4), (1, 1), (2, 5))
+    teacher, student = (_load(folder).double() for folder in (tiny / "teacher", copied))
+    source = ResidentTeacher(teacher, [t for _, t in pairs], normed_last=False, ds_config=None, stones=[5])
+    module = distiller(student, pairs, **structure)
+
+    def run(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        module.zero_grad()
+        settings = step_settings(pairs, (1.0, 1.0, 3.0), distance=terms_of(mix))
+        loss, sums, *_ = module(batch, source.signals(batch), settings)
+        loss.backward()
+        return sums.detach().clone(), {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+
+    rows = _rows()
+    whole, alone = run(collate(rows, pad_id=0, packed=False)), [run(_unpadded(row)) for row in rows]
+    assert _batch().attention_mask is not None and not _batch().attended.all()
+    assert torch.allclose(whole[0], torch.stack([sums for sums, _ in alone]).sum(0), rtol=1e-12)
+    for name, found in whole[1].items():
+        expected = torch.stack([grads[name] for _, grads in alone]).sum(0)
+        assert (found - expected).norm() <= 1e-11 * expected.norm(), name
+
+
+def _unpadded(row: Any) -> Batch:
+    """A row alone, as long as it is."""
+    batch = collate([row], pad_id=0, packed=True)
+    assert batch.attended.all()
+    return batch

@@ -139,25 +139,6 @@ def test_deepspeed_by_ssh(nodes: Nodes, tiny: Path, world: Any, tmp_path: Path) 
     check(tiny, world, tmp_path, PIPELINE, nodes)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("faketime") is None, reason="needs faketime (Debian: faketime)")
-def test_clocks_that_are_hours_apart(nodes: Nodes, tiny: Path, world: Any, tmp_path: Path) -> None:
-    """The second node's is ahead while the run begins, and behind while another start of it goes on."""
-    changes = {**PIPELINE, "train.steps": 12, "train.save_every": 2}
-    for hours, goes_on in (("+3h", False), ("-3h", True)):
-        program = trains(tiny, tmp_path, changes)
-        commands = [torchrun(node, *program, backend="static") for node in (0, 1)]
-        # the clock that counts seconds since the start is never wrong, and must be left alone for timeouts to end
-        shifted = ["env", "DONT_FAKE_MONOTONIC=1", "FAKETIME_DONT_FAKE_MONOTONIC=1", "faketime", "-f", hours]
-        launchers = start(nodes, [commands[0], [*shifted, *commands[1]]], tmp_path)
-        if not goes_on:
-            await_step(4, launchers, tmp_path)
-            os.kill(rank_processes(nodes[0])[-1], signal.SIGKILL)
-        codes = [launcher.wait(PATIENCE) for launcher in launchers]
-        assert (codes == [0, 0]) == goes_on and ("resumed from" in said(tmp_path)) == goes_on, said(tmp_path)
-    check(tiny, world, tmp_path, changes, nodes)
-
-
 def await_step(step: int, launchers: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
     """Wait until so many steps are logged."""
     deadline = time.monotonic() + PATIENCE

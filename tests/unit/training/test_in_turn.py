@@ -116,3 +116,28 @@ def test_what_can_t_be_shared_is_refused(recipe: Recipe, changes: dict[str, Any]
 def test_what_differs_in_students_alone_is_shared(recipe: Recipe) -> None:
     others = ({"matching.strategy": "reverse"}, {"loss.kl": 0.0}, {"train.learning_rate": 2e-3}, {"student.blocks": 2})
     checks.check_in_turn({str(n): recipe.changed(own) for n, own in enumerate(({}, *others))})
+
+
+def test_students_of_two_teachers_are_refused(tiny: Path, tmp_path: Path) -> None:
+    """Recipes of two names that make their teachers alike: each has its own, in its own folder."""
+    made = load_recipe("quickstart", [f"output={tmp_path}"])
+    other = made.changed({"name": "other"})
+    with pytest.raises(
+        InputError, match=r"two: the teacher's folder is .*other/teacher.* and that of one is .*quickstart/t"
+    ):
+        checks.check_in_turn({"one": made, "two": other})
+
+
+def test_what_stands_beside_is_looked_at_before_anything_is_done(tiny: Path, tmp_path: Path) -> None:
+    file, run = str(tiny / "recipe.yaml"), str(tmp_path / "run")
+
+    def told(*arguments: str) -> str:
+        with pytest.raises(InputError) as refused:
+            loop.command(["--recipe", file, "--output", run, *arguments], standalone_mode=False)
+        return str(refused.value)
+
+    assert told("--beside", file, run) == "--beside: two students have one folder; give each an OUTPUT of its own"
+    other = tmp_path / "other.yaml"
+    other.write_text((tiny / "recipe.yaml").read_text() + "\nseed: 3\n")
+    assert "seed is 3 and that of" in told("--beside", str(other), str(tmp_path / "other"))
+    assert not (tmp_path / "run").exists() and not (tmp_path / "other").exists()

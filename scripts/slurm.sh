@@ -44,8 +44,8 @@ ranks=${LLMKD_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 port=${LLMKD_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 say "$nodes nodes of $ranks ranks meet at $first:$port (start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID)"
 
-# The number of a node is known on the node alone, so a shell there puts it in. torchrun's own meeting (--rdzv-backend c10d) would end with
-# a traceback where a node never comes; with --node-rank the ranks meet by themselves, and say which of them are missing.
+# The number of a node is known on the node alone, so a shell there puts it in. torchrun waits for all nodes before it starts a rank: ten
+# minutes, in silence, and then with its own traceback. srun starts them together, and ends all where one can't start.
 # shellcheck disable=SC2016
 srun --nodes="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c 'exec torchrun --node-rank "$SLURM_NODEID" "$@"' torchrun \
   --nnodes "$nodes" --nproc-per-node "$ranks" --master-addr "$first" --master-port "$port" \

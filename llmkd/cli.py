@@ -296,7 +296,7 @@ def angles(run: Path, recipe: str | None, rows: int | None, overrides: tuple[str
 )
 @SET
 def plan(recipe: str, ranks: int, device_gib: float, overrides: tuple[str, ...]) -> None:
-    """Show the memory a run needs on each rank, other placements, and how many students of a study fit."""
+    """Show the memory a run needs, other placements, and how many students fit."""
     from llmkd.planning.plan import whole_plan
     from llmkd.recipe.recipe import load_recipe
 

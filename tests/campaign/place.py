@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmkd.data.file_hashes import RACY
 from tests.distributed.command import Command
 from tests.tiny import WORDS, make
 
@@ -139,6 +140,9 @@ class Place:
             Command("maps", "--student-blocks", "2", "--teacher-blocks", "4")
         )  # the imports are done after it
         assert code == 0, out
+        time.sleep(
+            RACY / 10**9
+        )  # hashes of files that have just been made are not kept, so that runs would differ by them
 
     def arguments(self, scenario: Scenario, command: str, **changes: Any) -> list[str]:
         """The command line of a scenario's command. `changes`: of keys that change no result."""

@@ -158,7 +158,9 @@ def test_a_study_scores_the_sums(
         train(world, jobs.distil_job(world, entry_recipe(recipe, entry), entry.run_folder(recipe.folder)))
         return Ending(0, False)
 
-    monkeypatch.setattr(module, "launch", launch_here)
+    monkeypatch.setattr(
+        module, "launch_each", lambda launches, *_: [launch_here(one.ranks, one.arguments) for one in launches]
+    )
     module.study(recipe)
     expected = _weights(merged / "plain")
     for folder in ("teacher/model", "undistilled/copied"):

@@ -166,12 +166,12 @@ def test_the_undistilled_students_of_a_study_have_the_parts_that_were_measured(
             all(torch.equal(ours[key], tensor) for key, tensor in expected.items()) and ours.keys() == expected.keys()
         )
     made = recipe.folder / "undistilled" / "s3" / "model.safetensors"
-    made.unlink()
+    before = made.stat().st_ino, made.stat().st_mtime_ns
     study._write_undistilled(recipe, study_entries(recipe))
-    assert not made.exists(), "what is there is not made again"
+    assert (made.stat().st_ino, made.stat().st_mtime_ns) == before, "what is there is not made again"
     shutil.copy(runs / "replicated" / "width.json", recipe.folder / "students" / "ce_only-s3" / "width.json")
     study._write_undistilled(recipe, study_entries(recipe))
-    assert made.exists()
+    assert (made.stat().st_ino, made.stat().st_mtime_ns) != before, "another width is made anew"
 
 
 def test_a_teacher_that_can_not_be_narrowed_is_refused_before_anything_is_written(

@@ -62,5 +62,13 @@ def test_a_disk_that_is_full_at_a_checkpoint_loses_nothing(
     assert [path.name for path in checkpoint.whole(tmp_path / "run" / "checkpoints")] == ["step-00000002"]
     assert train(world, job)
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {"checkpoints", "metrics.jsonl", "model", "recipe.yaml", "summary.json", "tensorboard"}
+    assert left == {
+        "checkpoints",
+        "checksums.json",
+        "metrics.jsonl",
+        "model",
+        "recipe.yaml",
+        "summary.json",
+        "tensorboard",
+    }
     assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))

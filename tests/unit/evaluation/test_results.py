@@ -23,7 +23,7 @@ from llmkd.evaluation.results import (
 )
 from llmkd.recipe.study_entries import STEPS
 
-HEADER = {"name", "fingerprint", "error", "seconds", "versions"}
+HEADER = {"name", "fingerprint", "error", "seconds", "versions", "written"}
 MODEL = HEADER | {"model", "dtype"}
 KEYS: dict[type[StepResult], set[str]] = {
     GenerationResult: MODEL | {"backend", "why", "load_seconds", "new_tokens", "thoughts", "items", "metrics"},

@@ -140,9 +140,8 @@ class Place:
             Command("maps", "--student-blocks", "2", "--teacher-blocks", "4")
         )  # the imports are done after it
         assert code == 0, out
-        time.sleep(
-            RACY / 10**9
-        )  # hashes of files that have just been made are not kept, so that runs would differ by them
+        # the hash of a file that has just been made is not kept, so that the first runs would differ from the later ones by it
+        time.sleep(RACY / 10**9)
 
     def arguments(self, scenario: Scenario, command: str, **changes: Any) -> list[str]:
         """The command line of a scenario's command. `changes`: of keys that change no result."""

@@ -225,9 +225,10 @@ def _train(recipe: Recipe, at_once: Sequence[Sequence[StudyEntry]], ranks: int) 
             trained.append(left)
     mistakes = []
     for one, left, code in zip(launches, trained, _run(launches, runs), strict=True):
-        undone = [entry.name for entry in left if not jobs.is_finished(entry.run_folder(recipe.folder))]
+        undone = [entry for entry in left if not jobs.is_finished(entry.run_folder(recipe.folder))]
         if code:
-            mistakes.append(_failed(f"training {', '.join(undone)}", code, one.log, "its last checkpoint"))
+            names = ", ".join(entry.name for entry in undone or left)
+            mistakes.append(_failed(f"training {names}", code, one.log, "the last checkpoint"))
     return mistakes
 
 

@@ -96,6 +96,8 @@ class Rollouts:
     """The student's, to show what it writes."""
     known: KnownTokens
     """Those of the teacher: a text is cut before another."""
+    run: str
+    """A hash of all that decides the run."""
     spent: Spent = field(default_factory=Spent)
     present: dict[str, float] = field(default_factory=dict)
     """What the texts of the present round are like: `measures`."""
@@ -121,7 +123,7 @@ class Rollouts:
     def _round(self, writer: Writer, thread: Executor, steps: range, resumed_at: int) -> list[Text]:
         """The round's texts, read or written. Raises InputError where a run that is resumed within a round has lost its file."""
         file = round_file(self.folder, steps.start)
-        decides = fingerprint(self._decides())
+        decides = fingerprint(self._decides(steps.start))
         texts = on_main(self.world, lambda: _as_values(read_round(file, decides)))
         if texts is not None:
             return _as_texts(texts)
@@ -132,10 +134,12 @@ class Rollouts:
             )
         return self._written(writer, thread, steps, file, decides)
 
-    def _decides(self) -> dict[str, Any]:
-        """What decides a round's texts beside the weights."""
+    def _decides(self, first: int) -> dict[str, Any]:
+        """What decides the texts of the round that begins with this step; run and step stand for the student's weights."""
         writing = {**self.writing.decides(), "mixed_with": None}
         return {
+            "run": self.run,
+            "first": first,
             "writing": writing,
             "schedule": {**vars(self.schedule), "steps": None},
             "batch": [self.micro.batch_size, self.micro.seed],

@@ -107,7 +107,7 @@ def round_file(folder: Path, first: int) -> Path:
 
 
 def write_round(file: Path, texts: Sequence[Text], fingerprint: str) -> None:
-    """Publish a round, completely or not at all. `fingerprint`: a hash of what decided the texts beside the weights."""
+    """Publish a round, completely or not at all. `fingerprint`: a hash of run, round and what decided the texts."""
     columns = {
         "step": [text.step for text in texts],
         "place": [text.place for text in texts],
@@ -135,7 +135,9 @@ def read_round(file: Path, fingerprint: str) -> list[Text] | None:
     except (pa.ArrowException, OSError, KeyError) as error:
         raise InputError(f"{file}: a round of texts that can't be read ({first_line(error)}); {cure}") from error
     if (table.schema.metadata or {}).get(_DECIDES) != fingerprint.encode():
-        raise InputError(f"{file}: it was written with other settings of rollouts or other data; {cure}")
+        raise InputError(
+            f"{file}: it is another round's or another run's, or was written with other settings of rollouts or other data; {cure}"
+        )
     arrays = {name: [np.asarray(ids.values) for ids in columns[name]] for name in ("prompt", "text")}
     plain = [columns[name].to_pylist() for name in ("step", "place", "row", "ended")]
     return [

@@ -16,6 +16,7 @@ from llmkd.inference.choose import WORTH_VLLM, choose_backend
 from llmkd.inference.vllm_setup import check_installed
 from llmkd.models import folders, load
 from llmkd.processes import Stopping
+from llmkd.recipe.inputs import fingerprint
 from llmkd.recipe.rollouts import Rollouts as Section
 from llmkd.rollouts.by_teacher import ByTeacher, rewritten
 from llmkd.rollouts.prompts import check_prompts
@@ -139,6 +140,7 @@ def rollouts_of(
         drops_truncated=settings.truncated == "drop",
         tokenizer=tokenizer,
         known=on_main(world, lambda: known_tokens(job, teacher)),
+        run=fingerprint(job.inputs),
     )
 
 

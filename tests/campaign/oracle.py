@@ -146,7 +146,9 @@ def _values(file: Path) -> list[Any]:
 def _lasting(value: Any) -> Any:
     """A JSON value without what differs between two undisturbed runs."""
     if isinstance(value, dict):
-        of_start = ("tokens",) if "resumed_from_step" in value else ()  # a run's own numbers are of its last start
+        of_start = (
+            ("tokens", "step") if "resumed_from_step" in value else ()
+        )  # what is counted or timed is of its last start
         kept = {k: part for k, part in value.items() if k not in (*VOLATILE, *of_start) and "second" not in k}
         return {key: _lasting(part) for key, part in kept.items()}
     return [_lasting(part) for part in value] if isinstance(value, list) else value

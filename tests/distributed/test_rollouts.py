@@ -234,7 +234,11 @@ def test_a_signal_ends_the_run_before_another_round_is_written(
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_a_round_that_is_gone_or_damaged_is_named_and_nothing_is_lost(tiny: Path, world: Any, tmp_path: Path) -> None:
+def test_a_round_that_is_gone_or_damaged_or_anothers_is_named_and_nothing_is_lost(
+    tiny: Path, world: Any, tmp_path: Path
+) -> None:
+    faster = load_recipe(tiny / "recipe.yaml").changed({**LONG, "train.learning_rate": 5e-3})
+    train(world, jobs.distil_job(world, faster, tmp_path / "other"), AtStep(tmp_path / "other", 5))
     assert not run_long(tiny, world, tmp_path / "run", AtStep(tmp_path / "run", 5))
     file = round_file(tmp_path / "run", 3)
     written = file.read_bytes()
@@ -248,6 +252,10 @@ def test_a_round_that_is_gone_or_damaged_is_named_and_nothing_is_lost(tiny: Path
     file.write_bytes(broken)
     with pytest.raises(InputError, match=r"round-00000003\.parquet: a round of texts that can't be read"):
         run_long(tiny, world, tmp_path / "run")
+    for other in (round_file(tmp_path / "run", 0), round_file(tmp_path / "other", 3)):
+        file.write_bytes(other.read_bytes())
+        with pytest.raises(InputError, match=r"round-00000003\.parquet: it is another round's or another run's"):
+            run_long(tiny, world, tmp_path / "run")
     file.write_bytes(written)
     assert run_long(tiny, world, tmp_path / "run")
 

@@ -24,7 +24,10 @@ from llmkd.starting import Process
 from llmkd.text import counted
 
 log = logging.getLogger("llmkd")
+MOMENT_SECONDS = 5
+"""After one rank of a launch has failed, the others have so long to end by themselves."""
 GRACE_SECONDS = 30
+"""After SIGTERM, before SIGKILL."""
 
 
 @dataclass(frozen=True)
@@ -69,22 +72,22 @@ def launch_each(launches: Sequence[Launch], at_once: int = 1, devices: Sequence[
         )
     endings: list[Ending | None] = [None] * len(launches)
     waiting, free = deque(enumerate(launches)), deque(range(at_once))
-    running: dict[int, tuple[int, list[Process]]] = {}  # by the number of the launch: its place among those at once
+    running: dict[int, _Running] = {}  # by the number of the launch
     every: list[Process] = []
-    kills = memory_kills()
     with _passing_signals(every) as signals:
         while running or (waiting and not signals):
             while waiting and free and not signals:
                 (number, one), place = waiting.popleft(), free.popleft()
-                running[number] = place, _started(one, devices[place * one.ranks : (place + 1) * one.ranks], every)
-                for process in running[number][1]:
+                kills = memory_kills()
+                processes = _started(one, devices[place * one.ranks : (place + 1) * one.ranks], every)
+                running[number] = _Running(one, place, processes, kills)
+                for process in processes:
                     if signals and process.poll() is None:  # it came while they were started
                         process.send_signal(signal.SIGTERM)
-            for number, (place, processes) in list(running.items()):
-                if (code := _code(processes, kills)) is not None:
+            for number, launched in list(running.items()):
+                if (code := launched.ended()) is not None:
                     endings[number] = Ending(code, bool(signals))
-                    del running[number]
-                    free.append(place)
+                    free.append(running.pop(number).place)
             time.sleep(0.05)
     return endings
 
@@ -116,30 +119,40 @@ def _started(one: Launch, devices: Sequence[str], every: list[Process]) -> list[
     return processes
 
 
-def _code(processes: list[Process], kills: int) -> int | None:
-    """How a launch has ended: the first non-zero code. None while all go on. When one fails, the others have a moment to report why.
+class _Running:
+    """A launch whose processes were started. When one fails, the others have a moment to report why before they are stopped."""
 
-    `kills`: the kernel's, for want of memory, before the ranks were started. A rank that is killed can't say so itself.
-    """
-    codes = [p.poll() for p in processes]
-    failed = [c for c in codes if c]
-    if not failed:
-        return 0 if all(c == 0 for c in codes) else None
-    for rank in (rank for rank, code in enumerate(codes) if code == -signal.SIGKILL):
-        why = f", by the kernel: {NO_MEMORY}" if memory_kills() > kills else ""
-        print(f"Error: rank {rank} was killed (SIGKILL){why}.", file=sys.stderr, flush=True)
-    deadline = time.monotonic() + 5
-    while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for stop in (signal.SIGTERM, signal.SIGKILL):
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(stop)
-        deadline = time.monotonic() + GRACE_SECONDS
-        while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
-            time.sleep(0.05)
-    code = failed[0]
-    return code if code > 0 else 128 - code
+    def __init__(self, one: Launch, place: int, processes: Sequence[Process], kills: int) -> None:
+        """`place`: which GPUs it has; `kills`: the kernel's, for want of memory, before it was started."""
+        self.place, self.processes = place, processes
+        self._title = "" if one.log is None else f"{one.log.stem}: "  # else it is clear whose rank is meant
+        self._kills = kills
+        self._failed_at = 0.0
+        self._stops = deque([(MOMENT_SECONDS, signal.SIGTERM), (MOMENT_SECONDS + GRACE_SECONDS, signal.SIGKILL)])
+        self._code = 0
+
+    def ended(self) -> int | None:
+        """The first non-zero exit code, or 0, as soon as every process has ended; None until then."""
+        codes = [process.poll() for process in self.processes]
+        if not self._code and any(codes):
+            code = next(code for code in codes if code)
+            self._code = code if code > 0 else 128 - code
+            self._failed_at = time.monotonic()
+            self._say_killed(codes)
+        if None not in codes:
+            return self._code
+        if self._code and self._stops and time.monotonic() >= self._failed_at + self._stops[0][0]:
+            _, stop = self._stops.popleft()
+            for process in self.processes:
+                if process.poll() is None:
+                    process.send_signal(stop)
+        return None
+
+    def _say_killed(self, codes: Sequence[int | None]) -> None:
+        """A rank that is killed can't say so itself."""
+        for rank in (rank for rank, code in enumerate(codes) if code == -signal.SIGKILL):
+            why = f", by the kernel: {NO_MEMORY}" if memory_kills() > self._kills else ""
+            print(f"Error: {self._title}rank {rank} was killed (SIGKILL){why}.", file=sys.stderr, flush=True)
 
 
 @contextmanager

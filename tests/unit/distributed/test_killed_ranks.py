@@ -33,15 +33,18 @@ class Rank:
 @pytest.mark.parametrize(
     ("kills", "why"), [(4, ""), (5, ", by the kernel: its memory, or the job's share of it, is used up;")]
 )
+@pytest.mark.parametrize("log", [None, Path("study/logs/forward-s0.log")])
 def test_a_killed_rank_is_told_and_that_the_kernel_did_it(
-    kills: int, why: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    kills: int, why: str, log: Path | None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(launch, "memory_kills", lambda: kills)
     monkeypatch.setattr(launch.time, "monotonic", iter(range(0, 10**6, 3)).__next__)
     ranks: list[Process] = [Rank(0), Rank(-signal.SIGKILL), Rank(None)]
-    assert launch._code(ranks, kills=4) == 128 + signal.SIGKILL
+    running = launch._Running(launch.Launch(3, [], log), 0, ranks, kills=4)
+    assert next(code for code in iter(running.ended, ()) if code is not None) == 128 + signal.SIGKILL
     said = capfd.readouterr().err
-    assert said.count("Error: ") == 1 and said.startswith(f"Error: rank 1 was killed (SIGKILL){why}"), said
+    title = "" if log is None else "forward-s0: "
+    assert said.count("Error: ") == 1 and said.startswith(f"Error: {title}rank 1 was killed (SIGKILL){why}"), said
 
 
 @pytest.mark.skipif(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,8 @@ class Started:
         files: tuple[int, int, int],
     ) -> Any:
         command = [sys.executable, "-c", arguments[0]]
-        self.processes.append(subprocess.Popen(command, stdin=files[0], stdout=files[1], stderr=files[2]))
+        files_of = {"stdin": files[0], "stdout": files[1], "stderr": files[2]}
+        self.processes.append(subprocess.Popen(command, env={**os.environ, **variables}, **files_of))
         self.variables.append(variables)
         self.most = max(self.most, sum(process.poll() is None for process in self.processes))
         return self.processes[-1]
@@ -67,6 +70,23 @@ def test_one_that_fails_costs_the_others_nothing(started: Started) -> None:
     launches = [Launch(1, ["raise SystemExit(2)"]), Launch(1, [WAIT]), Launch(1, [WAIT])]
     assert launch_each(launches, 2) == [Ending(2, False), Ending(0, False), Ending(0, False)]
     assert "CUDA_VISIBLE_DEVICES" not in started.variables[0]
+
+
+def test_one_that_fails_and_does_not_end_holds_no_other_up(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_time, began = time.monotonic, time.monotonic()
+
+    def others_ended() -> bool:
+        assert real_time() < began + 60, "the others were not started beside it"
+        return len(started.processes) == 5 and all(process.poll() == 0 for process in started.processes[2:])
+
+    monkeypatch.setattr(module.time, "monotonic", lambda: real_time() + 1000 if others_ended() else began)
+    deaf = (
+        "import os, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "sys.exit(3) if os.environ['RANK'] == '0' else time.sleep(600)"
+    )
+    endings = launch_each([Launch(2, [deaf]), *[Launch(1, [WAIT])] * 3], 2)
+    assert endings == [Ending(3, False), *[Ending(0, False)] * 3]
+    assert started.processes[1].poll() in (-signal.SIGTERM, -signal.SIGKILL)
 
 
 def test_a_signal_that_comes_while_ranks_are_started_reaches_them(started: Started) -> None:

@@ -68,18 +68,22 @@ def read(file: Path) -> Any:
 
 
 def read_lines(file: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """The lines of a JSONL file, at most `limit`; a line that a killed process left half-written is left out."""
-    values = []
+    """The objects of a JSONL file's first `limit` lines; a line that a killed process left half-written is left out."""
     try:
-        with file.open() as lines:
-            for line in islice(lines, limit):
-                try:
-                    values.append(json.loads(line))
-                except ValueError:
-                    continue
+        with file.open(errors="replace") as lines:
+            values = map(_object, islice(lines, limit))
+            return [value for value in values if value is not None]
     except OSError:
         return []
-    return values
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    """The JSON object that a line holds; None where it holds none."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def forget_after(file: Path, step: int) -> None:
@@ -87,12 +91,10 @@ def forget_after(file: Path, step: int) -> None:
     if not file.is_file():
         return
     kept = []
-    for text in file.read_text().splitlines():
-        try:
-            if json.loads(text)["step"] <= step:
-                kept.append(text)
-        except (json.JSONDecodeError, KeyError):
-            continue
+    for text in file.read_text(errors="replace").splitlines():
+        done = (_object(text) or {}).get("step")
+        if isinstance(done, int) and done <= step:
+            kept.append(text)
     tmp = file.with_suffix(".tmp")
     tmp.write_text("".join(text + "\n" for text in kept))
     os.replace(tmp, file)

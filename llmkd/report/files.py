@@ -201,7 +201,9 @@ def _own_kl(file: Path) -> str | None:
 
 
 def _lines(folder: Path, entry: StudyEntry) -> list[dict[str, Any]]:
-    return read_lines(entry.run_folder(folder) / "metrics.jsonl")
+    return [
+        line for line in read_lines(entry.run_folder(folder) / "metrics.jsonl") if isinstance(line.get("step"), int)
+    ]
 
 
 def _log_line(line: Mapping[str, Any]) -> LogLine:

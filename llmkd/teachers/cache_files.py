@@ -224,14 +224,16 @@ def reopen(folder: Path, manifest: Manifest, damaged: Sequence[Shard]) -> None:
 
 def write_plan(folder: Path, contents: Contents, ranges: Sequence[tuple[int, int]]) -> None:
     """Record what is being written here, so that an interrupted run can go on with it."""
-    write_json_durably(folder / "plan.json", {"format": FORMAT, "contents": asdict(contents), "ranges": list(ranges)})
+    values = {"format": FORMAT, "contents": asdict(contents), "ranges": list(ranges)}
+    write_json_durably(folder / "plan.json", {**values, "checksum": _checksum(values)})
 
 
 def read_plan(folder: Path) -> tuple[Contents, list[tuple[int, int]]] | None:
-    """What is being written here; None where nothing is."""
-    if not (folder / "plan.json").is_file():
+    """What is being written here; None where nothing is. Raises InputError as `read_manifest`."""
+    file = folder / "plan.json"
+    if not file.is_file():
         return None
-    values = _json(folder / "plan.json")
+    values = _as_written(file)
     return _contents(values["contents"]), [(first, last) for first, last in values["ranges"]]
 
 
@@ -244,9 +246,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     file = folder / "manifest.json"
     if not file.is_file():
         return None
-    values = _json(file)
-    if values.pop("checksum", None) != _checksum(values):
-        raise InputError(f"{file}: was changed since it was written; remove {folder} and run llmkd cache again")
+    values = _as_written(file)
     return Manifest(_contents(values["contents"]), tuple(Shard(**s) for s in values["shards"]))
 
 
@@ -261,6 +261,14 @@ def _json(file: Path) -> dict[str, Any]:
         raise InputError(
             f"{file}: is of format {format_}, this version of llmkd reads {FORMAT}; run llmkd cache again elsewhere"
         )
+    return values
+
+
+def _as_written(file: Path) -> dict[str, Any]:
+    """As `_json`. Raises InputError also where the file is not as it was written."""
+    values = _json(file)
+    if values.pop("checksum", None) != _checksum(values):
+        raise InputError(f"{file}: was changed since it was written; remove {file.parent} and run llmkd cache again")
     return values
 
 

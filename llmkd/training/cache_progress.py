@@ -45,6 +45,8 @@ def prepare(recipe: Recipe, wanted: Contents, lengths: Sequence[int], *, trusted
     bytes_per_token = -(-sum(cache_files.sizes(wanted).values()) // wanted.tokens)
     new_ranges = cache_files.shard_ranges(lengths, bytes_per_token, int(recipe.cache.shard_mib * 2**20))
     contents, ranges = under_way or (wanted, new_ranges)
+    if under_way is None:
+        _remove_unknown(folder)
     done = _done(folder, len(ranges))
     _log_size(folder, contents, len(done), sum(shard.tokens for shard in done.values()))
     if under_way is None:
@@ -83,6 +85,17 @@ def _done(folder: Path, shards: int) -> dict[int, Shard]:
     """Number -> record of the shards that are published."""
     records = {number: cache_files.record(cache_files.shard_file(folder, number)) for number in range(shards)}
     return {number: shard for number, shard in records.items() if shard is not None}
+
+
+def _remove_unknown(folder: Path) -> None:
+    """Remove shards of which nothing says any more what they were made of."""
+    unknown = sorted(folder.glob("shard-*.safetensors*"))
+    if unknown:
+        log.warning(
+            "cache: %s holds %d shards and no plan.json that says what of; they are written again", folder, len(unknown)
+        )
+    for file in [*unknown, *folder.glob("shard-*.json")]:
+        file.unlink()
 
 
 def _check_serves(folder: Path, have: Contents, wanted: Contents) -> None:

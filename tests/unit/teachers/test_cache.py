@@ -384,6 +384,26 @@ def test_killed_writing_loses_the_shard_under_way_alone(
     assert len(done) >= 1 and sorted(row for rows in runs_of_teacher for row in rows) == left
 
 
+@pytest.mark.parametrize("what", ["changed", "gone"])
+def test_without_a_plan_as_it_was_written_no_shard_counts(
+    recipe: Recipe, world: Any, whole: Path, tmp_path: Path, runs_of_teacher: list[tuple[int, ...]], what: str
+) -> None:
+    """It alone says of what the shards of a cache under way are made."""
+    here = recipe.changed({"cache.path": str(tmp_path / "cache")})
+    assert not write_cache.cache(world, here, After(5))
+    plan = tmp_path / "cache" / "plan.json"
+    if what == "changed":
+        plan.write_text(plan.read_text().replace("block", "clock", 1).replace("teacher.path", "teacher.qath", 1))
+        with pytest.raises(InputError, match=r"plan\.json: was changed since it was written; remove "):
+            write_cache.cache(world, here, Never())
+    plan.unlink()
+    runs_of_teacher.clear()
+    assert write_cache.cache(world, here, Never())
+    assert _bytes(tmp_path / "cache") == _bytes(whole)
+    rows = json.loads((whole / "manifest.json").read_text())["contents"]["rows"]
+    assert sorted(row for rows in runs_of_teacher for row in rows) == list(range(rows))
+
+
 def test_a_partial_shard_that_was_changed_is_not_gone_on_with(recipe: Recipe, world: Any, tmp_path: Path) -> None:
     here = recipe.changed({"cache.path": str(tmp_path / "cache"), "cache.shard_mib": 1, "cache.micro_batch_size": 8})
     assert not write_cache.cache(world, here, After(2))

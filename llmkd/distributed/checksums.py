@@ -1,6 +1,7 @@
 """The checksums of a checkpoint's files, compared before any of them is opened, and those of what a finished run leaves.
 
     checkpoints/step-00000100/checksums.json      {"shards/….pt": SHA-256, "rng-0.pt": …, "state.json": …}
+    initial/checksums.json, best/step-…/checksums.json      as a checkpoint's, of the models that a run goes on with when it is resumed
     checksums.json                                {"model/model.safetensors": {"bytes": …, "changed": …, "sha256": …}, "metrics.jsonl": …}
 
 Every rank reads its share of a checkpoint's files, as it wrote its share of them. They guard against damage; that a file from elsewhere
@@ -53,8 +54,13 @@ def damage(folder: Path, only: Iterable[str] | None = None) -> str | None:
     return _first_fault(folder, sums, sums if only is None else only)
 
 
+def damage_together(world: World, folder: Path) -> str | None:
+    """`damage`, each rank reading its share of the files (all ranks take part)."""
+    return on_main(world, lambda: damage(folder, only=())) or damage_by_shares(world, folder)
+
+
 def damage_by_shares(world: World, folder: Path) -> str | None:
-    """`damage` of all files, each rank reading its share (all ranks take part)."""
+    """As `damage_together`, of a folder whose checksums are known to be there."""
     sums = on_main(world, lambda: read(folder / FILE))
     with ThreadPoolExecutor(1) as thread:
         own = sorted(sums)[world.rank :: world.size]

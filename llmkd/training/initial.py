@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkd.data.batches import Batch
+from llmkd.distributed.checksums import write_checksums
 from llmkd.distributed.ranks import World, on_main, sum_counts, sum_tensor
 from llmkd.errors import InputError
 from llmkd.files import read, write_json
@@ -159,6 +160,7 @@ def write_initial(world: World, job: Job, tokenizer: Any, rows: Rows, *, resumin
     if job.makes_teacher:
         if not here:
             on_main(world, lambda: initial_teacher(job.recipe, tokenizer, job))
+            write_checksums(world, job.initial)
         return
     recipe = job.recipe
     teacher = on_main(world, lambda: folders.resolve(recipe.teacher_path, "teacher.path", recipe.teacher.revision))
@@ -174,6 +176,7 @@ def write_initial(world: World, job: Job, tokenizer: Any, rows: Rows, *, resumin
     kept = on_main(world, lambda: kept_width(recipe, job.folder))
     if not here:
         on_main(world, lambda: initial_student(measured, teacher, job.initial, kept))
+        write_checksums(world, job.initial)
 
 
 def with_blocks(recipe: Recipe, run: Path) -> Recipe:

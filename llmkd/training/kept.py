@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from llmkd.distributed.checksums import FILE, damage_together, write_checksums
 from llmkd.distributed.ranks import World, on_main
 from llmkd.errors import InputError
 from llmkd.files import write_folder
@@ -60,7 +61,7 @@ class Keeping:
         self.noted = [Noted(*noted) for noted in run.validations]
         if self._train.keep == "best":
             on_main(world, self._tidy)
-            on_main(world, self._check)
+            self._check()
 
     @property
     def best(self) -> Noted | None:
@@ -102,6 +103,7 @@ class Keeping:
             place = self._place(best)
             about = {"card": "", "meta": {"inputs": run.job.inputs, "step": step}, **export_options(run.job)}
             checkpoint.export(self._world, run.module.model, place, tokenizer_from=run.job.initial, **about)
+            write_checksums(self._world, place)
             on_main(self._world, self._tidy)
             log.info("%s: step %d is the best so far by %s; its student is in %s", run.job.title, step, by, place)
         if self.is_over and self.best is not None:
@@ -117,7 +119,7 @@ class Keeping:
         """Export the kept student to this folder (all ranks take part)."""
 
         def write(tmp: Path) -> None:
-            shutil.copytree(self.model, tmp, dirs_exist_ok=True)
+            shutil.copytree(self.model, tmp, ignore=shutil.ignore_patterns(FILE), dirs_exist_ok=True)
             (tmp / "README.md").write_text(card)
             (tmp / "llmkd.json").write_text(json.dumps(meta, indent=1))
 
@@ -145,10 +147,14 @@ class Keeping:
                 shutil.rmtree(path)
 
     def _check(self) -> None:
-        """Raise InputError where the best student so far, of an earlier start of this run, is gone."""
-        if self.kept is not None and not (self.model / "llmkd.json").is_file():
+        """Raise InputError where the best student so far, of an earlier start of this run, is gone or damaged (all ranks take part)."""
+        if self.kept is None:
+            return
+        gone = not on_main(self._world, (self.model / "llmkd.json").is_file)
+        fault = "is no longer here" if gone else damage_together(self._world, self.model)
+        if fault is not None:
             checkpoints = self._run.job.folder / "checkpoints"
             raise InputError(
-                f"{self.model}: the student of step {self.kept.step}, the best so far, is no longer here; put it back, or remove "
-                f"{checkpoints} to start from the beginning"
+                f"{self.model}: the student of step {self.kept.step}, the best so far, {fault}; put it back, or "
+                f"remove {checkpoints} to start from the beginning"
             )

@@ -14,10 +14,11 @@ import torch
 from llmkd.data.batches import Batch, announced, batches
 from llmkd.data.order import Source, counts
 from llmkd.data.streams import Stream
+from llmkd.distributed.checksums import damage_together
 from llmkd.distributed.clocks import StepClock
 from llmkd.distributed.ds_configs import on_other_ranks
 from llmkd.distributed.engines import RATE, engine
-from llmkd.distributed.ranks import World
+from llmkd.distributed.ranks import World, on_main
 from llmkd.distributed.traces import Trace
 from llmkd.errors import InputError
 from llmkd.models.parts import blocks
@@ -226,6 +227,8 @@ def _prepare(
     ds_config = build.training_ds_config(world, settings, accumulation, job.folder)
     if resume is not None and resume.world_size != world.size:
         ds_config = on_other_ranks(ds_config)
+    if resume is not None:
+        _check_initial(world, job)
     tokenizer = initial.job_tokenizer(world, job, resuming=resume is not None)
     data = rows_of(world, job, tokenizer, stopping)
     checkpoint.check_rows(resume, data.training.digests, [f for f in data.training.folders if teachers_texts([f])])
@@ -273,6 +276,20 @@ def _prepare(
     return PreparedRun(
         world, job, student, module, teacher, source, rate, first, steps, clock, validation, held_out, validated
     )
+
+
+def _check_initial(world: World, job: Job) -> None:
+    """Raise InputError where a run that is resumed started from what is no longer as it was written (all ranks take part)."""
+    if job.initial != job.folder / "initial" or not on_main(world, (job.initial / "config.json").is_file):
+        return
+    fault = damage_together(world, job.initial)
+    if fault is not None:
+        again = (
+            f"remove {job.folder} to begin again"
+            if job.makes_teacher
+            else "remove that folder, which is then made again"
+        )
+        raise InputError(f"{job.initial}: {fault}; put it back, or {again}")
 
 
 def _source(

@@ -143,8 +143,16 @@ def test_stopped_and_exported(tiny: Path, world: Any, tmp_path: Path, monkeypatc
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "prepare", prepared)
         assert not train(world, job, stopping)
-    assert (tmp_path / "run" / "initial" / "model.safetensors").is_file()
-    began = load_file(tmp_path / "run" / "initial" / "model.safetensors")
+    frozen = tmp_path / "run" / "initial" / "model.safetensors"
+    began = load_file(frozen)
+    written = frozen.read_bytes()
+    frozen.unlink()  # `began` reads on from the file
+    frozen.write_bytes(written[:-1] + bytes([written[-1] ^ 1]))  # no checkpoint has these weights
+    with pytest.raises(
+        InputError, match=r"run/initial: model\.safetensors is damaged: .*; put it back, or remove that folder"
+    ):
+        train(world, job)
+    shutil.rmtree(tmp_path / "run" / "initial")
 
     ids = torch.arange(4, 36).reshape(2, 16)
     seen: list[torch.Tensor] = []

@@ -138,17 +138,24 @@ def test_a_killed_run_keeps_the_same_student(
     assert numbers(tmp_path / "run") == numbers(uninterrupted)
 
 
-def test_a_best_student_that_was_taken_away_is_missed_before_anything_is_trained(
-    world: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("damage", ["gone", "flipped"])
+def test_a_best_student_that_was_taken_away_or_damaged_is_missed_before_anything_is_trained(
+    world: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Keeping, "publish", lambda *_, **__: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             run(world, tiny, tmp_path / "run", {"train.steps": 2})
-    shutil.rmtree(tmp_path / "run" / "best")
-    with pytest.raises(
-        InputError, match=r"best/step-0000000.: the student of step ., the best so far, is no longer here"
-    ):
+    why = "is no longer here"
+    if damage == "gone":
+        shutil.rmtree(tmp_path / "run" / "best")
+    else:
+        (*_, last) = sorted((tmp_path / "run" / "best").iterdir())
+        weights = bytearray((last / "model.safetensors").read_bytes())
+        weights[-5] ^= 1
+        (last / "model.safetensors").write_bytes(weights)
+        why = r"model\.safetensors is damaged: it does not hold what was written"
+    with pytest.raises(InputError, match=rf"best/step-0000000.: the student of step ., the best so far, {why}; put it"):
         run(world, tiny, tmp_path / "run", {"train.steps": 2})
 
 

@@ -116,6 +116,11 @@ def write_json_durably(file: Path, values: Any) -> None:
     write_text(file, json.dumps(values, indent=1), durable=True)
 
 
+def checksum(values: Any) -> str:
+    """A hash of what JSON can hold, to stand beside it in a file."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def sync(file: Path) -> None:
     """Wait until the file's bytes are on the disk."""
     with file.open("rb") as stream:

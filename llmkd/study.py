@@ -24,6 +24,7 @@ from llmkd.evaluation.places import visible_devices
 from llmkd.files import read, write_text
 from llmkd.models.families import kind
 from llmkd.models.folders import resolve
+from llmkd.planning.in_turn import settled
 from llmkd.planning.run_checks import check_beside, check_pair_weights, check_trained, runs_at_once
 from llmkd.planning.study_rows import StudyRows
 from llmkd.processes import holder, only_one_in
@@ -82,7 +83,11 @@ def study(recipe: Recipe, ranks: int | None = None, part: Part = WHOLE) -> Repor
         raise InputError("study.strategies: name at least one, e.g. [none, forward, reverse]")
     folder = recipe.folder
     ranks = ranks or recipe.study.ranks
-    entries = study_entries(recipe)
+    if part != WHOLE and recipe.study.together == "auto":
+        raise InputError(
+            "study.together: the parts of a study need one number; write one that fits all (llmkd plan) in place of auto"
+        )
+    recipe, entries = settled(recipe, ranks), study_entries(recipe)
     log.info("study: checking what %d models need, before any is trained", len(entries))
     check(recipe, entries, ranks)
     with only_one_in(folder if part == WHOLE else folder / PARTS / f"{part.number}-of-{part.count}"):

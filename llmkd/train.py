@@ -294,7 +294,9 @@ def command(
 ) -> None:
     """Train one student, after its teacher where the recipe makes one that is still missing. The same command resumes."""
     if beside and (teacher_only or cache_only):
-        raise InputError("--beside: it names a student to be trained; leave it out with --teacher-only and --cache-only")
+        raise InputError(
+            "--beside: it names a student to be trained; leave it out with --teacher-only and --cache-only"
+        )
     settings = load_recipe(recipe, overrides)
     students = {output or student_folder(settings): settings, **{Path(out): load_recipe(name) for name, out in beside}}
     if len(students) <= len(beside):

@@ -168,9 +168,10 @@ class Study(Section):
     parallel: Annotated[int, Field(gt=0)] | Literal["auto"] = 1
     """So many training runs at a time, each on `ranks` processes and, where there are GPUs, as many GPUs of its own; what each says goes to
     logs/ in the study's folder. For small students, which gain nothing from more ranks. `auto`: as many as there are GPUs for."""
-    together: int = Field(default=1, gt=0)
+    together: Annotated[int, Field(gt=0)] | Literal["auto"] = 1
     """So many students of a seed are trained in turn, a micro-batch each, off one pass of one teacher; each becomes what it becomes alone.
-    A rank holds them all: `llmkd plan` says how many fit. 1: one student after another, each with a teacher of its own."""
+    A rank holds them all: `llmkd plan` says how many fit, and `auto` takes the most of them. 1: one student after another, each with a
+    teacher of its own."""
 
     @model_validator(mode="after")
     def _known(self) -> Study:

@@ -231,14 +231,16 @@ def shared_pass(recipe: Recipe) -> dict[str, Any]:
 
 
 def groups(recipe: Recipe, entries: Sequence[StudyEntry]) -> list[list[StudyEntry]]:
-    """The students among these that are trained at once: of those that share a pass of the teacher, `study.together` at a time."""
+    """The students among these that are trained at once: of those that share a pass of the teacher, `study.together` at a time, which is
+    a number by now."""
+    count = recipe.study.together
+    assert isinstance(count, int), count
     by_pass: dict[str, list[StudyEntry]] = {}
     for entry in entries:
         if entry.train is None or entry.kind == "teacher":
             continue
-        alike = shared_pass(entry_recipe(recipe, entry)) if recipe.study.together > 1 else entry.name
+        alike = shared_pass(entry_recipe(recipe, entry)) if count > 1 else entry.name
         by_pass.setdefault(json.dumps(alike, sort_keys=True), []).append(entry)
-    count = recipe.study.together
     return [members[at : at + count] for members in by_pass.values() for at in range(0, len(members), count)]
 
 

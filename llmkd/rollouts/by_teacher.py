@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import time
@@ -28,7 +27,7 @@ from llmkd.data.token_files import TokenFiles, Written, opened, record, record_s
 from llmkd.data.tokenized import Tokens
 from llmkd.distributed.ranks import World, on_each_node, on_every_rank, on_main, sum_counts
 from llmkd.errors import InputError
-from llmkd.files import sync, write_json_durably
+from llmkd.files import checksum, read, sync, write_json_durably
 from llmkd.inference.sampling import Ids
 from llmkd.processes import StoppedWaiting, only_one_in
 from llmkd.progress import progress
@@ -49,9 +48,30 @@ SEED = 0
 
 
 def teachers_texts(folders: Sequence[Path]) -> dict[str, float]:
-    """What a teacher wrote of the tokens in these folders, whichever run had it written; empty where it wrote nothing."""
-    parts = [json.loads(file.read_text()) for folder in folders for file in sorted(folder.glob(f"*{WROTE}"))]
-    return {name: sum(part[name] for part in parts) for name in Wrote.__dataclass_fields__} if parts else {}
+    """What a teacher wrote of the tokens in these folders, whichever run had it written; empty where it wrote nothing.
+
+    A damaged file is named and left out: it decides nothing.
+    """
+    files = [file for folder in folders for file in sorted(folder.glob(f"*{WROTE}"))]
+    parts = []
+    for file in files:
+        if (part := _wrote(file)) is None:
+            log.warning("%s is not what was written; the numbers of the teacher's texts lack those of its rows", file)
+        else:
+            parts.append(part)
+    return {name: sum(part[name] for part in parts) for name in Wrote.__dataclass_fields__} if files else {}
+
+
+def _wrote(file: Path) -> dict[str, float] | None:
+    """What a file says was written; None where it is damaged."""
+    values = read(file)
+    as_written = isinstance(values, dict) and values.pop("checksum", None) == checksum(values)
+    return values if as_written else None
+
+
+def wrote_into(folder: Path) -> bool:
+    """Whether a teacher wrote some of the tokens in this folder."""
+    return any(folder.glob(f"*{WROTE}"))
 
 
 @dataclass(frozen=True)
@@ -264,8 +284,8 @@ class _Source:
         sync(tmp)
         os.replace(tmp, file)
         # before the shard counts as written: where the one is, the other is too
-        wrote = Wrote(len(written), of_texts, unended, empty, left_out, seconds)
-        write_json_durably(file.with_suffix(WROTE), asdict(wrote))
+        wrote = asdict(Wrote(len(written), of_texts, unended, empty, left_out, seconds))
+        write_json_durably(file.with_suffix(WROTE), {**wrote, "checksum": checksum(wrote)})
         return record_shard(file, Written(len(rows), len(kept), tokens, long=unended, useless=left_out)).sha256
 
     def _finish(self, count: int, first: str | None) -> str:

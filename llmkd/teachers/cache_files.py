@@ -9,7 +9,6 @@ that a signal cut short lies in `shard-00000.partial.safetensors`. Every file is
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -25,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmkd.errors import InputError
-from llmkd.files import sha256, sync, write_json_durably
+from llmkd.files import checksum, sha256, sync, write_json_durably
 from llmkd.layer_map import EMBEDDING, OtherState, State
 from llmkd.teachers.quantization import LARGEST, STORED
 
@@ -207,7 +206,7 @@ def remove(file: Path) -> None:
 def finish(folder: Path, contents: Contents, shards: Sequence[Shard], made: Mapping[str, str | None]) -> None:
     """Publish the manifest over the shards' records, which are then no longer needed."""
     values = {"format": FORMAT, "contents": asdict(contents), "shards": [asdict(s) for s in shards], "made": dict(made)}
-    write_json_durably(folder / "manifest.json", {**values, "checksum": _checksum(values)})
+    write_json_durably(folder / "manifest.json", {**values, "checksum": checksum(values)})
     for shard in shards:
         (folder / shard.file).with_suffix(".json").unlink(missing_ok=True)
     (folder / "plan.json").unlink(missing_ok=True)
@@ -225,7 +224,7 @@ def reopen(folder: Path, manifest: Manifest, damaged: Sequence[Shard]) -> None:
 def write_plan(folder: Path, contents: Contents, ranges: Sequence[tuple[int, int]]) -> None:
     """Record what is being written here, so that an interrupted run can go on with it."""
     values = {"format": FORMAT, "contents": asdict(contents), "ranges": list(ranges)}
-    write_json_durably(folder / "plan.json", {**values, "checksum": _checksum(values)})
+    write_json_durably(folder / "plan.json", {**values, "checksum": checksum(values)})
 
 
 def read_plan(folder: Path) -> tuple[Contents, list[tuple[int, int]]] | None:
@@ -267,17 +266,13 @@ def _json(file: Path) -> dict[str, Any]:
 def _as_written(file: Path) -> dict[str, Any]:
     """As `_json`. Raises InputError also where the file is not as it was written."""
     values = _json(file)
-    if values.pop("checksum", None) != _checksum(values):
+    if values.pop("checksum", None) != checksum(values):
         raise InputError(f"{file}: was changed since it was written; remove {file.parent} and run llmkd cache again")
     return values
 
 
 def _contents(values: Mapping[str, Any]) -> Contents:
     return Contents(**{**values, "blocks": tuple(values["blocks"])})
-
-
-def _checksum(values: object) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def problem(folder: Path, shard: Shard, contents: Contents) -> str | None:

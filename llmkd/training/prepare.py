@@ -25,7 +25,7 @@ from llmkd.models.parts import blocks
 from llmkd.processes import Stopping
 from llmkd.recipe.recipe import dump_recipe
 from llmkd.recipe.rollouts import check_written
-from llmkd.rollouts.by_teacher import teachers_texts
+from llmkd.rollouts.by_teacher import teachers_texts, wrote_into
 from llmkd.rollouts.source import Rollouts
 from llmkd.student.distiller import Distiller
 from llmkd.student.passes import StepSettings
@@ -231,7 +231,7 @@ def _prepare(
         _check_initial(world, job)
     tokenizer = initial.job_tokenizer(world, job, resuming=resume is not None)
     data = rows_of(world, job, tokenizer, stopping)
-    checkpoint.check_rows(resume, data.training.digests, [f for f in data.training.folders if teachers_texts([f])])
+    checkpoint.check_rows(resume, data.training.digests, [f for f in data.training.folders if wrote_into(f)])
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     source = _source(world, job, data, tokenizer, pad_id, accumulation, resume)
     steps, rate = _length(job, source.count)

@@ -138,7 +138,9 @@ def test_what_stands_beside_is_looked_at_before_anything_is_done(tiny: Path, tmp
 
     assert told("--beside", file, run) == "--beside: two students have one folder; give each an OUTPUT of its own"
     for alone in ("--teacher-only", "--cache-only"):
-        assert told("--beside", file, str(tmp_path / "other"), alone).startswith("--beside: it names a student to be trained")
+        assert told("--beside", file, str(tmp_path / "other"), alone).startswith(
+            "--beside: it names a student to be trained"
+        )
     other = tmp_path / "other.yaml"
     other.write_text((tiny / "recipe.yaml").read_text() + "\nseed: 3\n")
     assert "seed is 3 and that of" in told("--beside", str(other), str(tmp_path / "other"))

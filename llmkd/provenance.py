@@ -33,6 +33,12 @@ def hardware() -> dict[str, Any]:
     return {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory, 1), "gpus": gpus}
 
 
+def card_bytes() -> int | None:
+    """The memory of the smallest of this process's GPUs; None where there is none."""
+    count = torch.cuda.device_count()
+    return min((torch.cuda.get_device_properties(number).total_memory for number in range(count)), default=None)
+
+
 def peak_memory_gib() -> float:
     """The most memory this process has held: the GPU allocator's peak, or on a CPU machine the resident set's."""
     if torch.cuda.is_available():

@@ -81,8 +81,7 @@ def study(recipe: Recipe, ranks: int | None = None, part: Part = WHOLE) -> Repor
     """
     if not recipe.study.students:
         raise InputError("study.strategies: name at least one, e.g. [none, forward, reverse]")
-    folder = recipe.folder
-    ranks = ranks or recipe.study.ranks
+    folder, ranks = recipe.folder, ranks or recipe.study.ranks
     if part != WHOLE and recipe.study.together == "auto":
         raise InputError(
             "study.together: the parts of a study need one number; write one that fits all (llmkd plan) in place of auto"

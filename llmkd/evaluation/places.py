@@ -30,14 +30,6 @@ def visible_devices() -> list[str]:
     return (named.split(",") if named else [str(number) for number in range(count)])[:count] or ["cpu"]
 
 
-def card_bytes() -> int | None:
-    """The memory of the smallest of this process's GPUs; None where there is none."""
-    import torch  # as above
-
-    count = torch.cuda.device_count()
-    return min((torch.cuda.get_device_properties(number).total_memory for number in range(count)), default=None)
-
-
 def side_by_side(models: Sequence[StepResult]) -> int:
     """How many processes share these models on a CPU: several where all are small. Each takes two at least, which repay its start."""
     return max(1, min(len(models) // 2, len(os.sched_getaffinity(0)), BESIDE)) if all(map(_is_small, models)) else 1

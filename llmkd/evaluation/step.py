@@ -33,6 +33,7 @@ from llmkd.files import digest, file_hashes, write_text
 from llmkd.inference import child
 from llmkd.inference.child import Child, Say
 from llmkd.progress import Advance, progress
+from llmkd.provenance import card_bytes
 from llmkd.recipe.scoring_steps import ScoringStep
 
 log = logging.getLogger("llmkd")
@@ -138,7 +139,7 @@ def _devices(models: Sequence[StepResult], process: Callable[[Any], Process]) ->
 
 def _sizes(todo: Sequence[R], weights: Callable[[R], int], count: int, out: Path) -> dict[str, int]:
     """By name over how many devices each model is spread; one for which there are too few gets that error, and is left out."""
-    card, sizes = places.card_bytes(), {}
+    card, sizes = card_bytes(), {}
     for model in todo:
         try:
             sizes[model.name] = 1 if card is None else places.devices_for(model, weights(model), count, card)

@@ -12,7 +12,7 @@ WIDE = 4
 """Bytes of a master weight, an Adam moment, an accumulated or a communicated gradient: fp32 (ds_configs/)."""
 Phase = Literal["always", "teacher forward", "head", "backward", "optimizer step", "writing", "before training"]
 Place = Literal["device", "host", "nvme", "disk"]
-Part = Literal["teacher weights", "teacher signals", "student"]
+Part = Literal["teacher weights", "student"]
 PHASES: tuple[Phase, ...] = ("teacher forward", "head", "backward", "optimizer step", "writing")
 BEFORE: tuple[Phase, ...] = ("before training",)
 """When nothing of what is always held in training is there yet."""

@@ -16,7 +16,7 @@ import torch
 
 from llmkd import starting
 from llmkd.distributed import ending, ranks
-from llmkd.evaluation import generation, places
+from llmkd.evaluation import generation, places, step
 from llmkd.evaluation.held_out import load_to_run
 from llmkd.inference import backends
 from llmkd.inference.sampling import Sampling
@@ -81,7 +81,7 @@ def test_texts_are_the_same_on_one_gpu_on_each_of_two_and_over_both(
     weights, every, found = places.weight_bytes([tiny / "teacher"], "float32"), places.visible_devices(), []
     for name, devices, card in (("one", every[:1], 10**9), ("each", every[:2], 10**9), ("both", every[:2], weights)):
         monkeypatch.setattr(places, "visible_devices", lambda devices=devices: devices)
-        monkeypatch.setattr(places, "card_bytes", lambda card=card: card)
+        monkeypatch.setattr(step, "card_bytes", lambda card=card: card)
         files = generation.generate(models, Evaluation(generation=asked), Data(source=rows), tmp_path / name)
         results = [json.loads(file.read_text()) for file in files.values()]
         assert all(result["error"] is None for result in results), results

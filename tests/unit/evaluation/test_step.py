@@ -78,7 +78,7 @@ def test_large_models_are_spread_over_groups_of_devices_and_small_ones_take_all_
     """On five cards of 100 bytes, of which weights take 60 at most; the same scores as where one card holds each."""
     names = ["small0", "pair1", "four2", "pair3", "huge4", "small5"]
     words = {name: "slow where" for name in names}
-    monkeypatch.setattr(places, "card_bytes", lambda: 100)
+    monkeypatch.setattr(step, "card_bytes", lambda: 100)
     scored = scores(tmp_path, words, devices=list("01234"), weights=weights_of)
     too_large = scored.pop("huge4")
     assert "which need 6 GPUs" in too_large["error"] and "and 5 are here" in too_large["error"]

@@ -20,13 +20,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Generator, Sequence
-from typing import NamedTuple
 
 import click
 import datasets
 import transformers
 
-from llmkd import __version__
 from llmkd.data.batches import Batch, Counts
 from llmkd.distributed import checksums
 from llmkd.distributed.ending import end_lost, leave, lost_rank, print_mistake, start_watch
@@ -35,7 +33,6 @@ from llmkd.distributed.ranks import World, on_main, quiet, start, stop, sum_coun
 from llmkd.distributed.shared_folder import only_run_in
 from llmkd.errors import Diverged, InputError, storage_problem
 from llmkd.processes import Stopping, end_with_parent
-from llmkd.provenance import commit, hardware, peak_memory_gib, versions
 from llmkd.recipe.ds_config import check_ds_configs
 from llmkd.recipe.options import train_options
 from llmkd.recipe.recipe import Recipe, load_recipe
@@ -43,7 +40,7 @@ from llmkd.student.passes import PassResult, StepSettings
 from llmkd.teachers.shared import Random, Student, Training, in_turn
 from llmkd.training import build, checkpoint, checks, finite, initial, jobs, write_cache
 from llmkd.training.jobs import Job
-from llmkd.training.journal import Journal, model_card
+from llmkd.training.journal import Journal, Spent, made_with, model_card, model_meta
 from llmkd.training.kept import Keeping
 from llmkd.training.metrics import Interval, Meter
 from llmkd.training.prepare import Lend, PreparedRun, own_teacher, prepare, shared_teacher
@@ -150,7 +147,8 @@ def _train(world: World, run: PreparedRun, stopping: Stopping, of: int) -> Train
         if done:
             break
         yield from run.others_turn(step)
-    spent = _spent(time.perf_counter() - began - run.clock.away_seconds, run, validator, tokens)
+    seconds = time.perf_counter() - began - run.clock.away_seconds
+    spent = Spent(seconds, validator.seconds, run.writing_seconds(), tokens, run.clock.parts(), run.clock.cost())
     journal.close()
     # at the end: export (all ranks: weights are gathered one at a time; rank 0 writes)
     _finish(world, run, keeping, spent, last, of)
@@ -191,65 +189,15 @@ def _train_on(run: PreparedRun, batch: Batch, settings: StepSettings, micro_batc
     return result._replace(loss=result.loss.detach())
 
 
-class Spent(NamedTuple):
-    """What the steps of this start of a run took."""
-
-    seconds: float
-    of_validation: float
-    of_writing: float
-    tokens: int
-    by_part: dict[str, float]
-    of_a_step: dict[str, object] | None
-
-    @property
-    def of_training(self) -> float:
-        """Seconds of the steps alone."""
-        return self.seconds - self.of_validation - self.of_writing
-
-
-def _spent(seconds: float, run: PreparedRun, validator: Validator, tokens: int) -> Spent:
-    of_others = validator.seconds, run.writing_seconds()
-    return Spent(seconds, *of_others, tokens, {**run.clock.parts()}, run.clock.cost())
-
-
 def _finish(
     world: World, run: PreparedRun, keeping: Keeping, spent: Spent, last: Interval | None, students: int
 ) -> None:
     """Export the student and write `summary.json` (all ranks take part)."""
     job, kept, learned = run.job, keeping.kept, run.learned_map
     steps = keeping.noted[-1].step if keeping.is_over else run.steps
-    meta: dict[str, object] = {
-        "llmkd": __version__,
-        "inputs": job.inputs,
-        "pairs": job.pairs,
-        "strategy": job.recipe.matching.strategy,
-        "steps": steps,
-    }
-    if job.train.validate_every:
-        meta["validation"] = keeping.rule
-        meta["kept"] = None if kept is None else {"step": kept.step, "value": kept.value}
-    summary = {
-        **meta,
-        "world_size": world.size,
-        "resumed_from_step": run.first,
-        "students_in_turn": students,
-        "seconds": spent.seconds,
-        "validation_seconds": spent.of_validation,
-        "teacher_seconds": spent.by_part.get("teacher", 0.0) + spent.by_part.get("wire", 0.0),
-        "seconds_by_part": spent.by_part,
-        "step": spent.of_a_step,
-        "tokens": spent.tokens,
-        "tokens_per_second": spent.tokens / spent.of_training if spent.tokens else None,
-        "memory_gib": peak_memory_gib() if last is None else last.memory_gib,  # a run of 0 steps has no interval
-        "last": {} if last is None else last.values(),
-        "sources": run.taken(steps),
-        "rollouts": {**run.writing(spent.seconds)},
-        "teachers_texts": {**run.source.teachers_texts},
-        "learned_map": learned,
-        "versions": versions("torch", "deepspeed", "transformers"),
-        "hardware": hardware(),
-        "commit": commit(),
-    }
+    meta = model_meta(job, steps, keeping)
+    how = {"world_size": world.size, "resumed_from_step": run.first, "students_in_turn": students}
+    summary = {**meta, **how, **spent.told(run, steps, last), "learned_map": learned, **made_with()}
     model = job.folder / "model"
     if kept is None:
         card = model_card(job, steps, learned)

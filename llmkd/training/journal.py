@@ -1,4 +1,4 @@
-"""Where a run's numbers are written: the log, metrics.jsonl, TensorBoard, W&B if asked for; and the model's card."""
+"""Where a run's numbers are written: the log, metrics.jsonl, TensorBoard, W&B if asked for, summary.json; and the model's card."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import logging
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
+from typing import NamedTuple
 
 from llmkd import __version__
+from llmkd.distributed.clocks import Part
 from llmkd.distributed.ranks import World
 from llmkd.files import forget_after
 from llmkd.losses.objective import PARTS
 from llmkd.progress import progress
+from llmkd.provenance import commit, hardware, peak_memory_gib, versions
 from llmkd.recipe.recipe import dump_recipe
 from llmkd.text import escaped, fenced
 from llmkd.training import build
 from llmkd.training.jobs import Job
+from llmkd.training.kept import Keeping
 from llmkd.training.metrics import Interval, Values
+from llmkd.training.prepare import PreparedRun
 
 log = logging.getLogger("llmkd")
 LEAST_SHARE = 0.005
@@ -159,6 +164,64 @@ def _flat(values: Values, prefix: str = "") -> dict[str, float]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+class Spent(NamedTuple):
+    """What the steps of this start of a run took."""
+
+    seconds: float
+    of_validation: float
+    of_writing: float
+    tokens: int
+    by_part: Mapping[Part, float]
+    of_a_step: Mapping[str, object] | None
+
+    @property
+    def of_training(self) -> float:
+        """Seconds of the steps alone."""
+        return self.seconds - self.of_validation - self.of_writing
+
+    def told(self, run: PreparedRun, steps: int, last: Interval | None) -> dict[str, object]:
+        """As summary.json has it, of a run of so many steps. `last`: None where none of them was logged."""
+        return {
+            "seconds": self.seconds,
+            "validation_seconds": self.of_validation,
+            "teacher_seconds": self.by_part.get("teacher", 0.0) + self.by_part.get("wire", 0.0),
+            "seconds_by_part": {**self.by_part},
+            "step": self.of_a_step,
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens / self.of_training if self.tokens else None,
+            "memory_gib": peak_memory_gib() if last is None else last.memory_gib,  # a run of 0 steps has no interval
+            "last": {} if last is None else last.values(),
+            "sources": run.taken(steps),
+            "rollouts": {**run.writing(self.seconds)},
+            "teachers_texts": {**run.source.teachers_texts},
+        }
+
+
+def model_meta(job: Job, steps: int, keeping: Keeping) -> dict[str, object]:
+    """What an exported model's llmkd.json says of its making."""
+    meta: dict[str, object] = {
+        "llmkd": __version__,
+        "inputs": job.inputs,
+        "pairs": job.pairs,
+        "strategy": job.recipe.matching.strategy,
+        "steps": steps,
+    }
+    if job.train.validate_every:
+        kept = keeping.kept
+        meta["validation"] = keeping.rule
+        meta["kept"] = None if kept is None else {"step": kept.step, "value": kept.value}
+    return meta
+
+
+def made_with() -> dict[str, object]:
+    """What a run was made with, as summary.json has it."""
+    return {
+        "versions": versions("torch", "deepspeed", "transformers"),
+        "hardware": hardware(),
+        "commit": commit(),
+    }
 
 
 def model_card(job: Job, steps: int, learned: Mapping[str, Mapping[str, float]]) -> str:

@@ -116,9 +116,21 @@ def write_json_durably(file: Path, values: Any) -> None:
     write_text(file, json.dumps(values, indent=1), durable=True)
 
 
+def write_checked(file: Path, values: Mapping[str, Any]) -> None:
+    """As `write_json_durably`, with a checksum among the values."""
+    write_json_durably(file, {**values, "checksum": checksum(values)})
+
+
+def read_checked(file: Path) -> dict[str, Any] | None:
+    """The values of `write_checked`; None where the file is not there, or not what was written."""
+    values = read(file)
+    return values if isinstance(values, dict) and values.pop("checksum", None) == checksum(values) else None
+
+
 def checksum(values: Any) -> str:
     """A hash of what JSON can hold, to stand beside it in a file."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    as_read = json.loads(json.dumps(values))  # keys are text there
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def sync(file: Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from llmkd.files import read, sha256, write_json
+from llmkd.files import read_checked, sha256, write_checked
 
 RACY = 2 * 10**9
 """Nanoseconds: the coarsest times of change that a file system in use keeps."""
@@ -54,8 +54,8 @@ def file_hash(file: Path, kept: Path | None = None) -> str:
     look = Look.of(file)
     if look in _known:
         return _known[look]
-    found = None if kept is None else read(kept / look.name)
-    if isinstance(found, dict) and found == {**asdict(look), "sha256": found.get("sha256")}:
+    found = None if kept is None else read_checked(kept / look.name)
+    if found is not None and found == {**asdict(look), "sha256": found.get("sha256")}:
         return _known.setdefault(look, str(found["sha256"]))
     began = time.time_ns()
     value = sha256(file)
@@ -69,6 +69,6 @@ def keep(files: Iterable[Path], folder: Path) -> None:
     with contextlib.suppress(OSError):
         for look in map(Look.of, files):
             value = {**asdict(look), "sha256": _known.get(look)}
-            if look in _known and read(folder / look.name) != value:
+            if look in _known and read_checked(folder / look.name) != value:
                 folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / look.name, value)
+                write_checked(folder / look.name, value)

@@ -9,7 +9,6 @@ The folder's name is a hash of all that decides its content. A killed tokenizati
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import uuid
@@ -27,7 +26,7 @@ from datasets.table import MemoryMappedTable, concat_tables
 from llmkd.data import shard_workers
 from llmkd.data.arrays import is_saved, save
 from llmkd.errors import InputError
-from llmkd.files import read, sha256, sync, write_json_durably
+from llmkd.files import read_checked, sha256, sync, write_checked
 from llmkd.processes import StoppedWaiting, only_one_in
 from llmkd.progress import progress
 
@@ -140,10 +139,10 @@ def made(
 
 def recorded(folder: Path) -> TokenFiles | None:
     """The tokens in `folder` as they were recorded when all were there."""
-    about = read(folder / "tokens.json")
+    about = read_checked(folder / "tokens.json")
     try:
-        return TokenFiles(folder, tuple(_shard(values) for values in about["shards"]))
-    except (TypeError, KeyError):
+        return None if about is None else TokenFiles(folder, tuple(_shard(values) for values in about["shards"]))
+    except (TypeError, KeyError):  # as another version wrote it
         return None
 
 
@@ -219,7 +218,7 @@ def record(files: TokenFiles, identity: Mapping[str, Any]) -> None:
     """Write down that all shards are there. `identity`: what decides them, as JSON."""
     lengths: Any = files.rows().data.column("length")
     save(files.folder / "lengths.npy", lengths.to_numpy().astype(np.int32))
-    write_json_durably(
+    write_checked(
         files.folder / "tokens.json",
         {"identity": identity, **asdict(files.total), "shards": [asdict(shard) for shard in files.shards]},
     )
@@ -229,17 +228,19 @@ def record_shard(file: Path, written: Written) -> Shard:
     """Write down what a shard's file, which is in place, holds."""
     state = file.stat()
     shard = Shard(file.name, state.st_size, state.st_mtime_ns, sha256(file), written)
-    write_json_durably(file.with_suffix(".json"), asdict(shard))
+    write_checked(file.with_suffix(".json"), asdict(shard))
     return shard
 
 
 def recorded_shard(folder: Path, number: int) -> Shard | None:
     """A shard that is there and whole."""
+    about = read_checked(folder / f"{number:05d}.json")
     try:
-        shard = _shard(json.loads((folder / f"{number:05d}.json").read_text()))
-    except (OSError, ValueError, TypeError, KeyError):
+        shard = None if about is None else _shard(about)
+    except (TypeError, KeyError):  # as another version wrote it
         return None
-    return shard if _is_whole(folder, shard) else None
+    # the file beside the record, not that of a record which took its place
+    return shard if shard is not None and shard.file == f"{number:05d}.arrow" and _is_whole(folder, shard) else None
 
 
 def _write_shard(folder: Path, rows: Dataset, encode: Encode, max_length: int, too_long: str, number: int) -> Shard:

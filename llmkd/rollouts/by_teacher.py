@@ -27,7 +27,7 @@ from llmkd.data.token_files import TokenFiles, Written, opened, record, record_s
 from llmkd.data.tokenized import Tokens
 from llmkd.distributed.ranks import World, on_each_node, on_every_rank, on_main, sum_counts
 from llmkd.errors import InputError
-from llmkd.files import checksum, read, sync, write_json_durably
+from llmkd.files import read_checked, sync, write_checked
 from llmkd.inference.sampling import Ids
 from llmkd.processes import StoppedWaiting, only_one_in
 from llmkd.progress import progress
@@ -55,18 +55,11 @@ def teachers_texts(folders: Sequence[Path]) -> dict[str, float]:
     files = [file for folder in folders for file in sorted(folder.glob(f"*{WROTE}"))]
     parts = []
     for file in files:
-        if (part := _wrote(file)) is None:
+        if (part := read_checked(file)) is None:
             log.warning("%s is not what was written; the numbers of the teacher's texts lack those of its rows", file)
         else:
             parts.append(part)
     return {name: sum(part[name] for part in parts) for name in Wrote.__dataclass_fields__} if files else {}
-
-
-def _wrote(file: Path) -> dict[str, float] | None:
-    """What a file says was written; None where it is damaged."""
-    values = read(file)
-    as_written = isinstance(values, dict) and values.pop("checksum", None) == checksum(values)
-    return values if as_written else None
 
 
 def wrote_into(folder: Path) -> bool:
@@ -284,8 +277,8 @@ class _Source:
         sync(tmp)
         os.replace(tmp, file)
         # before the shard counts as written: where the one is, the other is too
-        wrote = asdict(Wrote(len(written), of_texts, unended, empty, left_out, seconds))
-        write_json_durably(file.with_suffix(WROTE), {**wrote, "checksum": checksum(wrote)})
+        wrote = Wrote(len(written), of_texts, unended, empty, left_out, seconds)
+        write_checked(file.with_suffix(WROTE), asdict(wrote))
         return record_shard(file, Written(len(rows), len(kept), tokens, long=unended, useless=left_out)).sha256
 
     def _finish(self, count: int, first: str | None) -> str:

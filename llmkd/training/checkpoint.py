@@ -43,7 +43,10 @@ from llmkd.recipe.inputs import input_text
 log = logging.getLogger("llmkd")
 
 TAG = "shards"
-LOGS = ("metrics.jsonl", "rollouts.jsonl")
+TEMPERATURES = "temperature.jsonl"
+"""In the run's folder: each change of a dynamic temperature with the two cross-entropies that led to it; a resumed run reads its
+temperature here."""
+LOGS = ("metrics.jsonl", "rollouts.jsonl", TEMPERATURES)
 
 
 def save(
@@ -140,12 +143,20 @@ def _newest(folder: Path, inputs: Mapping[str, object]) -> Saved | None:
 
 
 def _check_log(file: Path, record: Mapping[str, Any], saved: Path) -> None:
-    """Warn where a log does not begin with what it held when a checkpoint was saved; it decides nothing, so the run goes on."""
+    """Warn where a log does not begin with what it held when a checkpoint was saved: it decides nothing, so the run goes on.
+
+    Raises InputError for the log of temperatures, whose last line a run goes on from.
+    """
     try:
         with file.open("rb") as stream:
             begins = hashlib.sha256(stream.read(record["bytes"])).hexdigest()
     except OSError:
         begins = None
+    if begins != record["sha256"] and file.name == TEMPERATURES:
+        raise InputError(
+            f"{file}: it does not begin with what it held when {saved} was saved, and this run's temperature goes on from it; put it back, "
+            f"or remove {saved.parent} to begin again"
+        )
     if begins != record["sha256"]:
         message = "%s does not begin with what it held when %s was saved; steps up to it may be missing or wrong there, and in the report"
         log.warning(message, file, saved)

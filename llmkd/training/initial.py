@@ -18,7 +18,7 @@ from llmkd.data.batches import Batch
 from llmkd.distributed.checksums import write_checksums
 from llmkd.distributed.ranks import World, on_main, sum_counts, sum_tensor
 from llmkd.errors import InputError
-from llmkd.files import read, write_json
+from llmkd.files import read, read_checked, write_checked
 from llmkd.layer_map import EMBEDDING
 from llmkd.losses.distances import cosine
 from llmkd.losses.head_scores import head_scores
@@ -183,11 +183,11 @@ def with_blocks(recipe: Recipe, run: Path) -> Recipe:
     """The recipe of a run with the blocks that its student was made of, where these were measured: as a list, from the run's folder."""
     if not recipe.student.measures_blocks:
         return recipe
-    found = read(run / BLOCKS)
+    found = read_checked(run / BLOCKS)
     if found is None:
         raise InputError(
-            f"{run / BLOCKS}: the blocks that this run's student was made of are missing; put the file back, or train the student again in "
-            "another folder"
+            f"{run / BLOCKS}: the blocks that this run's student was made of are missing or damaged; put the file back, or train the "
+            "student again in another folder"
         )
     return recipe.changed({"student.copy_blocks": found["blocks"]})
 
@@ -196,11 +196,11 @@ def kept_width(recipe: Recipe, run: Path) -> width.Kept | None:
     """The parts of the copied blocks that a run's student was made of, from the run's folder; None where these are whole."""
     if not recipe.student.narrows:
         return None
-    found = read(run / WIDTH)
+    found = read_checked(run / WIDTH)
     if found is None:
         raise InputError(
-            f"{run / WIDTH}: the parts of blocks that this run's student was made of are missing; put the file back, or train the student "
-            "again in another folder"
+            f"{run / WIDTH}: the parts of blocks that this run's student was made of are missing or damaged; put the file back, or train "
+            "the student again in another folder"
         )
     return width.Kept.of(found)
 
@@ -227,7 +227,7 @@ def measure_blocks(world: World, job: Job, micro_batches: Sequence[Batch]) -> No
     def kept() -> None:
         load.check_copied_config(shape, load.student_config(shape, chosen, {}), chosen, trust_remote_code=trust)
         job.folder.mkdir(parents=True, exist_ok=True)
-        write_json(job.folder / BLOCKS, {"rule": rule, "blocks": chosen, **said})
+        write_checked(job.folder / BLOCKS, {"rule": rule, "blocks": chosen, **said})
 
     on_main(world, kept)
     log.info("%s: %s keeps blocks %s of %d", job.title, rule, list(chosen), job.teacher_depths[0])
@@ -324,7 +324,7 @@ def measure_width(world: World, job: Job, micro_batches: Sequence[Batch]) -> Non
 
     def keep() -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
-        write_json(job.folder / WIDTH, asdict(kept))
+        write_checked(job.folder / WIDTH, asdict(kept))
 
     on_main(world, keep)
 

@@ -8,7 +8,6 @@ so that a resumed run learns by the same.
 from __future__ import annotations
 
 import gc
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from llmkd.data.batches import Batch
 from llmkd.distributed.ranks import World, all_rows, on_main, sum_counts
 from llmkd.errors import InputError
+from llmkd.files import read_checked, write_checked
 from llmkd.layer_map import Pairs, nearest
 from llmkd.losses.set_distances import centred_gram, similarity
 from llmkd.models import load
@@ -42,12 +42,13 @@ def settled(world: World, job: Job, rows: Callable[..., Iterator[list[Batch]]], 
     """The job with its map: measured on the first step of `rows`, or read from the file of a resumed run (all ranks take part)."""
     file = job.folder / FILE
     if resuming:
-        pairs = on_main(world, lambda: json.loads(file.read_text())["pairs"] if file.is_file() else None)
-        if pairs is None:
+        found = on_main(world, lambda: read_checked(file))
+        if found is None:
             raise InputError(
-                f"{file}: the map that this run began with is missing; put it back, or remove {job.folder / 'checkpoints'} to begin again"
+                f"{file}: the map that this run began with is missing or damaged; put it back, or remove "
+                f"{job.folder / 'checkpoints'} to begin again"
             )
-        return _with_map(job, _pairs(pairs))
+        return _with_map(job, _pairs(found["pairs"]))
     [micro_batches] = rows(start_step=0, steps=1)
     measures = measured(world, job, micro_batches)
 
@@ -57,7 +58,7 @@ def settled(world: World, job: Job, rows: Callable[..., Iterator[list[Batch]]], 
         names = pair_names(pairs, job.encoders)
         job.folder.mkdir(parents=True, exist_ok=True)
         cka = {stack: similarities.tolist() for stack, similarities in measures.items()}
-        file.write_text(json.dumps({"pairs": pairs, "names": names, "cka": cka}))
+        write_checked(file, {"pairs": pairs, "names": names, "cka": cka})
         return pairs
 
     pairs = _pairs(on_main(world, kept))

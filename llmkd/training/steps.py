@@ -20,13 +20,10 @@ from llmkd.losses.schedules import dynamic_temperature
 from llmkd.recipe.objective import Schedule, Schedules
 from llmkd.student.passes import PassResult, StepSettings, StoneSettings, StoneWeights
 from llmkd.student.stepping_stones import factors
+from llmkd.training.checkpoint import TEMPERATURES
 from llmkd.training.jobs import Job
 from llmkd.training.metrics import Moving
 from llmkd.training.pairs import maps_of
-
-TEMPERATURES = "temperature.jsonl"
-"""In the run's folder: each change of a dynamic temperature with the two cross-entropies that led to it; a resumed run reads its
-temperature here."""
 
 
 class Steps:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from llmkd.data.batches import collate
 from llmkd.distributed.shards import saved_weights
+from llmkd.errors import InputError
 from llmkd.layer_map import in_order_random
 from llmkd.losses.distance_sum import draw_seed, sampled
 from llmkd.losses.schedules import dynamic_temperature
@@ -383,6 +384,34 @@ def test_stones_of_a_measured_map_follow_a_dynamic_temperature_and_report_their_
             assert all(0 < norm < 10 for parts in stones.values() for norm in parts.values())
     said = (runs / "whole" / "rank0.log").read_text()
     assert f" {names[0]} ce:" in said and " student cross:" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "sentence"),
+    [
+        (
+            "nearest_narrow",
+            "map.json",
+            r"map\.json: the map that this run began with is missing or damaged; put it back, or",
+        ),
+        (
+            "dynamic",
+            "temperature.jsonl",
+            r"temperature\.jsonl: it does not begin with what it held when .*; put it back, or",
+        ),
+    ],
+)
+def test_what_a_resumed_run_goes_on_from_beside_its_checkpoint_is_compared(
+    runs: Path, tiny: Path, world: Any, tmp_path: Path, name: str, file: str, sentence: str
+) -> None:
+    _begin_again(runs / "whole" / name, tmp_path / "run")
+    written = bytearray((tmp_path / "run" / file).read_bytes())
+    place = next(place for place, byte in enumerate(written) if chr(byte).isdigit())
+    written[place] ^= 1  # another digit
+    (tmp_path / "run" / file).write_bytes(written)
+    recipe = load_recipe(tiny / "recipe.yaml").changed(SCENARIOS_OF_RUN[name])
+    with pytest.raises(InputError, match=sentence):
+        train(world, jobs.distil_job(world, recipe, tmp_path / "run"))
 
 
 def test_norms_are_reported_at_their_steps(runs: Path) -> None:

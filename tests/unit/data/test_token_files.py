@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import os
@@ -121,6 +122,39 @@ def test_a_damaged_shard_is_named_and_made_again(
     assert tokens(tmp_path / "store", watched(tmp_path / "seen")) == expected()
     assert f"{file}: not what was written; it is made again" in caplog.text
     assert {int(line) for line in (tmp_path / "seen").read_text().splitlines()} == set(range(16, 24))
+
+
+@pytest.mark.parametrize("damage", ["exchanged", "flipped"])
+def test_a_record_that_is_another_shards_or_changed_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """The rows would come in another order, or be counted otherwise."""
+    cores(monkeypatch, 1)
+    tokens(tmp_path / "store")
+    (tmp_path / "store" / "tokens.json").unlink()
+    records = [tmp_path / "store" / f"0000{number}.json" for number in (2, 3)]
+    one, other = (record.read_text() for record in records)
+    if damage == "exchanged":
+        records[0].write_text(other)
+        records[1].write_text(one)
+    else:
+        records[0].write_text(one.replace('"rows": 6', '"rows": 7'))
+        assert records[0].read_text() != one
+    assert tokens(tmp_path / "store", watched(tmp_path / "seen")) == expected()
+    again = set(range(16, 32)) if damage == "exchanged" else set(range(16, 24))
+    assert {int(line) for line in (tmp_path / "seen").read_text().splitlines()} == again
+    known = [json.loads(text)["sha256"] for text in (one, other)]
+    assert [json.loads(record.read_text())["sha256"] for record in records] == known
+
+
+def test_a_changed_list_of_all_shards_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cores(monkeypatch, 1)
+    tokens(tmp_path / "store")
+    file = tmp_path / "store" / "tokens.json"
+    whole = file.read_text()
+    file.write_text(whole.replace('"00001.arrow"', '"00000.arrow"', 1))
+    assert file.read_text() != whole and opened(tmp_path / "store") is None
+    assert tokens(tmp_path / "store") == expected() and file.read_text() == whole
 
 
 def test_a_file_is_hashed_only_where_its_time_of_change_is_another(

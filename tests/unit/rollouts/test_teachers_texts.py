@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmkd.files import checksum, write_json_durably
+from llmkd.files import write_checked
 from llmkd.rollouts.by_teacher import WROTE, teachers_texts, wrote_into
 from llmkd.rollouts.texts import Wrote
 
@@ -19,7 +19,7 @@ def test_a_damaged_count_is_named_and_left_out(
 ) -> None:
     for number in range(2):
         values = asdict(Wrote(texts=3 + number, tokens=20, unended=1, empty=0, left_out=2, seconds=0.1))
-        write_json_durably(tmp_path / f"{number}{WROTE}", {**values, "checksum": checksum(values)})
+        write_checked(tmp_path / f"{number}{WROTE}", values)
     file = tmp_path / f"1{WROTE}"
     text = file.read_text()
     contents = {"cut": text[:30], "flipped": text.replace('"tokens": 20', '"tokens": 60'), "other": "[1, 2]"}

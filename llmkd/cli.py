@@ -164,8 +164,10 @@ def study(recipe: str, overrides: tuple[str, ...], ranks: int | None, shard: Par
         try:
             available = _ranks(ranks, settings.rollouts) or settings.study.ranks
             _show(run(settings, ranks or min(available, settings.study.ranks), shard))
-        except Stopped:
+        except Stopped as stop:
             click.echo(STOPPED, err=True)
+            if stop.mistakes:
+                raise InputError("; ".join(stop.mistakes)) from None
 
 
 @cli.command()

@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -26,6 +27,8 @@ PARENT = "LLMKD_PARENT"
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
 """What torchrun and the deepspeed launcher set for the ranks that they start."""
 LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+"""What a file system without locks says where one is asked for."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -160,7 +163,7 @@ def _lock(file: Path) -> int | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+        if error.errno not in NO_LOCKS:
             os.close(descriptor)
             if isinstance(error, BlockingIOError):
                 return None
@@ -179,14 +182,53 @@ def _lock(file: Path) -> int | None:
     return descriptor
 
 
-def holder(folder: Path) -> str | None:
-    """Who works in a folder that `only_one_in` guards; None where nobody does. On another machine it is believed, not checked."""
-    return _holder(folder / LOCK) if (folder / LOCK).is_file() else None
+@dataclass(frozen=True)
+class Holder:
+    """Who works in a folder that `only_one_in` guards, by what its lock says of itself."""
+
+    name: str
+    is_certain: bool
+    """Whether the lock is held; else its process is of another machine, whose locks may not be seen here."""
+
+
+def holder(folder: Path) -> Holder | None:
+    """Who works in a folder, or may; None where nobody does. A lock that its holder left when it was killed is nobody's.
+
+    Asked by a lock that several may have at a time and that is given back at once, so that no other process that asks is taken for a
+    holder, and one that begins waits for an instant at most.
+    """
+    file = folder / LOCK
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return Holder(_holder(file), is_certain=True)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    else:
+        if not file.exists() or _about(file).get("host") == socket.gethostname():
+            return None
+    finally:
+        os.close(descriptor)
+    return Holder(_holder(file), is_certain=False)
 
 
 def _holder(file: Path) -> str:
+    about = _about(file)
+    try:
+        return f"process {about['process']} on {about['host']} (since {about['since']})"
+    except KeyError:
+        return "another process"
+
+
+def _about(file: Path) -> dict[str, object]:
+    """What a lock says of its holder; nothing where it can't be read, as its holder is about to write it or has removed it."""
     try:
         about = json.loads(file.read_text())
-        return f"process {about['process']} on {about['host']} (since {about['since']})"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}

@@ -7,27 +7,25 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from llmkd.distributed import checksums
-from llmkd.distributed.launch import Launch, launch_each
+from llmkd.distributed.launch import Ending, Launch, launch_each
 from llmkd.errors import InputError
 from llmkd.evaluation import agreement, classification, generation, lm_eval_step
 from llmkd.evaluation.angles.measure import angles
 from llmkd.evaluation.checks import check_scores
 from llmkd.evaluation.held_out import check_evaluation, classification_data
 from llmkd.evaluation.places import visible_devices
-from llmkd.files import read, write_text
+from llmkd.files import write_text
 from llmkd.models.families import kind
 from llmkd.models.folders import resolve
 from llmkd.planning.in_turn import settled
+from llmkd.planning.parts import WHOLE, note_teacher, wait_for_first, working_on
 from llmkd.planning.run_checks import check_beside, check_pair_weights, check_trained, runs_at_once
 from llmkd.planning.study_rows import StudyRows
-from llmkd.processes import holder, only_one_in
 from llmkd.recipe.ds_config import check_ds_configs
 from llmkd.recipe.options import Part
 from llmkd.recipe.recipe import Recipe, dump_recipe
@@ -49,7 +47,6 @@ from llmkd.recipe.study_entries import (
     groups,
     measured_start,
     read_study,
-    shared_by_parts,
     study_entries,
 )
 from llmkd.report.write import Report, report
@@ -61,17 +58,14 @@ from llmkd.training.initial import initial_student, kept_width, merged_teacher, 
 from llmkd.training.write_cache import writing_recipe
 
 log = logging.getLogger("llmkd")
-WHOLE = Part(1, 1)
-PARTS = "parts"
-"""The folder, in a study's, by which its parts know of each other."""
-LOOKS_EVERY = 5.0
-"""Seconds between looks at what another part makes."""
-SAYS_EVERY = 60.0
-"""Seconds after which it is said again what is waited for."""
 
 
 class Stopped(Exception):
-    """A signal ended the training of a student after its step; everything so far is saved."""
+    """A signal ended the training of a student after its step; everything so far is saved, but for these mistakes that were made before."""
+
+    def __init__(self, mistakes: Sequence[str] = ()) -> None:
+        super().__init__("; ".join(mistakes))
+        self.mistakes = list(mistakes)
 
 
 def study(recipe: Recipe, ranks: int | None = None, part: Part = WHOLE) -> Report | None:
@@ -89,7 +83,7 @@ def study(recipe: Recipe, ranks: int | None = None, part: Part = WHOLE) -> Repor
     recipe, entries = settled(recipe, ranks), study_entries(recipe)
     log.info("study: checking what %d models need, before any is trained", len(entries))
     check(recipe, entries, ranks)
-    with only_one_in(folder if part == WHOLE else folder / PARTS / f"{part.number}-of-{part.count}"):
+    with working_on(folder, part):
         return _study(recipe, entries, ranks, part)
 
 
@@ -98,17 +92,20 @@ def _study(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int, part: Part
     trained = [entry for entry in ours if entry.train is not None and entry.kind != "teacher"]
     mistakes: list[str] = []
     if part.number > 1:
-        _wait_for_first(recipe, entries, part)
+        wait_for_first(recipe, entries, part)
     else:
         write_text(folder / "recipe.yaml", dump_recipe(recipe))
         _study_file(recipe, entries).write(folder)
         _make_teacher(recipe, entries, ranks)
         if part != WHOLE:
             mistakes = _score(recipe, entries, [entry for entry in ours if entry.kind == "teacher"])
-            _note_teacher(recipe, entries)
+            note_teacher(recipe, entries)
     if not recipe.student.is_measured:  # else what they keep is found while students are trained
         _write_undistilled(recipe, entries, part)
-    mistakes += _train(recipe, groups(recipe, trained), ranks)
+    try:
+        mistakes += _train(recipe, groups(recipe, trained), ranks)
+    except Stopped as stop:
+        raise Stopped([*mistakes, *stop.mistakes]) from None
     if recipe.student.is_measured:
         _write_undistilled(recipe, entries, part)
     there = [entry for entry in ours if entry not in trained or jobs.is_finished(entry.run_folder(folder))]
@@ -140,33 +137,6 @@ def _make_teacher(recipe: Recipe, entries: Sequence[StudyEntry], ranks: int) -> 
     students = [entry.run_folder(recipe.folder) for entry in entries if entry.kind == "student"]
     if recipe.teacher.share_cache and not all(map(jobs.is_finished, students)):
         _cache(recipe, ranks)
-
-
-def _note_teacher(recipe: Recipe, entries: Sequence[StudyEntry]) -> None:
-    """Tell the other parts that the teacher, its cache and its scores are there."""
-    write_text(recipe.folder / PARTS / "teacher.json", json.dumps({"made_of": shared_by_parts(recipe, entries)}))
-
-
-def _teacher_is_ready(recipe: Recipe, entries: Sequence[StudyEntry]) -> bool:
-    noted = read(recipe.folder / PARTS / "teacher.json")
-    made = recipe.finetune is None or jobs.is_finished(recipe.folder / "teacher")
-    return made and isinstance(noted, dict) and noted.get("made_of") == shared_by_parts(recipe, entries)
-
-
-def _wait_for_first(recipe: Recipe, entries: Sequence[StudyEntry], part: Part) -> None:
-    """Wait until the first part has made and scored the teacher; whether it runs is said at once, and again every minute."""
-    said = -math.inf
-    while not _teacher_is_ready(recipe, entries):
-        if time.monotonic() > said + SAYS_EVERY:
-            running = holder(recipe.folder / PARTS / f"1-of-{part.count}")
-            now = (
-                f"{running} is at it"
-                if running
-                else f"it is not running: start it by `--shard 1/{part.count}` and the same recipe"
-            )
-            log.info("study: waiting for part 1/%d, which makes and scores the teacher; %s", part.count, now)
-            said = time.monotonic()
-        time.sleep(LOOKS_EVERY)
 
 
 def _score(recipe: Recipe, entries: Sequence[StudyEntry], ours: Sequence[StudyEntry]) -> list[str]:
@@ -213,7 +183,7 @@ def _study_file(recipe: Recipe, entries: Sequence[StudyEntry]) -> StudyFile:
 def _train(recipe: Recipe, at_once: Sequence[Sequence[StudyEntry]], ranks: int) -> list[str]:
     """Train the students that are not done yet: those of a group in turn, and so many groups beside each other as the recipe says.
 
-    The mistakes of those that could not be trained, which cost the others nothing. Raises Stopped on a signal.
+    The mistakes of those that could not be trained, which cost the others nothing. Raises Stopped on a signal, with those made before it.
     """
     launches, trained, runs = [], [], runs_at_once(recipe, ranks)
     for number, group in enumerate(at_once, start=1):
@@ -228,11 +198,14 @@ def _train(recipe: Recipe, at_once: Sequence[Sequence[StudyEntry]], ranks: int) 
             launches.append(Launch(ranks, _order(recipe, left), file if runs > 1 else None, said))
             trained.append(left)
     mistakes = []
-    for one, left, code in zip(launches, trained, _run(launches, runs), strict=True):
+    endings = _run(launches, runs)
+    for one, left, ending in zip(launches, trained, endings, strict=True):
         undone = [entry for entry in left if not jobs.is_finished(entry.run_folder(recipe.folder))]
-        if code:
+        if ending is not None and ending.code and not _is_stopped(ending):
             names = ", ".join(entry.name for entry in undone or left)
-            mistakes.append(_failed(f"training {names}", code, one.log, "the last checkpoint"))
+            mistakes.append(_failed(f"training {names}", ending.code, one.log, "the last checkpoint"))
+    if any(ending is None or ending.stopped for ending in endings):
+        raise Stopped(mistakes)
     return mistakes
 
 
@@ -266,21 +239,25 @@ def _cache(recipe: Recipe, ranks: int) -> None:
     _run_alone(order, "writing the teacher's cache", "what is written")
 
 
-def _run(launches: Sequence[Launch], at_once: int = 1) -> list[int]:
-    """The codes by which launches of a study ended. Raises Stopped if a signal ended one."""
+def _run(launches: Sequence[Launch], at_once: int = 1) -> list[Ending | None]:
+    """How launches of a study ended, so many of them at a time, each on GPUs of its own where there are any."""
     gpus = [] if at_once == 1 or visible_devices() == ["cpu"] else visible_devices()
-    endings = launch_each(launches, at_once, gpus)
+    return launch_each(launches, at_once, gpus)
+
+
+def _is_stopped(ending: Ending | None) -> bool:
+    """Whether a signal ended a launch or kept it from being started, and no mistake did."""
     # 130 and 143: a rank got the signal before it handled signals
-    if any(ending is None or (ending.stopped and ending.code in (0, 130, 143)) for ending in endings):
-        raise Stopped
-    return [ending.code for ending in endings if ending is not None]
+    return ending is None or (ending.stopped and ending.code in (0, 130, 143))
 
 
 def _run_alone(one: Launch, what: str, resume_point: str) -> None:
     """A launch without which a study can't go on. Raises Stopped, or InputError if a mistake ended it."""
-    (code,) = _run([one])
-    if code:
-        raise InputError(_failed(what, code, None, resume_point))
+    (ending,) = _run([one])
+    if ending is None or _is_stopped(ending):
+        raise Stopped
+    if ending.code:
+        raise InputError(_failed(what, ending.code, None, resume_point))
 
 
 def _write_undistilled(recipe: Recipe, entries: Sequence[StudyEntry], part: Part = WHOLE) -> None:

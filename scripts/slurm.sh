@@ -44,6 +44,9 @@ ranks=${LLMKD_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 port=${LLMKD_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 say "$nodes nodes of $ranks ranks meet at $first:$port (start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID)"
 
+# Since Slurm 22.05 srun does not take over sbatch's --cpus-per-task, and a node's ranks would share one core.
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
+
 # The number of a node is known on the node alone, so a shell there puts it in. torchrun waits for all nodes before it starts a rank: ten
 # minutes, in silence, and then with its own traceback. srun starts them together, and ends all where one can't start.
 # shellcheck disable=SC2016

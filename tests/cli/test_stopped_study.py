@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -121,6 +122,32 @@ def test_a_killed_study_leaves_no_process_and_a_stopped_one_is_explained(recipe:
     assert last.endswith("kept, and the same command goes on with the rest.")
     assert not studies.running() and not list((folder / "generations").glob("*.json"))
     assert "Traceback" not in studies.output()
+
+
+@pytest.mark.slow
+def test_a_stopped_study_names_the_student_that_had_failed(recipe: Path, studies: Studies) -> None:
+    """Two at a time: the first has failed when Ctrl-C comes, which the second heeds after its step."""
+    folder = recipe.parent / "runs" / "tiny"
+    spoilt = "{bad: {train.learning_rate: 1.0e+30, train.weight_decay: 1.0e+20, matching.strategy: none}}"
+    sets = [
+        f"study.variants={spoilt}",
+        "study.parallel=2",
+        "study.seeds=[0]",
+        "train.warmup_steps=0",
+        "train.steps=300",
+    ]
+    command = ("study", str(recipe), *(part for change in sets for part in ("--set", change)))
+    stopped = studies.start(*command)
+    wait_for(lambda: (folder / "logs" / "bad-s0.log").is_file() or stopped.poll() is not None)
+    wait_for(lambda: len(studies.running("llmkd rank")) == 1 or stopped.poll() is not None)  # the other has failed
+    wait_for(lambda: "step 3/" in (folder / "logs" / "none-s0.log").read_text() or stopped.poll() is not None)
+    os.killpg(stopped.pid, signal.SIGINT)
+    assert stopped.wait(SECONDS) == 2, studies.output()
+    *_, kept, mistake = studies.output().rstrip().splitlines()
+    assert kept.startswith("Stopped: all that is trained and scored so far is kept")
+    assert mistake.startswith("Error: study: training bad-s0 ended with code 2 (see ") and "none-s0" not in mistake
+    assert re.search("stopped by SIG(INT|TERM) after step", (folder / "logs" / "none-s0.log").read_text())
+    assert not studies.running() and not list(folder.rglob(".lock"))
 
 
 @pytest.mark.slow

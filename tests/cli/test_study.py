@@ -18,6 +18,7 @@ from llmkd.cli import main
 from llmkd.distributed.launch import Ending, Launch
 from llmkd.errors import InputError
 from llmkd.evaluation import generation
+from llmkd.planning import parts
 from llmkd.processes import only_one_in
 from llmkd.recipe.options import Part
 from llmkd.recipe.recipe import load_recipe
@@ -134,11 +135,11 @@ def test_two_parts_on_machines_that_share_the_folder_are_the_whole_study(
         raise Waiting
 
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO), pytest.raises(Waiting):
-        patch.setattr(module.time, "sleep", waits)
+        patch.setattr(parts.time, "sleep", waits)
         study(recipe, 1, Part(2, 2))
     assert "waiting for part 1/2, which makes and scores the teacher; it is not running: start it" in caplog.text
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO), pytest.raises(Waiting):
-        patch.setattr(module.time, "sleep", waits)
+        patch.setattr(parts.time, "sleep", waits)
         with only_one_in(recipe.folder / "parts" / "1-of-2"):
             study(recipe, 1, Part(2, 2))
     assert f"process {os.getpid()} on {socket.gethostname()}" in caplog.text and "is at it" in caplog.text
@@ -350,6 +351,36 @@ def test_students_in_turn_and_beside_each_other_are_those_of_one_after_another(
         weights = "model/model.safetensors"
         assert (ours / weights).read_bytes() == (theirs / weights).read_bytes()
         assert json.loads((ours / "summary.json").read_text())["students_in_turn"] == 2
+
+
+def test_what_failed_before_a_study_was_stopped_is_told(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One student of three at two a time failed, one saved at the signal, one was not begun; without the first, all is kept."""
+    monkeypatch.setattr(module, "_score", lambda *_: [])
+    monkeypatch.setattr(module.jobs, "is_finished", lambda _: False)
+    sets = [
+        "study.strategies=[none, forward, reverse]",
+        "study.baselines=[]",
+        "study.parallel=2",
+        "matching.target_block=null",
+    ]
+    sets += ["matching.strategy=none", f"output={tmp_path}"]
+    command = ["study", str(recipe_file), *[part for change in sets for part in ("--set", change)]]
+    endings: list[Ending | None] = [Ending(3, False), Ending(0, True), None]
+    monkeypatch.setattr(module, "launch_each", lambda *_: endings)
+    with pytest.raises(SystemExit) as exit:
+        main(command)
+    *_, stopped, mistake = capfd.readouterr().err.splitlines()
+    assert exit.value.code == 2 and stopped.startswith("Stopped: all that is trained and scored so far is kept")
+    assert (
+        mistake.startswith("Error: study: training none-s0 ended with code 3 (see ")
+        and "none-s0.log); the same" in mistake
+    )
+    assert "forward" not in mistake and "reverse" not in mistake
+    endings[0] = Ending(143, True)
+    main(command)
+    assert capfd.readouterr().err.splitlines()[-1] == stopped
 
 
 def test_a_student_that_diverges_costs_the_others_nothing(

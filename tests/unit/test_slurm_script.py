@@ -15,6 +15,7 @@ from llmkd.files import ROOT
 SRUN = """#!/usr/bin/env bash
 # Of srun: the options, then the command on every node; SIGTERM is passed on, as srun does.
 echo "srun $*" >> "$PLAYED"
+echo "${SRUN_CPUS_PER_TASK-none} cores" >> "$PLAYED.cores"
 while [[ $1 == --* ]]; do shift; done
 tasks=()
 for node in 0 1; do SLURM_NODEID=$node "$@" & tasks+=($!); done
@@ -86,6 +87,25 @@ def test_a_torchrun_is_started_on_each_node_and_its_code_is_the_jobs(
     assert played[0] == "scontrol show hostnames node[0-1]"
     assert played[1].startswith("srun --nodes=2 --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c exec torchrun ")
     assert sorted(played[2:]) == [f"torchrun --node-rank {node} {STARTS}" for node in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("given", "cores"),
+    [
+        ({"SLURM_CPUS_PER_TASK": "96"}, "96 cores"),
+        ({"SLURM_CPUS_PER_TASK": "96", "SRUN_CPUS_PER_TASK": "48"}, "48 cores"),
+        ({}, "none cores"),
+    ],
+)
+def test_srun_is_told_of_the_cores_that_sbatch_was_asked_for(
+    given: dict[str, str], cores: str, job: dict[str, str], tmp_path: Path
+) -> None:
+    """It takes SLURM_CPUS_PER_TASK over no longer; without either variable a step has all cores of the job."""
+    for name in ("SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK"):
+        job.pop(name, None)
+    process = _start({**job, **given}, tmp_path / "copy.sh")
+    assert process.wait(timeout=60) == 0
+    assert Path(f"{job['PLAYED']}.cores").read_text().split("\n")[0] == cores
 
 
 @pytest.mark.parametrize(("number", "requeued"), [(signal.SIGTERM, False), (signal.SIGUSR1, True)])

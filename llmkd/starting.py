@@ -35,7 +35,11 @@ IMPORTS = (
     "lm_eval",
 )
 # How the variables begin that a launcher sets for its ranks: with them a process of ours would wait for the other ranks.
-LAUNCHER_VARIABLES = tuple("RANK WORLD_SIZE MASTER_ LOCAL_ GROUP_ ROLE_ CROSS_ TORCHELASTIC_ ACCELERATE_".split())
+LAUNCHER_VARIABLES = tuple(
+    "RANK WORLD_SIZE MASTER_ LOCAL_ GROUP_ ROLE_ CROSS_ TORCHELASTIC_ ACCELERATE_ LLMKD_RUNS".split()
+)
+RUNS = "LLMKD_RUNS"
+"""The variable by which a rank knows how many runs of as many ranks share this machine."""
 READ_LATE = (*LAUNCHER_VARIABLES, "TOKENIZERS_PARALLELISM")
 """How the variables begin that nothing reads while it is imported: a fork may have others than the server."""
 

@@ -79,7 +79,8 @@ def launch_each(launches: Sequence[Launch], at_once: int = 1, devices: Sequence[
             while waiting and free and not signals:
                 (number, one), place = waiting.popleft(), free.popleft()
                 kills = memory_kills()
-                processes = _started(one, devices[place * one.ranks : (place + 1) * one.ranks], every)
+                own = devices[place * one.ranks : (place + 1) * one.ranks]
+                processes = _started(one, own, at_once, every)
                 running[number] = _Running(one, place, processes, kills)
                 for process in processes:
                     if signals and process.poll() is None:  # it came while they were started
@@ -92,8 +93,9 @@ def launch_each(launches: Sequence[Launch], at_once: int = 1, devices: Sequence[
     return endings
 
 
-def _started(one: Launch, devices: Sequence[str], every: list[Process]) -> list[Process]:
-    """The processes of a launch, added to `every` as they start."""
+def _started(one: Launch, devices: Sequence[str], at_once: int, every: list[Process]) -> list[Process]:
+    """The processes of a launch, added to `every` as they start. Their share of the cores is that of so many `at_once` also where fewer are
+    left, so that a launch which is started again computes by as many threads as before."""
     if one.said:
         log.info("%s", one.said)
     shared = {
@@ -101,6 +103,7 @@ def _started(one: Launch, devices: Sequence[str], every: list[Process]) -> list[
         "LOCAL_WORLD_SIZE": str(one.ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
+        starting.RUNS: str(at_once),
         **({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}),
     }
     processes = []

@@ -17,6 +17,7 @@ from torch import Tensor
 from llmkd.distributed.ending import end_watch
 from llmkd.distributed.joining import join, patience
 from llmkd.errors import InputError, storage_problem
+from llmkd.starting import RUNS
 
 os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
 if not torch.cuda.is_available():
@@ -97,7 +98,8 @@ def _share_cores() -> None:
     """Give each rank its share of the machine's cores; without this every rank starts a thread per core (beside a GPU for DeepSpeed's
     optimizer in host memory) and all crawl."""
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _local_size()))
+        ranks = _local_size() * int(os.environ.get(RUNS, 1))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
 def _local_size() -> int:

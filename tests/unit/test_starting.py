@@ -304,11 +304,11 @@ def test_where_a_gpu_is_seen_nothing_is_forked(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_environment_is_no_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "LLMKD_RUNS"):
         monkeypatch.setenv(name, "7")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     seen = environment()
-    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & set(seen)
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "LLMKD_RUNS"} & set(seen)
     assert seen["OMP_NUM_THREADS"] == "1"
     assert seen["OMP_WAIT_POLICY"] == "PASSIVE", "waiting threads leave the cores to others"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")

@@ -63,6 +63,7 @@ def test_so_many_at_a_time_each_with_gpus_of_its_own(started: Started, tmp_path:
     ports = {variables["MASTER_PORT"] for variables in started.variables}
     assert len(ports) == 3
     assert [variables["RANK"] for variables in started.variables] == ["0", "1"] * 3
+    assert {variables["LLMKD_RUNS"] for variables in started.variables} == {"2"}
     assert (tmp_path / "logs" / "2.log").read_text() == "here 2\nhere 2\n"
 
 

@@ -84,6 +84,30 @@ def test_a_rank_without_its_launchers_variables_is_refused(tmp_path: Path) -> No
     assert "InputError: RANK is set and WORLD_SIZE and MASTER_ADDR and MASTER_PORT not: start with" in said
 
 
+@pytest.mark.parametrize(
+    ("said", "threads"),
+    [
+        ({}, 12),
+        ({"LOCAL_WORLD_SIZE": "2"}, 6),
+        ({"LOCAL_WORLD_SIZE": "2", "LLMKD_RUNS": "3"}, 2),
+        ({"LOCAL_WORLD_SIZE": "8", "LLMKD_RUNS": "3"}, 1),
+        ({"LLMKD_RUNS": "3", "OMP_NUM_THREADS": "5"}, None),
+    ],
+)
+def test_ranks_and_the_runs_beside_them_share_the_cores_unless_the_user_says_how(
+    monkeypatch: pytest.MonkeyPatch, said: dict[str, str], threads: int | None
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "LLMKD_RUNS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    given: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", given.append)
+    ranks._share_cores()
+    assert given == ([] if threads is None else [threads])
+
+
 @pytest.mark.parametrize("said", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_a_gpus_memory_is_one_that_grows_unless_the_user_says_how(
     monkeypatch: pytest.MonkeyPatch, said: str | None

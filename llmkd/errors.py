@@ -1,6 +1,7 @@
 """The error that is written for the user, and how other errors are quoted in it."""
 
 import errno
+import os
 import re
 
 FULL = "the disk is full; free some space and give the same command again, which goes on from the last checkpoint"
@@ -25,6 +26,9 @@ NO_MEMORY = (
     "its memory, or the job's share of it, is used up; write less in train.micro_batch_size, or start fewer ranks there"
 )
 """Why the kernel kills a process, and the cure."""
+NO_GPU_MEMORY = ("out of memory", "cublas_status_alloc_failed")
+NO_HOST_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+"""How it is reported, in lower case where the words differ by that alone."""
 ANOTHER_FOLDER = "choose another folder (`output` or `name` in the recipe, or --output of llmkd train)"
 """A cure for a folder that a run or a study can't use."""
 
@@ -48,6 +52,30 @@ def storage_problem(error: BaseException) -> str | None:
     if isinstance(error, OSError) and (error.errno in NO_ROOM or (error.errno in STORAGE and error.filename)):
         return f"{error.filename or 'a file'}: {STORAGE[error.errno]}"
     return f"a file: {FULL}" if any(words in str(error) for words in FULL_IN_OTHER_WORDS) else None
+
+
+def memory_problem(error: BaseException) -> str | None:
+    """That this rank's memory does not suffice, in one sentence with the cure; None for any other error.
+
+    torch, CUDA's own calls, NCCL and cuBLAS each have words of their own for it.
+    """
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_HOST_MEMORY):
+        return f"rank {rank} gets no more memory from this machine ({first_line(error)}): {NO_MEMORY}"
+    if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_GPU_MEMORY):
+        said = ". ".join(
+            first_line(error).split(". ")[:3]
+        )  # what was asked for and what the GPU has; then come hints for programmers
+        return (
+            f"rank {rank} gets no more memory from its GPU ({said}): write a smaller train.micro_batch_size (train.batch_size stays), a "
+            "smaller study.together where students take turns, or use more ranks; `llmkd plan` says what a rank needs"
+        )
+    return None
+
+
+def problem(error: BaseException) -> str | None:
+    """What the file system or the memory lacks, in one sentence with the cure; None for any other error."""
+    return storage_problem(error) or memory_problem(error)
 
 
 def reason(error: BaseException) -> str:

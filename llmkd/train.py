@@ -31,7 +31,7 @@ from llmkd.distributed.ending import end_lost, leave, lost_rank, print_mistake, 
 from llmkd.distributed.engines import backward
 from llmkd.distributed.ranks import World, on_main, quiet, start, stop, sum_counts
 from llmkd.distributed.shared_folder import only_run_in
-from llmkd.errors import Diverged, InputError, storage_problem
+from llmkd.errors import Diverged, InputError, problem
 from llmkd.processes import Stopping, end_with_parent
 from llmkd.recipe.ds_config import check_ds_configs
 from llmkd.recipe.options import train_options
@@ -287,8 +287,8 @@ def main() -> None:
     except click.exceptions.Abort:
         leave(130)
     except Exception as error:
-        if (problem := storage_problem(error)) is not None:
-            print_mistake(problem)
+        if (sentence := problem(error)) is not None:
+            print_mistake(sentence)
             leave(2)
         if isinstance(error, RuntimeError) and lost_rank(error):
             end_lost(error)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmkd.distributed.ending import end_watch
 from llmkd.distributed.joining import join, patience
-from llmkd.errors import InputError, storage_problem
+from llmkd.errors import InputError, problem
 from llmkd.starting import RUNS
 
 os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
@@ -246,9 +246,9 @@ def _attempted(work: Callable[[], Any]) -> _Attempt:
     except InputError as error:
         return _Attempt(sentence=str(error))
     except BaseException as error:  # the other ranks must not wait for ever
-        problem = storage_problem(error)
+        lacks = problem(error)
         failed = f"failed: {type(error).__name__}: {error}"
-        return _Attempt(sentence=problem or failed, failure=None if problem else error)
+        return _Attempt(sentence=lacks or failed, failure=None if lacks else error)
 
 
 def quiet() -> None:

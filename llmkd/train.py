@@ -18,7 +18,6 @@ if __name__ == "__main__" and __spec__ is None:
 
 import contextlib
 import logging
-import time
 from collections.abc import Generator, Sequence
 
 import click
@@ -43,7 +42,7 @@ from llmkd.training.jobs import Job
 from llmkd.training.journal import Journal, Spent, made_with, model_card, model_meta
 from llmkd.training.kept import Keeping
 from llmkd.training.metrics import Interval, Meter
-from llmkd.training.prepare import Lend, PreparedRun, own_teacher, prepare, shared_teacher
+from llmkd.training.prepare import Lend, PreparedRun, Seats, own_teacher, prepare
 from llmkd.training.steps import Steps
 from llmkd.training.tokens import StoppedTokenizing
 from llmkd.training.validation import Validator
@@ -66,7 +65,8 @@ def train_in_turn(world: World, todo: Sequence[Job], stopping: Stopping | None =
     with contextlib.ExitStack() as held:
         for job in left:
             held.enter_context(only_run_in(world, job.folder))
-        lend = own_teacher if len(left) < 2 else shared_teacher()
+        seats = Seats()
+        lend = own_teacher if len(left) < 2 else seats
         before = Random()
         students = []
         try:
@@ -77,6 +77,7 @@ def train_in_turn(world: World, todo: Sequence[Job], stopping: Stopping | None =
             message = "%s: stopped by %s before all its rows were there; the same command goes on where it stopped"
             log.info(message, job.title, stopping.name)
             return False
+        seats.load()
         in_turn(students)
     failed = [student for student in students if student.failed is not None]
     if failed:
@@ -104,7 +105,7 @@ def _train(world: World, run: PreparedRun, stopping: Stopping, of: int) -> Train
     meter = Meter.of_job(world, job, run.clock)
     journal = Journal(world, job, start_step=run.first, steps=run.steps, of=of)
     validator, keeping = Validator(world, run, steps), Keeping(world, run)
-    tokens, began, last = 0, time.perf_counter(), None
+    tokens, began, last = 0, run.clock.now(), None
     # a run that was killed while it was exported has nothing left to train
     left = () if keeping.is_over else run.batches()
     for step, micro_batches in enumerate(run.clock.timed(left, run.seconds_apart), start=run.first + 1):
@@ -147,7 +148,7 @@ def _train(world: World, run: PreparedRun, stopping: Stopping, of: int) -> Train
         if done:
             break
         yield from run.others_turn(step)
-    seconds = time.perf_counter() - began - run.clock.away_seconds
+    seconds = run.clock.now() - began
     spent = Spent(seconds, validator.seconds, run.writing_seconds(), tokens, run.clock.parts(), run.clock.cost())
     journal.close()
     # at the end: export (all ranks: weights are gathered one at a time; rank 0 writes)

@@ -87,8 +87,8 @@ def cost_in_words(runs: Sequence[TrainingRun]) -> str:
         sentences.append(f"The time of a step was not recorded for {listed(unknown)}.")
     if (most := max((run.students_in_turn for run in runs), default=1)) > 1:
         sentences.append(
-            f"Up to {most} students took turns in one process: a student's time is that of its own turns, of which the first in a step "
-            "holds the teacher's pass for all, and its peak memory is that of all."
+            f"Up to {most} students took turns in one process: a student's time is that of its own turns, with an equal part of "
+            "the teacher's passes, and its peak memory is that of all."
         )
     return " ".join(sentences)
 

@@ -2,7 +2,7 @@
 
 Every student has its own seat at the teacher and its own training, a generator that stops after each micro-batch. All students see the
 same micro-batches, and those that have trained fewest steps go first; so when one comes to a micro-batch, either the teacher has just
-run it for another student, or nobody has been there before.
+run it for another student, or nobody has been there before. Whoever runs it, its time is booked to all in equal parts.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkd.data.batches import Batch
+from llmkd.distributed.clocks import Span, StepClock
 from llmkd.errors import Diverged
 from llmkd.losses.head_inputs import TopK
 from llmkd.teachers.base import Demand, Head, Signal, Teacher, Upper
@@ -39,10 +40,16 @@ class _Pass:
     head: Head | None
     top_k: TopK | None
     upper: Upper | None
+    work: Span
+    """Running it."""
+    students: int
+    """That were expected to take it when it was run."""
+    taken: int = 0
+    """How many have."""
 
 
 class SharedTeacher:
-    """One teacher for several students. `make` loads it, when the first of them needs it, with all that they need of it.
+    """One teacher for several students. `make` loads it, when all of them are known, with all that they need of it.
 
     What is announced at once, a step's micro-batches or a validation's, is a turn. Turns are numbered alike for all students, so that all
     ranks find the same pass to be the last one, whatever rows they have.
@@ -51,23 +58,28 @@ class SharedTeacher:
     def __init__(self, make: Callable[[Demand], Teacher]) -> None:
         self._make = make
         self._demands: list[Demand] = []
+        self._first: list[tuple[int, int]] = []  # of each student, the place where it begins
         self._loaded: Teacher | None = None
         self._turns: dict[int, tuple[Batch, ...]] = {}  # announced to the teacher
         self._last: _Pass | None = None
         self.passes = 0
         """How many micro-batches the teacher has run for students in turn."""
 
-    def seat(self, demand: Demand, turns_done: int = 0) -> Seat:
-        """A teacher for one more student, before any of them is trained. `turns_done`: of a run that goes on."""
+    def seat(self, demand: Demand, clock: StepClock, turns_done: int = 0) -> Seat:
+        """A teacher for one more student, before any of them is trained. `clock`: of its steps; `turns_done`: of a run that goes on."""
         assert self._loaded is None, "the teacher is loaded for the students that it knows of"
         self._demands.append(demand)
-        return Seat(self, demand, turns_done)
+        self._first.append((turns_done + 1, 0))
+        return Seat(self, demand, clock, turns_done)
+
+    def load(self) -> None:
+        """Load the teacher for those that have a seat, before any of them is trained, whose time this is not (all ranks take part)."""
+        self._loaded = self._make(union(self._demands))
 
     @property
     def teacher(self) -> Teacher:
-        """The one teacher, loaded by now (all ranks take part at the first time)."""
-        if self._loaded is None:
-            self._loaded = self._make(union(self._demands))
+        """The one teacher."""
+        assert self._loaded is not None, "it is loaded before students are trained"
         return self._loaded
 
     def announce(self, number: int, batches: Sequence[Batch]) -> None:
@@ -79,29 +91,44 @@ class SharedTeacher:
                 del self._turns[over]
         assert _all_same(self._turns[number], batches), "students in turn train on the same micro-batches"
 
-    def signal(self, place: tuple[int, int], demand: Demand, batch: Batch, uses: Sequence[int] | None) -> Signal:
-        """The signal of a micro-batch for one student; `place`: see `_Pass`."""
+    def signal(
+        self, place: tuple[int, int], demand: Demand, batch: Batch, uses: Sequence[int] | None, clock: StepClock
+    ) -> Signal:
+        """The signal of a micro-batch for one student, and its share of the time, for its clock; `place`: see `_Pass`."""
         if self._last is None or self._last.place != place:
+            students = self._students_at(place)
             self._last = None  # so that no two are held while the teacher runs
-            self._last = self._run(place, batch)
+            self._last = self._run(place, batch, students, clock)
+            clock.book(self._last.work, -1.0)
         last, uses = self._last, demand.blocks if uses is None else uses
+        last.taken += 1
+        clock.book(last.work, 1 / last.students)
         states = {block: last.states[block] for block in set(uses)}
         if not demand.logits:
             return Signal(states, uses, None, None)
         return Signal(states, uses, last.final, last.head, last.top_k, last.upper if demand.stones else None)
 
-    def _run(self, place: tuple[int, int], batch: Batch) -> _Pass:
+    def _students_at(self, place: tuple[int, int]) -> int:
+        """How many are expected to take the pass at this place: those that took the last one, and those that begin here.
+
+        One that has ended since is still counted; its share of this one pass is then nobody's.
+        """
+        return (0 if self._last is None else self._last.taken) + self._first.count(place)
+
+    def _run(self, place: tuple[int, int], batch: Batch, students: int, clock: StepClock) -> _Pass:
         self.passes += 1
+        begun = clock.mark()
         signal = self.teacher.signals(batch)
         states = {block: signal.take(block) for block in union(self._demands).blocks}
-        return _Pass(place, states, signal.take_final(), signal.head, signal.top_k, signal.upper)
+        work = Span(begun, clock.mark())
+        return _Pass(place, states, signal.take_final(), signal.head, signal.top_k, signal.upper, work, students)
 
 
 class Seat:
     """The shared teacher as one student sees it: a teacher like any other."""
 
-    def __init__(self, shared: SharedTeacher, demand: Demand, turns_done: int) -> None:
-        self._shared, self._demand = shared, demand
+    def __init__(self, shared: SharedTeacher, demand: Demand, clock: StepClock, turns_done: int) -> None:
+        self._shared, self._demand, self._clock = shared, demand, clock
         self._announced = turns_done
         self._coming: deque[tuple[int, int]] = deque()
 
@@ -120,7 +147,7 @@ class Seat:
         """The signal for a micro-batch; one that was not announced is run for this student alone."""
         if not self._coming:
             return self._shared.teacher.signals(batch, uses)
-        return self._shared.signal(self._coming.popleft(), self._demand, batch, uses)
+        return self._shared.signal(self._coming.popleft(), self._demand, batch, uses, self._clock)
 
 
 def union(demands: Sequence[Demand]) -> Demand:
@@ -196,8 +223,8 @@ class Student:
 def in_turn(students: Sequence[Student]) -> None:
     """Train all to their ends, those first that have done the fewest steps (all ranks take part).
 
-    At each step another student is the first, who has to wait for the teacher's pass; so its time is shared out evenly. A student whose
-    training diverges ends alone.
+    At each step another student is the first, for it is the one that waits until the other ranks have come as far. A student whose training
+    diverges ends alone.
     """
     going = list(students)
     while going:

@@ -180,17 +180,23 @@ def own_teacher(world: World, job: Job, *, clock: StepClock, turns_done: int) ->
     return build.load_teacher(world, job, clock=clock)
 
 
-def shared_teacher() -> Lend:
-    """What gives jobs, whose students take turns, seats at one teacher in place of `own_teacher`. The first one's job says how it is
-    loaded; its waiting for other ranks counts as the teacher's time."""
-    shared: list[SharedTeacher] = []
+class Seats:
+    """Gives jobs, whose students take turns, seats at one teacher in place of `own_teacher`. The first one's job says how it is loaded;
+    its waiting for other ranks counts as the teacher's time."""
 
-    def seat(world: World, job: Job, *, clock: StepClock, turns_done: int) -> Teacher:
-        if not shared:
-            shared.append(SharedTeacher(lambda demand: build.load_teacher(world, job, demand)))
-        return shared[0].seat(build.demand_of(job), turns_done)
+    def __init__(self) -> None:
+        self._shared: SharedTeacher | None = None
 
-    return seat
+    def __call__(self, world: World, job: Job, *, clock: StepClock, turns_done: int) -> Teacher:
+        """One more seat."""
+        if self._shared is None:
+            self._shared = SharedTeacher(lambda demand: build.load_teacher(world, job, demand))
+        return self._shared.seat(build.demand_of(job), clock, turns_done)
+
+    def load(self) -> None:
+        """Load the teacher, if there are seats, once all are given (all ranks take part)."""
+        if self._shared is not None:
+            self._shared.load()
 
 
 def prepare(world: World, job: Job, stopping: Stopping | None = None, lend: Lend | None = None) -> PreparedRun:

@@ -7,7 +7,6 @@ two of them. What is measured is added up on the device and reduced once.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Generator
 from dataclasses import dataclass
 
@@ -60,7 +59,7 @@ class Validator:
         """Measure the student as it is after this step (all ranks take part); as a training, stops after each micro-batch."""
         world, run, batches = self._world, self._run, self._run.validation
         wait_for_device(world)  # for the step, whose time this is not
-        began = time.perf_counter() - run.clock.away_seconds
+        began = run.clock.now()
         settings = self._steps.of_validation(step, self._counts, len(batches))
         run.engine.eval()
         if run.teacher is not None:
@@ -76,7 +75,7 @@ class Validator:
         agreement = torch.stack(agreed).sum() if compared else torch.zeros((), device=world.device)
         total = torch.cat([torch.stack(sums).sum(0), agreement.double()[None]])
         ce, kl, *distances, same = sum_tensor(world, total).tolist()
-        seconds = time.perf_counter() - run.clock.away_seconds - began
+        seconds = run.clock.now() - began
         self.seconds += seconds
         return self._means(ce, kl if compared else None, same, distances, seconds)
 

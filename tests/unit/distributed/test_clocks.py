@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from llmkd.distributed import clocks
-from llmkd.distributed.clocks import WARM_UP, StepClock
+from llmkd.distributed.clocks import WARM_UP, Span, StepClock
 
 CPU = torch.device("cpu")
 
@@ -176,3 +176,72 @@ def test_on_a_gpu_nothing_waits_until_the_time_is_asked_for(monkeypatch: pytest.
     assert 0 < Mark.waited <= 3
     cost = clock.cost()
     assert cost == {"steps": 2, "median_seconds": pytest.approx(0.009), "quartiles": pytest.approx([0.009, 0.009])}
+
+
+def test_work_for_several_is_booked_where_it_is_used(now: Hand) -> None:
+    """In the step that is under way, or between steps; who did it keeps its share of it."""
+    one, other = StepClock(CPU), StepClock(CPU)
+    steps, others = one.timed(range(2)), other.timed(range(2))
+    began = one.now(), other.now()
+    next(steps)
+    one.part("teacher")
+    begun = one.mark()
+    now.wall += 6
+    now.cpu += 3
+    work = Span(begun, one.mark())
+    one.book(work, -1.0)
+    one.book(work, 1 / 3)
+    one.part("forward")
+    now.wall += 1
+    with one.away():
+        next(others)
+        other.part("teacher")
+        other.book(work, 2 / 3)
+        other.part("forward")
+        now.wall += 5
+        other.end()
+    one.end()
+    assert one.read() == (3.0, {"data": 0.0, "teacher": 2.0, "forward": 1.0})
+    assert other.read() == (9.0, {"data": 0.0, "teacher": 4.0, "forward": 5.0})
+    assert one.now() - began[0] == 3.0
+    other.book(work, 0.5)  # in a validation
+    assert other.read() == (0.0, {"data": 0.0, "teacher": 0.0, "forward": 0.0})
+    assert other.now() - began[1] == 1.0 + 6.0 + 5.0 + 4.0 + 3.0  # `one`'s turn was no time away
+    next(steps)
+    one.end()
+    assert one.read()[0] == 0.0
+
+
+def test_on_a_gpu_booked_work_is_read_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And counts in the step in which it was booked, however far the device is behind."""
+    monkeypatch.setattr(torch.cuda, "Event", Mark)
+    monkeypatch.setattr(clocks, "time", Hand())  # stands still
+    for name in ("made", "done", "waited"):
+        monkeypatch.setattr(Mark, name, 0)
+    gpu = torch.device("cuda")
+
+    def measured(share: float) -> tuple[list[float], float, float]:
+        """(ms of each of three steps, of their teacher's part, and by the run's own clock) where the second step books this share."""
+        clock, other = StepClock(gpu), StepClock(gpu)
+        began = clock.now()
+        begun = other.mark()
+        other.mark()
+        work = Span(begun, other.mark())  # 6 ms
+        Mark.waited = 0
+        for step in clock.timed(range(3)):
+            clock.part("teacher")
+            if step == 1:
+                clock.book(work, share)
+            clock.end()
+        clock.book(work, share)  # in a validation
+        assert Mark.waited == 0
+        teacher = clock.parts()["teacher"]
+        return [1000 * seconds for seconds in clock._seconds], 1000 * teacher, 1000 * (clock.now() - began)
+
+    (first, second, third), teacher, own = measured(0.0)
+    assert own == 0
+    for share in (-1.0, 0.25):
+        steps, of_teacher, by_own = measured(share)
+        assert steps == pytest.approx([first, second + share * 6, third])
+        assert of_teacher == pytest.approx(teacher + share * 6)
+        assert by_own == pytest.approx(2 * share * 6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from llmkd import train as loop
+from llmkd.distributed.clocks import WARM_UP
 from llmkd.errors import Diverged, InputError
 from llmkd.recipe.recipe import Recipe, load_recipe
+from llmkd.teachers.resident import ResidentTeacher
 from llmkd.train import Stopping, train, train_in_turn
-from llmkd.training import checks, jobs
+from llmkd.training import build, checks, jobs
 from tests.tiny import quick
 
 
@@ -87,6 +90,48 @@ def test_those_that_are_done_are_left_alone(recipe: Recipe, world: Any, tmp_path
     assert (tmp_path / "one" / "summary.json").read_bytes() == before
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["students_in_turn"] == 1
     assert_equal(tmp_path / "one", tmp_path / "two")
+
+
+def test_times_of_students_in_turn_compare(
+    recipe: Recipe, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass takes a minute, a validation's too, and loading the teacher an hour, by the clock alone: each student that uses the teacher
+    has a third of each pass in its steps, and none the loading. One that uses none has neither, though it goes first at times."""
+    clock, late = time.perf_counter, [0.0]
+    signals, load = ResidentTeacher.signals, build.load_teacher
+
+    def slow(self: ResidentTeacher, *arguments: Any) -> Any:
+        late[0] += 60
+        return signals(self, *arguments)
+
+    def loaded(*arguments: Any, **options: Any) -> Any:
+        late[0] += 3600
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + late[0])
+    monkeypatch.setattr(ResidentTeacher, "signals", slow)
+    monkeypatch.setattr(build, "load_teacher", loaded)
+    steps, validations = WARM_UP + 4, 2
+    validated = {"data.validation": {"share": 0.2}, "train.validate_every": 4}
+    recipe = recipe.changed({"train.steps": steps, **validated})
+    given = {"ce_only": recipe.changed({"matching.strategy": "none", "loss.kl": 0.0, "loss.hidden": 0.0})}
+    given |= {name: recipe.changed({"matching.strategy": name}) for name in ("none", "forward", "reverse")}
+    assert train_in_turn(world, [jobs.distil_job(world, own, tmp_path / name) for name, own in given.items()])
+    assert 3600 + 60 * (steps + validations) == late[0]
+    noise = 15  # what seven steps and a validation may take in truth on a busy machine
+    for name in given:
+        third = 0 if name == "ce_only" else 20
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert summary["step"]["median_seconds"] == pytest.approx(third, abs=5)
+        assert summary["step"]["quartiles"] == pytest.approx([third, third], abs=5)
+        assert summary["teacher_seconds"] == pytest.approx(steps * third, abs=1)
+        assert summary["validation_seconds"] == pytest.approx(validations * third, abs=noise)
+        assert summary["seconds"] == pytest.approx((steps + validations) * third, abs=noise)
+        of_training = summary["seconds"] - summary["validation_seconds"]
+        assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / of_training)
+        parts = [line["seconds_by_part"]["teacher"] for line in lines if "seconds_by_part" in line]
+        assert len(parts) == steps and parts == pytest.approx([third] * steps, abs=1)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def asked(kinds: tuple[str, ...], count: int | None, first: int, trial: str | No
 @click.option(
     "--kind", "kinds", multiple=True, type=click.Choice(list(KINDS)), help="Only trials of these kinds [default: all]."
 )
-@click.option("--count", type=int, help="So many trials of each kind, whatever the time.")
+@click.option("--count", type=click.IntRange(min=1), help="So many trials of each kind, whatever the time.")
 @click.option("--first", type=int, default=0, show_default=True, help="The first trial's number.")
 @click.option("--trial", help="One trial alone, KIND-NUMBER, as a failure names it.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Also write the counts into this file.")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from fnmatch import fnmatch
+from itertools import count as numbers
 from pathlib import Path
 
 from tests.campaign import oracle
@@ -56,6 +58,10 @@ RESULTS = (
     "*/report.*",
 )
 """What a user or a study reads of a finished run. All else that is damaged and not read again does no harm: what reads it names it."""
+SHOWS = ("tiny/results.", "tiny/report.")
+"""Files of a study's folder that only show what others hold."""
+Case = tuple[Path, str, str]
+"""A copy of a run half done or finished, a kind of file, and the name of a damage."""
 HARMED: dict[str, Scenario] = {
     name: scenario for kind in SCENARIOS.values() for name, scenario in kind.items() if scenario.harmed
 }
@@ -63,8 +69,40 @@ HARMED: dict[str, Scenario] = {
 
 def trial(place: Place, draw: random.Random, number: int) -> Outcome:
     """The trials' numbers go through the scenarios in turn, and within one through its states, kinds of file and damages."""
+    name, (state, kind, damage) = _case(place, number)
+    scenario = HARMED[name]
+    place.clear(state)
+    files = _by_kind(place.work, scenario)
+    file = draw.choice(files[kind])
+    others = [path for path in files[kind] if path != file] or [
+        path for path in file.parent.iterdir() if path.is_file() and path != file
+    ]
+    other = draw.choice(others or [file])
+    what = f"{name}, {state.name}: {file.relative_to(place.work)} {DAMAGES[damage](file, draw, other)}"
+    return _judged(place, name, scenario, [file, other] if damage == "swapped" else [file], what)
+
+
+def count(place: Place) -> int:
+    """How many cases there are: each kind of file of each state of each scenario with each damage."""
+    return sum(len(_cases(place, name)) for name in HARMED)
+
+
+def _case(place: Place, number: int) -> tuple[str, Case]:
+    """The trial's scenario and case; a scenario whose cases are over is left out of the turn, and after all cases they begin again."""
     names = sorted(HARMED)
-    name, case = names[number % len(names)], number // len(names)
+    if number < len(names):  # the others' cases are not counted before they are needed
+        return names[number], _cases(place, names[number])[0]
+    number %= count(place)
+    for turn in numbers():
+        present = [name for name in names if len(_cases(place, name)) > turn]
+        if number < len(present):
+            return present[number], _cases(place, present[number])[turn]
+        number -= len(present)
+    raise AssertionError("the turns have no end")
+
+
+@functools.cache
+def _cases(place: Place, name: str) -> list[Case]:
     scenario = HARMED[name]
     cases = [
         (state, kind, damage)
@@ -73,16 +111,7 @@ def trial(place: Place, draw: random.Random, number: int) -> Outcome:
         for damage in sorted(DAMAGES)
     ]
     random.Random(0).shuffle(cases)
-    state, kind, damage = cases[case % len(cases)]
-    place.clear(state)
-    files = _by_kind(place.work, scenario)
-    file = draw.choice(files[kind])
-    others = [path for path in files[kind] if path != file] or [
-        path for path in file.parent.iterdir() if path.is_file()
-    ]
-    other = draw.choice(others)
-    what = f"{name}, {state.name}: {file.relative_to(place.work)} {DAMAGES[damage](file, draw, other)}"
-    return _judged(place, name, scenario, [file, other] if damage == "swapped" else [file], what)
+    return cases
 
 
 def _by_kind(work: Path, scenario: Scenario) -> dict[str, list[Path]]:
@@ -111,7 +140,10 @@ def _judged(place: Place, name: str, scenario: Scenario, files: list[Path], what
     wrong = [fault for fault in wrong if not (named and ".damaged" in fault)]
     if not wrong:
         return Outcome("named, made good" if named else "made good or not read", what)
-    own = all(any(_within(file, place.work) in fault for file in files) for fault in wrong)
+    shown = SHOWS if named else ()  # the log says that what a report shows of a damaged file may be wrong
+    own = all(
+        any(part in fault for part in (*(_within(file, place.work) for file in files), *shown)) for fault in wrong
+    )
     results = any(fnmatch(str(file.relative_to(place.work)), result) for file in files for result in RESULTS)
     if own and (named or not results):  # all else is as undisturbed
         return Outcome("named, left" if named else "left, not read", what)

@@ -74,7 +74,14 @@ SCENARIOS: dict[str, dict[str, Scenario]] = {
         "learned": Scenario(
             {"matching.strategy": "learned", "student.init": "random"}, ranks=1, harmed=("tiny/students/*/*.json",)
         ),
-        "adapters": Scenario({"student.lora": {"rank": 4, "alpha": 8}}, ranks=1),
+        "adapters": Scenario({"student.lora": {"rank": 4, "alpha": 8}}, ranks=1, harmed=("**/initial/*",)),
+        "measured": Scenario(
+            {
+                "student.copy_blocks": "influence", "matching.strategy": "nearest",
+                "loss.schedules": {"temperature": {"shape": "dynamic", "every": 2, "maximum": 6.0}},
+            },
+            ranks=1, harmed=("tiny/students/*/*.json", "tiny/students/*/temperature.jsonl"),
+        ),
     },
     "cache": {
         "cache": Scenario(
@@ -113,6 +120,10 @@ SCENARIOS: dict[str, dict[str, Scenario]] = {
         "in turn": Scenario(
             {**_SCORED, "study": {"strategies": ["forward", "none"], "baselines": ["ce_only"], "together": 3}},
             commands=("study",), half=("tiny/students/none-s0/checkpoints/step-00000006",),
+        ),
+        "beside": Scenario(
+            {**_SCORED, "study": {"strategies": ["forward", "none"], "baselines": ["ce_only"], "parallel": 2}},
+            ranks=1, commands=("study",), half=("tiny/students/none-s0/checkpoints/step-00000006",),
         ),
         "made teacher": Scenario(
             {**_SCORED, **_MADE}, ranks=1, commands=("study",), aims=("tiny/teacher/*",),

@@ -37,8 +37,8 @@ class InputError(ValueError):
     """A user's mistake in one sentence: what is wrong, where, and what to write instead. Commands exit with 2 on it."""
 
 
-class Diverged(InputError):
-    """A training that can't go on because its numbers are not finite; all its ranks find so together."""
+class FoundByAll(InputError):
+    """A mistake that all ranks have found together, each of them at the same place: they can go on with something else."""
 
 
 def first_line(error: BaseException) -> str:

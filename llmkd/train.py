@@ -18,7 +18,8 @@ if __name__ == "__main__" and __spec__ is None:
 
 import contextlib
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import TypeVar
 
 import click
 import datasets
@@ -30,7 +31,7 @@ from llmkd.distributed.ending import end_lost, leave, lost_rank, print_mistake, 
 from llmkd.distributed.engines import backward
 from llmkd.distributed.ranks import World, on_main, quiet, start, stop, sum_counts
 from llmkd.distributed.shared_folder import only_run_in
-from llmkd.errors import Diverged, InputError, problem
+from llmkd.errors import FoundByAll, InputError, problem
 from llmkd.processes import Stopping, end_with_parent
 from llmkd.recipe.ds_config import check_ds_configs
 from llmkd.recipe.options import train_options
@@ -48,6 +49,7 @@ from llmkd.training.tokens import StoppedTokenizing
 from llmkd.training.validation import Validator
 
 log = logging.getLogger("llmkd")
+T = TypeVar("T")
 
 
 def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
@@ -58,31 +60,47 @@ def train(world: World, job: Job, stopping: Stopping | None = None) -> bool:
 def train_in_turn(world: World, todo: Sequence[Job], stopping: Stopping | None = None) -> bool:
     """As `train`, for several students that learn from the same rows: a micro-batch each in turn, off one pass of one teacher.
 
-    True when all are exported. Raises Diverged for those that could not go on, when the others are done.
+    True when all are exported. Raises InputError for those that could not be trained, when the others are done.
     """
-    stopping = stopping or Stopping()
-    left = [job for job in todo if not _is_done(world, job)]
+    stopping, before, several = stopping or Stopping(), Random(), len(todo) > 1
+    undone, mistakes = _of_each(todo, lambda job: None if _is_done(world, job) else job, several=several)
+    left = [job for job in undone if job is not None]
+    seats = Seats()
+    lend = own_teacher if len(left) < 2 else seats
     with contextlib.ExitStack() as held:
-        for job in left:
+
+        def ready(job: Job) -> Student:
             held.enter_context(only_run_in(world, job.folder))
-        seats = Seats()
-        lend = own_teacher if len(left) < 2 else seats
-        before = Random()
-        students = []
+            before.restore()  # as if it were alone
+            return _ready(world, job, stopping, lend, of=len(left))
+
         try:
-            for job in left:
-                before.restore()  # as if it were alone
-                students.append(_ready(world, job, stopping, lend, of=len(left)))
+            students, unready = _of_each(left, ready, several=several)
         except StoppedTokenizing:
             message = "%s: stopped by %s before all its rows were there; the same command goes on where it stopped"
-            log.info(message, job.title, stopping.name)
+            log.info(message, ", ".join(job.title for job in left), stopping.name)
             return False
         seats.load()
         in_turn(students)
     failed = [student for student in students if student.failed is not None]
-    if failed:
-        raise Diverged("; ".join(f"{s.name}: {s.failed}" if len(todo) > 1 else str(s.failed) for s in failed))
+    mistakes += [*unready, *(f"{s.name}: {s.failed}" if several else str(s.failed) for s in failed)]
+    if mistakes:
+        raise FoundByAll("; ".join(mistakes))
     return all(student.exported for student in students)
+
+
+def _of_each(todo: Sequence[Job], work: Callable[[Job], T], *, several: bool) -> tuple[list[T], list[str]]:
+    """What `work` gives for each job, and what is wrong with those of several jobs that it refuses, each by its name."""
+    results, mistakes = [], []
+    for job in todo:
+        try:
+            results.append(work(job))
+        except FoundByAll as error:
+            if not several:
+                raise
+            mistakes.append(f"{job.title}: {error}")
+            log.info("%s; the others go on", mistakes[-1])
+    return results, mistakes
 
 
 def _ready(world: World, job: Job, stopping: Stopping, lend: Lend, *, of: int) -> Student:

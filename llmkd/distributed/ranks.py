@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmkd.distributed.ending import end_watch
 from llmkd.distributed.joining import join, patience
-from llmkd.errors import InputError, problem
+from llmkd.errors import FoundByAll, InputError, problem
 from llmkd.starting import RUNS
 
 os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
@@ -160,20 +160,20 @@ def highest(world: World, value: float) -> float:
 
 
 def on_main(world: World, work: Callable[[], Result]) -> Result:
-    """Run `work` on rank 0 while the others wait, however long it takes, and give every rank its result (or its InputError)."""
+    """Run `work` on rank 0 while the others wait, however long it takes, and give every rank its result (or its InputError, FoundByAll)."""
     if world.size == 1:
         attempt = _attempted(work)
     else:
         with ThreadPoolExecutor(1) as pool:
             attempt = _waited_for(world, pool.submit(_attempted, work) if world.is_main else None) or _Attempt()
     failed = attempt.failure is not None
-    answer: list[Any] = [attempt.result, f"rank 0 {attempt.sentence}" if failed else attempt.sentence]
+    answer: list[Any] = [attempt.result, f"rank 0 {attempt.sentence}" if failed else attempt.sentence, failed]
     dist.broadcast_object_list(answer, src=0, group=world.control)
     if attempt.failure is not None:
         raise attempt.failure
-    result, sentence = answer
+    result, sentence, failed = answer
     if sentence is not None:
-        raise InputError(sentence)
+        raise InputError(sentence) if failed else FoundByAll(sentence)
     return result
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llmkd.data.batches import Batch
 from llmkd.distributed.clocks import Span, StepClock
-from llmkd.errors import Diverged
+from llmkd.errors import FoundByAll
 from llmkd.losses.head_inputs import TopK
 from llmkd.teachers.base import Demand, Head, Signal, Teacher, Upper
 
@@ -213,7 +213,7 @@ class Student:
         except StopIteration as end:
             self.exported = end.value
             return False
-        except Diverged as error:
+        except FoundByAll as error:
             self.failed = str(error)
             return False
         self._random = Random()
@@ -224,7 +224,7 @@ def in_turn(students: Sequence[Student]) -> None:
     """Train all to their ends, those first that have done the fewest steps (all ranks take part).
 
     At each step another student is the first, for it is the one that waits until the other ranks have come as far. A student whose training
-    diverges ends alone.
+    can't go on, as all ranks find, ends alone.
     """
     going = list(students)
     while going:

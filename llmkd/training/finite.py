@@ -9,7 +9,7 @@ from torch import nn
 
 from llmkd.distributed.engines import unusable_weights
 from llmkd.distributed.ranks import World
-from llmkd.errors import ANOTHER_FOLDER, Diverged, InputError
+from llmkd.errors import ANOTHER_FOLDER, FoundByAll, InputError
 from llmkd.training.jobs import Job
 from llmkd.training.metrics import Interval
 
@@ -27,22 +27,22 @@ def check_start(world: World, job: Job, model: nn.Module) -> None:
 
 
 def check_weights(world: World, job: Job, model: nn.Module, step: int) -> None:
-    """Raise Diverged where the weights after a step are not all finite; before they are saved or exported (all ranks take part)."""
+    """Raise FoundByAll where the weights after a step are not all finite; before they are saved or exported (all ranks take part)."""
     if names := unusable_weights(world, model):
-        raise Diverged(f"after step {step} {_listed(names)}: the training has diverged; {_cure(job)}")
+        raise FoundByAll(f"after step {step} {_listed(names)}: the training has diverged; {_cure(job)}")
 
 
 def check_gradient(job: Job, engine: Any, step: int) -> None:
-    """Raise Diverged where the optimizer left a step out because a gradient was not finite, as DeepSpeed does on all ranks alike."""
+    """Raise FoundByAll where the optimizer left a step out because a gradient was not finite, as DeepSpeed does on all ranks alike."""
     if engine.skipped_steps:
-        raise Diverged(
+        raise FoundByAll(
             f"step {step}: a gradient holds a NaN or an infinity, so that step was left out; write train.dtype: float32, "
             f"or {_cure(job)}"
         )
 
 
 def check_loss(world: World, job: Job, model: nn.Module, step: int, interval: Interval) -> None:
-    """Raise Diverged that names the cause where the loss is not a finite number (all ranks take part)."""
+    """Raise FoundByAll that names the cause where the loss is not a finite number (all ranks take part)."""
     if math.isfinite(interval.loss):
         return
     check_weights(world, job, model, step)
@@ -50,11 +50,11 @@ def check_loss(world: World, job: Job, model: nn.Module, step: int, interval: In
     ce = interval.ce if interval.ce is not None else (interval.not_in_loss or {}).get("ce")
     if job.teacher is not None and (ce is None or math.isfinite(ce)):
         own = "" if ce is None else " and so is its own cross-entropy"
-        raise Diverged(
+        raise FoundByAll(
             f"{problem}{own}: the teacher's states or logits are not; look for a NaN in the weights of "
             f"{job.recipe.teacher_path}, or write teacher.dtype: float32"
         )
-    raise Diverged(f"{problem}: its states overflow {job.train.dtype}; write train.dtype: float32, or {_cure(job)}")
+    raise FoundByAll(f"{problem}: its states overflow {job.train.dtype}; write train.dtype: float32, or {_cure(job)}")
 
 
 def _listed(names: list[str]) -> str:

@@ -17,7 +17,7 @@ import pytest
 import torch.distributed as dist
 
 from llmkd.distributed import checksums, ending, joining, ranks
-from llmkd.errors import InputError
+from llmkd.errors import FoundByAll, InputError
 from llmkd.files import write_text
 from tests.distributed.warm import forked
 
@@ -168,5 +168,5 @@ def test_what_the_user_gave_gloo_is_kept(given: dict[str, str], found: str, monk
 
 
 def test_a_mistake_of_rank_0_alone_reaches_the_caller_as_before(world: Any) -> None:
-    with pytest.raises(InputError, match="no rows"):
+    with pytest.raises(FoundByAll, match="no rows"):
         ranks.on_main(world, lambda: (_ for _ in ()).throw(InputError("no rows")))

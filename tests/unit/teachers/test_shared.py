@@ -10,7 +10,7 @@ import torch
 
 from llmkd.data.batches import Batch, collate
 from llmkd.distributed.clocks import StepClock
-from llmkd.errors import Diverged
+from llmkd.errors import FoundByAll
 from llmkd.teachers.base import Demand, Signal
 from llmkd.teachers.shared import SharedTeacher, Student, in_turn, same, union
 
@@ -168,7 +168,7 @@ def test_one_that_diverges_ends_alone() -> None:
     def training(*, ends: bool) -> Generator[int, None, bool]:
         yield 0
         if ends:
-            raise Diverged("the loss is nan")
+            raise FoundByAll("the loss is nan")
         yield 1
         return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 
 from llmkd import train as loop
 from llmkd.distributed.clocks import WARM_UP
-from llmkd.errors import Diverged, InputError
+from llmkd.errors import FoundByAll, InputError
+from llmkd.processes import only_one_in
 from llmkd.recipe.recipe import Recipe, load_recipe
 from llmkd.teachers.resident import ResidentTeacher
 from llmkd.train import Stopping, train, train_in_turn
@@ -42,7 +44,7 @@ def test_one_that_diverges_is_named_when_the_others_are_done(recipe: Recipe, wor
     spoilt = recipe.changed({"train.learning_rate": 1e30, "train.weight_decay": 1e20})
     given = {"good": recipe, "bad": spoilt, "too": recipe.changed({"matching.strategy": "none"})}
     todo = [jobs.distil_job(world, own, tmp_path / name) for name, own in given.items()]
-    with pytest.raises(Diverged, match=r"^bad: .*the training has diverged"):
+    with pytest.raises(FoundByAll, match=r"^bad: .*the training has diverged"):
         train_in_turn(world, todo)
     assert not (tmp_path / "bad" / "model").exists() and not (tmp_path / "bad" / "summary.json").exists()
     for name in ("good", "too"):
@@ -51,6 +53,43 @@ def test_one_that_diverges_is_named_when_the_others_are_done(recipe: Recipe, wor
     summary = json.loads((tmp_path / "good" / "summary.json").read_text())
     assert summary["students_in_turn"] == 3
     assert summary["seconds"] == pytest.approx(sum(summary["seconds_by_part"].values()), rel=0.5)
+
+
+@pytest.mark.parametrize("fault", ["damaged", "held", "other"])
+def test_one_that_can_not_be_trained_costs_the_others_nothing(
+    recipe: Recipe, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Its only checkpoint is damaged; another process is in its folder; its folder holds the model of another recipe."""
+    given = {
+        "first": recipe,
+        "bad": recipe.changed({"matching.strategy": "reverse"}),
+        "too": recipe.changed({"loss.kl": 0.0}),
+    }
+    todo = [jobs.distil_job(world, own, tmp_path / name) for name, own in given.items()]
+    sentence = {
+        "damaged": "state.json is damaged",
+        "held": "works in this folder",
+        "other": "was made by another recipe",
+    }[fault]
+    with contextlib.ExitStack() as held:
+        if fault == "damaged":
+            stopping = Stopping()
+            monkeypatch.setattr(loop, "_counts", lambda *given, real=loop._counts: (real(*given)[0], True))
+            assert not train(world, todo[1], stopping)
+            monkeypatch.undo()
+            (checkpoint,) = (tmp_path / "bad" / "checkpoints").iterdir()
+            (checkpoint / "state.json").write_text("{")
+        elif fault == "held":
+            held.enter_context(only_one_in(tmp_path / "bad"))
+        else:
+            assert train(world, jobs.distil_job(world, recipe, tmp_path / "bad"))
+        before = {file: file.read_bytes() for file in (tmp_path / "bad").rglob("*") if file.is_file()}
+        with pytest.raises(FoundByAll, match=rf"^bad: .*{sentence}"):
+            train_in_turn(world, todo)
+        assert {file: file.read_bytes() for file in (tmp_path / "bad").rglob("*") if file.is_file()} == before
+    for name in ("first", "too"):
+        assert train(world, jobs.distil_job(world, given[name], tmp_path / "alone" / name))
+        assert_equal(tmp_path / name, tmp_path / "alone" / name)
 
 
 def test_a_signal_between_two_students_steps_stops_both_and_all_goes_on(

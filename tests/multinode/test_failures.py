@@ -62,7 +62,7 @@ class Run:
         """Start it, or go on with it; `places`: each rank's node."""
         self._starts += 1
         self._logs = self.folder.parent / f"start{self._starts}"
-        places = places or [node for node in self.nodes for _ in range(2)]
+        self._places = places = places or [node for node in self.nodes for _ in range(2)]
         self.ranks = start_ranks(places, "llmkd.train", [*self._arguments, *more], self._logs)
 
     def said(self) -> list[str]:
@@ -101,9 +101,11 @@ class Run:
         codes = [rank.wait(timeout=PATIENCE) for rank in self.ranks]
         assert time.monotonic() - began < PATIENCE and 0 not in codes and 2 not in codes, (codes, self.said())
         assert [node.processes() for node in self.nodes] == [[], []]
+        several = len({node.name for node in self._places}) > 1
         for rank, lost in silent.items():
+            who = f"rank {rank} on {self._places[rank].name}" if several else f"rank {rank}"
             said = [line for line in self.said()[rank].splitlines() if line.startswith("Error: ")]
-            pattern = rf"Error: rank {rank} on node{rank // 2}: .*{reason}.*; silent ranks: {lost}\. The same command resumes from"
+            pattern = rf"Error: {who}: .*{reason}.*; silent ranks: {lost}\. The same command resumes from"
             assert len(said) == 1 and re.match(pattern, said[0]), (rank, lost, self.said())
             assert "Traceback" not in self.said()[rank] and "frame #" not in self.said()[rank], self.said()
         assert not (self.folder / "summary.json").exists()
@@ -170,7 +172,7 @@ def test_a_cable_that_is_cut_inside(inside: str, run: Run, undisturbed: Path) ->
         run.train_on(3)
     run.wait_until(lambda: list(run.folder.glob(pattern)))
     run.nodes[1].link("down")
-    run.ended({})
+    run.ended(CUT)
     said = "".join(run.said())
     assert "Traceback" not in said and said.count("Error: ") == 4, said
     run.nodes[1].link("up")
@@ -215,7 +217,7 @@ def test_fewer_and_more_nodes_go_on_with_the_run(run: Run, undisturbed: Path) ->
     run.train_on(5)
     for rank in (2, 3):
         os.kill(run.process(rank), signal.SIGKILL)
-    run.ended({})
+    run.ended({0: SECOND, 1: SECOND})
     run.start([first, first, second], "--set", "teacher.stages=3")
     assert [rank.wait(timeout=600) for rank in run.ranks] == [2, 2, 2]
     assert (
@@ -226,7 +228,7 @@ def test_fewer_and_more_nodes_go_on_with_the_run(run: Run, undisturbed: Path) ->
     run.train_on(5)
     assert "resumed from" in run.said()[0] and "2 ranks x 2 accumulation x 2" in run.said()[0]
     os.kill(run.process(1), signal.SIGKILL)
-    run.ended({})
+    run.ended({0: "1"})
     run.start()
     run.trained()
     assert "resumed from" in run.said()[0] and "4 ranks x 1 accumulation x 2" in run.said()[0]

@@ -93,7 +93,7 @@ def test_deepspeed_with_a_host_file(nodes: Nodes, tiny: Path, world: Any, tmp_pa
     ids=["c10d", "static"],
 )
 def test_torchrun(backend: str, changes: dict[str, Any], nodes: Nodes, tiny: Path, world: Any, tmp_path: Path) -> None:
-    """The documented line, which `scripts/slurm.sh` has too, is in every run of the tests, though it takes half a minute on a quiet machine."""
+    """The documented line, which `scripts/slurm.sh` has too, is tried in every run of the tests: a minute on two busy cores."""
     program = trains(tiny, tmp_path, changes)
     launchers = start(nodes, [torchrun(number, *program, backend=backend) for number in (0, 1)], tmp_path)
     assert [launcher.wait(PATIENCE) for launcher in launchers] == [0, 0], said(tmp_path)

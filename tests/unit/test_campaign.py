@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import pytest
@@ -16,7 +16,7 @@ from llmkd.recipe.recipe import load_recipe
 from llmkd.train import train
 from llmkd.training import jobs
 from tests.campaign import __main__ as main
-from tests.campaign import kills, oracle
+from tests.campaign import damage, kills, oracle
 from tests.campaign.place import SCENARIOS, Place
 from tests.tiny import quick
 
@@ -116,3 +116,21 @@ def test_a_killed_run_that_is_not_the_undisturbed_one_is_reported(
         f"  not as undisturbed: {weights}",
         "  again: python -m tests.campaign --seed 3 --trial training-1",
     ]
+
+
+def test_every_case_of_damage_is_met_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scenarios in turn, until their cases are over; the first trials need no other scenario's."""
+    cases = {"few": 2, "many": 5, "one": 1}
+    asked: list[str] = []
+
+    def known(place: Place, name: str) -> list[str]:
+        asked.append(name)
+        return [f"{name}{number}" for number in range(cases[name])]
+
+    monkeypatch.setattr(damage, "HARMED", dict.fromkeys(cases))
+    monkeypatch.setattr(damage, "_cases", known)
+    place = cast(Place, None)
+    assert damage._case(place, 1) == ("many", "many0") and asked == ["many"]
+    met = [damage._case(place, number) for number in range(8)]
+    assert [case for _, case in met] == ["few0", "many0", "one0", "few1", "many1", "many2", "many3", "many4"]
+    assert damage._case(place, 8) == met[0] and damage.count(place) == 8

@@ -292,12 +292,10 @@ def angles(run: Path, recipe: str | None, rows: int | None, overrides: tuple[str
 @click.option(
     "--device-gib",
     type=FiniteRange(min=0, max=10**6, min_open=True),
-    default=80,
-    show_default=True,
-    help="Memory of one GPU, to recommend by.",
+    help="Memory of one GPU, to recommend by  [default: of this machine's GPUs, and without any 80].",
 )
 @SET
-def plan(recipe: str, ranks: int, device_gib: float, overrides: tuple[str, ...]) -> None:
+def plan(recipe: str, ranks: int, device_gib: float | None, overrides: tuple[str, ...]) -> None:
     """Show the memory a run needs, other placements, and how many students fit."""
     from llmkd.planning.plan import whole_plan
     from llmkd.recipe.recipe import load_recipe

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmkd.errors import InputError
-from llmkd.planning import in_turn, memory
+from llmkd.planning import in_turn, memory, plan
 from llmkd.planning.in_turn import Member, costs, in_turn_text, member, needed, settled
 from llmkd.planning.rows import PHASES
 from llmkd.planning.run_checks import check_beside, runs_at_once
@@ -126,3 +126,13 @@ def test_runs_beside_each_other_have_gpus_of_their_own(tiny: Path, monkeypatch: 
     writes = {"rollouts": {"backend": "vllm", "devices": [6, 7], "max_new_tokens": 4}, "loss.ce": 0.0}
     with pytest.raises(InputError, match=r"rollouts.devices names GPUs for one run"):
         check_beside(recipe.changed(writes), 2)
+
+
+@pytest.mark.parametrize(("card", "gib"), [(None, "80"), (141 * 2**30, "141")])
+def test_a_plan_recommends_by_the_gpus_that_are_here(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, card: int | None, gib: str
+) -> None:
+    recipe = load_recipe(tiny / "recipe.yaml", ["study.strategies=[forward, none]"])
+    monkeypatch.setattr(plan, "card_bytes", lambda: card)
+    assert plan.whole_plan(recipe, 1).count(f"a device of {gib} GiB") == 2
+    assert plan.whole_plan(recipe, 1, 24).count("a device of 24 GiB") == 2

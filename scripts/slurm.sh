@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains one student on the nodes of a Slurm job, from the repository's root:
 #
-#   sbatch --nodes 4 --gpus-per-node 8 scripts/slurm.sh --recipe qwen3_32b_to_16_blocks_4x8 --strategy forward
+#   sbatch --nodes 4 --gpus-per-node 8 --cpus-per-task 64 scripts/slurm.sh --recipe qwen3_32b_to_16_blocks_4x8 --strategy forward
 #
 # Arguments are those of llmkd/train.py; options of sbatch stand before the script. One torchrun on each node starts a rank per GPU, without a
 # host file and without ssh. docs/multi_node.md says what the nodes must share.

@@ -176,6 +176,10 @@ def _study_file(recipe: Recipe, entries: Sequence[StudyEntry]) -> StudyFile:
     if not history or history[-1].margins != margins:
         scored = [step for step in SCORING_STEPS if step.entry is not None]
         results = [file for step in scored for file in (folder / step.folder).glob("*.json")]
+        if results and not history:
+            log.warning(
+                "study: %s is gone, and with it when margins were set: they count as set now", folder / "study.json"
+            )
         history = [*history, StatedMargins(margins, len(results))]
     return StudyFile(recipe.name, recipe.study.compared_with, margins, history, entries)
 

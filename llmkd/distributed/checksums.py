@@ -23,7 +23,16 @@ from typing import Any
 
 from llmkd.distributed.ranks import World, on_every_rank, on_main
 from llmkd.errors import InputError
-from llmkd.files import file_record, is_as_recorded, read, sha256, write_json_durably, write_text
+from llmkd.files import (
+    file_record,
+    is_as_recorded,
+    read,
+    read_checked,
+    sha256,
+    write_checked,
+    write_json_durably,
+    write_text,
+)
 from llmkd.processes import LOCK, only_one_in
 
 log = logging.getLogger("llmkd")
@@ -92,7 +101,7 @@ def finish(run: Path, summary: Mapping[str, object]) -> None:
     ]
     sums = {str(file.relative_to(run)): file_record(file) for file in sorted(kept)}
     sums[SUMMARY] = {"bytes": len(text.encode()), "changed": 0, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    write_json_durably(run / FILE, sums)
+    write_checked(run / FILE, sums)
     write_text(run / SUMMARY, text)
 
 
@@ -106,8 +115,8 @@ def is_finished(run: Path) -> bool:
     if (run / LOCK).is_file():  # its holder may have been killed after its work was done
         with contextlib.suppress(InputError), only_one_in(run, patience_seconds=0):
             pass
-    sums = read(run / FILE)
-    if not isinstance(sums, dict):
+    sums = read_checked(run / FILE)
+    if sums is None:
         if (run / FILE).exists():
             _tell(f"{run / FILE} is damaged, so that nothing of {run} is compared with what was written")
         sums = {}
@@ -116,20 +125,23 @@ def is_finished(run: Path) -> bool:
             raise _damaged(run / name, run)
         again = "; it is written again" if name == SUMMARY else "; what a report shows of it may be wrong"
         _tell(f"{run / name} is not what was written when the run ended{again}")
-    return is_as_recorded(run / SUMMARY, sums[SUMMARY]) if SUMMARY in sums else isinstance(read(run / SUMMARY), dict)
+    if SUMMARY in sums:
+        return is_as_recorded(run / SUMMARY, sums[SUMMARY])
+    summary = read(run / SUMMARY)
+    return isinstance(summary, dict) and "steps" in summary
 
 
 def publish(folder: Path, about: str) -> None:
     """Publish a model folder's `llmkd.json` with this text, after the checksums of its other files."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in (FILE, META)]
-    write_json_durably(folder / FILE, {str(file.relative_to(folder)): file_record(file) for file in files})
+    write_checked(folder / FILE, {str(file.relative_to(folder)): file_record(file) for file in files})
     write_text(folder / META, about)
 
 
 def is_published(folder: Path, about: str) -> bool:
     """Whether a model folder was published with this text and is as it was then; a damaged file is named."""
-    sums = read(folder / FILE)
-    if not isinstance(sums, dict) or not (folder / META).is_file() or (folder / META).read_bytes() != about.encode():
+    sums = read_checked(folder / FILE)
+    if sums is None or not (folder / META).is_file() or (folder / META).read_bytes() != about.encode():
         return False
     damaged = [name for name, record in sums.items() if not is_as_recorded(folder / name, record)]
     for name in damaged:

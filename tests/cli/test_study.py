@@ -205,6 +205,18 @@ def test_a_step_that_can_not_be_done_costs_the_others_nothing(
     assert any("margin" in note for note in results["notes"])
 
 
+def test_margins_whose_time_is_lost_count_as_set_now(
+    recipe_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = load_recipe(recipe_file, [f"output={tmp_path}"])
+    entries = study_entries(recipe)
+    assert module._study_file(recipe, entries).margins_history[-1].results == 0 and "is gone" not in caplog.text
+    (tmp_path / "tiny" / "generations").mkdir(parents=True)
+    (tmp_path / "tiny" / "generations" / "teacher.json").write_text("{}")
+    assert module._study_file(recipe, entries).margins_history[-1].results == 1
+    assert f"{tmp_path / 'tiny' / 'study.json'} is gone, and with it when margins were set" in caplog.text
+
+
 def test_every_entry_has_a_recipe_of_its_own(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file, ["study.seeds=[3, 4]", "study.strategies=[none, forward, all_to_one]"])
     entries = {e.name: e for e in study_entries(recipe)}

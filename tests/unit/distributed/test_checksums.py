@@ -97,6 +97,13 @@ def test_other_damage_is_told_once(
     assert caplog.text.count(said) == (not missing)
 
 
+def test_a_summary_that_is_another_file_is_none(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    summary, sums = ((run / name).read_bytes() for name in ("summary.json", "checksums.json"))
+    (run / "summary.json").write_bytes(sums)
+    (run / "checksums.json").write_bytes(summary)
+    assert not checksums.is_finished(run) and "checksums.json is damaged" in caplog.text
+
+
 def test_what_a_damaged_llmkd_json_says_is_not_used(run: Path) -> None:
     assert checksums.meta_of(run) == {"inputs": {"seed": 0}}
     for text in ("{", "[]", "{}", '{"inputs": 1}'):

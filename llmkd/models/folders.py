@@ -141,7 +141,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         if (
             file.is_file()
             and file.suffix in (".json", ".txt", ".model", ".jinja", ".py")
-            and file.name not in ("config.json", "llmkd.json", "adapter_config.json")
+            and file.name not in ("config.json", "llmkd.json", "checksums.json", "adapter_config.json")
             and ".index." not in file.name
         ):
             shutil.copyfile(file, folder / file.name)  # the bytes alone: who may read them is for the umask to say

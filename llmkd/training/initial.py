@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -104,7 +105,7 @@ def merged_teacher(recipe: Recipe) -> None:
     log.info("teacher: %s with the adapters of %s, in %s", settings.path, settings.adapter, folder)
 
 
-def initial_teacher(recipe: Recipe, tokenizer: Any, job: Job) -> None:
+def initial_teacher(recipe: Recipe, tokenizer: Any, job: Job, *, resuming: bool) -> None:
     """Write the HF folder a teacher starts from: a new model of `finetune.architecture` with this tokenizer, or an encoder's checkpoint
     with new classes (rank 0 alone)."""
     settings, folder = recipe.finetune, job.initial
@@ -121,7 +122,8 @@ def initial_teacher(recipe: Recipe, tokenizer: Any, job: Job) -> None:
         folder,
         seed=settings.seed,
         dtype=load.DTYPES[settings.train.dtype],
-        tokenizer=tokenizer.save_pretrained,
+        # saved again by transformers, one that was read from a folder has other settings
+        tokenizer=partial(folders.copy_tokenizer, _of_run(job)) if resuming else tokenizer.save_pretrained,
     )
 
 
@@ -144,8 +146,15 @@ def teacher_tokenizer(recipe: Recipe) -> Any:
 def job_tokenizer(world: World, job: Job, *, resuming: bool) -> Any:
     """The job's tokenizer, before anything is written."""
     if job.tokenizer is not None or resuming:
-        return load.load_tokenizer(job.tokenizer or job.initial, trust_remote_code=job.recipe.teacher.trust_remote_code)
+        return load.load_tokenizer(
+            job.tokenizer or _of_run(job), trust_remote_code=job.recipe.teacher.trust_remote_code
+        )
     return on_main(world, lambda: teacher_tokenizer(job.recipe))
+
+
+def _of_run(job: Job) -> Path:
+    """Where a resumed run has its tokenizer: one that was killed after its export has removed what it started from."""
+    return job.initial if job.initial.is_dir() else job.folder / "model"
 
 
 def write_initial(world: World, job: Job, tokenizer: Any, rows: Rows, *, resuming: bool) -> None:
@@ -159,7 +168,7 @@ def write_initial(world: World, job: Job, tokenizer: Any, rows: Rows, *, resumin
     here = resuming and (job.initial / "config.json").is_file()
     if job.makes_teacher:
         if not here:
-            on_main(world, lambda: initial_teacher(job.recipe, tokenizer, job))
+            on_main(world, lambda: initial_teacher(job.recipe, tokenizer, job, resuming=resuming))
             write_checksums(world, job.initial)
         return
     recipe = job.recipe

@@ -23,6 +23,25 @@ from tests.distributed.runner import run_on_ranks
 from tests.distributed.test_resume import OPTIONS
 
 SHORT = {**OPTIONS, "train.steps": 4, "train.save_every": 2}
+SHAPE = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+TUNED = {
+    "steps": 2,
+    "batch_size": 8,
+    "micro_batch_size": 4,
+    "learning_rate": 0.01,
+    "dtype": "float32",
+    "deepspeed": "cpu",
+}
+MADE = {"teacher": {"dtype": "float32"}, "finetune.architecture": SHAPE, "finetune.train": TUNED}
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +182,19 @@ def test_a_kill_between_the_model_and_its_summary_is_made_good(tiny: Path, world
     assert train(world, job)
     assert json.loads((run / "summary.json").read_text())["steps"] == 2
     assert (run / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_so_is_one_of_a_teacher_with_a_tokenizer_of_its_own(tiny: Path, world: Any, tmp_path: Path) -> None:
+    """What it was trained on from the start is removed with its folder `initial`."""
+    recipe = load_recipe(tiny / "recipe.yaml").changed({**SHORT, **MADE, "output": str(tmp_path)})
+    job, run = jobs.finetune_job(world, recipe, tmp_path / "teacher"), tmp_path / "teacher"
+    assert train(world, job) and not (run / "initial").exists() and not (run / "model" / "checksums.json").exists()
+    model = {file.name: file.read_bytes() for file in (run / "model").iterdir()}
+    for lost in ("summary.json", "model/llmkd.json"):
+        (run / lost).unlink()
+        assert train(world, job)
+        assert (run / "summary.json").is_file() and not (run / "initial").exists()
+        assert {file.name: file.read_bytes() for file in (run / "model").iterdir()} == model
 
 
 def test_a_damaged_log_is_named_at_a_resume(

@@ -29,7 +29,7 @@ from pydantic import TypeAdapter
 from llmkd.errors import InputError
 from llmkd.evaluation import places
 from llmkd.evaluation.results import Item, ScoredModel, StepResult, read_result
-from llmkd.files import digest, file_hashes, write_text
+from llmkd.files import digest, file_hashes, read, write_text
 from llmkd.inference import child
 from llmkd.inference.child import Child, Say
 from llmkd.progress import Advance, progress
@@ -298,8 +298,11 @@ def pending(unscored: Sequence[R], out: Path) -> list[R]:
         result = read_result(file, type(model))
         if result is None or result.fingerprint != model.fingerprint or result.error is not None:
             return False
-        items = _items_file(out, result)
-        if result.written in ("", _hash(result, "" if items is None or not items.is_file() else items.read_text())):
+        items, known = _items_file(out, result), read(file).keys() <= result.to_json().keys()
+        if known and result.written in (
+            "",
+            _hash(result, "" if items is None or not items.is_file() else items.read_text()),
+        ):
             return True
         log.warning(
             "%s is damaged, or the file with its items: not what was written; %s is scored again", file, model.name

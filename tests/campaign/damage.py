@@ -144,8 +144,8 @@ def _judged(place: Place, name: str, scenario: Scenario, files: list[Path], what
     own = all(
         any(part in fault for part in (*(_within(file, place.work) for file in files), *shown)) for fault in wrong
     )
-    read = [str(file.relative_to(place.work)) for file in files if file.suffix != ".log"]  # a log is for people
-    results = any(fnmatch(name, result) for name in read for result in RESULTS)
+    read = [str(file.relative_to(place.work)) for file in files if file.suffix != ".log" and file.name != "README.md"]
+    results = any(fnmatch(name, result) for name in read for result in RESULTS)  # logs and cards are for people
     if own and (named or not results):  # all else is as undisturbed
         return Outcome("named, left" if named else "left, not read", what)
     return Outcome("", what, [f"silently wrong: {fault}" for fault in wrong])

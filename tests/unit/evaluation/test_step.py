@@ -284,15 +284,17 @@ def test_a_process_starts_no_more_threads_than_it_is_told_or_would(
     assert serve(STEP) == 0 and set_to[-1] == threads
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a key"])
 def test_a_damaged_result_is_named_and_scored_again(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its content is still one that can be read: a number, a word."""
     few = {"a": "one two three", "b": "one"}
     scores(tmp_path, few)
-    before, file = contents(tmp_path), tmp_path / "out" / name
-    if name == "a.json":
+    before, file = contents(tmp_path), tmp_path / "out" / ("a.json" if name == "a key" else name)
+    if name == "a key":
+        file.write_text(file.read_text().replace('"seconds"', '"secondr"'))
+    elif name == "a.json":
         values = json.loads(file.read_text())
         file.write_text(json.dumps({**values, "metrics": {**values["metrics"], "words": 4}}))
     else:

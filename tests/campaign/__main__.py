@@ -44,13 +44,13 @@ TURN = ("training", "damage", "recipes", "cache", "recipes", "damage", "commands
 """The order of kinds where none is asked for: quick ones and those with many cases come more often."""
 
 
-def asked(kinds: tuple[str, ...], count: int | None, first: int, trial: str | None) -> Iterator[tuple[str, int]]:
+def asked(kinds: tuple[str, ...], count: int | None, first: int, trials: tuple[str, ...]) -> Iterator[tuple[str, int]]:
     """(kind, number) of the trials, in their order."""
-    if trial is not None:
-        kind, _, number = trial.rpartition("-")
-        if kind not in KINDS or not number.isdigit():
+    if trials:
+        parts = [trial.rpartition("-") for trial in trials]
+        if not all(kind in KINDS and number.isdigit() for kind, _, number in parts):
             raise click.BadParameter(f"write KIND-NUMBER, with one of {', '.join(KINDS)}", param_hint="--trial")
-        return iter([(kind, int(number))])
+        return iter([(kind, int(number)) for kind, _, number in parts])
     if count is not None:
         return iter((kind, number) for number, kind in product(range(first, first + count), kinds or KINDS))
     counters = {kind: numbers(first) for kind in KINDS}
@@ -65,7 +65,7 @@ def asked(kinds: tuple[str, ...], count: int | None, first: int, trial: str | No
 )
 @click.option("--count", type=click.IntRange(min=1), help="So many trials of each kind, whatever the time.")
 @click.option("--first", type=int, default=0, show_default=True, help="The first trial's number.")
-@click.option("--trial", help="One trial alone, KIND-NUMBER, as a failure names it.")
+@click.option("--trial", "named", multiple=True, help="One trial alone, KIND-NUMBER, as a failure names it.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Also write the counts into this file.")
 def main(
     minutes: float,
@@ -73,18 +73,18 @@ def main(
     kinds: tuple[str, ...],
     count: int | None,
     first: int,
-    trial: str | None,
+    named: tuple[str, ...],
     file: Path | None,
 ) -> None:
     """Disturb tiny runs at random, and compare each with an undisturbed one."""
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     print(f"campaign: seed {seed}", flush=True)
-    trials = asked(kinds, count, first, trial)
+    trials = asked(kinds, count, first, named)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="llmkd-campaign-") as folder:
         _prepare(Path(folder))
         place = Place(Path(folder))
-        counts, failed = campaign(place, seed, trials if count or trial else _until(began + 60 * minutes, trials))
+        counts, failed = campaign(place, seed, trials if count or named else _until(began + 60 * minutes, trials))
     _show(counts, seed, time.monotonic() - began, failed, file)
     sys.exit(int(bool(failed)))
 

@@ -87,13 +87,13 @@ def test_a_refusal_is_one_sentence(said: str, right: bool) -> None:
 
 
 def test_a_trial_is_named_by_its_kind_and_number() -> None:
-    assert list(main.asked((), None, 0, "training-17")) == [("training", 17)]
-    assert list(main.asked(("cache", "study"), 2, 5, None)) == [("cache", 5), ("study", 5), ("cache", 6), ("study", 6)]
-    turn = list(islice(main.asked((), None, 0, None), 2 * len(main.TURN)))
+    assert list(main.asked((), None, 0, ("training-17", "cache-2"))) == [("training", 17), ("cache", 2)]
+    assert list(main.asked(("cache", "study"), 2, 5, ())) == [("cache", 5), ("study", 5), ("cache", 6), ("study", 6)]
+    turn = list(islice(main.asked((), None, 0, ()), 2 * len(main.TURN)))
     assert len(set(turn)) == len(turn) and {kind for kind, _ in turn} == {*main.KINDS}
     for wrong in ("training", "training-", "no-1"):
         with pytest.raises(click.BadParameter):
-            main.asked((), None, 0, wrong)
+            main.asked((), None, 0, (wrong,))
 
 
 def test_a_killed_run_that_is_not_the_undisturbed_one_is_reported(

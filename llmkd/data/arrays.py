@@ -24,7 +24,7 @@ def save(file: Path, numbers: np.ndarray) -> None:
 def is_saved(file: Path) -> bool:
     """Whether an array's file is what was written."""
     try:
-        return file.with_suffix(".sha256").read_text() == sha256(file)
+        return file.with_suffix(".sha256").read_bytes() == sha256(file).encode()
     except OSError:
         return False
 

@@ -301,7 +301,7 @@ def pending(unscored: Sequence[R], out: Path) -> list[R]:
         items, known = _items_file(out, result), read(file).keys() <= result.to_json().keys()
         if known and result.written in (
             "",
-            _hash(result, "" if items is None or not items.is_file() else items.read_text()),
+            _hash(result, "" if items is None or not items.is_file() else items.read_text(errors="replace")),
         ):
             return True
         log.warning(

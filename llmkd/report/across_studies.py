@@ -13,13 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-
 from llmkd.errors import InputError
 from llmkd.files import write_text
 from llmkd.recipe.inputs import flat
 from llmkd.report import tables
-from llmkd.report.files import generations
+from llmkd.report.files import generations, written_recipe
 from llmkd.report.gather import gather
 from llmkd.report.results import Metric, Results
 from llmkd.report.tables import plain
@@ -89,8 +87,7 @@ def compare_studies(folders: Sequence[Path], file: Path) -> str:
 
 
 def _read(folder: Path) -> ComparedStudy:
-    file = folder / "recipe.yaml"
-    recipe = flat(yaml.safe_load(file.read_text())) if file.is_file() else {}
+    recipe = flat(written_recipe(folder / "recipe.yaml"))
     prompts = json.dumps([[item.prompt, item.references] for item in generations(folder)])
     fingerprint = None if prompts == "[]" else hashlib.sha256(prompts.encode()).hexdigest()[:12]
     results = gather(folder, with_items=False)

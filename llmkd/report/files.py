@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from llmkd.errors import InputError
 from llmkd.evaluation.results import RESULT_CLASSES, GeneratedText, ScoredModel, Scores, read_items, read_result
 from llmkd.files import read, read_lines
 from llmkd.layer_map import STRATEGIES
@@ -188,9 +189,20 @@ def _shown(line: Mapping[str, Any]) -> ShownTexts:
     return ShownTexts(line["step"] + 1, prompts, texts)
 
 
+def written_recipe(file: Path) -> dict[str, Any]:
+    """A recipe as llmkd wrote it into a folder; empty where there is none. Raises InputError for a damaged one."""
+    try:
+        values = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    except (ValueError, RecursionError, yaml.YAMLError):
+        values = None
+    if not isinstance(values, dict):
+        raise InputError(f"{file}: it is not what llmkd wrote; put it back, or remove it: a study writes its own anew")
+    return values
+
+
 def _own_kl(file: Path) -> str | None:
     """What the log's `kl` is, as a run's recipe says: the divergence and its temperature; None if not of written texts alone."""
-    recipe = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    recipe = written_recipe(file)
     rollouts, loss = recipe.get("rollouts") or {}, recipe.get("loss") or {}
     if rollouts.get("share") != 1 or not loss.get("kl"):
         return None

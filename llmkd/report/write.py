@@ -39,7 +39,7 @@ def report(folder: Path) -> Report:
     """Write a study's report in all its forms. Raises InputError if the folder holds no study."""
     results = gather(folder)
     file = folder / "recipe.yaml"
-    recipe = file.read_text() if file.is_file() else ""
+    recipe = file.read_text(errors="replace") if file.is_file() else ""
     write_text(folder / "results.json", json.dumps(results.to_json(), indent=1, allow_nan=False))
     write_text(folder / "results.csv", _scores_csv(folder))
     write_text(folder / "report.md", _markdown(results, recipe))

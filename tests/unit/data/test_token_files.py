@@ -157,6 +157,17 @@ def test_a_changed_list_of_all_shards_is_not_believed(tmp_path: Path, monkeypatc
     assert tokens(tmp_path / "store") == expected() and file.read_text() == whole
 
 
+def test_a_hash_that_is_no_text_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cores(monkeypatch, 1)
+    tokens(tmp_path / "store")
+    lengths, kept = tmp_path / "store" / "lengths.npy", tmp_path / "store" / "lengths.sha256"
+    numbers, checksum = lengths.read_bytes(), kept.read_bytes()
+    lengths.write_bytes(checksum)
+    kept.write_bytes(numbers)
+    assert opened(tmp_path / "store") is None and tokens(tmp_path / "store") == expected()
+    assert lengths.read_bytes() == numbers and kept.read_bytes() == checksum
+
+
 def test_a_file_is_hashed_only_where_its_time_of_change_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import yaml
 from llmkd.cli import main
 from llmkd.errors import InputError
 from llmkd.report.across_studies import compare_studies
+from llmkd.report.files import written_recipe
 from tests.unit.report.study_folder import VERSIONS, Folder
 
 RECIPE: dict[str, Any] = {
@@ -156,3 +157,14 @@ def test_the_command(tmp_path: Path, one: Folder, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit, match="2"):
         main(["compare", str(one.folder)])
     assert "two or more different studies" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [b"name: [", b"\xf3ame: a", b"3"])
+def test_a_recipe_in_a_folder_that_is_damaged_is_named(tmp_path: Path, text: bytes) -> None:
+    file = tmp_path / "recipe.yaml"
+    assert written_recipe(file) == {}
+    file.write_bytes(b"name: a\n")
+    assert written_recipe(file) == {"name": "a"}
+    file.write_bytes(text)
+    with pytest.raises(InputError, match=r"recipe\.yaml: it is not what llmkd wrote; put it back, or remove it"):
+        written_recipe(file)

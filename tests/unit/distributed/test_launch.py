@@ -35,8 +35,10 @@ class Started:
         files: tuple[int, int, int],
     ) -> Any:
         command = [sys.executable, "-c", arguments[0]]
-        files_of = {"stdin": files[0], "stdout": files[1], "stderr": files[2]}
-        self.processes.append(subprocess.Popen(command, env={**os.environ, **variables}, **files_of))
+        environment = {**os.environ, **variables}
+        self.processes.append(
+            subprocess.Popen(command, env=environment, stdin=files[0], stdout=files[1], stderr=files[2])
+        )
         self.variables.append(variables)
         self.most = max(self.most, sum(process.poll() is None for process in self.processes))
         return self.processes[-1]

@@ -215,7 +215,12 @@ def _train(recipe: Recipe, at_once: Sequence[Sequence[StudyEntry]], ranks: int) 
 
 def _failed(what: str, code: int, file: Path | None, resume_point: str) -> str:
     where = "above" if file is None else str(file)
-    return f"study: {what} ended with code {code} (see {where}); the same command resumes from {resume_point}"
+    then = (
+        "that is to be mended first, then the same command goes on"
+        if code == 2
+        else f"the same command resumes from {resume_point}"
+    )
+    return f"study: {what} ended with code {code} (see {where}); {then}"
 
 
 def _order(recipe: Recipe, entries: Sequence[StudyEntry]) -> list[str]:

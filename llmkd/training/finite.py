@@ -36,8 +36,7 @@ def check_gradient(job: Job, engine: Any, step: int) -> None:
     """Raise FoundByAll where the optimizer left a step out because a gradient was not finite, as DeepSpeed does on all ranks alike."""
     if engine.skipped_steps:
         raise FoundByAll(
-            f"step {step}: a gradient holds a NaN or an infinity, so that step was left out; write train.dtype: float32, "
-            f"or {_cure(job)}"
+            f"step {step}: a gradient holds a NaN or an infinity, so that step was left out; {_wider(job)}{_cure(job)}"
         )
 
 
@@ -54,7 +53,7 @@ def check_loss(world: World, job: Job, model: nn.Module, step: int, interval: In
             f"{problem}{own}: the teacher's states or logits are not; look for a NaN in the weights of "
             f"{job.recipe.teacher_path}, or write teacher.dtype: float32"
         )
-    raise FoundByAll(f"{problem}: its states overflow {job.train.dtype}; write train.dtype: float32, or {_cure(job)}")
+    raise FoundByAll(f"{problem}: its states overflow {job.train.dtype}; {_wider(job)}{_cure(job)}")
 
 
 def _listed(names: list[str]) -> str:
@@ -62,8 +61,17 @@ def _listed(names: list[str]) -> str:
     return f"{names[0]}{more} a NaN or an infinity"
 
 
+def _section(job: Job) -> str:
+    return "finetune.train" if job.makes_teacher else "train"
+
+
+def _wider(job: Job) -> str:
+    """The cure of a larger range of numbers, where there is one."""
+    return "" if job.train.dtype == "float32" else f"write {_section(job)}.dtype: float32, or "
+
+
 def _cure(job: Job) -> str:
-    section = "finetune.train" if job.makes_teacher else "train"
+    section = _section(job)
     return (
         f"lower {section}.learning_rate or {section}.clip, and {ANOTHER_FOLDER} or remove {job.folder}, whose checkpoints go on with "
         "their own recipe only"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from llmkd.distributed.engines import own_values
 from llmkd.errors import ANOTHER_FOLDER, InputError
 from llmkd.recipe.recipe import load_recipe
 from llmkd.train import train
-from llmkd.training import build, jobs
+from llmkd.training import build, finite, jobs
 
 
 def _spoilt_teacher(tiny: Path, folder: Path, tensor: str) -> Path:
@@ -61,10 +62,12 @@ def test_a_gradient_that_is_not_finite_ends_the_run_though_the_loss_is(
     monkeypatch.setattr(build, "load_student", spoilt)
     recipe = load_recipe(tiny / "recipe.yaml").changed({"train.steps": 6, "train.micro_batch_size": 8})
     sentence = _refusal(world, recipe, tmp_path / "run")
-    assert re.match(
-        r"step \d: a gradient holds a NaN or an infinity, so that step was left out; write train.dtype", sentence
-    )
+    left_out = r"step \d: a gradient holds a NaN or an infinity, so that step was left out; "
+    assert re.match(left_out + r"lower train\.learning_rate or ", sentence)  # it is trained in float32 already
     assert not (tmp_path / "run" / "model").exists()
+    narrow = jobs.distil_job(world, recipe.changed({"train.dtype": "bfloat16"}), tmp_path / "narrow")
+    with pytest.raises(InputError, match=left_out + r"write train\.dtype: float32, or lower train\.learning_rate or "):
+        finite.check_gradient(narrow, SimpleNamespace(skipped_steps=1), 3)
 
 
 def test_a_nan_of_the_teacher_s_is_not_laid_to_the_learning_rate(tiny: Path, world: Any, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from llmkd import study
 from llmkd.errors import InputError
 from llmkd.evaluation.angles import measure
+from llmkd.files import write_checked
 from llmkd.models.width import Kept
 from llmkd.planning.shapes import initial_student_config, teacher_config
 from llmkd.recipe.recipe import load_recipe
@@ -107,13 +108,13 @@ def test_undistilled_students_are_written_of_the_measured_blocks(
     for seed, blocks in ((3, [0, 1, 5]), (4, [0, 2, 5])):
         run = recipe.folder / "students" / f"ce_only-s{seed}"
         run.mkdir(parents=True)
-        (run / "blocks.json").write_text(json.dumps({"rule": "influence", "blocks": blocks}))
+        write_checked(run / "blocks.json", {"rule": "influence", "blocks": blocks})
     study._write_undistilled(recipe, study_entries(recipe))
     assert made == {"s3": (0, 1, 5), "s4": (0, 2, 5)}
     made.clear()
     study._write_undistilled(recipe, study_entries(recipe))
     assert made == {}, "what is there is not made again"
-    (recipe.folder / "students" / "ce_only-s4" / "blocks.json").write_text(json.dumps({"blocks": [1, 2, 3]}))
+    write_checked(recipe.folder / "students" / "ce_only-s4" / "blocks.json", {"blocks": [1, 2, 3]})
     study._write_undistilled(recipe, study_entries(recipe))
     assert made == {"s4": (1, 2, 3)}
 

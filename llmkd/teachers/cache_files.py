@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmkd.errors import InputError
-from llmkd.files import checksum, sha256, sync, write_json_durably
+from llmkd.files import checksum, sha256, sync, write_checked, write_json_durably
 from llmkd.layer_map import EMBEDDING, OtherState, State
 from llmkd.teachers.quantization import LARGEST, STORED
 
@@ -206,7 +206,7 @@ def remove(file: Path) -> None:
 def finish(folder: Path, contents: Contents, shards: Sequence[Shard], made: Mapping[str, str | None]) -> None:
     """Publish the manifest over the shards' records, which are then no longer needed."""
     values = {"format": FORMAT, "contents": asdict(contents), "shards": [asdict(s) for s in shards], "made": dict(made)}
-    write_json_durably(folder / "manifest.json", {**values, "checksum": checksum(values)})
+    write_checked(folder / "manifest.json", values)
     for shard in shards:
         (folder / shard.file).with_suffix(".json").unlink(missing_ok=True)
     (folder / "plan.json").unlink(missing_ok=True)
@@ -224,7 +224,7 @@ def reopen(folder: Path, manifest: Manifest, damaged: Sequence[Shard]) -> None:
 def write_plan(folder: Path, contents: Contents, ranges: Sequence[tuple[int, int]]) -> None:
     """Record what is being written here, so that an interrupted run can go on with it."""
     values = {"format": FORMAT, "contents": asdict(contents), "ranges": list(ranges)}
-    write_json_durably(folder / "plan.json", {**values, "checksum": checksum(values)})
+    write_checked(folder / "plan.json", values)
 
 
 def read_plan(folder: Path) -> tuple[Contents, list[tuple[int, int]]] | None:
